@@ -1,0 +1,135 @@
+"""Configuration of Recurrent BART: BART's own fields and the recurrence's."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import BartConfig
+
+# What each choice may be; the first one is the default.
+RECURRENCES = ("layerwise",)
+PREFIX_ATTENTIONS = ("gated", "concat")
+DECODER_CONTEXTS = ("last",)
+SCHEDULES = ("sequential",)
+
+
+@strict
+class RecurrentBartConfig(BartConfig):
+    """Architecture of a BART that reads a document segment by segment.
+
+    Every field of `BartConfig` keeps its meaning. The fields below may also be given as keyword arguments of
+    `RecurrentBartForConditionalGeneration.from_pretrained`, for a checkpoint of ours or of plain BART.
+
+    Args:
+        pre_seq_len: Number P of prefix positions, which is also the number of slots that write the state.
+            0 switches the recurrence off.
+        segment_size: Tokens of a segment, special tokens included. None: 512, or the whole position table where
+            that is shorter.
+        input_size: Token positions that the encoder sees per segment. What it exceeds `segment_size` by is overlap:
+            the tail of the previous segment, repeated in front. None: `segment_size`.
+        max_n_segments: Segments kept per document in training; a longer document is cut. -1: all.
+        bptt_depth: Number of segment boundaries that gradient crosses. 0: none, -1: all.
+        prefix_projection: Project the state to keys and values by a two-layer tanh MLP of each layer (True) or by
+            the layer's own `k_proj` and `v_proj` (False).
+        prefix_hidden_size: Width of that MLP's hidden layer.
+        hidden_dropout_prob: Dropout on the projected prefix.
+        recurrence: `"layerwise"`: every layer carries a state of its own.
+        prefix_attention: `"gated"`: a softmax of its own over the prefix, added through a gate per head that starts
+            at zero, so that a converted BART checkpoint still gives BART's logits. `"concat"`: one softmax over
+            prefix and tokens.
+        update_gate: Carry the state over through a learned gate (True) or replace it (False).
+        decoder_context: `"last"`: the decoder attends to the final state and to the tokens of the last segment.
+        schedule: `"sequential"`: segment after segment, layer after layer.
+
+    Raises:
+        ValueError: A field is outside its range, or a segment does not fit the position table.
+    """
+
+    model_type = "recurrent_bart"
+
+    pre_seq_len: int = 20
+    segment_size: int | None = None
+    input_size: int | None = None
+    max_n_segments: int = -1
+    bptt_depth: int = 2
+    prefix_projection: bool = True
+    prefix_hidden_size: int = 512
+    hidden_dropout_prob: float | int = 0.1
+    recurrence: str = RECURRENCES[0]
+    prefix_attention: str = PREFIX_ATTENTIONS[0]
+    update_gate: bool = True
+    decoder_context: str = DECODER_CONTEXTS[0]
+    schedule: str = SCHEDULES[0]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.segment_size is None:
+            self.segment_size = min(self.input_size or 512, self.max_position_embeddings)
+        if self.input_size is None:
+            self.input_size = self.segment_size
+        self._check_choices()
+        self._check_sizes()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "recurrence": RECURRENCES,
+            "prefix_attention": PREFIX_ATTENTIONS,
+            "decoder_context": DECODER_CONTEXTS,
+            "schedule": SCHEDULES,
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+
+    def _check_sizes(self) -> None:
+        lowest = {
+            "pre_seq_len": 0,
+            # one document token between the two special ones
+            "segment_size": 3,
+            "bptt_depth": -1,
+            "prefix_hidden_size": 1,
+        }
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.max_n_segments != -1 and self.max_n_segments < 1:
+            raise ValueError(f"max_n_segments={self.max_n_segments}: must be at least 1, or -1 for no cap")
+        if not 0 <= self.hidden_dropout_prob < 1:
+            raise ValueError(f"hidden_dropout_prob={self.hidden_dropout_prob}: must be at least 0 and below 1")
+        if self.input_size < self.segment_size:
+            raise ValueError(
+                f"input_size={self.input_size} is below segment_size={self.segment_size}: it counts the segment's own "
+                "tokens and the overlap in front of them"
+            )
+        if self.input_size > self.max_position_embeddings:
+            raise ValueError(
+                f"segment_size={self.segment_size} with input_size={self.input_size} does not fit the position table: "
+                f"max_position_embeddings={self.max_position_embeddings}"
+            )
+        if self.encoder_layerdrop:
+            raise ValueError(
+                f"encoder_layerdrop={self.encoder_layerdrop}: must be 0, for a dropped layer would lose its state"
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """Read a configuration file; one of plain BART is taken for ours."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in (cls.model_type, BartConfig.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: a checkpoint of type {model_type!r} was given, "
+                f"{BartConfig.model_type!r} or {cls.model_type!r} is needed"
+            )
+        if model_type == BartConfig.model_type:
+            config_dict = {k: v for k, v in config_dict.items() if k not in ("model_type", "architectures")}
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration; fields in `kwargs` are set before the checks run, not behind their back."""
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        if "segment_size" in own and "input_size" not in own:
+            # a new segment size with the file's input size would be an overlap that nobody asked for
+            own["input_size"] = None
+        return super().from_dict({**config_dict, **own}, **kwargs)

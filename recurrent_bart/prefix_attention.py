@@ -1,0 +1,110 @@
+"""Attention that reads memory: in the encoder's cells and in the decoder's cross-attention.
+
+Shape suffixes: B documents, H heads, K head width, A attended length, M memory positions, Q querying length,
+D model width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bart.modeling_bart import BartAttention, eager_attention_forward
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+def split_heads(attention: BartAttention, hidden: Tensor) -> Tensor:
+    """`(B, A, D)` to `(B, H, A, K)`."""
+    return hidden.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+
+def attend(
+    attention: BartAttention, query_BHQK: Tensor, key_value: KeyValue, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by the back-end that the configuration names (eager, sdpa, flash attention).
+
+    Returns:
+        The read values `(B, Q, H, K)` and, from the eager back-end, the weights `(B, H, Q, A)`.
+    """
+    back_end = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    key, value = key_value
+    return back_end(
+        attention,
+        query_BHQK,
+        key,
+        value,
+        mask,
+        dropout=attention.dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        is_causal=False,
+    )
+
+
+def concat_keys(*parts: KeyValue) -> KeyValue:
+    """Keys and values of several parts, one behind the other."""
+    keys, values = zip(*parts, strict=True)
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+def gated_read(read_BQHK: Tensor, memory_read_BQHK: Tensor, gate_H: Tensor) -> Tensor:
+    """What was read of memory, added through the gate of each head."""
+    return read_BQHK + torch.tanh(gate_H).unsqueeze(-1) * memory_read_BQHK
+
+
+class GatedCrossAttention(BartAttention):
+    """Identical to BartAttention except: the first `n_memory` positions attended to have a softmax of their own.
+
+    What is read of them is added through `memory_gate`, one per head, zero at first: until it opens, the decoder is
+    BART's.
+    """
+
+    def __init__(self, config: RecurrentBartConfig, layer_idx: int):
+        super().__init__(
+            embed_dim=config.d_model,
+            num_heads=config.decoder_attention_heads,
+            dropout=config.attention_dropout,
+            is_decoder=True,
+            config=config,
+            layer_idx=layer_idx,
+        )
+        self.memory_gate = torch.nn.Parameter(torch.empty(config.decoder_attention_heads))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor,
+        past_key_values: EncoderDecoderCache | None = None,
+        attention_mask: Tensor | None = None,
+        n_memory: int = 0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As BartAttention's; `n_memory` is the number M of memory positions at the head of `key_value_states`."""
+        query = split_heads(self, self.q_proj(hidden_states))
+        key, value = self._cached_key_value(key_value_states, past_key_values)
+        memory_mask = mask = None
+        if attention_mask is not None:
+            memory_mask, mask = attention_mask[..., :n_memory], attention_mask[..., n_memory:]
+        read, weights = attend(self, query, (key[:, :, n_memory:], value[:, :, n_memory:]), mask)
+        if n_memory:
+            memory = key[:, :, :n_memory], value[:, :, :n_memory]
+            memory_read, memory_weights = attend(self, query, memory, memory_mask)
+            read = gated_read(read, memory_read, self.memory_gate)
+            if weights is not None:
+                weights = torch.cat([torch.tanh(self.memory_gate).view(-1, 1, 1) * memory_weights, weights], dim=-1)
+        return self.out_proj(read.flatten(2)), weights
+
+    def _cached_key_value(self, key_value_states: Tensor, past_key_values: EncoderDecoderCache | None) -> KeyValue:
+        """Keys and values `(B, H, A, K)`, projected once per document while it is decoded."""
+        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            return cached.keys, cached.values
+        key = split_heads(self, self.k_proj(key_value_states))
+        value = split_heads(self, self.v_proj(key_value_states))
+        if past_key_values is not None:
+            key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
+            past_key_values.is_updated[self.layer_idx] = True
+        return key, value
