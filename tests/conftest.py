@@ -1,4 +1,4 @@
-"""What the tests share: tiny models and one seed."""
+"""What the tests share: models and one seed."""
 
 import os
 
@@ -7,26 +7,10 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
+from tiny import RECURRENT, TINY, open_gates
 
 # no test may ask the network for anything
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-# large weights: a difference that matters is not lost in a nearly linear model
-TINY = {
-    "vocab_size": 60,
-    "d_model": 16,
-    "encoder_layers": 3,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 40,
-    "init_std": 0.3,
-    "dropout": 0.0,
-    "hidden_dropout_prob": 0.0,
-}
-RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bptt_depth": -1}
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +35,3 @@ def bart():
     """A tiny plain BART in evaluation mode."""
     config = {name: value for name, value in TINY.items() if name != "hidden_dropout_prob"}
     return BartForConditionalGeneration(BartConfig(**config)).eval()
-
-
-@torch.no_grad()
-def open_gates(model):
-    """Give zero-initialised parameters values, or half of the model would be tested at zero."""
-    for name, parameter in model.named_parameters():
-        if "gate" in name or name.endswith("bias"):
-            parameter.normal_(0.0, 0.5)
-
-
-def random_ids(*shape, vocab_size=60):
-    """Ids that are no special tokens."""
-    return torch.randint(4, vocab_size, shape)

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
-from conftest import RECURRENT, TINY, random_ids
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
+from tiny import RECURRENT, TINY, random_ids
 
 PADDING = {"none": (12, 12), "right": (12, 7), "single token": (1, 12)}
 
@@ -21,6 +21,10 @@ def bart_folder(bart, tmp_path):
 
 def load(folder, **fields):
     return RecurrentBartForConditionalGeneration.from_pretrained(folder, segment_size=16, **fields)
+
+
+def load_with_report(folder):
+    return RecurrentBartForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **RECURRENT)
 
 
 def document(lengths):
@@ -100,9 +104,7 @@ def test_parity_of_concat_with_bart_given_the_prefix_as_past_key_values(bart, ba
 
 
 def test_loading_keeps_every_weight_and_misses_the_new_ones_alone(bart, bart_folder):
-    ours, report = RecurrentBartForConditionalGeneration.from_pretrained(
-        bart_folder, output_loading_info=True, **RECURRENT
-    )
+    ours, report = load_with_report(bart_folder)
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
     assert report["missing_keys"]
@@ -192,7 +194,7 @@ def test_save_and_load_round_trip_through_the_auto_classes(make_model, tmp_path)
 
 
 def test_new_parameters_are_initialised_alike_from_scratch_and_on_a_checkpoint(bart_folder):
-    """transformers builds on the meta device: a value given in __init__ alone would be lost."""
+    """Models are built on the meta device: a value given in __init__ alone would be lost."""
     config = RecurrentBartConfig(**TINY | RECURRENT)
     for model in (RecurrentBartForConditionalGeneration(config), load(bart_folder, pre_seq_len=3)):
         core = model.model.encoder.recurrence

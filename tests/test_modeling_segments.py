@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import random_ids
+from tiny import random_ids
 
 N_SEGMENTS, LENGTH = 3, 8
 

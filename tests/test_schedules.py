@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference import encode
 
-from conftest import random_ids
 from recurrent_bart.segmentation import pad_segments
+from reference import encode
+from tiny import random_ids
 
 VARIANTS = [
     {"prefix_attention": attention, "prefix_projection": projection, "update_gate": gate}

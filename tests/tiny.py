@@ -1,0 +1,33 @@
+"""The tiny model of the tests."""
+
+import torch
+
+# large weights: a difference that matters is not lost in a nearly linear model
+TINY = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 40,
+    "init_std": 0.3,
+    "dropout": 0.0,
+    "hidden_dropout_prob": 0.0,
+}
+RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bptt_depth": -1}
+
+
+@torch.no_grad()
+def open_gates(model):
+    """Give zero-initialised parameters values, or half of the model would be tested at zero."""
+    for name, parameter in model.named_parameters():
+        if "gate" in name or name.endswith("bias"):
+            parameter.normal_(0.0, 0.5)
+
+
+def random_ids(*shape, vocab_size=60):
+    """Ids that are no special tokens."""
+    return torch.randint(4, vocab_size, shape)
