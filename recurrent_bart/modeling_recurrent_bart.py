@@ -448,15 +448,29 @@ class RecurrentBartForConditionalGeneration(
         Returns:
             Ids `(B, T)`, or with `every_segment=True` `(B, N, T)`, pad where a document has no such segment.
         """
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        is_segmented = input_ids is not None and input_ids.dim() == 3
-        if not (every_segment or is_segmented):
-            return super().generate(inputs, generation_config, **kwargs)
+        input_ids = kwargs.pop("input_ids", inputs)
+        encoded = kwargs.pop("encoder_outputs", None)
+        if encoded is None:
+            encoded = self._read_to_generate(input_ids, every_segment, kwargs)
+        if every_segment:
+            return self._generate_segments(encoded, generation_config, **kwargs)
+        is_flat = input_ids is not None and input_ids.dim() == 2
+        # the encoder is done with them, but GenerationMixin may look at flat ids
+        return super().generate(input_ids if is_flat else None, generation_config, encoder_outputs=encoded, **kwargs)
+
+    def _read_to_generate(
+        self, input_ids: Tensor | None, every_segment: bool, kwargs: dict[str, Any]
+    ) -> RecurrentEncoderOutput:
+        """Run the encoder as `forward` does, which `GenerationMixin` would call on its own; takes its arguments."""
         reading = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "state")}
-        kwargs.pop("input_ids", None)
-        encoded = self.model.encode(input_ids, every_segment=every_segment, **reading)
-        if not every_segment:
-            return super().generate(None, generation_config, encoder_outputs=encoded, **kwargs)
+        pad_token_id = self.config.pad_token_id
+        if reading["attention_mask"] is None and input_ids is not None and (input_ids == pad_token_id).any():
+            reading["attention_mask"] = input_ids.ne(pad_token_id).long()
+        return self.model.encode(input_ids, every_segment=every_segment, **reading)
+
+    def _generate_segments(
+        self, encoded: RecurrentEncoderOutput, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> Tensor:
         is_read_BN = encoded.context_mask[:, :, encoded.n_memory :].bool().any(dim=-1)
         texts_MT = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_read_BN), **kwargs)
         texts_BNT = texts_MT.new_full((*is_read_BN.shape, texts_MT.shape[-1]), self.config.pad_token_id)

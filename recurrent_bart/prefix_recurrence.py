@@ -74,18 +74,17 @@ class PrefixRecurrence(nn.Module):
                 init.normal_(parameter, mean=0.0, std=std)
 
     def start(self, state: RecurrentState | None, n_documents: int) -> Tensor:
-        """State `(E, B, P, D)` before the first segment: the learned one, or a given one continued."""
-        if state is None:
-            return self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
-        return self.cut(state.memory.transpose(0, 1))
+        """State `(E, B, P, D)` before the first segment: the learned one, or a given one continued.
 
-    def cut(self, memory_EBPD: Tensor) -> Tensor:
-        """The state without its history.
-
-        The learned first state is added zero times: a step in which a parameter gets no gradient at all would be
-        given the previous step's by ZeRO-3.
+        To a given one the learned one is added zero times: a parameter that gets no gradient at all in a step would
+        be given the one of the step before by ZeRO-3.
         """
-        return memory_EBPD.detach() + 0.0 * self.initial_memory.unsqueeze(1)
+        learned = self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
+        return learned if state is None else state.memory.transpose(0, 1) + 0.0 * learned
+
+    def cut(self, memory_EBPD: Tensor, start_EBPD: Tensor, is_started_B: Tensor) -> Tensor:
+        """The state without its history, except where the document has none yet: there it is the start itself."""
+        return torch.where(is_started_B.view(1, -1, 1, 1), memory_EBPD.detach(), start_EBPD)
 
     def project(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> list[tuple[Tensor, Tensor]]:
         """Keys and values `(B, H, P, K)` that each layer's next segment reads."""

@@ -85,11 +85,13 @@ def sequential(
     is_read_BN = mask_BNL.bool().any(dim=-1)
     window = n_segments if config.bptt_depth == -1 else config.bptt_depth + 1
     first_with_graph = 0 if keep_every_segment else n_segments - window
-    memory = recurrence.start(state, n_documents) if recurrence else None
+    # without a state nothing is left of a segment but its own output
+    first = 0 if recurrence or keep_every_segment else n_segments - 1
+    start = memory = recurrence.start(state, n_documents) if recurrence else None
     output = GridOutput()
-    for t in range(n_segments):
+    for t in range(first, n_segments):
         if recurrence and t > 0 and (n_segments - t) % window == 0:
-            memory = recurrence.cut(memory)
+            memory = recurrence.cut(memory, start, is_read_BN[:, :t].any(dim=1))
         with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first_with_graph):
             tokens, memory = _read_segment(
                 config, layers, recurrence, embed(t), mask_BNL[:, t], is_read_BN[:, t], memory

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
-from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from tiny import RECURRENT, TINY, open_gates
+from tiny import TINY, tiny_model
 
 # no test may ask the network for anything
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,14 +19,8 @@ def _seed():
 
 @pytest.fixture
 def make_model():
-    """A tiny model in float64 and evaluation mode, all its gates open; fields may be changed."""
-
-    def make(**changes):
-        model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**{**TINY, **RECURRENT, **changes}))
-        open_gates(model)
-        return model.double().eval()
-
-    return make
+    """Makes `tiny_model` in float64 and evaluation mode."""
+    return lambda **changes: tiny_model(**changes).double().eval()
 
 
 @pytest.fixture

@@ -168,13 +168,16 @@ def test_loading_the_layouts_of_the_hub(bart, tmp_path, layout):
 
 
 def test_the_missions_own_call_works_where_plain_bart_refuses_it(bart, tmp_path):
-    config = BartConfig(
-        **{k: v for k, v in TINY.items() if k != "hidden_dropout_prob"} | {"max_position_embeddings": 600}
-    )
-    BartForConditionalGeneration(config).save_pretrained(tmp_path)
-    fields = dict(
-        pre_seq_len=20, input_size=512, segment_size=512, max_n_segments=3, bptt_depth=2, prefix_projection=False
-    )
+    fields = {
+        "pre_seq_len": 20,
+        "input_size": 512,
+        "segment_size": 512,
+        "max_n_segments": 3,
+        "bptt_depth": 2,
+        "prefix_projection": False,
+    }
+    plain = {name: TINY[name] for name in TINY if name != "hidden_dropout_prob"}
+    BartForConditionalGeneration(BartConfig(**plain | {"max_position_embeddings": 600})).save_pretrained(tmp_path)
     ours = RecurrentBartForConditionalGeneration.from_pretrained(tmp_path, **fields)
     assert {name: getattr(ours.config, name) for name in fields} == fields
     assert ours(input_ids=random_ids(1, 1100), labels=random_ids(1, 4)).loss.isfinite()

@@ -2,6 +2,8 @@
 
 import torch
 
+from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
+
 # large weights: a difference that matters is not lost in a nearly linear model
 TINY = {
     "vocab_size": 60,
@@ -31,3 +33,10 @@ def open_gates(model):
 def random_ids(*shape, vocab_size=60):
     """Ids that are no special tokens."""
     return torch.randint(4, vocab_size, shape)
+
+
+def tiny_model(**changes):
+    """A tiny model, all its gates open; fields may be changed."""
+    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**{**TINY, **RECURRENT, **changes}))
+    open_gates(model)
+    return model

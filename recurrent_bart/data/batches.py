@@ -1,0 +1,250 @@
+"""From tokenised documents to batches, in an order that follows from the seed and the step alone.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_bart.data.rows import TASKS
+from recurrent_bart.segmentation import pad_segments, split_into_segments
+from recurrent_bart.targets import IGNORED
+
+
+@dataclass(frozen=True)
+class SegmentSizes:
+    """How documents are cut, with names and meanings of RecurrentBartConfig.
+
+    `max_n_segments` is the cap for these documents, which in evaluation may be another than in training.
+    """
+
+    segment_size: int
+    input_size: int
+    max_n_segments: int
+
+
+@dataclass
+class Batch:
+    """Documents for one forward pass.
+
+    Attributes:
+        input_ids: `(B, N, L)`.
+        attention_mask: `(B, N, L)`, 1 at tokens.
+        labels: `(B, T)` for the document task, `(B, N, T)` for sections; -100 where there is no target.
+        indices: Which documents of the corpus these are.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    indices: list[int]
+
+    def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """Arguments of the model's forward."""
+        return {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
+
+    def n_targets(self) -> int:
+        """Number of target tokens."""
+        return int((self.labels != IGNORED).sum())
+
+    def n_tokens(self) -> int:
+        """Number of document tokens, special tokens included, padding not."""
+        return int(self.attention_mask.sum())
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Cuts documents into segments and pads them to one shape.
+
+    Attributes:
+        task: `"document"`: one target per document; `"sections"`: a section's target belongs to its last segment.
+        sizes: How documents are cut.
+        leading: Special tokens in front of each segment and each target.
+        trailing: Special tokens behind them.
+        pad_token_id: Id at padding.
+        max_target_length: Longer targets are cut.
+    """
+
+    task: str
+    sizes: SegmentSizes
+    leading: list[int]
+    trailing: list[int]
+    pad_token_id: int
+    max_target_length: int
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r}: allowed are {', '.join(map(repr, TASKS))}")
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Batch of rows of `load_corpus`, each with its `index` in the corpus."""
+        documents = [self.segments(row) for row in rows]
+        labels: list[Any] = [targets for _, targets in documents]
+        if self.task == "document":
+            labels = [[targets[-1] for targets in labels]]
+        input_ids = torch.tensor(pad_segments([segments for segments, _ in documents], padding=-1))
+        targets = torch.tensor(pad_segments(labels, padding=IGNORED))
+        is_padding = input_ids < 0
+        return Batch(
+            input_ids=input_ids.masked_fill(is_padding, self.pad_token_id),
+            attention_mask=(~is_padding).long(),
+            labels=targets.squeeze(0) if self.task == "document" else targets,
+            indices=[row["index"] for row in rows],
+        )
+
+    def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+        """One document's segments, and the target of each, empty where it has none.
+
+        A document is cut after `max_n_segments`. The section that the cut goes through keeps its target.
+        """
+        segments: list[list[int]] = []
+        targets: list[list[int]] = []
+        cap = self.sizes.max_n_segments
+        for section, summary in zip(row["sections"], row["summaries"], strict=True):
+            if not section or len(segments) == cap:
+                continue
+            pieces = split_into_segments(
+                [*self.leading, *section, *self.trailing],
+                self.sizes.segment_size,
+                self.sizes.input_size,
+                len(self.leading),
+                len(self.trailing),
+            )
+            if cap != -1:
+                pieces = pieces[: cap - len(segments)]
+            segments += pieces
+            targets += [[]] * (len(pieces) - 1) + [self.target(summary)]
+        return segments, targets
+
+    def target(self, summary: list[int]) -> list[int]:
+        """Labels of a target: its tokens with the special ones around them, as BART was pretrained."""
+        if not summary:
+            return []
+        room = self.max_target_length - len(self.leading) - len(self.trailing)
+        return [*self.leading, *summary[:room], *self.trailing]
+
+
+@dataclass
+class DocumentPlan:
+    """What of a corpus is read, known from lengths alone.
+
+    Attributes:
+        indices: Documents that have a target in the part that is read.
+        n_segments: Number of segments of each of them.
+        n_cut: How many of them are longer than is read.
+        n_left_out: Documents without a target in the part that is read.
+    """
+
+    indices: list[int]
+    n_segments: list[int]
+    n_cut: int
+    n_left_out: int
+
+
+def plan_documents(
+    section_lengths: Sequence[list[int]], summary_lengths: Sequence[list[int]], sizes: SegmentSizes, n_special: int
+) -> DocumentPlan:
+    """Number of segments of each document, without making any.
+
+    Args:
+        section_lengths: Tokens of each section of each document, special ones not counted.
+        summary_lengths: Likewise of each section's target; 0 where there is none.
+        sizes: How documents are cut.
+        n_special: Special tokens of a segment.
+    """
+    room = sizes.segment_size - n_special
+    plan = DocumentPlan([], [], 0, 0)
+    for index, (sections, summaries) in enumerate(zip(section_lengths, summary_lengths, strict=True)):
+        counts = [-(-length // room) for length in sections]
+        total = sum(counts)
+        cap = total if sizes.max_n_segments == -1 else sizes.max_n_segments
+        firsts = itertools.accumulate(counts[:-1], initial=0)
+        if not any(
+            summary and count and first < cap for summary, count, first in zip(summaries, counts, firsts, strict=True)
+        ):
+            plan.n_left_out += 1
+            continue
+        plan.indices.append(index)
+        plan.n_segments.append(min(total, cap))
+        plan.n_cut += total > cap
+    return plan
+
+
+class BatchOrder:
+    """Which documents each step reads.
+
+    The documents come in a new order every time round, without end. Of every `pool` global batches the documents are
+    sorted by their number of segments, so that a batch has little padding, and the batches are shuffled. The order
+    depends on the seed, the global batch and the step; not on the number of processes, workers or restarts.
+
+    Args:
+        n_segments: Number of segments of each document.
+        global_batch: Documents of one optimizer step, over all processes and accumulation steps.
+        seed: Of the order.
+        pool: Number of global batches sorted together, at most.
+    """
+
+    def __init__(self, n_segments: Sequence[int], global_batch: int, seed: int, pool: int = 16):
+        self.n_segments = torch.tensor(n_segments)
+        self.global_batch, self.seed = global_batch, seed
+        # no larger than a round, or a document would often stand beside itself
+        self.pool = max(1, min(pool, len(n_segments) // global_batch))
+
+    def epoch(self, step: int) -> float:
+        """How many times every document has been read after `step` optimizer steps."""
+        return step * self.global_batch / len(self.n_segments)
+
+    def step_indices(self, step: int) -> list[int]:
+        """Documents of an optimizer step, counted from 0, those with the fewest segments first."""
+        pool_index, place = divmod(step, self.pool)
+        size = self.pool * self.global_batch
+        documents = self._documents(pool_index * size, size)
+        by_length = documents[self.n_segments[documents].argsort(stable=True)]
+        batches = by_length.view(self.pool, self.global_batch)
+        return batches[self._permutation(self.pool, "pool", pool_index)[place]].tolist()
+
+    def _documents(self, first: int, count: int) -> Tensor:
+        """Places `first` to `first + count` of the endless sequence of documents."""
+        n_documents = len(self.n_segments)
+        first_round, last_round = first // n_documents, (first + count - 1) // n_documents
+        rounds = [self._permutation(n_documents, "round", number) for number in range(first_round, last_round + 1)]
+        offset = first - first_round * n_documents
+        return torch.cat(rounds)[offset : offset + count]
+
+    def _permutation(self, n: int, purpose: str, number: int) -> Tensor:
+        # a generator of its own for each use: no draw depends on how many came before
+        salt = {"round": 0, "pool": 1}[purpose]
+        generator = torch.Generator().manual_seed((self.seed * 2 + salt) * 2**32 + number)
+        return torch.randperm(n, generator=generator)
+
+
+class RankBatches:
+    """The micro-batches of one process from a step on, without end, as lists of document indices.
+
+    Neighbours in length go to the same micro-batch of different processes, so that no process waits long.
+
+    Args:
+        order: The order of all documents.
+        first_step: Optimizer step to begin with.
+        rank: This process.
+        world_size: Number of processes.
+        accumulation: Micro-batches of a process in one optimizer step.
+    """
+
+    def __init__(self, order: BatchOrder, first_step: int, rank: int, world_size: int, accumulation: int):
+        self.order, self.first_step, self.accumulation = order, first_step, accumulation
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.first_step
+        while True:
+            documents = self.order.step_indices(step)
+            size = len(documents) // self.accumulation
+            for micro in range(self.accumulation):
+                yield documents[micro * size : (micro + 1) * size][self.rank :: self.world_size]
+            step += 1

@@ -1,0 +1,137 @@
+"""Tokenised documents: made once, kept in a cache, read from disk as they are needed."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from recurrent_bart.data.rows import Columns, Row
+from recurrent_bart.data.sources import Source
+
+# raised when what is written changes
+CACHE_VERSION = 1
+# documents tokenised in one call, in parallel by the tokenizer's own threads
+BATCH = 64
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "sections": pa.list_(pa.list_(pa.int32())),
+        "summaries": pa.list_(pa.list_(pa.int32())),
+        "summary_texts": pa.list_(pa.string()),
+        "section_lengths": pa.list_(pa.int32()),
+        "summary_lengths": pa.list_(pa.int32()),
+    }
+)
+
+
+def load_corpus(
+    source: Source, task: str, columns: Columns, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+) -> Dataset:
+    """The tokenised documents of a source, from the cache or made and put there.
+
+    Returns:
+        Rows with `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, and in tokens
+        `section_lengths` and `summary_lengths`.
+
+    Raises:
+        ValueError: A document is unusable; the message says where it stands. Nothing is left in the cache then.
+    """
+    key = fingerprint(CACHE_VERSION, source.identity(), task, vars(columns), tokenizer_identity(tokenizer))
+    folder = cache_dir / "corpora" / key
+    if not folder.exists():
+        with half_written(folder) as draft:
+            write_corpus(source.rows(task, columns), tokenizer, draft / "documents.arrow")
+    return Dataset.from_file(str(folder / "documents.arrow"))
+
+
+def write_corpus(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Tokenise documents into an Arrow file."""
+    rows = iter(rows)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+        while batch := list(itertools.islice(rows, BATCH)):
+            writer.write_batch(pa.RecordBatch.from_pylist(_tokenise(batch, tokenizer), SCHEMA))
+
+
+def _tokenise(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    ids = iter(_encode([text for row in rows for text in (*row.sections, *row.summaries)], tokenizer))
+    records = []
+    for row in rows:
+        sections = [next(ids) for _ in row.sections]
+        summaries = [next(ids) for _ in row.summaries]
+        if not any(sections):
+            raise ValueError(f"{row.id}: a document of 0 tokens")
+        if not any(summaries):
+            raise ValueError(f"{row.id}: no target, the summary has 0 tokens")
+        records.append(
+            {
+                "id": row.id,
+                "sections": sections,
+                "summaries": summaries,
+                "summary_texts": row.summaries,
+                "section_lengths": [len(section) for section in sections],
+                "summary_lengths": [len(summary) for summary in summaries],
+            }
+        )
+    return records
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # verbose: a document longer than the position table is no mistake here
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides which ids a text becomes."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        return fingerprint(tokenizer.backend_tokenizer.to_str())
+    return fingerprint(type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()))
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short hash of JSON-like values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def half_written(folder: Path, replaces: bool = False) -> Iterator[Path]:
+    """Give a folder to write into, which appears under its name only when it is complete.
+
+    Args:
+        folder: Its name. Of several processes that write the same one, the last to end is dropped.
+        replaces: What stands under the name already makes way instead.
+
+    Raises:
+        ValueError: The place cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ValueError(f"{folder.parent}: cannot be written ({error.strerror})") from error
+    try:
+        yield draft
+        # mkdtemp lets nobody else read
+        draft.chmod(0o755)
+        if replaces and folder.exists():
+            folder.rename(draft.with_suffix(".old"))
+        with contextlib.suppress(FileExistsError):
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(draft.with_suffix(".old"), ignore_errors=True)
+
+
+def texts_of(rows: Iterable[Row]) -> Iterator[str]:
+    """All texts of documents, for training a tokenizer."""
+    for row in rows:
+        yield from row.sections
+        yield from row.summaries

@@ -1,0 +1,123 @@
+"""One document with its targets, and what is refused."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+SPLITS = ("train", "validation", "test")
+TASKS = ("document", "sections")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A document as it is read: sections in order, and what each is summarised by.
+
+    Attributes:
+        id: Name in messages and in outputs.
+        sections: Texts. For the document task there is one.
+        summaries: Targets, one per section; empty where a section has none.
+    """
+
+    id: str
+    sections: list[str]
+    summaries: list[str]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the fields that a record is read by."""
+
+    text: str = "document"
+    summary: str = "summary"
+    sections: str = "sections"
+    summaries: str = "summaries"
+
+
+def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) -> Row:
+    """Read one record of a file or data set.
+
+    For the document task, a record without the text column but with a list of sections is read as those joined, and
+    likewise its summary.
+
+    Args:
+        record: Fields by name.
+        task: `"document"` or `"sections"`.
+        columns: Which fields to read.
+        place: Where the record stands, for messages.
+
+    Raises:
+        ValueError: A field is missing, empty or of another type.
+    """
+    name = str(record.get("id", place))
+    if task == "sections":
+        sections, summaries = _texts(record, columns.sections, place), _texts(record, columns.summaries, place)
+        if len(sections) != len(summaries):
+            raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
+        return with_targets(Row(name, *_join_untargeted(sections, summaries)), place)
+    text = _text(record, columns.text, columns.sections, place, joined_by="\n")
+    summary = _text(record, columns.summary, columns.summaries, place, joined_by=" ")
+    return with_targets(Row(name, [text], [summary]), place)
+
+
+def with_targets(row: Row, place: str) -> Row:
+    """The row, if it has text and something to learn from.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not any(section.strip() for section in row.sections):
+        raise ValueError(f"{place}: the document is empty")
+    if not any(summary.strip() for summary in row.summaries):
+        raise ValueError(f"{place}: no target, the summary is empty")
+    return row
+
+
+def split_of(name: str) -> str:
+    """Split that a document belongs to by its name alone: 8 of 10 train, 1 validation, 1 test."""
+    digit = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
+    return {0: "validation", 1: "test"}.get(digit, "train")
+
+
+def _texts(record: dict[str, Any], column: str, place: str) -> list[str]:
+    texts = _field(record, column, place)
+    if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"{place}: column {column!r} is not a list of texts")
+    return [text or "" for text in texts]
+
+
+def _text(record: dict[str, Any], column: str, list_column: str, place: str, joined_by: str) -> str:
+    if record.get(column) is None and record.get(list_column) is not None:
+        return joined_by.join(text for text in _texts(record, list_column, place) if text)
+    text = _field(record, column, place)
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: column {column!r} is not a text but {type(text).__name__}")
+    return text
+
+
+def _field(record: dict[str, Any], column: str, place: str) -> Any:
+    if record.get(column) is None:
+        raise ValueError(f"{place}: no column {column!r}; there are {', '.join(map(repr, record)) or 'none'}")
+    return record[column]
+
+
+def _join_untargeted(sections: list[str], summaries: list[str]) -> tuple[list[str], list[str]]:
+    """Join neighbouring sections without a target; drop those that no target follows, for nothing is read of them."""
+    joined = list(_runs(sections, summaries))
+    while joined and not joined[-1][1]:
+        joined.pop()
+    return [section for section, _ in joined], [summary for _, summary in joined]
+
+
+def _runs(sections: list[str], summaries: list[str]) -> Iterator[tuple[str, str]]:
+    waiting: list[str] = []
+    for section, summary in zip(sections, summaries, strict=True):
+        if not summary.strip():
+            waiting += [section] if section.strip() else []
+            continue
+        if waiting:
+            yield "\n".join(waiting), ""
+            waiting = []
+        yield section, summary.strip()
+    if waiting:
+        yield "\n".join(waiting), ""

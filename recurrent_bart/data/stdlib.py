@@ -1,0 +1,85 @@
+"""The embedded corpus: Python's standard library, which every machine with Python has.
+
+A module is a document. Its sections are its module-level code and its top-level functions and classes, with all
+docstrings taken out. A function's or class's target is the first paragraph of its docstring, the document's is that of
+the module's. Nothing is imported or executed.
+"""
+
+import ast
+import importlib.util
+import inspect
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from recurrent_bart.data.rows import Columns, Row, make_row, split_of
+
+# what is installed into the library, and what tests it, is not the library
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def library_root() -> Path:
+    """Folder of the running Python's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def stdlib_rows(split: str, task: str) -> Iterator[Row]:
+    """Modules of a split that have a target for the task, in order of their names.
+
+    The split follows from the module's dotted name alone.
+    """
+    root = library_root()
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if SKIPPED_FOLDERS & set(parts) or split_of(name) != split:
+            continue
+        row = module_row(name, path.read_bytes(), task)
+        if row:
+            yield row
+
+
+def module_row(name: str, source: bytes, task: str) -> Row | None:
+    """One module as a document; None where it has no target for the task or is not valid Python."""
+    try:
+        tree = ast.parse(source)
+        lines = _without_docstrings(importlib.util.decode_source(source), tree)
+    except (SyntaxError, ValueError):
+        return None
+    sections, summaries = [], []
+    for node in [node for node in tree.body if isinstance(node, Definition)]:
+        first, end = min([node, *node.decorator_list], key=lambda part: part.lineno).lineno - 1, node.end_lineno or 0
+        sections.append(_text(lines[first:end]))
+        summaries.append(first_paragraph(node))
+        lines[first:end] = [""] * (end - first)
+    module_code = _text(lines)
+    sections, summaries = [module_code, *sections], ["", *summaries]
+    has_target = any(summaries) if task == "sections" else first_paragraph(tree)
+    if not has_target or not any(sections):
+        return None
+    record = {"id": name, "document": "\n".join(sections), "summary": first_paragraph(tree)}
+    return make_row({**record, "sections": sections, "summaries": summaries}, task, Columns(), place=name)
+
+
+def first_paragraph(node: ast.Module | Definition) -> str:
+    """First paragraph of a docstring on one line; empty where there is none."""
+    paragraph = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def _without_docstrings(source: str, tree: ast.Module) -> list[str]:
+    """Lines of the source, as many as there were, with every docstring blanked."""
+    lines = [line.encode() for line in source.split("\n")]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | Definition) or ast.get_docstring(node) is None:
+            continue
+        docstring = node.body[0]
+        first, last = docstring.lineno - 1, (docstring.end_lineno or 0) - 1
+        head, tail = lines[first][: docstring.col_offset], lines[last][docstring.end_col_offset :]
+        lines[first : last + 1] = [head + tail] + [b""] * (last - first)
+    return [line.decode() for line in lines]
+
+
+def _text(lines: list[str]) -> str:
+    return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -1,0 +1,115 @@
+"""The tokenizer: the pretrained model's own, or a unigram model trained on the training documents."""
+
+import io
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# ids of BART's own vocabulary: <s> 0, <pad> 1, </s> 2, <unk> 3
+SPECIAL = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
+MASK = "<mask>"
+# sentencepiece passes over longer lines
+LINE_LENGTH = 1000
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model or run.
+
+    Raises:
+        ValueError: There is none, or it lacks a special token that BART needs.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name_or_path}: no tokenizer could be loaded ({error})") from error
+    missing = [name for name in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, name) is None]
+    if missing:
+        raise ValueError(f"{name_or_path}: its tokenizer has no {', '.join(missing)}")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a sentencepiece unigram model (Kudo 2018, arXiv 1804.10959) as a Hugging Face tokenizer.
+
+    White space is one space, characters are in normal form NFKC, and what the vocabulary lacks is spelled in bytes.
+
+    Args:
+        texts: What to train on.
+        vocab_size: Number of ids; a small corpus may give fewer.
+
+    Raises:
+        ValueError: `vocab_size` does not leave room beside bytes and special tokens, or there is no text.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            user_defined_symbols=[MASK],
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            bos_piece=SPECIAL["bos"],
+            pad_piece=SPECIAL["pad"],
+            eos_piece=SPECIAL["eos"],
+            unk_piece=SPECIAL["unk"],
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"vocab_size={vocab_size}: no tokenizer could be trained ({error})") from error
+    return as_hugging_face(model.getvalue())
+
+
+def as_hugging_face(model: bytes) -> PreTrainedTokenizerFast:
+    """The trained model with BART's special tokens around a text, `<s> text </s>`."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL["bos"],
+        pad_token=SPECIAL["pad"],
+        eos_token=SPECIAL["eos"],
+        unk_token=SPECIAL["unk"],
+        mask_token=MASK,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts in front of a text and behind it."""
+    both = tokenizer("")["input_ids"]
+    n_leading = int(bool(both) and both[0] == tokenizer.bos_token_id)
+    return both[:n_leading], both[n_leading:]
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write it so that `AutoTokenizer` loads it from there."""
+    tokenizer.save_pretrained(folder)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        words = " ".join(unicodedata.normalize("NFKC", text).split())
+        for start in range(0, len(words), LINE_LENGTH):
+            yield words[start : start + LINE_LENGTH]

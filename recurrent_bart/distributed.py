@@ -1,0 +1,100 @@
+"""What processes tell each other. Works without a process group, as the only process."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+class SharedError(ValueError):
+    """An error that another process met first and reports."""
+
+
+def is_distributed() -> bool:
+    """Whether there is more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Number of this process, 0 for the one that prints and writes."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes."""
+    return rank() == 0
+
+
+def sum_over_ranks(*values: float, device: torch.device | None = None) -> list[float]:
+    """Each value summed over all processes."""
+    if not is_distributed():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_ranks(value: int, device: torch.device | None = None) -> int:
+    """The largest of all processes' values."""
+    if not is_distributed():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every process's item, in order of rank."""
+    if not is_distributed():
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def from_first(item: Result | None) -> Result:
+    """The first process's item, on every process."""
+    if not is_distributed():
+        return item
+    items = [item]
+    dist.broadcast_object_list(items, src=0)
+    return items[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if is_distributed():
+        dist.barrier()
+
+
+def first_then_all(make: Callable[[], Result]) -> Result:
+    """Let the first process do something before all others do it, to find it in a cache.
+
+    Raises:
+        ValueError: The first process met one; the others stop with it (SharedError) instead of waiting for ever.
+    """
+    result, error = None, None
+    if is_first():
+        try:
+            result = make()
+        except ValueError as met:
+            error = met
+    message = from_first(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if message is not None:
+        raise SharedError(message)
+    return result if is_first() else make()
+
+
+def only_first(act: Callable[[], Any]) -> None:
+    """Let the first process alone do something; its ValueError stops all, as in `first_then_all`."""
+    first_then_all(lambda: act() if is_first() else None)

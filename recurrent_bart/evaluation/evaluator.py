@@ -1,0 +1,139 @@
+"""Validation loss and ROUGE of a model on documents."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recurrent_bart.data.batches import Batch, Collator, DocumentPlan
+from recurrent_bart.distributed import gather_objects, max_over_ranks, rank, sum_over_ranks, world_size
+from recurrent_bart.evaluation.rouge import Score, rouge
+from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated text and what it should be."""
+
+    id: str
+    source: str
+    target: str
+    generated: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How texts are generated.
+
+    Attributes:
+        max_new_tokens: Where a text is ended.
+        num_beams: 1: greedy.
+        n_documents: How many documents are summarised; -1: all.
+    """
+
+    max_new_tokens: int
+    num_beams: int = 1
+    n_documents: int = -1
+
+
+@dataclass
+class Evaluator:
+    """Documents to evaluate on, shared out over the processes.
+
+    Attributes:
+        corpus: Rows of `load_corpus`.
+        plan: Which of them are read.
+        collator: How they are cut.
+        tokenizer: To turn ids into texts.
+        batch_size: Documents of a forward pass.
+        device: Where the model is.
+    """
+
+    corpus: Dataset
+    plan: DocumentPlan
+    collator: Collator
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    device: torch.device
+
+    @torch.no_grad()
+    def loss(self, model: torch.nn.Module) -> float:
+        """Cross-entropy per target token over all documents.
+
+        Args:
+            model: The model, or an engine around it, in evaluation mode.
+        """
+        total, n_targets = 0.0, 0.0
+        for batch, counts in self._batches(self.plan.indices):
+            loss = model(**batch.model_inputs(self.device), num_items_in_batch=1).loss
+            if counts:
+                total += float(loss)
+                n_targets += batch.n_targets()
+        total, n_targets = sum_over_ranks(total, n_targets, device=self.device)
+        return total / n_targets
+
+    def summarise(self, model: RecurrentBartForConditionalGeneration, how: Generation) -> list[Sample]:
+        """Texts generated for the first documents, and their targets, on every process in the same order."""
+        n_documents = len(self.plan.indices) if how.n_documents == -1 else how.n_documents
+        samples: list[tuple[int, list[Sample]]] = []
+        for batch, counts in self._batches(self.plan.indices[:n_documents]):
+            generated = self._generate(model, batch, how)
+            if counts:
+                pairs = zip(batch.indices, generated, strict=True)
+                samples += [(index, self._samples(index, ids)) for index, ids in pairs]
+        found = dict(pair for part in gather_objects(samples) for pair in part)
+        return [sample for index in sorted(found) for sample in found[index]]
+
+    def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
+        """Ids generated for each document, `(T,)` or, for sections, `(N, T)`."""
+        ids = model.generate(
+            batch.input_ids.to(self.device),
+            attention_mask=batch.attention_mask.to(self.device),
+            every_segment=self.collator.task == "sections",
+            max_new_tokens=how.max_new_tokens,
+            num_beams=how.num_beams,
+            # a process that ends its texts early must go on gathering parameters for the others under ZeRO-3
+            synced_gpus=world_size() > 1,
+        )
+        return list(ids.cpu())
+
+    def _samples(self, index: int, generated: Tensor) -> list[Sample]:
+        """A document's sample, or those of its sections that have a target."""
+        row = self.corpus[index]
+        if self.collator.task == "document":
+            return [self._sample(row["id"], row["sections"][0], row["summary_texts"][0], generated)]
+        _, targets = self.collator.segments(row)
+        places = [place for place, target in enumerate(targets) if target]
+        told = [pair for pair in zip(row["sections"], row["summary_texts"], strict=True) if all(pair)]
+        # sections behind the cut have a text but no place
+        return [
+            self._sample(f"{row['id']}[{number}]", section, text, generated[place])
+            for number, (place, (section, text)) in enumerate(zip(places, told, strict=False))
+        ]
+
+    def _sample(self, name: str, source: list[int], target: str, generated: Tensor) -> Sample:
+        return Sample(
+            id=name,
+            source=self.tokenizer.decode(source[:100], skip_special_tokens=True),
+            target=target,
+            generated=self.tokenizer.decode(generated, skip_special_tokens=True).strip(),
+        )
+
+    def _batches(self, indices: list[int]) -> Iterator[tuple[Batch, bool]]:
+        """This process's batches, and whether each counts: all processes must make the same number of passes."""
+        lengths = dict(zip(self.plan.indices, self.plan.n_segments, strict=True))
+        by_length = sorted(indices, key=lambda index: lengths[index])
+        groups = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+        own = groups[rank() :: world_size()]
+        n_passes = max_over_ranks(len(own), self.device)
+        for number in range(n_passes):
+            group = own[number] if number < len(own) else groups[0][:1]
+            yield self.collator([{**self.corpus[index], "index": index} for index in group]), number < len(own)
+
+
+def score(samples: list[Sample]) -> dict[str, Score]:
+    """ROUGE of samples."""
+    return rouge([sample.generated for sample in samples], [sample.target for sample in samples])

@@ -1,0 +1,136 @@
+"""The folder of a run: what is in it and how it is written.
+
+RUN/config.json      model, run and DeepSpeed configuration, git commit, versions
+RUN/metrics.jsonl    one line for each logged step and each evaluation
+RUN/samples.md       at each evaluation, source, target and generated text side by side
+RUN/curves.png       loss, ROUGE, learning rate and throughput against steps
+RUN/checkpoints/     what a run is continued from
+RUN/model/           the best model so far, for from_pretrained
+RUN/tokenizer/       its tokenizer
+"""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "recurrent-bart")
+
+
+class RunFolder:
+    """Writes into the folder of a run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.md"
+        self.curves_file = path / "curves.png"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.tokenizer = path / "tokenizer"
+
+    def check_new(self) -> None:
+        """Refuse a place where no run can begin, and leave nothing there.
+
+        Raises:
+            ValueError: It holds a run already, or cannot be written.
+        """
+        if self.config_file.exists():
+            raise ValueError(f"--output_dir {self.path}: a run is there already; continue it with --resume {self.path}")
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not existing.is_dir():
+            raise ValueError(f"--output_dir {self.path}: {existing} is not a folder")
+        try:
+            # asks the file system, where a permission bit may not say all
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            raise ValueError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
+
+    def create(self) -> None:
+        """Make the folder if it is not there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, **sections: Any) -> None:
+        """Write the resolved configuration with the commit and the versions that it ran on."""
+        everything = {**sections, "git_commit": git_commit(), "versions": versions()}
+        replace_file(self.config_file, json.dumps(everything, indent=2, default=str) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration written before.
+
+        Raises:
+            ValueError: There is no run in the folder, or its configuration is unreadable.
+        """
+        try:
+            return json.loads(self.config_file.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"--resume {self.path}: no readable config.json there ({error})") from error
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines; a last one that was cut off by a crash is left out."""
+        if not self.metrics_file.exists():
+            return []
+        records = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was logged after a step, for a run that goes on from there."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def append_samples(self, title: str, samples: Sequence[Any]) -> None:
+        """Add some samples under a title."""
+        lines = [f"## {title}\n"]
+        for sample in samples:
+            fields = [("source", sample.source), ("target", sample.target), ("generated", sample.generated)]
+            lines += [f"### {sample.id}\n", "| | |", "|---|---|"]
+            lines += [f"| {name} | {_table_cell(text)} |" for name, text in fields] + [""]
+        with self.samples_file.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that at any moment either the old or the new one is there, whole."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of what the run depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _table_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

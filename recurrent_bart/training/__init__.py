@@ -1,0 +1,1 @@
+"""Our own loop over a DeepSpeed engine, and what it needs."""

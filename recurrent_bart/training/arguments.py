@@ -1,0 +1,152 @@
+"""What a run is told on the command line. One dataclass for each concern; every field is a flag."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.rows import TASKS, Columns
+from recurrent_bart.monitoring.run_folder import RunFolder
+
+PRECISIONS = ("auto", "bf16", "fp32")
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field with its line of documentation."""
+    return field(default=default, metadata={"help": text})
+
+
+def _check_at_least(arguments: Any, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least {least:g}")
+
+
+def _check_choice(arguments: Any, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(arguments, name) not in allowed:
+        raise ValueError(f"--{name} {getattr(arguments, name)}: allowed are {', '.join(allowed)}")
+
+
+@dataclass
+class ModelArguments:
+    """Which model; what is not given stays as the checkpoint or RecurrentBartConfig has it."""
+
+    model_name_or_path: str | None = flag(None, "pretrained BART or Recurrent BART; without it, one from scratch")
+    model_size: str = flag("tiny", "size of a model from scratch: tiny, small, base or large")
+    tokenizer_name: str | None = flag(None, "tokenizer to use instead of the model's own")
+    vocab_size: int = flag(4096, "ids of a tokenizer trained for a model from scratch")
+    pre_seq_len: int | None = flag(None, "prefix positions and slots, the width of the state; 0: no recurrence")
+    segment_size: int | None = flag(None, "tokens of a segment")
+    input_size: int | None = flag(None, "token positions the encoder sees per segment; more than segment_size: overlap")
+    max_n_segments: int | None = flag(8, "segments kept per document in training and its evaluations; -1: all")
+    bptt_depth: int | None = flag(None, "segment boundaries that gradient crosses; -1: all")
+    prefix_projection: bool | None = flag(None, "project the state by an MLP, not by the layer's own k_proj, v_proj")
+    prefix_hidden_size: int | None = flag(None, "width of that MLP")
+    hidden_dropout_prob: float | None = flag(None, "dropout on the projected prefix")
+    prefix_attention: str | None = flag(None, "gated or concat")
+    update_gate: bool | None = flag(None, "carry the state over through a learned gate")
+    dropout: float | None = flag(None, "BART's dropout")
+
+    def config_fields(self) -> dict[str, Any]:
+        """Fields of RecurrentBartConfig that were given."""
+        names = {item.name for item in fields(self)} & set(RecurrentBartConfig.__dataclass_fields__) - {"vocab_size"}
+        return {name: getattr(self, name) for name in sorted(names) if getattr(self, name) is not None}
+
+
+@dataclass
+class DataArguments:
+    """Which documents, and what they are summarised by."""
+
+    dataset: str = flag("stdlib", "stdlib, a file, a folder with train.* and validation.*, or a name on the hub")
+    train_file: str | None = flag(None, "JSON Lines (.gz), CSV, Parquet, or a folder of texts; instead of dataset")
+    validation_file: str | None = flag(None, "likewise; without one, a tenth or so of the training documents")
+    test_file: str | None = flag(None, "likewise")
+    task: str = flag("document", "document: one target per document; sections: one per section")
+    text_column: str = flag(Columns.text, "column of the text")
+    summary_column: str = flag(Columns.summary, "column of the target")
+    sections_column: str = flag(Columns.sections, "column of the list of texts")
+    summaries_column: str = flag(Columns.summaries, "column of the list of targets")
+    max_target_length: int = flag(128, "tokens of a target; longer ones are cut, and generation stops there")
+    cache_dir: str = flag("~/.cache/recurrent_bart", "folder of tokenised documents and trained tokenizers")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "task", TASKS)
+        _check_at_least(self, 4, "max_target_length")
+
+    def columns(self) -> Columns:
+        """Names of the fields to read."""
+        return Columns(self.text_column, self.summary_column, self.sections_column, self.summaries_column)
+
+
+@dataclass
+class RunArguments:
+    """How it is trained."""
+
+    output_dir: str | None = flag(None, "run folder; without it, a new one under runs/")
+    resume: str | None = flag(None, "run folder to continue from its last checkpoint, with its flags")
+    deepspeed: str | None = flag(None, "DeepSpeed configuration; without it, ds_configs/zero2.json")
+    max_steps: int = flag(300, "optimizer steps")
+    per_device_train_batch_size: int = flag(8, "documents of a forward pass")
+    gradient_accumulation_steps: int = flag(1, "forward passes of an optimizer step")
+    learning_rate: float | None = flag(None, "highest one; default: 3e-5 pretrained, 3e-3 x 128 / d_model from scratch")
+    recurrence_learning_rate: float | None = flag(None, "the recurrence's own; default: 10 times it where pretrained")
+    lr_scheduler: str = flag("linear", "decay after warm-up: linear, cosine or constant")
+    warmup_steps: int = flag(30, "steps over which the learning rate rises from 0")
+    weight_decay: float = flag(0.01, "of matrices; biases, norms and gates have none")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all")
+    precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
+    gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass to save memory")
+    seed: int = flag(42, "of weights, dropout and data order")
+    log_every: int = flag(10, "steps between lines of the log")
+    eval_every: int = flag(100, "steps between evaluations; each is followed by a checkpoint")
+    eval_documents: int = flag(32, "validation documents that are summarised at an evaluation; all count for the loss")
+    per_device_eval_batch_size: int | None = flag(None, "documents of a pass in evaluation; default: as in training")
+    num_beams: int = flag(1, "beams of generation in evaluation")
+    patience: int = flag(0, "stop after so many evaluations without a lower validation loss; 0: never")
+    keep_last: int = flag(2, "checkpoints kept, beside that of the lowest validation loss")
+    dataloader_num_workers: int = flag(2, "processes that make batches")
+    timeout_minutes: int = flag(60, "how long a process waits for another one before it gives up")
+    local_rank: int = flag(-1, "set by the deepspeed launcher")
+
+    def __post_init__(self) -> None:
+        positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
+        _check_at_least(self, 1, *positive, "eval_every", "eval_documents", "num_beams", "timeout_minutes")
+        _check_at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "patience")
+        _check_at_least(self, 0, "dataloader_num_workers", "seed")
+        # one may be half written when the next is due
+        _check_at_least(self, 2, "keep_last")
+        _check_choice(self, "precision", PRECISIONS)
+        _check_choice(self, "lr_scheduler", SCHEDULES)
+
+
+@dataclass
+class Arguments:
+    """All of a run's arguments."""
+
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+
+
+def build_parser() -> HfArgumentParser:
+    """Parser of all flags."""
+    return HfArgumentParser([ModelArguments, DataArguments, RunArguments], description="Train Recurrent BART.")
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Read a command line. With `--resume RUN`, flags that are not given are as they were in that run.
+
+    Raises:
+        ValueError: A flag is out of range, or there is no run to resume.
+    """
+    parser = build_parser()
+    resumed = parser.parse_known_args(argv)[0].resume
+    if resumed:
+        saved = RunFolder(Path(resumed)).read_config()["arguments"]
+        flags = {name: value for group in saved.values() for name, value in group.items()}
+        parser.set_defaults(**flags | {"resume": resumed, "output_dir": resumed})
+    return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))

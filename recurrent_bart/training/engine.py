@@ -1,0 +1,65 @@
+"""The DeepSpeed engine around a model, and the whole model out of it again."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from recurrent_bart.distributed import is_first
+from recurrent_bart.modeling_recurrent_bart import RecurrentBartEncoder
+
+
+def build_engine(
+    model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, config: dict[str, Any]
+) -> DeepSpeedEngine:
+    """Shard a model and its optimizer.
+
+    ZeRO-3 gathers parameters at each call of a module. The recurrence calls every layer once per segment, so the
+    encoder is made a leaf, gathered once per forward pass as a whole; this also lets processes read different numbers
+    of segments in one step.
+    """
+    if config["zero_optimization"]["stage"] == 3:
+        for encoder in set_z3_leaf_modules(model, [RecurrentBartEncoder]):
+            _take_embedding_out(encoder)
+    # a file of its own is not needed: the engine only writes into it
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config))
+    engine.train()
+    return engine
+
+
+def _take_embedding_out(encoder: nn.Module) -> None:
+    """Make the encoder's token embedding a plain attribute, no child of it.
+
+    A leaf's gradients are reduced when its backward pass is done. The embedding shares its weight with the model's,
+    which makes the leaf's input and so gets its gradient after that: it would be lost in silence.
+    """
+    embedding = encoder._modules.pop("embed_tokens")
+    object.__setattr__(encoder, "embed_tokens", embedding)
+
+
+@torch.no_grad()
+def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """All weights in float32 on the first process; empty on the others, which must call it too."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        whole = _full_parameter(parameter)
+        if is_first():
+            state[name] = whole.detach().float().cpu().clone()
+    if is_first():
+        state |= {name: buffer.detach().float().cpu() for name, buffer in engine.module.named_buffers()}
+        # the further names of shared weights, which named_parameters gives once
+        state |= {name: state[source] for name, source in engine.module.all_tied_weights_keys.items()}
+    return state
+
+
+def _full_parameter(parameter: nn.Parameter) -> Tensor:
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter)
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()

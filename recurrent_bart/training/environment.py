@@ -1,0 +1,75 @@
+"""The process that we are in: its rank, its device, its process group. The one place that reads `os.environ`."""
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import deepspeed.ops
+import torch
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where this process stands.
+
+    Attributes:
+        rank: Number of the process, over all machines.
+        local_rank: Number on this machine, and of its device.
+        world_size: Number of processes.
+        device: Where it computes.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def launched_rank() -> int:
+    """Rank that the launcher gave, before anything is started."""
+    return int(os.environ.get("RANK", 0))
+
+
+def start_processes(timeout_minutes: int) -> Environment:
+    """Join the process group: NCCL with a GPU, gloo without; alone if no launcher says otherwise.
+
+    Args:
+        timeout_minutes: How long a process waits for another one before it gives up.
+    """
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    # the loader's processes are forked from one that has used the tokenizer, and do not use it themselves
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    else:
+        # a minute of compiling for an all-reduce that only inference uses
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    return Environment(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bf16: where it is fast, unless told otherwise.
+
+    Raises:
+        ValueError: It was asked for on a GPU that does not have it.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError("--precision bf16: this GPU does not have it, use fp32")
+    return has_bf16 if precision == "auto" else precision == "bf16"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,75 @@
+"""The model a run trains: pretrained, or from scratch in a named size."""
+
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedTokenizerBase
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.training.arguments import ModelArguments
+
+
+def _size(d_model: int, n_layers: int, n_heads: int) -> dict[str, int]:
+    both = {"layers": n_layers, "attention_heads": n_heads, "ffn_dim": 4 * d_model}
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in both.items()}
+    return {"d_model": d_model, **sides}
+
+
+# base and large have the dimensions of facebook/bart-base and facebook/bart-large; tiny is for a processor
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": _size(d_model=128, n_layers=2, n_heads=4) | {"segment_size": 256},
+    "small": _size(d_model=256, n_layers=4, n_heads=4),
+    "base": _size(d_model=768, n_layers=6, n_heads=12),
+    "large": _size(d_model=1024, n_layers=12, n_heads=16),
+}
+
+
+def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> RecurrentBartConfig:
+    """Architecture of a model from scratch, or of a pretrained one with what was given changed.
+
+    Raises:
+        ValueError: A size is unknown, a field is out of range, or the vocabulary is smaller than the tokenizer's.
+    """
+    try:
+        if arguments.model_name_or_path is None:
+            return RecurrentBartConfig(**_from_scratch(arguments, tokenizer) | arguments.config_fields())
+        config = RecurrentBartConfig.from_pretrained(arguments.model_name_or_path, **arguments.config_fields())
+    except (OSError, StrictDataclassError) as error:
+        raise ValueError(f"--model_name_or_path {arguments.model_name_or_path}: {error}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, {arguments.model_name_or_path} only {config.vocab_size}"
+        )
+    return config
+
+
+def build_model(
+    arguments: ModelArguments, config: RecurrentBartConfig, seed: int
+) -> RecurrentBartForConditionalGeneration:
+    """The model in float32 and in training mode, with the same weights on every process.
+
+    `from_pretrained` gives one in evaluation mode, without dropout, and DeepSpeed leaves it so.
+    """
+    torch.manual_seed(seed)
+    if arguments.model_name_or_path is None:
+        model = RecurrentBartForConditionalGeneration(config)
+    else:
+        model = RecurrentBartForConditionalGeneration.from_pretrained(
+            arguments.model_name_or_path, config=config, dtype=torch.float32
+        )
+    return model.train()
+
+
+def _from_scratch(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if arguments.model_size not in SIZES:
+        raise ValueError(f"--model_size {arguments.model_size}: allowed are {', '.join(SIZES)}")
+    return SIZES[arguments.model_size] | {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.eos_token_id,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+    }

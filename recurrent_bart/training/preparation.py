@@ -1,0 +1,129 @@
+"""All that a run needs before a model is built; whatever a user can get wrong is found here."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, plan_documents
+from recurrent_bart.data.corpus import fingerprint, half_written, load_corpus, texts_of
+from recurrent_bart.data.sources import Source, find_sources
+from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
+from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.training.arguments import Arguments, DataArguments, ModelArguments
+from recurrent_bart.training.deepspeed_config import load_deepspeed_config
+from recurrent_bart.training.environment import Environment, use_bf16
+from recurrent_bart.training.model_building import build_config
+
+DEFAULT_DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
+
+
+@dataclass
+class Documents:
+    """Documents of a split, ready to be batched."""
+
+    corpus: Dataset
+    plan: DocumentPlan
+    collator: Collator
+
+
+@dataclass
+class Preparation:
+    """What a run starts from."""
+
+    folder: RunFolder
+    tokenizer: PreTrainedTokenizerBase
+    config: RecurrentBartConfig
+    deepspeed: dict[str, Any]
+    splits: dict[str, Documents]
+
+
+def prepare(arguments: Arguments, environment: Environment) -> Preparation:
+    """Check all arguments, and make or find the tokenizer and the tokenised documents.
+
+    Raises:
+        ValueError: Something is wrong with them. Nothing is left behind then.
+    """
+    run = arguments.run
+    folder = RunFolder(Path(run.output_dir))
+    if not run.resume:
+        folder.check_new()
+    deepspeed = load_deepspeed_config(
+        run.deepspeed or DEFAULT_DEEPSPEED,
+        run.per_device_train_batch_size,
+        run.max_grad_norm,
+        use_bf16(run.precision, environment.device),
+    )
+    sources = find_training_sources(arguments.data)
+    saved = folder.tokenizer if run.resume else None
+    tokenizer = find_tokenizer(arguments.model, arguments.data, sources["train"], saved)
+    config = build_config(arguments.model, tokenizer)
+    splits = {
+        split: open_documents(sources[split], arguments.data, config, tokenizer, config.max_n_segments)
+        for split in ("train", "validation")
+    }
+    return Preparation(folder, tokenizer, config, deepspeed, splits)
+
+
+def find_training_sources(data: DataArguments) -> dict[str, Source]:
+    """Sources with a training and a validation split.
+
+    Raises:
+        ValueError: There are no training documents.
+    """
+    sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file)
+    if "train" not in sources:
+        raise ValueError(f"--dataset {data.dataset}: no training split; there are {', '.join(sources) or 'none'}")
+    return sources
+
+
+def find_tokenizer(
+    model: ModelArguments, data: DataArguments, train: Source, saved: Path | None = None
+) -> PreTrainedTokenizerBase:
+    """The saved one, the one named, the pretrained model's, or one trained on the training documents and cached."""
+    name = saved or model.tokenizer_name or model.model_name_or_path
+    if name:
+        return load_tokenizer(str(name))
+    key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()))
+    folder = Path(data.cache_dir).expanduser() / "tokenizers" / key
+    if not folder.exists():
+        texts = texts_of(train.rows(data.task, data.columns()))
+        with half_written(folder) as draft:
+            save_tokenizer(train_tokenizer(texts, model.vocab_size), draft)
+    return load_tokenizer(str(folder))
+
+
+def open_documents(
+    source: Source,
+    data: DataArguments,
+    config: RecurrentBartConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_n_segments: int,
+) -> Documents:
+    """Tokenised documents of a split and how they are cut.
+
+    Raises:
+        ValueError: One is unusable, or none has a target in the part that is read.
+    """
+    corpus = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser())
+    leading, trailing = special_tokens_around(tokenizer)
+    sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
+    plan = plan_documents(
+        corpus["section_lengths"], corpus["summary_lengths"], sizes, n_special=len(leading) + len(trailing)
+    )
+    if not plan.indices:
+        raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments")
+    longest = min(data.max_target_length, config.max_position_embeddings)
+    return Documents(corpus, plan, Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest))
+
+
+def default_output_dir(arguments: Arguments) -> str:
+    """A new folder under `runs/`, named by what is trained and when."""
+    data = arguments.data
+    name = Path(data.train_file or data.dataset).name.split(".")[0]
+    size = Path(arguments.model.model_name_or_path or arguments.model.model_size).name
+    return str(Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{data.task}-{size}")

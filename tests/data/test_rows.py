@@ -1,0 +1,66 @@
+"""What a record must be to be a document."""
+
+import pytest
+
+from recurrent_bart.data.rows import Columns, make_row, split_of
+
+SECTIONS = {"id": "d", "sections": ["a", "b", "c", "d", "e"], "summaries": ["", None, "C", " ", "E"]}
+
+
+def test_a_document_and_its_summary():
+    row = make_row({"id": 7, "document": "text", "summary": "s"}, "document", Columns(), "f:1")
+    assert (row.id, row.sections, row.summaries) == ("7", ["text"], ["s"])
+
+
+def test_a_record_without_a_name_is_named_by_its_place():
+    assert make_row({"document": "text", "summary": "s"}, "document", Columns(), "f:1").id == "f:1"
+
+
+def test_columns_may_have_other_names():
+    columns = Columns(text="article", summary="abstract")
+    row = make_row({"article": "text", "abstract": "s", "document": "no"}, "document", columns, "f:1")
+    assert (row.sections, row.summaries) == (["text"], ["s"])
+
+
+def test_neighbouring_sections_without_a_target_are_joined_and_those_behind_the_last_target_dropped():
+    record = SECTIONS | {"sections": [*"abcdef"], "summaries": ["", None, "C", " ", "E", ""]}
+    row = make_row(record, "sections", Columns(), "f:1")
+    assert row.sections == ["a\nb", "c", "d", "e"]
+    assert row.summaries == ["", "C", "", "E"]
+
+
+def test_sections_joined_are_a_document():
+    row = make_row(SECTIONS, "document", Columns(), "f:1")
+    assert (row.sections, row.summaries) == (["a\nb\nc\nd\ne"], ["C   E"])
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "message"),
+    [
+        ({"text": "t", "summary": "s"}, "document", "f:3: no column 'document'; there are 'text', 'summary'"),
+        ({}, "document", "f:3: no column 'document'; there are none"),
+        ({"document": None, "summary": "s"}, "document", "f:3: no column 'document'"),
+        ({"document": " \n", "summary": "s"}, "document", "f:3: the document is empty"),
+        ({"document": "t", "summary": " "}, "document", "f:3: no target"),
+        ({"document": "t"}, "document", "f:3: no column 'summary'"),
+        ({"document": ["t"], "summary": "s"}, "document", "f:3: column 'document' is not a text but list"),
+        ({"document": "t", "summary": "s"}, "sections", "f:3: no column 'sections'"),
+        ({"sections": "t", "summaries": ["s"]}, "sections", "f:3: column 'sections' is not a list of texts"),
+        ({"sections": ["t"], "summaries": [3]}, "sections", "f:3: column 'summaries' is not a list of texts"),
+        ({"sections": ["t", "u"], "summaries": ["s"]}, "sections", "f:3: 2 sections but 1 summaries"),
+        ({"sections": ["t"], "summaries": [""]}, "sections", "f:3: .*no target|f:3: the document is empty"),
+    ],
+)
+def test_unusable_records_are_refused_with_their_place(record, task, message):
+    with pytest.raises(ValueError, match=message):
+        make_row(record, task, Columns(), "f:3")
+
+
+def test_splits_follow_from_names_alone():
+    splits = [split_of(f"module.{number}") for number in range(2000)]
+    assert splits == [split_of(f"module.{number}") for number in range(2000)]
+    assert {split: round(splits.count(split) / 2000, 1) for split in set(splits)} == {
+        "train": 0.8,
+        "validation": 0.1,
+        "test": 0.1,
+    }

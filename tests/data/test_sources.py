@@ -1,0 +1,150 @@
+"""Files, folders and data sets by name, and what is said of those that are no good."""
+
+import csv
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from recurrent_bart.data.rows import Columns
+from recurrent_bart.data.sources import find_sources
+
+RECORDS = [{"id": f"d{i}", "document": f"text {i}", "summary": f"sum {i}"} for i in range(3)]
+
+
+def write(path, records=RECORDS):
+    """Records in the format that the name asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    if path.suffix == ".jsonl":
+        path.write_text(lines)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(records), path)
+    else:
+        for record in records:
+            (path / f"{record['id']}.txt").parent.mkdir(parents=True, exist_ok=True)
+            (path / f"{record['id']}.txt").write_text(record["document"])
+            (path / f"{record['id']}.summary.txt").write_text(record["summary"])
+    return path
+
+
+def read(source, task="document"):
+    return [(row.id, row.sections[0], row.summaries[0]) for row in source.rows(task, Columns())]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.parquet", "train"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
+    write(tmp_path / name)
+    write(tmp_path / "validation.jsonl", RECORDS[:1])
+    sources = find_sources(str(tmp_path))
+    assert read(sources["train"]) == [(f"d{i}", f"text {i}", f"sum {i}") for i in range(3)]
+    assert read(sources["validation"]) == [("d0", "text 0", "sum 0")]
+    assert "test" not in sources
+
+
+def test_files_may_be_named_one_by_one(tmp_path):
+    train, test = write(tmp_path / "a.csv"), write(tmp_path / "b.parquet", RECORDS[1:])
+    sources = find_sources("stdlib", train_file=str(train), validation_file=str(test), test_file=str(test))
+    assert len(read(sources["train"])) == 3
+    assert len(read(sources["validation"])) == len(read(sources["test"])) == 2
+
+
+def test_sections_are_lists(tmp_path):
+    record = {"sections": ["a", "b"], "summaries": ["A", "B"]}
+    for name in ("x.jsonl", "x.parquet"):
+        source = find_sources(str(write(tmp_path / name, [record] * 40)))["train"]
+        assert next(source.rows("sections", Columns())).sections == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["documents.jsonl", "folder"])
+def test_without_a_validation_split_some_documents_are_held_out(tmp_path, name):
+    records = [{"id": f"d{i}", "document": "text", "summary": "s"} for i in range(200)]
+    sources = find_sources(str(write(tmp_path / name, records)))
+    train, validation = read(sources["train"]), read(sources["validation"])
+    assert len(train) + len(validation) == 200
+    assert not set(train) & set(validation)
+    assert 5 <= len(validation) <= 40
+
+
+def test_a_data_set_by_name_is_loaded_by_datasets(tmp_path, monkeypatch):
+    """To `datasets`, a folder is a data set as a repository of the hub is; ours must not see that it is a folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    held_out = RECORDS[0] | {"id": "d12"}
+    write(tmp_path / "owner" / "name" / "data" / "train.parquet", [*RECORDS, held_out])
+    write(tmp_path / "owner" / "name" / "data" / "test.parquet", RECORDS[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr("recurrent_bart.data.sources.Path.exists", lambda self: False)
+        sources = find_sources("owner/name")
+    assert {split: source.kind for split, source in sources.items()} == dict.fromkeys(sources, "hub")
+    assert read(sources["test"]) == [("d0", "text 0", "sum 0")]
+    assert [name for name, *_ in read(sources["train"])] == ["d0", "d1", "d2"]
+    assert [name for name, *_ in read(sources["validation"])] == ["d12"]
+    assert sources["test"].identity() != sources["train"].identity()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", "", "x.jsonl: the file is empty"),
+        ("x.jsonl", "\n \n", "no documents with a target for --task document in split 'train'"),
+        ("x.jsonl", '{"document": "t", "summary": "s"}\n{"document": \n', r"x.jsonl:2: unreadable line"),
+        ("x.jsonl", '{"document": "t", "summary": "s"}\n[1]\n', r"x.jsonl:2: .*JSON object is needed, not list"),
+        ("x.jsonl", '{"document": "t"}\n', "x.jsonl:1: no column 'summary'"),
+        ("x.csv", "document,summary\nt,s\nu,\n", "x.csv:3: no target"),
+        ("x.csv", "text,summary\nt,s\n", "x.csv:2: no column 'document'; there are 'text', 'summary'"),
+        ("x.xml", "<a/>", "x.xml: unknown kind of file"),
+        ("x.jsonl.gz", "not gzip", "x.jsonl.gz:1: unreadable"),
+        ("x.parquet", "not parquet", "x.parquet: "),
+    ],
+)
+def test_bad_files_are_refused_with_file_and_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(
+            find_sources("stdlib", train_file=str(path), validation_file=str(path))["train"].rows("document", Columns())
+        )
+
+
+def test_truncated_gzip_is_refused_with_its_line(tmp_path):
+    path = write(tmp_path / "x.jsonl.gz", RECORDS * 500)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"x.jsonl.gz:\d+: unreadable"):
+        read(find_sources("stdlib", train_file=str(path))["train"])
+
+
+def test_places_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        find_sources("stdlib", train_file=str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match="no such file or folder"):
+        find_sources(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="neither a file or folder nor a data set"):
+        find_sources("no-such-data-set")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no train"):
+        find_sources(str(tmp_path / "empty"))
+
+
+def test_two_files_for_one_split_are_refused(tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "train.csv")
+    with pytest.raises(ValueError, match="more than one place for split 'train'"):
+        find_sources(str(tmp_path))
+
+
+def test_identity_changes_with_the_file(tmp_path):
+    path = write(tmp_path / "x.jsonl")
+    before = find_sources(str(path))["train"].identity()
+    assert find_sources(str(path))["train"].identity() == before
+    write(path, RECORDS[:2])
+    assert find_sources(str(path))["train"].identity() != before

@@ -1,0 +1,82 @@
+"""A tokenizer trained here is one that Hugging Face loads, and cuts as sentencepiece does."""
+
+import unicodedata
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from recurrent_bart.data import tokenizer as module
+from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
+
+TEXTS = [f"the {word} of number {i} is returned as a list_{i % 7}({word})" for i, word in enumerate(dir(str) * 5)]
+HARD = [
+    "the  list\n\n of numbers",
+    "naïve café 東京 は 🙂",
+    " leading and trailing ",
+    "ﬁgure Ⅳ ｆｕｌｌ",
+    "__init__(self, x=0x1F)",
+    "a",
+    "unseenword_ÿ",
+]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(TEXTS, vocab_size=500)
+
+
+@pytest.fixture(scope="module")
+def loaded(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(trained, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_special_ids_are_barts(loaded):
+    ids = [loaded.bos_token_id, loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id]
+    assert ids == [0, 1, 2, 3]
+    assert loaded.mask_token == "<mask>"
+    assert special_tokens_around(loaded) == ([0], [2])
+    ids = loaded("the list")["input_ids"]
+    assert (ids[0], ids[-1]) == (0, 2)
+
+
+@pytest.mark.parametrize("text", HARD + TEXTS[:5])
+def test_loaded_tokenizer_cuts_as_the_trained_one_and_keeps_the_text(trained, loaded, text):
+    ids = loaded(text)["input_ids"]
+    assert ids == trained(text)["input_ids"]
+    assert loaded.unk_token_id not in ids
+    expected = " ".join(unicodedata.normalize("NFKC", text).split())
+    assert loaded.decode(ids, skip_special_tokens=True) == expected
+
+
+def test_it_cuts_as_sentencepiece_does(monkeypatch):
+    models = []
+    convert = module.as_hugging_face
+    monkeypatch.setattr(module, "as_hugging_face", lambda model: models.append(model) or convert(model))
+    ours = train_tokenizer(TEXTS, vocab_size=500)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=models[0])
+    for text in HARD + TEXTS[:50]:
+        normal = " ".join(unicodedata.normalize("NFKC", text).split())
+        assert ours(text, add_special_tokens=False)["input_ids"] == theirs.encode(normal)
+
+
+def test_training_is_repeatable(trained):
+    assert train_tokenizer(TEXTS, vocab_size=500).get_vocab() == trained.get_vocab()
+
+
+def test_a_small_corpus_gives_a_small_vocabulary():
+    assert 261 < len(train_tokenizer(["a few words only"], vocab_size=4000)) < 400
+
+
+def test_no_room_and_no_text_are_refused():
+    with pytest.raises(ValueError, match="vocab_size=100: no tokenizer could be trained"):
+        train_tokenizer(TEXTS, vocab_size=100)
+    with pytest.raises(ValueError, match="no tokenizer could be trained"):
+        train_tokenizer([], vocab_size=500)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,79 @@
+"""ZeRO-2 and ZeRO-3 give one process's losses, gradients and weights, however often a layer is used in a step."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+TOLERANCE = 1e-5
+
+
+DEFAULT = {
+    "task": "document",
+    "accumulation": 1,
+    "bptt_depth": -1,
+    "prefix_attention": "gated",
+    "checkpointing": False,
+    "bucket": 50_000_000,
+}
+
+
+def case(stage, **changes):
+    return DEFAULT | {"stage": stage} | changes
+
+
+CASES = {
+    2: {
+        "zero2-document": case(2),
+        "zero2-document-accumulated": case(2, accumulation=2),
+        "zero2-sections-small-buckets": case(2, task="sections", bucket=500),
+        "zero2-sections-accumulated-bptt-checkpointed": case(
+            2, task="sections", accumulation=2, bptt_depth=1, checkpointing=True
+        ),
+        "zero3-document": case(3),
+        "zero3-document-accumulated": case(3, accumulation=2),
+        "zero3-document-bptt-small-buckets": case(3, bptt_depth=1, bucket=500),
+        "zero3-sections-concat": case(3, task="sections", prefix_attention="concat"),
+        "zero3-sections-accumulated-bptt-checkpointed": case(
+            3, task="sections", accumulation=2, bptt_depth=1, checkpointing=True
+        ),
+    },
+    1: {
+        "one-process-zero2": case(2, accumulation=2),
+        "one-process-zero3": case(3, accumulation=2),
+    },
+}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda n: f"{n} processes")
+def results(request, tmp_path_factory):
+    """All cases of a number of processes, run in one start of them."""
+    output = tmp_path_factory.mktemp("zero") / "results.pt"
+    cases = CASES[request.param]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
+    subprocess.run([*command, str(WORKER), json.dumps(list(cases.values())), str(output)], check=True, timeout=280)
+    return dict(zip(cases, torch.load(output, weights_only=True), strict=True))
+
+
+def differs(found, expected):
+    """Beyond 1e-5 of the largest entry; 1e-7 is what float32 resolves of a gradient of norm 1."""
+    return float((found - expected).abs().max()) > TOLERANCE * float(expected.abs().max()) + 1e-7
+
+
+@pytest.mark.distributed
+def test_zero_equals_one_process(results):
+    wrong = []
+    for name, result in results.items():
+        found, expected = result["zero"], result["alone"]
+        for what in ("losses", "norms"):
+            if differs(torch.tensor(found[what]), torch.tensor(expected[what])):
+                wrong.append((name, what, found[what], expected[what]))
+        pairs = [*zip(found["gradients"], expected["gradients"], strict=True), (found["weights"], expected["weights"])]
+        for step, (tensors, expected_tensors) in enumerate(pairs):
+            assert tensors.keys() == expected_tensors.keys()
+            wrong += [(name, step, key) for key in tensors if differs(tensors[key], expected_tensors[key])]
+    assert not wrong, "\n".join(map(str, wrong))

@@ -1,0 +1,122 @@
+"""Started by test_zero.py, one process a rank: optimizer steps under ZeRO, their losses, gradients and weights."""
+
+import json
+import sys
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.training.arguments import RunArguments
+from recurrent_bart.training.checkpoints import TrainerState
+from recurrent_bart.training.engine import build_engine, full_state_dict
+from recurrent_bart.training.environment import start_processes
+from recurrent_bart.training.trainer import Trainer
+from tiny import tiny_model
+
+N_STEPS, N_DOCUMENTS, N_SEGMENTS, LENGTH = 3, 4, 5, 8
+RATE, CLIP = 0.5, 0.7
+
+
+def make_batches(task):
+    """Per step, documents with ragged segments and targets; the same on every process."""
+    random = torch.Generator().manual_seed(3)
+    for _ in range(N_STEPS):
+        mask = torch.ones(N_DOCUMENTS, N_SEGMENTS, LENGTH, dtype=torch.long)
+        for row, n_segments in enumerate(torch.randperm(N_SEGMENTS, generator=random)[:N_DOCUMENTS].tolist()):
+            mask[row, n_segments + 1 :] = 0
+        labels = torch.randint(4, 60, (N_DOCUMENTS, N_SEGMENTS, 6), generator=random)
+        labels[torch.rand(labels.shape, generator=random) < 0.3] = -100
+        labels[:, 0, 0] = 5
+        labels[~mask.bool().any(-1)] = -100
+        ids = torch.randint(4, 60, mask.shape, generator=random)
+        yield Batch(ids, mask, labels[:, 0] if task == "document" else labels, indices=[])
+
+
+def own_part(batch, rank, world_size, accumulation):
+    """This rank's micro-batches, cut to their own number of segments, so that ranks differ in it."""
+    for micro in range(accumulation):
+        rows = slice(rank + micro * world_size, None, world_size * accumulation)
+        ids, mask, labels = batch.input_ids[rows], batch.attention_mask[rows], batch.labels[rows]
+        n_segments = int(mask.bool().any(-1).sum(-1).max())
+        labels = labels[:, :n_segments] if labels.dim() == 3 else labels
+        yield Batch(ids[:, :n_segments], mask[:, :n_segments], labels, indices=[])
+
+
+def build(case):
+    torch.manual_seed(0)
+    # weights of a size at which float32 itself is good to 1e-5
+    fields = {"bptt_depth": case["bptt_depth"], "prefix_attention": case["prefix_attention"], "init_std": 0.15}
+    model = tiny_model(**fields).train()
+    if case["checkpointing"]:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    # without weight decay and momentum an error in a gradient is an error in a weight
+    return model, torch.optim.SGD(model.parameters(), lr=RATE)
+
+
+def run_case(case, environment):
+    """Under ZeRO, through the trainer's own step."""
+    model, optimizer = build(case)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": case["stage"],
+            "reduce_bucket_size": case["bucket"],
+            # 0: a tiny model's parameters would else never be gathered
+            **({"stage3_param_persistence_threshold": 0} if case["stage"] == 3 else {}),
+        },
+    }
+    engine = build_engine(model, optimizer, None, config)
+    run = RunArguments(gradient_accumulation_steps=case["accumulation"])
+    parts = [
+        part
+        for batch in make_batches(case["task"])
+        for part in own_part(batch, environment.rank, environment.world_size, case["accumulation"])
+    ]
+    steps = []
+    update = engine.step
+
+    def step():
+        steps.append({name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()})
+        update()
+
+    engine.step = step
+    lines = []
+    trainer = Trainer(engine, iter(parts), run, TrainerState(), on_log=lines.append, on_evaluation=lambda: False)
+    for _ in range(N_STEPS):
+        trainer.train_step()
+        trainer.log()
+    return {
+        "losses": [line["loss"] for line in lines],
+        "norms": [line["gradient_norm"] for line in lines],
+        "gradients": steps,
+        "weights": full_state_dict(engine),
+    }
+
+
+def run_alone(case):
+    """The same in plain PyTorch, one process, all documents in one pass."""
+    model, optimizer = build(case)
+    losses, norms, gradients = [], [], []
+    for batch in make_batches(case["task"]):
+        loss = model(**batch.model_inputs(torch.device("cpu"))).loss
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": model.state_dict()}
+
+
+if __name__ == "__main__":
+    cases, output = json.loads(sys.argv[1]), sys.argv[2]
+    environment = start_processes(timeout_minutes=3)
+    results = [run_case(case, environment) for case in cases]
+    if environment.rank == 0:
+        torch.save(
+            [{"zero": found, "alone": run_alone(case)} for found, case in zip(results, cases, strict=True)], output
+        )
