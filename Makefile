@@ -1,0 +1,37 @@
+# Each goal sets up .venv first, once: again only when setup.py or constraints.txt has changed.
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+INSTALLED := $(VENV)/installed
+# its programs by name, ninja among them, which DeepSpeed calls to build its operators
+export PATH := $(VENV)/bin:$(PATH)
+
+SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
+
+.PHONY: train test check bench clean
+
+# the embedded corpus, on whatever this machine has
+train: $(INSTALLED)
+	deepspeed launch/train.py --deepspeed ds_configs/zero3.json
+
+# one thread a process: more of them would only wait for each other
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest -n 2
+
+check: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	mypy
+	shellcheck $(SHELL_SCRIPTS)
+
+bench: $(INSTALLED)
+	python launch/benchmark.py
+
+clean:
+	rm -rf $(VENV)
+
+# a set-up that fails leaves no stamp, and is taken up again by the next call
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or later is needed, set PYTHON=')"
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
