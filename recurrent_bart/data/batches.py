@@ -3,6 +3,7 @@
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -156,8 +157,13 @@ def plan_documents(
         summary_lengths: Likewise of each section's target; 0 where there is none.
         sizes: How documents are cut.
         n_special: Special tokens of a segment.
+
+    Raises:
+        ValueError: A segment has no room for text.
     """
     room = sizes.segment_size - n_special
+    if room < 1:
+        raise ValueError(f"segment_size={sizes.segment_size} leaves no room beside {n_special} special tokens")
     plan = DocumentPlan([], [], 0, 0)
     for index, (sections, summaries) in enumerate(zip(section_lengths, summary_lengths, strict=True)):
         counts = [-(-length // room) for length in sections]
@@ -217,10 +223,10 @@ class BatchOrder:
         return torch.cat(rounds)[offset : offset + count]
 
     def _permutation(self, n: int, purpose: str, number: int) -> Tensor:
-        # a generator of its own for each use: no draw depends on how many came before
-        salt = {"round": 0, "pool": 1}[purpose]
-        generator = torch.Generator().manual_seed((self.seed * 2 + salt) * 2**32 + number)
-        return torch.randperm(n, generator=generator)
+        # a generator of its own for each use: no draw depends on how many came before. It reads 32 bits of its seed
+        # and no more, so all that it must differ by is hashed into those
+        digest = hashlib.sha256(f"{self.seed} {purpose} {number}".encode()).digest()
+        return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4])))
 
 
 class RankBatches:

@@ -1,0 +1,187 @@
+"""Documents become batches as they are cut, in an order that nothing but the seed and the step decides."""
+
+import itertools
+
+import pytest
+import torch
+
+from recurrent_bart.data.batches import BatchOrder, Collator, RankBatches, SegmentSizes, plan_documents
+
+BOS, PAD, EOS = 0, 1, 2
+
+
+def make_collator(task="document", segment_size=6, input_size=6, max_n_segments=-1, max_target_length=8):
+    sizes = SegmentSizes(segment_size, input_size, max_n_segments)
+    return Collator(task, sizes, [BOS], [EOS], PAD, max_target_length)
+
+
+def row(sections, summaries, index=0):
+    """Sections and summaries given by their lengths; ids tell where they come from."""
+    return {
+        "index": index,
+        "sections": [[10 * number + i for i in range(length)] for number, length in enumerate(sections, start=1)],
+        "summaries": [[100 * number + i for i in range(length)] for number, length in enumerate(summaries, start=1)],
+    }
+
+
+def test_a_document_batch_holds_segments_and_one_target_a_row():
+    batch = make_collator()([row([6], [2], index=5), row([3], [1], index=9)])
+    assert batch.input_ids.tolist() == [
+        [[BOS, 10, 11, 12, 13, EOS], [BOS, 14, 15, EOS, PAD, PAD]],
+        [[BOS, 10, 11, 12, EOS, PAD], [PAD] * 6],
+    ]
+    assert batch.attention_mask.tolist() == [
+        [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]],
+        [[1, 1, 1, 1, 1, 0], [0] * 6],
+    ]
+    assert batch.labels.tolist() == [[BOS, 100, 101, EOS], [BOS, 100, EOS, -100]]
+    assert batch.indices == [5, 9]
+    assert (batch.n_targets(), batch.n_tokens()) == (7, 15)
+
+
+def test_padding_is_told_from_a_token_that_happens_to_have_the_pad_id():
+    document = {"index": 0, "sections": [[PAD, 7]], "summaries": [[8]]}
+    batch = make_collator()([document, row([4], [1])])
+    assert batch.attention_mask[0, 0].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_a_sections_target_stands_at_its_last_segment():
+    batch = make_collator("sections")([row([5, 2, 4], [2, 0, 1]), row([1], [1])])
+    assert batch.input_ids.shape == (2, 4, 6)
+    ignored = [-100] * 4
+    assert batch.labels.tolist() == [
+        [ignored, [BOS, 100, 101, EOS], ignored, [BOS, 300, EOS, -100]],
+        [[BOS, 100, EOS, -100], ignored, ignored, ignored],
+    ]
+
+
+def test_segments_repeat_the_tail_of_the_one_before_as_overlap():
+    segments, _ = make_collator(input_size=8).segments(row([6], [1]))
+    assert segments == [[BOS, 10, 11, 12, 13, EOS], [BOS, 12, 13, 14, 15, EOS]]
+
+
+def test_a_document_is_cut_at_the_cap_and_the_section_that_is_cut_keeps_its_target():
+    segments, targets = make_collator("sections", max_n_segments=3).segments(row([4, 9, 4], [1, 1, 1]))
+    assert segments == [[BOS, 10, 11, 12, 13, EOS], [BOS, 20, 21, 22, 23, EOS], [BOS, 24, 25, 26, 27, EOS]]
+    assert targets == [[BOS, 100, EOS], [], [BOS, 200, EOS]]
+
+
+def test_a_section_of_0_tokens_is_passed_over():
+    segments, targets = make_collator("sections").segments(row([2, 0, 2], [1, 1, 1]))
+    assert segments == [[BOS, 10, 11, EOS], [BOS, 30, 31, EOS]]
+    assert targets == [[BOS, 100, EOS], [BOS, 300, EOS]]
+
+
+def test_a_long_target_is_cut_and_still_ends():
+    _, targets = make_collator(max_target_length=5).segments(row([2], [9]))
+    assert targets == [[BOS, 100, 101, 102, EOS]]
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="task='chapters': allowed are 'document', 'sections'"):
+        make_collator("chapters")
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("max_n_segments", [-1, 1, 3])
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_the_plan_is_what_the_collator_makes(task, max_n_segments, overlap):
+    """Lengths around every multiple of a segment's room, with and without targets."""
+    random = torch.Generator().manual_seed(1)
+    rows = [row([length], [1]) for length in range(1, 15)]
+    if task == "sections":
+        for _ in range(60):
+            lengths = torch.randint(0, 10, (4,), generator=random).tolist()
+            rows.append(row([*lengths, 3], torch.randint(0, 2, (5,), generator=random).tolist()))
+    collator = make_collator(task, 6, 6 + overlap, max_n_segments)
+    plan = plan_documents(
+        [[len(section) for section in r["sections"]] for r in rows],
+        [[len(summary) for summary in r["summaries"]] for r in rows],
+        collator.sizes,
+        n_special=2,
+    )
+    whole = make_collator(task, 6, 6 + overlap)
+    made = [collator.segments(r) for r in rows]
+    has_target = [any(targets) for _, targets in made]
+    assert plan.indices == [index for index, has in enumerate(has_target) if has]
+    assert plan.n_left_out == has_target.count(False)
+    assert plan.n_segments == [len(made[index][0]) for index in plan.indices]
+    assert plan.n_cut == sum(len(whole.segments(rows[i])[0]) > len(made[i][0]) for i in plan.indices)
+
+
+def test_segments_without_room_for_text_are_refused():
+    with pytest.raises(ValueError, match="segment_size=3 leaves no room beside 3 special tokens"):
+        plan_documents([[5]], [[1]], SegmentSizes(3, 3, -1), n_special=3)
+
+
+def make_order(n_documents=23, global_batch=4, seed=7, pool=3):
+    lengths = torch.randint(1, 9, (n_documents,), generator=torch.Generator().manual_seed(0)).tolist()
+    return BatchOrder(lengths, global_batch, seed, pool)
+
+
+@pytest.mark.parametrize(("n_documents", "global_batch"), [(23, 4), (24, 4), (5, 4), (3, 7), (1, 2), (200, 2)])
+def test_every_document_is_read_once_a_round(n_documents, global_batch):
+    """After any number of whole pools, no document has been read twice more than another."""
+    order = make_order(n_documents, global_batch)
+    counts = torch.zeros(n_documents, dtype=torch.long)
+    for step in range(6 * order.pool):
+        counts += torch.bincount(torch.tensor(order.step_indices(step)), minlength=n_documents)
+        if (step + 1) % order.pool == 0:
+            assert counts.max() - counts.min() <= 1
+    assert counts.sum() == 6 * order.pool * global_batch
+    assert order.epoch(6 * order.pool) == pytest.approx(float(counts.float().mean()))
+
+
+def test_a_step_does_not_depend_on_those_before_it():
+    steps = [make_order().step_indices(step) for step in range(30)]
+    for step in (29, 0, 13):
+        assert make_order().step_indices(step) == steps[step]
+
+
+def test_the_order_is_another_every_round_and_for_every_seed():
+    order = make_order(n_documents=24)
+    first, second = ([order.step_indices(step) for step in range(start, start + 6)] for start in (0, 6))
+    assert first != second
+    assert first != [make_order(n_documents=24, seed=8).step_indices(step) for step in range(6)]
+
+
+def test_rounds_and_pools_of_one_number_are_drawn_apart():
+    order = make_order(n_documents=24)
+    assert order._permutation(24, "round", 1).tolist() != order._permutation(24, "pool", 1).tolist()
+
+
+def test_documents_of_a_batch_are_alike_in_length_and_batches_are_not_sorted():
+    lengths = torch.randint(1, 60, (640,), generator=torch.Generator().manual_seed(0))
+    order = BatchOrder(lengths.tolist(), global_batch=8, seed=0)
+    batches = [lengths[order.step_indices(step)] for step in range(80)]
+    padding = sum(int((batch.max() - batch).sum()) for batch in batches)
+    unsorted = sum(int((batch.max() - batch).sum()) for batch in lengths.view(80, 8))
+    assert padding < unsorted / 5
+    assert [int(batch[0]) for batch in batches] != sorted(int(batch[0]) for batch in batches)
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 - 1])
+def test_seeds_of_any_size(seed):
+    assert len(make_order(seed=seed).step_indices(10**6)) == 4
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 6), (2, 3), (3, 2), (6, 1)])
+def test_processes_share_a_step_out_whatever_their_number(world_size, accumulation):
+    order = make_order(n_documents=50, global_batch=12)
+    for first_step in (0, 3):
+        ranks = [
+            list(itertools.islice(RankBatches(order, first_step, rank, world_size, accumulation), 2 * accumulation))
+            for rank in range(world_size)
+        ]
+        for step in range(2):
+            parts = [batch for rank in ranks for batch in rank[step * accumulation : (step + 1) * accumulation]]
+            assert {len(part) for part in parts} == {12 // world_size // accumulation}
+            assert sorted(sum(parts, [])) == sorted(order.step_indices(first_step + step))
+
+
+def test_processes_read_documents_of_like_length_at_the_same_time():
+    lengths = list(range(1, 25))
+    order = BatchOrder(lengths, global_batch=24, seed=0)
+    first, second = (list(itertools.islice(RankBatches(order, 0, rank, 2, 3), 3)) for rank in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert abs(max(lengths[i] for i in one) - max(lengths[i] for i in other)) <= 1
