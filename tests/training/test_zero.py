@@ -1,12 +1,12 @@
 """ZeRO-2 and ZeRO-3 give one process's losses, gradients and weights, however often a layer is used in a step."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from processes import torchrun
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 TOLERANCE = 1e-5
@@ -54,8 +54,8 @@ def results(request, tmp_path_factory):
     """All cases of a number of processes, run in one start of them."""
     output = tmp_path_factory.mktemp("zero") / "results.pt"
     cases = CASES[request.param]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    subprocess.run([*command, str(WORKER), json.dumps(list(cases.values())), str(output)], check=True, timeout=280)
+    code, printed = torchrun(request.param, WORKER, json.dumps(list(cases.values())), output)
+    assert code == 0, printed
     return dict(zip(cases, torch.load(output, weights_only=True), strict=True))
 
 
