@@ -117,17 +117,26 @@ def half_written(folder: Path, replaces: bool = False) -> Iterator[Path]:
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
         raise ValueError(f"{folder.parent}: cannot be written ({error.strerror})") from error
+    old = draft.with_name(draft.name + ".old")
     try:
         yield draft
         # mkdtemp lets nobody else read
         draft.chmod(0o755)
         if replaces and folder.exists():
-            folder.rename(draft.with_suffix(".old"))
-        with contextlib.suppress(FileExistsError):
-            draft.rename(folder)
+            folder.rename(old)
+        _rename_unless_there(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(draft.with_suffix(".old"), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_unless_there(draft: Path, folder: Path) -> None:
+    try:
+        draft.rename(folder)
+    except OSError:
+        # another process was first, or the place is lost
+        if not folder.is_dir():
+            raise
 
 
 def texts_of(rows: Iterable[Row]) -> Iterator[str]:

@@ -176,7 +176,7 @@ def test_processes_share_a_step_out_whatever_their_number(world_size, accumulati
         for step in range(2):
             parts = [batch for rank in ranks for batch in rank[step * accumulation : (step + 1) * accumulation]]
             assert {len(part) for part in parts} == {12 // world_size // accumulation}
-            assert sorted(sum(parts, [])) == sorted(order.step_indices(first_step + step))
+            assert sorted(itertools.chain(*parts)) == sorted(order.step_indices(first_step + step))
 
 
 def test_processes_read_documents_of_like_length_at_the_same_time():

@@ -1,0 +1,207 @@
+"""Tokenised documents are made once, whole or not at all, and made again when anything they follow from changes."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from recurrent_bart.data import corpus as module
+from recurrent_bart.data.corpus import half_written, load_corpus, texts_of
+from recurrent_bart.data.rows import Columns, Row
+from recurrent_bart.data.sources import find_sources
+from recurrent_bart.data.tokenizer import train_tokenizer
+
+RECORDS = [
+    {"id": "a", "document": "one two three", "summary": "numbers", "other": "else"},
+    {"id": "b", "document": "four five", "summary": "more numbers", "other": "else"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([record["document"] for record in RECORDS] * 20, vocab_size=300)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "documents.jsonl", RECORDS)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def load(path, tokenizer, cache, task="document", columns=None):
+    sources = find_sources("stdlib", train_file=str(path), validation_file=str(path))
+    return load_corpus(sources["train"], task, columns or Columns(), tokenizer, cache)
+
+
+def entries(cache):
+    return sorted(path.name for path in (cache / "corpora").iterdir())
+
+
+def test_documents_are_ids_without_special_tokens_and_their_lengths(path, tokenizer, tmp_path):
+    corpus = load(path, tokenizer, tmp_path)
+    assert corpus["id"] == ["a", "b"]
+    row = corpus[0]
+    assert tokenizer.decode(row["sections"][0]) == "one two three"
+    assert tokenizer.decode(row["summaries"][0]) == row["summary_texts"][0] == "numbers"
+    assert not set(tokenizer.all_special_ids) & {*row["sections"][0], *row["summaries"][0]}
+    assert row["section_lengths"] == [len(row["sections"][0])]
+    assert row["summary_lengths"] == [len(row["summaries"][0])]
+
+
+def test_sections_keep_their_targets(tokenizer, tmp_path):
+    record = {"sections": ["one two", "three", "four"], "summaries": ["first", "", "last"]}
+    corpus = load(write(tmp_path / "s.jsonl", [record]), tokenizer, tmp_path, task="sections")
+    row = corpus[0]
+    assert [tokenizer.decode(ids) for ids in row["sections"]] == record["sections"]
+    assert row["summary_texts"] == ["first", "", "last"]
+    assert row["summary_lengths"][1] == 0
+
+
+def test_what_is_in_the_cache_is_not_tokenised_again(path, tokenizer, tmp_path, monkeypatch):
+    first = load(path, tokenizer, tmp_path).to_list()
+    monkeypatch.setattr(module, "write_corpus", lambda *_: pytest.fail("tokenised again"))
+    assert load(path, tokenizer, tmp_path).to_list() == first
+
+
+def test_other_documents_tokenizer_task_or_columns_are_not_taken_from_the_cache(path, tokenizer, tmp_path):
+    both = [record | {"sections": [record["document"]], "summaries": [record["summary"]]} for record in RECORDS]
+    write(path, both)
+    load(path, tokenizer, tmp_path)
+    load(path, tokenizer, tmp_path, task="sections")
+    load(path, tokenizer, tmp_path, columns=Columns(text="other"))
+    load(path, train_tokenizer(["one two"] * 20, vocab_size=280), tmp_path)
+    assert len(entries(tmp_path)) == 4
+    write(path, both[:1])
+    assert len(load(path, tokenizer, tmp_path)) == 1
+    assert len(entries(tmp_path)) == 5
+
+
+def test_a_file_of_the_same_size_but_newer_is_read_again(path, tokenizer, tmp_path):
+    load(path, tokenizer, tmp_path)
+    write(path, [RECORDS[0] | {"document": "six five four"[:13]}, RECORDS[1]])
+    os.utime(path, ns=(0, 10**18))
+    assert tokenizer.decode(load(path, tokenizer, tmp_path)[0]["sections"][0]) == "six five four"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"document": "text"}, r"documents.jsonl:3: no column 'summary'"),
+        ({"document": "\u200b\u00ad", "summary": "s"}, r"documents.jsonl:3: a document of 0 tokens"),
+        ({"document": "text", "summary": "\u200b"}, r"documents.jsonl:3: no target, the summary has 0 tokens"),
+    ],
+)
+def test_an_unusable_document_is_refused_and_nothing_is_left_in_the_cache(path, tmp_path, record, message):
+    tokenizer = SilentTokenizer()
+    write(path, [*RECORDS, record])
+    with pytest.raises(ValueError, match=message):
+        load(path, tokenizer, tmp_path)
+    assert entries(tmp_path) == []
+
+
+class SilentTokenizer:
+    """Gives an id to each word, none to characters that do not print."""
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[len(word) for word in text.split() if word.isprintable()] for text in texts]}
+
+    def get_vocab(self):
+        return {"word": 0}
+
+
+def test_many_documents_are_tokenised_in_one_call(tokenizer, tmp_path):
+    """The tokenizer shares the texts of a call out over its threads; one by one it would use a single one."""
+    sizes = []
+
+    class Counting(SilentTokenizer):
+        def __call__(self, texts, **_):
+            sizes.append(len(texts))
+            return super().__call__(texts)
+
+    path = write(tmp_path / "many.jsonl", RECORDS * 100)
+    assert len(load(path, Counting(), tmp_path)) == 200
+    assert sizes == [128, 128, 128, 16]
+
+
+def _load_in_process(path, cache, barrier, results):
+    tokenizer = SilentTokenizer()
+    write_corpus = module.write_corpus
+
+    def wait(*arguments):
+        write_corpus(*arguments)
+        # both have written, neither has put it in its place
+        barrier.wait(timeout=60)
+
+    module.write_corpus = wait
+    results.put(load(path, tokenizer, cache)["id"][:])
+
+
+def test_two_processes_that_tokenise_the_same_at_once_do_not_disturb_each_other(path, tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=_load_in_process, args=(path, tmp_path, barrier, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert found == [["a", "b"]] * 2
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_folder_appears_when_it_is_complete_and_not_when_it_fails(tmp_path):
+    folder = tmp_path / "deep" / "folder"
+    with half_written(folder) as draft:
+        (draft / "file").write_text("new")
+        assert not folder.exists()
+    assert (folder / "file").read_text() == "new"
+    assert folder.stat().st_mode & 0o777 == 0o755
+    other = tmp_path / "deep" / "other"
+    with pytest.raises(KeyError), half_written(other) as draft:
+        (draft / "file").write_text("half")
+        raise KeyError
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
+
+
+def test_a_folder_makes_way_for_a_new_one_only_when_told(tmp_path):
+    folder = tmp_path / "folder"
+    for text, replaces in (("first", False), ("dropped", False), ("second", True)):
+        with half_written(folder, replaces) as draft:
+            (draft / "file").write_text(text)
+        assert (folder / "file").read_text() == ("first" if text == "dropped" else text)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_failed_replacement_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "folder"
+    with half_written(folder) as draft:
+        (draft / "file").write_text("old")
+    with pytest.raises(KeyError), half_written(folder, replaces=True):
+        raise KeyError
+    assert (folder / "file").read_text() == "old"
+
+
+def test_what_a_crash_left_behind_does_not_stand_in_the_way(tmp_path):
+    folder = tmp_path / "folder"
+    for name in (folder.name, ".folder.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("old")
+    with half_written(folder, replaces=True) as draft:
+        (draft / "file").write_text("new")
+    assert (folder / "file").read_text() == "new"
+
+
+def test_a_cache_that_cannot_be_written_is_refused(path, tokenizer, tmp_path):
+    """A file in the way stops every user, a permission would not stop root."""
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ValueError, match=r"cache/corpora: cannot be written \(Not a directory\)"):
+        load(path, tokenizer, tmp_path / "cache")
+
+
+def test_texts_of_documents_are_their_sections_and_targets():
+    assert list(texts_of([Row("a", ["s", "t"], ["u", ""]), Row("b", ["v"], ["w"])])) == [*"stu", "", *"vw"]
