@@ -31,7 +31,7 @@ clean:
 
 # a set-up that fails leaves no stamp, and is taken up again by the next call
 $(INSTALLED): setup.py constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or later is needed, set PYTHON=')"
-	$(PYTHON) -m venv $(VENV)
-	pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or later is needed: PYTHON=...')"
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --use-pep517 --constraint constraints.txt --editable '.[dev]'
 	touch $@
