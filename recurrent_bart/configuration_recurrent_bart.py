@@ -6,9 +6,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import BartConfig
 
 # What each choice may be; the first one is the default.
-RECURRENCES = ("layerwise",)
+RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("gated", "concat")
-DECODER_CONTEXTS = ("last",)
+DECODER_CONTEXTS = ("last", "memory", "all")
 SCHEDULES = ("sequential",)
 
 
@@ -32,12 +32,16 @@ class RecurrentBartConfig(BartConfig):
             the layer's own `k_proj` and `v_proj` (False).
         prefix_hidden_size: Width of that MLP's hidden layer.
         hidden_dropout_prob: Dropout on the projected prefix.
-        recurrence: `"layerwise"`: every layer carries a state of its own.
+        recurrence: `"layerwise"`: every layer carries a state of its own. `"top"`: one state enters below the first
+            layer, passes through all and leaves above the last (RMT, arXiv 2207.06881); layers read it as their prefix.
+            `"none"`: no state, but a learned prefix, the same for every segment (P-tuning v2, arXiv 2110.07602).
         prefix_attention: `"gated"`: a softmax of its own over the prefix, added through a gate per head that starts
             at zero, so that a converted BART checkpoint still gives BART's logits. `"concat"`: one softmax over
             prefix and tokens.
         update_gate: Carry the state over through a learned gate (True) or replace it (False).
-        decoder_context: `"last"`: the decoder attends to the final state and to the tokens of the last segment.
+        decoder_context: What the decoder attends to. `"last"`: the final state and the tokens of the last segment.
+            `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and the
+            tokens of all segments (fusion-in-decoder, arXiv 2007.01282).
         schedule: `"sequential"`: segment after segment, layer after layer.
 
     Raises:
@@ -106,10 +110,25 @@ class RecurrentBartConfig(BartConfig):
                 f"segment_size={self.segment_size} with input_size={self.input_size} does not fit the position table: "
                 f"max_position_embeddings={self.max_position_embeddings}"
             )
+        if self.decoder_context == "memory" and not self.has_state:
+            raise ValueError(
+                f'decoder_context="memory" needs a state to attend to: pre_seq_len={self.pre_seq_len}, '
+                f"recurrence={self.recurrence!r} has none"
+            )
         if self.encoder_layerdrop:
             raise ValueError(
                 f"encoder_layerdrop={self.encoder_layerdrop}: must be 0, for a dropped layer would lose its state"
             )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether anything is carried from segment to segment."""
+        return self.pre_seq_len > 0 and self.recurrence != "none"
+
+    @property
+    def bptt_window(self) -> int | None:
+        """Number of segments between two cuts of the gradient; None: it is never cut."""
+        return None if self.bptt_depth == -1 else self.bptt_depth + 1
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:

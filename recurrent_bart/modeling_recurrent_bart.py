@@ -4,20 +4,17 @@ Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length 
 T target length, D model width, V vocabulary.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPastAndCrossAttentions,
-    Seq2SeqLMOutput,
-    Seq2SeqModelOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bart.modeling_bart import (
     BartDecoder,
     BartEncoder,
@@ -30,70 +27,15 @@ from transformers.models.bart.modeling_bart import (
 from transformers.utils.generic import can_return_tuple
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.decoder_context import encoder_output
+from recurrent_bart.modeling_outputs import RecurrentBartLMOutput, RecurrentBartModelOutput, RecurrentEncoderOutput
 from recurrent_bart.prefix_attention import GatedCrossAttention
-from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState
-from recurrent_bart.schedules import GridOutput, sequential
-from recurrent_bart.segmentation import (
-    empty_segments_at_end,
-    gather_segments,
-    segment_positions,
-    shift_segments,
-)
+from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, build_recurrence
+from recurrent_bart.schedules import Grid, Kept
+from recurrent_bart.segmentation import align_at_end, segment_documents
 from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, token_loss
 
-
-@dataclass
-class RecurrentEncoderOutput(BaseModelOutput):
-    """What the decoder may attend to, and the state to go on from.
-
-    Attributes:
-        last_hidden_state: `(B, A, D)`: the final state, then the tokens of the last segment. With
-            `every_segment=True` `(B, N, A, D)`: the same after each segment.
-        context_mask: `(B, A)` or `(B, N, A)`, 1 where there is something to attend to.
-        n_memory: Leading positions of `last_hidden_state` that are state.
-        state: The state after the last segment; None where `pre_seq_len` is 0.
-    """
-
-    context_mask: Tensor | None = None
-    n_memory: int | None = None
-    state: RecurrentState | None = None
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Everything that gradient may flow through, flat: hooks on modules see nothing else."""
-        memory, position = (self.state.memory, self.state.position) if self.state else (None, None)
-        return self.last_hidden_state, self.context_mask, memory, position
-
-    @classmethod
-    def from_tensors(cls, tensors: tuple[Tensor | None, ...], n_memory: int) -> "RecurrentEncoderOutput":
-        """What `tensors` gave."""
-        last_hidden_state, context_mask, memory, position = tensors
-        state = None if memory is None else RecurrentState(memory, position)
-        return cls(last_hidden_state, context_mask=context_mask, n_memory=n_memory, state=state)
-
-    def rows(self, is_chosen_BN: Tensor) -> "RecurrentEncoderOutput":
-        """The contexts after chosen segments `(B, N)` as the rows of one batch `(M, A, D)`."""
-        return RecurrentEncoderOutput(
-            last_hidden_state=self.last_hidden_state[is_chosen_BN],
-            context_mask=self.context_mask[is_chosen_BN],
-            n_memory=self.n_memory,
-        )
-
-
-@dataclass
-class RecurrentBartModelOutput(Seq2SeqModelOutput):
-    """`Seq2SeqModelOutput` and the `state` after the last segment."""
-
-    state: RecurrentState | None = None
-
-
-@dataclass
-class RecurrentBartLMOutput(Seq2SeqLMOutput):
-    """`Seq2SeqLMOutput` and the `state` after the last segment.
-
-    With `labels` `(B, N, T)`, `logits` are `(B, N, T, V)`, zero for segments that have no target.
-    """
-
-    state: RecurrentState | None = None
+CHECKPOINTING_GRAINS = ("none", "layer", "segment")
 
 
 class RecurrentBartPreTrainedModel(BartPreTrainedModel):
@@ -114,13 +56,44 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
         if isinstance(module, RecurrentBartForConditionalGeneration):
             init.zeros_(module.final_logits_bias)
 
+    def set_gradient_checkpointing(self, grain: str) -> None:
+        """Choose what is recomputed in the backward pass to save memory; losses and gradients stay the same.
+
+        Args:
+            grain: `"none"`; `"layer"`: each layer of a segment for itself; `"segment"`: in the encoder all layers of a
+                segment together, of which the state alone is stored, in the decoder each layer.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if grain not in CHECKPOINTING_GRAINS:
+            raise ValueError(f"gradient checkpointing {grain!r}: allowed are {', '.join(CHECKPOINTING_GRAINS)}")
+        self._set_gradient_checkpointing(grain != "none", functools.partial(checkpoint, use_reentrant=False))
+        for encoder in (module for module in self.modules() if isinstance(module, RecurrentBartEncoder)):
+            encoder.checkpoints_segments = grain == "segment"
+            for layer in encoder.layers:
+                layer.gradient_checkpointing = grain == "layer"
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        """Refuse the reentrant kind, on whatever way it was asked for.
+
+        A layer is run once per segment, and reentrant checkpointing gives wrong gradients for modules used more than
+        once.
+        """
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+            raise ValueError("use_reentrant=True: gradients of layers used once per segment would be wrong; use False")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
 
 class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
     """Identical to BartEncoder except: it reads segments, and a state goes from one to the next."""
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
-        self.recurrence = PrefixRecurrence(config) if config.pre_seq_len else None
+        self.recurrence = build_recurrence(config)
+        self.checkpoints_segments = False
         self.post_init()
 
     def forward(
@@ -130,6 +103,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         inputs_embeds: Tensor | None = None,
         state: RecurrentState | None = None,
         every_segment: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> RecurrentEncoderOutput | tuple:
@@ -140,9 +115,11 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             attention_mask: Like `input_ids`, 1 at tokens. A segment without any is one that its document does not
                 have. None: all are tokens.
             inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
-            state: What was read before.
+            state: What was read before. With one, a document may have nothing more to read.
             every_segment: Give the decoder's context after each segment.
-            return_dict: False: the output's tensors as a plain tuple, see `RecurrentEncoderOutput.tensors`.
+            output_attentions: Give what tokens attend to in every layer; needs the eager back-end.
+            output_hidden_states: Give the token streams of every layer.
+            return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
 
         Raises:
             ValueError: Ids and embeddings are both given or both missing, a document has no token, or a segment is
@@ -150,78 +127,31 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        segments, mask_BNL = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
-        n_empty_B = empty_segments_at_end(mask_BNL.bool().any(dim=-1))
-        segments, mask_BNL = shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B)
+        segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
+        segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
         if inputs_embeds is None:
             segments = self.embed_tokens(segments)
-        grid = sequential(
-            self.config,
-            self.layers,
-            self.recurrence,
-            embed=lambda t: self._embed_segment(segments[:, t]),
-            mask_BNL=mask_BNL,
-            state=state,
-            keep_every_segment=every_segment,
+        grid = Grid(
+            self.config, self.layers, self.recurrence, self._embed_segment, self.checkpoints_segments and self.training
         )
-        output = self._decoder_context(grid, mask_BNL, n_empty_B, every_segment)
-        return output.tensors() if return_dict is False else output
+        kept = Kept(
+            every_segment=every_segment,
+            tokens=self.config.decoder_context == "all",
+            memories=self.config.decoder_context == "memory",
+            attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        outputs = grid.sequential(segments, mask, state, kept)
+        output = encoder_output(self.config, outputs, mask, state, every_segment).shifted(-n_empty_B)
+        return output.as_tuple() if return_dict is False else output
 
-    def _embed_segment(self, tokens_BLD: Tensor) -> Tensor:
+    def _embed_segment(self, tokens_BLD: Tensor, slots_BPD: Tensor | None) -> Tensor:
         """First layer's stream `(B, P + L, D)`: slots, which have no position, and tokens, counted from 0."""
         stream = tokens_BLD + self.embed_positions(tokens_BLD[:, :, 0])
-        if self.recurrence is not None:
-            slots = self.recurrence.slot_embedding.expand(stream.shape[0], -1, -1)
-            stream = torch.cat([slots, stream], dim=1)
+        if slots_BPD is not None:
+            stream = torch.cat([slots_BPD.to(stream.dtype), stream], dim=1)
         stream = self.layernorm_embedding(stream)
         return nn.functional.dropout(stream, p=self.dropout, training=self.training)
-
-    def _decoder_context(
-        self, grid: GridOutput, mask_BNL: Tensor, n_empty_B: Tensor, every_segment: bool
-    ) -> RecurrentEncoderOutput:
-        context_BNAD = torch.stack(grid.tokens, dim=1)
-        mask_BNA = mask_BNL if every_segment else mask_BNL[:, -1:]
-        if grid.memories:
-            memory_BNPD = torch.stack(grid.memories, dim=1)
-            context_BNAD = torch.cat([memory_BNPD, context_BNAD], dim=2)
-            mask_BNA = torch.cat([mask_BNA.new_ones(memory_BNPD.shape[:3]), mask_BNA], dim=2)
-        if every_segment:
-            context, mask = shift_segments(context_BNAD, -n_empty_B), shift_segments(mask_BNA, -n_empty_B)
-        else:
-            context, mask = context_BNAD.squeeze(1), mask_BNA.squeeze(1)
-        return RecurrentEncoderOutput(
-            last_hidden_state=context, context_mask=mask, n_memory=self.config.pre_seq_len, state=grid.state
-        )
-
-
-def segment_documents(
-    config: RecurrentBartConfig,
-    is_training: bool,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    inputs_embeds: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Ids or embeddings as `(B, N, L, ...)` with their mask.
-
-    In training, documents are cut after `config.max_n_segments`.
-    """
-    tokens = input_ids if inputs_embeds is None else inputs_embeds
-    is_flat = tokens.dim() == (2 if inputs_embeds is None else 3)
-    shape = tokens.shape[: 2 if is_flat else 3]
-    mask = attention_mask if attention_mask is not None else tokens.new_ones(shape, dtype=torch.long)
-    if is_flat and shape[1] <= config.segment_size:
-        # one segment: exactly as it came, as BART would see it
-        return tokens.unsqueeze(1), mask.unsqueeze(1)
-    if is_flat:
-        special = config.bos_token_id, config.eos_token_id
-        positions = segment_positions(mask, input_ids, special, config.segment_size, config.input_size)
-        fill = config.pad_token_id if inputs_embeds is None else 0.0
-        tokens, mask = gather_segments(tokens, positions, fill), (positions >= 0).to(mask.dtype)
-    if tokens.shape[2] > config.input_size:
-        raise ValueError(f"segments of {tokens.shape[2]} tokens: input_size is {config.input_size}")
-    if is_training and config.max_n_segments != -1:
-        tokens, mask = tokens[:, : config.max_n_segments], mask[:, : config.max_n_segments]
-    return tokens, mask
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
@@ -229,7 +159,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
-        if config.pre_seq_len and config.prefix_attention == "gated":
+        if config.has_state and config.prefix_attention == "gated":
             for layer_idx, layer in enumerate(self.layers):
                 layer.encoder_attn = GatedCrossAttention(config, layer_idx)
         self.post_init()
@@ -260,20 +190,35 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         require a gradient, as ids never do; and of outputs those in a tuple. Without them the encoder's gradient
         would be lost in silence.
         """
+        n_empty_B = None
         if inputs_embeds is None and input_ids is not None:
-            input_ids, attention_mask = segment_documents(self.config, self.training, input_ids, attention_mask, None)
-            inputs_embeds = self.shared(input_ids)
+            segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, None)
+            segments, attention_mask, n_empty_B = align_at_end(segments, mask, kwargs.get("state") is not None)
+            inputs_embeds = self._embed(segments, kwargs.get("every_segment", False))
         if torch.is_grad_enabled() and inputs_embeds is not None and not inputs_embeds.requires_grad:
             inputs_embeds = inputs_embeds.detach().requires_grad_()
-        tensors = self.encoder(None, attention_mask, inputs_embeds, return_dict=False, **kwargs)
-        return RecurrentEncoderOutput.from_tensors(tensors, self.config.pre_seq_len)
+        output = RecurrentEncoderOutput.from_tuple(
+            self.encoder(None, attention_mask, inputs_embeds, return_dict=False, **kwargs)
+        )
+        return output if n_empty_B is None else output.shifted(-n_empty_B)
+
+    def _embed(self, segments_BNL: Tensor, every_segment: bool) -> Tensor:
+        """Token embeddings `(B, N, L, D)`; of segments that gradient does not reach, without a graph."""
+        window = self.config.bptt_window or segments_BNL.shape[1]
+        n_beyond = 0 if every_segment else max(0, segments_BNL.shape[1] - window)
+        if not n_beyond:
+            return self.shared(segments_BNL)
+        with torch.no_grad():
+            beyond = self.shared(segments_BNL[:, :n_beyond])
+        return torch.cat([beyond, self.shared(segments_BNL[:, n_beyond:])], dim=1)
 
     def decode(
         self, encoder_outputs: RecurrentEncoderOutput, **kwargs: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the decoder on what the encoder gave."""
         # BartDecoder hands further arguments down to its attention, which alone knows this one
-        memory = {"n_memory": encoder_outputs.n_memory or 0} if self.config.prefix_attention == "gated" else {}
+        is_gated = self.config.has_state and self.config.prefix_attention == "gated"
+        memory = {"n_memory": encoder_outputs.n_memory or 0} if is_gated else {}
         return self.decoder(
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=encoder_outputs.context_mask,
@@ -471,7 +416,7 @@ class RecurrentBartForConditionalGeneration(
     def _generate_segments(
         self, encoded: RecurrentEncoderOutput, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> Tensor:
-        is_read_BN = encoded.context_mask[:, :, encoded.n_memory :].bool().any(dim=-1)
+        is_read_BN = encoded.is_read
         texts_MT = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_read_BN), **kwargs)
         texts_BNT = texts_MT.new_full((*is_read_BN.shape, texts_MT.shape[-1]), self.config.pad_token_id)
         texts_BNT[is_read_BN] = texts_MT

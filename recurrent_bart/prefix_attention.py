@@ -13,8 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bart.modeling_bart import BartAttention, eager_attention_forward
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.prefix_recurrence import KeyValue
 
-KeyValue = tuple[Tensor, Tensor]
+# what was read (B, Q, H, K) and, from the eager back-end, the weights (B, H, Q, A)
+Read = tuple[Tensor, Tensor | None]
 
 
 def split_heads(attention: BartAttention, hidden: Tensor) -> Tensor:
@@ -22,14 +24,8 @@ def split_heads(attention: BartAttention, hidden: Tensor) -> Tensor:
     return hidden.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
-def attend(
-    attention: BartAttention, query_BHQK: Tensor, key_value: KeyValue, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Attention by the back-end that the configuration names (eager, sdpa, flash attention).
-
-    Returns:
-        The read values `(B, Q, H, K)` and, from the eager back-end, the weights `(B, H, Q, A)`.
-    """
+def attend(attention: BartAttention, query_BHQK: Tensor, key_value: KeyValue, mask: Tensor | None) -> Read:
+    """Attention by the back-end that the configuration names."""
     back_end = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     key, value = key_value
     return back_end(
@@ -50,9 +46,13 @@ def concat_keys(*parts: KeyValue) -> KeyValue:
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
-def gated_read(read_BQHK: Tensor, memory_read_BQHK: Tensor, gate_H: Tensor) -> Tensor:
-    """What was read of memory, added through the gate of each head."""
-    return read_BQHK + torch.tanh(gate_H).unsqueeze(-1) * memory_read_BQHK
+def gated_read(read: Read, memory_read: Read, gate_H: Tensor) -> Read:
+    """What was read of memory, added through the gate of each head; memory's weights stand in front."""
+    gate_H1 = torch.tanh(gate_H).unsqueeze(-1)
+    values = read[0] + gate_H1 * memory_read[0]
+    if read[1] is None:
+        return values, None
+    return values, torch.cat([gate_H1.unsqueeze(-1) * memory_read[1], read[1]], dim=-1)
 
 
 class GatedCrossAttention(BartAttention):
@@ -88,14 +88,11 @@ class GatedCrossAttention(BartAttention):
         memory_mask = mask = None
         if attention_mask is not None:
             memory_mask, mask = attention_mask[..., :n_memory], attention_mask[..., n_memory:]
-        read, weights = attend(self, query, (key[:, :, n_memory:], value[:, :, n_memory:]), mask)
+        read = attend(self, query, (key[:, :, n_memory:], value[:, :, n_memory:]), mask)
         if n_memory:
             memory = key[:, :, :n_memory], value[:, :, :n_memory]
-            memory_read, memory_weights = attend(self, query, memory, memory_mask)
-            read = gated_read(read, memory_read, self.memory_gate)
-            if weights is not None:
-                weights = torch.cat([torch.tanh(self.memory_gate).view(-1, 1, 1) * memory_weights, weights], dim=-1)
-        return self.out_proj(read.flatten(2)), weights
+            read = gated_read(read, attend(self, query, memory, memory_mask), self.memory_gate)
+        return self.out_proj(read[0].flatten(2)), read[1]
 
     def _cached_key_value(self, key_value_states: Tensor, past_key_values: EncoderDecoderCache | None) -> KeyValue:
         """Keys and values `(B, H, A, K)`, projected once per document while it is decoded."""

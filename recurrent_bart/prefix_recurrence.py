@@ -1,9 +1,11 @@
-"""The core: a state per layer, its projection to key/value prefixes, its update from the slots.
+"""The core: a state, its projection to each layer's key/value prefix, its update from the slots.
 
-Shape suffixes: B documents, P prefix length (= slots), E encoder layers, H heads, K head width, D model width.
+Shape suffixes: B documents, P prefix length (= slots), E encoder layers (of a state: 1 with `recurrence="top"`),
+A attended length, H heads, K head width, D model width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,46 +15,87 @@ from transformers.models.bart.modeling_bart import BartEncoderLayer
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 
+KeyValue = tuple[Tensor, Tensor]
+# gives a layer's prefix by the layer's number and the slots (B, P, D) that enter it
+PrefixReader = Callable[[int, Tensor], KeyValue]
+
 
 @dataclass
 class RecurrentState:
     """What has been read so far; goes into `forward` and `generate` and comes out again.
 
     Attributes:
-        memory: `(B, E, P, D)`, the state of every layer.
-        position: `(B,)`, number of segments read.
+        position: `(B,)`, number of segments read; a document at 0 begins with the learned first state.
+        memory: `(B, E, P, D)`, the state of every layer; None where nothing is carried.
+        context: `(B, A, D)`, what the decoder attends to of segments before the last, with `decoder_context` other
+            than `"last"`.
+        context_mask: `(B, A)`, 1 where that is something.
     """
 
-    memory: Tensor
     position: Tensor
+    memory: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+
+    @classmethod
+    def unread(
+        cls, config: RecurrentBartConfig, n_documents: int, device: torch.device | str = "cpu"
+    ) -> "RecurrentState":
+        """The state before anything is read."""
+        memory = None
+        if config.has_state:
+            n_states = config.encoder_layers if config.recurrence == "layerwise" else 1
+            memory = torch.zeros(n_documents, n_states, config.pre_seq_len, config.d_model, device=device)
+        return cls(torch.zeros(n_documents, dtype=torch.long, device=device), memory)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All there is, by name, to be written to a file."""
+        named = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "RecurrentState":
+        """What `tensors` gave."""
+        return cls(**tensors)
 
     def detach(self) -> "RecurrentState":
         """The same numbers without their history."""
-        return RecurrentState(self.memory.detach(), self.position)
+        return self._each(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> "RecurrentState":
-        """Move it as `Tensor.to` does; a dtype applies to `memory` alone."""
-        memory = self.memory.to(*args, **kwargs)
-        return RecurrentState(memory, self.position.to(memory.device))
+        """Move it as `Tensor.to` does; a dtype applies to floating-point tensors alone."""
+        probe = torch.empty(0).to(*args, **kwargs)
+        return self._each(lambda tensor: tensor.to(probe if tensor.is_floating_point() else probe.device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "RecurrentState":
+        return RecurrentState(**{name: change(tensor) for name, tensor in self.tensors().items()})
 
 
 class PrefixRecurrence(nn.Module):
     """State and slots in, new state and next keys and values out, all layers in one batched matrix product.
 
-    Inside the encoder the state is kept layer first, `(E, B, P, D)`, so that a slice of layers is one block.
+    This class is `recurrence="layerwise"`: every layer has a state, which it reads as its prefix and writes from its
+    own slots. The other recurrences say where they differ.
 
+    Inside the encoder the state is kept layer first, `(E, B, P, D)`, so that a slice of layers is one block.
     Parameters are stacked by layer. Prefix projection after P-tuning v2 (arXiv 2110.07602), update gate after
     MemBART (arXiv 2209.07634).
+
+    Attributes:
+        slots_read_prefix: Whether slots attend to the prefix, beside slots and tokens.
     """
+
+    slots_read_prefix = True
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__()
-        n_layers, n_slots, width = config.encoder_layers, config.pre_seq_len, config.d_model
+        n_layers, width = config.encoder_layers, config.d_model
+        n_states = self.n_states(config)
+        self.n_slots = config.pre_seq_len
         self.n_heads = config.encoder_attention_heads
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.has_projection, self.has_update_gate = config.prefix_projection, config.update_gate
-        self.initial_memory = nn.Parameter(torch.empty(n_layers, n_slots, width))
-        self.slot_embedding = nn.Parameter(torch.empty(n_slots, width))
+        self.has_projection, self.has_update_gate = config.prefix_projection, config.update_gate and config.has_state
+        self.initial_memory = nn.Parameter(torch.empty(n_states, config.pre_seq_len, width))
         if self.has_projection:
             hidden = config.prefix_hidden_size
             self.projection_in = nn.Parameter(torch.empty(n_layers, width, hidden))
@@ -60,10 +103,18 @@ class PrefixRecurrence(nn.Module):
             self.projection_out = nn.Parameter(torch.empty(n_layers, hidden, 2 * width))
             self.projection_out_bias = nn.Parameter(torch.empty(n_layers, 1, 2 * width))
         if self.has_update_gate:
-            self.update_gate = nn.Parameter(torch.empty(n_layers, 2 * width, width))
-            self.update_gate_bias = nn.Parameter(torch.empty(n_layers, 1, width))
+            self.update_gate = nn.Parameter(torch.empty(n_states, 2 * width, width))
+            self.update_gate_bias = nn.Parameter(torch.empty(n_states, 1, width))
         if config.prefix_attention == "gated":
             self.prefix_gate = nn.Parameter(torch.empty(n_layers, self.n_heads))
+        self._build_slots(config)
+
+    def n_states(self, config: RecurrentBartConfig) -> int:
+        """Number of states carried."""
+        return config.encoder_layers
+
+    def _build_slots(self, config: RecurrentBartConfig) -> None:
+        self.slot_embedding = nn.Parameter(torch.empty(config.pre_seq_len, config.d_model))
 
     def init_weights(self, std: float) -> None:
         """Embedding scale for weights, zero for biases and for the gate that opens the prefix."""
@@ -73,47 +124,106 @@ class PrefixRecurrence(nn.Module):
             else:
                 init.normal_(parameter, mean=0.0, std=std)
 
-    def start(self, state: RecurrentState | None, n_documents: int) -> Tensor:
-        """State `(E, B, P, D)` before the first segment: the learned one, or a given one continued.
+    def first_memory(self, n_documents: int) -> Tensor:
+        """The learned state `(E, B, P, D)` before the first segment."""
+        return self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
 
-        To a given one the learned one is added zero times: a parameter that gets no gradient at all in a step would
-        be given the one of the step before by ZeRO-3.
-        """
-        learned = self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
-        return learned if state is None else state.memory.transpose(0, 1) + 0.0 * learned
+    def slots(self, memory_EBPD: Tensor) -> Tensor:
+        """Slots `(B, P, D)` that enter below the first layer."""
+        return self.slot_embedding.expand(memory_EBPD.shape[1], -1, -1)
 
-    def cut(self, memory_EBPD: Tensor, start_EBPD: Tensor, is_started_B: Tensor) -> Tensor:
-        """The state without its history, except where the document has none yet: there it is the start itself."""
-        return torch.where(is_started_B.view(1, -1, 1, 1), memory_EBPD.detach(), start_EBPD)
+    def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
+        """The prefix of each layer for one segment."""
+        prefixes = self.project(memory_EBPD, layers)
+        return lambda layer_idx, slots_BPD: prefixes[layer_idx]
 
-    def project(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values `(B, H, P, K)` that each layer's next segment reads."""
+    def project(self, memory_EBPD: Tensor, layers: nn.ModuleList, first: int = 0) -> list[KeyValue]:
+        """Keys and values `(B, H, P, K)` of as many layers as there are states, from layer `first` on."""
+        span = slice(first, first + len(memory_EBPD))
         if self.has_projection:
-            hidden = torch.tanh(self._per_layer(memory_EBPD, self.projection_in, self.projection_in_bias))
-            both = self._per_layer(hidden, self.projection_out, self.projection_out_bias)
+            hidden = torch.tanh(per_layer(memory_EBPD, self.projection_in[span], self.projection_in_bias[span]))
+            both = per_layer(hidden, self.projection_out[span], self.projection_out_bias[span])
             pairs = [both_BP2D.chunk(2, dim=-1) for both_BP2D in both]
         else:
-            pairs = [_own_projection(layer, memory) for layer, memory in zip(layers, memory_EBPD, strict=True)]
+            pairs = [_own_projection(layer, memory) for layer, memory in zip(layers[span], memory_EBPD, strict=True)]
         return [(self._heads(self.dropout(key)), self._heads(self.dropout(value))) for key, value in pairs]
 
-    def update(self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_B: Tensor) -> Tensor:
-        """State after a segment; a document that has no text in it keeps its state unchanged."""
-        new = slots_EBPD
+    def update(self, memory_EBPD: Tensor, slots: list[Tensor], is_read_B: Tensor) -> Tensor:
+        """State after a segment; a document that has no text in it keeps its state unchanged.
+
+        Args:
+            memory_EBPD: State before it.
+            slots: Slots `(B, P, D)` that leave each layer.
+            is_read_B: False where the document has no text in the segment.
+        """
+        slots_EBPD = new = torch.stack(slots[-len(memory_EBPD) :])
         if self.has_update_gate:
             both = torch.cat([memory_EBPD, slots_EBPD], dim=-1)
-            gate = torch.sigmoid(self._per_layer(both, self.update_gate, self.update_gate_bias))
+            gate = torch.sigmoid(per_layer(both, self.update_gate, self.update_gate_bias))
             new = memory_EBPD + gate * (slots_EBPD - memory_EBPD)
         return torch.where(is_read_B.view(1, -1, 1, 1), new, memory_EBPD)
-
-    def _per_layer(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Each layer's linear map, `(E, B, P, in)` to `(E, B, P, out)`, as one batched product."""
-        n_layers, n_documents, n_slots, _ = hidden.shape
-        mapped = torch.baddbmm(bias, hidden.reshape(n_layers, n_documents * n_slots, -1), weight)
-        return mapped.view(n_layers, n_documents, n_slots, -1)
 
     def _heads(self, hidden_BPD: Tensor) -> Tensor:
         return hidden_BPD.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
 
-def _own_projection(layer: BartEncoderLayer, memory_BPD: Tensor) -> tuple[Tensor, Tensor]:
+class TopRecurrence(PrefixRecurrence):
+    """Identical to PrefixRecurrence except: one state is the slots, bottom to top (RMT, arXiv 2207.06881).
+
+    Layers read the slots that enter them as their prefix. Without projection and with `prefix_attention="concat"` that
+    is BART's attention over `memory, tokens`.
+    """
+
+    slots_read_prefix = False
+
+    def n_states(self, config: RecurrentBartConfig) -> int:
+        """One, whatever the number of layers."""
+        return 1
+
+    def _build_slots(self, config: RecurrentBartConfig) -> None:
+        """The state is the slots."""
+
+    def slots(self, memory_EBPD: Tensor) -> Tensor:
+        """The state itself."""
+        return memory_EBPD[0]
+
+    def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
+        """The prefix of each layer, made of the slots that have come up to it."""
+        return lambda layer_idx, slots_BPD: self.project(slots_BPD.unsqueeze(0), layers, layer_idx)[0]
+
+
+class StaticPrefix(PrefixRecurrence):
+    """Identical to PrefixRecurrence except: no slots, so the prefix stays the learned one (P-tuning v2)."""
+
+    def __init__(self, config: RecurrentBartConfig):
+        super().__init__(config)
+        self.n_slots = 0
+
+    def _build_slots(self, config: RecurrentBartConfig) -> None:
+        """Nothing is written."""
+
+    def slots(self, memory_EBPD: Tensor) -> Tensor:
+        """No slot."""
+        return memory_EBPD[0, :, :0]
+
+    def update(self, memory_EBPD: Tensor, slots: list[Tensor], is_read_B: Tensor) -> Tensor:
+        """The same prefix again."""
+        return memory_EBPD
+
+
+def build_recurrence(config: RecurrentBartConfig) -> PrefixRecurrence | None:
+    """The recurrence that a configuration names; None where `pre_seq_len` is 0."""
+    if not config.pre_seq_len:
+        return None
+    return {"layerwise": PrefixRecurrence, "top": TopRecurrence, "none": StaticPrefix}[config.recurrence](config)
+
+
+def per_layer(hidden_EBPD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Each layer's linear map, `(E, B, P, in)` to `(E, B, P, out)`, as one batched product."""
+    n_layers, n_documents, n_slots, _ = hidden_EBPD.shape
+    mapped = torch.baddbmm(bias, hidden_EBPD.reshape(n_layers, n_documents * n_slots, -1), weight)
+    return mapped.view(n_layers, n_documents, n_slots, -1)
+
+
+def _own_projection(layer: BartEncoderLayer, memory_BPD: Tensor) -> KeyValue:
     return layer.self_attn.k_proj(memory_BPD), layer.self_attn.v_proj(memory_BPD)

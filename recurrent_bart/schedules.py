@@ -6,178 +6,171 @@ D model width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.bart.modeling_bart import BartEncoderLayer
+from torch.utils.checkpoint import checkpoint
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.prefix_attention import KeyValue, attend, concat_keys, gated_read, split_heads
+from recurrent_bart.encoder_cell import Visibility, run_cell
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of the grid is wanted.
+
+    Attributes:
+        every_segment: Outputs of every segment, each with its graph; False: of the last one.
+        tokens: Token streams of all segments, whether or not they have a graph.
+        memories: Likewise states.
+        hidden_states: Token streams of every layer.
+        attentions: Attention weights of every layer.
+    """
+
+    every_segment: bool = False
+    tokens: bool = False
+    memories: bool = False
+    hidden_states: bool = False
+    attentions: bool = False
+
+    def all_segments(self) -> bool:
+        """Whether segments are wanted that nothing is carried from."""
+        return self.every_segment or self.tokens or self.memories or self.hidden_states or self.attentions
+
+
+@dataclass
+class SegmentOutput:
+    """What one segment gives: token streams `(B, L, D)` below and above every layer, if wanted, and weights."""
+
+    tokens: Tensor
+    memory: Tensor | None
+    hidden_states: list[Tensor]
+    attentions: list[Tensor]
 
 
 @dataclass
 class GridOutput:
-    """What the grid gives.
+    """What the grid gives, of each kept segment.
 
     Attributes:
-        tokens: Of each kept segment, the last layer's token stream `(B, L, D)`.
-        memories: Of each kept segment, the last layer's state after it `(B, P, D)`.
-        state: The state after the last segment.
+        tokens: The last layer's token stream `(B, L, D)`.
+        memories: The last layer's state after it `(B, P, D)`.
+        hidden_states: Token streams below and above every layer.
+        attentions: Weights `(B, H, L, A)` of every layer.
+        memory: The state `(E, B, P, D)` after the last segment.
     """
 
     tokens: list[Tensor] = field(default_factory=list)
     memories: list[Tensor] = field(default_factory=list)
-    state: RecurrentState | None = None
+    hidden_states: list[list[Tensor]] = field(default_factory=list)
+    attentions: list[list[Tensor]] = field(default_factory=list)
+    memory: Tensor | None = None
 
 
-@dataclass
-class SegmentMasks:
-    """Attention masks of one segment, in the back-end's form; None: everything is seen."""
+@dataclass(frozen=True)
+class Grid:
+    """The cells of some documents and how they are run.
 
-    tokens: Tensor | None
-    slots: Tensor | None
-
-    @classmethod
-    def build(cls, config: RecurrentBartConfig, stream_BLD: Tensor, mask_BL: Tensor) -> "SegmentMasks":
-        """Masks of a segment whose stream is `slots, tokens`.
-
-        In a segment that a document does not have, everything is seen: what comes out is thrown away, and a softmax
-        over nothing would not be finite.
-        """
-        n_slots = config.pre_seq_len
-        mask_BL = mask_BL.bool() | ~mask_BL.bool().any(dim=1, keepdim=True)
-        slots_BP = mask_BL.new_ones(mask_BL.shape[0], n_slots)
-        slots_see = torch.cat([slots_BP, slots_BP, mask_BL], dim=1)
-        tokens_see = mask_BL if config.prefix_attention == "gated" else torch.cat([slots_BP, mask_BL], dim=1)
-        return cls(
-            tokens=create_bidirectional_mask(config, stream_BLD[:, n_slots:], tokens_see),
-            slots=create_bidirectional_mask(config, stream_BLD[:, :n_slots], slots_see) if n_slots else None,
-        )
-
-
-def sequential(
-    config: RecurrentBartConfig,
-    layers: nn.ModuleList,
-    recurrence: PrefixRecurrence | None,
-    embed: Callable[[int], Tensor],
-    mask_BNL: Tensor,
-    state: RecurrentState | None,
-    keep_every_segment: bool,
-) -> GridOutput:
-    """Segment after segment, layer after layer: the reference.
-
-    Gradient crosses `config.bptt_depth` segment boundaries: the segments form windows of one more than that, aligned to
-    the last one, and the state is cut between windows. Segments whose output reaches no kept one by gradient run
-    without a graph.
-
-    Args:
+    Attributes:
         config: The architecture.
         layers: The encoder's layers.
         recurrence: Their recurrence; None where `pre_seq_len` is 0.
-        embed: Gives the first layer's stream `(B, P + L, D)`, slots in front, of a segment by its number.
-        mask_BNL: 1 at tokens; a segment without any leaves its document's state unchanged.
-        state: What was read before; None at the head of the documents.
-        keep_every_segment: Keep every segment's output, not the last one's alone.
+        embed: Gives the first layer's stream `(B, P + L, D)` from a segment's token embeddings and its slots.
+        checkpoints_segments: Recompute each segment as a whole in the backward pass.
     """
-    n_documents, n_segments, _ = mask_BNL.shape
-    is_read_BN = mask_BNL.bool().any(dim=-1)
-    window = n_segments if config.bptt_depth == -1 else config.bptt_depth + 1
-    first_with_graph = 0 if keep_every_segment else n_segments - window
-    # without a state nothing is left of a segment but its own output
-    first = 0 if recurrence or keep_every_segment else n_segments - 1
-    start = memory = recurrence.start(state, n_documents) if recurrence else None
-    output = GridOutput()
-    for t in range(first, n_segments):
-        if recurrence and t > 0 and (n_segments - t) % window == 0:
-            memory = recurrence.cut(memory, start, is_read_BN[:, :t].any(dim=1))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first_with_graph):
-            tokens, memory = _read_segment(
-                config, layers, recurrence, embed(t), mask_BNL[:, t], is_read_BN[:, t], memory
-            )
-        if keep_every_segment or t == n_segments - 1:
-            output.tokens.append(tokens)
-            if recurrence:
-                output.memories.append(memory[-1])
-    if recurrence:
-        position_B = is_read_BN.sum(dim=1)
-        output.state = RecurrentState(memory.transpose(0, 1), position_B + (state.position if state else 0))
-    return output
+
+    config: RecurrentBartConfig
+    layers: nn.ModuleList
+    recurrence: PrefixRecurrence | None
+    embed: Callable[[Tensor, Tensor | None], Tensor]
+    checkpoints_segments: bool = False
+
+    def sequential(
+        self, segments_BNLD: Tensor, mask_BNL: Tensor, state: RecurrentState | None, kept: Kept
+    ) -> GridOutput:
+        """Segment after segment, layer after layer: the reference.
+
+        Gradient crosses `config.bptt_depth` segment boundaries: segments form windows of one more than that, aligned
+        to the last one, and the state is cut between windows. Segments whose output reaches no kept one by gradient
+        run without a graph.
+
+        Args:
+            segments_BNLD: Token embeddings; documents end at the last segment.
+            mask_BNL: 1 at tokens; a segment without any leaves its document's state unchanged.
+            state: What was read before; None at the head of the documents.
+            kept: What is wanted.
+        """
+        n_segments = mask_BNL.shape[1]
+        window = self.config.bptt_window or n_segments + 1
+        is_read_BN = mask_BNL.bool().any(dim=-1)
+        first_with_graph = 0 if kept.every_segment else n_segments - window
+        # without a state nothing is left of a segment but its own output
+        first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
+        memory = learned = self.recurrence.first_memory(len(mask_BNL)) if self.recurrence else None
+        is_begun_B = torch.zeros_like(is_read_BN[:, 0])
+        if state is not None and state.memory is not None:
+            is_begun_B = state.position > 0
+            memory = _where_begun(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
+        output = GridOutput()
+        # one view for each segment, not one index into all: its backward pass would write all of them each time
+        segments = segments_BNLD.unbind(dim=1)
+        for t in range(first, n_segments):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first_with_graph):
+                if self.config.has_state and (n_segments - t) % window == 0:
+                    memory = _where_begun(is_begun_B | is_read_BN[:, :t].any(dim=1), memory.detach(), learned)
+                segment = self._run_segment(segments[t], mask_BNL[:, t], is_read_BN[:, t], memory, kept)
+            memory = segment.memory
+            is_last = t == n_segments - 1
+            self._keep(output, segment, kept, is_last)
+        output.memory = memory if self.config.has_state else None
+        return output
+
+    def _keep(self, output: GridOutput, segment: SegmentOutput, kept: Kept, is_last: bool) -> None:
+        if kept.every_segment or kept.tokens or is_last:
+            output.tokens.append(segment.tokens)
+        if self.config.has_state and (kept.every_segment or kept.memories or is_last):
+            # not a view, which would keep the states of all layers
+            output.memories.append(segment.memory[-1].clone())
+        if kept.hidden_states:
+            output.hidden_states.append(segment.hidden_states)
+        if kept.attentions:
+            output.attentions.append(segment.attentions)
+
+    def _run_segment(self, *inputs: Any) -> SegmentOutput:
+        if self.checkpoints_segments and torch.is_grad_enabled():
+            return checkpoint(self._segment, *inputs, use_reentrant=False)
+        return self._segment(*inputs)
+
+    def _segment(
+        self, tokens_BLD: Tensor, mask_BL: Tensor, is_read_B: Tensor, memory_EBPD: Tensor | None, kept: Kept
+    ) -> SegmentOutput:
+        """One segment through all layers."""
+        recurrence, config = self.recurrence, self.config
+        n_slots = recurrence.n_slots if recurrence else 0
+        stream = self.embed(tokens_BLD, recurrence.slots(memory_EBPD) if recurrence else None)
+        visible = Visibility.build(config, stream, mask_BL, n_slots, bool(recurrence and recurrence.slots_read_prefix))
+        read_prefix = recurrence.prefix_reader(memory_EBPD, self.layers) if recurrence else None
+        has_gate = recurrence is not None and config.prefix_attention == "gated"
+        slots, hidden_states, attentions = [], [stream[:, n_slots:]], []
+        for layer_idx, layer in enumerate(self.layers):
+            prefix = read_prefix(layer_idx, stream[:, :n_slots]) if read_prefix else None
+            gate = recurrence.prefix_gate[layer_idx] if has_gate else None
+            stream, weights = run_cell(layer, stream, visible, prefix, gate)
+            slots.append(stream[:, :n_slots])
+            if kept.hidden_states:
+                hidden_states.append(stream[:, n_slots:])
+            if kept.attentions:
+                attentions.append(weights)
+        memory = recurrence.update(memory_EBPD, slots, is_read_B) if recurrence else None
+        return SegmentOutput(stream[:, n_slots:], memory, hidden_states, attentions)
 
 
-def _read_segment(
-    config: RecurrentBartConfig,
-    layers: nn.ModuleList,
-    recurrence: PrefixRecurrence | None,
-    stream_BLD: Tensor,
-    mask_BL: Tensor,
-    is_read_B: Tensor,
-    memory_EBPD: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """One segment through all layers; returns its token stream and the state after it."""
-    n_slots = config.pre_seq_len
-    masks = SegmentMasks.build(config, stream_BLD, mask_BL)
-    if recurrence is None:
-        for layer in layers:
-            stream_BLD = run_cell(layer, stream_BLD, masks, None, None)
-        return stream_BLD, None
-    slots = []
-    prefixes = recurrence.project(memory_EBPD, layers)
-    gates = recurrence.prefix_gate if config.prefix_attention == "gated" else [None] * len(layers)
-    for layer, prefix, gate in zip(layers, prefixes, gates, strict=True):
-        stream_BLD = run_cell(layer, stream_BLD, masks, prefix, gate)
-        slots.append(stream_BLD[:, :n_slots])
-    return stream_BLD[:, n_slots:], recurrence.update(memory_EBPD, torch.stack(slots), is_read_B)
+def _where_begun(is_begun_B: Tensor, memory_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:
+    """The state of documents that have begun, the learned one of those that have not.
 
-
-def run_cell(
-    layer: BartEncoderLayer, stream_BLD: Tensor, masks: SegmentMasks, prefix: KeyValue | None, gate_H: Tensor | None
-) -> Tensor:
-    """One cell; recomputed in the backward pass where gradient checkpointing is on for this layer."""
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(encoder_cell, layer, stream_BLD, masks, prefix, gate_H)
-    return encoder_cell(layer, stream_BLD, masks, prefix, gate_H)
-
-
-def encoder_cell(
-    layer: BartEncoderLayer, stream_BLD: Tensor, masks: SegmentMasks, prefix: KeyValue | None, gate_H: Tensor | None
-) -> Tensor:
-    """One layer over one segment. Identical to BartEncoderLayer except: its attention.
-
-    Args:
-        layer: The layer.
-        stream_BLD: `(B, P + L, D)`, slots in front of tokens.
-        masks: The segment's masks.
-        prefix: Keys and values `(B, H, P, K)` of the layer's state; None switches the recurrence off.
-        gate_H: Gate of each head on the prefix, which then has a softmax of its own; None: one softmax over all.
+    The learned one takes part with a gradient of zero at least: ZeRO-3 would give a parameter that gets none in a step
+    the one of the step before.
     """
-    read = cell_attention(layer, stream_BLD, masks, prefix, gate_H)
-    dropped = nn.functional.dropout(layer.self_attn.out_proj(read), p=layer.dropout, training=layer.training)
-    stream_BLD = layer.self_attn_layer_norm(stream_BLD + dropped)
-    hidden = layer.activation_fn(layer.fc1(stream_BLD))
-    hidden = nn.functional.dropout(hidden, p=layer.activation_dropout, training=layer.training)
-    hidden = nn.functional.dropout(layer.fc2(hidden), p=layer.dropout, training=layer.training)
-    return layer.final_layer_norm(stream_BLD + hidden)
-
-
-def cell_attention(
-    layer: BartEncoderLayer, stream_BLD: Tensor, masks: SegmentMasks, prefix: KeyValue | None, gate_H: Tensor | None
-) -> Tensor:
-    """What slots and tokens read, `(B, P + L, D)`: tokens never see slots, slots see everything."""
-    attention = layer.self_attn
-    query = split_heads(attention, attention.q_proj(stream_BLD))
-    key = split_heads(attention, attention.k_proj(stream_BLD))
-    value = split_heads(attention, attention.v_proj(stream_BLD))
-    if prefix is None:
-        return attend(attention, query, (key, value), masks.tokens)[0].flatten(2)
-    n_slots = prefix[0].shape[2]
-    slot_query, token_query = query[:, :, :n_slots], query[:, :, n_slots:]
-    tokens = key[:, :, n_slots:], value[:, :, n_slots:]
-    slot_read, _ = attend(attention, slot_query, concat_keys(prefix, (key, value)), masks.slots)
-    if gate_H is None:
-        token_read, _ = attend(attention, token_query, concat_keys(prefix, tokens), masks.tokens)
-    else:
-        token_read, _ = attend(attention, token_query, tokens, masks.tokens)
-        token_read = gated_read(token_read, attend(attention, token_query, prefix, None)[0], gate_H)
-    return torch.cat([slot_read, token_read], dim=1).flatten(2)
+    return torch.where(is_begun_B.view(1, -1, 1, 1), memory_EBPD, learned_EBPD)

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+
 Token = TypeVar("Token")
 
 
@@ -99,28 +101,68 @@ def gather_segments(flat: Tensor, positions_BNL: Tensor, fill: float) -> Tensor:
     return taken.masked_fill(is_padding, fill)
 
 
-def empty_segments_at_end(is_read_BN: Tensor) -> Tensor:
-    """Number of segments `(B,)` that each row has behind its document.
-
-    Args:
-        is_read_BN: `(B, N)` booleans, False where a segment has no token.
-
-    Raises:
-        ValueError: A row has no token in any segment; the message names it.
-    """
-    has_none = ~is_read_BN.any(dim=1)
-    if has_none.any():
-        raise ValueError(f"attention_mask: row {int(has_none.nonzero()[0])} is a document of 0 tokens")
-    return is_read_BN.flip(1).int().argmax(dim=1)
-
-
 def shift_segments(segments: Tensor, n_segments_B: Tensor) -> Tensor:
     """Move each row of `(B, N, ...)` by its own number of segments, those at the end coming back in front.
 
     Shifted by the empty segments at their end, all documents end at the last segment: then all rows share the
     boundaries at which gradient is cut, and the decoder finds each row's last segment in one place.
     """
+    if not n_segments_B.any():
+        return segments
     n_segments = segments.shape[1]
     rows = torch.arange(segments.shape[0], device=segments.device).unsqueeze(1)
     columns = torch.arange(n_segments, device=segments.device) - n_segments_B.unsqueeze(1)
     return segments[rows, columns % n_segments]
+
+
+def segment_documents(
+    config: RecurrentBartConfig,
+    is_training: bool,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Ids or embeddings as `(B, N, L, ...)` with their mask.
+
+    In training, documents are cut after `config.max_n_segments`.
+    """
+    tokens = input_ids if inputs_embeds is None else inputs_embeds
+    is_flat = tokens.dim() == (2 if inputs_embeds is None else 3)
+    shape = tokens.shape[: 2 if is_flat else 3]
+    mask = attention_mask if attention_mask is not None else tokens.new_ones(shape, dtype=torch.long)
+    if is_flat and shape[1] <= config.segment_size:
+        # one segment: exactly as it came, as BART would see it
+        return tokens.unsqueeze(1), mask.unsqueeze(1)
+    if is_flat:
+        special = config.bos_token_id, config.eos_token_id
+        positions = segment_positions(mask, input_ids, special, config.segment_size, config.input_size)
+        fill = config.pad_token_id if inputs_embeds is None else 0.0
+        tokens, mask = gather_segments(tokens, positions, fill), (positions >= 0).to(mask.dtype)
+    if tokens.shape[2] > config.input_size:
+        raise ValueError(f"segments of {tokens.shape[2]} tokens: input_size is {config.input_size}")
+    if is_training and config.max_n_segments != -1:
+        tokens, mask = tokens[:, : config.max_n_segments], mask[:, : config.max_n_segments]
+    return tokens, mask
+
+
+def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Move documents so that all end at the last segment.
+
+    Args:
+        segments: `(B, N, ...)`.
+        mask_BNL: 1 at tokens.
+        may_be_empty: Some documents may have no token at all here.
+
+    Returns:
+        Both, moved, and by how many segments `(B,)` each row was moved.
+
+    Raises:
+        ValueError: A row has no token in any segment and may not; the message names it.
+    """
+    is_read_BN = mask_BNL.bool().any(dim=-1)
+    has_none = ~is_read_BN.any(dim=1)
+    if not may_be_empty and has_none.any():
+        raise ValueError(f"attention_mask: row {int(has_none.nonzero()[0])} is a document of 0 tokens")
+    # argmax finds the first: of a row without any, 0
+    n_empty_B = is_read_BN.flip(1).int().argmax(dim=1)
+    return shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B), n_empty_B

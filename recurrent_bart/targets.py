@@ -52,12 +52,13 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor
     """Cross-entropy, summed over targets and divided by their number.
 
     Args:
-        logits_BTV: Scores; computed on in float32, whatever precision they come in.
+        logits_BTV: Scores; computed on in float32 at least, whatever precision they come in.
         labels_BT: Ids, -100 where there is no target.
         num_items_in_batch: Number of targets in the whole optimizer step; None: those given here.
     """
+    precise = torch.promote_types(logits_BTV.dtype, torch.float32)
     total = nn.functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits_BTV.to(precise).flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     if num_items_in_batch is None:
         num_items_in_batch = (labels_BT != IGNORED).sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""The grid of DESIGN section 2 in the shortest code that is right: one document, no padding, no batch.
+"""The grid of cells in the shortest code that is right: one document, no padding, no batch.
 
 Everything fast is compared with this. Shapes: P slots, L tokens, D model width.
 """
@@ -20,14 +20,30 @@ def encode(model, segments):
     for ids in segments:
         tokens = encoder.embed_tokens(torch.tensor([ids]))[0] + encoder.embed_positions(torch.tensor([ids]))[0]
         tokens = encoder.layernorm_embedding(tokens)
-        slots = encoder.layernorm_embedding(core.slot_embedding) if core else tokens[:0]
+        slots = tokens[:0]
+        if config.has_state:
+            slots = encoder.layernorm_embedding(states[0] if config.recurrence == "top" else core.slot_embedding)
         for e, layer in enumerate(encoder.layers):
-            prefix = project(core, layer, states[e], e, config) if core else None
+            read = slots if config.recurrence == "top" else states[e] if core else None
+            prefix = project(core, layer, read, e, config) if core else None
             tokens, slots = cell(layer, tokens, slots, prefix, core, e, config)
-            if core:
+            if config.has_state and config.recurrence == "layerwise":
                 states[e] = update(core, states[e], slots, e, config)
-        after.append((states[-1] if core else None, tokens))
-    return after, states
+        if config.recurrence == "top" and core:
+            states[0] = update(core, states[0], slots, 0, config)
+        after.append((states[-1] if config.has_state else tokens[:0], tokens))
+    return after, states if config.has_state else []
+
+
+def context(config, after, t):
+    """What the decoder attends to after segment t, `(A, D)`."""
+    memory, tokens = after[t]
+    memories, streams = zip(*after[: t + 1], strict=True)
+    return {
+        "last": lambda: torch.cat([memory, tokens]),
+        "memory": lambda: torch.cat([*memories, tokens]),
+        "all": lambda: torch.cat([memory, *streams]),
+    }[config.decoder_context]()
 
 
 def project(core, layer, state, e, config):
@@ -60,7 +76,10 @@ def cell(layer, tokens, slots, prefix, core, e, config):
     else:
         gate = torch.tanh(core.prefix_gate[e])
         token_read = attend(attention, tokens, project_both(tokens)) + attend(attention, tokens, prefix, gate)
-    slot_read = attend(attention, slots, join(prefix, project_both(slots), project_both(tokens)))
+    if not config.has_state:
+        return feed_forward(layer, tokens, token_read), slots
+    own = join(project_both(slots), project_both(tokens))
+    slot_read = attend(attention, slots, own if config.recurrence == "top" else join(prefix, own))
     return feed_forward(layer, tokens, token_read), feed_forward(layer, slots, slot_read)
 
 

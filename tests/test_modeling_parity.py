@@ -92,7 +92,7 @@ def test_parity_of_concat_with_bart_given_the_prefix_as_past_key_values(bart, ba
     core = ours.model.encoder.recurrence
     torch.nn.init.normal_(core.projection_out, std=0.5)
     inputs = document((12, 7))
-    prefix = core.project(core.start(None, 2), ours.model.encoder.layers)
+    prefix = core.project(core.first_memory(2), ours.model.encoder.layers)
     cache = DynamicCache()
     for layer, (key, value) in enumerate(prefix):
         cache.update(key, value, layer)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recurrent_bart.segmentation import (
-    empty_segments_at_end,
+    align_at_end,
     gather_segments,
     pad_segments,
     segment_positions,
@@ -64,16 +64,19 @@ def test_padding_fills_behind_tokens_and_behind_segments():
     assert pad_segments([[[1, 2], [3]], [[4]]], padding=-1) == [[[1, 2], [3, -1]], [[4, -1], [-1, -1]]]
 
 
-def test_shifting_by_the_empty_segments_aligns_ends_and_back():
-    is_read = torch.tensor([[True, True, True], [True, False, False], [False, True, False]])
-    n_empty = empty_segments_at_end(is_read)
-    assert n_empty.tolist() == [0, 2, 1]
+def test_documents_are_aligned_at_their_end_and_moved_back():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 0]]).unsqueeze(-1)
     segments = torch.arange(9).view(3, 3)
-    shifted = shift_segments(segments, n_empty)
-    assert shifted.tolist() == [[0, 1, 2], [4, 5, 3], [8, 6, 7]]
-    assert torch.equal(shift_segments(shifted, -n_empty), segments)
+    aligned, aligned_mask, n_empty = align_at_end(segments, mask)
+    assert n_empty.tolist() == [0, 2, 1]
+    assert aligned.tolist() == [[0, 1, 2], [4, 5, 3], [8, 6, 7]]
+    assert aligned_mask.squeeze(-1).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 1]]
+    assert torch.equal(shift_segments(aligned, -n_empty), segments)
 
 
-def test_a_row_without_segments_is_named():
+def test_a_row_without_segments_is_named_or_left_where_it_is():
+    mask = torch.tensor([[1, 0], [0, 0]]).unsqueeze(-1)
     with pytest.raises(ValueError, match="row 1 is a document of 0 tokens"):
-        empty_segments_at_end(torch.tensor([[True], [False]]))
+        align_at_end(mask, mask)
+    *_, n_empty = align_at_end(mask, mask, may_be_empty=True)
+    assert n_empty.tolist() == [1, 0]

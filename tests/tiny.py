@@ -14,7 +14,7 @@ TINY = {
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 24,
     "decoder_ffn_dim": 24,
-    "max_position_embeddings": 40,
+    "max_position_embeddings": 64,
     "init_std": 0.3,
     "dropout": 0.0,
     "hidden_dropout_prob": 0.0,

@@ -1,0 +1,109 @@
+"""One cell of the grid: a layer of the encoder over a segment's slots and tokens.
+
+Shape suffixes: B documents, L tokens in a segment, P prefix length (= slots), H heads, K head width, A attended length,
+D model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.bart.modeling_bart import BartEncoderLayer
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.prefix_attention import attend, concat_keys, gated_read, split_heads
+from recurrent_bart.prefix_recurrence import KeyValue
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What the slots and the tokens of a segment see, as masks in the back-end's form; None: everything.
+
+    Attributes:
+        tokens: Of tokens: the tokens, behind the prefix with one softmax over both.
+        slots: Of slots: prefix, slots and tokens, or slots and tokens.
+        n_slots: Number of slots in front of the stream.
+        slots_read_prefix: Whether slots see the prefix.
+    """
+
+    tokens: Tensor | None
+    slots: Tensor | None
+    n_slots: int
+    slots_read_prefix: bool
+
+    @classmethod
+    def build(
+        cls, config: RecurrentBartConfig, stream_BLD: Tensor, mask_BL: Tensor, n_slots: int, slots_read_prefix: bool
+    ) -> "Visibility":
+        """Masks of a segment whose stream is `slots, tokens`.
+
+        In a segment that a document does not have, everything is seen: what comes out is thrown away, and a softmax
+        over nothing would not be finite.
+        """
+        mask_BL = mask_BL.bool() | ~mask_BL.bool().any(dim=1, keepdim=True)
+        prefix_BP = mask_BL.new_ones(len(mask_BL), config.pre_seq_len)
+        slots_BP = prefix_BP[:, :n_slots]
+        slots_see = torch.cat([prefix_BP, slots_BP, mask_BL] if slots_read_prefix else [slots_BP, mask_BL], dim=1)
+        tokens_see = mask_BL if config.prefix_attention == "gated" else torch.cat([prefix_BP, mask_BL], dim=1)
+        return cls(
+            tokens=create_bidirectional_mask(config, stream_BLD[:, n_slots:], tokens_see),
+            slots=create_bidirectional_mask(config, stream_BLD[:, :n_slots], slots_see) if n_slots else None,
+            n_slots=n_slots,
+            slots_read_prefix=slots_read_prefix,
+        )
+
+
+def run_cell(
+    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_H: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One cell; recomputed in the backward pass where gradient checkpointing is on for this layer."""
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(encoder_cell, layer, stream_BLD, visible, prefix, gate_H)
+    return encoder_cell(layer, stream_BLD, visible, prefix, gate_H)
+
+
+def encoder_cell(
+    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_H: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One layer over one segment. Identical to BartEncoderLayer except: its attention.
+
+    Args:
+        layer: The layer.
+        stream_BLD: `(B, P + L, D)`, slots in front of tokens.
+        visible: What slots and tokens see.
+        prefix: Keys and values `(B, H, P, K)` of the layer's state; None switches the recurrence off.
+        gate_H: Gate of each head on the prefix, which then has a softmax of its own; None: one softmax over all.
+
+    Returns:
+        The stream above the layer and, from the eager back-end, the tokens' weights `(B, H, L, A)`.
+    """
+    read, weights = cell_attention(layer, stream_BLD, visible, prefix, gate_H)
+    dropped = nn.functional.dropout(layer.self_attn.out_proj(read), p=layer.dropout, training=layer.training)
+    stream_BLD = layer.self_attn_layer_norm(stream_BLD + dropped)
+    hidden = layer.activation_fn(layer.fc1(stream_BLD))
+    hidden = nn.functional.dropout(hidden, p=layer.activation_dropout, training=layer.training)
+    hidden = nn.functional.dropout(layer.fc2(hidden), p=layer.dropout, training=layer.training)
+    return layer.final_layer_norm(stream_BLD + hidden), weights
+
+
+def cell_attention(
+    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_H: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What slots and tokens read, `(B, P + L, D)`, and the tokens' weights: tokens never see slots."""
+    attention, n_slots = layer.self_attn, visible.n_slots
+    query = split_heads(attention, attention.q_proj(stream_BLD))
+    key = split_heads(attention, attention.k_proj(stream_BLD))
+    value = split_heads(attention, attention.v_proj(stream_BLD))
+    token_query, tokens = query[:, :, n_slots:], (key[:, :, n_slots:], value[:, :, n_slots:])
+    if prefix is not None and gate_H is None:
+        tokens = concat_keys(prefix, tokens)
+    read, weights = attend(attention, token_query, tokens, visible.tokens)
+    if gate_H is not None:
+        prefix_read = attend(attention, token_query, prefix, None)
+        read, weights = gated_read((read, weights), prefix_read, gate_H)
+    if n_slots:
+        slots_see = concat_keys(prefix, (key, value)) if visible.slots_read_prefix else (key, value)
+        slots_read, _ = attend(attention, query[:, :, :n_slots], slots_see, visible.slots)
+        read = torch.cat([slots_read, read], dim=1)
+    return read.flatten(2), weights

@@ -1,0 +1,88 @@
+"""What the models give.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, A attended length, M chosen segments, T target length,
+D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+
+from recurrent_bart.prefix_recurrence import RecurrentState
+from recurrent_bart.segmentation import shift_segments
+
+
+@dataclass
+class RecurrentEncoderOutput(BaseModelOutput):
+    """What the decoder may attend to, and the state to go on from.
+
+    Attributes:
+        last_hidden_state: `(B, A, D)`: states, then tokens, as `config.decoder_context` has it. With
+            `every_segment=True` `(B, N, A, D)`: the same after each segment.
+        hidden_states: Token streams below and above every layer, each `(B, N, L, D)`.
+        attentions: What tokens attend to in every layer, each `(B, N, H, L, A)`, prefix in front.
+        context_mask: `(B, A)` or `(B, N, A)`, 1 where there is something to attend to.
+        is_read: `(B, N)` booleans, False where a document has no such segment.
+        n_memory: Leading positions of `last_hidden_state` that are state.
+        state: The state after the last segment.
+    """
+
+    context_mask: Tensor | None = None
+    is_read: Tensor | None = None
+    n_memory: int | None = None
+    state: RecurrentState | None = None
+
+    def as_tuple(self) -> tuple:
+        """The same as a plain tuple: hooks on modules look for tensors in nothing else."""
+        state = self.state and tuple(getattr(self.state, item.name) for item in fields(RecurrentState))
+        plain = self.last_hidden_state, self.hidden_states, self.attentions, self.context_mask, self.is_read
+        return *plain, self.n_memory, state
+
+    @classmethod
+    def from_tuple(cls, values: tuple) -> "RecurrentEncoderOutput":
+        """What `as_tuple` gave."""
+        *plain, state = values
+        return cls(*plain, state=state and RecurrentState(*state))
+
+    def shifted(self, n_segments_B: Tensor) -> "RecurrentEncoderOutput":
+        """With what there is of each segment moved by `shift_segments`."""
+        every_segment = self.last_hidden_state.dim() == 4
+
+        def shift(tensor: Tensor) -> Tensor:
+            return shift_segments(tensor, n_segments_B)
+
+        return RecurrentEncoderOutput(
+            last_hidden_state=shift(self.last_hidden_state) if every_segment else self.last_hidden_state,
+            hidden_states=self.hidden_states and tuple(map(shift, self.hidden_states)),
+            attentions=self.attentions and tuple(map(shift, self.attentions)),
+            context_mask=shift(self.context_mask) if every_segment else self.context_mask,
+            is_read=shift(self.is_read),
+            n_memory=self.n_memory,
+            state=self.state,
+        )
+
+    def rows(self, is_chosen_BN: Tensor) -> "RecurrentEncoderOutput":
+        """The contexts after chosen segments `(B, N)` as the rows of one batch `(M, A, D)`."""
+        return RecurrentEncoderOutput(
+            last_hidden_state=self.last_hidden_state[is_chosen_BN],
+            context_mask=self.context_mask[is_chosen_BN],
+            n_memory=self.n_memory,
+        )
+
+
+@dataclass
+class RecurrentBartModelOutput(Seq2SeqModelOutput):
+    """`Seq2SeqModelOutput` and the `state` after the last segment."""
+
+    state: RecurrentState | None = None
+
+
+@dataclass
+class RecurrentBartLMOutput(Seq2SeqLMOutput):
+    """`Seq2SeqLMOutput` and the `state` after the last segment.
+
+    With `labels` `(B, N, T)`, `logits` are `(B, N, T, V)`, zero for segments that have no target.
+    """
+
+    state: RecurrentState | None = None

@@ -1,0 +1,127 @@
+"""What the decoder attends to, against the naive reference, and what it must not see."""
+
+import pytest
+import torch
+
+from recurrent_bart.prefix_recurrence import RecurrentState
+from recurrent_bart.segmentation import pad_segments
+from reference import context, encode
+from tiny import random_ids
+
+RAGGED = [[8, 8, 3], [5], [8, 2]]
+CONTEXTS = {
+    "memory": {"decoder_context": "memory"},
+    "all": {"decoder_context": "all"},
+    "memory of top": {"decoder_context": "memory", "recurrence": "top"},
+    "all without state": {"decoder_context": "all", "recurrence": "none"},
+    "all without recurrence": {"decoder_context": "all", "pre_seq_len": 0},
+    "all in one softmax": {"decoder_context": "all", "prefix_attention": "concat"},
+}
+of_every_context = pytest.mark.parametrize("fields", CONTEXTS.values(), ids=CONTEXTS)
+
+
+def batch_of(lengths):
+    documents = [[random_ids(n).tolist() for n in segments] for segments in lengths]
+    input_ids = torch.tensor(pad_segments(documents, padding=-1))
+    return documents, input_ids.clamp(min=1), (input_ids >= 0).long()
+
+
+@of_every_context
+def test_reference_values_and_gradients(make_model, fields):
+    model = make_model(**fields)
+    documents, input_ids, mask = batch_of(RAGGED)
+    output = model.model.encoder(input_ids, attention_mask=mask)
+    expected = [context(model.config, encode(model, document)[0], len(document) - 1) for document in documents]
+    for row, rows in enumerate(expected):
+        seen = output.context_mask[row].bool()
+        torch.testing.assert_close(output.last_hidden_state[row, seen], rows, rtol=0, atol=1e-10)
+    output.last_hidden_state[output.context_mask.bool()].sin().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.model.encoder.named_parameters()}
+    model.zero_grad()
+    sum(rows.sin().sum() for rows in expected).backward()
+    for name, parameter in model.model.encoder.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=0, atol=1e-9, msg=name)
+
+
+@of_every_context
+def test_reference_after_every_segment(make_model, fields):
+    model = make_model(**fields)
+    documents, input_ids, mask = batch_of(RAGGED)
+    output = model.model.encoder(input_ids, attention_mask=mask, every_segment=True)
+    for row, document in enumerate(documents):
+        after, _ = encode(model, document)
+        for t in range(len(document)):
+            seen = output.context_mask[row, t].bool()
+            torch.testing.assert_close(
+                output.last_hidden_state[row, t, seen], context(model.config, after, t), rtol=0, atol=1e-10
+            )
+
+
+@of_every_context
+def test_ragged_documents_are_decoded_as_alone(make_model, fields):
+    model, labels = make_model(**fields), random_ids(3, 4)
+    documents, input_ids, mask = batch_of(RAGGED)
+    logits = model(input_ids=input_ids, attention_mask=mask, labels=labels).logits
+    for row, document in enumerate(documents):
+        _, own_ids, own_mask = batch_of([[len(segment) for segment in document]])
+        own_ids = torch.tensor(pad_segments([document], padding=1))
+        alone = model(input_ids=own_ids, attention_mask=own_mask, labels=labels[row : row + 1]).logits
+        torch.testing.assert_close(logits[row : row + 1], alone, rtol=0, atol=1e-12)
+
+
+@of_every_context
+def test_a_state_continues_to_the_same_numbers(make_model, fields):
+    """What the decoder sees of segments before is in the state too."""
+    model, ids, labels = make_model(**fields), random_ids(2, 5, 8), random_ids(2, 4)
+    mask = torch.ones_like(ids)
+    mask[1, 4] = 0
+    whole = model(input_ids=ids, attention_mask=mask, labels=labels)
+    first = model.model.encoder(ids[:, :2]).state.detach()
+    second = model(input_ids=ids[:, 2:], attention_mask=mask[:, 2:], labels=labels, state=first)
+    torch.testing.assert_close(second.logits, whole.logits, rtol=0, atol=1e-12)
+    how = {"num_beams": 2, "max_new_tokens": 6}
+    assert torch.equal(
+        model.generate(ids[:, 2:], attention_mask=mask[:, 2:], state=first, **how),
+        model.generate(ids, attention_mask=mask, **how),
+    )
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, -1])
+@pytest.mark.parametrize("fields", [CONTEXTS["memory"], CONTEXTS["all"]], ids=["memory", "all"])
+def test_bptt_gradient_through_the_context_reaches_as_far_as_through_the_state(make_model, fields, depth):
+    n_segments = 7
+    model = make_model(bptt_depth=depth, **fields)
+    embeds = model.model.shared(random_ids(2, n_segments, 8)).detach().requires_grad_()
+    output = model.model.encoder(inputs_embeds=embeds, every_segment=True)
+    window = n_segments if depth == -1 else depth + 1
+    from_end = [(n_segments - 1 - s) // window for s in range(n_segments)]
+    for t in range(n_segments):
+        seen = output.last_hidden_state[:, t][output.context_mask[:, t].bool()]
+        (gradient,) = torch.autograd.grad(seen.sin().sum(), embeds, retain_graph=True)
+        reached = gradient.abs().amax(dim=(0, 2, 3)) > 0
+        assert reached.tolist() == [s <= t and from_end[s] == from_end[t] for s in range(n_segments)]
+
+
+@pytest.mark.parametrize("context_name", ["last", "memory", "all"])
+def test_a_batch_with_nothing_to_read_is_finite_and_touches_every_parameter(make_model, context_name):
+    """Some processes may have nothing in a window of gradient in which others do."""
+    model = make_model(decoder_context=context_name)
+    ids = torch.ones(2, 1, 1, dtype=torch.long)
+    output = model(
+        input_ids=ids,
+        attention_mask=torch.zeros_like(ids),
+        labels=torch.full((2, 1, 1), -100),
+        state=RecurrentState.unread(model.config, 2),
+    )
+    output.loss.backward()
+    assert output.loss == 0
+    assert output.state.position.tolist() == [0, 0]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_memory_without_a_state_is_refused():
+    from recurrent_bart import RecurrentBartConfig
+
+    for fields in ({"recurrence": "none"}, {"pre_seq_len": 0}):
+        with pytest.raises(ValueError, match='decoder_context="memory" needs a state'):
+            RecurrentBartConfig(decoder_context="memory", **fields)
