@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
@@ -49,7 +50,9 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     Raises:
         ValueError: A field is missing, empty or of another type.
     """
-    name = str(record.get("id", place))
+    name = record.get("id")
+    # the folder a file lies in is no part of a document's name: its split follows from that
+    name = Path(place).name if name is None or name == "" else str(name)
     if task == "sections":
         sections, summaries = _texts(record, columns.sections, place), _texts(record, columns.summaries, place)
         if len(sections) != len(summaries):
@@ -96,8 +99,10 @@ def _text(record: dict[str, Any], column: str, list_column: str, place: str, joi
 
 
 def _field(record: dict[str, Any], column: str, place: str) -> Any:
-    if record.get(column) is None:
+    if column not in record:
         raise ValueError(f"{place}: no column {column!r}; there are {', '.join(map(repr, record)) or 'none'}")
+    if record[column] is None:
+        raise ValueError(f"{place}: column {column!r} has no value")
     return record[column]
 
 

@@ -3,10 +3,11 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -17,6 +18,8 @@ from recurrent_bart.data.stdlib import library_root, stdlib_rows
 
 EMBEDDED = "stdlib"
 SUMMARY_SUFFIX = ".summary.txt"
+# spreadsheets put a byte order mark in front, which would become part of the first column's name
+ENCODING = "utf-8-sig"
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def _file_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: the file is empty")
     try:
         yield from _records_reader(path)(path)
-    except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+    except (pa.ArrowException, UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(f"{path}: unreadable ({error})") from error
 
 
@@ -161,28 +164,26 @@ def _records_reader(path: Path) -> Any:
     return readers[suffixes[0]]
 
 
-def _open_text(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-
-
 def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    line = 0
+    number = 0
     try:
-        with _open_text(path) as file:
-            for line, text in enumerate(file, start=1):
+        # bytes, for a line that cannot be decoded to be the one that is named
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.decode(ENCODING)
                 if not text.strip():
                     continue
                 record = json.loads(text)
                 if not isinstance(record, dict):
                     raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
-                yield f"{path}:{line}", record
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}:{line or 1}: unreadable line ({error})") from error
+                yield f"{path}:{number}", record
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}:{number or 1}: unreadable line ({error})") from error
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding=ENCODING, newline="") as file:
         reader = csv.DictReader(file)
         for record in reader:
             yield f"{path}:{reader.line_num}", record
@@ -203,7 +204,7 @@ def _folder_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{summary}: there is no text {text.name} beside it")
         name = str(text.relative_to(source.place).with_suffix(""))
         try:
-            document, target = text.read_text(encoding="utf-8"), summary.read_text(encoding="utf-8")
+            document, target = text.read_text(ENCODING), summary.read_text(ENCODING)
         except UnicodeDecodeError as error:
             raise ValueError(f"{text}: unreadable, or its summary ({error})") from error
         yield str(text), {"id": name, "document": document, "summary": target}

@@ -14,6 +14,8 @@ SPECIAL = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
 MASK = "<mask>"
 # sentencepiece passes over longer lines
 LINE_LENGTH = 1000
+# lines that are looked at: a larger corpus is sampled, for time and memory grow with them
+MAX_LINES = 20_000
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -36,6 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """Train a sentencepiece unigram model (Kudo 2018, arXiv 1804.10959) as a Hugging Face tokenizer.
 
     White space is one space, characters are in normal form NFKC, and what the vocabulary lacks is spelled in bytes.
+    Of a corpus longer than 20 million characters a sample is looked at, spread over all of it.
 
     Args:
         texts: What to train on.
@@ -45,6 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ValueError: `vocab_size` does not leave room beside bytes and special tokens, or there is no text.
     """
     model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts),
@@ -52,6 +56,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             model_type="unigram",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
+            input_sentence_size=MAX_LINES,
+            shuffle_input_sentence=True,
             byte_fallback=True,
             normalization_rule_name="identity",
             user_defined_symbols=[MASK],

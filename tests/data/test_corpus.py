@@ -162,9 +162,8 @@ def test_a_folder_appears_when_it_is_complete_and_not_when_it_fails(tmp_path):
     assert (folder / "file").read_text() == "new"
     assert folder.stat().st_mode & 0o777 == 0o755
     other = tmp_path / "deep" / "other"
-    with pytest.raises(KeyError), half_written(other) as draft:
-        (draft / "file").write_text("half")
-        raise KeyError
+    with pytest.raises(FileNotFoundError), half_written(other) as draft:
+        (draft / "no folder" / "file").write_text("half")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
 
 
@@ -181,8 +180,8 @@ def test_a_failed_replacement_leaves_the_old_one(tmp_path):
     folder = tmp_path / "folder"
     with half_written(folder) as draft:
         (draft / "file").write_text("old")
-    with pytest.raises(KeyError), half_written(folder, replaces=True):
-        raise KeyError
+    with pytest.raises(FileNotFoundError), half_written(folder, replaces=True) as draft:
+        (draft / "no folder" / "file").write_text("half")
     assert (folder / "file").read_text() == "old"
 
 

@@ -12,8 +12,14 @@ def test_a_document_and_its_summary():
     assert (row.id, row.sections, row.summaries) == ("7", ["text"], ["s"])
 
 
-def test_a_record_without_a_name_is_named_by_its_place():
-    assert make_row({"document": "text", "summary": "s"}, "document", Columns(), "f:1").id == "f:1"
+@pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}])
+def test_a_record_without_a_name_is_named_by_its_place_in_the_file_wherever_that_lies(name):
+    row = make_row(name | {"document": "text", "summary": "s"}, "document", Columns(), "/some/folder/f.jsonl:1")
+    assert row.id == "f.jsonl:1"
+
+
+def test_0_is_a_name():
+    assert make_row({"id": 0, "document": "text", "summary": "s"}, "document", Columns(), "f:1").id == "0"
 
 
 def test_columns_may_have_other_names():
@@ -39,7 +45,7 @@ def test_sections_joined_are_a_document():
     [
         ({"text": "t", "summary": "s"}, "document", "f:3: no column 'document'; there are 'text', 'summary'"),
         ({}, "document", "f:3: no column 'document'; there are none"),
-        ({"document": None, "summary": "s"}, "document", "f:3: no column 'document'"),
+        ({"document": None, "summary": "s"}, "document", "f:3: column 'document' has no value"),
         ({"document": " \n", "summary": "s"}, "document", "f:3: the document is empty"),
         ({"document": "t", "summary": " "}, "document", "f:3: no target"),
         ({"document": "t"}, "document", "f:3: no column 'summary'"),

@@ -123,6 +123,40 @@ def test_truncated_gzip_is_refused_with_its_line(tmp_path):
         read(find_sources("stdlib", train_file=str(path))["train"])
 
 
+def test_corrupt_gzip_is_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl.gz", RECORDS * 500)
+    data = bytearray(path.read_bytes())
+    data[100:140] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x.jsonl.gz:\d+: unreadable"):
+        read(find_sources("stdlib", train_file=str(path))["train"])
+
+
+def test_a_line_that_is_no_utf8_is_refused_with_its_number(tmp_path):
+    path = write(tmp_path / "x.jsonl", RECORDS)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b"text", "té".encode("latin-1")) + lines[2])
+    with pytest.raises(ValueError, match=r"x.jsonl:2: unreadable line"):
+        read(find_sources("stdlib", train_file=str(path), validation_file=str(path))["train"])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
+def test_a_byte_order_mark_is_no_part_of_the_documents(tmp_path, name):
+    path = write(tmp_path / name, RECORDS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(find_sources("stdlib", train_file=str(path), validation_file=str(path))["train"])[0][0] == "d0"
+
+
+def test_what_is_held_out_does_not_depend_on_where_the_file_lies(tmp_path, monkeypatch):
+    """Training and a later evaluation may be started in different folders."""
+    records = [{"document": f"text {i}", "summary": "s"} for i in range(100)]
+    path = write(tmp_path / "data" / "x.csv", records)
+    monkeypatch.chdir(tmp_path)
+    validation = read(find_sources("data/x.csv")["validation"])
+    assert 3 < len(validation) < 30
+    assert read(find_sources(str(path))["validation"]) == validation
+
+
 def test_places_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         find_sources("stdlib", train_file=str(tmp_path / "none.jsonl"))
