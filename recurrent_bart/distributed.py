@@ -79,22 +79,36 @@ def first_then_all(make: Callable[[], Result]) -> Result:
     """Let the first process do something before all others do it, to find it in a cache.
 
     Raises:
-        ValueError: The first process met one; the others stop with it (SharedError) instead of waiting for ever.
+        ValueError: A process met one. The first one raises it, or says whose it was; the others stop with it
+            (SharedError) instead of waiting for ever. Errors of any other kind are shared likewise.
     """
-    result, error = None, None
     if is_first():
-        try:
-            result = make()
-        except ValueError as met:
-            error = met
-    message = from_first(None if error is None else str(error))
-    if error is not None:
+        result, error = _attempt(make)
+    message = from_first(None if not is_first() or error is None else str(error))
+    if message is None and not is_first():
+        result, error = _attempt(make)
+    if is_first() and error is not None:
         raise error
     if message is not None:
         raise SharedError(message)
-    return result if is_first() else make()
+    _raise_shared(error)
+    return result
 
 
 def only_first(act: Callable[[], Any]) -> None:
     """Let the first process alone do something; its ValueError stops all, as in `first_then_all`."""
     first_then_all(lambda: act() if is_first() else None)
+
+
+def _attempt(make: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error
+
+
+def _raise_shared(error: Exception | None) -> None:
+    """Stop all processes if any one met an error."""
+    met = [text for text in gather_objects(None if error is None else f"process {rank()}: {error}") if text]
+    if met:
+        raise (ValueError if is_first() else SharedError)(met[0]) from error

@@ -1,67 +1,41 @@
-"""Processes that tests start: what they inherit, how long they may take, and that none is left behind."""
+"""Runs a function in several processes of one group."""
 
+import multiprocessing
 import os
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import traceback
 
-TESTS = Path(__file__).parent
-# what a launcher told the process that runs the tests is not meant for those it starts
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+import torch
+import torch.distributed as dist
 
 
-def environment(**changes):
-    """The environment of a started process: this checkout and the modules beside the tests, one thread, no network."""
-    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    scripts = Path(sys.executable).parent
-    return inherited | {
-        "PATH": f"{scripts}{os.pathsep}{inherited['PATH']}",
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        **changes,
-    }
+def run_in_processes(function, n_processes, folder):
+    """What `function(rank)` returned on each of them, which must be picklable; they meet in a file of the folder."""
+    # forked, they need not import everything again
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(function, rank, n_processes, f"file://{folder}/meeting", results))
+        for rank in range(n_processes)
+    ]
+    for worker in workers:
+        worker.start()
+    found = dict(results.get(timeout=100) for _ in workers)
+    for worker in workers:
+        worker.join(timeout=30)
+    failures = [text for is_fine, text in found.values() if not is_fine]
+    assert not failures, "\n".join(failures)
+    return [found[rank][1] for rank in range(n_processes)]
 
 
-def run(command, timeout, **changes):
-    """Run a command; it and all that it started are killed when the time is over.
-
-    Returns:
-        Its return code and all that it printed.
-    """
-    started = subprocess.Popen(
-        list(map(str, command)),
-        cwd=TESTS.parent,
-        env=environment(**changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def _work(function, rank, n_processes, place, results):
+    # the threads of the process that was forked are not here
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=n_processes)
     try:
-        output, _ = started.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        output, _ = started.communicate()
-        raise AssertionError(f"not over after {timeout} s: {command}\n{output}") from None
-    return started.returncode, output
-
-
-def torchrun(n_processes, script, *arguments, timeout=120, **changes):
-    """Run a script in several processes, which find a free port by themselves; as `run`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-    return run([*command, script, *arguments], timeout, **changes)
-
-
-def deepspeed(script, *arguments, timeout=120, **changes):
-    """Run a script by the deepspeed launcher on a free port; as `run`."""
-    return run(["deepspeed", "--master_port", free_port(), script, *arguments], timeout, **changes)
-
-
-def free_port():
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        results.put((rank, (True, function(rank))))
+    except BaseException:
+        results.put((rank, (False, traceback.format_exc())))
+    finally:
+        results.close()
+        results.join_thread()
+        os._exit(0)
