@@ -13,10 +13,13 @@ from recurrent_bart.distributed import gather_objects, max_over_ranks, rank, sum
 from recurrent_bart.evaluation.rouge import Score, rouge
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
+# tokens of a source that are shown
+HEAD = 100
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated text and what it should be."""
+    """A generated text, what it should be, and the head of what it is of."""
 
     id: str
     source: str
@@ -107,7 +110,8 @@ class Evaluator:
             return [self._sample(row["id"], row["sections"][0], row["summary_texts"][0], generated)]
         _, targets = self.collator.segments(row)
         places = [place for place, target in enumerate(targets) if target]
-        told = [pair for pair in zip(row["sections"], row["summary_texts"], strict=True) if all(pair)]
+        parts = zip(row["sections"], row["summaries"], row["summary_texts"], strict=True)
+        told = [(section, text) for section, summary, text in parts if section and summary]
         # sections behind the cut have a text but no place
         return [
             self._sample(f"{row['id']}[{number}]", section, text, generated[place])
@@ -117,7 +121,7 @@ class Evaluator:
     def _sample(self, name: str, source: list[int], target: str, generated: Tensor) -> Sample:
         return Sample(
             id=name,
-            source=self.tokenizer.decode(source[:100], skip_special_tokens=True),
+            source=self.tokenizer.decode(source[:HEAD], skip_special_tokens=True) + (" …" if source[HEAD:] else ""),
             target=target,
             generated=self.tokenizer.decode(generated, skip_special_tokens=True).strip(),
         )

@@ -1,0 +1,70 @@
+"""ROUGE is rouge-score's, and counts scripts that rouge-score drops."""
+
+import pytest
+from rouge_score import rouge_scorer
+
+from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge
+
+PREDICTION = "The cats sat on a mat. It was raining, 3.5 mm fell! Nobody's umbrella helped."
+REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of help?"
+
+
+def test_english_is_scored_as_rouge_score_does():
+    """Sentences one a line, which is how rouge-score wants them for Lsum."""
+    scorer = rouge_scorer.RougeScorer(list(METRICS), use_stemmer=True)
+    reference = "A cat was sitting on the mat.\nRain fell: 3 mm.\nNo umbrella was of help?"
+    prediction = "The cats sat on a mat.\nIt was raining, 3.5 mm fell!\nNobody's umbrella helped."
+    expected = scorer.score(reference, prediction)
+    scores = rouge([PREDICTION], [REFERENCE])
+    for name in METRICS:
+        assert scores[name].mean == pytest.approx(100 * expected[name].fmeasure)
+    assert scores["rougeLsum"].mean != scores["rougeL"].mean
+
+
+def test_the_mean_is_over_documents_and_lies_in_its_interval():
+    texts, references = ["a b c d", "x y", "q"], ["a b c d", "x z", "r"]
+    score = rouge(texts, references)["rouge1"]
+    assert score.mean == pytest.approx((100 + 50 + 0) / 3)
+    assert 0 <= score.low < score.mean < score.high <= 100
+    assert rouge(texts, references)["rouge1"] == score
+
+
+def test_japanese_is_scored_character_by_character():
+    scores = rouge(["東京は雨だ。寒い。"], ["東京は晴れだ。寒い。"])
+    # 7 and 8 characters, 6 of them in common; bigrams 6 and 7, 東京 京は だ寒 寒い in common
+    assert scores["rouge1"].mean == pytest.approx(100 * 2 * 6 / (7 + 8))
+    assert scores["rouge2"].mean == pytest.approx(100 * 2 * 4 / (6 + 7))
+    assert scores["rougeL"].mean == pytest.approx(100 * 2 * 6 / (7 + 8))
+
+
+def test_japanese_sentences_count_for_lsum():
+    """The union of matches by sentence does not mind their order, the whole text's longest subsequence does."""
+    scores = rouge(["寒い。雨だ。"], ["雨だ。寒い。"])
+    assert scores["rougeLsum"].mean == pytest.approx(100)
+    assert scores["rougeL"].mean == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Running cats' snake_case", ["run", "cat", "snake", "case"]),
+        ("Über die Brücke running", ["über", "die", "brücke", "run"]),
+        ("日本語のtext 2本", ["日", "本", "語", "の", "text", "2", "本"]),
+        ("ภาษา", ["ภ", "า", "ษ", "า"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("…—!?", []),
+    ],
+)
+def test_words_of_many_scripts(text, words):
+    assert RougeTokenizer().tokenize(text) == words
+
+
+def test_an_empty_prediction_scores_0():
+    assert rouge([""], ["a b"])["rouge1"].mean == 0
+
+
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(ValueError, match="no references"):
+        rouge([], [])
+    with pytest.raises(ValueError, match="shorter"):
+        rouge(["a", "b"], ["a"])
