@@ -1,0 +1,167 @@
+"""Summarise a text of any length: `python launch/summarize.py --model RUN/model FILE`."""
+
+import argparse
+import codecs
+import io
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
+
+from recurrent_bart.inference import TextReader, load_model, run_flags, summary_after
+from recurrent_bart.training.arguments import DataArguments
+
+STANDARD_INPUT = "standard input"
+# bytes asked for at a time
+BLOCK = 2**16
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Flags of this script."""
+    parser = argparse.ArgumentParser(description="Summarise a text of any length.")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="UTF-8 text; without it, standard input")
+    parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
+    parser.add_argument("--num_beams", type=positive, help="beams of generation; default: as the model was saved with")
+    parser.add_argument("--max_new_tokens", type=positive, help="default: max_target_length of the model's run")
+    parser.add_argument("--every_segment", action="store_true", help="one summary for each segment, as it comes")
+    parser.add_argument("--save_state", type=Path, metavar="FILE", help="write what was read, to go on with more text")
+    parser.add_argument("--load_state", type=Path, metavar="FILE", help="go on from there: the text is what follows")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
+    return int(text)
+
+
+def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
+    """The text of a file as it comes, with line ends as `open` gives them.
+
+    Raises:
+        ValueError: It is not UTF-8, or nothing but white space; the message names it.
+    """
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    read = getattr(file, "read1", file.read)
+    is_blank, data = True, b" "
+    try:
+        while data:
+            data = read(BLOCK)
+            text = decoder.decode(data, final=not data)
+            is_blank = is_blank and not text.strip()
+            yield text
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{name}: not a UTF-8 text ({error.reason}: byte 0x{byte:02x})") from error
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
+    if is_blank:
+        raise ValueError(f"{name}: the text is empty")
+
+
+class Progress:
+    """How much was read, on standard error.
+
+    Args:
+        reader: What reads.
+        in_place: One line that changes, as a terminal shows it; otherwise a line now and then.
+    """
+
+    def __init__(self, reader: TextReader, in_place: bool):
+        self.reader, self.start = reader, time.monotonic()
+        self.in_place = in_place
+        self.every_seconds = 0.2 if in_place else 10.0
+        self.shown_at = self.start
+
+    def show(self, is_last: bool = False) -> None:
+        """Show it, if it is time to."""
+        now = time.monotonic()
+        if not is_last and now - self.shown_at < self.every_seconds:
+            return
+        self.shown_at = now
+        tokens, segments = self.reader.n_tokens, self.reader.n_segments
+        speed = tokens / max(now - self.start, 1e-9)
+        line = f"read {tokens:,} tokens in {segments:,} segments, {speed:,.0f} tokens/s"
+        start, end = ("\r", "\n" if is_last else "") if self.in_place else ("", "\n")
+        print(start + line, end=end, file=sys.stderr, flush=True)
+
+
+def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
+    """Read the file, print its summary or those of its segments, save what was read.
+
+    Raises:
+        ValueError: The model, the text or a state's file is not usable.
+    """
+    save_state = arguments.save_state
+    if save_state and not save_state.absolute().parent.is_dir():
+        raise ValueError(f"--save_state {save_state}: no folder {save_state.parent}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    model, tokenizer = load_model(arguments.model, device, torch.bfloat16 if has_bf16 else torch.float32)
+    generation = {"max_new_tokens": arguments.max_new_tokens or target_length(arguments.model)}
+    if arguments.num_beams:
+        generation["num_beams"] = arguments.num_beams
+    reader = TextReader(model, tokenizer)
+    if arguments.load_state:
+        reader.load(arguments.load_state)
+    progress = Progress(reader, in_place=sys.stderr.isatty() and not arguments.every_segment)
+    output = None
+    for output in outputs(reader, text_pieces(file, name)):
+        progress.show()
+        if arguments.every_segment:
+            print(summary_after(output, model, tokenizer, **generation), flush=True)
+    progress.show(is_last=True)
+    if not arguments.every_segment:
+        print(summary_after(output, model, tokenizer, **generation), flush=True)
+    if save_state:
+        reader.save(save_state)
+
+
+def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:
+    """What the reader gives after each segment."""
+    for piece in pieces:
+        yield from reader.feed(piece)
+    yield from reader.finish()
+
+
+def target_length(model: str) -> int:
+    """Tokens of a summary in the run that the model came from."""
+    return run_flags(model).get("data", {}).get("max_target_length", DataArguments.max_target_length)
+
+
+def main(argv: list[str]) -> int:
+    """Parse, summarise."""
+    arguments = parse_arguments(argv)
+    logging.disable_progress_bar()
+    try:
+        if arguments.file is None:
+            summarize(arguments, sys.stdin.buffer, STANDARD_INPUT)
+        else:
+            with open_file(arguments.file) as file:
+                summarize(arguments, file, arguments.file)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def open_file(name: str) -> BinaryIO:
+    """The file to be read.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return Path(name).open("rb")
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
