@@ -6,24 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from processes import torchrun
+from launching import torchrun
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 TOLERANCE = 1e-5
 
 
-DEFAULT = {
-    "task": "document",
-    "accumulation": 1,
-    "bptt_depth": -1,
-    "prefix_attention": "gated",
-    "checkpointing": False,
-    "bucket": 50_000_000,
-}
+RUN = {"task": "document", "accumulation": 1, "checkpointing": "none", "bucket": 50_000_000}
 
 
 def case(stage, **changes):
-    return DEFAULT | {"stage": stage} | changes
+    """Settings of the run by name; all others are fields of the model's configuration."""
+    fields = {name: value for name, value in changes.items() if name not in RUN}
+    return RUN | {"stage": stage, "fields": fields} | {k: v for k, v in changes.items() if k in RUN}
 
 
 CASES = {
@@ -31,16 +26,22 @@ CASES = {
         "zero2-document": case(2),
         "zero2-document-accumulated": case(2, accumulation=2),
         "zero2-sections-small-buckets": case(2, task="sections", bucket=500),
-        "zero2-sections-accumulated-bptt-checkpointed": case(
-            2, task="sections", accumulation=2, bptt_depth=1, checkpointing=True
+        "zero2-windows-accumulated-by-layer": case(
+            2, task="sections", accumulation=2, bptt_depth=1, checkpointing="layer"
         ),
+        "zero2-windows-by-segment": case(2, task="sections", bptt_depth=0, checkpointing="segment", bucket=500),
+        "zero2-top-windows": case(2, task="sections", bptt_depth=1, recurrence="top"),
         "zero3-document": case(3),
         "zero3-document-accumulated": case(3, accumulation=2),
         "zero3-document-bptt-small-buckets": case(3, bptt_depth=1, bucket=500),
         "zero3-sections-concat": case(3, task="sections", prefix_attention="concat"),
-        "zero3-sections-accumulated-bptt-checkpointed": case(
-            3, task="sections", accumulation=2, bptt_depth=1, checkpointing=True
+        "zero3-windows-accumulated-by-layer": case(
+            3, task="sections", accumulation=2, bptt_depth=1, checkpointing="layer"
         ),
+        "zero3-windows-by-segment": case(3, task="sections", bptt_depth=0, checkpointing="segment", bucket=500),
+        "zero3-windows-memory": case(3, task="sections", bptt_depth=1, decoder_context="memory"),
+        "zero3-document-all-top": case(3, bptt_depth=1, decoder_context="all", recurrence="top"),
+        "zero3-document-static": case(3, decoder_context="all", recurrence="none", checkpointing="segment"),
     },
     1: {
         "one-process-zero2": case(2, accumulation=2),

@@ -46,10 +46,8 @@ def own_part(batch, rank, world_size, accumulation):
 def build(case):
     torch.manual_seed(0)
     # weights of a size at which float32 itself is good to 1e-5
-    fields = {"bptt_depth": case["bptt_depth"], "prefix_attention": case["prefix_attention"], "init_std": 0.15}
-    model = tiny_model(**fields).train()
-    if case["checkpointing"]:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    model = tiny_model(**case["fields"] | {"init_std": 0.15}).train()
+    model.set_gradient_checkpointing(case["checkpointing"])
     # without weight decay and momentum an error in a gradient is an error in a weight
     return model, torch.optim.SGD(model.parameters(), lr=RATE)
 

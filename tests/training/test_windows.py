@@ -1,0 +1,55 @@
+"""A backward pass per window gives the gradient of one pass over the whole batch."""
+
+import pytest
+import torch
+
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.prefix_recurrence import RecurrentState
+from recurrent_bart.training.windows import bptt_windows, count_windows
+from tiny import random_ids
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def batch():
+    """Three documents of 7, 1 and 4 segments, some without a target."""
+    ids, mask = random_ids(3, 7, 8), torch.ones(3, 7, 8, dtype=torch.long)
+    mask[1, 1:], mask[2, 4:], mask[0, 6, 5:] = 0, 0, 0
+    labels = random_ids(3, 7, 5)
+    labels[~mask.bool().any(-1)] = -100
+    labels[0, 2], labels[0, 3, 2:], labels[2, 0] = -100, -100, -100
+    return Batch(ids, mask, labels, indices=[0, 1, 2])
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("extra", [0, 2], ids=["", "waiting for others"])
+@pytest.mark.parametrize("context", ["last", "memory", "all"])
+@pytest.mark.parametrize("recurrence", ["layerwise", "top"])
+@pytest.mark.parametrize("depth", [0, 1, 2, 6, 8])
+def test_bptt_windows_give_the_loss_and_gradient_of_one_pass(make_model, batch, depth, recurrence, context, extra):
+    model = make_model(bptt_depth=depth, recurrence=recurrence, decoder_context=context).train()
+    n_items = batch.n_targets()
+    loss = model(**batch.model_inputs(CPU), num_items_in_batch=n_items).loss
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    state, total = RecurrentState.unread(model.config, 3), 0.0
+    for window in bptt_windows(batch, depth + 1, count_windows(batch, depth + 1) + extra):
+        output = model(**window.model_inputs(CPU), state=state, num_items_in_batch=n_items)
+        output.loss.backward()
+        total, state = total + output.loss.detach(), output.state.detach()
+    torch.testing.assert_close(total, loss.detach(), rtol=0, atol=1e-12)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12, msg=name)
+    assert state.position.tolist() == [7, 1, 4]
+
+
+def test_every_token_and_target_is_in_one_window(batch):
+    windows = list(bptt_windows(batch, 3, 5))
+    assert [window.input_ids.shape[1] for window in windows] == [1, 1, 1, 3, 3]
+    assert sum(window.n_tokens() for window in windows) == batch.n_tokens()
+    assert sum(window.n_targets() for window in windows) == batch.n_targets()
