@@ -1,34 +1,83 @@
 """A picture of how a run went."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, ScalarFormatter
 
-# panel: its unit, and the series drawn in it as (field, label)
-PANELS = {
-    "cross-entropy per target token": [("loss", "training"), ("validation_loss", "validation")],
-    "ROUGE F, %": [("rouge1", "1"), ("rouge2", "2"), ("rougeL", "L")],
-    "learning rate": [("learning_rate", "")],
-    "document tokens per second": [("tokens_per_second", "")],
-}
+# a line of fewer points is drawn with them
+FEW = 40
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes.
+
+    Attributes:
+        title: What is drawn, with its unit.
+        series: Fields of the records, each with its label.
+        starts_at_0: Whether the axis does. A loss does not come near it, and its fall would be flat.
+        numbers: How those at the axis are written.
+    """
+
+    title: str
+    series: dict[str, str]
+    starts_at_0: bool = True
+    numbers: Formatter = field(default_factory=ScalarFormatter)
+
+
+def _power_of_10() -> Formatter:
+    numbers = ScalarFormatter(useMathText=True)
+    numbers.set_powerlimits((-1, 4))
+    return numbers
+
+
+def _panels() -> tuple[Panel, ...]:
+    """All of them; made anew for every picture, for a formatter belongs to one axis."""
+    return (
+        Panel(
+            "cross-entropy per target token", {"loss": "training", "validation_loss": "validation"}, starts_at_0=False
+        ),
+        Panel(
+            "ROUGE F1, %, validation",
+            {"rouge1": "ROUGE-1", "rougeLsum": "ROUGE-Lsum", "rougeL": "ROUGE-L", "rouge2": "ROUGE-2"},
+        ),
+        Panel("learning rate", {"learning_rate": ""}, numbers=_power_of_10()),
+        # 17.5 k
+        Panel("document tokens per second", {"tokens_per_second": ""}, numbers=EngFormatter(sep=" ")),
+    )
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     """Draw the records of `metrics.jsonl` against their step as a PNG."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axes, (title, series) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        for name, label in series:
-            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), label=label, marker="." if len(points) < 30 else "", linewidth=1.5
-                )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=9)
-        axes.grid(alpha=0.3)
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=9)
-        # a quantity that never falls below 0 is shown from there
-        axes.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
+    last_step = max([record["step"] for record in records], default=0)
+    for axes, panel in zip(figure.subplots(2, 2, sharex=True).flat, _panels(), strict=True):
+        _draw(axes, panel, records)
+        axes.set_xlim(0, max(last_step, 1) * 1.02)
+    for axes in figure.axes[-2:]:
+        axes.set_xlabel("optimizer step", fontsize=9)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _draw(axes: Axes, panel: Panel, records: list[dict[str, Any]]) -> None:
+    # where two lines lie upon each other, as two kinds of ROUGE often do, both are seen
+    styles = ("-", "-", "--", "-")
+    for (name, label), style in zip(panel.series.items(), styles, strict=False):
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        if points:
+            marker = "o" if len(points) < FEW else ""
+            axes.plot(*zip(*points, strict=True), style, label=label, marker=marker, markersize=3, linewidth=1.5)
+    axes.set_title(panel.title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter(panel.numbers)
+    if len(axes.lines) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    if panel.starts_at_0:
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)

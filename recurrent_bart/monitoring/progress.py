@@ -1,25 +1,36 @@
 """What is shown on the terminal while a run goes on."""
 
-import sys
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from recurrent_bart.distributed import is_first
+
 
 class ProgressDisplay:
-    """A bar with loss, throughput and time left; plain lines where the output is not a terminal."""
+    """A bar with loss, throughput and time left; plain lines where the output is not a terminal.
 
-    def __init__(self, first_step: int, max_steps: int):
-        self.console = Console()
+    Only the first process's shows anything.
+
+    Args:
+        first_step: Steps that are done.
+        max_steps: Steps that there will be.
+        console: Where to; standard output if not given.
+    """
+
+    def __init__(self, first_step: int, max_steps: int, console: Console | None = None):
+        self.console = console or Console()
+        self.console.quiet = not is_first()
         self.bar = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[status]}"),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not sys.stdout.isatty(),
+            disable=self.console.quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("train", total=max_steps, completed=first_step, status="")
         self.max_steps = max_steps
@@ -37,19 +48,32 @@ class ProgressDisplay:
 
     def show(self, record: dict[str, Any]) -> None:
         """Show figures that were logged."""
-        if "loss" in record:
-            status = (
-                f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
-                f"lr {record['learning_rate']:.1e}"
-            )
-            self.bar.update(self.task, status=status)
-            if self.bar.disable:
-                left = record["seconds_left"]
-                print(
-                    f"step {record['step']}/{self.max_steps}  {status}  left {left // 60:.0f}:{left % 60:02.0f}",
-                    flush=True,
-                )
+        if "loss" not in record:
+            return
+        status = (
+            f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  lr {record['learning_rate']:.1e}"
+        )
+        self.bar.update(self.task, status=status)
+        if self.bar.disable:
+            left = clock(record["seconds_left"])
+            self.say(f"step {record['step']}/{self.max_steps}  {status}  left {left}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(text, self.console)
+
+
+def say(text: str, console: Console | None = None) -> None:
+    """Print a line as it is; only the first process does."""
+    if is_first():
+        console = console or Console()
+        console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        # a log file shall not lag behind the run
+        console.file.flush()
+
+
+def clock(seconds: float) -> str:
+    """A duration as `hours:minutes:seconds`, without the hours where there are none."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -10,8 +10,10 @@ RUN/tokenizer/       its tokenizer
 """
 
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "recurrent-bart")
+
+MARKUP = re.compile(r"[\\`*_\[\]<>|~&]")
 
 
 class RunFolder:
@@ -53,8 +57,15 @@ class RunFolder:
             raise ValueError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
 
     def create(self) -> None:
-        """Make the folder if it is not there."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder if it is not there.
+
+        Raises:
+            ValueError: It cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output_dir {self.path}: cannot be made ({error.strerror})") from error
 
     def write_config(self, **sections: Any) -> None:
         """Write the resolved configuration with the commit and the versions that it ran on."""
@@ -68,14 +79,15 @@ class RunFolder:
             ValueError: There is no run in the folder, or its configuration is unreadable.
         """
         try:
-            return json.loads(self.config_file.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            return json.loads(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ValueError(f"--resume {self.path}: no readable config.json there ({error})") from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line."""
+        """Add one line; a number that is not finite, which JSON has no name for, is written as null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines; a last one that was cut off by a crash is left out."""
@@ -90,25 +102,28 @@ class RunFolder:
         return records
 
     def forget_after(self, step: int) -> None:
-        """Drop what was logged after a step, for a run that goes on from there."""
+        """Drop what was logged and sampled after a step, for a run that goes on from there."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        if self.samples_file.exists():
+            parts = re.split(r"^(?=## Step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            replace_file(self.samples_file, "".join(part for part in parts if _step_of(part) <= step))
 
     def append_samples(self, title: str, samples: Sequence[Any]) -> None:
         """Add some samples under a title."""
         lines = [f"## {title}\n"]
         for sample in samples:
             fields = [("source", sample.source), ("target", sample.target), ("generated", sample.generated)]
-            lines += [f"### {sample.id}\n", "| | |", "|---|---|"]
+            lines += [f"### {_table_cell(sample.id)}\n", "| | |", "|---|---|"]
             lines += [f"| {name} | {_table_cell(text)} |" for name, text in fields] + [""]
-        with self.samples_file.open("a") as file:
+        with self.samples_file.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that at any moment either the old or the new one is there, whole."""
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 
@@ -132,5 +147,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def _step_of(samples: str) -> int:
+    title = re.match(r"## Step (\d+)$", samples, flags=re.MULTILINE)
+    return int(title[1]) if title else 0
+
+
 def _table_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """The text on one line, with what Markdown would take for its own shown as it is."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))

@@ -1,0 +1,46 @@
+"""The bytes that are counted are those that live."""
+
+import torch
+
+from recurrent_bart.monitoring.memory import peak_bytes
+
+CPU = torch.device("cpu")
+KIB = 1024
+
+
+def zeros(n_kib):
+    return torch.zeros(n_kib * KIB // 4)
+
+
+def test_what_is_freed_is_not_counted_with_what_comes_after():
+    def work():
+        for _ in range(5):
+            zeros(8)
+
+    assert peak_bytes(work, CPU) == 8 * KIB
+
+
+def test_what_lives_together_is_added():
+    def work():
+        first, second = zeros(8), zeros(4)
+        view = first.view(2, -1)[0]
+        return view, second
+
+    assert peak_bytes(work, CPU) == 12 * KIB
+
+
+def test_views_and_writes_in_place_take_nothing():
+    outside = zeros(8)
+    assert peak_bytes(lambda: outside.view(2, -1).add_(1).t(), CPU) == 0
+
+
+def test_the_graph_of_a_backward_pass_is_counted():
+    weight = zeros(8).requires_grad_()
+
+    def work():
+        hidden = weight
+        for _ in range(10):
+            hidden = hidden.exp()
+        hidden.sum().backward()
+
+    assert 10 * 8 * KIB <= peak_bytes(work, CPU) <= 13 * 8 * KIB

@@ -1,0 +1,65 @@
+"""The terminal shows how far a run is; a file gets plain lines; other processes are silent."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from recurrent_bart.monitoring import progress as module
+from recurrent_bart.monitoring.progress import ProgressDisplay, clock, say
+
+RECORD = {"step": 20, "loss": 2.3456, "tokens_per_second": 12_345.6, "learning_rate": 3e-5, "seconds_left": 3725.0}
+
+
+def run(first_step=0, is_terminal=True):
+    """What is shown of a run of 40 steps up to the half."""
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=is_terminal, width=120, color_system=None, legacy_windows=False)
+    with ProgressDisplay(first_step, 40, console) as display:
+        for step in range(first_step + 1, 21):
+            display.step(step)
+        display.show(RECORD)
+        display.show({"step": 20, "validation_loss": 3.0})
+        display.say("[bold] :smile: a line " + "that is long " * 20)
+    return output.getvalue()
+
+
+def test_the_bar_moves_and_shows_the_figures():
+    shown = run()
+    assert "20/40" in shown
+    assert "loss 2.346  12,346 tokens/s  lr 3.0e-05" in shown
+    assert "━" in shown
+    assert "left" in shown
+
+
+def test_a_resumed_run_begins_where_it_was():
+    output = io.StringIO()
+    with ProgressDisplay(30, 40, Console(file=output, force_terminal=True, width=120)):
+        pass
+    assert "30/40" in output.getvalue()
+
+
+def test_lines_are_printed_as_they_are_and_not_broken():
+    for is_terminal in (True, False):
+        assert "[bold] :smile: a line " + "that is long " * 20 in run(is_terminal=is_terminal)
+
+
+def test_without_a_terminal_there_are_plain_lines():
+    lines = run(is_terminal=False).splitlines()
+    assert lines[0] == "step 20/40  loss 2.346  12,346 tokens/s  lr 3.0e-05  left 1:02:05"
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_only_the_first_process_shows_anything(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(module, "is_first", lambda: False)
+    assert run(is_terminal=is_terminal) == ""
+    say("nothing")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (90061, "25:01:01")]
+)
+def test_durations(seconds, text):
+    assert clock(seconds) == text

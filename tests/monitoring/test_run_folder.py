@@ -1,0 +1,163 @@
+"""What a run writes down can be read again, whatever interrupted it."""
+
+import json
+import re
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from recurrent_bart.monitoring import run_folder as module
+from recurrent_bart.monitoring.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    return folder
+
+
+def test_the_configuration_holds_all_that_a_run_followed_from(folder):
+    folder.write_config(arguments={"run": {"seed": 1}}, model={"d_model": 8}, deepspeed={"bf16": {}})
+    config = json.loads(folder.config_file.read_text())
+    assert config.keys() == {"arguments", "model", "deepspeed", "git_commit", "versions"}
+    assert config["versions"]["torch"] == torch.__version__
+    assert all(config["versions"].values())
+    assert folder.read_config() == config
+    assert [path.name for path in folder.path.iterdir()] == ["config.json"]
+
+
+def test_the_commit_is_that_of_the_code(monkeypatch):
+    def describe(command, **_):
+        assert "describe" in command
+        return SimpleNamespace(stdout="0123abc-dirty\n")
+
+    monkeypatch.setattr(module.subprocess, "run", describe)
+    assert module.git_commit() == "0123abc-dirty"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.CalledProcessError(128, "git")])
+def test_outside_a_checkout_there_is_no_commit(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module.subprocess, "run", fail)
+    assert module.git_commit() is None
+
+
+def test_metrics_are_one_json_object_a_line(folder):
+    records = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan"), "gradient_norm": float("inf")}]
+    for record in records:
+        folder.append_metrics(record)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = folder.metrics_file.read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse) for line in lines] == folder.read_metrics()
+    assert folder.read_metrics() == [records[0], {"step": 2, "loss": None, "gradient_norm": None}]
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out_and_gone_after_resuming(folder):
+    folder.append_metrics({"step": 1})
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert folder.read_metrics() == [{"step": 1}]
+    folder.forget_after(1)
+    folder.append_metrics({"step": 2})
+    assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_what_was_logged_after_the_checkpoint_is_forgotten(folder):
+    for step in range(0, 50, 10):
+        folder.append_metrics({"step": step})
+    folder.forget_after(20)
+    assert [record["step"] for record in folder.read_metrics()] == [0, 10, 20]
+
+
+def test_samples_of_after_the_checkpoint_are_forgotten(folder):
+    sample = SimpleNamespace(id="m", source="## Step 30", target="t", generated="g")
+    for step in (10, 20, 30, 100):
+        folder.append_samples(f"Step {step}", [sample])
+        if step == 20:
+            kept = folder.samples_file.read_text()
+    folder.forget_after(20)
+    assert folder.samples_file.read_text() == kept
+
+
+def test_without_a_log_there_is_nothing_to_forget(folder):
+    assert folder.read_metrics() == []
+    folder.forget_after(0)
+    assert folder.read_metrics() == []
+
+
+def read_markdown(text):
+    """Rows of the tables, as a renderer shows them: backslashes taken off, bare markup refused."""
+    rows = [line for line in text.splitlines() if line.startswith("| ") and line != "| | |"]
+    for row in rows:
+        cells = re.split(r"(?<!\\)\|", row)
+        assert len(cells) == 4, row
+        assert not re.search(r"(?<!\\)[<>*_`\[\]]", row.replace("\\\\", "")), row
+        yield tuple(re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells[1:3])
+
+
+def test_samples_are_shown_as_they_are(folder):
+    texts = ["def __init__(self): | x *= 2", "about <dig> of `a` [b] \\ 東京", "two\n lines\n\nand  spaces"]
+    sample = SimpleNamespace(id="m.__main__[0]", source=texts[0], target=texts[1], generated=texts[2])
+    folder.append_samples("Step 10", [sample])
+    folder.append_samples("Step 20", [sample, sample])
+    text = folder.samples_file.read_text(encoding="utf-8")
+    expected = [("source", texts[0]), ("target", texts[1]), ("generated", "two lines and spaces")]
+    assert list(read_markdown(text)) == expected * 3
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Step 10", "## Step 20"]
+    # a table begins behind an empty line
+    assert text.count("\n\n| | |\n|---|---|\n") == 3
+
+
+def test_a_folder_with_a_run_is_refused(folder):
+    folder.check_new()
+    folder.write_config()
+    with pytest.raises(ValueError, match=r"a run is there already; continue it with --resume"):
+        folder.check_new()
+
+
+def test_checking_leaves_nothing_behind(tmp_path):
+    RunFolder(tmp_path / "a" / "b").check_new()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--output_dir .*: .*file is not a folder"):
+        RunFolder(tmp_path / "file" / "run").check_new()
+
+
+def test_a_place_that_cannot_be_written_is_refused():
+    """Not even root makes files there."""
+    with pytest.raises(ValueError, match=r"--output_dir /proc/self/run: cannot be (written|made)"):
+        RunFolder(module.Path("/proc/self/run")).check_new()
+
+
+def test_a_place_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="cannot be made"):
+        RunFolder(tmp_path / "run").create()
+
+
+@pytest.mark.parametrize("content", [None, "{", b"\xff\xfe"])
+def test_what_is_no_run_cannot_be_resumed(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"--resume .*: no readable config.json"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    module.replace_file(path, "old")
+    monkeypatch.setattr(module.os, "replace", lambda *_: pytest.fail("crash"))
+    with pytest.raises(BaseException, match="crash"):
+        module.replace_file(path, "new")
+    assert path.read_text() == "old"
