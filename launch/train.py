@@ -10,21 +10,28 @@ from recurrent_bart.training.experiment import run_experiment
 
 def main(argv: list[str]) -> int:
     """Parse, train, report."""
-    is_first = launched_rank() == 0
+    rank = launched_rank()
     try:
         arguments = parse_arguments(argv)
-        environment = start_processes(arguments.run.timeout_minutes)
-        folder = run_experiment(arguments, environment)
+    except ValueError as error:
+        # all processes read the same command line
+        return fail(error) if rank == 0 else 2
+    try:
+        folder = run_experiment(arguments, start_processes(arguments.run.timeout_minutes))
     except SharedError:
         # the first process says it
         return 2
     except ValueError as error:
-        if is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    if is_first:
+        return fail(error, f" on rank {rank}" if rank else "")
+    if rank == 0:
         print(f"\nmodel in {folder}/model; samples in {folder}/samples.md; curves in {folder}/curves.png")
     return 0
+
+
+def fail(error: ValueError, where: str = "") -> int:
+    """Say in one line what is wrong; the return code."""
+    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
 
 
 if __name__ == "__main__":

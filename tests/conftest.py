@@ -1,11 +1,14 @@
-"""What the tests share: models and one seed."""
+"""What the tests share: models, documents and one seed."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
+from runs import write_documents
 from tiny import TINY, tiny_model
 
 # no test may ask the network for anything
@@ -28,3 +31,36 @@ def bart():
     """A tiny plain BART in evaluation mode."""
     config = {name: value for name, value in TINY.items() if name != "hidden_dropout_prob"}
     return BartForConditionalGeneration(BartConfig(**config)).eval()
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """A folder with the documents of short runs."""
+    return write_documents(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.fixture
+def _environ():
+    """What a test starts in its own process leaves the environment as it was."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def train_main(_environ):
+    """`main` of launch/train.py, to be called in this process."""
+    script = Path(__file__).parents[1] / "launch" / "train.py"
+    spec = importlib.util.spec_from_file_location("launch_train", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def alone(_environ):
+    """The environment of this process as the only one of a run."""
+    from recurrent_bart.training.environment import start_processes
+
+    return start_processes(timeout_minutes=2)

@@ -10,10 +10,12 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 
+from recurrent_bart.data.corpus import fingerprint
 from recurrent_bart.distributed import barrier, is_first, only_first, rank
 
 ENGINE = "engine"
@@ -29,6 +31,7 @@ class TrainerState:
         best_step: Step that had it.
         n_worse: Evaluations since then.
         n_skipped: Steps not applied, for a gradient was not finite.
+        n_skipped_in_row: Those since the last one that was applied.
     """
 
     step: int = 0
@@ -36,6 +39,7 @@ class TrainerState:
     best_step: int = 0
     n_worse: int = 0
     n_skipped: int = 0
+    n_skipped_in_row: int = 0
 
 
 class Checkpoints:
@@ -45,37 +49,40 @@ class Checkpoints:
         self.folder, self.keep_last = folder, keep_last
 
     def save(self, engine: DeepSpeedEngine, state: TrainerState) -> None:
-        """Write a checkpoint under a name of its own once it is complete, and remove the oldest."""
+        """Write a checkpoint, under its name only once it is complete, and remove the oldest."""
         final = self._path(state.step)
         draft = final.with_name(f".{final.name}.tmp")
-        only_first(lambda: _make_empty(draft))
-        barrier()
+        only_first(lambda: self._make_room(draft))
         engine.save_checkpoint(str(draft), tag=ENGINE, save_latest=False)
         torch.save(_random_states(), draft / f"rng-{rank()}.pt")
         barrier()
         if is_first():
-            (draft / "trainer.json").write_text(json.dumps(asdict(state)))
-            shutil.rmtree(final, ignore_errors=True)
+            written = {"state": asdict(state), "written_by": _written_by(engine)}
+            (draft / "trainer.json").write_text(json.dumps(written))
+            _remove(final)
             draft.rename(final)
             self._remove_old(state.best_step)
         barrier()
 
     def load(self, engine: DeepSpeedEngine) -> TrainerState:
-        """Continue from the newest checkpoint.
+        """Continue from the newest checkpoint; from the beginning if the run ended before its first.
 
         Raises:
-            ValueError: There is none, or it was written by another number of processes.
+            ValueError: It cannot be read, or was written by another number of processes, another ZeRO stage or another
+                model.
         """
         steps = self._steps()
         if not steps:
-            raise ValueError(f"--resume: no checkpoint in {self.folder}")
+            return TrainerState()
         path = self._path(steps[-1])
-        n_written = len(list(path.glob("rng-*.pt")))
-        if n_written != engine.world_size:
-            raise ValueError(f"{path}: written by {n_written} processes, there are {engine.world_size} now")
-        engine.load_checkpoint(str(path), tag=ENGINE)
+        only_first(lambda: _check_written_by(path, engine))
+        settings = _settings(engine)
+        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE)
+        if loaded is None:
+            raise ValueError(f"{path}: incomplete, DeepSpeed cannot read it; remove it to go on from the one before")
+        _restore(engine, settings)
         _set_random_states(torch.load(path / f"rng-{rank()}.pt", weights_only=True))
-        return TrainerState(**json.loads((path / "trainer.json").read_text()))
+        return TrainerState(**_read(path)["state"])
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -83,15 +90,74 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
+    def _make_room(self, draft: Path) -> None:
+        """Make an empty folder; drafts that a crash left behind go."""
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft.mkdir(parents=True)
+
     def _remove_old(self, best_step: int) -> None:
         for step in self._steps()[: -self.keep_last]:
             if step != best_step:
-                shutil.rmtree(self._path(step), ignore_errors=True)
+                _remove(self._path(step))
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _remove(checkpoint: Path) -> None:
+    """Take its name away first: one that is half removed is no checkpoint."""
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")), ignore_errors=True)
+
+
+def _written_by(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What must be the same where a checkpoint is read, under the names it has in messages."""
+    parameters = [
+        [name, list(getattr(parameter, "ds_shape", parameter.shape)), parameter.requires_grad]
+        for name, parameter in engine.module.named_parameters()
+    ]
+    return {
+        "processes": engine.world_size,
+        "ZeRO stage": engine.zero_optimization_stage(),
+        "model": fingerprint(parameters),
+    }
+
+
+def _check_written_by(path: Path, engine: DeepSpeedEngine) -> None:
+    written_by = _read(path)["written_by"]
+    for name, now in _written_by(engine).items():
+        if written_by[name] != now:
+            raise ValueError(
+                f"{path}: cannot be continued with another number of processes, ZeRO stage or model; "
+                f"{name}: {written_by[name]} then, {now} now"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "trainer.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: unreadable ({error})") from error
+
+
+def _settings(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What this run's flags say and a checkpoint would silently overrule with those of the time it was written."""
+    scheduler = engine.lr_scheduler
+    return {
+        "clip_grad": engine.optimizer.clip_grad,
+        "weight_decay": [group["weight_decay"] for group in engine.optimizer.param_groups],
+        "base_lrs": scheduler and scheduler.base_lrs,
+    }
+
+
+def _restore(engine: DeepSpeedEngine, settings: dict[str, Any]) -> None:
+    engine.optimizer.clip_grad = settings["clip_grad"]
+    for group, decay in zip(engine.optimizer.param_groups, settings["weight_decay"], strict=True):
+        group["weight_decay"] = decay
+    scheduler = engine.lr_scheduler
+    if scheduler:
+        scheduler.base_lrs = settings["base_lrs"]
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, base, factor in zip(engine.optimizer.param_groups, scheduler.base_lrs, factors, strict=True):
+            group["lr"] = base * factor
 
 
 def _random_states() -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """A run from its arguments to its last evaluation: what `launch/train.py` calls."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch.utils.data import DataLoader, Dataset
 
-from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch, BatchOrder, RankBatches
 from recurrent_bart.data.corpus import half_written
 from recurrent_bart.data.tokenizer import save_tokenizer
@@ -19,10 +19,11 @@ from recurrent_bart.monitoring.curves import draw_curves
 from recurrent_bart.monitoring.progress import ProgressDisplay
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.checkpoints import Checkpoints, TrainerState
+from recurrent_bart.training.description import describe, global_batch, learning_rates
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.model_building import build_model
-from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler, is_recurrence
+from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import Documents, Preparation, default_output_dir, prepare
 from recurrent_bart.training.trainer import Trainer
 
@@ -49,19 +50,20 @@ def run_experiment(arguments: Arguments, environment: Environment) -> Path:
         model.activation_checkpointing_enable({"use_reentrant": False})
     checkpoints = Checkpoints(prepared.folder.checkpoints, run.keep_last)
     state = checkpoints.load(engine) if run.resume else TrainerState()
-    only_first(lambda: _open_folder(prepared, arguments, state))
+    only_first(lambda: _open_folder(prepared, arguments, state.step))
     with Session(arguments, environment, prepared, engine, checkpoints, state) as session:
         session.train()
     return prepared.folder.path
 
 
-def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
-    prepared.folder.create()
-    prepared.folder.write_config(
-        arguments=asdict(arguments), model=prepared.config.to_dict(), deepspeed=prepared.deepspeed
-    )
-    save_tokenizer(prepared.tokenizer, prepared.folder.tokenizer)
-    prepared.folder.forget_after(state.step)
+def _open_folder(prepared: Preparation, arguments: Arguments, step: int) -> None:
+    folder = prepared.folder
+    folder.create()
+    save_tokenizer(prepared.tokenizer, folder.tokenizer)
+    # what makes it a run that can be resumed, so it comes last
+    folder.write_config(arguments=asdict(arguments), model=prepared.config.to_dict(), deepspeed=prepared.deepspeed)
+    # a run that begins at step 0 evaluates there itself
+    folder.forget_after(step or -1)
 
 
 class Session:
@@ -85,6 +87,8 @@ class Session:
     def __enter__(self) -> "Session":
         if is_first():
             self.display.__enter__()
+            if self.state.step:
+                self.display.say(f"resumed    after step {self.state.step}")
             for line in describe(self.arguments, self.environment, self.prepared, self.engine):
                 self.display.say(line)
         return self
@@ -102,6 +106,8 @@ class Session:
             state=self.state,
             on_log=self.log,
             on_evaluation=self.evaluate,
+            on_step=self.display.step,
+            on_skip=self.skip,
         ).train()
 
     def log(self, record: dict[str, Any]) -> None:
@@ -109,6 +115,12 @@ class Session:
         if is_first():
             self.folder.append_metrics(record)
             self.display.show(record)
+
+    def skip(self, reason: str) -> None:
+        """Write and say why a step was not applied."""
+        if is_first():
+            self.folder.append_metrics({"step": self.state.step, "skipped": reason})
+            self.display.say(f"warning: {reason}")
 
     def evaluate(self) -> bool:
         """Validation loss and ROUGE, a checkpoint, the best model so far; says whether to stop early."""
@@ -137,7 +149,7 @@ class Session:
         return bool(patience) and state.n_worse >= patience
 
     def _write_evaluation(self, record: dict[str, Any], samples: list[Any]) -> None:
-        self.folder.append_metrics(record)
+        self.folder.append_metrics({name: value for name, value in record.items() if math.isfinite(value)})
         if samples:
             self.folder.append_samples(f"Step {record['step']}", samples[:N_SAMPLES])
         draw_curves(self.folder.read_metrics(), self.folder.curves_file)
@@ -178,6 +190,8 @@ class Session:
             batch_sampler=indices,
             collate_fn=documents.collator,
             num_workers=run.dataloader_num_workers,
+            # it draws a number when it starts: from the model's generator, a resumed run would have other dropout
+            generator=torch.Generator(),
         )
         return iter(loader)
 
@@ -194,47 +208,3 @@ class IndexedRows(Dataset[dict[str, Any]]):
     def __getitem__(self, place: int) -> dict[str, Any]:
         index = self.documents.plan.indices[place]
         return {**self.documents.corpus[index], "index": index}
-
-
-def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> LearningRates:
-    """Highest learning rates of a run."""
-    return LearningRates.of(arguments.run, arguments.model.model_name_or_path is not None, config.d_model)
-
-
-def global_batch(arguments: Arguments, world_size: int) -> int:
-    """Documents of one optimizer step."""
-    return arguments.run.per_device_train_batch_size * arguments.run.gradient_accumulation_steps * world_size
-
-
-def describe(
-    arguments: Arguments, environment: Environment, prepared: Preparation, engine: DeepSpeedEngine
-) -> list[str]:
-    """What is about to be trained, each derived quantity with where it comes from."""
-    run, config = arguments.run, prepared.config
-    train, validation = prepared.splits["train"].plan, prepared.splits["validation"].plan
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
-    total, own = sum(sizes.values()), sum(size for name, size in sizes.items() if is_recurrence(name))
-    order = BatchOrder(train.n_segments, global_batch(arguments, environment.world_size), run.seed)
-    rates = learning_rates(arguments, config)
-    lines = [
-        f"run        {prepared.folder.path}",
-        f"model      {total / 1e6:.1f} M parameters, {own / 1e6:.1f} M of them the recurrence's",
-        f"segments   {config.segment_size} tokens, {config.pre_seq_len} prefix positions, "
-        f"bptt_depth {config.bptt_depth}, at most {config.max_n_segments} segments a document",
-        f"documents  {len(train.indices)} to train on, of {sum(train.n_segments) / len(train.indices):.1f} segments; "
-        f"{len(validation.indices)} for validation; task {arguments.data.task}",
-        f"steps      {run.max_steps} of {order.global_batch} documents = {run.per_device_train_batch_size} a device "
-        f"x {run.gradient_accumulation_steps} accumulated x {environment.world_size} processes; "
-        f"{order.epoch(run.max_steps):.1f} times through the documents",
-        f"rates      {rates.backbone:.1e}, recurrence {rates.recurrence:.1e}, {run.lr_scheduler} decay after "
-        f"{run.warmup_steps} steps of warm-up",
-        f"engine     ZeRO-{engine.zero_optimization_stage()}, {environment.device.type}, "
-        f"{'bf16' if engine.bfloat16_enabled() else 'fp32'}",
-    ]
-    for name, plan in (("training", train), ("validation", validation)):
-        if plan.n_cut or plan.n_left_out:
-            lines.append(
-                f"cut        {plan.n_cut} {name} documents after {config.max_n_segments} segments; "
-                f"{plan.n_left_out} left out, with no target before the cut"
-            )
-    return lines

@@ -1,0 +1,54 @@
+"""What is about to be trained, in words and numbers."""
+
+from deepspeed import DeepSpeedEngine
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.batches import BatchOrder
+from recurrent_bart.training.arguments import Arguments
+from recurrent_bart.training.environment import Environment
+from recurrent_bart.training.optimization import LearningRates, is_recurrence
+from recurrent_bart.training.preparation import Preparation
+
+
+def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> LearningRates:
+    """Highest learning rates of a run."""
+    return LearningRates.of(arguments.run, arguments.model.model_name_or_path is not None, config.d_model)
+
+
+def global_batch(arguments: Arguments, world_size: int) -> int:
+    """Documents of one optimizer step."""
+    return arguments.run.per_device_train_batch_size * arguments.run.gradient_accumulation_steps * world_size
+
+
+def describe(
+    arguments: Arguments, environment: Environment, prepared: Preparation, engine: DeepSpeedEngine
+) -> list[str]:
+    """What is about to be trained, each derived quantity with where it comes from."""
+    run, config = arguments.run, prepared.config
+    train, validation = prepared.splits["train"].plan, prepared.splits["validation"].plan
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
+    total, own = sum(sizes.values()), sum(size for name, size in sizes.items() if is_recurrence(name))
+    order = BatchOrder(train.n_segments, global_batch(arguments, environment.world_size), run.seed)
+    rates = learning_rates(arguments, config)
+    lines = [
+        f"run        {prepared.folder.path}",
+        f"model      {total / 1e6:.1f} M parameters, {own / 1e6:.1f} M of them the recurrence's",
+        f"segments   {config.segment_size} tokens, {config.pre_seq_len} prefix positions, "
+        f"bptt_depth {config.bptt_depth}, at most {config.max_n_segments} segments a document",
+        f"documents  {len(train.indices)} to train on, of {sum(train.n_segments) / len(train.indices):.1f} segments; "
+        f"{len(validation.indices)} for validation; task {arguments.data.task}",
+        f"steps      {run.max_steps} of {order.global_batch} documents = {run.per_device_train_batch_size} a device "
+        f"x {run.gradient_accumulation_steps} accumulated x {environment.world_size} processes; "
+        f"{order.epoch(run.max_steps):.1f} times through the documents",
+        f"rates      {rates.backbone:.1e}, recurrence {rates.recurrence:.1e}, {run.lr_scheduler} decay after "
+        f"{run.warmup_steps} steps of warm-up",
+        f"engine     ZeRO-{engine.zero_optimization_stage()}, {environment.device.type}, "
+        f"{'bf16' if engine.bfloat16_enabled() else 'fp32'}",
+    ]
+    for name, plan in (("training", train), ("validation", validation)):
+        if plan.n_cut or plan.n_left_out:
+            lines.append(
+                f"cut        {plan.n_cut} {name} documents after {config.max_n_segments} segments; "
+                f"{plan.n_left_out} left out, with no target before the cut"
+            )
+    return lines

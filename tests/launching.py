@@ -1,0 +1,67 @@
+"""Processes that tests start: what they inherit, how long they may take, and that none is left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+# what a launcher told the process that runs the tests is not meant for those it starts
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment(**changes):
+    """The environment of a started process: this checkout and the modules beside the tests, one thread, no network."""
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    scripts = Path(sys.executable).parent
+    return inherited | {
+        "PATH": f"{scripts}{os.pathsep}{inherited['PATH']}",
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **changes,
+    }
+
+
+def run(command, timeout, **changes):
+    """Run a command; it and all that it started are killed when the time is over.
+
+    Returns:
+        Its return code and all that it printed.
+    """
+    started = subprocess.Popen(
+        list(map(str, command)),
+        cwd=TESTS.parent,
+        env=environment(**changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        output, _ = started.communicate()
+        raise AssertionError(f"not over after {timeout} s: {command}\n{output}") from None
+    return started.returncode, output
+
+
+def torchrun(n_processes, script, *arguments, timeout=120, **changes):
+    """Run a script in several processes, which find a free port by themselves; as `run`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+    return run([*command, script, *arguments], timeout, **changes)
+
+
+def deepspeed(script, *arguments, timeout=120, **changes):
+    """Run a script by the deepspeed launcher on a free port; as `run`."""
+    return run(["deepspeed", "--master_port", free_port(), script, *arguments], timeout, **changes)
+
+
+def free_port():
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

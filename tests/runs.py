@@ -1,0 +1,44 @@
+"""Short runs: documents of a few words, and flags under which training takes a second or two."""
+
+import json
+import random
+
+WORDS = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu", "hen", "koi", "owl", "pig", "ram")
+
+
+def write_documents(folder):
+    """Write `train.jsonl` and `validation.jsonl`, which both tasks can read; the same ones each time."""
+    choice = random.Random(0)
+    for split, n_documents in (("train", 24), ("validation", 5)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for number in range(n_documents):
+                n_words = [choice.randint(8, 30) for _ in range(choice.randint(1, 3))]
+                sections = [" ".join(choice.choices(WORDS, k=count)) for count in n_words]
+                summaries = [" and ".join(section.split()[: choice.randint(1, 3)]) for section in sections]
+                record = {"id": f"{split}-{number}", "sections": sections, "summaries": summaries}
+                file.write(json.dumps(record) + "\n")
+    return folder
+
+
+def flags(documents, output_dir, **changes):
+    """The command line of a run on the documents of a folder; further flags may be given or changed."""
+    values = {
+        "train_file": documents / "train.jsonl",
+        "validation_file": documents / "validation.jsonl",
+        "cache_dir": documents / "cache",
+        "output_dir": output_dir,
+        "vocab_size": 320,
+        "segment_size": 16,
+        "pre_seq_len": 3,
+        "max_target_length": 8,
+        "max_steps": 6,
+        "warmup_steps": 2,
+        "eval_every": 2,
+        "log_every": 1,
+        "eval_documents": 3,
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": 0,
+        "timeout_minutes": 2,
+        **changes,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
