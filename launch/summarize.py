@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import io
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
+from recurrent_bart.data.sources import ENCODING
 from recurrent_bart.inference import TextReader, load_model, run_flags, summary_after
 from recurrent_bart.training.arguments import DataArguments
 
@@ -47,7 +49,7 @@ def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
     Raises:
         ValueError: It is not UTF-8, or nothing but white space; the message names it.
     """
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(ENCODING)(), translate=True)
     read = getattr(file, "read1", file.read)
     is_blank, data = True, b" "
     try:
@@ -146,7 +148,7 @@ def main(argv: list[str]) -> int:
             with open_file(arguments.file) as file:
                 summarize(arguments, file, arguments.file)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -164,4 +166,6 @@ def open_file(name: str) -> BinaryIO:
 
 
 if __name__ == "__main__":
+    # `| head` ends it without a word, as it does other programs
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))
