@@ -1,9 +1,10 @@
 """What a run is told on the command line. One dataclass for each concern; every field is a flag."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -22,8 +23,10 @@ def flag(default: Any, text: str) -> Any:
 
 def _check_at_least(arguments: Any, least: float, *names: str) -> None:
     for name in names:
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least {least:g}")
+        value = getattr(arguments, name)
+        # so that nan is refused too
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name} {value}: must be at least {least:g}")
 
 
 def _check_choice(arguments: Any, name: str, allowed: tuple[str, ...]) -> None:
@@ -50,6 +53,11 @@ class ModelArguments:
     prefix_attention: str | None = flag(None, "gated or concat")
     update_gate: bool | None = flag(None, "carry the state over through a learned gate")
     dropout: float | None = flag(None, "BART's dropout")
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 0, "dropout")
+        if self.dropout is not None and self.dropout >= 1:
+            raise ValueError(f"--dropout {self.dropout}: must be below 1")
 
     def config_fields(self) -> dict[str, Any]:
         """Fields of RecurrentBartConfig that were given."""
@@ -95,7 +103,7 @@ class RunArguments:
     learning_rate: float | None = flag(None, "highest one; default: 3e-5 pretrained, 3e-3 x 128 / d_model from scratch")
     recurrence_learning_rate: float | None = flag(None, "the recurrence's own; default: 10 times it where pretrained")
     lr_scheduler: str = flag("linear", "decay after warm-up: linear, cosine or constant")
-    warmup_steps: int = flag(30, "steps over which the learning rate rises from 0")
+    warmup_steps: int | None = flag(None, "steps over which the learning rate rises from 0; default: a tenth of all")
     weight_decay: float = flag(0.01, "of matrices; biases, norms and gates have none")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all")
     precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
@@ -115,12 +123,17 @@ class RunArguments:
     def __post_init__(self) -> None:
         positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
         _check_at_least(self, 1, *positive, "eval_every", "eval_documents", "num_beams", "timeout_minutes")
-        _check_at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "patience")
-        _check_at_least(self, 0, "dataloader_num_workers", "seed")
+        _check_at_least(self, 1, "per_device_eval_batch_size")
+        _check_at_least(self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay")
+        _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed")
         # one may be half written when the next is due
         _check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
         _check_choice(self, "lr_scheduler", SCHEDULES)
+        if self.warmup_steps is None:
+            self.warmup_steps = self.max_steps // 10
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"--warmup_steps {self.warmup_steps}: must be at most --max_steps {self.max_steps}")
 
 
 @dataclass
@@ -132,21 +145,44 @@ class Arguments:
     run: RunArguments
 
 
-def build_parser() -> HfArgumentParser:
+class FlagParser(HfArgumentParser):
+    """Identical to HfArgumentParser except: a mistake is a ValueError, for the first process alone to report."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse, which would print the usage on every process and end it."""
+        raise ValueError(message)
+
+
+def build_parser() -> FlagParser:
     """Parser of all flags."""
-    return HfArgumentParser([ModelArguments, DataArguments, RunArguments], description="Train Recurrent BART.")
+    return FlagParser([ModelArguments, DataArguments, RunArguments], description="Train Recurrent BART.")
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read a command line. With `--resume RUN`, flags that are not given are as they were in that run.
 
     Raises:
-        ValueError: A flag is out of range, or there is no run to resume.
+        ValueError: A flag is unknown or out of range, or there is no run to resume.
     """
     parser = build_parser()
-    resumed = parser.parse_known_args(argv)[0].resume
-    if resumed:
-        saved = RunFolder(Path(resumed)).read_config()["arguments"]
-        flags = {name: value for group in saved.values() for name, value in group.items()}
-        parser.set_defaults(**flags | {"resume": resumed, "output_dir": resumed})
-    return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]}{_hint(unknown[0], vars(given))}")
+    if given.resume:
+        parser.set_defaults(**_flags_of_run(given.resume, vars(given)))
+    arguments = Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+    if given.resume and Path(arguments.run.output_dir or "") != Path(given.resume):
+        raise ValueError(f"--output_dir {arguments.run.output_dir}: a run that is resumed goes on in its own folder")
+    return arguments
+
+
+def _flags_of_run(folder: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Flags that a run had, of those that there are still."""
+    saved = RunFolder(Path(folder)).read_config().get("arguments", {})
+    flags = {name: value for group in saved.values() for name, value in group.items() if name in known}
+    return flags | {"resume": folder, "output_dir": folder}
+
+
+def _hint(argument: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(argument.split("=")[0], [f"--{name}" for name in names], n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -30,8 +30,11 @@ class LearningRates:
     @classmethod
     def of(cls, run: RunArguments, is_pretrained: bool, d_model: int) -> "LearningRates":
         """Those given, or what suits the model: new parameters of a pretrained one have further to go."""
-        backbone = run.learning_rate or (3e-5 if is_pretrained else 3e-3 * 128 / d_model)
-        recurrence = run.recurrence_learning_rate or backbone * (10 if is_pretrained else 1)
+        backbone, recurrence = run.learning_rate, run.recurrence_learning_rate
+        if backbone is None:
+            backbone = 3e-5 if is_pretrained else 3e-3 * 128 / d_model
+        if recurrence is None:
+            recurrence = backbone * (10 if is_pretrained else 1)
         return cls(backbone, recurrence)
 
 
@@ -51,7 +54,7 @@ def build_optimizer(model: nn.Module, rates: LearningRates, weight_decay: float)
 
 def build_scheduler(optimizer: Optimizer, run: RunArguments) -> LambdaLR:
     """Linear warm-up, then the decay that `--lr_scheduler` names, to 0 at `--max_steps`."""
-    return LambdaLR(optimizer, learning_rate_factor(run.lr_scheduler, run.warmup_steps, run.max_steps))
+    return LambdaLR(optimizer, learning_rate_factor(run.lr_scheduler, run.warmup_steps or 0, run.max_steps))
 
 
 def learning_rate_factor(schedule: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:

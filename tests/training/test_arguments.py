@@ -1,0 +1,150 @@
+"""What stands on the command line is what a run gets, and what is wrong there is said by its flag."""
+
+from dataclasses import asdict, fields
+
+import pytest
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    build_parser,
+    parse_arguments,
+)
+
+GROUPS = (ModelArguments, DataArguments, RunArguments)
+
+
+def save_run(path, argv):
+    """The folder of a run that was started with some flags."""
+    folder = RunFolder(path)
+    folder.create()
+    folder.write_config(arguments=asdict(parse_arguments(argv)))
+    return str(path)
+
+
+def test_every_flag_has_a_line_of_help():
+    for group in GROUPS:
+        for item in fields(group):
+            assert item.metadata.get("help"), item.name
+
+
+def test_help_names_every_flag():
+    text = build_parser().format_help()
+    for group in GROUPS:
+        for item in fields(group):
+            assert f"--{item.name}" in text
+
+
+def test_help_ends_without_an_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--help"])
+    assert caught.value.code == 0
+    assert "--segment_size" in capsys.readouterr().out
+
+
+def test_flags_reach_their_group():
+    arguments = parse_arguments(
+        ["--segment_size", "64", "--prefix_projection", "false", "--task", "sections", "--max_steps=7"]
+    )
+    assert arguments.model.config_fields() == {"segment_size": 64, "prefix_projection": False, "max_n_segments": 8}
+    assert (arguments.data.task, arguments.run.max_steps) == ("sections", 7)
+
+
+def test_architecture_flags_are_fields_of_the_configuration():
+    own = {"model_name_or_path", "model_size", "tokenizer_name", "vocab_size"}
+    names = {item.name for item in fields(ModelArguments)} - own
+    assert names <= set(RecurrentBartConfig.__dataclass_fields__)
+    assert {"pre_seq_len", "segment_size", "input_size", "max_n_segments", "bptt_depth"} <= names
+    assert {"prefix_projection", "prefix_hidden_size", "hidden_dropout_prob"} <= names
+
+
+def test_columns_have_the_names_that_were_given():
+    data = parse_arguments(["--text_column", "article", "--summaries_column", "heads"]).data
+    assert vars(data.columns()) == {
+        "text": "article",
+        "summary": "summary",
+        "sections": "sections",
+        "summaries": "heads",
+    }
+
+
+def test_the_launchers_own_flag_is_taken():
+    assert parse_arguments(["--local_rank=1", "--deepspeed", "ds.json"]).run.deepspeed == "ds.json"
+
+
+@pytest.mark.parametrize(("argv", "steps"), [([], 30), (["--max_steps", "5"], 0), (["--warmup_steps", "9"], 9)])
+def test_warm_up_is_a_tenth_of_the_run_unless_given(argv, steps):
+    assert parse_arguments(argv).run.warmup_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--max_steps 0", "--max_steps 0: must be at least 1"),
+        ("--log_every -1", "--log_every -1: must be at least 1"),
+        ("--keep_last 1", "--keep_last 1: must be at least 2"),
+        ("--learning_rate -1", "--learning_rate -1.0: must be at least 0"),
+        ("--learning_rate nan", "--learning_rate nan: must be at least 0"),
+        ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1"),
+        ("--warmup_steps 11 --max_steps 10", "--warmup_steps 11: must be at most --max_steps 10"),
+        ("--dropout 1", "--dropout 1.0: must be below 1"),
+        ("--max_target_length 3", "--max_target_length 3: must be at least 4"),
+        ("--task chapters", "--task chapters: allowed are document, sections"),
+        ("--precision fp16", "--precision fp16: allowed are auto, bf16, fp32"),
+        ("--lr_scheduler step", "--lr_scheduler step: allowed are linear, cosine, constant"),
+        ("--max_steps ten", "argument --max_steps/--max-steps: invalid int value: 'ten'"),
+        ("--max_steps", "argument --max_steps/--max-steps: expected one argument"),
+        ("--segmentsize 3", "unknown argument --segmentsize; did you mean --segment_size?"),
+        ("--segmentsize=3", "unknown argument --segmentsize=3; did you mean --segment_size?"),
+        ("--no_such_flag", "unknown argument --no_such_flag$"),
+        ("stray", "unknown argument stray$"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_flag(argv, message, capsys):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")) as caught:
+        parse_arguments(argv.split())
+    assert "\n" not in str(caught.value)
+    # the launch script says it, once
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_resumed_run_has_the_flags_that_it_had(tmp_path):
+    given = ["--segment_size", "64", "--task", "sections", "--learning_rate", "0.5", "--prefix_projection", "false"]
+    first = parse_arguments(given)
+    path = save_run(tmp_path / "run", given)
+    resumed = parse_arguments(["--resume", path])
+    assert resumed.run.output_dir == resumed.run.resume == path
+    resumed.run.output_dir = resumed.run.resume = None
+    assert resumed == first
+
+
+def test_flags_given_on_resuming_take_precedence(tmp_path):
+    path = save_run(tmp_path / "run", ["--max_steps", "10", "--seed", "3"])
+    resumed = parse_arguments([f"--resume={path}", "--max_steps", "20"])
+    assert (resumed.run.max_steps, resumed.run.seed) == (20, 3)
+
+
+def test_a_run_of_an_older_version_may_be_resumed(tmp_path):
+    path = save_run(tmp_path / "run", ["--seed", "3"])
+    folder = RunFolder(tmp_path / "run")
+    config = folder.read_config()
+    config["arguments"]["run"]["a_flag_that_is_gone"] = 1
+    del config["arguments"]["run"]["patience"]
+    folder.write_config(arguments=config["arguments"])
+    resumed = parse_arguments(["--resume", path])
+    assert (resumed.run.seed, resumed.run.patience) == (3, 0)
+
+
+def test_a_resumed_run_stays_in_its_folder(tmp_path):
+    path = save_run(tmp_path / "run", [])
+    with pytest.raises(ValueError, match="a run that is resumed goes on in its own folder"):
+        parse_arguments(["--resume", path, "--output_dir", str(tmp_path / "other")])
+    assert parse_arguments(["--resume", path, "--output_dir", path + "/"]).run.resume == path
+
+
+def test_where_there_is_no_run_none_is_resumed(tmp_path):
+    with pytest.raises(ValueError, match=r"--resume .*none: no readable config.json there"):
+        parse_arguments(["--resume", str(tmp_path / "none")])

@@ -1,0 +1,119 @@
+"""The model that the flags ask for."""
+
+import pytest
+import torch
+
+from recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.data.tokenizer import train_tokenizer
+from recurrent_bart.training.arguments import ModelArguments
+from recurrent_bart.training.model_building import SIZES, build_config, build_model
+from recurrent_bart.training.optimization import is_recurrence
+
+
+class Tokenizer:
+    """As many ids as facebook/bart-base has, and its special ones."""
+
+    bos_token_id, pad_token_id, eos_token_id = 0, 1, 2
+
+    def __init__(self, size=50265):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+
+@pytest.fixture
+def pretrained(bart, tmp_path):
+    bart.save_pretrained(tmp_path / "bart")
+    return str(tmp_path / "bart")
+
+
+@pytest.mark.parametrize(("size", "millions"), [("base", 139.420416), ("large", 406.291456)])
+def test_base_and_large_have_the_size_of_the_published_models(size, millions):
+    config = build_config(ModelArguments(model_size=size), Tokenizer())
+    with torch.device("meta"):
+        model = RecurrentBartForConditionalGeneration(config)
+    counts = [parameter.numel() for name, parameter in model.named_parameters() if not is_recurrence(name)]
+    assert sum(counts) / 1e6 == millions
+    assert (config.max_position_embeddings, config.segment_size) == (1024, 512)
+
+
+def test_sizes_grow():
+    configs = [build_config(ModelArguments(model_size=size), Tokenizer()) for size in SIZES]
+    assert list(SIZES) == ["tiny", "small", "base", "large"]
+    widths = [config.d_model for config in configs]
+    assert widths == sorted(set(widths))
+
+
+def test_a_model_from_scratch_has_the_tokenizers_ids():
+    tokenizer = train_tokenizer(["some words to train on"] * 20, vocab_size=300)
+    config = build_config(ModelArguments(), tokenizer)
+    assert config.vocab_size == len(tokenizer)
+    assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (0, 1, 2)
+    assert config.decoder_start_token_id == config.forced_eos_token_id == 2
+
+
+def test_flags_change_the_size_and_a_pretrained_model(pretrained):
+    changes = {"segment_size": 16, "pre_seq_len": 5, "bptt_depth": 1, "prefix_projection": False, "dropout": 0.3}
+    scratch = build_config(ModelArguments(**changes), Tokenizer(60))
+    converted = build_config(ModelArguments(model_name_or_path=pretrained, **changes), Tokenizer(60))
+    for name, value in changes.items():
+        assert getattr(scratch, name) == getattr(converted, name) == value
+    assert converted.d_model == 16
+
+
+def test_a_pretrained_model_keeps_its_weights_and_trains_in_float32(pretrained, bart):
+    arguments = ModelArguments(model_name_or_path=pretrained)
+    model = build_model(arguments, build_config(arguments, Tokenizer(60)), seed=0)
+    weights = dict(model.named_parameters())
+    for name, weight in bart.named_parameters():
+        assert torch.equal(weights[name], weight), name
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(module.training for module in model.modules())
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(bart, tmp_path):
+    bart.bfloat16().save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path))
+    model = build_model(arguments, build_config(arguments, Tokenizer(60)), seed=0)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_the_seed_decides_the_weights():
+    arguments = ModelArguments(pre_seq_len=2)
+    config = build_config(arguments, Tokenizer(60))
+    first, second, other = (build_model(arguments, config, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_size": "huge"}, "--model_size huge: allowed are tiny, small, base, large"),
+        ({"segment_size": 2000}, "segment_size=2000 .*does not fit the position table: max_position_embeddings=1024"),
+        ({"pre_seq_len": -1}, "pre_seq_len=-1: must be at least 0"),
+        ({"prefix_attention": "none"}, "prefix_attention='none': allowed are 'gated', 'concat'"),
+        ({"model_name_or_path": "no/such/folder"}, "--model_name_or_path no/such/folder: "),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_one_line(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_config(ModelArguments(**changes), Tokenizer())
+
+
+def test_a_segment_over_a_pretrained_models_positions_is_refused(pretrained, bart):
+    positions = bart.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"segment_size={positions + 1} .*max_position_embeddings={positions}"):
+        build_config(ModelArguments(model_name_or_path=pretrained, segment_size=positions + 1), Tokenizer(60))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(pretrained):
+    with pytest.raises(ValueError, match=r"the tokenizer has 61 ids, .*bart only 60"):
+        build_config(ModelArguments(model_name_or_path=pretrained), Tokenizer(61))
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="type 't5' was given"):
+        build_config(ModelArguments(model_name_or_path=str(tmp_path)), Tokenizer())
