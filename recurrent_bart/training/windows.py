@@ -5,17 +5,48 @@ Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
+from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segmentation import align_at_end, shift_segments
 from recurrent_bart.targets import IGNORED
 
 
-def count_windows(batch: Batch, window: int) -> int:
-    """Number of windows of `window` segments that end with the batch's last segment."""
-    return -(-batch.input_ids.shape[1] // window)
+def window_losses(
+    model: Any, config: RecurrentBartConfig, batch: Batch, device: torch.device, n_windows: int, n_items: float
+) -> Iterator[Tensor]:
+    """Loss of each window of a batch, one after the other; the caller runs the backward pass of each before the next.
+
+    Args:
+        model: The model, or an engine around it.
+        config: Its architecture.
+        batch: Documents.
+        device: Where the model is.
+        n_windows: From `count_windows`, or more.
+        n_items: What the summed losses are divided by.
+    """
+    state = RecurrentState.unread(config, len(batch.labels), device) if n_windows > 1 else None
+    windows = bptt_windows(batch, config.bptt_window or 0, n_windows) if n_windows > 1 else [batch]
+    for window in windows:
+        output = model(**window.model_inputs(device), state=state, num_items_in_batch=n_items)
+        yield output.loss
+        state = output.state.detach()
+
+
+def count_windows(batch: Batch, config: RecurrentBartConfig) -> int:
+    """Number of parts of a batch that have a backward pass of their own.
+
+    One where gradient has no horizon, or there is one target behind it all: what stands before the last window then
+    runs without a graph.
+    """
+    if config.bptt_window is None or batch.labels.dim() == 2:
+        return 1
+    return -(-batch.input_ids.shape[1] // config.bptt_window)
 
 
 def bptt_windows(batch: Batch, window: int, n_windows: int) -> Iterator[Batch]:
@@ -32,11 +63,10 @@ def bptt_windows(batch: Batch, window: int, n_windows: int) -> Iterator[Batch]:
     """
     ids_BNL, mask_BNL, n_empty_B = align_at_end(batch.input_ids, batch.attention_mask)
     labels_BNT = shift_segments(batch.labels, n_empty_B)
-    for _ in range(n_windows - count_windows(batch, window)):
+    n_segments = ids_BNL.shape[1]
+    for _ in range(n_windows - -(-n_segments // window)):
         nothing = torch.zeros(len(ids_BNL), 1, 1, dtype=torch.long)
         yield replace(batch, input_ids=nothing, attention_mask=nothing, labels=torch.full_like(nothing, IGNORED))
-    n_segments = ids_BNL.shape[1]
-    starts = range(n_segments % window - window if n_segments % window else 0, n_segments, window)
-    for start in starts:
+    for start in range(-(-n_segments % window), n_segments, window):
         part = slice(max(0, start), start + window)
         yield replace(batch, input_ids=ids_BNL[:, part], attention_mask=mask_BNL[:, part], labels=labels_BNT[:, part])

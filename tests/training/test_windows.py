@@ -1,11 +1,12 @@
 """A backward pass per window gives the gradient of one pass over the whole batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from recurrent_bart.data.batches import Batch
-from recurrent_bart.prefix_recurrence import RecurrentState
-from recurrent_bart.training.windows import bptt_windows, count_windows
+from recurrent_bart.training.windows import bptt_windows, count_windows, window_losses
 from tiny import random_ids
 
 CPU = torch.device("cpu")
@@ -37,15 +38,21 @@ def test_bptt_windows_give_the_loss_and_gradient_of_one_pass(make_model, batch, 
     loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    state, total = RecurrentState.unread(model.config, 3), 0.0
-    for window in bptt_windows(batch, depth + 1, count_windows(batch, depth + 1) + extra):
-        output = model(**window.model_inputs(CPU), state=state, num_items_in_batch=n_items)
-        output.loss.backward()
-        total, state = total + output.loss.detach(), output.state.detach()
+    n_windows, total = count_windows(batch, model.config) + extra, 0.0
+    for window_loss in window_losses(model, model.config, batch, CPU, n_windows, n_items):
+        window_loss.backward()
+        total += window_loss.detach()
     torch.testing.assert_close(total, loss.detach(), rtol=0, atol=1e-12)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12, msg=name)
-    assert state.position.tolist() == [7, 1, 4]
+
+
+@pytest.mark.parametrize(("depth", "n_windows"), [(0, 7), (1, 4), (2, 3), (6, 1), (-1, 1)])
+def test_windows_are_counted(make_model, batch, depth, n_windows):
+    config = make_model(bptt_depth=depth).config
+    assert count_windows(batch, config) == n_windows
+    # one target behind it all: what stands before the last window needs no graph
+    assert count_windows(replace(batch, labels=batch.labels[:, 0]), config) == 1
 
 
 def test_every_token_and_target_is_in_one_window(batch):
