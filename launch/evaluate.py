@@ -1,0 +1,176 @@
+"""Evaluate a model: `python launch/evaluate.py --model RUN/model --split validation`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from recurrent_bart.data.batches import DocumentPlan
+from recurrent_bart.data.rows import SPLITS
+from recurrent_bart.data.sources import find_sources
+from recurrent_bart.distributed import SharedError, first_then_all, is_first, only_first
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.evaluation.rouge import Score
+from recurrent_bart.inference import load_model, run_flags
+from recurrent_bart.monitoring.run_folder import replace_file
+from recurrent_bart.training.arguments import PRECISIONS, DataArguments, flag
+from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
+from recurrent_bart.training.preparation import open_documents
+
+# where documents are; given one of them, those of the run do not count
+PLACES = ("dataset", "train_file", "validation_file", "test_file")
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated, and how."""
+
+    model: str = field(metadata={"help": "folder of the model: RUN/model"})
+    split: str = flag("validation", "train, validation or test")
+    num_beams: int = flag(1, "beams of generation; 1: greedy")
+    limit: int = flag(-1, "evaluate on the first so many documents; -1: all")
+    batch_size: int = flag(8, "documents of a pass")
+    max_n_segments: int | None = flag(None, "segments read of a document, -1: all; default: as in training")
+    json: str | None = flag(None, "file to write the results to")
+    precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
+    timeout_minutes: int = flag(60, "how long a process waits for another one before it gives up")
+    local_rank: int = flag(-1, "set by the deepspeed launcher")
+
+    def __post_init__(self) -> None:
+        allowed = {"split": SPLITS, "precision": PRECISIONS}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"--{name} {getattr(self, name)}: allowed are {', '.join(values)}")
+        for name in ("num_beams", "batch_size", "timeout_minutes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("limit", "max_n_segments"):
+            if getattr(self, name) is not None and getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1, or -1 for all")
+        if self.json and not Path(self.json).absolute().parent.is_dir():
+            raise ValueError(f"--json {self.json}: no folder {Path(self.json).parent}")
+
+
+@dataclass
+class Results:
+    """What is printed and written.
+
+    Attributes:
+        n_documents: Documents that count for the loss.
+        n_texts: Generated texts that count for ROUGE: one a document, or one a section.
+        loss: Cross-entropy per target token.
+        rouge: Scores by name.
+    """
+
+    n_documents: int
+    n_texts: int
+    loss: float
+    rouge: dict[str, Score]
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        figures = {"documents": str(self.n_documents), "texts": str(self.n_texts), "loss": f"{self.loss:.4f}"}
+        scores = {name: f"{s.mean:.2f}  [{s.low:.2f}, {s.high:.2f}]" for name, s in self.rouge.items()}
+        return [f"{name:<10} {figure}" for name, figure in (figures | scores).items()]
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArguments]:
+    """Read a command line; data flags that are not given are as in the run that the model came from.
+
+    Raises:
+        ValueError: A flag is out of range, or the run's configuration is unreadable.
+    """
+    description = "Validation loss and ROUGE of a model. Data flags default to those of its run."
+    parser = HfArgumentParser([EvaluationArguments, DataArguments], description=description)
+    saved = run_flags(parser.parse_known_args(argv)[0].model).get("data", {})
+    names = {item.name for item in fields(DataArguments)}
+    if _given_places(argv):
+        names -= set(PLACES)
+    parser.set_defaults(**{name: value for name, value in saved.items() if name in names})
+    evaluation, data = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return evaluation, data
+
+
+def _given_places(argv: Sequence[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for name in PLACES:
+        parser.add_argument(f"--{name}")
+    return list(vars(parser.parse_known_args(argv)[0]))
+
+
+def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: Environment) -> Results:
+    """Read, generate, score; all processes share the documents and have the same results.
+
+    Raises:
+        ValueError: The model or the documents are not usable.
+    """
+    dtype = torch.bfloat16 if use_bf16(arguments.precision, environment.device) else torch.float32
+    model, tokenizer = load_model(arguments.model, environment.device, dtype)
+    sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file)
+    if arguments.split not in sources:
+        raise ValueError(f"--split {arguments.split}: there are {', '.join(sources)}")
+    cap = model.config.max_n_segments if arguments.max_n_segments is None else arguments.max_n_segments
+    documents = first_then_all(lambda: open_documents(sources[arguments.split], data, model.config, tokenizer, cap))
+    plan = first_documents(documents.plan, arguments.limit)
+    evaluator = Evaluator(
+        documents.corpus, plan, documents.collator, tokenizer, arguments.batch_size, environment.device
+    )
+    loss = evaluator.loss(model)
+    samples = evaluator.summarise(model, Generation(data.max_target_length, arguments.num_beams))
+    return Results(len(plan.indices), len(samples), loss, score(samples))
+
+
+def first_documents(plan: DocumentPlan, limit: int) -> DocumentPlan:
+    """The plan's first documents; all of them where the limit is -1."""
+    end = None if limit == -1 else limit
+    return replace(plan, indices=plan.indices[:end], n_segments=plan.n_segments[:end])
+
+
+def report(results: Results, file: str | None) -> None:
+    """Print the results, and write them where a file is named.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    print("\n".join(results.lines()), flush=True)
+    if file:
+        try:
+            replace_file(Path(file), json.dumps(asdict(results), indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(f"--json {file}: cannot be written ({error.strerror})") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, evaluate, report."""
+    rank = launched_rank()
+    try:
+        arguments, data = parse_arguments(argv)
+    except ValueError as error:
+        # all processes read the same command line
+        return fail(error) if rank == 0 else 2
+    logging.disable_progress_bar()
+    try:
+        results = evaluate(arguments, data, start_processes(arguments.timeout_minutes))
+        only_first(lambda: report(results, arguments.json))
+    except SharedError:
+        # the first process says it
+        return 2
+    except ValueError as error:
+        return fail(error) if is_first() else 2
+    return 0
+
+
+def fail(error: ValueError) -> int:
+    """Say in one line what is wrong; the return code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

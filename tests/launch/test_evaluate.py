@@ -1,0 +1,133 @@
+"""`launch/evaluate.py`: the figures are the evaluator's, on the documents of the run that the model came from."""
+
+import importlib.util
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from launching import run, torchrun
+from recurrent_bart.data.sources import find_sources
+from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.inference import load_model
+from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.training.arguments import parse_arguments
+from recurrent_bart.training.preparation import open_documents
+from runs import flags, write_documents
+from tiny import tiny_model
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # where dataclasses look their module up
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run on the sections of short documents."""
+    torch.manual_seed(0)
+    documents = write_documents(tmp_path_factory.mktemp("documents"))
+    run = RunFolder(documents / "run")
+    run.create()
+    tokenizer = train_tokenizer(documents.joinpath("train.jsonl").read_text().splitlines(), vocab_size=320)
+    tiny_model(vocab_size=len(tokenizer), max_n_segments=3).save_pretrained(run.model)
+    save_tokenizer(tokenizer, run.model)
+    run.write_config(arguments=asdict(parse_arguments(flags(documents, run.path, task="sections"))))
+    return run
+
+
+def evaluated(folder, n_documents, max_n_segments, num_beams):
+    """The figures of the evaluator itself."""
+    device = torch.device("cpu")
+    model, tokenizer = load_model(str(folder.model), device, torch.float32)
+    data = parse_arguments(["--resume", str(folder.path)]).data
+    source = find_sources(data.dataset, data.train_file, data.validation_file)["validation"]
+    documents = open_documents(source, data, model.config, tokenizer, max_n_segments)
+    plan = documents.plan
+    plan.indices, plan.n_segments = plan.indices[:n_documents], plan.n_segments[:n_documents]
+    evaluator = Evaluator(documents.corpus, plan, documents.collator, tokenizer, 2, device)
+    samples = evaluator.summarise(model, Generation(data.max_target_length, num_beams))
+    return {
+        "n_documents": len(plan.indices),
+        "n_texts": len(samples),
+        "loss": pytest.approx(evaluator.loss(model), rel=1e-5),
+        "rouge": {name: asdict(value) for name, value in score(samples).items()},
+    }
+
+
+def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path):
+    command = [sys.executable, SCRIPT, "--model", folder.model, "--json", tmp_path / "figures.json"]
+    code, output = run([*command, "--limit", 3, "--max_n_segments", -1, "--num_beams", 2], timeout=120)
+    assert code == 0, output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures == evaluated(folder, n_documents=3, max_n_segments=-1, num_beams=2)
+    assert figures["n_texts"] > figures["n_documents"] == 3
+    printed = dict(re.findall(r"^(\w+) +([\d.]+)", output, flags=re.MULTILINE))
+    assert printed["documents"] == "3"
+    assert printed["loss"] == f"{figures['loss']:.4f}"
+    assert {"rouge1", "rouge2", "rougeL", "rougeLsum"} < set(printed)
+    assert re.search(r"^rougeL +[\d.]+  \[[\d.]+, [\d.]+\]$", output, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_share_the_documents_and_print_once(folder, tmp_path):
+    code, output = torchrun(2, SCRIPT, "--model", folder.model, "--json", tmp_path / "figures.json")
+    assert code == 0, output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    # cut after 3 segments, as in training
+    assert figures == evaluated(folder, n_documents=5, max_n_segments=3, num_beams=1)
+    assert output.count("rougeLsum") == 1
+
+
+def test_data_flags_are_those_of_the_run_unless_given(script, folder):
+    arguments, data = script.parse_arguments(["--model", str(folder.model), "--max_target_length", "10"])
+    assert arguments.split == "validation"
+    assert (data.task, data.max_target_length) == ("sections", 10)
+    assert data.train_file.endswith("train.jsonl")
+
+
+def test_a_data_set_that_is_given_takes_the_place_of_the_runs_files(script, folder):
+    _, data = script.parse_arguments(["--model", str(folder.model), "--dataset", "stdlib"])
+    assert (data.dataset, data.train_file, data.validation_file) == ("stdlib", None, None)
+    assert data.task == "sections"
+    _, data = script.parse_arguments(["--model", str(folder.model), "--test_file", "other.jsonl"])
+    assert (data.train_file, data.validation_file, data.test_file) == (None, None, "other.jsonl")
+
+
+def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path):
+    _, data = script.parse_arguments(["--model", str(tmp_path)])
+    assert (data.dataset, data.task) == ("stdlib", "document")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--split", "dev"], "--split dev: allowed are train, validation, test"),
+        (["--limit", "0"], "--limit 0: must be at least 1, or -1 for all"),
+        (["--num_beams", "0"], "--num_beams 0: must be at least 1"),
+        (["--json", "missing/figures.json"], "--json missing/figures.json: no folder missing"),
+    ],
+)
+def test_a_flag_out_of_range_is_named_in_one_line(flags, message, script, folder, capsys):
+    assert script.main(["--model", str(folder.model), *flags]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_split_that_is_not_there_is_named_in_one_line(folder):
+    code, output = run([sys.executable, SCRIPT, "--model", folder.model, "--split", "test"], timeout=60)
+    assert code == 2
+    assert "error: --split test: there are train, validation\n" in output
+    assert "Traceback" not in output
