@@ -2,9 +2,12 @@
 
 import difflib
 import json
+import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
@@ -44,6 +47,34 @@ REFUSED = {
     "tensorboard": "monitoring is the run's own",
     "csv_monitor": "monitoring is the run's own",
 }
+# sections that DeepSpeed has a schema for
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "comms_logger": CommsLoggerConfig,
+}
+# sections that it takes key by key, passing over those it does not know
+PLAIN = {
+    "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
+    "checkpoint": {
+        "tag_validation",
+        "load_universal",
+        "use_node_local_storage",
+        "parallel_write",
+        "checkpoint_serialization",
+        "writer",
+    },
+    "flops_profiler": {
+        "enabled",
+        "recompute_fwd_factor",
+        "profile_step",
+        "module_depth",
+        "top_modules",
+        "detailed",
+        "output_file",
+    },
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+}
 
 
 def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: float, use_bf16: bool) -> dict[str, Any]:
@@ -61,15 +92,15 @@ def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: flo
         ValueError: The file is unreadable, or holds a key that is unknown or is not its own.
     """
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        _check_keys(config)
     except OSError as error:
         raise ValueError(f"--deepspeed {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"--deepspeed {path}:{error.lineno}: not JSON ({error.msg})") from error
-    _check_keys(config, path)
-    stage = config["zero_optimization"].get("stage")
-    if stage not in (1, 2, 3):
-        raise ValueError(f"--deepspeed {path}: zero_optimization.stage is {stage!r}; allowed are 1, 2, 3")
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {path}: {error}") from error
+    config = _without_auto(config)
     return config | {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
@@ -78,39 +109,75 @@ def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: flo
     }
 
 
-def _check_keys(config: Any, path: str | Path) -> None:
+def _check_keys(config: Any) -> None:
     if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed {path}: a JSON object is needed")
+        raise ValueError("a JSON object is needed")
     for key, value in config.items():
         if key in REFUSED and value != AUTO:
-            raise ValueError(f"--deepspeed {path}: key {key!r} does not belong there: {REFUSED[key]}")
+            raise ValueError(f"key {key!r} does not belong there: {REFUSED[key]}")
         if key in FILLED and value != AUTO:
-            raise ValueError(f'--deepspeed {path}: key {key!r} must be "auto": it is set by {FILLED[key]}')
-        if key not in KNOWN | FILLED.keys() | REFUSED.keys():
-            raise ValueError(f"--deepspeed {path}: unknown key {key!r}{_hint(key, KNOWN | FILLED.keys())}")
+            raise ValueError(f'key {key!r} must be "auto": it is set by {FILLED[key]}')
+        if key not in REFUSED:
+            _check_known(key, KNOWN | FILLED.keys())
+        if key in SCHEMAS or key in PLAIN:
+            _check_section(key, value)
     if "zero_optimization" not in config:
-        raise ValueError(f"--deepspeed {path}: no key 'zero_optimization'")
-    _check_section(config, "zero_optimization", DeepSpeedZeroConfig, path)
+        raise ValueError("no key 'zero_optimization'")
     if config.get("bf16", {}).get("enabled", AUTO) != AUTO:
-        raise ValueError(f"--deepspeed {path}: key 'bf16.enabled' must be \"auto\": it is set by --precision")
-    _check_section(config, "bf16", DeepSpeedBF16Config, path)
+        raise ValueError("key 'bf16.enabled' must be \"auto\": it is set by --precision")
+    stage = config["zero_optimization"].get("stage")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"zero_optimization.stage is {stage!r}; allowed are 1, 2, 3")
 
 
-def _check_section(config: dict[str, Any], name: str, schema: type[BaseModel], path: str | Path) -> None:
+def _check_section(name: str, section: Any) -> None:
+    if not isinstance(section, dict):
+        raise ValueError(f"{name}: a JSON object is needed")
+    if name in PLAIN:
+        for key in section:
+            _check_known(key, PLAIN[name], f"{name}.")
+    else:
+        _check_against(SCHEMAS[name], section, name)
+
+
+def _check_against(schema: type[BaseModel], section: dict[str, Any], name: str) -> None:
     """Let DeepSpeed's own schema judge a section, and say its first complaint in one line."""
-    section = {key: value for key, value in config.get(name, {}).items() if value != AUTO}
-    known = {field.alias or key for key, field in schema.model_fields.items()}
-    for key in section:
-        if key not in known | schema.model_fields.keys():
-            raise ValueError(f"--deepspeed {path}: unknown key '{name}.{key}'{_hint(key, known)}")
+    known = {field.alias or key: field for key, field in schema.model_fields.items()}
+    for key, value in section.items():
+        _check_known(key, known.keys(), f"{name}.")
+        inner = _schema_in(known[key].annotation)
+        if inner and isinstance(value, dict):
+            _check_against(inner, value, f"{name}.{key}")
     try:
-        schema.model_validate(section)
+        schema.model_validate(_without_auto(section))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in (name, *first["loc"]))
-        raise ValueError(f"--deepspeed {path}: {place}: {first['msg']}") from error
+        raise ValueError(f"{place}: {first['msg']}") from error
 
 
-def _hint(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _schema_in(annotation: Any) -> type[BaseModel] | None:
+    """The schema of a field that is a section itself, which may be optional."""
+    choices = [annotation, *typing.get_args(annotation)]
+    return next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """The section without what is left to DeepSpeed's own default."""
+    inner = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in section.items()}
+    return {key: value for key, value in inner.items() if value != AUTO}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    section = dict(pairs)
+    if len(section) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return section
+
+
+def _check_known(key: str, known: Collection[str], place: str = "") -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown key '{place}{key}'{hint}")
