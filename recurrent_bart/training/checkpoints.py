@@ -57,7 +57,7 @@ class Checkpoints:
         torch.save(_random_states(), draft / f"rng-{rank()}.pt")
         barrier()
         if is_first():
-            written = {"state": asdict(state), "written_by": _written_by(engine)}
+            written = {"state": asdict(state), "written_by": _written_by(engine), "bytes": _bytes(draft)}
             (draft / "trainer.json").write_text(json.dumps(written))
             _remove(final)
             draft.rename(final)
@@ -75,11 +75,10 @@ class Checkpoints:
         if not steps:
             return TrainerState()
         path = self._path(steps[-1])
-        only_first(lambda: _check_written_by(path, engine))
+        only_first(lambda: _check(path, engine))
         settings = _settings(engine)
         loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE)
-        if loaded is None:
-            raise ValueError(f"{path}: incomplete, DeepSpeed cannot read it; remove it to go on from the one before")
+        assert loaded, f"DeepSpeed cannot read {path}"
         _restore(engine, settings)
         _set_random_states(torch.load(path / f"rng-{rank()}.pt", weights_only=True))
         return TrainerState(**_read(path)["state"])
@@ -121,13 +120,23 @@ def _written_by(engine: DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
-def _check_written_by(path: Path, engine: DeepSpeedEngine) -> None:
-    written_by = _read(path)["written_by"]
+def _bytes(checkpoint: Path) -> dict[str, int]:
+    """Size of each file but the record itself."""
+    files = [file for file in checkpoint.rglob("*.pt") if file.is_file()]
+    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
+
+
+def _check(path: Path, engine: DeepSpeedEngine) -> None:
+    record, found = _read(path), _bytes(path)
+    for name, size in record["bytes"].items():
+        if found.get(name) != size:
+            raise ValueError(f"{path}: {name} is incomplete; remove the checkpoint to go on from the one before")
     for name, now in _written_by(engine).items():
-        if written_by[name] != now:
+        then = record["written_by"][name]
+        if then != now:
             raise ValueError(
                 f"{path}: cannot be continued with another number of processes, ZeRO stage or model; "
-                f"{name}: {written_by[name]} then, {now} now"
+                f"{name}: {then} then, {now} now"
             )
 
 

@@ -1,0 +1,96 @@
+"""The engine: the whole model out of it, frozen parameters, bf16."""
+
+import pytest
+import torch
+
+from recurrent_bart.training.engine import build_engine, full_state_dict
+from tiny import random_ids, tiny_model
+
+STAGES = pytest.mark.parametrize("stage", [2, 3])
+
+
+def build(model, stage, bf16=False):
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+        },
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return build_engine(model.train(), torch.optim.SGD(trained, lr=0.1), None, config)
+
+
+def inputs():
+    return {"input_ids": random_ids(2, 3, 8), "labels": random_ids(2, 4)}
+
+
+@STAGES
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
+def test_the_whole_state_is_the_models_own(alone, stage, is_frozen):
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_frozen or "recurrence." in name)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = full_state_dict(build(model, stage))
+    # shared weights under every name that they have
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@STAGES
+def test_frozen_parameters_stay_and_the_others_learn_as_in_plain_pytorch(alone, stage):
+    def freeze(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("recurrence." in name)
+        return model
+
+    torch.manual_seed(1)
+    plain = freeze(tiny_model(init_std=0.15)).train()
+    torch.manual_seed(1)
+    engine = build(freeze(tiny_model(init_std=0.15)), stage)
+    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    for _ in range(2):
+        batch = inputs()
+        engine.backward(engine(**batch).loss)
+        engine.step()
+        plain(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found, expected = full_state_dict(engine), plain.state_dict()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
+    moved = {name for name in expected if not torch.equal(found[name], before[name])}
+    assert moved
+    assert all("recurrence." in name for name in moved)
+
+
+@STAGES
+def test_bf16_computes_its_loss_in_float32_and_keeps_master_weights(alone, stage):
+    engine = build(tiny_model(init_std=0.05), stage, bf16=True)
+    batch = inputs()
+    before = full_state_dict(engine)
+    output = engine(**batch)
+    assert output.encoder_last_hidden_state.dtype == torch.bfloat16
+    assert output.loss.dtype == torch.float32
+    expected = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch["labels"].flatten())
+    # to a precision that bf16 does not have
+    torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
+    first = float(output.loss)
+    engine.backward(output.loss)
+    engine.step()
+    for _ in range(9):
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    assert float(engine(**batch).loss) < 0.9 * first
+    after = full_state_dict(engine)
+    assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    # weights between two bf16 numbers: they are not read from the model's own
+    weight = after["model.shared.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
+    assert not torch.equal(weight, before["model.shared.weight"])
