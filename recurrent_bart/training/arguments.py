@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.rows import TASKS, Columns
+from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS
 from recurrent_bart.monitoring.run_folder import RunFolder
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -50,7 +51,9 @@ class ModelArguments:
     prefix_projection: bool | None = flag(None, "project the state by an MLP, not by the layer's own k_proj, v_proj")
     prefix_hidden_size: int | None = flag(None, "width of that MLP")
     hidden_dropout_prob: float | None = flag(None, "dropout on the projected prefix")
+    recurrence: str | None = flag(None, "layerwise: a state per layer; top: one, from the top to the bottom; none")
     prefix_attention: str | None = flag(None, "gated or concat")
+    decoder_context: str | None = flag(None, "what the decoder sees of the segments before: last, memory or all")
     update_gate: bool | None = flag(None, "carry the state over through a learned gate")
     dropout: float | None = flag(None, "BART's dropout")
 
@@ -107,7 +110,7 @@ class RunArguments:
     weight_decay: float = flag(0.01, "of matrices; biases, norms and gates have none")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all")
     precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
-    gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass to save memory")
+    gradient_checkpointing: str = flag("none", "recompute each layer or segment in the backward pass; or none")
     seed: int = flag(42, "of weights, dropout and data order")
     log_every: int = flag(10, "steps between lines of the log")
     eval_every: int = flag(100, "steps between evaluations; each is followed by a checkpoint")
@@ -130,6 +133,7 @@ class RunArguments:
         _check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
         _check_choice(self, "lr_scheduler", SCHEDULES)
+        _check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)
         if self.warmup_steps is None:
             self.warmup_steps = self.max_steps // 10
         if self.warmup_steps > self.max_steps:

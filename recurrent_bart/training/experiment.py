@@ -46,8 +46,7 @@ def run_experiment(arguments: Arguments, environment: Environment) -> Path:
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
     # from here on processes differ in their dropout
     torch.manual_seed(run.seed + 1 + environment.rank)
-    if run.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.set_gradient_checkpointing(run.gradient_checkpointing)
     checkpoints = Checkpoints(prepared.folder.checkpoints, run.keep_last)
     state = checkpoints.load(engine) if run.resume else TrainerState()
     only_first(lambda: _open_folder(prepared, arguments, state.step))

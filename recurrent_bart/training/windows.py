@@ -3,7 +3,7 @@
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,23 +30,28 @@ def window_losses(
         n_windows: From `count_windows`, or more.
         n_items: What the summed losses are divided by.
     """
-    state = RecurrentState.unread(config, len(batch.labels), device) if n_windows > 1 else None
-    windows = bptt_windows(batch, config.bptt_window or 0, n_windows) if n_windows > 1 else [batch]
+    windows: Iterable[Batch] = [batch]
+    state = None
+    if n_windows > 1:
+        windows = bptt_windows(batch, config.bptt_window, n_windows)
+        state = RecurrentState.unread(config, len(batch.labels), device)
     for window in windows:
         output = model(**window.model_inputs(device), state=state, num_items_in_batch=n_items)
         yield output.loss
         state = output.state.detach()
 
 
-def count_windows(batch: Batch, config: RecurrentBartConfig) -> int:
-    """Number of parts of a batch that have a backward pass of their own.
+def has_windows(batch: Batch, config: RecurrentBartConfig) -> bool:
+    """Whether parts of a batch have backward passes of their own: gradient has a horizon, and targets within each.
 
-    One where gradient has no horizon, or there is one target behind it all: what stands before the last window then
-    runs without a graph.
+    With one target behind it all, what stands before the last window runs without a graph.
     """
-    if config.bptt_window is None or batch.labels.dim() == 2:
-        return 1
-    return -(-batch.input_ids.shape[1] // config.bptt_window)
+    return config.bptt_window is not None and batch.labels.dim() == 3
+
+
+def count_windows(batch: Batch, config: RecurrentBartConfig) -> int:
+    """Number of backward passes of a batch."""
+    return -(-batch.input_ids.shape[1] // config.bptt_window) if has_windows(batch, config) else 1
 
 
 def bptt_windows(batch: Batch, window: int, n_windows: int) -> Iterator[Batch]:
