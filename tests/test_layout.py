@@ -1,0 +1,168 @@
+"""The shape of the repository: which way imports point, and what is read, kept and named where."""
+
+import ast
+import importlib.machinery
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launching import run
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "recurrent_bart"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
+ENVIRONMENT = PACKAGE / "training" / "environment.py"
+# each imports only what stands in a line before its own, and its own kind
+LAYERS = [
+    {"configuration"},
+    {"core"},
+    {"modeling"},
+    {"data", "monitoring"},
+    {"evaluation", "inference"},
+    {"training"},
+    {"launch"},
+]
+FOLDERS = {"ds_configs", "launch", "recurrent_bart", "tests", "slurm"}
+SETTINGS = {"setup.py", "pyproject.toml", "constraints.txt", "Makefile"}
+PAGES = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "RESULTS.md", "LICENSE"}
+
+
+def kind_of(module):
+    """Which part of the house a module, by its dotted name, belongs to."""
+    parts = module.split(".")
+    if parts[0] == "launch" or len(parts) == 1:
+        return "launch"
+    if parts[1] in {"data", "monitoring", "evaluation", "inference", "training"}:
+        return parts[1]
+    named = {"configuration_recurrent_bart": "configuration", "modeling_recurrent_bart": "modeling"}
+    return named.get(parts[1], "core")
+
+
+def level_of(kind):
+    return next(number for number, kinds in enumerate(LAYERS) if kind in kinds)
+
+
+def name_of(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def syntax_of(file):
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
+def imports_of(file):
+    """Dotted names of all that a file imports, also within functions."""
+    for node in syntax_of(file):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            yield node.module
+
+
+def uses_of(file, *names):
+    """Attributes and names of a file that are among `names`."""
+    found = {node.attr for node in syntax_of(file) if isinstance(node, ast.Attribute)}
+    found |= {node.id for node in syntax_of(file) if isinstance(node, ast.Name)}
+    found |= {alias.name for node in syntax_of(file) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return found & set(names)
+
+
+@pytest.mark.parametrize("file", MODULES + SCRIPTS, ids=name_of)
+def test_imports_point_one_way(file):
+    here = name_of(file)
+    if here == "recurrent_bart":
+        allowed = {"configuration", "core", "modeling"}
+    else:
+        lower = LAYERS[: level_of(kind_of(here))]
+        allowed = {kind for kinds in lower for kind in kinds} | ({kind_of(here)} - {"launch"})
+    wrong = {m for m in imports_of(file) if m.startswith(("recurrent_bart.", "launch")) and kind_of(m) not in allowed}
+    assert not wrong
+
+
+def test_every_import_of_the_package_names_a_module_that_layers_can_see():
+    # `import recurrent_bart` or `from recurrent_bart import x` would hide what is meant
+    for file in MODULES + SCRIPTS:
+        assert "recurrent_bart" not in set(imports_of(file)), file
+
+
+def test_only_training_and_launching_know_deepspeed():
+    users = {file for file in MODULES + SCRIPTS if any(m.split(".")[0] == "deepspeed" for m in imports_of(file))}
+    assert users
+    assert {kind_of(name_of(file)) for file in users} <= {"training", "launch"}
+
+
+def test_the_command_line_is_read_in_launch_alone():
+    assert all(uses_of(file, "argv") == {"argv"} for file in SCRIPTS)
+    for file in MODULES:
+        read = [n for n in syntax_of(file) if isinstance(n, ast.Attribute) and n.attr in {"argv", "orig_argv"}]
+        assert not read, file
+        assert "argv" not in {a.name for n in syntax_of(file) if isinstance(n, ast.ImportFrom) for a in n.names}, file
+
+
+def test_parsers_are_given_their_command_line():
+    # without one, argparse reads it by itself
+    for file in MODULES + SCRIPTS:
+        for node in syntax_of(file):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                is_parse = node.func.attr.startswith(("parse_args", "parse_known_args"))
+                assert not is_parse or node.args, f"{file}:{node.lineno}"
+
+
+def test_environment_variables_are_read_in_one_module():
+    names = ("environ", "environb", "getenv", "putenv", "unsetenv")
+    users = [file for file in MODULES + SCRIPTS if uses_of(file, *names)]
+    assert users == [ENVIRONMENT]
+
+
+def test_no_script_hides_a_module():
+    # its folder comes first on the path of the process that it starts
+    path = [place for place in sys.path if Path(place).resolve() != ROOT / "launch"]
+    for file in SCRIPTS:
+        assert file.stem not in sys.builtin_module_names
+        assert importlib.machinery.PathFinder.find_spec(file.stem, path) is None, file
+
+
+def test_importing_has_no_side_effect():
+    ours = [name_of(file) for file in MODULES]
+    # what others do when they are imported is done before
+    others = sorted({name for file in MODULES for name in imports_of(file) if not name.startswith("recurrent_bart")})
+    program = f"""
+import importlib, os, random, sys
+import torch
+for name in {others}:
+    importlib.import_module(name)
+def everything():
+    generators = torch.get_rng_state().tolist(), random.getstate()
+    return dict(os.environ), generators, torch.get_default_dtype(), torch.get_num_threads(), sys.path[:], os.getcwd()
+before = everything()
+for name in {ours}:
+    importlib.import_module(name)
+assert everything() == before
+assert not torch.cuda.is_initialized()
+assert not torch.distributed.is_initialized()
+assert "recurrent_bart.training.trainer" in sys.modules
+"""
+    code, output = run([sys.executable, "-c", program], timeout=100)
+    assert code == 0, output
+
+
+def test_no_file_is_a_drawer_for_everything():
+    names = {file.stem for file in [*MODULES, *SCRIPTS, *(ROOT / "tests").rglob("*.py")]}
+    assert not names & {"utils", "helpers", "misc", "common"}
+
+
+def test_no_except_catches_all_in_silence():
+    for file in MODULES + SCRIPTS:
+        bare = [node.lineno for node in syntax_of(file) if isinstance(node, ast.ExceptHandler) and node.type is None]
+        assert not bare, file
+
+
+def test_the_top_level_holds_what_the_house_map_names():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    there = {line.split("/")[0] for line in listed.splitlines()}
+    assert {name for name in there if not name.startswith(".")} <= FOLDERS | SETTINGS | PAGES
+    assert {"recurrent_bart", "launch", "tests", "ds_configs"} <= there
