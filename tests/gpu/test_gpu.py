@@ -1,0 +1,122 @@
+"""What a GPU computes is what the processor does, in every precision it is trained in; run with `pytest -m gpu`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from launching import deepspeed
+from recurrent_bart.training.benchmark import Benchmark, Case
+from runs import flags
+from tiny import random_ids, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+VARIANTS = {
+    "gated": {},
+    "concat": {"prefix_attention": "concat"},
+    "own projection": {"prefix_projection": False},
+    "windows": {"bptt_depth": 1},
+    "top": {"recurrence": "top"},
+    "memory": {"decoder_context": "memory"},
+    "all static": {"decoder_context": "all", "recurrence": "none"},
+}
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+
+def ragged(task):
+    """Ragged documents with padding inside a segment and behind one."""
+    mask = torch.ones(3, 4, 8, dtype=torch.long)
+    mask[1, 3], mask[1, 2, 5:], mask[2, 1:] = 0, 0, 0
+    labels = random_ids(3, 4, 6)
+    labels[~mask.bool().any(-1)] = -100
+    return {
+        "input_ids": random_ids(3, 4, 8),
+        "attention_mask": mask,
+        "labels": labels if task == "sections" else labels[:, 0],
+    }
+
+
+def run(device, dtype, inputs, grain="none", **fields):
+    """Loss and gradients of a model with the same weights everywhere."""
+    torch.manual_seed(0)
+    model = tiny_model(**fields).to(device, dtype).train()
+    model.set_gradient_checkpointing(grain)
+    torch.manual_seed(1)
+    loss = model(**{name: value.to(device) for name, value in inputs.items()}).loss
+    loss.backward()
+    return loss.detach().cpu().double(), {name: p.grad.cpu().double() for name, p in model.named_parameters()}
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_float32_is_the_processors_float64(fields, task):
+    inputs = ragged(task)
+    expected_loss, expected = run("cpu", torch.float64, inputs, **fields)
+    loss, gradients = run("cuda", torch.float32, inputs, **fields)
+    assert relative(loss, expected_loss) < 1e-5
+    scale = max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in gradients.items():
+        # k_proj's bias has a true gradient of 0, which no relative error can be taken of
+        assert float((gradient - expected[name]).norm()) < 1e-4 * float(expected[name].norm()) + 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_bfloat16_is_near_the_processors_float64(fields):
+    inputs = ragged("sections")
+    fields = {**fields, "init_std": 0.05}
+    expected_loss, expected = run("cpu", torch.float64, inputs, **fields)
+    loss, gradients = run("cuda", torch.bfloat16, inputs, **fields)
+    assert relative(loss, expected_loss) < 2e-2
+    whole = torch.cat([gradients[name].flatten() for name in expected])
+    reference = torch.cat([gradient.flatten() for gradient in expected.values()])
+    assert torch.nn.functional.cosine_similarity(whole, reference, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("grain", ["layer", "segment"])
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_checkpointing_draws_the_same_dropout_again(fields, grain):
+    inputs = ragged("sections")
+    fields = {**fields, "dropout": 0.3, "attention_dropout": 0.3, "hidden_dropout_prob": 0.3}
+    expected_loss, expected = run("cuda", torch.float32, inputs, **fields)
+    loss, gradients = run("cuda", torch.float32, inputs, grain, **fields)
+    assert loss == expected_loss
+    for name, gradient in gradients.items():
+        # an embedding's gradient is added up in an order that differs from run to run
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_generate_gives_the_processors_ids():
+    inputs = ragged("document")
+    inputs.pop("labels")
+    texts = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = tiny_model().to(device).eval()
+        on_device = {name: value.to(device) for name, value in inputs.items()}
+        texts.append(model.generate(**on_device, num_beams=3, max_new_tokens=12).cpu())
+    assert torch.equal(*texts)
+
+
+def test_peak_memory_is_that_of_one_window():
+    benchmark = Benchmark("small", 128, 2, torch.device("cuda"), torch.bfloat16, n_passes=0)
+    peaks = [measured.peak_bytes for measured in benchmark.run(Case("sections", 1, "none"), (4, 32))]
+    assert peaks[1] < 1.02 * peaks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.json")))
+def test_the_missions_command_trains_in_bfloat16(tmp_path, documents, config):
+    arguments = flags(documents, tmp_path / "run", deepspeed=f"ds_configs/{config}", task="sections", max_steps=20)
+    code, output = deepspeed("launch/train.py", *arguments, timeout=280)
+    assert code == 0, output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]["bf16"]["enabled"]
