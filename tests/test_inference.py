@@ -126,7 +126,16 @@ def test_streamed_segments_of_every_length_have_their_overlap(n_words, unigram, 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"input_size": 11}, {"recurrence": "top"}, {"prefix_attention": "concat"}, {"decoder_context": "memory"}],
+    [
+        {},
+        {"input_size": 11},
+        {"recurrence": "top"},
+        {"recurrence": "none"},
+        {"pre_seq_len": 0},
+        {"prefix_attention": "concat"},
+        {"decoder_context": "memory"},
+        {"decoder_context": "all"},
+    ],
     ids=str,
 )
 def test_streamed_text_gives_the_numbers_of_the_whole(changes, make_reader):
