@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,22 @@ SCHEMA = pa.schema(
 
 
 def load_corpus(
-    source: Source, task: str, columns: Columns, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+    source: Source,
+    task: str,
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Dataset:
     """The tokenised documents of a source, from the cache or made and put there.
+
+    Args:
+        source: Documents of one split.
+        task: `"document"` or `"sections"`.
+        columns: Which fields of a record are read.
+        tokenizer: What makes ids of texts.
+        cache_dir: Folder of the cache.
+        say: Told before something begins that may take long.
 
     Returns:
         Rows with `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, and in tokens
@@ -48,6 +61,7 @@ def load_corpus(
     key = fingerprint(CACHE_VERSION, source.identity(), task, vars(columns), tokenizer_identity(tokenizer))
     folder = cache_dir / "corpora" / key
     if not folder.exists():
+        say(f"tokenising {source.place}, split {source.split!r}")
         with half_written(folder) as draft:
             write_corpus(source.rows(task, columns), tokenizer, draft / "documents.arrow")
     return Dataset.from_file(str(folder / "documents.arrow"))

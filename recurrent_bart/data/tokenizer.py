@@ -27,7 +27,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name_or_path}: no tokenizer could be loaded ({error})") from error
+        raise ValueError(f"{name_or_path}: no tokenizer could be loaded ({_one_line(error)})") from error
+    # of a folder with a model alone, Hugging Face makes a tokenizer that knows no words
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(f"{name_or_path}: no tokenizer could be loaded (there are no files of one)")
     missing = [name for name in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, name) is None]
     if missing:
         raise ValueError(f"{name_or_path}: its tokenizer has no {', '.join(missing)}")
@@ -47,11 +50,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Raises:
         ValueError: `vocab_size` does not leave room beside bytes and special tokens, or there is no text.
     """
-    model = io.BytesIO()
+    model, lines = io.BytesIO(), Lines(texts)
     sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
@@ -72,7 +75,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"vocab_size={vocab_size}: no tokenizer could be trained ({error})") from error
+        if lines.error:
+            raise lines.error from None
+        raise ValueError(f"vocab_size={vocab_size}: no tokenizer could be trained ({_one_line(error)})") from error
     return as_hugging_face(model.getvalue())
 
 
@@ -114,8 +119,27 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        words = " ".join(unicodedata.normalize("NFKC", text).split())
-        for start in range(0, len(words), LINE_LENGTH):
-            yield words[start : start + LINE_LENGTH]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class Lines:
+    """Texts as lines of a length that sentencepiece reads.
+
+    Attributes:
+        error: What the texts ended with; sentencepiece makes an error of its own of it.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = texts
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self.texts:
+                words = " ".join(unicodedata.normalize("NFKC", text).split())
+                for start in range(0, len(words), LINE_LENGTH):
+                    yield words[start : start + LINE_LENGTH]
+        except Exception as error:
+            self.error = error
+            raise

@@ -3,12 +3,17 @@
 import logging
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
 import deepspeed
 import deepspeed.ops
 import torch
+import transformers
+
+# what a launcher tells each process
+GIVEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,19 @@ def start_processes(timeout_minutes: int) -> Environment:
 
     Args:
         timeout_minutes: How long a process waits for another one before it gives up.
+
+    Raises:
+        ValueError: A launcher says which process this is, but not all that is needed.
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    missing = [name for name in GIVEN if name not in os.environ]
+    if missing:
+        raise ValueError(f"RANK is set in the environment, {', '.join(missing)} not: start with deepspeed or torchrun")
     # the loader's processes are forked from one that has used the tokenizer, and do not use it themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    _silence_others()
     local_rank = int(os.environ["LOCAL_RANK"])
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
@@ -67,6 +78,14 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError("--precision bf16: this GPU does not have it, use fp32")
     return has_bf16 if precision == "auto" else precision == "bf16"
+
+
+def _silence_others() -> None:
+    """Keep off the terminal what is of no use there: a bar for each file, and what DeepSpeed will have to change."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    # DeepSpeed calls collectives by names that newer PyTorch gives up
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, r"torch\.distributed\.")
 
 
 def _free_port() -> int:

@@ -37,7 +37,8 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
             return RecurrentBartConfig(**_from_scratch(arguments, tokenizer) | arguments.config_fields())
         config = RecurrentBartConfig.from_pretrained(arguments.model_name_or_path, **arguments.config_fields())
     except (OSError, StrictDataclassError) as error:
-        raise ValueError(f"--model_name_or_path {arguments.model_name_or_path}: {error}") from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"--model_name_or_path {arguments.model_name_or_path}: {text}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} ids, {arguments.model_name_or_path} only {config.vocab_size}"

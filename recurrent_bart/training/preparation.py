@@ -13,6 +13,7 @@ from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, pl
 from recurrent_bart.data.corpus import fingerprint, half_written, load_corpus, texts_of
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
+from recurrent_bart.monitoring.progress import say
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.training.arguments import Arguments, DataArguments, ModelArguments
 from recurrent_bart.training.deepspeed_config import load_deepspeed_config
@@ -91,6 +92,7 @@ def find_tokenizer(
     key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()))
     folder = Path(data.cache_dir).expanduser() / "tokenizers" / key
     if not folder.exists():
+        say(f"training a tokenizer of {model.vocab_size} ids on {train.place}")
         texts = texts_of(train.rows(data.task, data.columns()))
         with half_written(folder) as draft:
             save_tokenizer(train_tokenizer(texts, model.vocab_size), draft)
@@ -109,7 +111,7 @@ def open_documents(
     Raises:
         ValueError: One is unusable, or none has a target in the part that is read.
     """
-    corpus = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser())
+    corpus = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
     leading, trailing = special_tokens_around(tokenizer)
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
     plan = plan_documents(

@@ -87,6 +87,28 @@ def test_no_room_and_no_text_are_refused():
         train_tokenizer([], vocab_size=500)
 
 
+def test_an_error_of_the_texts_is_told_as_it_is():
+    def texts():
+        yield from TEXTS
+        raise ValueError("file:3: unreadable")
+
+    with pytest.raises(ValueError, match=r"^file:3: unreadable$"):
+        train_tokenizer(texts(), vocab_size=500)
+
+
+def test_a_model_without_a_tokenizer_is_refused(bart, tmp_path):
+    bart.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_barts_special_tokens_is_refused(trained, tmp_path):
+    trained.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ValueError, match="its tokenizer has no bos_token, eos_token, pad_token"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
         load_tokenizer(str(tmp_path))

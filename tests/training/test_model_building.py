@@ -98,8 +98,9 @@ def test_the_seed_decides_the_weights():
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         build_config(ModelArguments(**changes), Tokenizer())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_segment_over_a_pretrained_models_positions_is_refused(pretrained, bart):

@@ -1,0 +1,34 @@
+"""Started by test_environment.py: joins the group, does what others are noisy about, and says where it stands."""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from recurrent_bart.training.environment import start_processes
+from tiny import tiny_model
+
+try:
+    environment = start_processes(timeout_minutes=1)
+except ValueError as error:
+    sys.exit(f"error: {error}")
+gathered = torch.zeros(environment.world_size)
+dist.all_gather_into_tensor(gathered, torch.ones(1))
+if environment.rank == 0:
+    tiny_model().save_pretrained(sys.argv[1])
+    print(
+        json.dumps(
+            {
+                "rank": environment.rank,
+                "local_rank": environment.local_rank,
+                "world_size": environment.world_size,
+                "device": environment.device.type,
+                "backend": dist.get_backend(),
+                "gathered": gathered.sum().item(),
+                "set": sorted(name for name in os.environ if name in ("RANK", "MASTER_PORT")),
+            }
+        )
+    )
+dist.destroy_process_group()

@@ -1,0 +1,162 @@
+"""All that a user can get wrong is found before anything is made, and said in one line."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from recurrent_bart.training.arguments import parse_arguments
+from recurrent_bart.training.environment import Environment
+from recurrent_bart.training.preparation import default_output_dir, open_documents, prepare
+
+ALONE = Environment(0, 0, 1, torch.device("cpu"))
+RECORDS = [{"id": f"d{i}", "document": f"text number {i} " * 30, "summary": f"number {i}"} for i in range(30)]
+
+
+def write(path, records=RECORDS):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def prepare_run(tmp_path):
+    """Prepares a run on a file in `tmp_path`, with flags changed."""
+    if not (tmp_path / "train.jsonl").exists():
+        write(tmp_path / "train.jsonl")
+
+    def call(**flags):
+        flags = {
+            "dataset": tmp_path / "train.jsonl",
+            "cache_dir": tmp_path / "cache",
+            "output_dir": tmp_path / "run",
+            "vocab_size": 300,
+        } | flags
+        argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        return prepare(parse_arguments(argv), ALONE)
+
+    return call
+
+
+def test_a_run_has_all_that_it_starts_from(prepare_run, tmp_path):
+    prepared = prepare_run(segment_size=32, max_n_segments=2, max_target_length=5)
+    train, validation = prepared.splits["train"], prepared.splits["validation"]
+    assert len(train.corpus) + len(validation.corpus) == 30
+    assert prepared.config.vocab_size == len(prepared.tokenizer)
+    assert prepared.deepspeed["zero_optimization"]["stage"] == 2
+    batch = train.collator([{**train.corpus[0], "index": 0}])
+    assert batch.input_ids.shape == (1, 2, 32)
+    assert batch.input_ids[0, 0, 0] == 0
+    assert batch.input_ids[0, 0, 31] == 2
+    assert batch.labels.shape[1] <= 5
+    # nothing of the run itself is made yet
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizer_and_documents_come_from_the_cache_the_second_time(prepare_run, capsys):
+    first = prepare_run()
+    said = capsys.readouterr().out
+    assert "training a tokenizer of 300 ids on" in said
+    assert said.count("tokenising") == 2
+    second = prepare_run()
+    assert capsys.readouterr().out == ""
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+
+
+def test_a_pretrained_models_own_tokenizer_is_used(prepare_run, bart, tmp_path):
+    prepared = prepare_run()
+    model = tmp_path / "bart"
+    bart.config.max_position_embeddings = 40
+    bart.resize_token_embeddings(len(prepared.tokenizer))
+    bart.save_pretrained(model)
+    prepared.tokenizer.save_pretrained(model)
+    again = prepare_run(model_name_or_path=model, vocab_size=999)
+    assert again.tokenizer.get_vocab() == prepared.tokenizer.get_vocab()
+    assert again.config.d_model == bart.config.d_model
+
+
+def test_a_pretrained_model_without_a_tokenizer_is_refused(prepare_run, bart, tmp_path):
+    bart.save_pretrained(tmp_path / "bart")
+    with pytest.raises(ValueError, match=r"bart: no tokenizer could be loaded"):
+        prepare_run(model_name_or_path=tmp_path / "bart")
+
+
+def test_another_cap_may_be_set_on_opening_documents(prepare_run, tmp_path):
+    prepared = prepare_run(segment_size=16, max_n_segments=1)
+    data = parse_arguments(["--dataset", str(tmp_path / "train.jsonl"), "--cache_dir", str(tmp_path / "cache")]).data
+    source = next(iter(sources_of(tmp_path).values()))
+    whole = open_documents(source, data, prepared.config, prepared.tokenizer, max_n_segments=-1)
+    assert min(whole.plan.n_segments) > 1
+    assert set(prepared.splits["train"].plan.n_segments) == {1}
+
+
+def sources_of(tmp_path):
+    from recurrent_bart.training.preparation import find_training_sources
+
+    return find_training_sources(parse_arguments(["--dataset", str(tmp_path / "train.jsonl")]).data)
+
+
+def no_target_before_the_cut():
+    return [{"id": f"d{i}", "sections": ["a " * 90, "b"], "summaries": ["", "B"]} for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("records", "flags", "message"),
+    [
+        ([], {}, r"train.jsonl: the file is empty"),
+        ([{"document": "t"}], {}, r"train.jsonl:1: no column 'summary'; there are 'document'"),
+        ([*RECORDS, {"document": "t", "summary": " "}], {}, r"train.jsonl:31: no target"),
+        ([*RECORDS, {"document": "\n", "summary": "s"}], {}, r"train.jsonl:31: the document is empty"),
+        (RECORDS, {"task": "sections"}, r"train.jsonl:1: no column 'sections'"),
+        (RECORDS, {"text_column": "body"}, r"train.jsonl:1: no column 'body'"),
+        (no_target_before_the_cut(), {"task": "sections", "segment_size": 16, "max_n_segments": 2}, r"no document has"),
+        (RECORDS, {"dataset": "none.jsonl"}, r"none.jsonl: no such file or folder"),
+        (RECORDS, {"deepspeed": "none.json"}, r"--deepspeed none.json: No such file"),
+        (RECORDS, {"segment_size": 2000}, r"segment_size=2000 .*does not fit the position table"),
+        (RECORDS, {"model_size": "huge"}, r"--model_size huge: allowed are"),
+        (RECORDS, {"vocab_size": 100}, r"vocab_size=100: no tokenizer could be trained"),
+        (RECORDS, {"model_name_or_path": "no/model"}, r"no/model: no tokenizer could be loaded"),
+        (RECORDS, {"output_dir": "/proc/self/run"}, r"--output_dir /proc/self/run: cannot be"),
+        (RECORDS, {"cache_dir": "/proc/self/cache"}, r"/proc/self/cache/tokenizers: cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(prepare_run, tmp_path, records, flags, message):
+    write(tmp_path / "train.jsonl", records)
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare_run(**flags)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    # what the cache holds is complete
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.name.startswith(".")]
+    assert left == []
+
+
+def test_a_broken_line_is_named_by_file_and_line(prepare_run, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text() + '{"document": "t", \n')
+    with pytest.raises(ValueError, match=r"train.jsonl:31: unreadable line"):
+        prepare_run()
+    assert not any((tmp_path / "cache").rglob("*.*"))
+
+
+def test_a_file_in_the_way_of_the_run_is_refused(prepare_run, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match=r"--output_dir .*run is not a folder"):
+        prepare_run()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_is_there_already_is_not_overwritten(prepare_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="a run is there already; continue it with --resume"):
+        prepare_run()
+
+
+def test_a_new_run_is_named_by_what_is_trained():
+    arguments = parse_arguments(["--dataset", "some/where/qmsum", "--task", "sections", "--model_size", "small"])
+    folder = Path(default_output_dir(arguments))
+    assert folder.parent == Path("runs")
+    assert folder.name.split("-", 2)[2] == "qmsum-sections-small"
+    assert os.sep not in folder.name
