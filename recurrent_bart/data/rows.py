@@ -1,6 +1,7 @@
 """One document with its targets, and what is refused."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 SPLITS = ("train", "validation", "test")
 TASKS = ("document", "sections")
+# JSON can spell it, no tokenizer takes it
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,16 @@ def with_targets(row: Row, place: str) -> Row:
     """The row, if it has text and something to learn from.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It has none, or what it has is no text.
     """
-    if not any(section.strip() for section in row.sections):
-        raise ValueError(f"{place}: the document is empty")
+    # first, for sections that no target follows are not in the row
     if not any(summary.strip() for summary in row.summaries):
         raise ValueError(f"{place}: no target, the summary is empty")
+    if not any(section.strip() for section in row.sections):
+        raise ValueError(f"{place}: the document is empty")
+    for text in (*row.sections, *row.summaries):
+        if HALF_CHARACTER.search(text):
+            raise ValueError(f"{place}: not a text, it holds half of a character (a lone surrogate)")
     return row
 
 

@@ -54,7 +54,9 @@ def test_sections_joined_are_a_document():
         ({"sections": "t", "summaries": ["s"]}, "sections", "f:3: column 'sections' is not a list of texts"),
         ({"sections": ["t"], "summaries": [3]}, "sections", "f:3: column 'summaries' is not a list of texts"),
         ({"sections": ["t", "u"], "summaries": ["s"]}, "sections", "f:3: 2 sections but 1 summaries"),
-        ({"sections": ["t"], "summaries": [""]}, "sections", "f:3: .*no target|f:3: the document is empty"),
+        ({"sections": ["t"], "summaries": [""]}, "sections", "f:3: no target"),
+        ({"document": "t \ud800", "summary": "s"}, "document", "f:3: not a text, it holds half of a character"),
+        ({"sections": ["t"], "summaries": ["\udfff"]}, "sections", "f:3: not a text, it holds half of a character"),
     ],
 )
 def test_unusable_records_are_refused_with_their_place(record, task, message):
