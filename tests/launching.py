@@ -18,7 +18,7 @@ def environment(**changes):
     scripts = Path(sys.executable).parent
     return inherited | {
         "PATH": f"{scripts}{os.pathsep}{inherited['PATH']}",
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), inherited.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         **changes,

@@ -95,3 +95,20 @@ def test_no_segment_before_the_window_keeps_a_graph(make_model):
         return total
 
     assert saved_bytes(2) == saved_bytes(3) == saved_bytes(12)
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("depth", [0, 2, -1])
+def test_modules_are_called_as_often_however_many_segments_there_are(make_model, depth, task):
+    """Under ZeRO-3 each call outside the encoder is a collective, and processes differ in their documents."""
+
+    def calls(n_segments):
+        model, names = make_model(bptt_depth=depth).train(), []
+        for name, module in model.named_modules():
+            if not name.startswith("model.encoder."):
+                module.register_forward_pre_hook(lambda module, inputs, name=name: names.append(name))
+        labels = random_ids(2, 4) if task == "document" else random_ids(2, n_segments, 4)
+        model(input_ids=random_ids(2, n_segments, 8), labels=labels)
+        return names
+
+    assert calls(1) == calls(3) == calls(7)
