@@ -1,8 +1,12 @@
 """What the tests share: models, documents and one seed."""
 
+# ruff: noqa: E402
 import importlib.util
 import os
 from pathlib import Path
+
+# no test may ask the network for anything; Hugging Face reads it once, when it is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -10,9 +14,6 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from runs import write_documents
 from tiny import TINY, tiny_model
-
-# no test may ask the network for anything
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)
