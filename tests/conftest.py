@@ -1,6 +1,5 @@
 """What the tests share: models, documents and one seed."""
 
-# ruff: noqa: E402
 import importlib.util
 import os
 from pathlib import Path
