@@ -163,6 +163,10 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except ValueError as error:
         return fail(error) if is_first() else 2
+    finally:
+        # a process that ends with its group's threads alive is now and then aborted, after all is done
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
