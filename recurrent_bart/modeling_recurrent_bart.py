@@ -28,6 +28,7 @@ from transformers.utils.generic import can_return_tuple
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.decoder_context import encoder_output
+from recurrent_bart.exposure_bias import Oracle, SpecialIds, caching, mix_inputs, sentence_oracle, word_oracle
 from recurrent_bart.modeling_outputs import RecurrentBartLMOutput, RecurrentBartModelOutput, RecurrentEncoderOutput
 from recurrent_bart.prefix_attention import GatedCrossAttention
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, build_recurrence
@@ -299,6 +300,7 @@ class RecurrentBartForConditionalGeneration(
         use_cache: bool | None = None,
         state: RecurrentState | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        oracle: Oracle | None = None,
         **kwargs: Any,
     ) -> RecurrentBartLMOutput:
         """As BartForConditionalGeneration's; see RecurrentBartEncoder for what documents and `state` are.
@@ -307,13 +309,14 @@ class RecurrentBartForConditionalGeneration(
             labels: `(B, T)`, one target per document, or `(B, N, T)`, one per segment; -100 where there is none.
             num_items_in_batch: Number of target tokens in the whole optimizer step, by which the summed loss is
                 divided; None: those of `labels`.
+            oracle: Whose words the decoder reads beside those of `labels`; None: nobody's.
 
         Raises:
             ValueError: Labels or decoder inputs are not usable; the message names the row.
         """
         if labels is not None and labels.dim() == 3:
             return self._forward_segments(
-                labels, num_items_in_batch, input_ids, attention_mask, inputs_embeds, state=state, **kwargs
+                labels, num_items_in_batch, oracle, input_ids, attention_mask, inputs_embeds, state=state, **kwargs
             )
         if labels is not None:
             use_cache = False
@@ -322,6 +325,12 @@ class RecurrentBartForConditionalGeneration(
                 check_decoder_start(decoder_input_ids, self.config.decoder_start_token_id)
             elif decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if oracle is not None:
+            if labels is None or decoder_attention_mask is not None or decoder_inputs_embeds is not None:
+                raise ValueError("oracle: needs labels, and neither decoder_attention_mask nor decoder_inputs_embeds")
+            if encoder_outputs is None:
+                encoder_outputs = self.model.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
+            decoder_input_ids = self._mixed_inputs(oracle, encoder_outputs, decoder_input_ids, labels)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -352,8 +361,49 @@ class RecurrentBartForConditionalGeneration(
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden) + self.final_logits_bias
 
+    @torch.no_grad()
+    def _mixed_inputs(
+        self, oracle: Oracle, encoded: RecurrentEncoderOutput, inputs_BT: Tensor, labels_BT: Tensor
+    ) -> Tensor:
+        """Decoder inputs that are partly an oracle's words; the encoder is not run again."""
+        # also so that not a single random number is drawn
+        if oracle.gold_probability == 1:
+            return inputs_BT
+        eos, pad = self.config.eos_token_id, self.config.pad_token_id
+        special = SpecialIds(eos, pad, outside=(eos, pad, self.config.decoder_start_token_id))
+        if oracle.kind == "word":
+            decoded = self.model.decode(encoded, input_ids=inputs_BT, use_cache=False)
+            words_BT = word_oracle(self._logits(decoded.last_hidden_state), oracle.temperature, special)
+        else:
+            with caching(self.model.decoder):
+                next_logits = self._next_logits(encoded, oracle.n_beams)
+                words_BT = sentence_oracle(next_logits, inputs_BT, labels_BT, oracle, special)
+        return mix_inputs(inputs_BT, words_BT, labels_BT, oracle.gold_probability)
+
+    def _next_logits(self, encoded: RecurrentEncoderOutput, n_beams: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A step of a beam search: from each beam's last id and the beam it continues, scores of the next id."""
+        n_rows, device = len(encoded.last_hidden_state), encoded.last_hidden_state.device
+        read = encoded.rows(torch.arange(n_rows, device=device).repeat_interleave(n_beams))
+        cache = None
+
+        def next_logits(ids_M: Tensor, parents_M: Tensor) -> Tensor:
+            nonlocal cache
+            if cache is not None:
+                # beams change places within a document, so what is cached of the document stays
+                cache.self_attention_cache.reorder_cache(parents_M)
+            decoded = self.model.decode(read, input_ids=ids_M.unsqueeze(1), past_key_values=cache, use_cache=True)
+            cache = decoded.past_key_values
+            return self._logits(decoded.last_hidden_state[:, -1])
+
+        return next_logits
+
     def _forward_segments(
-        self, labels_BNT: Tensor, num_items_in_batch: Tensor | int | None, *inputs: Any, **kwargs: Any
+        self,
+        labels_BNT: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        oracle: Oracle | None,
+        *inputs: Any,
+        **kwargs: Any,
     ) -> RecurrentBartLMOutput:
         """Targets per segment: all segments that have one are decoded as one batch."""
         encoded = self.model.encode(*inputs, every_segment=True, **kwargs)
@@ -367,9 +417,10 @@ class RecurrentBartForConditionalGeneration(
         has_target[0, -1] |= ~has_target.any()
         labels = labels_BNT[has_target]
         check_labels(labels, self.config.vocab_size, every_row=False)
-        decoded = self.model.decode(
-            encoded.rows(has_target), input_ids=self.prepare_decoder_input_ids_from_labels(labels), use_cache=False
-        )
+        read, decoder_input_ids = encoded.rows(has_target), self.prepare_decoder_input_ids_from_labels(labels)
+        if oracle is not None:
+            decoder_input_ids = self._mixed_inputs(oracle, read, decoder_input_ids, labels)
+        decoded = self.model.decode(read, input_ids=decoder_input_ids, use_cache=False)
         logits = self._logits(decoded.last_hidden_state)
         logits_BNTV = logits.new_zeros(*labels_BNT.shape, logits.shape[-1])
         logits_BNTV[has_target] = logits
