@@ -2,6 +2,8 @@
 
 import sys
 
+import deepspeed.comm
+
 from recurrent_bart.distributed import SharedError
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import launched_rank, start_processes
@@ -35,4 +37,9 @@ def fail(error: ValueError, where: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == 0:
+        # a process that leaves while another one is still at work can look like a crash to it and to the launcher
+        deepspeed.comm.barrier()
+        deepspeed.comm.destroy_process_group()
+    sys.exit(code)

@@ -49,13 +49,13 @@ def run(command, timeout, **changes):
     return started.returncode, output
 
 
-def torchrun(n_processes, script, *arguments, timeout=120, **changes):
+def torchrun(n_processes, script, *arguments, timeout=270, **changes):
     """Run a script in several processes, which find a free port by themselves; as `run`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     return run([*command, script, *arguments], timeout, **changes)
 
 
-def deepspeed(script, *arguments, timeout=120, **changes):
+def deepspeed(script, *arguments, timeout=270, **changes):
     """Run a script by the deepspeed launcher on a free port; as `run`."""
     return run(["deepspeed", "--master_port", free_port(), script, *arguments], timeout, **changes)
 

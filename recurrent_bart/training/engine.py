@@ -1,5 +1,9 @@
 """The DeepSpeed engine around a model, and the whole model out of it again."""
 
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -43,6 +47,32 @@ def _take_embedding_out(encoder: nn.Module) -> None:
     object.__setattr__(encoder, "embed_tokens", embedding)
 
 
+@contextlib.contextmanager
+def gathered_for_evaluation(engine: DeepSpeedEngine) -> Iterator[Any]:
+    """The model in evaluation mode and whole on every process, so that each may call it as often as it likes.
+
+    Under ZeRO-3 every call of a module is a collective: processes would have to generate texts of the same length, and
+    each token would cost a gathering of every layer. It takes the memory of the whole model in the precision that is
+    computed in.
+    """
+    module = engine.module
+    engine.eval()
+    if engine.zero_optimization_stage() < 3:
+        yield module
+    else:
+        offload = engine.optimizer.parameter_offload
+        with GatheredParameters(list(module.parameters())):
+            # else they would give the parts back after each call
+            offload._remove_module_hooks()
+            offload.forward_hooks.clear()
+            offload.backward_hooks.clear()
+            try:
+                yield module
+            finally:
+                offload.setup_zero_stage3_hooks()
+    engine.train()
+
+
 @torch.no_grad()
 def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """All weights in float32 on the first process; empty on the others, which must call it too."""
@@ -56,6 +86,15 @@ def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
         # the further names of shared weights, which named_parameters gives once
         state |= {name: state[source] for name, source in engine.module.all_tied_weights_keys.items()}
     return state
+
+
+def save_model(engine: DeepSpeedEngine, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write weights of `full_state_dict` for `from_pretrained`, which reads them in the precision they have."""
+    engine.module.save_pretrained(folder, state_dict=weights)
+    # what was just written names the precision that the engine computes in
+    config = copy.deepcopy(engine.module.config)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
 
 
 def _full_parameter(parameter: nn.Parameter) -> Tensor:

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import deepspeed.comm
+
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.experiment import Session, run_experiment
@@ -57,3 +59,5 @@ if __name__ == "__main__":
     environment = start_processes(timeout_minutes=2)
     for stage in (2, 3):
         run_all(environment, Path(sys.argv[1]), Path(sys.argv[2]) / f"zero{stage}", stage)
+    deepspeed.comm.barrier()
+    deepspeed.comm.destroy_process_group()

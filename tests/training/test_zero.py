@@ -12,7 +12,14 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 TOLERANCE = 1e-5
 
 
-RUN = {"task": "document", "accumulation": 1, "checkpointing": "none", "bucket": 50_000_000}
+RUN = {
+    "task": "document",
+    "accumulation": 1,
+    "checkpointing": "none",
+    "bucket": 50_000_000,
+    "frozen": False,
+    "spoilt": False,
+}
 
 
 def case(stage, **changes):
@@ -31,9 +38,15 @@ CASES = {
         ),
         "zero2-windows-by-segment": case(2, task="sections", bptt_depth=0, checkpointing="segment", bucket=500),
         "zero2-top-windows": case(2, task="sections", bptt_depth=1, recurrence="top"),
+        "zero2-frozen": case(2, frozen=True),
+        "zero2-spoilt": case(2, spoilt=True, accumulation=2),
+        "zero3-frozen": case(3, frozen=True),
+        "zero3-spoilt": case(3, spoilt=True, accumulation=2),
         "zero3-document": case(3),
         "zero3-document-accumulated": case(3, accumulation=2),
         "zero3-document-bptt-small-buckets": case(3, bptt_depth=1, bucket=500),
+        # one process's documents fit the window, the other's do not
+        "zero3-document-bptt-on-one-process": case(3, bptt_depth=3),
         "zero3-sections-concat": case(3, task="sections", prefix_attention="concat"),
         "zero3-windows-accumulated-by-layer": case(
             3, task="sections", accumulation=2, bptt_depth=1, checkpointing="layer"
@@ -66,6 +79,16 @@ def differs(found, expected):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
+def test_a_step_that_one_process_spoils_is_skipped_by_all_and_said_by_each(results):
+    for name, result in results.items():
+        found = result["zero"]["skipped"]
+        said = [f"step 2 is skipped: the loss was not finite on rank {len(found) - 1}"] if "spoilt" in name else []
+        assert found == [said] * len(found), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_zero_equals_one_process(results):
     wrong = []
     for name, result in results.items():

@@ -3,10 +3,12 @@
 import json
 import sys
 
+import deepspeed.comm
 import torch
 from deepspeed.utils import safe_get_full_grad
 
 from recurrent_bart.data.batches import Batch
+from recurrent_bart.distributed import gather_objects
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.engine import build_engine, full_state_dict
@@ -16,6 +18,8 @@ from tiny import tiny_model
 
 N_STEPS, N_DOCUMENTS, N_SEGMENTS, LENGTH = 3, 4, 5, 8
 RATE, CLIP = 0.5, 0.7
+# step, counted from 0, in which the last process's loss is not finite
+SPOILT = 1
 
 
 def make_batches(task):
@@ -48,8 +52,14 @@ def build(case):
     # weights of a size at which float32 itself is good to 1e-5
     model = tiny_model(**case["fields"] | {"init_std": 0.15}).train()
     model.set_gradient_checkpointing(case["checkpointing"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not case["frozen"] or "recurrence." in name)
     # without weight decay and momentum an error in a gradient is an error in a weight
-    return model, torch.optim.SGD(model.parameters(), lr=RATE)
+    return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+
+def trained_parameters(model):
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def run_case(case, environment):
@@ -74,22 +84,39 @@ def run_case(case, environment):
         for batch in make_batches(case["task"])
         for part in own_part(batch, environment.rank, environment.world_size, case["accumulation"])
     ]
-    steps = []
+    steps, lines, skipped = [], [], []
     update = engine.step
 
     def step():
-        steps.append({name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()})
+        steps.append({name: safe_get_full_grad(p).cpu().clone() for name, p in trained_parameters(engine.module)})
         update()
+        if not engine.was_step_applied():
+            steps.pop()
+
+    def spoil(module, args, output):
+        if trainer.state.step == SPOILT and environment.rank == environment.world_size - 1:
+            output.loss = output.loss * float("nan")
+        return output
 
     engine.step = step
-    lines = []
-    trainer = Trainer(engine, iter(parts), run, TrainerState(), on_log=lines.append, on_evaluation=lambda: False)
+    if case["spoilt"]:
+        engine.module.register_forward_hook(spoil)
+    trainer = Trainer(
+        engine,
+        iter(parts),
+        run,
+        TrainerState(),
+        on_log=lines.append,
+        on_evaluation=lambda: False,
+        on_skip=skipped.append,
+    )
     for _ in range(N_STEPS):
         trainer.train_step()
         trainer.log()
     return {
-        "losses": [line["loss"] for line in lines],
-        "norms": [line["gradient_norm"] for line in lines],
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "norms": [line["gradient_norm"] for line in lines if "gradient_norm" in line],
+        "skipped": gather_objects(skipped),
         "gradients": steps,
         "weights": full_state_dict(engine),
     }
@@ -99,10 +126,12 @@ def run_alone(case):
     """The same in plain PyTorch, one process, all documents in one pass."""
     model, optimizer = build(case)
     losses, norms, gradients = [], [], []
-    for batch in make_batches(case["task"]):
+    for number, batch in enumerate(make_batches(case["task"])):
+        if case["spoilt"] and number == SPOILT:
+            continue
         loss = model(**batch.model_inputs(torch.device("cpu"))).loss
         loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        gradients.append({name: p.grad.clone() for name, p in trained_parameters(model)})
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
         optimizer.zero_grad()
@@ -118,3 +147,5 @@ if __name__ == "__main__":
         torch.save(
             [{"zero": found, "alone": run_alone(case)} for found, case in zip(results, cases, strict=True)], output
         )
+    deepspeed.comm.barrier()
+    deepspeed.comm.destroy_process_group()

@@ -1,0 +1,254 @@
+"""launch/train.py as users run it: every launcher, every DeepSpeed configuration, both tasks, and bad input."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
+
+from launching import deepspeed, run, torchrun
+from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
+from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from runs import WORDS, flags
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "launch" / "train.py"
+FOLDERS = ["checkpoints", "config.json", "curves.png", "metrics.jsonl", "model", "samples.md", "tokenizer"]
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summarise(folder):
+    """What the saved model writes about a text, all loaded by the Auto classes."""
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert isinstance(model, RecurrentBartForConditionalGeneration)
+    ids = tokenizer(" ".join(WORDS * 4), return_tensors="pt")["input_ids"]
+    return tokenizer.decode(model.generate(ids, max_new_tokens=4)[0])
+
+
+def assert_one_error(printed, *parts):
+    lines = [line for line in printed.splitlines() if "error" in line.lower() and "ChildFailedError" not in line]
+    errors = [line for line in lines if line.startswith("error")]
+    assert len(errors) == 1, printed
+    assert all(part in errors[0] for part in parts), errors[0]
+    assert "Traceback" not in printed.split("torch/distributed")[0], printed
+
+
+@pytest.fixture(scope="module")
+def two_processes(documents, tmp_path_factory):
+    """The run of two processes that the deepspeed launcher starts, with ZeRO-3: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "deepspeed"
+    arguments = flags(documents, folder, deepspeed="ds_configs/zero3.json", dataloader_num_workers=1, log_every=2)
+    code, printed = deepspeed(TRAIN, *arguments, LOCAL_SIZE="2")
+    assert code == 0, printed
+    return folder, printed
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+class TestTwoProcesses:
+    def test_the_folder_has_all_that_a_run_leaves(self, two_processes):
+        folder, printed = two_processes
+        assert sorted(path.name for path in folder.iterdir()) == FOLDERS
+        assert "2 a device x 1 accumulated x 2 processes" in printed
+        assert "ZeRO-3" in printed
+
+    def test_one_process_speaks(self, two_processes):
+        _, printed = two_processes
+        for text in ("step 0: validation loss", "step 2/6", "model in "):
+            assert sum(text in line for line in printed.splitlines()) == 1, text
+
+    def test_the_configuration_is_resolved(self, two_processes):
+        config = json.loads((two_processes[0] / "config.json").read_text())
+        assert config["model"]["segment_size"] == 16
+        assert config["arguments"]["run"]["max_steps"] == 6
+        assert config["deepspeed"]["train_micro_batch_size_per_gpu"] == 2
+        assert "auto" not in json.dumps(config["deepspeed"])
+        assert config["versions"]["torch"] == torch.__version__
+
+    def test_the_log_holds_steps_and_evaluations(self, two_processes):
+        records = read_metrics(two_processes[0])
+        assert [record["step"] for record in records if "loss" in record] == [2, 4, 6]
+        evaluations = [record for record in records if "validation_loss" in record]
+        assert [record["step"] for record in evaluations] == [0, 2, 4, 6]
+        assert all("rouge1" in record for record in evaluations[1:])
+        assert evaluations[-1]["validation_loss"] < 0.9 * evaluations[0]["validation_loss"]
+
+    def test_samples_and_curves_are_there(self, two_processes):
+        folder, _ = two_processes
+        samples = (folder / "samples.md").read_text()
+        assert all(f"Step {step}" in samples for step in (2, 4, 6))
+        assert samples.count("validation-") >= 9
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_the_last_checkpoints_are_kept_with_a_part_of_each_process(self, two_processes):
+        checkpoints = two_processes[0] / "checkpoints"
+        assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+        for checkpoint in checkpoints.iterdir():
+            assert len(list(checkpoint.glob("rng-*.pt"))) == len(list(checkpoint.glob("engine/*optim_states.pt"))) == 2
+
+    def test_the_model_loads_by_the_auto_classes_and_writes(self, two_processes):
+        folder, _ = two_processes
+        assert summarise(folder / "model")
+        assert AutoTokenizer.from_pretrained(folder / "tokenizer")("ant")["input_ids"][0] == 0
+
+    def test_another_number_of_processes_cannot_go_on(self, two_processes, train_main, capsys):
+        assert train_main(["--resume", str(two_processes[0]), "--max_steps", "8"]) == 2
+        assert_one_error(capsys.readouterr().err, "processes: 2 then, 1 now")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A tiny BART with a tokenizer, as somebody may have saved one."""
+    folder = tmp_path_factory.mktemp("pretrained") / "bart"
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 320)
+    torch.manual_seed(3)
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=16, max_position_embeddings=64, forced_eos_token_id=2, **sizes, **heads
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_torchrun_trains_a_pretrained_bart_on_sections(documents, pretrained, tmp_path):
+    folder = tmp_path / "run"
+    # a rate at which nothing moves by more than 1e-5, so that the weights of the end tell those of the beginning
+    changes = {"model_name_or_path": pretrained, "task": "sections", "learning_rate": 1e-7, "weight_decay": 0}
+    code, printed = torchrun(2, TRAIN, *flags(documents, folder, deepspeed="ds_configs/zero2.json", **changes))
+    assert code == 0, printed
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
+    found, expected = model.state_dict(), BartForConditionalGeneration.from_pretrained(pretrained).state_dict()
+    assert expected.keys() < found.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+    assert model.config.pre_seq_len == 3
+    assert summarise(folder / "model")
+    # a sample for each section, by its place in the document
+    assert "validation-0\\[0\\]" in (folder / "samples.md").read_text()
+
+
+@pytest.mark.slow
+def test_plain_python_trains_on_sections(documents, tmp_path):
+    folder = tmp_path / "run"
+    code, printed = run([sys.executable, TRAIN, *flags(documents, folder, task="sections")], timeout=150)
+    assert code == 0, printed
+    assert "x 1 processes" in printed
+    assert "ZeRO-2" in printed
+    losses = [record["validation_loss"] for record in read_metrics(folder) if "validation_loss" in record]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("configuration", sorted(path.name for path in (ROOT / "ds_configs").glob("*.json")))
+def test_every_configuration_gives_the_same_losses(documents, tmp_path, train_main, configuration):
+    losses = []
+    for name in ("zero2.json", configuration):
+        folder = tmp_path / f"{len(losses)}"
+        changes = {"deepspeed": ROOT / "ds_configs" / name, "max_steps": 2}
+        assert train_main(flags(documents, folder, **changes)) == 0
+        losses.append([record["loss"] for record in read_metrics(folder) if "loss" in record])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_bf16_trains(documents, tmp_path, train_main):
+    folder = tmp_path / "run"
+    assert train_main(flags(documents, folder, precision="bf16", log_every=2)) == 0
+    losses = [record["validation_loss"] for record in read_metrics(folder) if "validation_loss" in record]
+    assert losses[-1] < 0.9 * losses[0]
+    assert AutoModelForSeq2SeqLM.from_pretrained(folder / "model").dtype == torch.float32
+
+
+BAD_FILES = {
+    "empty": ("", "the file is empty"),
+    "no column": ('{"id": 1, "text": "a b c"}\n', "no column 'document'"),
+    "no target": ('{"document": "a b c", "summary": " "}\n', "no target"),
+    "no text": ('{"document": "  ", "summary": "a"}\n', "the document is empty"),
+    "unreadable line": ('{"document": "a b c", "summary": "a"}\n{"docum\n', "train.jsonl:2"),
+}
+
+
+@pytest.fixture
+def bad_file(request, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text(BAD_FILES[request.param][0])
+    return file
+
+
+def assert_nothing_is_left(tmp_path):
+    assert not (tmp_path / "run").exists()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("bad_file", BAD_FILES, indirect=True)
+def test_bad_documents_end_in_one_line(request, documents, tmp_path, train_main, capsys, bad_file):
+    changes = {"train_file": bad_file, "cache_dir": tmp_path / "cache"}
+    assert train_main(flags(documents, tmp_path / "run", **changes)) == 2
+    expected = BAD_FILES[request.node.callspec.params["bad_file"]][1]
+    assert_one_error(capsys.readouterr().err, str(bad_file), expected)
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"segment_size": 5000}, "max_position_embeddings=1024"),
+        ({"output_dir": "/proc/no/run"}, "--output_dir /proc/no/run: cannot be written"),
+        ({"cache_dir": "/proc/no/cache"}, "/proc/no/cache"),
+        ({"train_file": "/nowhere/train.jsonl"}, "/nowhere/train.jsonl"),
+        ({"model_name_or_path": "/nowhere/bart"}, "/nowhere/bart"),
+        ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
+        ({"max_setps": 3}, "--max_setps"),
+        ({"deepspeed": "/nowhere/zero.json"}, "--deepspeed /nowhere/zero.json"),
+        ({"resume": "/nowhere/run"}, "/nowhere/run"),
+    ],
+    ids=lambda item: "" if isinstance(item, str) else " ".join(item),
+)
+def test_bad_flags_end_in_one_line(documents, tmp_path, train_main, capsys, changes, expected):
+    assert (
+        train_main(flags(documents, **{"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"} | changes)) == 2
+    )
+    assert_one_error(capsys.readouterr().err, expected)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def bad_configuration(tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "gradient_cliping": "auto"}')
+    return file
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_an_unknown_deepspeed_key_ends_two_processes(documents, tmp_path, bad_configuration):
+    code, printed = torchrun(2, TRAIN, *flags(documents, tmp_path / "run", deepspeed=bad_configuration), timeout=150)
+    assert code != 0
+    assert_one_error(printed, str(bad_configuration), "'gradient_cliping'", "did you mean 'gradient_clipping'")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("bad_file", ["unreadable line"], indirect=True)
+def test_an_unreadable_line_ends_two_processes(documents, tmp_path, bad_file):
+    changes = {"train_file": bad_file, "cache_dir": tmp_path / "cache"}
+    code, printed = deepspeed(TRAIN, *flags(documents, tmp_path / "run", **changes), timeout=150, LOCAL_SIZE="2")
+    assert code != 0
+    assert_one_error(printed, f"{bad_file}:2")
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_crash_of_one_process_ends_the_other(documents, tmp_path):
+    worker = Path(__file__).with_name("crash_worker.py")
+    code, printed = torchrun(2, worker, *flags(documents, tmp_path / "run"), timeout=150)
+    assert code != 0
+    assert "RuntimeError: nobody foresaw this" in printed
