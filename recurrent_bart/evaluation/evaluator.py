@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.data.batches import Batch, Collator, DocumentPlan
-from recurrent_bart.distributed import gather_objects, max_over_ranks, rank, sum_over_ranks, world_size
+from recurrent_bart.distributed import gather_objects, rank, sum_over_ranks, world_size
 from recurrent_bart.evaluation.rouge import Score, rouge
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
@@ -67,14 +67,12 @@ class Evaluator:
         """Cross-entropy per target token over all documents.
 
         Args:
-            model: The model, or an engine around it, in evaluation mode.
+            model: The model in evaluation mode, whole on every process: they make different numbers of passes.
         """
         total, n_targets = 0.0, 0.0
-        for batch, counts in self._batches(self.plan.indices):
-            loss = model(**batch.model_inputs(self.device), num_items_in_batch=1).loss
-            if counts:
-                total += float(loss)
-                n_targets += batch.n_targets()
+        for batch in self._batches(self.plan.indices):
+            total += float(model(**batch.model_inputs(self.device), num_items_in_batch=1).loss)
+            n_targets += batch.n_targets()
         total, n_targets = sum_over_ranks(total, n_targets, device=self.device)
         return total / n_targets
 
@@ -82,11 +80,9 @@ class Evaluator:
         """Texts generated for the first documents, and their targets, on every process in the same order."""
         n_documents = len(self.plan.indices) if how.n_documents == -1 else how.n_documents
         samples: list[tuple[int, list[Sample]]] = []
-        for batch, counts in self._batches(self.plan.indices[:n_documents]):
-            generated = self._generate(model, batch, how)
-            if counts:
-                pairs = zip(batch.indices, generated, strict=True)
-                samples += [(index, self._samples(index, ids)) for index, ids in pairs]
+        for batch in self._batches(self.plan.indices[:n_documents]):
+            pairs = zip(batch.indices, self._generate(model, batch, how), strict=True)
+            samples += [(index, self._samples(index, ids)) for index, ids in pairs]
         found = dict(pair for part in gather_objects(samples) for pair in part)
         return [sample for index in sorted(found) for sample in found[index]]
 
@@ -98,8 +94,6 @@ class Evaluator:
             every_segment=self.collator.task == "sections",
             max_new_tokens=how.max_new_tokens,
             num_beams=how.num_beams,
-            # a process that ends its texts early must go on gathering parameters for the others under ZeRO-3
-            synced_gpus=world_size() > 1,
         )
         return list(ids.cpu())
 
@@ -126,16 +120,13 @@ class Evaluator:
             generated=self.tokenizer.decode(generated, skip_special_tokens=True).strip(),
         )
 
-    def _batches(self, indices: list[int]) -> Iterator[tuple[Batch, bool]]:
-        """This process's batches, and whether each counts: all processes must make the same number of passes."""
+    def _batches(self, indices: list[int]) -> Iterator[Batch]:
+        """This process's batches, those of the fewest segments first."""
         lengths = dict(zip(self.plan.indices, self.plan.n_segments, strict=True))
         by_length = sorted(indices, key=lambda index: lengths[index])
         groups = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
-        own = groups[rank() :: world_size()]
-        n_passes = max_over_ranks(len(own), self.device)
-        for number in range(n_passes):
-            group = own[number] if number < len(own) else groups[0][:1]
-            yield self.collator([{**self.corpus[index], "index": index} for index in group]), number < len(own)
+        for group in groups[rank() :: world_size()]:
+            yield self.collator([{**self.corpus[index], "index": index} for index in group])
 
 
 def score(samples: list[Sample]) -> dict[str, Score]:
