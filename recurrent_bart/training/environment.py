@@ -45,7 +45,7 @@ def start_processes(timeout_minutes: int) -> Environment:
         timeout_minutes: How long a process waits for another one before it gives up.
 
     Raises:
-        ValueError: A launcher says which process this is, but not all that is needed.
+        ValueError: A launcher says which process this is, but not all that is needed, or where they meet is taken.
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -64,7 +64,12 @@ def start_processes(timeout_minutes: int) -> Environment:
     else:
         # a minute of compiling for an all-reduce that only inference uses
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"processes cannot meet at {place} ({error}); start with another --master_port") from error
     return Environment(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
 
 
