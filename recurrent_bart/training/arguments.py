@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.rows import TASKS, Columns
+from recurrent_bart.exposure_bias import ORACLES
 from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS
 from recurrent_bart.monitoring.run_folder import RunFolder
 
@@ -111,6 +112,10 @@ class RunArguments:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all")
     precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
     gradient_checkpointing: str = flag("none", "recompute each layer or segment in the backward pass; or none")
+    oracle: str = flag("none", "whose words the decoder reads beside the target's: word, sentence (slower) or none")
+    oracle_decay: float = flag(10.0, "mu: the target's share of them is mu / (mu + exp(epoch / mu))")
+    oracle_temperature: float = flag(1.0, "scale of the Gumbel noise on the oracle's scores; 0: none")
+    oracle_beams: int = flag(3, "beams of the search for the sentence nearest to the target")
     seed: int = flag(42, "of weights, dropout and data order")
     log_every: int = flag(10, "steps between lines of the log")
     eval_every: int = flag(100, "steps between evaluations; each is followed by a checkpoint")
@@ -126,14 +131,15 @@ class RunArguments:
     def __post_init__(self) -> None:
         positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
         _check_at_least(self, 1, *positive, "eval_every", "eval_documents", "num_beams", "timeout_minutes")
-        _check_at_least(self, 1, "per_device_eval_batch_size")
+        _check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
         _check_at_least(self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay")
-        _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed")
+        _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
         # one may be half written when the next is due
         _check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
         _check_choice(self, "lr_scheduler", SCHEDULES)
         _check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)
+        _check_choice(self, "oracle", ORACLES)
         if self.warmup_steps is None:
             self.warmup_steps = self.max_steps // 10
         if self.warmup_steps > self.max_steps:

@@ -4,7 +4,8 @@ from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import BatchOrder
-from recurrent_bart.training.arguments import Arguments
+from recurrent_bart.exposure_bias import Oracle, gold_probability
+from recurrent_bart.training.arguments import Arguments, RunArguments
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.optimization import LearningRates, is_recurrence
 from recurrent_bart.training.preparation import Preparation
@@ -20,6 +21,20 @@ def global_batch(arguments: Arguments, world_size: int) -> int:
     return arguments.run.per_device_train_batch_size * arguments.run.gradient_accumulation_steps * world_size
 
 
+def batch_order(arguments: Arguments, prepared: Preparation, world_size: int) -> BatchOrder:
+    """Which training documents each step reads."""
+    n_segments = prepared.splits["train"].plan.n_segments
+    return BatchOrder(n_segments, global_batch(arguments, world_size), arguments.run.seed)
+
+
+def oracle_at(run: RunArguments, order: BatchOrder, step: int) -> Oracle | None:
+    """Whose words the decoder reads beside the target's after so many steps; None: nobody's."""
+    if run.oracle == "none":
+        return None
+    share = gold_probability(order.epoch(step), run.oracle_decay)
+    return Oracle(run.oracle, share, run.oracle_temperature, run.oracle_beams)
+
+
 def describe(
     arguments: Arguments, environment: Environment, prepared: Preparation, engine: DeepSpeedEngine
 ) -> list[str]:
@@ -28,7 +43,7 @@ def describe(
     train, validation = prepared.splits["train"].plan, prepared.splits["validation"].plan
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
     total, own = sum(sizes.values()), sum(size for name, size in sizes.items() if is_recurrence(name))
-    order = BatchOrder(train.n_segments, global_batch(arguments, environment.world_size), run.seed)
+    order = batch_order(arguments, prepared, environment.world_size)
     rates = learning_rates(arguments, config)
     lines = [
         f"run        {prepared.folder.path}",
@@ -45,6 +60,12 @@ def describe(
         f"engine     ZeRO-{engine.zero_optimization_stage()}, {environment.device.type}, "
         f"{'bf16' if engine.bfloat16_enabled() else 'fp32'}",
     ]
+    first, last = oracle_at(run, order, 0), oracle_at(run, order, run.max_steps)
+    if first and last:
+        lines.append(
+            f"oracle     {run.oracle}; of the words that the decoder reads {first.gold_probability:.2f} are the "
+            f"target's at first, {last.gold_probability:.2f} at the end"
+        )
     for name, plan in (("training", train), ("validation", validation)):
         if plan.n_cut or plan.n_left_out:
             lines.append(

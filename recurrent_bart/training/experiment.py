@@ -1,5 +1,6 @@
 """A run from its arguments to its last evaluation: what `launch/train.py` calls."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from recurrent_bart.monitoring.curves import draw_curves
 from recurrent_bart.monitoring.progress import ProgressDisplay
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.checkpoints import Checkpoints, TrainerState
-from recurrent_bart.training.description import describe, global_batch, learning_rates
+from recurrent_bart.training.description import batch_order, describe, learning_rates, oracle_at
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.model_building import build_model
@@ -98,15 +99,17 @@ class Session:
 
     def train(self) -> None:
         """Run the loop."""
+        order = batch_order(self.arguments, self.prepared, self.environment.world_size)
         Trainer(
             engine=self.engine,
-            batches=self._batches(),
+            batches=self._batches(order),
             run=self.arguments.run,
             state=self.state,
             on_log=self.log,
             on_evaluation=self.evaluate,
             on_step=self.display.step,
             on_skip=self.skip,
+            oracle=functools.partial(oracle_at, self.arguments.run, order),
         ).train()
 
     def log(self, record: dict[str, Any]) -> None:
@@ -178,9 +181,8 @@ class Session:
             self.environment.device,
         )
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, order: BatchOrder) -> Iterator[Batch]:
         run, documents, world_size = self.arguments.run, self.prepared.splits["train"], self.environment.world_size
-        order = BatchOrder(documents.plan.n_segments, global_batch(self.arguments, world_size), run.seed)
         indices = RankBatches(
             order, self.state.step, self.environment.rank, world_size, run.gradient_accumulation_steps
         )

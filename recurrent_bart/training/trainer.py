@@ -4,13 +4,14 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import gather_objects, max_over_ranks, only_first, sum_over_ranks
+from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.windows import count_windows, has_windows, window_losses
@@ -45,6 +46,7 @@ class Trainer:
         on_evaluation: Evaluates, saves, and says whether to stop.
         on_step: Told the number of each step that is done.
         on_skip: Told why a step was not applied, the same on every process.
+        oracle: Whose words the decoder reads beside the target's after so many steps, the same on every process.
     """
 
     engine: DeepSpeedEngine
@@ -55,6 +57,7 @@ class Trainer:
     on_evaluation: Callable[[], bool]
     on_step: Callable[[int], None] = lambda step: None
     on_skip: Callable[[str], None] = lambda reason: None
+    oracle: Callable[[int], Oracle | None] = lambda step: None
     tally: Tally = field(default_factory=Tally)
 
     def train(self) -> None:
@@ -118,7 +121,10 @@ class Trainer:
         n_windows = count_windows(batch, self.config)
         if has_windows(batch, self.config):
             n_windows = max_over_ranks(n_windows, device)
-        for loss in window_losses(self.engine, self.config, batch, device, n_windows, per_process):
+        oracle = self.oracle(self.state.step)
+        if oracle is not None and oracle.kind == "sentence":
+            oracle = replace(oracle, n_steps=max_over_ranks(batch.labels.shape[-1], device))
+        for loss in window_losses(self.engine, self.config, batch, device, n_windows, per_process, oracle):
             self.engine.backward(loss)
             self.tally.loss += loss.detach() * per_process
         self.tally.n_targets += batch.n_targets()
@@ -170,5 +176,8 @@ class Trainer:
             "seconds_left": (self.run.max_steps - self.state.step) * step_seconds,
             "n_skipped": self.state.n_skipped,
         }
+        oracle = self.oracle(self.state.step - 1)
+        if oracle is not None:
+            record["gold_probability"] = oracle.gold_probability
         # a file of JSON has no word for the others
         self.on_log({name: value for name, value in record.items() if math.isfinite(value)})

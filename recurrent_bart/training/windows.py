@@ -12,13 +12,20 @@ from torch import Tensor
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
+from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segmentation import align_at_end, shift_segments
 from recurrent_bart.targets import IGNORED
 
 
 def window_losses(
-    model: Any, config: RecurrentBartConfig, batch: Batch, device: torch.device, n_windows: int, n_items: float
+    model: Any,
+    config: RecurrentBartConfig,
+    batch: Batch,
+    device: torch.device,
+    n_windows: int,
+    n_items: float,
+    oracle: Oracle | None = None,
 ) -> Iterator[Tensor]:
     """Loss of each window of a batch, one after the other; the caller runs the backward pass of each before the next.
 
@@ -29,6 +36,7 @@ def window_losses(
         device: Where the model is.
         n_windows: From `count_windows`, or more.
         n_items: What the summed losses are divided by.
+        oracle: Whose words the decoder reads beside the target's.
     """
     windows: Iterable[Batch] = [batch]
     state = None
@@ -36,7 +44,7 @@ def window_losses(
         windows = bptt_windows(batch, config.bptt_window, n_windows)
         state = RecurrentState.unread(config, len(batch.labels), device)
     for window in windows:
-        output = model(**window.model_inputs(device), state=state, num_items_in_batch=n_items)
+        output = model(**window.model_inputs(device), state=state, num_items_in_batch=n_items, oracle=oracle)
         yield output.loss
         state = output.state.detach()
 

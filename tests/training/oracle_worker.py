@@ -1,0 +1,103 @@
+"""Started by test_oracle.py, one process a rank: steps with an oracle under ZeRO, each rank's targets of one length."""
+
+import json
+import sys
+
+import torch
+
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.exposure_bias import Oracle
+from recurrent_bart.training.arguments import RunArguments
+from recurrent_bart.training.checkpoints import TrainerState
+from recurrent_bart.training.engine import build_engine, full_state_dict
+from recurrent_bart.training.environment import start_processes
+from recurrent_bart.training.trainer import Trainer
+from tiny import tiny_model
+
+N_STEPS, N_SEGMENTS, LENGTH = 3, 4, 8
+# of the targets of even and odd rows, which are the first and the second rank's
+TARGET_LENGTHS = 3, 7
+RATE = 0.3
+
+
+def make_batches(task):
+    """Four documents a step, the same on every process."""
+    random = torch.Generator().manual_seed(3)
+    for _ in range(N_STEPS):
+        ids = torch.randint(4, 60, (4, N_SEGMENTS, LENGTH), generator=random)
+        labels = torch.randint(4, 60, (4, N_SEGMENTS, max(TARGET_LENGTHS)), generator=random)
+        for parity, length in enumerate(TARGET_LENGTHS):
+            labels[parity::2, :, length:] = -100
+        # a window without any target on the first rank
+        labels[::2, :2] = -100
+        yield Batch(ids, torch.ones_like(ids), labels[:, -1] if task == "document" else labels, indices=[])
+
+
+def own_part(batch, rank):
+    """One rank's documents, their targets cut to their own length."""
+    rows = slice(rank, None, 2)
+    return Batch(
+        batch.input_ids[rows], batch.attention_mask[rows], batch.labels[rows, ..., : TARGET_LENGTHS[rank]], indices=[]
+    )
+
+
+def build(case):
+    torch.manual_seed(0)
+    # weights of a size at which float32 itself is good to 1e-5
+    model = tiny_model(init_std=0.15, **case["fields"]).train()
+    model.set_gradient_checkpointing(case["checkpointing"])
+    return model, torch.optim.SGD(model.parameters(), lr=RATE), Oracle(**case["oracle"])
+
+
+def run_case(case, environment):
+    """Under ZeRO, through the trainer's own step."""
+    model, optimizer, oracle = build(case)
+    zero = {"stage": case["stage"], **({"stage3_param_persistence_threshold": 0} if case["stage"] == 3 else {})}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # not given, it would be 1
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+    engine = build_engine(model, optimizer, None, config)
+    parts = [own_part(batch, environment.rank) for batch in make_batches(case["task"])]
+    lines = []
+    trainer = Trainer(
+        engine,
+        iter(parts),
+        RunArguments(),
+        TrainerState(),
+        on_log=lines.append,
+        on_evaluation=lambda: False,
+        oracle=lambda step: oracle,
+    )
+    for _ in range(N_STEPS):
+        trainer.train_step()
+        trainer.log()
+    shares = [line["gold_probability"] for line in lines]
+    return {"losses": [line["loss"] for line in lines], "weights": full_state_dict(engine), "shares": shares}
+
+
+def run_alone(case):
+    """The same in plain PyTorch, one process, all documents in one pass."""
+    model, optimizer, oracle = build(case)
+    losses = []
+    for batch in make_batches(case["task"]):
+        loss = model(**batch.model_inputs(torch.device("cpu")), oracle=oracle).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return {"losses": losses, "weights": model.state_dict()}
+
+
+if __name__ == "__main__":
+    cases, output = json.loads(sys.argv[1]), sys.argv[2]
+    environment = start_processes(timeout_minutes=2)
+    results = [run_case(case, environment) for case in cases]
+    if environment.rank == 0:
+        torch.save(
+            [{"zero": found, "alone": run_alone(case)} for found, case in zip(results, cases, strict=True)], output
+        )
