@@ -1,0 +1,117 @@
+"""A run as a whole: it stops early, keeps its best model, says what it skips, and can be begun again."""
+
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+
+from recurrent_bart.monitoring.progress import ProgressDisplay
+from recurrent_bart.training.engine import full_state_dict
+from recurrent_bart.training.experiment import Session
+from recurrent_bart.training.trainer import MOST_SKIPPED, Trainer
+from runs import flags
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes the loss of some steps, counted from 1, not finite."""
+
+    def spoil_steps(steps):
+        train_step = Trainer.train_step
+
+        def spoilt_step(trainer):
+            def hook(module, args, output):
+                output.loss = output.loss * math.nan
+                return output
+
+            if trainer.state.step + 1 not in steps:
+                return train_step(trainer)
+            handle = trainer.engine.module.register_forward_hook(hook)
+            try:
+                return train_step(trainer)
+            finally:
+                handle.remove()
+
+        monkeypatch.setattr(Trainer, "train_step", spoilt_step)
+
+    return spoil_steps
+
+
+def test_it_stops_when_the_loss_rises_and_keeps_the_best_model(documents, tmp_path, train_main, monkeypatch):
+    weights = {}
+    evaluate = Session.evaluate
+
+    def evaluate_and_keep(session):
+        weights[session.state.step] = full_state_dict(session.engine)
+        return evaluate(session)
+
+    monkeypatch.setattr(Session, "evaluate", evaluate_and_keep)
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0])
+    monkeypatch.setattr("recurrent_bart.evaluation.evaluator.Evaluator.loss", lambda *_: next(losses))
+    arguments = flags(documents, tmp_path / "run", eval_every=1, max_steps=9, patience=3)
+    assert train_main(arguments) == 0
+    evaluations = [record for record in read_metrics(tmp_path / "run") if "validation_loss" in record]
+    assert [record["validation_loss"] for record in evaluations] == [5.0, 4.0, 3.0, 3.5, 3.2, 3.1]
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert saved
+    assert all(saved[name].equal(weights[2][name]) for name in saved)
+    assert not all(saved[name].equal(weights[5][name]) for name in saved)
+    # the last two, and that of the lowest loss
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_a_skipped_step_is_logged_and_said(documents, tmp_path, train_main, capsys, spoil):
+    spoil({3})
+    assert train_main(flags(documents, tmp_path / "run", max_steps=4)) == 0
+    records = read_metrics(tmp_path / "run")
+    reason = "step 3 is skipped: the loss was not finite on rank 0"
+    assert [record for record in records if "skipped" in record] == [{"step": 3, "skipped": reason}]
+    assert f"warning: {reason}" in capsys.readouterr().out
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 4]
+    # every line is JSON for readers that know no NaN
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_many_skipped_steps_end_the_command_in_one_line(documents, tmp_path, train_main, capsys, spoil):
+    spoil(range(1, 99))
+    assert train_main(flags(documents, tmp_path / "run", max_steps=50, eval_every=50)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: step {MOST_SKIPPED}: no finite gradient in {MOST_SKIPPED} steps")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(documents, tmp_path, train_main, monkeypatch):
+    arguments = flags(documents, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "log", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_main(arguments)
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [0]
+    assert train_main(["--resume", str(tmp_path / "run")]) == 0
+    records = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in records if "validation_loss" in record] == [0, 2, 4, 6]
+
+
+def test_a_run_that_is_done_can_be_made_longer(documents, tmp_path, train_main):
+    assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
+    assert train_main(["--resume", str(tmp_path / "run"), "--max_steps", "4"]) == 0
+    records = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+    assert records[-1]["step"] == 4
+
+
+def test_the_bar_moves_with_every_step(documents, tmp_path, train_main, monkeypatch):
+    steps = []
+    monkeypatch.setattr(ProgressDisplay, "step", lambda display, step: steps.append(step))
+    assert train_main(flags(documents, tmp_path / "run", max_steps=3, log_every=3)) == 0
+    assert steps == [1, 2, 3]
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
