@@ -101,7 +101,7 @@ class RunArguments:
     output_dir: str | None = flag(None, "run folder; without it, a new one under runs/")
     resume: str | None = flag(None, "run folder to continue from its last checkpoint, with its flags")
     deepspeed: str | None = flag(None, "DeepSpeed configuration; without it, ds_configs/zero2.json")
-    max_steps: int = flag(300, "optimizer steps")
+    max_steps: int = flag(50, "optimizer steps")
     per_device_train_batch_size: int = flag(8, "documents of a forward pass")
     gradient_accumulation_steps: int = flag(1, "forward passes of an optimizer step")
     learning_rate: float | None = flag(None, "highest one; default: 3e-5 pretrained, 3e-3 x 128 / d_model from scratch")
@@ -118,7 +118,7 @@ class RunArguments:
     oracle_beams: int = flag(3, "beams of the search for the sentence nearest to the target")
     seed: int = flag(42, "of weights, dropout and data order")
     log_every: int = flag(10, "steps between lines of the log")
-    eval_every: int = flag(100, "steps between evaluations; each is followed by a checkpoint")
+    eval_every: int = flag(0, "steps between evaluations and checkpoints; default: a tenth of all, at least 25")
     eval_documents: int = flag(32, "validation documents that are summarised at an evaluation; all count for the loss")
     per_device_eval_batch_size: int | None = flag(None, "documents of a pass in evaluation; default: as in training")
     num_beams: int = flag(1, "beams of generation in evaluation")
@@ -130,9 +130,11 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
-        _check_at_least(self, 1, *positive, "eval_every", "eval_documents", "num_beams", "timeout_minutes")
+        _check_at_least(self, 1, *positive, "eval_documents", "num_beams", "timeout_minutes")
         _check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
-        _check_at_least(self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay")
+        _check_at_least(
+            self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay", "eval_every"
+        )
         _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
         # one may be half written when the next is due
         _check_at_least(self, 2, "keep_last")
@@ -140,6 +142,7 @@ class RunArguments:
         _check_choice(self, "lr_scheduler", SCHEDULES)
         _check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)
         _check_choice(self, "oracle", ORACLES)
+        self.eval_every = self.eval_every or max(25, self.max_steps // 10)
         if self.warmup_steps is None:
             self.warmup_steps = self.max_steps // 10
         if self.warmup_steps > self.max_steps:

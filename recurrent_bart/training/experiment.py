@@ -21,7 +21,7 @@ from recurrent_bart.monitoring.progress import ProgressDisplay
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.checkpoints import Checkpoints, TrainerState
 from recurrent_bart.training.description import batch_order, describe, learning_rates, oracle_at
-from recurrent_bart.training.engine import build_engine, full_state_dict
+from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.model_building import build_model
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
@@ -126,16 +126,15 @@ class Session:
 
     def evaluate(self) -> bool:
         """Validation loss and ROUGE, a checkpoint, the best model so far; says whether to stop early."""
-        state = self.state
-        self.engine.eval()
-        loss = self.evaluator.loss(self.engine.module)
+        state, samples = self.state, []
+        with gathered_for_evaluation(self.engine) as model:
+            loss = self.evaluator.loss(model)
+            # an untrained model has nothing to tell
+            if state.step:
+                samples = self.evaluator.summarise(model, self._generation())
         record: dict[str, Any] = {"step": state.step, "validation_loss": loss}
-        samples = []
-        # an untrained model has nothing to tell
-        if state.step:
-            samples = self.evaluator.summarise(self.engine.module, self._generation())
+        if samples:
             record |= {name: value.mean for name, value in score(samples).items()}
-        self.engine.train()
         is_best = loss < state.best_loss
         if is_best:
             state.best_loss, state.best_step, state.n_worse = loss, state.step, 0
@@ -163,7 +162,7 @@ class Session:
         weights = full_state_dict(self.engine)
         if is_first():
             with half_written(self.folder.model, replaces=True) as draft:
-                self.engine.module.save_pretrained(draft, state_dict=weights)
+                save_model(self.engine, weights, draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
 
     def _generation(self) -> Generation:
