@@ -75,9 +75,16 @@ def test_the_launchers_own_flag_is_taken():
     assert parse_arguments(["--local_rank=1", "--deepspeed", "ds.json"]).run.deepspeed == "ds.json"
 
 
-@pytest.mark.parametrize(("argv", "steps"), [([], 30), (["--max_steps", "5"], 0), (["--warmup_steps", "9"], 9)])
+@pytest.mark.parametrize(("argv", "steps"), [([], 5), (["--max_steps", "5"], 0), (["--warmup_steps", "9"], 9)])
 def test_warm_up_is_a_tenth_of_the_run_unless_given(argv, steps):
     assert parse_arguments(argv).run.warmup_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("argv", "steps"), [([], 25), (["--max_steps", "9000"], 900), (["--max_steps", "9000", "--eval_every", "7"], 7)]
+)
+def test_evaluations_are_a_tenth_of_the_run_apart_unless_told(argv, steps):
+    assert parse_arguments(argv).run.eval_every == steps
 
 
 @pytest.mark.parametrize(
