@@ -1,9 +1,10 @@
 """Recurrent BART as a Hugging Face model.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), A attended length,
-T target length, D model width, V vocabulary.
+T target length, S sequences returned of each, D model width, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 from transformers.models.bart.modeling_bart import (
     BartDecoder,
     BartEncoder,
@@ -24,19 +25,21 @@ from transformers.models.bart.modeling_bart import (
     BartScaledWordEmbedding,
     shift_tokens_right,
 )
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.decoder_context import encoder_output
 from recurrent_bart.exposure_bias import Oracle, SpecialIds, caching, mix_inputs, sentence_oracle, word_oracle
 from recurrent_bart.modeling_outputs import RecurrentBartLMOutput, RecurrentBartModelOutput, RecurrentEncoderOutput
-from recurrent_bart.prefix_attention import GatedCrossAttention
+from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, build_recurrence
 from recurrent_bart.schedules import Grid, Kept
 from recurrent_bart.segmentation import align_at_end, segment_documents
 from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, token_loss
 
 CHECKPOINTING_GRAINS = ("none", "layer", "segment")
+logger = logging.get_logger(__name__)
 
 
 class RecurrentBartPreTrainedModel(BartPreTrainedModel):
@@ -46,6 +49,8 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     config: RecurrentBartConfig
     # the prefix is read by matrix products around it, not by whole layers that a compiler could swallow
     _can_compile_fullgraph = False
+    # its masks cannot be cut into memory's and tokens' part
+    _supports_flex_attn = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -118,7 +123,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
             state: What was read before. With one, a document may have nothing more to read.
             every_segment: Give the decoder's context after each segment.
-            output_attentions: Give what tokens attend to in every layer; needs the eager back-end.
+            output_attentions: Give what tokens attend to in every layer; the eager back-end alone can.
             output_hidden_states: Give the token streams of every layer.
             return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
 
@@ -139,12 +144,19 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             every_segment=every_segment,
             tokens=self.config.decoder_context == "all",
             memories=self.config.decoder_context == "memory",
-            attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            attentions=self._gives_attentions(output_attentions),
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         outputs = grid.sequential(segments, mask, state, kept)
         output = encoder_output(self.config, outputs, mask, state, every_segment).shifted(-n_empty_B)
         return output.as_tuple() if return_dict is False else output
+
+    def _gives_attentions(self, output_attentions: bool | None) -> bool:
+        is_wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        if is_wanted and "eager" not in self.config._attn_implementation:
+            logger.warning_once(f"output_attentions: {self.config._attn_implementation} has none to give, eager has")
+            return False
+        return is_wanted
 
     def _embed_segment(self, tokens_BLD: Tensor, slots_BPD: Tensor | None) -> Tensor:
         """First layer's stream `(B, P + L, D)`: slots, which have no position, and tokens, counted from 0."""
@@ -156,13 +168,13 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
-    """Identical to BartDecoder except: with `prefix_attention="gated"`, memory is read through a gate."""
+    """Identical to BartDecoder except: `CrossAttention`, with `prefix_attention="gated"` of memory through a gate."""
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
-        if config.has_state and config.prefix_attention == "gated":
-            for layer_idx, layer in enumerate(self.layers):
-                layer.encoder_attn = GatedCrossAttention(config, layer_idx)
+        is_gated = config.has_state and config.prefix_attention == "gated"
+        for layer_idx, layer in enumerate(self.layers):
+            layer.encoder_attn = (GatedCrossAttention if is_gated else CrossAttention)(config, layer_idx)
         self.post_init()
 
 
@@ -204,11 +216,15 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         return output if n_empty_B is None else output.shifted(-n_empty_B)
 
     def _embed(self, segments_BNL: Tensor, every_segment: bool) -> Tensor:
-        """Token embeddings `(B, N, L, D)`; of segments that gradient does not reach, without a graph."""
-        window = self.config.bptt_window or segments_BNL.shape[1]
-        n_beyond = 0 if every_segment else max(0, segments_BNL.shape[1] - window)
-        if not n_beyond:
+        """Token embeddings `(B, N, L, D)`; of segments that gradient does not reach, without a graph.
+
+        How often the module is called depends on nothing that differs between processes: under ZeRO-3 each call is a
+        collective.
+        """
+        window = self.config.bptt_window
+        if every_segment or window is None or not torch.is_grad_enabled():
             return self.shared(segments_BNL)
+        n_beyond = max(0, segments_BNL.shape[1] - window)
         with torch.no_grad():
             beyond = self.shared(segments_BNL[:, :n_beyond])
         return torch.cat([beyond, self.shared(segments_BNL[:, n_beyond:])], dim=1)
@@ -442,23 +458,35 @@ class RecurrentBartForConditionalGeneration(
         """As GenerationMixin's, also of documents `(B, N, L)`, from a `state`, and after each segment.
 
         Returns:
-            Ids `(B, T)`, or with `every_segment=True` `(B, N, T)`, pad where a document has no such segment.
+            Ids `(B, T)`, or with `every_segment=True` `(B, N, T)`, pad where a document has no such segment. With
+            `num_return_sequences`, a document's texts stand one behind the other, so there are more rows. With
+            `return_dict_in_generate`, these are the `sequences`; of all else with `every_segment=True` there is a row
+            for each segment that was read, document by document.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
         if encoded is None:
-            encoded = self._read_to_generate(input_ids, every_segment, kwargs)
+            encoded = self._read_to_generate(input_ids, every_segment, generation_config, kwargs)
         if every_segment:
             return self._generate_segments(encoded, generation_config, **kwargs)
         is_flat = input_ids is not None and input_ids.dim() == 2
+        # GenerationMixin takes what outputs call `state` for a cache
+        stateless = dataclasses.replace(encoded, state=None)
         # the encoder is done with them, but GenerationMixin may look at flat ids
-        return super().generate(input_ids if is_flat else None, generation_config, encoder_outputs=encoded, **kwargs)
+        return super().generate(input_ids if is_flat else None, generation_config, encoder_outputs=stateless, **kwargs)
 
     def _read_to_generate(
-        self, input_ids: Tensor | None, every_segment: bool, kwargs: dict[str, Any]
+        self,
+        input_ids: Tensor | None,
+        every_segment: bool,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
     ) -> RecurrentEncoderOutput:
         """Run the encoder as `forward` does, which `GenerationMixin` would call on its own; takes its arguments."""
         reading = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "state")}
+        for name in ("output_attentions", "output_hidden_states"):
+            # the decoder is asked for them too
+            reading[name] = kwargs.get(name, getattr(generation_config or self.generation_config, name))
         pad_token_id = self.config.pad_token_id
         if reading["attention_mask"] is None and input_ids is not None and (input_ids == pad_token_id).any():
             reading["attention_mask"] = input_ids.ne(pad_token_id).long()
@@ -466,12 +494,19 @@ class RecurrentBartForConditionalGeneration(
 
     def _generate_segments(
         self, encoded: RecurrentEncoderOutput, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> Tensor:
+    ) -> Tensor | ModelOutput:
         is_read_BN = encoded.is_read
-        texts_MT = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_read_BN), **kwargs)
-        texts_BNT = texts_MT.new_full((*is_read_BN.shape, texts_MT.shape[-1]), self.config.pad_token_id)
-        texts_BNT[is_read_BN] = texts_MT
-        return texts_BNT
+        found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_read_BN), **kwargs)
+        texts = found.sequences if isinstance(found, ModelOutput) else found
+        # of each segment, as many texts as num_return_sequences says
+        texts_MST = texts.unflatten(0, (int(is_read_BN.sum()), -1))
+        texts_BNST = texts.new_full((*is_read_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
+        texts_BNST[is_read_BN] = texts_MST
+        texts = texts_BNST.transpose(1, 2).flatten(0, 1)
+        if not isinstance(found, ModelOutput):
+            return texts
+        found.sequences = texts
+        return found
 
 
 AutoConfig.register(RecurrentBartConfig.model_type, RecurrentBartConfig)

@@ -4,10 +4,12 @@ Shape suffixes: B documents, H heads, K head width, A attended length, M memory 
 D model width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bart.modeling_bart import BartAttention, eager_attention_forward
@@ -25,19 +27,42 @@ def split_heads(attention: BartAttention, hidden: Tensor) -> Tensor:
 
 
 def attend(attention: BartAttention, query_BHQK: Tensor, key_value: KeyValue, mask: Tensor | None) -> Read:
-    """Attention by the back-end that the configuration names."""
+    """Attention by the back-end that the configuration names; `mask` in the form that Hugging Face makes for it."""
     back_end = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
-    key, value = key_value
-    return back_end(
+    read = functools.partial(
+        back_end,
         attention,
-        query_BHQK,
-        key,
-        value,
-        mask,
         dropout=attention.dropout if attention.training else 0.0,
         scaling=attention.scaling,
         is_causal=False,
     )
+    # flash attention's alone has two dimensions
+    if mask is not None and mask.dim() == 2:
+        return _attend_packed(read, query_BHQK, key_value, mask.bool()), None
+    return read(query_BHQK, *key_value, mask)
+
+
+def _attend_packed(read: Callable[..., Read], query_BHQK: Tensor, key_value: KeyValue, mask_BA: Tensor) -> Tensor:
+    """Flash attention over keys of different number in each row, packed one row behind the other.
+
+    Hugging Face would take the last Q columns of the mask for the queries' own, which is right neither for slots nor
+    for cross-attention. Here every query is answered.
+    """
+    n_rows, _, n_queries, _ = query_BHQK.shape
+    n_keys_B = mask_BA.sum(dim=1, dtype=torch.int32)
+    query = query_BHQK.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+    key, value = (part.transpose(1, 2)[mask_BA].transpose(0, 1).unsqueeze(0) for part in key_value)
+    values, _ = read(
+        query,
+        key,
+        value,
+        None,
+        cu_seq_lens_q=n_queries * torch.arange(n_rows + 1, dtype=torch.int32, device=query.device),
+        cu_seq_lens_k=nn.functional.pad(n_keys_B.cumsum(0, dtype=torch.int32), (1, 0)),
+        max_length_q=n_queries,
+        max_length_k=int(n_keys_B.max()),
+    )
+    return values.unflatten(1, (n_rows, n_queries)).squeeze(0)
 
 
 def concat_keys(*parts: KeyValue) -> KeyValue:
@@ -55,12 +80,8 @@ def gated_read(read: Read, memory_read: Read, gate_H: Tensor) -> Read:
     return values, torch.cat([gate_H1.unsqueeze(-1) * memory_read[1], read[1]], dim=-1)
 
 
-class GatedCrossAttention(BartAttention):
-    """Identical to BartAttention except: the first `n_memory` positions attended to have a softmax of their own.
-
-    What is read of them is added through `memory_gate`, one per head, zero at first: until it opens, the decoder is
-    BART's.
-    """
+class CrossAttention(BartAttention):
+    """Identical to BartAttention except: flash attention reads contexts of different lengths rightly."""
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):
         super().__init__(
@@ -71,7 +92,6 @@ class GatedCrossAttention(BartAttention):
             config=config,
             layer_idx=layer_idx,
         )
-        self.memory_gate = torch.nn.Parameter(torch.empty(config.decoder_attention_heads))
 
     def forward(
         self,
@@ -84,15 +104,12 @@ class GatedCrossAttention(BartAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As BartAttention's; `n_memory` is the number M of memory positions at the head of `key_value_states`."""
         query = split_heads(self, self.q_proj(hidden_states))
-        key, value = self._cached_key_value(key_value_states, past_key_values)
-        memory_mask = mask = None
-        if attention_mask is not None:
-            memory_mask, mask = attention_mask[..., :n_memory], attention_mask[..., n_memory:]
-        read = attend(self, query, (key[:, :, n_memory:], value[:, :, n_memory:]), mask)
-        if n_memory:
-            memory = key[:, :, :n_memory], value[:, :, :n_memory]
-            read = gated_read(read, attend(self, query, memory, memory_mask), self.memory_gate)
-        return self.out_proj(read[0].flatten(2)), read[1]
+        key_value = self._cached_key_value(key_value_states, past_key_values)
+        values, weights = self._read(query, key_value, attention_mask, n_memory)
+        return self.out_proj(values.flatten(2)), weights
+
+    def _read(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, n_memory: int) -> Read:
+        return attend(self, query, key_value, mask)
 
     def _cached_key_value(self, key_value_states: Tensor, past_key_values: EncoderDecoderCache | None) -> KeyValue:
         """Keys and values `(B, H, A, K)`, projected once per document while it is decoded."""
@@ -105,3 +122,26 @@ class GatedCrossAttention(BartAttention):
             key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
             past_key_values.is_updated[self.layer_idx] = True
         return key, value
+
+
+class GatedCrossAttention(CrossAttention):
+    """Identical to CrossAttention except: the first `n_memory` positions attended to have a softmax of their own.
+
+    What is read of them is added through `memory_gate`, one per head, zero at first: until it opens, the decoder is
+    BART's.
+    """
+
+    def __init__(self, config: RecurrentBartConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.memory_gate = nn.Parameter(torch.empty(config.decoder_attention_heads))
+
+    def _read(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, n_memory: int) -> Read:
+        key, value = key_value
+        memory_mask = mask
+        if mask is not None:
+            memory_mask, mask = mask[..., :n_memory], mask[..., n_memory:]
+        read = super()._read(query, (key[:, :, n_memory:], value[:, :, n_memory:]), mask, 0)
+        if not n_memory:
+            return read
+        memory = key[:, :, :n_memory], value[:, :, :n_memory]
+        return gated_read(read, attend(self, query, memory, memory_mask), self.memory_gate)

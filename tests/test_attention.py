@@ -1,0 +1,151 @@
+"""All attention back-ends give the same numbers, or are refused.
+
+No flash attention runs on a processor. What Hugging Face hands over to its kernels is given to a stand-in here, which
+computes what they document.
+"""
+
+import pytest
+import torch
+from transformers import modeling_flash_attention_utils as flash
+from transformers import modeling_utils
+
+from tiny import random_ids
+
+FIELDS = {
+    "gated": {},
+    "concat": {"prefix_attention": "concat"},
+    "top": {"recurrence": "top", "prefix_projection": False},
+    "static": {"recurrence": "none"},
+    "no recurrence": {"pre_seq_len": 0},
+    "gated memory": {"decoder_context": "memory"},
+    "concat, all tokens": {"prefix_attention": "concat", "decoder_context": "all"},
+}
+
+
+def kernel(query, key, value, dropout_p=0.0, softmax_scale=None, causal=False):
+    """Of `flash_attn_func`: `(B, L, H, K)`; a causal mask is aligned to the last query and the last key."""
+    scores = torch.einsum("bqhk,bahk->bhqa", query, key) * softmax_scale
+    if causal:
+        n_queries, n_keys = scores.shape[-2:]
+        is_future = torch.ones(n_queries, n_keys, dtype=torch.bool).triu(n_keys - n_queries + 1)
+        scores = scores.masked_fill(is_future, float("-inf"))
+    return torch.einsum("bhqa,bahk->bqhk", scores.softmax(-1), value)
+
+
+def packed_kernel(
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+):
+    """Of `flash_attn_varlen_func`: `(total, H, K)`, rows one behind the other, their borders in `cu_seqlens`."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()) == (max_seqlen_q, max_seqlen_k)
+    assert (cu_seqlens_q[-1], cu_seqlens_k[-1]) == (len(query), len(key))
+    queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    rows = zip(query[None].split(queries, 1), key[None].split(keys, 1), value[None].split(keys, 1), strict=True)
+    return torch.cat([kernel(*row, dropout_p, softmax_scale, causal) for row in rows], dim=1).squeeze(0)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Puts the stand-ins where Hugging Face imports the kernels; gives their calls."""
+    calls = []
+
+    def noting(function, name):
+        def noted(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        # by its signature Hugging Face decides what to pass
+        noted.__signature__ = flash.inspect.signature(function)
+        return noted
+
+    kernels = noting(kernel, "even"), noting(packed_kernel, "packed"), None, flash._pad_input, flash._unpad_input
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: kernels)
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    monkeypatch.setattr(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda: False)
+    return calls
+
+
+@pytest.fixture
+def documents():
+    """Ragged in segments and tokens."""
+    mask = torch.ones(3, 3, 8, dtype=torch.long)
+    mask[1, 1:] = 0
+    mask[0, 2, 5:] = mask[1, 0, 3:] = 0
+    return {"input_ids": random_ids(3, 3, 8), "attention_mask": mask}
+
+
+def results(model, inputs, attention):
+    """Logits, loss and all gradients."""
+    model.set_attn_implementation(attention)
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return {"logits": output.logits, "loss": output.loss} | {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def check_equal(found, expected, tolerance):
+    wrong = [
+        name
+        for name, tensor in expected.items()
+        if (found[name] - tensor).abs().max() > tolerance * tensor.abs().max().clamp(min=1)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("labels_shape", [(3, 5), (3, 3, 5)], ids=["per document", "per segment"])
+def test_eager_and_sdpa_give_the_same_values_and_gradients(make_model, documents, fields, labels_shape):
+    model, inputs = make_model(**fields).float(), documents | {"labels": random_ids(*labels_shape)}
+    if len(labels_shape) == 3:
+        inputs["labels"][1, 1:] = -100
+    check_equal(results(model, inputs, "sdpa"), results(model, inputs, "eager"), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("labels_shape", [(3, 5), (3, 3, 5)], ids=["per document", "per segment"])
+def test_flash_attention_gives_the_values_and_gradients_of_eager(
+    make_model, documents, kernel_calls, fields, labels_shape
+):
+    model, inputs = make_model(**fields), documents | {"labels": random_ids(*labels_shape)}
+    if len(labels_shape) == 3:
+        inputs["labels"][1, 1:] = -100
+    check_equal(results(model, inputs, "flash_attention_2"), results(model, inputs, "eager"), tolerance=1e-10)
+    assert set(kernel_calls) == {"even", "packed"}
+
+
+def test_flash_attention_is_right_where_target_and_context_have_one_length(make_model, kernel_calls):
+    """Then queries would be taken for padding where the context is."""
+    model = make_model(pre_seq_len=0)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 2:] = 0
+    inputs = {"input_ids": random_ids(2, 6), "attention_mask": mask, "labels": random_ids(2, 6)}
+    check_equal(results(model, inputs, "flash_attention_2"), results(model, inputs, "eager"), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("fields", [{}, {"prefix_attention": "concat"}], ids=["gated", "concat"])
+@pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_flash_attention_generates_the_same_ids(make_model, documents, kernel_calls, fields, how):
+    model = make_model(**fields)
+    ids = []
+    for attention in ("eager", "flash_attention_2"):
+        model.set_attn_implementation(attention)
+        ids.append(model.generate(**documents, **how, max_new_tokens=8))
+    assert torch.equal(*ids)
+    assert "packed" in kernel_calls
+
+
+def test_flex_attention_is_refused(make_model):
+    with pytest.raises(ValueError, match=r"does not support.*flex"):
+        make_model().set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=r"does not support.*flex"):
+        make_model(attn_implementation="flex_attention")
