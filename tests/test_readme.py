@@ -1,0 +1,105 @@
+"""Every command and every line of Python in the README runs, and the tree in it is the tree there is."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration
+
+from launching import TESTS, run
+from recurrent_bart.data.tokenizer import train_tokenizer
+from runs import WORDS, write_documents
+
+ROOT = TESTS.parent
+README = (ROOT / "README.md").read_text()
+# makes each run short; given last, it stands against what the README gives
+SHORT = {
+    "max_steps": 2,
+    "warmup_steps": 1,
+    "eval_documents": 2,
+    "max_target_length": 8,
+    "segment_size": 128,
+    "pre_seq_len": 3,
+    "per_device_train_batch_size": 2,
+    "dataloader_num_workers": 0,
+    "timeout_minutes": 2,
+    "vocab_size": 500,
+    "max_n_segments": 3,
+}
+# said of a place to work in, not of what is here
+NOT_RUN = {"source .venv/bin/activate"}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(program):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line not in NOT_RUN]
+    return [line for line in lines if line.startswith("make") == (program == "make")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the checkout's programs, documents, texts and a pretrained BART by the names in the README."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("launch", "ds_configs", "recurrent_bart"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "papers").mkdir()
+    write_documents(folder / "papers")
+    text = " ".join(WORDS * 8)
+    for name in ("paper.txt", "minutes.txt", "more.txt"):
+        (folder / name).write_text(text)
+    tokenizer = train_tokenizer([text] * 5, vocab_size=300)
+    tokenizer.save_pretrained(folder / "facebook" / "bart-base")
+    layers = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = BartConfig(vocab_size=len(tokenizer), d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **layers)
+    torch.manual_seed(0)
+    BartForConditionalGeneration(config).save_pretrained(folder / "facebook" / "bart-base")
+    return folder
+
+
+def shortened(line, folder):
+    if "launch/train.py" in line:
+        flags = {**SHORT, "cache_dir": folder / "cache"}
+        if "--resume" in line:
+            flags = {"max_steps": 4}
+        line += "".join(f" --{name} {value}" for name, value in flags.items())
+    return line
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_every_command_runs_in_its_order(place):
+    lines = commands("launch")
+    assert len(lines) >= 9
+    for line in lines:
+        # the README's commands are run where the README is
+        script = f"cd {shlex.quote(str(place))} && set -o pipefail && {shortened(line, place)}"
+        code, output = run(["bash", "-c", script], timeout=120, HOME=str(place))
+        assert code == 0, f"{line}\n{output}"
+    assert (place / "runs" / "papers" / "model" / "config.json").exists()
+    assert (place / "minutes.state").exists()
+
+
+@pytest.mark.parametrize("line", commands("make"))
+def test_every_goal_is_in_the_makefile(line):
+    subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_every_line_of_python_runs(place, block, monkeypatch):
+    monkeypatch.chdir(place)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_tree_has_a_line_for_each_file_there_is():
+    """What git knows, without the tests, which mirror the package."""
+    tree = README.split("## The tree")[1].split("\n## ")[0]
+    told = re.findall(r"^(\S+)\s{2,}\S", tree, flags=re.MULTILINE)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = [name for name in listed if not name.startswith((".", "tests/")) and Path(name).name != "__init__.py"]
+    assert sorted(told) == sorted({*files, "tests/", ".ci/run"} - {"recurrent_bart/py.typed"})
