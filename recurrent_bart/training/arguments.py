@@ -16,6 +16,7 @@ from recurrent_bart.monitoring.run_folder import RunFolder
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("linear", "cosine", "constant")
+TRAINED = ("all", "prefix")
 
 
 def flag(default: Any, text: str) -> Any:
@@ -57,11 +58,25 @@ class ModelArguments:
     decoder_context: str | None = flag(None, "what the decoder sees of the segments before: last, memory or all")
     update_gate: bool | None = flag(None, "carry the state over through a learned gate")
     dropout: float | None = flag(None, "BART's dropout")
+    train: str = flag("all", "all: every parameter; prefix: the recurrence's alone, the rest stays as it is")
+    lora_r: int = flag(0, "rank of adapters on q_proj and v_proj, trained beside the recurrence (needs peft); 0: none")
+    lora_alpha: int | None = flag(None, "what they are scaled by, over lora_r; default: twice lora_r")
 
     def __post_init__(self) -> None:
         _check_at_least(self, 0, "dropout")
         if self.dropout is not None and self.dropout >= 1:
             raise ValueError(f"--dropout {self.dropout}: must be below 1")
+        _check_choice(self, "train", TRAINED)
+        _check_at_least(self, 0, "lora_r")
+        _check_at_least(self, 1, "lora_alpha")
+        if self.lora_r and self.train != "all":
+            raise ValueError(f"--lora_r {self.lora_r}: adapters are not trained with --train {self.train}")
+        if self.train == "prefix" and self.pre_seq_len == 0:
+            raise ValueError("--train prefix: with --pre_seq_len 0 there is no prefix to train")
+
+    def lora_strength(self) -> int:
+        """What the adapters' part is scaled by, over `lora_r`."""
+        return 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
 
     def config_fields(self) -> dict[str, Any]:
         """Fields of RecurrentBartConfig that were given."""

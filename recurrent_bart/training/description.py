@@ -42,12 +42,14 @@ def describe(
     run, config = arguments.run, prepared.config
     train, validation = prepared.splits["train"].plan, prepared.splits["validation"].plan
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
+    trained = sum(sizes[name] for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
     total, own = sum(sizes.values()), sum(size for name, size in sizes.items() if is_recurrence(name))
     order = batch_order(arguments, prepared, environment.world_size)
     rates = learning_rates(arguments, config)
     lines = [
         f"run        {prepared.folder.path}",
-        f"model      {total / 1e6:.1f} M parameters, {own / 1e6:.1f} M of them the recurrence's",
+        f"model      {total / 1e6:.1f} M parameters, {own / 1e6:.1f} M of them the recurrence's; "
+        f"{trained / 1e6:.1f} M trained ({100 * trained / total:.1f} %)",
         f"segments   {config.segment_size} tokens, {config.pre_seq_len} prefix positions, "
         f"bptt_depth {config.bptt_depth}, at most {config.max_n_segments} segments a document",
         f"documents  {len(train.indices)} to train on, of {sum(train.n_segments) / len(train.indices):.1f} segments; "

@@ -18,6 +18,7 @@ from recurrent_bart.distributed import first_then_all, from_first, is_first, onl
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.monitoring.curves import draw_curves
 from recurrent_bart.monitoring.progress import ProgressDisplay
+from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.checkpoints import Checkpoints, TrainerState
 from recurrent_bart.training.description import batch_order, describe, learning_rates, oracle_at
@@ -42,6 +43,7 @@ def run_experiment(arguments: Arguments, environment: Environment) -> Path:
     run.output_dir = from_first(run.output_dir or default_output_dir(arguments))
     prepared = first_then_all(lambda: prepare(arguments, environment))
     model = build_model(arguments.model, prepared.config, run.seed)
+    choose_trained(model, arguments.model)
     rates = learning_rates(arguments, prepared.config)
     optimizer = build_optimizer(model, rates, run.weight_decay)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
@@ -162,7 +164,7 @@ class Session:
         weights = full_state_dict(self.engine)
         if is_first():
             with half_written(self.folder.model, replaces=True) as draft:
-                save_model(self.engine, weights, draft)
+                save_model(self.engine, merged(weights, self.arguments.model), draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
 
     def _generation(self) -> Generation:

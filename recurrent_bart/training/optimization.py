@@ -20,6 +20,11 @@ def is_recurrence(name: str) -> bool:
     return any(part in name for part in RECURRENCE)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its name, is a low-rank adapter's."""
+    return ".lora_" in name
+
+
 @dataclass(frozen=True)
 class LearningRates:
     """Highest learning rates of BART's own parameters and of the recurrence's."""
@@ -43,7 +48,8 @@ def build_optimizer(model: nn.Module, rates: LearningRates, weight_decay: float)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = rates.recurrence if is_recurrence(name) else rates.backbone
+            # adapters are as new as the recurrence
+            rate = rates.recurrence if is_recurrence(name) or is_adapter(name) else rates.backbone
             groups.setdefault((rate, weight_decay if _is_decayed(name, parameter) else 0.0), []).append(parameter)
     return AdamW(
         [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],

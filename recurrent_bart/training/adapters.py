@@ -1,0 +1,53 @@
+"""Which parameters are trained: all, the recurrence's alone, or low-rank adapters beside it."""
+
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_bart.training.arguments import ModelArguments
+from recurrent_bart.training.optimization import is_adapter, is_recurrence
+
+# as in the paper, arXiv 2106.09685, and in the field's usual settings
+ADAPTED = ("q_proj", "v_proj")
+ADAPTER = "default"
+
+
+def choose_trained(model: nn.Module, arguments: ModelArguments) -> None:
+    """Freeze what `--train` and `--lora_r` leave as it is; put adapters in place.
+
+    Adapters go into the model itself, which keeps its class, its names and its methods.
+
+    Raises:
+        ValueError: Adapters are asked for and peft is not installed.
+    """
+    if arguments.lora_r:
+        _inject(model, arguments)
+    if arguments.lora_r or arguments.train == "prefix":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_recurrence(name) or is_adapter(name))
+
+
+def merged(weights: dict[str, Tensor], arguments: ModelArguments) -> dict[str, Tensor]:
+    """Weights of a model with adapters as those of one without: `W + alpha / r * B A`."""
+    scale = arguments.lora_strength() / max(1, arguments.lora_r)
+    plain = {name: weight for name, weight in weights.items() if ".base_layer." not in name and not is_adapter(name)}
+    for name in weights:
+        if ".base_layer." not in name:
+            continue
+        module, kind = name.split(".base_layer.")
+        weight = weights[name]
+        if kind == "weight":
+            low, high = (weights[f"{module}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
+            weight = weight + scale * torch.matmul(high, low)
+        plain[f"{module}.{kind}"] = weight
+    return plain
+
+
+def _inject(model: nn.Module, arguments: ModelArguments) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora_r: needs the package peft: pip install peft")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_strength(), target_modules=list(ADAPTED))
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
