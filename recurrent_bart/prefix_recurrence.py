@@ -148,7 +148,7 @@ class PrefixRecurrence(nn.Module):
             pairs = [_own_projection(layer, memory) for layer, memory in zip(layers[span], memory_EBPD, strict=True)]
         return [(self._heads(self.dropout(key)), self._heads(self.dropout(value))) for key, value in pairs]
 
-    def update(self, memory_EBPD: Tensor, slots: list[Tensor], is_read_B: Tensor) -> Tensor:
+    def next_memory(self, memory_EBPD: Tensor, slots: list[Tensor], is_read_B: Tensor) -> Tensor:
         """State after a segment; a document that has no text in it keeps its state unchanged.
 
         Args:
@@ -206,7 +206,7 @@ class StaticPrefix(PrefixRecurrence):
         """No slot."""
         return memory_EBPD[0, :, :0]
 
-    def update(self, memory_EBPD: Tensor, slots: list[Tensor], is_read_B: Tensor) -> Tensor:
+    def next_memory(self, memory_EBPD: Tensor, slots: list[Tensor], is_read_B: Tensor) -> Tensor:
         """The same prefix again."""
         return memory_EBPD
 

@@ -163,7 +163,7 @@ class Grid:
                 hidden_states.append(stream[:, n_slots:])
             if kept.attentions:
                 attentions.append(weights)
-        memory = recurrence.update(memory_EBPD, slots, is_read_B) if recurrence else None
+        memory = recurrence.next_memory(memory_EBPD, slots, is_read_B) if recurrence else None
         return SegmentOutput(stream[:, n_slots:], memory, hidden_states, attentions)
 
 
