@@ -1,0 +1,227 @@
+"""What Hugging Face expects of a model, with several segments switched on: a choice of its own common tests."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, BartForConditionalGeneration, BartModel
+from transformers.models.bart.modeling_bart import shift_tokens_right
+
+from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration, RecurrentBartModel
+from tiny import RECURRENT, TINY, open_gates, random_ids
+
+CLASSES = {"bare": RecurrentBartModel, "with a head": RecurrentBartForConditionalGeneration}
+FIELDS = {
+    "gated": {},
+    "concat": {"prefix_attention": "concat"},
+    "no projection": {"prefix_projection": False},
+    "top": {"recurrence": "top"},
+    "static": {"recurrence": "none"},
+    "no recurrence": {"pre_seq_len": 0},
+    "memory": {"decoder_context": "memory"},
+    "all": {"decoder_context": "all"},
+}
+SHARED = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+
+
+@pytest.fixture
+def documents():
+    """Flat ids of three segments, and of two."""
+    ids = random_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": random_ids(2, 5)}
+
+
+@pytest.fixture
+def build():
+    """Builds a tiny model of a class, all its gates open."""
+
+    def build(kind, **fields):
+        model = kind(RecurrentBartConfig(**TINY | RECURRENT | fields))
+        open_gates(model)
+        return model.eval()
+
+    return build
+
+
+def first(output):
+    """Logits, or the decoder's hidden states of a bare model."""
+    return output[0]
+
+
+def settings(config):
+    """All of a configuration but where it comes from."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_a_saved_model_loads_with_every_weight(build, documents, tmp_path, kind, fields):
+    model = build(kind, **fields)
+    # small enough for several files
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again, report = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert settings(again.config) == settings(model.config)
+    assert torch.equal(first(again(**documents)), first(model(**documents)))
+
+
+def test_a_bare_model_loads_from_one_with_a_head_and_the_other_way_round(build, documents, tmp_path):
+    whole = build(RecurrentBartForConditionalGeneration)
+    whole.save_pretrained(tmp_path / "whole")
+    bare = AutoModel.from_pretrained(tmp_path / "whole")
+    assert type(bare) is RecurrentBartModel
+    assert torch.equal(first(bare(**documents)), first(whole.model(**documents)))
+    bare.save_pretrained(tmp_path / "bare")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "bare")
+    assert type(again) is RecurrentBartForConditionalGeneration
+    expected = whole(**documents).logits - whole.final_logits_bias
+    torch.testing.assert_close(again(**documents).logits, expected)
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+def test_the_embedding_is_one_and_is_saved_once(build, tmp_path, kind):
+    model = build(kind)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        saved = {name.removeprefix("model.") for name in file.keys()}  # noqa: SIM118
+    assert saved & SHARED == {"shared.weight"}
+    assert "lm_head.weight" not in saved
+    for one in (model, kind.from_pretrained(tmp_path), copy.deepcopy(model)):
+        weights = one.named_parameters(remove_duplicate=False)
+        tied = [weight for name, weight in weights if name.removeprefix("model.") in SHARED | {"lm_head.weight"}]
+        assert len(tied) == 3 + (kind is RecurrentBartForConditionalGeneration)
+        assert all(weight is tied[0] for weight in tied)
+
+
+@pytest.mark.parametrize("n_ids", [70, 45])
+def test_the_vocabulary_can_be_resized(build, documents, tmp_path, n_ids):
+    model = build(RecurrentBartForConditionalGeneration)
+    documents["input_ids"].clamp_(max=44)
+    documents["decoder_input_ids"].clamp_(max=44)
+    before = model(**documents).logits
+    model.resize_token_embeddings(n_ids)
+    after = model(**documents).logits
+    kept = min(n_ids, 60)
+    assert after.shape[-1] == model.config.vocab_size == n_ids
+    torch.testing.assert_close(after[..., :kept], before[..., :kept])
+    assert model.lm_head.weight is model.model.shared.weight is model.model.encoder.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(again(**documents).logits, after)
+
+
+def test_another_embedding_is_read_by_both_sides(build, documents):
+    model = build(RecurrentBartModel)
+    expected = first(model(**documents))
+    other = copy.deepcopy(model.get_input_embeddings())
+    model.set_input_embeddings(other)
+    assert torch.equal(first(model(**documents)), expected)
+    torch.nn.init.normal_(other.weight)
+    assert not torch.allclose(first(model(**documents)), expected)
+    assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is other.weight
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_every_parameter_gets_a_gradient(build, documents, fields):
+    model = build(RecurrentBartForConditionalGeneration, **fields).train()
+    documents.pop("decoder_input_ids")
+    model(**documents, labels=random_ids(2, 5)).loss.backward()
+    still = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum()]
+    # with one softmax over all, a bias of keys moves every score by the same
+    assert all(name.endswith("k_proj.bias") for name in still)
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_built_on_the_meta_device_nothing_is_left_uninitialised(kind, fields):
+    """As `from_pretrained` builds it, and initialises afterwards what a checkpoint lacks."""
+    config = RecurrentBartConfig(**TINY | RECURRENT | fields)
+    with torch.device("meta"):
+        model = kind(config)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(torch.nan)
+    for module in model.modules():
+        model._init_weights(module)
+    left = [name for name, tensor in model.state_dict().items() if tensor.isnan().any()]
+    assert not left
+
+
+def test_the_configuration_survives_a_file(tmp_path):
+    config = RecurrentBartConfig(**TINY | RECURRENT | {"recurrence": "top", "decoder_context": "all", "bptt_depth": 3})
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is RecurrentBartConfig
+    assert settings(again) == settings(config)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(RecurrentBartModel, BartModel), (RecurrentBartForConditionalGeneration, BartForConditionalGeneration)],
+)
+def test_forward_takes_barts_arguments_in_barts_order(ours, theirs):
+    expected, found = (list(inspect.signature(kind.forward).parameters) for kind in (theirs, ours))
+    assert [name for name in found if name in expected] == expected
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_in_half_precision_all_stays_in_it_and_close(build, documents, tmp_path, fields):
+    model = build(RecurrentBartForConditionalGeneration, init_std=0.1, **fields)
+    model.save_pretrained(tmp_path)
+    half = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    found, expected = half(**documents), model(**documents)
+    assert {tensor.dtype for tensor in (found.logits, *found.state.tensors().values())} >= {torch.bfloat16}
+    assert not any(tensor.dtype == torch.float32 for tensor in found.state.tensors().values())
+    torch.testing.assert_close(found.logits.float(), expected.logits, rtol=0.1, atol=0.1)
+
+
+def test_labels_are_shifted_once(build, documents):
+    model, labels = build(RecurrentBartForConditionalGeneration), random_ids(2, 5)
+    labels[1, 3:] = -100
+    documents["decoder_input_ids"] = shift_tokens_right(labels, 1, model.config.decoder_start_token_id)
+    logits = model(**documents).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    documents.pop("decoder_input_ids")
+    torch.testing.assert_close(model(**documents, labels=labels).loss, expected)
+
+
+def test_checkpointing_asked_for_by_the_configuration_is_on(build):
+    model = build(RecurrentBartForConditionalGeneration, gradient_checkpointing=True)
+    assert all(layer.gradient_checkpointing for layer in model.model.encoder.layers)
+    assert not hasattr(model.config, "gradient_checkpointing")
+
+
+def test_a_frozen_model_can_be_trained_through_its_embeddings_under_checkpointing(build, documents):
+    """As PEFT asks for it: gradient must reach what is trained above frozen embeddings."""
+    model = build(RecurrentBartForConditionalGeneration).train()
+    model.requires_grad_(False)
+    query = model.model.encoder.layers[0].self_attn.q_proj.weight.requires_grad_()
+    model.set_gradient_checkpointing("segment")
+    model.enable_input_require_grads()
+    documents.pop("decoder_input_ids")
+    model(**documents, labels=random_ids(2, 5)).loss.backward()
+    assert query.grad.abs().sum() > 0
+
+
+def test_embeddings_of_segments_stand_for_their_ids(build, documents):
+    model = build(RecurrentBartForConditionalGeneration)
+    ids = documents.pop("input_ids")[:, :16].view(2, 2, 8)
+    mask = documents.pop("attention_mask")[:, :16].view(2, 2, 8)
+    found = model(inputs_embeds=model.model.shared(ids), attention_mask=mask, **documents).logits
+    assert torch.equal(found, model(input_ids=ids, attention_mask=mask, **documents).logits)
+
+
+def test_encoder_and_decoder_can_be_had_alone(build, documents):
+    model = build(RecurrentBartForConditionalGeneration)
+    decoder_input_ids = documents.pop("decoder_input_ids")
+    encoded = model.get_encoder()(**documents)
+    expected = model(**documents, decoder_input_ids=decoder_input_ids).logits
+    found = model(encoder_outputs=encoded, decoder_input_ids=decoder_input_ids).logits
+    torch.testing.assert_close(found, expected)
+    assert model.get_decoder() is model.model.decoder
