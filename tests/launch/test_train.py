@@ -68,7 +68,8 @@ class TestTwoProcesses:
         assert config["arguments"]["run"]["max_steps"] == 6
         assert config["deepspeed"]["train_micro_batch_size_per_gpu"] == 2
         assert "auto" not in json.dumps(config["deepspeed"])
-        assert config["versions"]["torch"] == torch.__version__
+        # a build may be named behind it, +cpu say
+        assert torch.__version__.startswith(config["versions"]["torch"])
 
     def test_the_log_holds_steps_and_evaluations(self, two_processes):
         records = read_metrics(two_processes[0])

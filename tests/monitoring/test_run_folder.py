@@ -23,7 +23,8 @@ def test_the_configuration_holds_all_that_a_run_followed_from(folder):
     folder.write_config(arguments={"run": {"seed": 1}}, model={"d_model": 8}, deepspeed={"bf16": {}})
     config = json.loads(folder.config_file.read_text())
     assert config.keys() == {"arguments", "model", "deepspeed", "git_commit", "versions"}
-    assert config["versions"]["torch"] == torch.__version__
+    # a build may be named behind it, +cpu say
+    assert torch.__version__.startswith(config["versions"]["torch"])
     assert all(config["versions"].values())
     assert folder.read_config() == config
     assert [path.name for path in folder.path.iterdir()] == ["config.json"]

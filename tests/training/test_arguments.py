@@ -54,7 +54,7 @@ def test_flags_reach_their_group():
 
 
 def test_architecture_flags_are_fields_of_the_configuration():
-    own = {"model_name_or_path", "model_size", "tokenizer_name", "vocab_size"}
+    own = {"model_name_or_path", "model_size", "tokenizer_name", "vocab_size", "train", "lora_r", "lora_alpha"}
     names = {item.name for item in fields(ModelArguments)} - own
     assert names <= set(RecurrentBartConfig.__dataclass_fields__)
     assert {"pre_seq_len", "segment_size", "input_size", "max_n_segments", "bptt_depth"} <= names
