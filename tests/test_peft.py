@@ -1,7 +1,9 @@
 """PEFT wraps the model, trains it, and leaves it as it would be without."""
 
+import copy
+
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from recurrent_bart import RecurrentBartForConditionalGeneration
 from tiny import random_ids, tiny_model
@@ -33,3 +35,45 @@ def test_lora_trains_merges_and_loads_as_a_plain_model(tmp_path):
     loaded = RecurrentBartForConditionalGeneration.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(**inputs).logits, adapted, rtol=0, atol=1e-5)
     assert torch.equal(loaded.generate(inputs["input_ids"], max_new_tokens=6), texts)
+
+
+def test_adapters_for_summarisation_are_saved_alone_and_put_on_the_model_again(tmp_path):
+    """PEFT's class for models with an encoder and a decoder has `forward` and `generate` of its own."""
+    base, inputs = tiny_model().eval(), {"input_ids": random_ids(2, 20), "labels": random_ids(2, 5)}
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM",
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["recurrence"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    logits = model(**inputs).logits
+    assert torch.equal(again(**inputs).logits, logits)
+    assert not torch.allclose(base(**inputs).logits, logits)
+    plain, ids = again.merge_and_unload(), random_ids(2, 3, 8)
+    for how in ({"num_beams": 3}, {"every_segment": True}):
+        found, expected = (one.generate(input_ids=ids, max_new_tokens=5, **how) for one in (model, plain))
+        assert torch.equal(found, expected)
+
+
+def test_adapters_train_under_checkpointing_as_without():
+    inputs = {"input_ids": random_ids(2, 20), "labels": random_ids(2, 5)}
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["recurrence"])
+    model = get_peft_model(tiny_model(), config).train()
+    gradients = []
+    for grain in ("none", "layer", "segment"):
+        model.get_base_model().set_gradient_checkpointing(grain)
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for found in gradients[1:]:
+        for name, expected in gradients[0].items():
+            torch.testing.assert_close(found[name], expected, msg=name)
+    # A has none while B is zero
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if "lora_B" in name)
