@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from recurrent_bart import RecurrentBartConfig
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segmentation import pad_segments
 from reference import context, encode
-from tiny import random_ids
+from tiny import batch_of, random_ids
 
 RAGGED = [[8, 8, 3], [5], [8, 2]]
 CONTEXTS = {
@@ -18,12 +19,6 @@ CONTEXTS = {
     "all in one softmax": {"decoder_context": "all", "prefix_attention": "concat"},
 }
 of_every_context = pytest.mark.parametrize("fields", CONTEXTS.values(), ids=CONTEXTS)
-
-
-def batch_of(lengths):
-    documents = [[random_ids(n).tolist() for n in segments] for segments in lengths]
-    input_ids = torch.tensor(pad_segments(documents, padding=-1))
-    return documents, input_ids.clamp(min=1), (input_ids >= 0).long()
 
 
 @of_every_context
@@ -120,8 +115,6 @@ def test_a_batch_with_nothing_to_read_is_finite_and_touches_every_parameter(make
 
 
 def test_memory_without_a_state_is_refused():
-    from recurrent_bart import RecurrentBartConfig
-
     for fields in ({"recurrence": "none"}, {"pre_seq_len": 0}):
         with pytest.raises(ValueError, match='decoder_context="memory" needs a state'):
             RecurrentBartConfig(decoder_context="memory", **fields)

@@ -5,9 +5,8 @@ import itertools
 import pytest
 import torch
 
-from recurrent_bart.segmentation import pad_segments
 from reference import context, encode
-from tiny import random_ids
+from tiny import batch_of, random_ids
 
 FIELDS = ("recurrence", "prefix_attention", "prefix_projection", "update_gate")
 VARIANTS = [
@@ -30,13 +29,6 @@ DOCUMENTS = {
 
 def name_of(variant):
     return "-".join(map(str, variant.values()))
-
-
-def batch_of(lengths):
-    """Ids of documents, as lists and as one padded batch."""
-    documents = [[random_ids(n).tolist() for n in segments] for segments in lengths]
-    input_ids = torch.tensor(pad_segments(documents, padding=-1))
-    return documents, input_ids.clamp(min=1), (input_ids >= 0).long()
 
 
 def model_for(make_model, lengths, **fields):

@@ -3,6 +3,7 @@
 import torch
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
+from recurrent_bart.segmentation import pad_segments
 
 # large weights: a difference that matters is not lost in a nearly linear model
 TINY = {
@@ -33,6 +34,13 @@ def open_gates(model):
 def random_ids(*shape, vocab_size=60):
     """Ids that are no special tokens."""
     return torch.randint(4, vocab_size, shape)
+
+
+def batch_of(lengths):
+    """Ids of documents with segments of these lengths, as lists and as one padded batch with its mask."""
+    documents = [[random_ids(n).tolist() for n in segments] for segments in lengths]
+    input_ids = torch.tensor(pad_segments(documents, padding=-1))
+    return documents, input_ids.clamp(min=1), (input_ids >= 0).long()
 
 
 def tiny_model(**changes):
