@@ -1,10 +1,9 @@
 """Recurrent BART as a Hugging Face model.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), A attended length,
-T target length, S sequences returned of each, D model width, V vocabulary.
+T target length, D model width, V vocabulary.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bart.modeling_bart import (
     BartDecoder,
     BartEncoder,
@@ -30,11 +29,13 @@ from transformers.utils.generic import can_return_tuple
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.decoder_context import encoder_output
-from recurrent_bart.exposure_bias import Oracle, SpecialIds, caching, mix_inputs, sentence_oracle, word_oracle
+from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.modeling_outputs import RecurrentBartLMOutput, RecurrentBartModelOutput, RecurrentEncoderOutput
+from recurrent_bart.oracle_inputs import OracleInputs
 from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, build_recurrence
 from recurrent_bart.schedules import Grid, Kept
+from recurrent_bart.segment_generation import SegmentGeneration
 from recurrent_bart.segmentation import align_at_end, segment_documents
 from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, token_loss
 
@@ -290,7 +291,7 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
 
 
 class RecurrentBartForConditionalGeneration(
-    RecurrentBartPreTrainedModel, BartForConditionalGeneration, GenerationMixin
+    RecurrentBartPreTrainedModel, SegmentGeneration, OracleInputs, BartForConditionalGeneration
 ):
     """Identical to BartForConditionalGeneration except: documents of any length, `state`, targets per segment."""
 
@@ -377,42 +378,6 @@ class RecurrentBartForConditionalGeneration(
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden) + self.final_logits_bias
 
-    @torch.no_grad()
-    def _mixed_inputs(
-        self, oracle: Oracle, encoded: RecurrentEncoderOutput, inputs_BT: Tensor, labels_BT: Tensor
-    ) -> Tensor:
-        """Decoder inputs that are partly an oracle's words; the encoder is not run again."""
-        # also so that not a single random number is drawn
-        if oracle.gold_probability == 1:
-            return inputs_BT
-        eos, pad = self.config.eos_token_id, self.config.pad_token_id
-        special = SpecialIds(eos, pad, outside=(eos, pad, self.config.decoder_start_token_id))
-        if oracle.kind == "word":
-            decoded = self.model.decode(encoded, input_ids=inputs_BT, use_cache=False)
-            words_BT = word_oracle(self._logits(decoded.last_hidden_state), oracle.temperature, special)
-        else:
-            with caching(self.model.decoder):
-                next_logits = self._next_logits(encoded, oracle.n_beams)
-                words_BT = sentence_oracle(next_logits, inputs_BT, labels_BT, oracle, special)
-        return mix_inputs(inputs_BT, words_BT, labels_BT, oracle.gold_probability)
-
-    def _next_logits(self, encoded: RecurrentEncoderOutput, n_beams: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """A step of a beam search: from each beam's last id and the beam it continues, scores of the next id."""
-        n_rows, device = len(encoded.last_hidden_state), encoded.last_hidden_state.device
-        read = encoded.rows(torch.arange(n_rows, device=device).repeat_interleave(n_beams))
-        cache = None
-
-        def next_logits(ids_M: Tensor, parents_M: Tensor) -> Tensor:
-            nonlocal cache
-            if cache is not None:
-                # beams change places within a document, so what is cached of the document stays
-                cache.self_attention_cache.reorder_cache(parents_M)
-            decoded = self.model.decode(read, input_ids=ids_M.unsqueeze(1), past_key_values=cache, use_cache=True)
-            cache = decoded.past_key_values
-            return self._logits(decoded.last_hidden_state[:, -1])
-
-        return next_logits
-
     def _forward_segments(
         self,
         labels_BNT: Tensor,
@@ -446,67 +411,6 @@ class RecurrentBartForConditionalGeneration(
             encoder_last_hidden_state=encoded.last_hidden_state,
             state=encoded.state,
         )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        every_segment: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """As GenerationMixin's, also of documents `(B, N, L)`, from a `state`, and after each segment.
-
-        Returns:
-            Ids `(B, T)`, or with `every_segment=True` `(B, N, T)`, pad where a document has no such segment. With
-            `num_return_sequences`, a document's texts stand one behind the other, so there are more rows. With
-            `return_dict_in_generate`, these are the `sequences`; of all else with `every_segment=True` there is a row
-            for each segment that was read, document by document.
-        """
-        input_ids = kwargs.pop("input_ids", inputs)
-        encoded = kwargs.pop("encoder_outputs", None)
-        if encoded is None:
-            encoded = self._read_to_generate(input_ids, every_segment, generation_config, kwargs)
-        if every_segment:
-            return self._generate_segments(encoded, generation_config, **kwargs)
-        is_flat = input_ids is not None and input_ids.dim() == 2
-        # GenerationMixin takes what outputs call `state` for a cache
-        stateless = dataclasses.replace(encoded, state=None)
-        # the encoder is done with them, but GenerationMixin may look at flat ids
-        return super().generate(input_ids if is_flat else None, generation_config, encoder_outputs=stateless, **kwargs)
-
-    def _read_to_generate(
-        self,
-        input_ids: Tensor | None,
-        every_segment: bool,
-        generation_config: GenerationConfig | None,
-        kwargs: dict[str, Any],
-    ) -> RecurrentEncoderOutput:
-        """Run the encoder as `forward` does, which `GenerationMixin` would call on its own; takes its arguments."""
-        reading = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "state")}
-        for name in ("output_attentions", "output_hidden_states"):
-            # the decoder is asked for them too
-            reading[name] = kwargs.get(name, getattr(generation_config or self.generation_config, name))
-        pad_token_id = self.config.pad_token_id
-        if reading["attention_mask"] is None and input_ids is not None and (input_ids == pad_token_id).any():
-            reading["attention_mask"] = input_ids.ne(pad_token_id).long()
-        return self.model.encode(input_ids, every_segment=every_segment, **reading)
-
-    def _generate_segments(
-        self, encoded: RecurrentEncoderOutput, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> Tensor | ModelOutput:
-        is_read_BN = encoded.is_read
-        found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_read_BN), **kwargs)
-        texts = found.sequences if isinstance(found, ModelOutput) else found
-        # of each segment, as many texts as num_return_sequences says
-        texts_MST = texts.unflatten(0, (int(is_read_BN.sum()), -1))
-        texts_BNST = texts.new_full((*is_read_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
-        texts_BNST[is_read_BN] = texts_MST
-        texts = texts_BNST.transpose(1, 2).flatten(0, 1)
-        if not isinstance(found, ModelOutput):
-            return texts
-        found.sequences = texts
-        return found
 
 
 AutoConfig.register(RecurrentBartConfig.model_type, RecurrentBartConfig)

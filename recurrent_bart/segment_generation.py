@@ -1,0 +1,83 @@
+"""Generation from documents and states, after the last segment or after each.
+
+Shape suffixes: B documents, N segments, M chosen segments, S sequences returned of each, T target length.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import ModelOutput
+
+from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
+
+
+class SegmentGeneration(GenerationMixin):
+    """Identical to GenerationMixin except: documents of any length, `state`, texts after each segment."""
+
+    # of the model that this is a part of
+    model: Any
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        every_segment: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As GenerationMixin's, also of documents `(B, N, L)`, from a `state`, and after each segment.
+
+        Returns:
+            Ids `(B, T)`, or with `every_segment=True` `(B, N, T)`, pad where a document has no such segment. With
+            `num_return_sequences`, a document's texts stand one behind the other, so there are more rows. With
+            `return_dict_in_generate`, these are the `sequences`; of all else with `every_segment=True` there is a row
+            for each segment that was read, document by document.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        encoded = kwargs.pop("encoder_outputs", None)
+        if encoded is None:
+            encoded = self._read_to_generate(input_ids, every_segment, generation_config, kwargs)
+        if every_segment:
+            return self._generate_segments(encoded, generation_config, **kwargs)
+        is_flat = input_ids is not None and input_ids.dim() == 2
+        # GenerationMixin takes what outputs call `state` for a cache
+        stateless = dataclasses.replace(encoded, state=None)
+        # the encoder is done with them, but GenerationMixin may look at flat ids
+        return super().generate(input_ids if is_flat else None, generation_config, encoder_outputs=stateless, **kwargs)
+
+    def _read_to_generate(
+        self,
+        input_ids: Tensor | None,
+        every_segment: bool,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> RecurrentEncoderOutput:
+        """Run the encoder as `forward` does, which `GenerationMixin` would call on its own; takes its arguments."""
+        reading = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "state")}
+        for name in ("output_attentions", "output_hidden_states"):
+            # the decoder is asked for them too
+            reading[name] = kwargs.get(name, getattr(generation_config or self.generation_config, name))
+        pad_token_id = self.config.pad_token_id
+        if reading["attention_mask"] is None and input_ids is not None and (input_ids == pad_token_id).any():
+            reading["attention_mask"] = input_ids.ne(pad_token_id).long()
+        return self.model.encode(input_ids, every_segment=every_segment, **reading)
+
+    def _generate_segments(
+        self, encoded: RecurrentEncoderOutput, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> Tensor | ModelOutput:
+        is_read_BN = encoded.is_read
+        assert is_read_BN is not None
+        found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_read_BN), **kwargs)
+        texts = found.sequences if isinstance(found, ModelOutput) else found
+        # of each segment, as many texts as num_return_sequences says
+        texts_MST = texts.unflatten(0, (int(is_read_BN.sum()), -1))
+        texts_BNST = texts.new_full((*is_read_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
+        texts_BNST[is_read_BN] = texts_MST
+        texts = texts_BNST.transpose(1, 2).flatten(0, 1)
+        if not isinstance(found, ModelOutput):
+            return texts
+        found.sequences = texts
+        return found
