@@ -14,7 +14,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from recurrent_bart.data.sources import ENCODING
+from recurrent_bart.data.jsonl import ENCODING
 from recurrent_bart.inference import TextReader, load_model, run_flags, summary_after
 from recurrent_bart.training.arguments import DataArguments
 

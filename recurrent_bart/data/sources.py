@@ -1,9 +1,6 @@
 """Where documents come from: the embedded corpus, files, folders of texts, data sets by name."""
 
 import csv
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
+from recurrent_bart.data.jsonl import ENCODING, jsonl_records
 from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, split_of
 from recurrent_bart.data.stdlib import library_root, stdlib_rows
 
 EMBEDDED = "stdlib"
 SUMMARY_SUFFIX = ".summary.txt"
-# spreadsheets put a byte order mark in front, which would become part of the first column's name
-ENCODING = "utf-8-sig"
 
 
 @dataclass(frozen=True)
@@ -158,27 +154,10 @@ def _file_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _records_reader(path: Path) -> Any:
     suffixes = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]
-    readers = {".jsonl": _jsonl_records, ".json": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
+    readers = {".jsonl": jsonl_records, ".json": jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
     if not suffixes or suffixes[0] not in readers or (path.suffix == ".gz" and suffixes[0] != ".jsonl"):
         raise ValueError(f"{path}: unknown kind of file; known are .jsonl, .jsonl.gz, .csv and .parquet")
     return readers[suffixes[0]]
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    try:
-        # bytes, for a line that cannot be decoded to be the one that is named
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = line.decode(ENCODING)
-                if not text.strip():
-                    continue
-                record = json.loads(text)
-                if not isinstance(record, dict):
-                    raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
-                yield f"{path}:{number}", record
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number or 1}: unreadable line ({error})") from error
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
