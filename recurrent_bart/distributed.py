@@ -1,6 +1,6 @@
 """What processes tell each other. Works without a process group, as the only process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -49,6 +49,15 @@ def max_over_ranks(value: int, device: torch.device | None = None) -> int:
     largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+def gather_rows(row: Sequence[float], device: torch.device | None = None) -> list[list[float]]:
+    """Every process's numbers, as many of each, in order of rank; one collective."""
+    if not is_distributed():
+        return [list(row)]
+    rows = torch.empty(world_size() * len(row), dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(rows, torch.tensor(row, dtype=torch.float64, device=device))
+    return rows.view(world_size(), len(row)).tolist()
 
 
 def gather_objects(item: Any) -> list[Any]:
