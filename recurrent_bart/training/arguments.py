@@ -133,23 +133,32 @@ class RunArguments:
     oracle_beams: int = flag(3, "beams of the search for the sentence nearest to the target")
     seed: int = flag(42, "of weights, dropout and data order")
     log_every: int = flag(10, "steps between lines of the log")
-    eval_every: int = flag(0, "steps between evaluations and checkpoints; default: a tenth of all, at least 25")
+    eval_every: int = flag(
+        0, "steps between evaluations, with a checkpoint at each; default: a tenth of all, at least 25"
+    )
+    save_every: int = flag(0, "steps between checkpoints beside those written at evaluations; 0: none")
     eval_documents: int = flag(32, "validation documents that are summarised at an evaluation; all count for the loss")
     per_device_eval_batch_size: int | None = flag(None, "documents of a pass in evaluation; default: as in training")
     num_beams: int = flag(1, "beams of generation in evaluation")
     patience: int = flag(0, "stop after so many evaluations without a lower validation loss; 0: never")
+    async_save: bool = flag(False, "write a checkpoint while training goes on, from a copy in the processor's memory")
     keep_last: int = flag(2, "checkpoints kept, beside that of the lowest validation loss")
+    keep_every: int = flag(0, "checkpoints at multiples of so many steps are kept too; 0: none")
+    trust_checkpoint: bool = flag(False, "resume from files that no manifest vouches for")
     dataloader_num_workers: int = flag(2, "processes that make batches")
+    max_minutes: float | None = flag(None, "stop so long after the start, with a checkpoint to resume from")
     timeout_minutes: int = flag(60, "how long a process waits for another one before it gives up")
     local_rank: int = flag(-1, "set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
         _check_at_least(self, 1, *positive, "eval_documents", "num_beams", "timeout_minutes")
+        _check_at_least(self, 0, "max_minutes")
         _check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
         _check_at_least(
             self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay", "eval_every"
         )
+        _check_at_least(self, 0, "save_every", "keep_every")
         _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
         # one may be half written when the next is due
         _check_at_least(self, 2, "keep_last")

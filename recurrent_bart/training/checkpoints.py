@@ -2,23 +2,37 @@
 
 RUN/checkpoints/step-00000100/
     engine/              DeepSpeed's shards: weights, optimizer, learning rate schedule
-    rng-0.pt ...         random states, one file a process: DeepSpeed keeps the first one's alone
-    trainer.json         step, best so far
+    process-0.pt ...     what each process has for itself: random states, what it has counted
+    trainer.json         where the run stands
+    manifest.json        size and checksum of all of these
 """
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.data.corpus import fingerprint
-from recurrent_bart.distributed import barrier, is_first, only_first, rank
+from recurrent_bart.distributed import barrier, from_first, gather_objects, is_first, only_first, rank, world_size
+from recurrent_bart.monitoring.progress import say
+from recurrent_bart.monitoring.run_folder import versions
+from recurrent_bart.training.checkpoint_files import CheckpointFiles, read_tensors
+from recurrent_bart.training.manifest import MANIFEST, has_all_parts, join_parts, make_names_durable, problems
+from recurrent_bart.training.process_state import continue_random_states, draw_anew, process_state, summed
+from recurrent_bart.training.resumed_settings import keeping_settings
+from recurrent_bart.training.retention import outdated
+from recurrent_bart.training.universal import reading_universal, write_universal
 
 ENGINE = "engine"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; raised on all processes, whichever met the error."""
 
 
 @dataclass
@@ -27,78 +41,238 @@ class TrainerState:
 
     Attributes:
         step: Optimizer steps done.
+        evaluated_step: The last step after which it was evaluated; -1: none.
         best_loss: Lowest validation loss so far.
         best_step: Step that had it.
         n_worse: Evaluations since then.
         n_skipped: Steps not applied, for a gradient was not finite.
         n_skipped_in_row: Those since the last one that was applied.
+        n_documents: Documents read, over all processes.
+        order_batch: Documents of a step when the run began, by which their order is made.
     """
 
     step: int = 0
+    evaluated_step: int = -1
     best_loss: float = float("inf")
     best_step: int = 0
     n_worse: int = 0
     n_skipped: int = 0
     n_skipped_in_row: int = 0
+    n_documents: int = 0
+    order_batch: int = 0
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "TrainerState":
+        """As it was saved, by a version that may have known more of it or less."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in known})
 
 
+@dataclass
+class Resumed:
+    """What a run goes on from.
+
+    Attributes:
+        state: Where it stands.
+        figures: What this process has counted since the last line of the log.
+    """
+
+    state: TrainerState = field(default_factory=TrainerState)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Checkpoints:
-    """Writes, finds and reads the checkpoints of a run. All processes call every method together."""
+    """Writes, finds and reads the checkpoints of a run. All processes call every method together.
 
-    def __init__(self, folder: Path, keep_last: int):
-        self.folder, self.keep_last = folder, keep_last
+    Attributes:
+        folder: Holds all of them.
+        keep_last: How many of the newest are kept, beside that of the lowest validation loss.
+        keep_every: Those at multiples of so many steps are kept too; 0: none.
+        in_background: Let training go on while one is written.
+        trusts: Read one that has no manifest.
+    """
 
-    def save(self, engine: DeepSpeedEngine, state: TrainerState) -> None:
-        """Write a checkpoint, under its name only once it is complete, and remove the oldest."""
-        final = self._path(state.step)
-        draft = final.with_name(f".{final.name}.tmp")
-        only_first(lambda: self._make_room(draft))
-        engine.save_checkpoint(str(draft), tag=ENGINE, save_latest=False)
-        torch.save(_random_states(), draft / f"rng-{rank()}.pt")
-        barrier()
-        if is_first():
-            written = {"state": asdict(state), "written_by": _written_by(engine), "bytes": _bytes(draft)}
-            (draft / "trainer.json").write_text(json.dumps(written))
-            _remove(final)
-            draft.rename(final)
-            self._remove_old(state.best_step)
-        barrier()
+    folder: Path
+    keep_last: int = 2
+    keep_every: int = 0
+    in_background: bool = False
+    trusts: bool = False
 
-    def load(self, engine: DeepSpeedEngine) -> TrainerState:
-        """Continue from the newest checkpoint; from the beginning if the run ended before its first.
+    def __post_init__(self) -> None:
+        self.files = CheckpointFiles(copies=self.in_background)
+        self.writing: Future[None] | None = None
+        self.writing_step = 0
+
+    def save(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float] | None = None) -> None:
+        """Write a checkpoint, under its name only once it is complete, and remove those that may go then.
+
+        Args:
+            engine: Its weights and optimizer are saved.
+            state: Where the run stands.
+            figures: What this process has counted since the last line of the log.
 
         Raises:
-            ValueError: It cannot be read, or was written by another number of processes, another ZeRO stage or another
-                model.
+            CheckpointError: It could not be written, or the one before in the background. Those before are whole.
         """
-        steps = self._steps()
-        if not steps:
-            return TrainerState()
-        path = self._path(steps[-1])
-        only_first(lambda: _check(path, engine))
-        settings = _settings(engine)
-        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE)
-        assert loaded, f"DeepSpeed cannot read {path}"
-        _restore(engine, settings)
-        _set_random_states(torch.load(path / f"rng-{rank()}.pt", weights_only=True))
-        return TrainerState(**_read(path)["state"])
+        self.wait()
+        draft = self._draft(state.step)
+        self._agree(self._attempt_room(draft), state.step)
+        self._gather(engine, state, figures or {}, draft)
+        n_processes, best_step = world_size(), state.best_step
+
+        def publish_if_last() -> None:
+            if has_all_parts(draft, n_processes):
+                self._publish(draft, n_processes, best_step)
+
+        self.writing_step = state.step
+        self.writing = self.files.write(draft, rank(), then=publish_if_last)
+        if not self.in_background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what is being written is whole and has its name.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        if self.writing is None:
+            return
+        error, self.writing = self.writing.exception(), None
+        self._agree(error, self.writing_step)
+
+    def load(self, engine: DeepSpeedEngine) -> Resumed:
+        """Continue from the newest checkpoint that is whole; from the beginning if the run ended before its first.
+
+        Raises:
+            ValueError: None is whole, or it is one of another model.
+        """
+        path = self._newest_whole()
+        if path is None:
+            return Resumed()
+        saved = json.loads((path / "trainer.json").read_text())
+        only_first(lambda: _check_model(path, saved["written_by"], engine))
+        state, then = TrainerState.of(saved["state"]), saved["written_by"]
+        with keeping_settings(engine):
+            if then == _written_by(engine):
+                self._load_shards(engine, path)
+            else:
+                self._load_universal(engine, path, then["ZeRO stage"])
+        return Resumed(state, _continue_process(path, then["processes"], state.step))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
+    def _draft(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}.tmp"
+
     def _steps(self) -> list[int]:
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
-    def _make_room(self, draft: Path) -> None:
-        """Make an empty folder; drafts that a crash left behind go."""
-        for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        draft.mkdir(parents=True)
+    def _attempt_room(self, draft: Path) -> OSError | None:
+        """Make an empty folder; drafts that a crash left behind go. The error that the first process meets."""
+        if is_first():
+            for leftover in self.folder.glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            try:
+                (draft / ENGINE).mkdir(parents=True)
+            except OSError as error:
+                return error
+        return None
 
-    def _remove_old(self, best_step: int) -> None:
-        for step in self._steps()[: -self.keep_last]:
-            if step != best_step:
-                _remove(self._path(step))
+    def _agree(self, error: BaseException | None, step: int) -> None:
+        """Stop all processes if any has met an error."""
+        errors = gather_objects(None if error is None else f"process {rank()}: {error}")
+        met = next((text for text in errors if text), None)
+        if met is not None:
+            raise CheckpointError(f"{self._path(step)} cannot be written ({met}); those before it are whole") from error
+
+    def _gather(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float], draft: Path) -> None:
+        """Gather what this process has to write."""
+        engine.checkpoint_engine = self.files
+        # scripts that make one file of the shards, which RUN/model makes needless
+        engine._copy_recovery_script = lambda folder: None
+        engine.save_checkpoint(str(draft), tag=ENGINE, save_latest=False)
+        self.files.save(process_state(figures), draft / f"process-{rank()}.pt")
+        if is_first():
+            content = {"state": asdict(state), "written_by": _written_by(engine)}
+            self.files.save_json(content, draft / "trainer.json")
+
+    def _publish(self, draft: Path, n_processes: int, best_step: int) -> None:
+        """Give a draft its name, on the process that was the last to write its part."""
+        try:
+            # two may be the last
+            (draft / ".last").touch(exist_ok=False)
+        except (FileExistsError, FileNotFoundError):
+            return
+        final = self.folder / draft.name.removeprefix(".").removesuffix(".tmp")
+        step = int(final.name.removeprefix("step-"))
+        join_parts(draft, n_processes, step=step, versions=versions())
+        (draft / ".last").unlink()
+        _remove(final)
+        draft.rename(final)
+        make_names_durable(self.folder)
+        for old in outdated(self._steps(), self.keep_last, self.keep_every, best_step):
+            _remove(self._path(old))
+
+    def _newest_whole(self) -> Path | None:
+        """The newest whole checkpoint, each process having read its share of the files. None if there is none at all.
+
+        Raises:
+            ValueError: There are some, but none is whole.
+        """
+        steps = from_first(self._steps() if is_first() else None)
+        damage: list[str] = []
+        for step in reversed(steps):
+            found = self._problems(self._path(step))
+            if not found:
+                self._set_aside([newer for newer in steps if newer > step])
+                return self._path(step)
+            damage.append(f"{self._path(step)}: {found[0]}")
+            if is_first():
+                say(f"warning: {damage[-1]}; it is passed over")
+        only_first(lambda: _refuse(damage))
+        return None
+
+    def _problems(self, path: Path) -> list[str]:
+        if not path.resolve().is_relative_to(self.folder.resolve()) and not self.trusts:
+            own = ["it lies outside of the run's folder: --trust_checkpoint reads it"]
+        elif self.trusts and not (path / MANIFEST).exists():
+            own = []
+        else:
+            own = problems(path, slice(rank(), None, world_size()))
+        return [problem for share in gather_objects(own) for problem in share]
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Take their names from checkpoints that are damaged, so that none is kept in the place of a whole one."""
+        if is_first():
+            for step in steps:
+                path = self._path(step)
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        barrier()
+
+    def _load_shards(self, engine: DeepSpeedEngine, path: Path) -> None:
+        engine.checkpoint_engine = self.files
+        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE)
+        assert loaded, f"DeepSpeed cannot read {path}"
+
+    def _load_universal(self, engine: DeepSpeedEngine, path: Path, stage_then: int) -> None:
+        """Load what was written by other processes, through a folder that goes away again."""
+        converted = self.folder / ".universal"
+        stage = engine.zero_optimization_stage()
+
+        def convert() -> None:
+            shutil.rmtree(converted, ignore_errors=True)
+            say(f"resuming   {path.name}, written by another number of processes or under another ZeRO stage")
+            write_universal(path / ENGINE, converted / ENGINE, stage_then, stage)
+
+        only_first(convert)
+        with reading_universal(engine):
+            self._load_shards(engine, converted)
+        barrier()
+        only_first(lambda: shutil.rmtree(converted))
 
 
 def _remove(checkpoint: Path) -> None:
@@ -107,8 +281,13 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")), ignore_errors=True)
 
 
+def _refuse(damage: Sequence[str]) -> None:
+    if damage:
+        raise ValueError(f"no checkpoint is whole: {'; '.join(damage)}")
+
+
 def _written_by(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """What must be the same where a checkpoint is read, under the names it has in messages."""
+    """By whom a checkpoint is written."""
     parameters = [
         [name, list(getattr(parameter, "ds_shape", parameter.shape)), parameter.requires_grad]
         for name, parameter in engine.module.named_parameters()
@@ -120,63 +299,19 @@ def _written_by(engine: DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
-def _bytes(checkpoint: Path) -> dict[str, int]:
-    """Size of each file but the record itself."""
-    files = [file for file in checkpoint.rglob("*.pt") if file.is_file()]
-    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
+def _check_model(path: Path, then: dict[str, Any], engine: DeepSpeedEngine) -> None:
+    now = _written_by(engine)
+    if then["model"] != now["model"]:
+        raise ValueError(f"{path}: cannot be continued with another model; {then['model']} then, {now['model']} now")
 
 
-def _check(path: Path, engine: DeepSpeedEngine) -> None:
-    record, found = _read(path), _bytes(path)
-    for name, size in record["bytes"].items():
-        if found.get(name) != size:
-            raise ValueError(f"{path}: {name} is incomplete; remove the checkpoint to go on from the one before")
-    for name, now in _written_by(engine).items():
-        then = record["written_by"][name]
-        if then != now:
-            raise ValueError(
-                f"{path}: cannot be continued with another number of processes, ZeRO stage or model; "
-                f"{name}: {then} then, {now} now"
-            )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "trainer.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: unreadable ({error})") from error
-
-
-def _settings(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """What this run's flags say and a checkpoint would silently overrule with those of the time it was written."""
-    scheduler = engine.lr_scheduler
-    return {
-        "clip_grad": engine.optimizer.clip_grad,
-        "weight_decay": [group["weight_decay"] for group in engine.optimizer.param_groups],
-        "base_lrs": scheduler and scheduler.base_lrs,
-    }
-
-
-def _restore(engine: DeepSpeedEngine, settings: dict[str, Any]) -> None:
-    engine.optimizer.clip_grad = settings["clip_grad"]
-    for group, decay in zip(engine.optimizer.param_groups, settings["weight_decay"], strict=True):
-        group["weight_decay"] = decay
-    scheduler = engine.lr_scheduler
-    if scheduler:
-        scheduler.base_lrs = settings["base_lrs"]
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        for group, base, factor in zip(engine.optimizer.param_groups, scheduler.base_lrs, factors, strict=True):
-            group["lr"] = base * factor
-
-
-def _random_states() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_states(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def _continue_process(path: Path, n_processes: int, step: int) -> dict[str, float]:
+    """Restore this process's random states; what it has counted."""
+    if n_processes == world_size():
+        own = read_tensors(path / f"process-{rank()}.pt")
+        continue_random_states(own["random_states"])
+        return own["figures"]
+    draw_anew(step)
+    if not is_first():
+        return {}
+    return summed([read_tensors(path / f"process-{number}.pt")["figures"] for number in range(n_processes)])
