@@ -184,38 +184,64 @@ def plan_documents(
 class BatchOrder:
     """Which documents each step reads.
 
-    The documents come in a new order every time round, without end. Of every `pool` global batches the documents are
-    sorted by their number of segments, so that a batch has little padding, and the batches are shuffled. The order
-    depends on the seed, the global batch and the step; not on the number of processes, workers or restarts.
+    The documents come in a new order every time round, without end. Of every `pool` batches the documents are sorted by
+    their number of segments, so that a batch has little padding, and the batches are shuffled. This sequence of
+    documents depends on the seed and the size of its batches alone. Steps take from it as many as they need, so a run
+    that goes on with steps of another size repeats and leaves out none.
 
     Args:
         n_segments: Number of segments of each document.
         global_batch: Documents of one optimizer step, over all processes and accumulation steps.
         seed: Of the order.
-        pool: Number of global batches sorted together, at most.
+        pool: Number of batches sorted together, at most.
+        unit: Documents of one batch of the sequence; `global_batch` if not given.
+        first_step: A step whose place in the sequence is known.
+        first_document: Documents read before it.
     """
 
-    def __init__(self, n_segments: Sequence[int], global_batch: int, seed: int, pool: int = 16):
+    def __init__(
+        self,
+        n_segments: Sequence[int],
+        global_batch: int,
+        seed: int,
+        pool: int = 16,
+        unit: int | None = None,
+        first_step: int = 0,
+        first_document: int = 0,
+    ):
         self.n_segments = torch.tensor(n_segments)
-        self.global_batch, self.seed = global_batch, seed
+        self.global_batch, self.seed, self.unit = global_batch, seed, unit or global_batch
+        self.first_step, self.first_document = first_step, first_document
         # no larger than a round, or a document would often stand beside itself
-        self.pool = max(1, min(pool, len(n_segments) // global_batch))
+        self.pool = max(1, min(pool, len(n_segments) // self.unit))
+
+    def documents_before(self, step: int) -> int:
+        """How many documents are read before a step, counted from 0."""
+        return self.first_document + (step - self.first_step) * self.global_batch
 
     def epoch(self, step: int) -> float:
         """How many times every document has been read after `step` optimizer steps."""
-        return step * self.global_batch / len(self.n_segments)
+        return self.documents_before(step) / len(self.n_segments)
 
     def step_indices(self, step: int) -> list[int]:
         """Documents of an optimizer step, counted from 0, those with the fewest segments first."""
-        pool_index, place = divmod(step, self.pool)
-        size = self.pool * self.global_batch
+        first = self.documents_before(step)
+        last = first + self.global_batch
+        units = [self._unit(number) for number in range(first // self.unit, -(-last // self.unit))]
+        offset = first % self.unit
+        documents = torch.cat(units)[offset : offset + self.global_batch]
+        return documents[self.n_segments[documents].argsort(stable=True)].tolist()
+
+    def _unit(self, number: int) -> Tensor:
+        """A batch of the sequence."""
+        pool_index, place = divmod(number, self.pool)
+        size = self.pool * self.unit
         documents = self._documents(pool_index * size, size)
         by_length = documents[self.n_segments[documents].argsort(stable=True)]
-        batches = by_length.view(self.pool, self.global_batch)
-        return batches[self._permutation(self.pool, "pool", pool_index)[place]].tolist()
+        return by_length.view(self.pool, self.unit)[self._permutation(self.pool, "pool", pool_index)[place]]
 
     def _documents(self, first: int, count: int) -> Tensor:
-        """Places `first` to `first + count` of the endless sequence of documents."""
+        """Places `first` to `first + count` of the endless rounds through the documents."""
         n_documents = len(self.n_segments)
         first_round, last_round = first // n_documents, (first + count - 1) // n_documents
         rounds = [self._permutation(n_documents, "round", number) for number in range(first_round, last_round + 1)]

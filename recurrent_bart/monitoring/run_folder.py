@@ -1,14 +1,17 @@
 """The folder of a run: what is in it and how it is written.
 
 RUN/config.json      model, run and DeepSpeed configuration, git commit, versions
-RUN/metrics.jsonl    one line for each logged step and each evaluation
+RUN/metrics.jsonl    one line for each logged step and each evaluation; fields.py says what is in it
 RUN/samples.md       at each evaluation, source, target and generated text side by side
+RUN/wandb/           what wandb wrote, to be uploaded if it was offline
+RUN/tensorboard/     curves for TensorBoard, if asked for
 RUN/curves.png       loss, ROUGE, learning rate and throughput against steps
 RUN/checkpoints/     what a run is continued from
 RUN/model/           the best model so far, for from_pretrained
 RUN/tokenizer/       its tokenizer
 """
 
+import contextlib
 import json
 import math
 import os
@@ -85,29 +88,36 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line; a number that is not finite, which JSON has no name for, is written as null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        line = json.dumps({name: _finite(value) for name, value in record.items()}) + "\n"
+        with self.metrics_file.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            # what a full disk or a crash cut off stays a line of its own
+            is_cut_off = file.read(1) not in (b"", b"\n")
+            file.write(("\n" * is_cut_off + line).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines; a last one that was cut off by a crash is left out."""
+        """All lines; those that were cut off are left out."""
         if not self.metrics_file.exists():
             return []
         records = []
         for line in self.metrics_file.read_text().splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
         return records
 
-    def forget_after(self, step: int) -> None:
-        """Drop what was logged and sampled after a step, for a run that goes on from there."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
+    def forget_after(self, step: int, evaluated_step: int) -> None:
+        """Drop what was logged and evaluated later, for a run that goes on from there and does both again.
+
+        Args:
+            step: Steps done.
+            evaluated_step: The last step after which it was evaluated; -1: none.
+        """
+        last = {True: evaluated_step, False: step}
+        kept = [record for record in self.read_metrics() if record["step"] <= last["validation_loss" in record]]
         replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
         if self.samples_file.exists():
             parts = re.split(r"^(?=## Step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            replace_file(self.samples_file, "".join(part for part in parts if _step_of(part) <= step))
+            replace_file(self.samples_file, "".join(part for part in parts if _step_of(part) <= max(0, evaluated_step)))
 
     def append_samples(self, title: str, samples: Sequence[Any]) -> None:
         """Add some samples under a title."""
@@ -145,6 +155,12 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(samples: str) -> int:

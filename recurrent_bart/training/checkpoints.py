@@ -209,9 +209,12 @@ class Checkpoints:
         step = int(final.name.removeprefix("step-"))
         join_parts(draft, n_processes, step=step, versions=versions())
         (draft / ".last").unlink()
-        _remove(final)
+        replaced = final.with_name(f".{final.name}.replaced")
+        if final.exists():
+            final.rename(replaced)
         draft.rename(final)
         make_names_durable(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in outdated(self._steps(), self.keep_last, self.keep_every, best_step):
             _remove(self._path(old))
 
@@ -221,6 +224,7 @@ class Checkpoints:
         Raises:
             ValueError: There are some, but none is whole.
         """
+        only_first(self._undo_replacement)
         steps = from_first(self._steps() if is_first() else None)
         damage: list[str] = []
         for step in reversed(steps):
@@ -233,6 +237,13 @@ class Checkpoints:
                 say(f"warning: {damage[-1]}; it is passed over")
         only_first(lambda: _refuse(damage))
         return None
+
+    def _undo_replacement(self) -> None:
+        """One that another of the same step was just about to replace is there again."""
+        for replaced in self.folder.glob(".step-*.replaced"):
+            final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+            if not final.exists():
+                replaced.rename(final)
 
     def _problems(self, path: Path) -> list[str]:
         if not path.resolve().is_relative_to(self.folder.resolve()) and not self.trusts:

@@ -160,6 +160,35 @@ def test_documents_of_a_batch_are_alike_in_length_and_batches_are_not_sorted():
     assert [int(batch[0]) for batch in batches] != sorted(int(batch[0]) for batch in batches)
 
 
+@pytest.mark.parametrize("sizes", [(4, 2), (4, 8), (4, 3, 5, 1), (2, 6, 4)])
+def test_steps_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
+    """Whatever the sizes of a run's steps, all of them together read one sequence."""
+    lengths = make_order(n_documents=48).n_segments.tolist()
+    unit, read, step = sizes[0], [], 0
+    for size in sizes:
+        order = BatchOrder(lengths, size, 7, pool=3, unit=unit, first_step=step, first_document=len(read))
+        for _ in range(12 // size):
+            assert len(order.step_indices(step)) == size
+            read += order.step_indices(step)
+            step += 1
+    size = sizes[-1]
+    while len(read) + size <= 96:
+        read += order.step_indices(step)
+        step += 1
+        assert order.epoch(step) == pytest.approx(len(read) / 48)
+    # each epoch is read whole before the next one begins
+    assert sorted(read[:48]) == list(range(48))
+    assert torch.bincount(torch.tensor(read)).max() == 2
+
+
+def test_steps_of_the_first_size_again_are_those_that_there_would_have_been():
+    order = make_order(n_documents=48)
+    lengths = order.n_segments.tolist()
+    # two steps of half the size stand between
+    later = BatchOrder(lengths, 4, 7, pool=3, unit=4, first_step=4, first_document=12)
+    assert [later.step_indices(step) for step in range(4, 20)] == [order.step_indices(step) for step in range(3, 19)]
+
+
 @pytest.mark.parametrize("seed", [0, 2**31 - 1])
 def test_seeds_of_any_size(seed):
     assert len(make_order(seed=seed).step_indices(10**6)) == 4

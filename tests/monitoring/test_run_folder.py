@@ -66,7 +66,7 @@ def test_a_line_that_a_crash_cut_off_is_left_out_and_gone_after_resuming(folder)
     with folder.metrics_file.open("a") as file:
         file.write('{"step": 2, "lo')
     assert folder.read_metrics() == [{"step": 1}]
-    folder.forget_after(1)
+    folder.forget_after(1, 0)
     folder.append_metrics({"step": 2})
     assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
 
@@ -74,8 +74,19 @@ def test_a_line_that_a_crash_cut_off_is_left_out_and_gone_after_resuming(folder)
 def test_what_was_logged_after_the_checkpoint_is_forgotten(folder):
     for step in range(0, 50, 10):
         folder.append_metrics({"step": step})
-    folder.forget_after(20)
+    folder.forget_after(20, 20)
     assert [record["step"] for record in folder.read_metrics()] == [0, 10, 20]
+
+
+@pytest.mark.parametrize(("step", "evaluated_step", "evaluations"), [(20, 10, [0, 10]), (0, 0, [0]), (0, -1, [])])
+def test_an_evaluation_that_is_made_again_is_forgotten(folder, step, evaluated_step, evaluations):
+    for number in (0, 10, 20):
+        folder.append_metrics({"step": number, "loss": 1.0})
+        folder.append_metrics({"step": number, "validation_loss": 1.0})
+    folder.forget_after(step, evaluated_step)
+    records = folder.read_metrics()
+    assert [record["step"] for record in records if "loss" in record] == list(range(0, step + 1, 10))
+    assert [record["step"] for record in records if "validation_loss" in record] == evaluations
 
 
 def test_samples_of_after_the_checkpoint_are_forgotten(folder):
@@ -84,13 +95,13 @@ def test_samples_of_after_the_checkpoint_are_forgotten(folder):
         folder.append_samples(f"Step {step}", [sample])
         if step == 20:
             kept = folder.samples_file.read_text()
-    folder.forget_after(20)
+    folder.forget_after(25, 20)
     assert folder.samples_file.read_text() == kept
 
 
 def test_without_a_log_there_is_nothing_to_forget(folder):
     assert folder.read_metrics() == []
-    folder.forget_after(0)
+    folder.forget_after(0, 0)
     assert folder.read_metrics() == []
 
 
