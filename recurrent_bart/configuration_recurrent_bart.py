@@ -9,7 +9,7 @@ from transformers import BartConfig
 RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("gated", "concat")
 DECODER_CONTEXTS = ("last", "memory", "all")
-SCHEDULES = ("sequential",)
+SCHEDULES = ("sequential", "wavefront")
 
 
 @strict
@@ -42,7 +42,9 @@ class RecurrentBartConfig(BartConfig):
         decoder_context: What the decoder attends to. `"last"`: the final state and the tokens of the last segment.
             `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and the
             tokens of all segments (fusion-in-decoder, arXiv 2007.01282).
-        schedule: `"sequential"`: segment after segment, layer after layer.
+        schedule: In which order cells (segment, layer) are computed; the numbers are the same. `"sequential"`:
+            segment after segment, layer after layer. `"wavefront"`: by diagonals, all cells that need nothing of each
+            other at once; not with `recurrence="top"`.
 
     Raises:
         ValueError: A field is outside its range, or a segment does not fit the position table.
@@ -84,6 +86,11 @@ class RecurrentBartConfig(BartConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+        if self.schedule == "wavefront" and self.recurrence == "top":
+            raise ValueError(
+                'schedule="wavefront" with recurrence="top": a segment cannot begin before the last layer has ended '
+                'the one before; "sequential" or another recurrence is needed'
+            )
 
     def _check_sizes(self) -> None:
         lowest = {

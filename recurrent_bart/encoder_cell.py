@@ -5,6 +5,7 @@ D model width.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ class Visibility:
     slots_read_prefix: bool
 
     @classmethod
+    def everything(cls, n_slots: int, slots_read_prefix: bool) -> "Visibility":
+        """Where there is no padding."""
+        return cls(tokens=None, slots=None, n_slots=n_slots, slots_read_prefix=slots_read_prefix)
+
+    @classmethod
     def build(
         cls, config: RecurrentBartConfig, stream_BLD: Tensor, mask_BL: Tensor, n_slots: int, slots_read_prefix: bool
     ) -> "Visibility":
@@ -54,54 +60,97 @@ class Visibility:
         )
 
 
+class CellLayer(Protocol):
+    """The parts of a layer that a cell is made of; one layer's, or several layers' at once.
+
+    Attributes:
+        shared: A layer that gives what all have in common: activation, dropout, attention's back-end.
+    """
+
+    shared: BartEncoderLayer
+
+    def query_key_value(self, stream_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of attention, each `(B, H, L, K)`."""
+
+    def out_proj(self, read_BLD: Tensor) -> Tensor:
+        """Attention's last map."""
+
+    def self_attn_layer_norm(self, stream_BLD: Tensor) -> Tensor:
+        """The norm behind attention."""
+
+    def fc1(self, stream_BLD: Tensor) -> Tensor:
+        """The feed-forward's first map."""
+
+    def fc2(self, hidden: Tensor) -> Tensor:
+        """The feed-forward's second map."""
+
+    def final_layer_norm(self, stream_BLD: Tensor) -> Tensor:
+        """The norm behind the feed-forward."""
+
+
+class SingleLayer:
+    """One layer as it is, its modules called."""
+
+    def __init__(self, layer: BartEncoderLayer):
+        self.shared = layer
+        self.out_proj, self.fc1, self.fc2 = layer.self_attn.out_proj, layer.fc1, layer.fc2
+        self.self_attn_layer_norm, self.final_layer_norm = layer.self_attn_layer_norm, layer.final_layer_norm
+
+    def query_key_value(self, stream_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of attention, each `(B, H, L, K)`."""
+        own = self.shared.self_attn
+        query, key, value = (split_heads(own, part(stream_BLD)) for part in (own.q_proj, own.k_proj, own.v_proj))
+        return query, key, value
+
+
 def run_cell(
-    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_H: Tensor | None
+    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_BH: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """One cell; recomputed in the backward pass where gradient checkpointing is on for this layer."""
+    cell = SingleLayer(layer)
     if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(encoder_cell, layer, stream_BLD, visible, prefix, gate_H)
-    return encoder_cell(layer, stream_BLD, visible, prefix, gate_H)
+        return layer._gradient_checkpointing_func(encoder_cell, cell, stream_BLD, visible, prefix, gate_BH)
+    return encoder_cell(cell, stream_BLD, visible, prefix, gate_BH)
 
 
 def encoder_cell(
-    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_H: Tensor | None
+    layer: CellLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_BH: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """One layer over one segment. Identical to BartEncoderLayer except: its attention.
 
     Args:
-        layer: The layer.
+        layer: The layer; of several at once, B counts the documents of each.
         stream_BLD: `(B, P + L, D)`, slots in front of tokens.
         visible: What slots and tokens see.
         prefix: Keys and values `(B, H, P, K)` of the layer's state; None switches the recurrence off.
-        gate_H: Gate of each head on the prefix, which then has a softmax of its own; None: one softmax over all.
+        gate_BH: Gate of each head on the prefix, which then has a softmax of its own; None: one softmax over all.
 
     Returns:
         The stream above the layer and, from the eager back-end, the tokens' weights `(B, H, L, A)`.
     """
-    read, weights = cell_attention(layer, stream_BLD, visible, prefix, gate_H)
-    dropped = nn.functional.dropout(layer.self_attn.out_proj(read), p=layer.dropout, training=layer.training)
-    stream_BLD = layer.self_attn_layer_norm(stream_BLD + dropped)
-    hidden = layer.activation_fn(layer.fc1(stream_BLD))
-    hidden = nn.functional.dropout(hidden, p=layer.activation_dropout, training=layer.training)
-    hidden = nn.functional.dropout(layer.fc2(hidden), p=layer.dropout, training=layer.training)
+    shared, dropout = layer.shared, nn.functional.dropout
+    read, weights = cell_attention(layer, stream_BLD, visible, prefix, gate_BH)
+    read = dropout(layer.out_proj(read), p=shared.dropout, training=shared.training)
+    stream_BLD = layer.self_attn_layer_norm(stream_BLD + read)
+    hidden = shared.activation_fn(layer.fc1(stream_BLD))
+    hidden = dropout(hidden, p=shared.activation_dropout, training=shared.training)
+    hidden = dropout(layer.fc2(hidden), p=shared.dropout, training=shared.training)
     return layer.final_layer_norm(stream_BLD + hidden), weights
 
 
 def cell_attention(
-    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_H: Tensor | None
+    layer: CellLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_BH: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """What slots and tokens read, `(B, P + L, D)`, and the tokens' weights: tokens never see slots."""
-    attention, n_slots = layer.self_attn, visible.n_slots
-    query = split_heads(attention, attention.q_proj(stream_BLD))
-    key = split_heads(attention, attention.k_proj(stream_BLD))
-    value = split_heads(attention, attention.v_proj(stream_BLD))
+    attention, n_slots = layer.shared.self_attn, visible.n_slots
+    query, key, value = layer.query_key_value(stream_BLD)
     token_query, tokens = query[:, :, n_slots:], (key[:, :, n_slots:], value[:, :, n_slots:])
-    if prefix is not None and gate_H is None:
+    if prefix is not None and gate_BH is None:
         tokens = concat_keys(prefix, tokens)
     read, weights = attend(attention, token_query, tokens, visible.tokens)
-    if gate_H is not None:
+    if gate_BH is not None:
         prefix_read = attend(attention, token_query, prefix, None)
-        read, weights = gated_read((read, weights), prefix_read, gate_H)
+        read, weights = gated_read((read, weights), prefix_read, gate_BH)
     if n_slots:
         slots_see = concat_keys(prefix, (key, value)) if visible.slots_read_prefix else (key, value)
         slots_read, _ = attend(attention, query[:, :, :n_slots], slots_see, visible.slots)

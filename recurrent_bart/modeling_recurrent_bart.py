@@ -148,7 +148,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             attentions=self._gives_attentions(output_attentions),
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
-        outputs = grid.sequential(segments, mask, state, kept)
+        outputs = grid.run(segments, mask, state, kept)
         output = encoder_output(self.config, outputs, mask, state, every_segment).shifted(-n_empty_B)
         return output.as_tuple() if return_dict is False else output
 

@@ -71,13 +71,16 @@ def concat_keys(*parts: KeyValue) -> KeyValue:
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
-def gated_read(read: Read, memory_read: Read, gate_H: Tensor) -> Read:
-    """What was read of memory, added through the gate of each head; memory's weights stand in front."""
-    gate_H1 = torch.tanh(gate_H).unsqueeze(-1)
-    values = read[0] + gate_H1 * memory_read[0]
+def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
+    """What was read of memory, added through the gate of each head; memory's weights stand in front.
+
+    Gates are of each row, or `(1, H)` for all.
+    """
+    gate_BH1 = torch.tanh(gate_BH).unsqueeze(-1)
+    values = read[0] + gate_BH1.unsqueeze(1) * memory_read[0]
     if read[1] is None:
         return values, None
-    return values, torch.cat([gate_H1.unsqueeze(-1) * memory_read[1], read[1]], dim=-1)
+    return values, torch.cat([gate_BH1.unsqueeze(-1) * memory_read[1], read[1]], dim=-1)
 
 
 class CrossAttention(BartAttention):
@@ -144,4 +147,4 @@ class GatedCrossAttention(CrossAttention):
         if not n_memory:
             return read
         memory = key[:, :, :n_memory], value[:, :, :n_memory]
-        return gated_read(read, attend(self, query, memory, memory_mask), self.memory_gate)
+        return gated_read(read, attend(self, query, memory, memory_mask), self.memory_gate.unsqueeze(0))

@@ -4,18 +4,20 @@ Shape suffixes: B documents, P prefix length (= slots), E encoder layers (of a s
 A attended length, H heads, K head width, D model width.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.models.bart.modeling_bart import BartEncoderLayer
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 
 KeyValue = tuple[Tensor, Tensor]
+# tensors of several layers by name, stacked by layer
+Weights = Mapping[str, Tensor]
 # gives a layer's prefix by the layer's number and the slots (B, P, D) that enter it
 PrefixReader = Callable[[int, Tensor], KeyValue]
 
@@ -132,39 +134,50 @@ class PrefixRecurrence(nn.Module):
         """Slots `(B, P, D)` that enter below the first layer."""
         return self.slot_embedding.expand(memory_EBPD.shape[1], -1, -1)
 
+    def by_layer(self) -> Weights:
+        """What every layer has of its own, stacked by layer."""
+        shared = ("initial_memory", "slot_embedding")
+        return {name: parameter for name, parameter in self.named_parameters() if name not in shared}
+
     def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
         """The prefix of each layer for one segment."""
-        prefixes = self.project(memory_EBPD, layers)
-        return lambda layer_idx, slots_BPD: prefixes[layer_idx]
+        key, value = self.project(memory_EBPD, self.by_layer(), functools.partial(_own_projection, layers))
+        return lambda layer_idx, slots_BPD: (key[layer_idx], value[layer_idx])
 
-    def project(self, memory_EBPD: Tensor, layers: nn.ModuleList, first: int = 0) -> list[KeyValue]:
-        """Keys and values `(B, H, P, K)` of as many layers as there are states, from layer `first` on."""
-        span = slice(first, first + len(memory_EBPD))
+    def project(self, memory_EBPD: Tensor, weights: Weights, own: Callable[[Tensor], KeyValue]) -> KeyValue:
+        """Keys and values `(E, B, H, P, K)` of the layers that have these states.
+
+        Args:
+            memory_EBPD: Their states.
+            weights: What `by_layer` gives of them.
+            own: The layers' own projections to keys and values `(E, B, P, D)`.
+        """
         if self.has_projection:
-            hidden = torch.tanh(per_layer(memory_EBPD, self.projection_in[span], self.projection_in_bias[span]))
-            both = per_layer(hidden, self.projection_out[span], self.projection_out_bias[span])
-            pairs = [both_BP2D.chunk(2, dim=-1) for both_BP2D in both]
+            hidden = torch.tanh(per_layer(memory_EBPD, weights["projection_in"], weights["projection_in_bias"]))
+            both = per_layer(hidden, weights["projection_out"], weights["projection_out_bias"])
+            key, value = both.chunk(2, dim=-1)
         else:
-            pairs = [_own_projection(layer, memory) for layer, memory in zip(layers[span], memory_EBPD, strict=True)]
-        return [(self._heads(self.dropout(key)), self._heads(self.dropout(value))) for key, value in pairs]
+            key, value = own(memory_EBPD)
+        return self._heads(self.dropout(key)), self._heads(self.dropout(value))
 
-    def next_memory(self, memory_EBPD: Tensor, slots: list[Tensor], is_read_B: Tensor) -> Tensor:
+    def next_memory(self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor, weights: Weights) -> Tensor:
         """State after a segment; a document that has no text in it keeps its state unchanged.
 
         Args:
             memory_EBPD: State before it.
-            slots: Slots `(B, P, D)` that leave each layer.
-            is_read_B: False where the document has no text in the segment.
+            slots_EBPD: Slots that leave each layer.
+            is_read_EB: False where the document has no text in the segment that the layer is at.
+            weights: What `by_layer` gives of these layers.
         """
-        slots_EBPD = new = torch.stack(slots[-len(memory_EBPD) :])
+        new = slots_EBPD
         if self.has_update_gate:
             both = torch.cat([memory_EBPD, slots_EBPD], dim=-1)
-            gate = torch.sigmoid(per_layer(both, self.update_gate, self.update_gate_bias))
+            gate = torch.sigmoid(per_layer(both, weights["update_gate"], weights["update_gate_bias"]))
             new = memory_EBPD + gate * (slots_EBPD - memory_EBPD)
-        return torch.where(is_read_B.view(1, -1, 1, 1), new, memory_EBPD)
+        return torch.where(is_read_EB[:, :, None, None], new, memory_EBPD)
 
-    def _heads(self, hidden_BPD: Tensor) -> Tensor:
-        return hidden_BPD.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+    def _heads(self, hidden_EBPD: Tensor) -> Tensor:
+        return hidden_EBPD.unflatten(-1, (self.n_heads, -1)).transpose(-3, -2)
 
 
 class TopRecurrence(PrefixRecurrence):
@@ -189,7 +202,15 @@ class TopRecurrence(PrefixRecurrence):
 
     def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
         """The prefix of each layer, made of the slots that have come up to it."""
-        return lambda layer_idx, slots_BPD: self.project(slots_BPD.unsqueeze(0), layers, layer_idx)[0]
+        weights = self.by_layer()
+
+        def read(layer_idx: int, slots_BPD: Tensor) -> KeyValue:
+            span = slice(layer_idx, layer_idx + 1)
+            own = functools.partial(_own_projection, layers[span])
+            key, value = self.project(slots_BPD.unsqueeze(0), {n: w[span] for n, w in weights.items()}, own)
+            return key[0], value[0]
+
+        return read
 
 
 class StaticPrefix(PrefixRecurrence):
@@ -206,7 +227,7 @@ class StaticPrefix(PrefixRecurrence):
         """No slot."""
         return memory_EBPD[0, :, :0]
 
-    def next_memory(self, memory_EBPD: Tensor, slots: list[Tensor], is_read_B: Tensor) -> Tensor:
+    def next_memory(self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor, weights: Weights) -> Tensor:
         """The same prefix again."""
         return memory_EBPD
 
@@ -225,5 +246,8 @@ def per_layer(hidden_EBPD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return mapped.view(n_layers, n_documents, n_slots, -1)
 
 
-def _own_projection(layer: BartEncoderLayer, memory_BPD: Tensor) -> KeyValue:
-    return layer.self_attn.k_proj(memory_BPD), layer.self_attn.v_proj(memory_BPD)
+def _own_projection(layers: Iterable[Any], memory_EBPD: Tensor) -> KeyValue:
+    attentions = [layer.self_attn for layer in layers]
+    keys = [attention.k_proj(memory) for attention, memory in zip(attentions, memory_EBPD, strict=True)]
+    values = [attention.v_proj(memory) for attention, memory in zip(attentions, memory_EBPD, strict=True)]
+    return torch.stack(keys), torch.stack(values)

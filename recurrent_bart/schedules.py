@@ -4,17 +4,23 @@ Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length 
 D model width.
 """
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility, run_cell
-from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState
+from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
+from recurrent_bart.stacked_layers import can_stack, stack_layers
+from recurrent_bart.wavefront import Wavefront
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class SegmentOutput:
 
     tokens: Tensor
     memory: Tensor | None
-    hidden_states: list[Tensor]
-    attentions: list[Tensor]
+    hidden_states: list[Tensor] = field(default_factory=list)
+    attentions: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -87,10 +93,8 @@ class Grid:
     embed: Callable[[Tensor, Tensor | None], Tensor]
     checkpoints_segments: bool = False
 
-    def sequential(
-        self, segments_BNLD: Tensor, mask_BNL: Tensor, state: RecurrentState | None, kept: Kept
-    ) -> GridOutput:
-        """Segment after segment, layer after layer: the reference.
+    def run(self, segments_BNLD: Tensor, mask_BNL: Tensor, state: RecurrentState | None, kept: Kept) -> GridOutput:
+        """Run the grid in the order that `config.schedule` names.
 
         Gradient crosses `config.bptt_depth` segment boundaries: segments form windows of one more than that, aligned
         to the last one, and the state is cut between windows. Segments whose output reaches no kept one by gradient
@@ -105,27 +109,48 @@ class Grid:
         n_segments = mask_BNL.shape[1]
         window = self.config.bptt_window or n_segments + 1
         is_read_BN = mask_BNL.bool().any(dim=-1)
-        first_with_graph = 0 if kept.every_segment else n_segments - window
-        # without a state nothing is left of a segment but its own output
-        first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
         memory = learned = self.recurrence.first_memory(len(mask_BNL)) if self.recurrence else None
         is_begun_B = torch.zeros_like(is_read_BN[:, 0])
         if state is not None and state.memory is not None:
             is_begun_B = state.position > 0
             memory = _where_begun(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
-        output = GridOutput()
         # one view for each segment, not one index into all: its backward pass would write all of them each time
         segments = segments_BNLD.unbind(dim=1)
-        for t in range(first, n_segments):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first_with_graph):
-                if self.config.has_state and (n_segments - t) % window == 0:
-                    memory = _where_begun(is_begun_B | is_read_BN[:, :t].any(dim=1), memory.detach(), learned)
-                segment = self._run_segment(segments[t], mask_BNL[:, t], is_read_BN[:, t], memory, kept)
-            memory = segment.memory
-            is_last = t == n_segments - 1
-            self._keep(output, segment, kept, is_last)
+        run = self._sequential
+        if self._is_by_diagonals(segments_BNLD, kept):
+            weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
+            run = functools.partial(self._wavefront, weights)
+        output = GridOutput()
+        for part, has_graph in self._stretches(n_segments, window, kept):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
+                if self.config.has_state and (n_segments - part.start) % window == 0:
+                    is_begun_B = is_begun_B | is_read_BN[:, : part.start].any(dim=1)
+                    memory = _where_begun(is_begun_B, memory.detach(), learned)
+                for t, segment in enumerate(run(segments[part], mask_BNL[:, part], memory, kept), start=part.start):
+                    memory = segment.memory
+                    self._keep(output, segment, kept, is_last=t == n_segments - 1)
         output.memory = memory if self.config.has_state else None
         return output
+
+    def _stretches(self, n_segments: int, window: int, kept: Kept) -> list[tuple[slice, bool]]:
+        """Segments between which the state is cut, and whether they have a graph."""
+        # without a state nothing is left of a segment but its own output
+        first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
+        if not torch.is_grad_enabled():
+            return [(slice(first, n_segments), False)]
+        first_with_graph = 0 if kept.every_segment else max(0, n_segments - window)
+        cuts = [n for n in range(first + 1, n_segments) if (n_segments - n) % window == 0 and n >= first_with_graph]
+        borders = [first, *cuts, n_segments]
+        return [(slice(start, stop), start >= first_with_graph) for start, stop in itertools.pairwise(borders)]
+
+    def _is_by_diagonals(self, segments_BNLD: Tensor, kept: Kept) -> bool:
+        """Whether to run by diagonals; what every layer gives is handed out by the sequential schedule alone."""
+        if self.config.schedule == "sequential" or kept.hidden_states or kept.attentions:
+            return False
+        if not can_stack(self.layers):
+            logger.warning_once("schedule='wavefront': layers are wrapped, as by adapters; they run one after another")
+            return False
+        return True
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: Kept, is_last: bool) -> None:
         if kept.every_segment or kept.tokens or is_last:
@@ -138,32 +163,53 @@ class Grid:
         if kept.attentions:
             output.attentions.append(segment.attentions)
 
-    def _run_segment(self, *inputs: Any) -> SegmentOutput:
-        if self.checkpoints_segments and torch.is_grad_enabled():
-            return checkpoint(self._segment, *inputs, use_reentrant=False)
-        return self._segment(*inputs)
+    def _wavefront(
+        self, weights: Weights, tokens: tuple[Tensor, ...], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: Kept
+    ) -> Iterator[SegmentOutput]:
+        """By diagonals: all cells that need nothing of each other at once."""
+        layer = self.layers[0]
+        by_layer = "layer" if layer.gradient_checkpointing and layer.training else "none"
+        checkpointing = "segment" if self.checkpoints_segments else by_layer
+        wavefront = Wavefront(self.config, layer, self.recurrence, self.embed, checkpointing)
+        for top, memory in wavefront.run(weights, tokens, mask_BNL, memory_EBPD):
+            yield SegmentOutput(top, memory)
 
-    def _segment(
-        self, tokens_BLD: Tensor, mask_BL: Tensor, is_read_B: Tensor, memory_EBPD: Tensor | None, kept: Kept
-    ) -> SegmentOutput:
+    def _sequential(
+        self, tokens: tuple[Tensor, ...], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: Kept
+    ) -> Iterator[SegmentOutput]:
+        """Segment after segment, layer after layer: the reference."""
+        is_checkpointed = self.checkpoints_segments and torch.is_grad_enabled()
+        for tokens_BLD, mask_BL in zip(tokens, mask_BNL.unbind(dim=1), strict=True):
+            inputs = tokens_BLD, mask_BL, memory_EBPD, kept
+            segment = (
+                checkpoint(self._segment, *inputs, use_reentrant=False) if is_checkpointed else self._segment(*inputs)
+            )
+            memory_EBPD = segment.memory
+            yield segment
+
+    def _segment(self, tokens_BLD: Tensor, mask_BL: Tensor, memory_EBPD: Tensor | None, kept: Kept) -> SegmentOutput:
         """One segment through all layers."""
         recurrence, config = self.recurrence, self.config
         n_slots = recurrence.n_slots if recurrence else 0
         stream = self.embed(tokens_BLD, recurrence.slots(memory_EBPD) if recurrence else None)
         visible = Visibility.build(config, stream, mask_BL, n_slots, bool(recurrence and recurrence.slots_read_prefix))
         read_prefix = recurrence.prefix_reader(memory_EBPD, self.layers) if recurrence else None
-        has_gate = recurrence is not None and config.prefix_attention == "gated"
+        gate_EH = recurrence.prefix_gate if recurrence and config.prefix_attention == "gated" else None
         slots, hidden_states, attentions = [], [stream[:, n_slots:]], []
         for layer_idx, layer in enumerate(self.layers):
             prefix = read_prefix(layer_idx, stream[:, :n_slots]) if read_prefix else None
-            gate = recurrence.prefix_gate[layer_idx] if has_gate else None
-            stream, weights = run_cell(layer, stream, visible, prefix, gate)
+            gate_1H = None if gate_EH is None else gate_EH[layer_idx : layer_idx + 1]
+            stream, weights = run_cell(layer, stream, visible, prefix, gate_1H)
             slots.append(stream[:, :n_slots])
             if kept.hidden_states:
                 hidden_states.append(stream[:, n_slots:])
             if kept.attentions:
                 attentions.append(weights)
-        memory = recurrence.next_memory(memory_EBPD, slots, is_read_B) if recurrence else None
+        memory = memory_EBPD
+        if recurrence:
+            slots_EBPD = torch.stack(slots[-len(memory_EBPD) :])
+            is_read_1B = mask_BL.bool().any(dim=-1).unsqueeze(0)
+            memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, recurrence.by_layer())
         return SegmentOutput(stream[:, n_slots:], memory, hidden_states, attentions)
 
 

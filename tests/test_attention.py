@@ -19,6 +19,8 @@ FIELDS = {
     "no recurrence": {"pre_seq_len": 0},
     "gated memory": {"decoder_context": "memory"},
     "concat, all tokens": {"prefix_attention": "concat", "decoder_context": "all"},
+    "wavefront": {"schedule": "wavefront"},
+    "concat, wavefront": {"prefix_attention": "concat", "schedule": "wavefront"},
 }
 
 

@@ -35,6 +35,7 @@ def test_sizes_follow_from_each_other(fields, segment_size, input_size):
         ({"recurrence": "sideways"}, "recurrence='sideways': allowed are 'layerwise'"),
         ({"prefix_attention": "open"}, "allowed are 'gated', 'concat'"),
         ({"encoder_layerdrop": 0.1}, "encoder_layerdrop=0.1"),
+        ({"schedule": "wavefront", "recurrence": "top"}, 'schedule="wavefront" with recurrence="top"'),
     ],
 )
 def test_fields_out_of_range_are_refused(fields, message):

@@ -12,6 +12,8 @@ VARIANTS = {
     "top": {"recurrence": "top"},
     "static": {"recurrence": "none", "decoder_context": "all"},
     "memory": {"decoder_context": "memory"},
+    "wavefront": {"schedule": "wavefront"},
+    "concat windows wavefront": {"prefix_attention": "concat", "bptt_depth": 1, "schedule": "wavefront"},
 }
 
 

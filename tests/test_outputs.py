@@ -103,7 +103,7 @@ def test_weights_give_what_was_read(make_eager):
     output = encoder(ids, **WANTED)
     first, layer = output.hidden_states[0][0, 0], encoder.layers[0]
     attention, core = layer.self_attn, encoder.recurrence
-    (_, prefix_value), *_ = core.project(core.first_memory(1), encoder.layers)
+    _, prefix_value = core.prefix_reader(core.first_memory(1), encoder.layers)(0, None)
     value = torch.cat([prefix_value[0], attention.v_proj(first).view(8, N_HEADS, -1).transpose(0, 1)], dim=1)
     read = (output.attentions[0][0, 0] @ value).transpose(0, 1).flatten(1)
     stream = layer.self_attn_layer_norm(first + attention.out_proj(read))

@@ -16,6 +16,7 @@ VARIANTS = [
     {"recurrence": "none", "prefix_attention": attention, "prefix_projection": projection}
     for attention, projection in itertools.product(("gated", "concat"), (True, False))
 ]
+VARIANTS += [variant | {"schedule": "wavefront"} for variant in VARIANTS if variant["recurrence"] != "top"]
 # lengths of the segments of each document
 DOCUMENTS = {
     "one": [[8]],
@@ -88,8 +89,9 @@ def test_context_after_every_segment_is_the_references(make_model, variant):
     assert output.is_read.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
 
 
-def test_without_recurrence_segments_are_read_alone(make_model):
-    model = make_model(pre_seq_len=0)
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_without_recurrence_segments_are_read_alone(make_model, schedule):
+    model = make_model(pre_seq_len=0, schedule=schedule)
     documents, input_ids, mask = batch_of(DOCUMENTS["ragged"])
     output = model.model.encoder(input_ids, attention_mask=mask)
     for row, document in enumerate(documents):

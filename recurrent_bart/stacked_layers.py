@@ -1,0 +1,139 @@
+"""Several encoder layers as one: their weights stacked, each map one batched matrix product.
+
+Shape suffixes: B documents, R = layers * documents, L tokens (slots included), E encoder layers, H heads,
+K head width, D model width.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.models.bart.modeling_bart import BartEncoderLayer
+
+from recurrent_bart.prefix_recurrence import KeyValue, Weights, per_layer
+
+LINEAR = {
+    "query_key_value": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out_proj": ("self_attn.out_proj",),
+    "fc1": ("fc1",),
+    "fc2": ("fc2",),
+}
+NORMS = ("self_attn_layer_norm", "final_layer_norm")
+
+
+def can_stack(layers: Iterable[nn.Module]) -> bool:
+    """Whether these are layers whose maps are plain products; an adapter's are not."""
+    kinds = {name: nn.Linear for names in LINEAR.values() for name in names} | dict.fromkeys(NORMS, nn.LayerNorm)
+    return all(type(layer.get_submodule(name)) is kind for layer in layers for name, kind in kinds.items())
+
+
+def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
+    """A copy of the weights, stacked by layer, through which gradient reaches the layers' own.
+
+    Maps are `(E, in, out)`, biases `(E, 1, out)`, so that the gradient of a product has the weight's own layout.
+    """
+    stacked: dict[str, Tensor] = {}
+    for name, parts in LINEAR.items():
+        maps: list[Any] = [layer.get_submodule(part) for layer in layers for part in parts]
+        weight = torch.stack([module.weight for module in maps])
+        stacked[name] = weight.view(len(layers), -1, weight.shape[-1]).mT
+        stacked[f"{name}_bias"] = torch.stack([module.bias for module in maps]).view(len(layers), 1, -1)
+    for name in NORMS:
+        norms: list[Any] = [layer.get_submodule(name) for layer in layers]
+        stacked[name] = torch.stack([norm.weight for norm in norms]).unsqueeze(1)
+        stacked[f"{name}_bias"] = torch.stack([norm.bias for norm in norms]).unsqueeze(1)
+    return stacked
+
+
+def take_spans(stacked: Weights, spans: Iterable[tuple[int, int]]) -> Iterator[Weights]:
+    """Of each span of layers, its weights, as views.
+
+    Views of one tensor would each have a gradient of the whole tensor's size, to be added up. Here one gradient goes
+    from span to span, backwards, and each adds its own part to it.
+    """
+    names = [name for name, weight in stacked.items() if weight.requires_grad and torch.is_grad_enabled()]
+    rest = tuple(stacked[name] for name in names)
+    for first, stop in spans:
+        taken = _TakeSpan.apply(first, stop, *rest)
+        rest = taken[len(names) :]
+        with_gradient = dict(zip(names, taken, strict=False))
+        yield {name: with_gradient[name] if name in with_gradient else w[first:stop] for name, w in stacked.items()}
+
+
+class _TakeSpan(torch.autograd.Function):
+    """From stacks, a span of each and the stacks again, for the next span to be taken from."""
+
+    @staticmethod
+    def forward(ctx: Any, first: int, stop: int, *stacks: Tensor) -> tuple[Tensor, ...]:
+        ctx.span, ctx.shapes = slice(first, stop), [stack.shape for stack in stacks]
+        ctx.set_materialize_grads(False)
+        return (*(stack[first:stop] for stack in stacks), *stacks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        n_stacks = len(ctx.shapes)
+        whole = list(gradients[n_stacks:])
+        for number, (own, shape) in enumerate(zip(gradients[:n_stacks], ctx.shapes, strict=True)):
+            if own is None:
+                continue
+            total = whole[number]
+            if total is None:
+                total = own.new_zeros(shape)
+            # nobody else has it: it was made by the next span's backward pass
+            total[ctx.span].add_(own)
+            whole[number] = total
+        return None, None, *whole
+
+
+class StackedLayers:
+    """Several layers with the parts of a `CellLayer`; rows `(R, L, D)` are layer by layer, document by document."""
+
+    def __init__(self, weights: Weights, shared: BartEncoderLayer):
+        self.weights, self.shared = weights, shared
+
+    def query_key_value(self, stream_RLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of attention, each `(R, H, L, K)`."""
+        both = self._map("query_key_value", stream_RLD)
+        query, key, value = both.unflatten(-1, (3, -1, self.shared.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    def key_value(self, memory_EBPD: Tensor) -> KeyValue:
+        """Keys and values of states, each `(E, B, P, D)`."""
+        width = memory_EBPD.shape[-1]
+        weight, bias = (self.weights[f"query_key_value{kind}"][..., width:] for kind in ("", "_bias"))
+        key, value = per_layer(memory_EBPD, weight, bias).chunk(2, dim=-1)
+        return key, value
+
+    def out_proj(self, read_RLD: Tensor) -> Tensor:
+        """Attention's last map."""
+        return self._map("out_proj", read_RLD)
+
+    def self_attn_layer_norm(self, stream_RLD: Tensor) -> Tensor:
+        """The norm behind attention."""
+        return self._norm("self_attn_layer_norm", stream_RLD)
+
+    def fc1(self, stream_RLD: Tensor) -> Tensor:
+        """The feed-forward's first map."""
+        return self._map("fc1", stream_RLD)
+
+    def fc2(self, hidden: Tensor) -> Tensor:
+        """The feed-forward's second map."""
+        return self._map("fc2", hidden)
+
+    def final_layer_norm(self, stream_RLD: Tensor) -> Tensor:
+        """The norm behind the feed-forward."""
+        return self._norm("final_layer_norm", stream_RLD)
+
+    def _map(self, name: str, rows: Tensor) -> Tensor:
+        weight, bias = self.weights[name], self.weights[f"{name}_bias"]
+        return per_layer(rows.unflatten(0, (len(weight), -1)), weight, bias).flatten(0, 1)
+
+    def _norm(self, name: str, rows_RLD: Tensor) -> Tensor:
+        weight, bias = self.weights[name], self.weights[f"{name}_bias"]
+        epsilon = getattr(self.shared, name).eps
+        normed = nn.functional.layer_norm(rows_RLD, rows_RLD.shape[-1:], eps=epsilon)
+        by_layer = normed.unflatten(0, (len(weight), -1)).flatten(1, 2)
+        return torch.addcmul(bias, by_layer, weight).view_as(rows_RLD)

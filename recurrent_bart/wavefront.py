@@ -1,0 +1,203 @@
+"""Cells of the grid by diagonals: those whose segment and layer add up to the same are computed at once.
+
+Cell (segment, layer) needs the layer below in its segment and its own layer in the segment before, so the cells of a
+diagonal need nothing of each other: N + E - 1 steps instead of N * E.
+
+Shape suffixes: B documents, N segments, R = layers * documents, S = slots and tokens of a segment, P prefix length
+(= slots), L tokens in a segment, E encoder layers (of a diagonal: those it has a cell of), H heads, D model width.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.models.bart.modeling_bart import BartEncoderLayer
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.encoder_cell import Visibility, encoder_cell
+from recurrent_bart.prefix_recurrence import PrefixRecurrence, Weights
+from recurrent_bart.stacked_layers import StackedLayers, take_spans
+
+# what a cell keeps for its backward pass, in streams of its segment
+STREAMS_PER_CELL = 16
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The cells of a diagonal: layers counted up are at segments counted down.
+
+    Attributes:
+        first: Lowest layer that it has a cell of.
+        stop: One above the highest.
+        weights: Of these layers.
+        tokens: Embeddings `(B, L, D)` of the segment that begins here; None behind the last one.
+        mask: 1 at tokens of the segment that each layer is at, `(E, B, L)`.
+        is_full: Whether there is no padding in them.
+    """
+
+    first: int
+    stop: int
+    weights: Weights
+    tokens: Tensor | None
+    mask: Tensor
+    is_full: bool
+
+
+@dataclass(frozen=True)
+class Wavefront:
+    """An encoder whose segments are computed by diagonals.
+
+    Attributes:
+        config: The architecture.
+        layer: A layer, for what all have in common.
+        recurrence: Their recurrence; None where `pre_seq_len` is 0.
+        embed: Gives the first layer's stream `(B, P + L, D)` from a segment's token embeddings and its slots.
+        checkpointing: What is recomputed in the backward pass, so that of the diagonals before it only streams and
+            states are kept: `"layer"`: each diagonal for itself; `"segment"`: as many together as makes the whole
+            smallest; `"none"`.
+    """
+
+    config: RecurrentBartConfig
+    layer: BartEncoderLayer
+    recurrence: PrefixRecurrence | None
+    embed: Callable[[Tensor, Tensor | None], Tensor]
+    checkpointing: str
+
+    @property
+    def n_slots(self) -> int:
+        """Slots in front of each segment's tokens."""
+        return self.recurrence.n_slots if self.recurrence else 0
+
+    def run(
+        self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor, memory_EBPD: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """After each segment, the last layer's tokens `(B, L, D)` and the states `(E, B, P, D)`.
+
+        Lower layers' states are of later segments already; behind the last segment all are of that.
+
+        Args:
+            weights: Of all layers, stacked.
+            tokens: Token embeddings `(B, L, D)` of each segment.
+            mask_BNL: 1 at tokens.
+            memory_EBPD: The states before the first segment.
+        """
+        diagonals = cut_diagonals(weights, tokens, mask_BNL, self.config.encoder_layers)
+        size = _chunk_size(len(diagonals)) if self.checkpointing == "segment" else 1
+        frontier = None
+        for start in range(0, len(diagonals), size):
+            inputs = diagonals[start : start + size], frontier, memory_EBPD
+            if self.checkpointing != "none" and torch.is_grad_enabled():
+                frontier, memory_EBPD, outputs = checkpoint(self._chunk, *inputs, use_reentrant=False)
+            else:
+                frontier, memory_EBPD, outputs = self._chunk(*inputs)
+            yield from outputs
+
+    def _chunk(
+        self, diagonals: list[Diagonal], frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor, Tensor | None]]]:
+        """Diagonals one after the other: streams that enter the next one, states, and what `run` gives."""
+        outputs = []
+        for diagonal in diagonals:
+            stream_EBSD = self._entering(diagonal, frontier_EBSD, memory_EBPD)
+            frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, stream_EBSD, memory_EBPD)
+            if diagonal.stop == self.config.encoder_layers:
+                # not a view, which would keep the streams of all layers
+                outputs.append((frontier_EBSD[-1, :, self.n_slots :].clone(), memory_EBPD))
+                frontier_EBSD = frontier_EBSD[:-1]
+        return frontier_EBSD, memory_EBPD, outputs
+
+    def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:
+        """The stream below each layer of a diagonal: a new segment's below the first, if there is one."""
+        if diagonal.tokens is None:
+            assert frontier_EBSD is not None
+            return frontier_EBSD
+        slots = None if self.recurrence is None or memory_EBPD is None else self.recurrence.slots(memory_EBPD)
+        new_1BSD = self.embed(diagonal.tokens, slots).unsqueeze(0)
+        return new_1BSD if frontier_EBSD is None else torch.cat([new_1BSD, frontier_EBSD])
+
+    def _run_diagonal(
+        self, diagonal: Diagonal, stream_EBSD: Tensor, memory_EBPD: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        first, stop = diagonal.first, diagonal.stop
+        own = None if memory_EBPD is None else memory_EBPD[first:stop]
+        inputs = stream_EBSD, own, self._visible(diagonal, stream_EBSD), diagonal.mask.any(dim=-1)
+        stream_EBSD, own = diagonal_step(diagonal.weights, self.layer, self.recurrence, *inputs)
+        if memory_EBPD is not None and own is not None and len(own) < len(memory_EBPD):
+            own = torch.cat([memory_EBPD[:first], own, memory_EBPD[stop:]])
+        return stream_EBSD, own
+
+    def _visible(self, diagonal: Diagonal, stream_EBSD: Tensor) -> Visibility:
+        """What the rows of a diagonal see."""
+        if diagonal.is_full:
+            return Visibility.everything(self.n_slots, slots_read_prefix=True)
+        rows = stream_EBSD.flatten(0, 1), diagonal.mask.flatten(0, 1)
+        return Visibility.build(self.config, *rows, self.n_slots, slots_read_prefix=True)
+
+
+def cut_diagonals(weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor, n_layers: int) -> list[Diagonal]:
+    """The diagonals of a grid, with views of what each needs.
+
+    Args:
+        weights: Of all layers, stacked.
+        tokens: Token embeddings `(B, L, D)` of each segment.
+        mask_BNL: 1 at tokens.
+        n_layers: E.
+    """
+    n_segments = len(tokens)
+    # the last segment first, so that the segments of a diagonal are one block
+    mask_NBL = mask_BNL.bool().transpose(0, 1).flip(0)
+    # a segment that a document does not have is seen whole, see Visibility
+    is_full = (mask_NBL.all(dim=-1) | ~mask_NBL.any(dim=-1)).all(dim=-1).tolist()
+    numbers = range(n_segments + n_layers - 1)
+    spans = [(max(0, number - n_segments + 1), min(n_layers, number + 1)) for number in numbers]
+    diagonals = []
+    for number, (first, stop), own in zip(numbers, spans, take_spans(weights, spans), strict=True):
+        segments = slice(n_segments - 1 - number + first, n_segments - 1 - number + stop)
+        new = tokens[number] if number < n_segments else None
+        diagonals.append(Diagonal(first, stop, own, new, mask_NBL[segments], all(is_full[segments])))
+    return diagonals
+
+
+def diagonal_step(
+    weights: Weights,
+    layer: BartEncoderLayer,
+    recurrence: PrefixRecurrence | None,
+    stream_EBSD: Tensor,
+    memory_EBPD: Tensor | None,
+    visible: Visibility,
+    is_read_EB: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """One cell of each of several layers: a function of tensors, which `torch.compile` takes whole.
+
+    Args:
+        weights: Of these layers.
+        layer: Any layer, for what all have in common.
+        recurrence: Likewise; its parameters are in `weights`.
+        stream_EBSD: Slots and tokens that enter the layers.
+        memory_EBPD: Their states.
+        visible: What the rows `(E * B)` see.
+        is_read_EB: False where the document has no text in the segment that the layer is at.
+
+    Returns:
+        Slots and tokens that leave the layers, and their new states.
+    """
+    layers, prefix, gate_RH = StackedLayers(weights, layer), None, None
+    if recurrence is not None and memory_EBPD is not None:
+        key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
+        prefix = key.flatten(0, 1), value.flatten(0, 1)
+        if "prefix_gate" in weights:
+            gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
+    stream_RSD, _ = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH)
+    stream_EBSD = stream_RSD.view_as(stream_EBSD)
+    if recurrence is not None and memory_EBPD is not None:
+        slots_EBPD = stream_EBSD[:, :, : visible.n_slots]
+        memory_EBPD = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_EB, weights)
+    return stream_EBSD, memory_EBPD
+
+
+def _chunk_size(n_diagonals: int) -> int:
+    """Diagonals to recompute together: streams between chunks and what a chunk keeps cost as much as each other."""
+    return max(1, round(math.sqrt(n_diagonals / STREAMS_PER_CELL)))
