@@ -1,0 +1,1 @@
+"""Studies: many small runs side by side, and what they show together."""

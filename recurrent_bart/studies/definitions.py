@@ -1,0 +1,132 @@
+"""The studies by name: what is compared, on which tasks."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from recurrent_bart.studies.study_run import StudyRun
+
+Fields = dict[str, Any]
+
+# fields of StudyRun for each task
+COPY: Fields = {"task": {"name": "copy"}}
+# its answer grows with the document, and positions of the decoder beyond those trained are random
+RECALL: Fields = {"task": {"name": "recall"}, "test_segments": (1, 2, 4, 8)}
+RETRIEVAL: Fields = {"task": {"name": "retrieval"}}
+# from easy to hard, with one query and with one for each pair
+RETRIEVALS = [
+    {"task": {"name": "retrieval", "n_pairs": pairs, "n_queries": queries}}
+    for pairs in (2, 4, 8)
+    for queries in (1, pairs)
+]
+# a model and a task that a processor learns in a minute
+QUICK: Fields = {
+    "task": {"name": "copy", "n_payload": 4, "n_symbols": 8, "n_fillers": 4},
+    "segment_size": 8,
+    "stages": (1, 2, 4),
+    "test_segments": (1, 2, 4, 8, 16),
+    "max_steps": 1200,
+    "batch_size": 32,
+    "learning_rate": 3e-3,
+    "warmup_steps": 50,
+    "eval_every": 50,
+    "eval_documents": 64,
+}
+QUICK_MODEL: Fields = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "pre_seq_len": 8,
+    "prefix_hidden_size": 64,
+    "init_std": 0.06,
+}
+SYMBOLS = (COPY, RECALL, RETRIEVAL)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Folders that bAbI tasks are made of."""
+
+    facts: str | None = None
+    filler: str | None = None
+
+    def babi(self) -> list[Fields]:
+        """Fields of StudyRun for qa1 to qa3; 64 segments are 16,384 words.
+
+        Raises:
+            ValueError: The folders are not given.
+        """
+        if self.facts is None or self.filler is None:
+            raise ValueError("bAbI needs --facts and --filler: folders with train.jsonl and validation.jsonl")
+        texts = {"name": "babi", "facts": self.facts, "filler": self.filler}
+        settings: Fields = {"segment_size": 256, "batch_size": 32}
+        return [settings | {"task": texts | {"task": f"qa{number}"}} for number in (1, 2, 3)]
+
+
+def _layerwise() -> dict[str, Fields]:
+    switches = itertools.product(("gated", "concat"), (True, False), (True, False))
+    return {
+        f"layerwise {attention}{' projection' * projection}{' update-gate' * gate}": {
+            "model": {"prefix_attention": attention, "prefix_projection": projection, "update_gate": gate}
+        }
+        for attention, projection, gate in switches
+    }
+
+
+# every alternative to the recurrence; the windows are plain BART's
+ALTERNATIVES: dict[str, Fields] = {
+    **_layerwise(),
+    "top update-gate (RMT)": {"model": {"recurrence": "top", "update_gate": True}},
+    "top (RMT)": {"model": {"recurrence": "top", "update_gate": False}},
+    "none": {"model": {"recurrence": "none"}},
+    "BART, one window": {"model": {"pre_seq_len": 0}, "window": "all"},
+    "BART, last segment": {"model": {"pre_seq_len": 0}, "window": "last"},
+}
+ESSENTIALS = {
+    name: ALTERNATIVES[name]
+    for name in ("layerwise gated projection update-gate", "top update-gate (RMT)", "BART, one window")
+}
+DEPTHS: dict[str, Fields] = {f"bptt_depth={depth}": {"model": {"bptt_depth": depth}} for depth in (0, 1, 2, 4, -1)}
+WIDTHS: dict[str, Fields] = {f"pre_seq_len={n}": {"model": {"pre_seq_len": n}} for n in (4, 8, 16, 32, 64, 128)}
+CONTEXTS: dict[str, Fields] = {
+    f"decoder_context={name}": {"model": {"decoder_context": name}} for name in ("last", "memory", "all")
+}
+
+
+# tasks, None for those of bAbI, and what is compared on each
+STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
+    "quick": (
+        [QUICK],
+        {
+            "layerwise": {"model": QUICK_MODEL},
+            "BART, last segment": {"model": QUICK_MODEL | {"pre_seq_len": 0}, "window": "last"},
+        },
+    ),
+    "recurrence": (SYMBOLS, ALTERNATIVES),
+    "depth": ((COPY, RECALL), DEPTHS),
+    "width": ((COPY, RECALL), WIDTHS),
+    "context": (SYMBOLS, CONTEXTS),
+    "retrieval": (RETRIEVALS, ESSENTIALS),
+    "babi": (None, ALTERNATIVES),
+}
+
+
+def build_study(name: str, texts: Texts, seeds: Iterable[int] = range(3)) -> list[StudyRun]:
+    """The runs of a study.
+
+    Raises:
+        ValueError: There is no such study, or it needs texts that are not given.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"study {name}: known are {', '.join(STUDIES)}")
+    tasks, variants = STUDIES[name]
+    # all variants with one seed first: a study that is cut off can compare them
+    return [
+        StudyRun(name=variant, seed=seed, **task | fields)
+        for seed in seeds
+        for task in (texts.babi() if tasks is None else tasks)
+        for variant, fields in variants.items()
+    ]

@@ -1,0 +1,159 @@
+"""What the runs of a study show together: tables in Markdown and a plot."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from recurrent_bart.studies.study_run import RunFile, StudyRun
+
+MIB = 2**20
+MEASURES = {"token_accuracy": "share of right tokens", "exact_match": "share of answers that are right throughout"}
+
+Records = list[dict[str, Any]]
+# seeds of one variant on one task
+Groups = dict[tuple[str, str], Records]
+
+
+def read_results(folder: Path) -> Groups:
+    """All runs of a folder that were tested, by task and what is compared, as studies list them."""
+    groups: Groups = {}
+    for path in sorted(folder.glob("*.json")):
+        record = RunFile(path).read()
+        if "accuracy" in record:
+            groups.setdefault(_key(StudyRun.from_json(record["run"])), []).append(record)
+    return groups
+
+
+def in_order(groups: Groups, runs: Iterable[StudyRun]) -> Groups:
+    """Those of a study in its order; what it no longer has is left out."""
+    return {key: groups[key] for key in dict.fromkeys(map(_key, runs)) if key in groups}
+
+
+def report(groups: Groups) -> str:
+    """Tables of accuracy and cost, and where they come from."""
+    tables = [
+        f"Test accuracy by number of segments, {text}: mean (lowest to highest seed)\n\n" for text in MEASURES.values()
+    ]
+    parts = [title + accuracy_table(groups, name) for title, name in zip(tables, MEASURES, strict=True)]
+    parts.append("Cost\n\n" + cost_table(groups))
+    parts.append(origin(groups))
+    return "\n\n".join(parts) + "\n"
+
+
+def accuracy_table(groups: Groups, measure: str) -> str:
+    """Mean and range over seeds by number of segments."""
+    numbers = sorted({int(n) for records in groups.values() for record in records for n in record["accuracy"]})
+    rows = []
+    for (task, name), records in groups.items():
+        values = [[r["accuracy"][str(n)][measure] for r in records if str(n) in r["accuracy"]] for n in numbers]
+        rows.append([task, name, str(len(records)), *map(_mean_and_range, values)])
+    return markdown(["task", "model", "seeds", *map(str, numbers)], rows)
+
+
+def cost_table(groups: Groups) -> str:
+    """Steps and seconds until the task was learnt, speed and memory; medians over seeds."""
+    head = ["task", "model", "learnt", "steps to 0.9", "seconds to 0.9", "steps", "steps/s", "peak MiB", "M parameters"]
+    rows = []
+    for (task, name), records in groups.items():
+        n_learnt = sum(record["stopped"] == "learnt" for record in records)
+        rows.append(
+            [
+                task,
+                name,
+                f"{n_learnt} of {len(records)}",
+                _to_reach(records, "steps_to_reach"),
+                _to_reach(records, "seconds_to_reach"),
+                _median(records, lambda record: record["steps"]),
+                _median(records, lambda record: record["steps"] / record["seconds"], ".1f"),
+                _median(records, lambda record: record["peak_bytes"] and record["peak_bytes"] / MIB),
+                _median(records, lambda record: record["n_parameters"] / 1e6, ".1f"),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def origin(groups: Groups) -> str:
+    """Device, versions, commit and date of all runs, and which were cut off."""
+    records = [record for group in groups.values() for record in group]
+    facts = {
+        "Device": {record["device"] for record in records},
+        "torch": {record["versions"]["torch"] for record in records},
+        "transformers": {record["versions"]["transformers"] for record in records},
+        "commit": {str(record["git_commit"]) for record in records},
+        "date": {record["date"] for record in records},
+    }
+    cut = sum(record["stopped"] == "budget" for record in records)
+    ended = f" {cut} of {len(records)} runs were cut off by their budget." if cut else ""
+    return "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in facts.items()) + f".{ended}"
+
+
+def draw(groups: Groups, path: Path, measure: str = "token_accuracy") -> None:
+    """Accuracy against number of segments, a panel for each task, seeds as a band."""
+    tasks = list(dict.fromkeys(task for task, _ in groups))
+    figure = Figure(figsize=(5.5 * len(tasks) + 2.5, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        members = {name: records for (of_task, name), records in groups.items() if of_task == task}
+        _draw_task(axes, members, measure)
+        axes.set_title(task, fontsize=10)
+    panels[0].set_ylabel(MEASURES[measure], fontsize=9)
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_task(axes: Axes, members: dict[str, Records], measure: str) -> None:
+    for number, (name, records) in enumerate(members.items()):
+        numbers = sorted({int(n) for record in records for n in record["accuracy"]})
+        values = [[r["accuracy"][str(n)][measure] for r in records if str(n) in r["accuracy"]] for n in numbers]
+        color = f"C{number % 10}"
+        style = "-" if number < 10 else "--"
+        axes.plot(
+            numbers, [statistics.mean(v) for v in values], style, color=color, label=name, marker="o", markersize=3
+        )
+        axes.fill_between(numbers, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
+        trained = records[0]["run"]["stages"][-1]
+        # what lies beyond was never trained on
+        axes.axvline(trained, color="grey", linestyle=":", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("segments", fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _key(run: StudyRun) -> tuple[str, str]:
+    return run.task_name(), run.name
+
+
+def _mean_and_range(values: list[float]) -> str:
+    if not values:
+        return ""
+    lowest, highest = f"{min(values):.3f}", f"{max(values):.3f}"
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
+
+
+def _to_reach(records: Records, name: str) -> str:
+    reached = [record[name] for record in records if record[name] is not None]
+    if not reached:
+        return "-"
+    some = "" if len(reached) == len(records) else f" ({len(reached)} of {len(records)})"
+    return f"{statistics.median(reached):,.0f}{some}"
+
+
+def _median(records: Records, value: Callable[[dict[str, Any]], float | None], form: str = ",.0f") -> str:
+    values = [number for number in map(value, records) if number is not None]
+    return format(statistics.median(values), form) if values else "-"
