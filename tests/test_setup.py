@@ -121,7 +121,7 @@ def test_what_must_pass_is_the_check_and_the_tests(tmp_path):
 def test_exact_versions_cover_all_requirements_and_lie_in_their_ranges():
     exact = constraints()
     assert exact["torch"] == "2.13.0"
-    for requirement in required() + required("lora") + required("dev"):
+    for requirement in required() + required("lora") + required("tensorboard") + required("dev"):
         assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), requirement
 
 
@@ -133,7 +133,8 @@ def test_ranges_admit_what_a_gpu_machine_may_have():
 
 
 def test_all_that_is_imported_is_required():
-    direct = {canonicalize_name(requirement.name) for requirement in required() + required("lora")}
+    given = required() + required("lora") + required("tensorboard")
+    direct = {canonicalize_name(requirement.name) for requirement in given}
     # what these cannot do without is there as well
     theirs = [Requirement(line) for name in direct for line in requires(name) or [] if "extra ==" not in line]
     known = direct | {canonicalize_name(requirement.name) for requirement in theirs}

@@ -1,0 +1,152 @@
+"""What the recurrence does with some documents: what is read from the state, how it changes, what learns from it.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length, A attended length, E encoder layers,
+H heads, D model width, T target length.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, per_layer
+from recurrent_bart.targets import IGNORED
+
+# of a document: gradient through all of them has a graph of all of them
+MOST_SEGMENTS = 8
+# one document: ids (1, N, L), their mask, labels (1, T) or (1, N, T)
+Document = tuple[Tensor, Tensor, Tensor]
+Table = list[list[float]]
+
+
+def recurrence_metrics(
+    model: RecurrentBartForConditionalGeneration, documents: Sequence[Document]
+) -> dict[str, list[float] | Table]:
+    """Figures of the recurrence, averaged over documents; nothing where a model has none.
+
+    Args:
+        model: Whole, in evaluation mode; parameters get no gradient.
+        documents: What it reads, of which the first few segments.
+    """
+    recurrence = model.model.encoder.recurrence
+    if recurrence is None:
+        return {}
+    figures: dict[str, Any] = {}
+    if hasattr(recurrence, "prefix_gate"):
+        figures["prefix_gate"] = torch.tanh(recurrence.prefix_gate.detach().float()).abs().mean(dim=1).tolist()
+    with _plain_execution(model.config):
+        read = [_read(model, *_head(document)) for document in documents]
+        distances = [_gradient_by_distance(model, *_head(document)) for document in documents]
+    for name in read[0]:
+        figures[name] = _mean_table([tables[name] for tables in read])
+    if "update_gate" in figures:
+        figures["update_gate"] = [fmean(row) for row in figures["update_gate"]]
+    figures["gradient_by_distance"] = _mean_row(distances)
+    return figures
+
+
+@contextlib.contextmanager
+def _plain_execution(config: RecurrentBartConfig) -> Iterator[None]:
+    """Attention that gives its weights, segment after segment, with gradient across all of them."""
+    changed = {"_attn_implementation": "eager", "schedule": "sequential", "bptt_depth": -1}
+    before = {name: getattr(config, name) for name in changed}
+    try:
+        for name, value in changed.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _head(document: Document) -> Document:
+    ids_BNL, mask_BNL, labels = document
+    if labels.dim() == 3:
+        labels = labels[:, :MOST_SEGMENTS]
+    return ids_BNL[:, :MOST_SEGMENTS], mask_BNL[:, :MOST_SEGMENTS], labels
+
+
+@torch.no_grad()
+def _read(
+    model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor, labels: Tensor
+) -> dict[str, Table]:
+    """Tables by layer and segment of one document."""
+    recurrence, config = model.model.encoder.recurrence, model.config
+    state = RecurrentState.unread(config, 1, ids_BNL.device)
+    old_EPD = recurrence.first_memory(1)[:, 0].float()
+    columns: dict[str, list[Tensor]] = {"prefix_mass": []}
+    for t in range(ids_BNL.shape[1]):
+        with _recorded_gates(recurrence) as gates:
+            output = model.model.encode(
+                ids_BNL[:, t : t + 1], mask_BNL[:, t : t + 1], state=state, output_attentions=True
+            )
+        state, is_token_L = output.state, mask_BNL[0, t].bool()
+        masses = [_prefix_mass(weights[0, 0], is_token_L, config.pre_seq_len) for weights in output.attentions]
+        columns["prefix_mass"].append(torch.stack(masses))
+        if config.has_state:
+            new_EPD = state.memory[0].float()
+            columns.setdefault("state_norm", []).append(new_EPD.norm(dim=-1).mean(dim=-1))
+            change_E = (new_EPD - old_EPD).flatten(1).norm(dim=1) / old_EPD.flatten(1).norm(dim=1)
+            columns.setdefault("state_change", []).append(change_E)
+            old_EPD = new_EPD
+        for gate_E in gates:
+            columns.setdefault("update_gate", []).append(gate_E)
+    return {name: torch.stack(column, dim=1).tolist() for name, column in columns.items()}
+
+
+def _prefix_mass(weights_HLA: Tensor, is_token_L: Tensor, n_prefix: int) -> Tensor:
+    """Share of the attention of tokens that goes to the prefix, which stands in front."""
+    weights_HLA = weights_HLA[:, is_token_L].float().abs()
+    return (weights_HLA[..., :n_prefix].sum(dim=-1) / weights_HLA.sum(dim=-1)).mean()
+
+
+@contextlib.contextmanager
+def _recorded_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
+    """How far the update gate of each layer `(E,)` opens at each update."""
+    gates: list[Tensor] = []
+    if not recurrence.has_update_gate:
+        yield gates
+        return
+    next_memory = recurrence.next_memory
+
+    def record(memory_EBPD: Tensor, slots_EBPD: Tensor, *others: Any) -> Tensor:
+        both = torch.cat([memory_EBPD.to(slots_EBPD.dtype), slots_EBPD], dim=-1)
+        gate = torch.sigmoid(per_layer(both, recurrence.update_gate, recurrence.update_gate_bias))
+        gates.append(gate.float().mean(dim=(1, 2, 3)))
+        return next_memory(memory_EBPD, slots_EBPD, *others)
+
+    # an attribute of the object stands in front of its class's method
+    vars(recurrence)["next_memory"] = record
+    try:
+        yield gates
+    finally:
+        del vars(recurrence)["next_memory"]
+
+
+@torch.enable_grad()
+def _gradient_by_distance(
+    model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor, labels: Tensor
+) -> list[float]:
+    """Norm of the gradient of a document's last target by the embeddings of each segment, the nearest first."""
+    if labels.dim() == 3:
+        last = int((labels[0] != IGNORED).any(dim=1).nonzero()[-1])
+        ids_BNL, mask_BNL, labels = ids_BNL[:, : last + 1], mask_BNL[:, : last + 1], labels[:, last]
+    embeddings_BNLD = model.model.shared(ids_BNL).detach().requires_grad_()
+    loss = model(inputs_embeds=embeddings_BNLD, attention_mask=mask_BNL, labels=labels).loss
+    (gradient_BNLD,) = torch.autograd.grad(loss, embeddings_BNLD)
+    return gradient_BNLD[0].float().flatten(1).norm(dim=1).flip(0).tolist()
+
+
+def _mean_row(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Mean of each place over the rows that have it."""
+    longest = max(map(len, rows))
+    return [fmean(row[place] for row in rows if place < len(row)) for place in range(longest)]
+
+
+def _mean_table(tables: Sequence[Table]) -> Table:
+    return [_mean_row(rows) for rows in zip(*tables, strict=True)]

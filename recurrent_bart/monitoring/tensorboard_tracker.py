@@ -1,0 +1,44 @@
+"""Curves for TensorBoard."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from recurrent_bart.monitoring.tracker import Record, curves_of
+
+
+class TensorBoardTracker:
+    """Writes event files. A run that goes on writes them anew: they hold nothing that `metrics.jsonl` does not.
+
+    Args:
+        folder: Where they lie.
+        history: What was logged before.
+
+    Raises:
+        ValueError: The package `tensorboardX` is not installed.
+    """
+
+    def __init__(self, folder: Path, history: Iterable[Record]):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ValueError('it needs tensorboardX: pip install "recurrent-bart[tensorboard]"') from error
+        shutil.rmtree(folder, ignore_errors=True)
+        self.writer = SummaryWriter(str(folder), flush_secs=10)
+        for record in history:
+            self.log(record)
+
+    def log(self, record: Record) -> None:
+        """Add a point to each curve."""
+        for name, number in curves_of(record).items():
+            if name != "step":
+                self.writer.add_scalar(name, number, record["step"])
+
+    def alert(self, title: str, text: str) -> None:
+        """Add a text."""
+        self.writer.add_text(title, text)
+
+    def finish(self, is_success: bool) -> str | None:
+        """Close the file."""
+        self.writer.close()
+        return None
