@@ -92,13 +92,15 @@ def do_runs(runs: list[StudyRun], folder: Path, arguments: argparse.Namespace) -
     places = find_places(arguments.devices, arguments.processes_per_device)
     todo = {folder / run.file_name(): run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)}
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {len(places)} at once", flush=True)
-    for path, run in todo.items():
-        RunFile(path).begin(run)
     threads = 1 if places[0] != "cpu" else max(1, (os.cpu_count() or 1) // len(places))
+
+    def start(file: Path, device: str, seconds_left: float) -> list[str]:
+        # not before: of a run that was cut off and is not started again, what there was stays
+        RunFile(file).begin(todo[file])
+        return worker(file, device, seconds_left, threads)
+
     n_failed = 0
-    for number, ended in enumerate(
-        run_side_by_side(list(todo), places, lambda *where: worker(*where, threads), arguments.budget_seconds), start=1
-    ):
+    for number, ended in enumerate(run_side_by_side(list(todo), places, start, arguments.budget_seconds), start=1):
         n_failed += bool(ended.code)
         print(f"[{number}/{len(todo)}] {ended.file.stem}: {outcome(ended.file, ended.code, ended.said)}", flush=True)
     return n_failed

@@ -1,0 +1,51 @@
+"""Every study that there is can be run."""
+
+import pytest
+import torch
+
+from recurrent_bart.studies.definitions import STUDIES, Texts, build_study
+from recurrent_bart.studies.single_run import build_config
+
+SYMBOL_STUDIES = sorted(set(STUDIES) - {"babi"})
+
+
+@pytest.mark.parametrize("name", SYMBOL_STUDIES)
+def test_every_run_has_a_model_and_documents_to_train_and_test_on(name):
+    runs = build_study(name, Texts())
+    assert len({run.file_name() for run in runs}) == len(runs)
+    for run in runs[: len(runs) // 3]:
+        task, _ = run.build_tasks()
+        # building the configuration checks its fields
+        build_config(run, task)
+        for n_segments in {*run.stages, *run.test_segments}:
+            task.batch(torch.Generator().manual_seed(0), 1, n_segments, run.segment_size)
+
+
+def test_the_recurrence_is_compared_with_every_alternative_on_every_task():
+    runs = build_study("recurrence", Texts(), seeds=[5])
+    assert {run.seed for run in runs} == {5}
+    assert len(runs) == 3 * (8 + 2 + 1 + 2)
+    models = {tuple(sorted(run.model.items())) for run in runs if run.window == "segments"}
+    assert len(models) == 8 + 2 + 1
+    assert {run.window for run in runs} == {"segments", "all", "last"}
+
+
+def test_seeds_differ_in_nothing_but_their_seed_and_the_first_comes_first():
+    runs = build_study("depth", Texts(), seeds=range(2))
+    half = len(runs) // 2
+    assert [run.seed for run in runs] == [0] * half + [1] * half
+    assert [(run.name, run.task) for run in runs[:half]] == [(run.name, run.task) for run in runs[half:]]
+
+
+def test_babi_is_told_its_texts():
+    runs = build_study("babi", Texts("facts", "filler"), seeds=[0])
+    assert {run.task_name() for run in runs} == {"qa1", "qa2", "qa3"}
+    assert {run.task["facts"] for run in runs} == {"facts"}
+    assert all(run.segment_size * max(run.test_segments) >= 16_000 for run in runs)
+    with pytest.raises(ValueError, match="--facts and --filler"):
+        build_study("babi", Texts(facts="facts"))
+
+
+def test_an_unknown_study_is_refused():
+    with pytest.raises(ValueError, match="study recurence: known are quick, recurrence"):
+        build_study("recurence", Texts())

@@ -1,0 +1,133 @@
+"""A single run: it learns what can be learnt, follows from its seed, and keeps what it has."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from recurrent_bart.data.memory_tasks import score
+from recurrent_bart.studies.single_run import SingleRun, execute
+from recurrent_bart.studies.study_run import RunFile
+from study_runs import MODEL, short_run
+
+CPU = torch.device("cpu")
+LONG = {"max_steps": 1500, "eval_every": 50, "warmup_steps": 20, "stage_steps": 0}
+
+
+def trained(**changes):
+    single = SingleRun(short_run(**changes), CPU)
+    single.stopped = single.train()
+    return single
+
+
+@pytest.mark.slow
+def test_a_state_carries_what_the_last_segment_does_not_say():
+    single = trained(**LONG)
+    assert single.stopped == "learnt"
+    assert single.step < LONG["max_steps"]
+    assert [point["n_segments"] for point in single.curve[-3:]] == [2, 2, 2]
+    assert single.accuracy(2).exact_match > 0.99
+    assert single.result()["steps_to_reach"] <= single.step - 100
+    # the same steps without a state know one segment alone
+    fields = LONG | {"max_steps": single.step, "stage_steps": 100}
+    blind = trained(model=MODEL | {"pre_seq_len": 0}, window="last", **fields)
+    assert blind.stopped == "steps"
+    assert blind.accuracy(1).exact_match > 0.99
+    assert blind.accuracy(2).exact_match < 0.5
+    assert blind.result()["steps_to_reach"] is None
+
+
+def test_a_run_follows_from_its_seed():
+    losses = [point["loss"] for point in trained().curve]
+    assert losses == [point["loss"] for point in trained().curve]
+    assert losses != [point["loss"] for point in trained(seed=1).curve]
+
+
+def test_evaluating_does_not_change_what_is_trained():
+    often, seldom = trained(eval_every=1, stages=(2,)), trained(eval_every=6, stages=(2,))
+    for one, other in zip(often.model.parameters(), seldom.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_runs_are_tested_on_the_same_documents_whatever_their_seed():
+    seen = []
+    for seed in (0, 1):
+        single = SingleRun(short_run(seed=seed), CPU)
+        forward = single._forward
+        single._forward = lambda ids, labels, forward=forward: (seen.append(ids), forward(ids, labels))[1]
+        single.accuracy(2)
+    assert torch.equal(*seen)
+
+
+def test_accuracy_is_of_all_documents_in_passes_of_any_size(monkeypatch):
+    single = SingleRun(short_run(), CPU)
+    monkeypatch.setattr("recurrent_bart.studies.single_run.TEST_PASS", 10)
+    passes = []
+    forward = single._forward
+    single._forward = lambda ids, labels: (passes.append((ids, labels)), forward(ids, labels))[1]
+    found = single.accuracy(2)
+    assert [len(ids) for ids, _ in passes] == [5] * 6 + [2]
+    ids, labels = (torch.cat(parts) for parts in zip(*passes, strict=True))
+    with torch.no_grad():
+        single.model.eval()
+        assert found == score(single.model(input_ids=ids, labels=labels).logits.argmax(-1), labels)
+
+
+@pytest.mark.parametrize(("window", "shape"), [("segments", (3, 4)), ("all", (1, 12)), ("last", (1, 4))])
+def test_a_window_is_what_the_model_reads_at_once(window, shape, monkeypatch):
+    single = SingleRun(short_run(window=window, model=MODEL | {"pre_seq_len": 0}), CPU)
+    ids, labels = single.task.batch(single.generator, 2, 3, 4)
+    read = []
+    monkeypatch.setattr(single, "model", lambda input_ids, labels: read.append(input_ids))
+    single._forward(ids, labels)
+    assert read[0].shape == (2, *shape)
+    assert torch.equal(read[0].flatten(), (ids[:, -1:] if window == "last" else ids).flatten())
+
+
+def test_stages_end_by_accuracy_or_by_steps():
+    by_steps = trained(threshold=2.0, stage_steps=4)
+    assert [point["n_segments"] for point in by_steps.curve] == [1, 1, 2]
+    assert [point["n_segments"] for point in trained(threshold=0.0, stage_steps=0).curve] == [1, 2, 2]
+
+
+def test_a_loss_that_is_not_finite_ends_it():
+    assert trained(learning_rate=1e30, warmup_steps=0, max_grad_norm=1e30, max_steps=50).stopped == "diverged"
+
+
+def test_when_the_time_is_over_it_keeps_what_there_is(tmp_path):
+    file = RunFile(tmp_path / "run.json")
+    run = short_run()
+    file.begin(run)
+    execute(file, CPU, budget_seconds=0.0)
+    record = file.read()
+    assert (record["stopped"], record["steps"]) == ("budget", 1)
+    assert set(record["accuracy"]) == {"1", "2", "4"}
+    # it is to be done again, with time
+    assert not file.is_finished(run)
+
+
+def test_the_file_tells_the_run_what_came_of_it_and_where(tmp_path):
+    file = RunFile(tmp_path / "run.json")
+    run = short_run()
+    file.begin(run)
+    assert not file.is_finished(run)
+    execute(file, CPU, math.inf)
+    record = json.loads(file.path.read_text())
+    assert (record["stopped"], record["steps"], record["device"]) == ("steps", 6, "cpu")
+    assert [point["step"] for point in record["curve"]] == [2, 4, 6]
+    assert 0 <= record["accuracy"]["4"]["exact_match"] <= 1
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["n_parameters"] == sum(p.numel() for p in SingleRun(run, CPU).model.parameters())
+    assert file.is_finished(run)
+    assert not file.is_finished(short_run(max_steps=7))
+
+
+def test_a_run_that_is_killed_leaves_its_curve(tmp_path, monkeypatch):
+    file = RunFile(tmp_path / "run.json")
+    file.begin(short_run())
+    monkeypatch.setattr(SingleRun, "is_learnt", lambda self: 1 / 0 if self.step == 4 else False)
+    with pytest.raises(ZeroDivisionError):
+        execute(file, CPU, math.inf)
+    assert [point["step"] for point in file.read()["curve"]] == [2, 4]
+    assert not file.is_finished(short_run())

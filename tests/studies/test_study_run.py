@@ -1,0 +1,50 @@
+"""What a run is, written and read."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from recurrent_bart.data.memory_tasks import Recall
+from recurrent_bart.studies.study_run import RunFile, StudyRun
+from study_runs import short_run
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path):
+    run = short_run(seed=3)
+    assert StudyRun.from_json(json.loads(json.dumps(asdict(run)))) == run
+    with pytest.raises(ValueError, match="no field lr"):
+        StudyRun.from_json({"name": "x", "task": {}, "lr": 1})
+
+
+def test_runs_that_differ_have_files_of_their_own():
+    names = {
+        run.file_name()
+        for run in (short_run(), short_run(seed=1), short_run(name="top (RMT)"), short_run(task={"name": "copy"}))
+    }
+    assert len(names) == 4
+    assert short_run(name="top (RMT)").file_name() == "copy-n_payload=1-n_symbols=4-n_fillers=2-top-RMT--seed0.json"
+
+
+def test_a_task_is_called_by_its_name_and_what_is_set_of_it():
+    assert short_run(task={"name": "copy"}).task_name() == "copy"
+    assert short_run(task={"name": "retrieval", "n_pairs": 2}).task_name() == "retrieval n_pairs=2"
+    assert short_run(task={"name": "babi", "task": "qa1", "facts": "a", "filler": "b"}).task_name() == "qa1"
+
+
+def test_tasks_are_built_with_their_fields():
+    train, test = short_run(task={"name": "recall", "n_marked": 2}).build_tasks()
+    assert train == test == Recall(n_marked=2)
+    with pytest.raises(ValueError, match="task 'recal': known are copy"):
+        short_run(task={"name": "recal"}).build_tasks()
+
+
+def test_a_window_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="window='first'"):
+        short_run(window="first")
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: unreadable"):
+        RunFile(tmp_path / "run.json").read()
