@@ -39,6 +39,7 @@ def flags(documents, output_dir, **changes):
         "per_device_train_batch_size": 2,
         "dataloader_num_workers": 0,
         "timeout_minutes": 2,
+        "wandb_mode": "disabled",
         **changes,
     }
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]

@@ -17,6 +17,7 @@ from typing import Any
 from recurrent_bart.monitoring.run_folder import replace_file
 from recurrent_bart.monitoring.tracker import Record, Warn, curves_of
 
+WANDB_MODES = ("online", "offline", "disabled")
 # seconds that the service may take to answer, and to take what is left when a run ends
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 120.0

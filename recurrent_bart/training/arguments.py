@@ -13,6 +13,7 @@ from recurrent_bart.data.rows import TASKS, Columns
 from recurrent_bart.exposure_bias import ORACLES
 from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS
 from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -174,12 +175,32 @@ class RunArguments:
 
 
 @dataclass
+class TrackingArguments:
+    """Where the figures of a run go beside its folder."""
+
+    wandb_mode: str = flag("auto", "online, offline, disabled; auto: online where there is a key, else offline")
+    wandb_entity: str | None = flag(None, "user or team there; default: the key's")
+    wandb_project: str = flag("recurrent-bart", "project there")
+    wandb_group: str | None = flag(None, "runs shown together; default: the name of the run folder")
+    wandb_tags: str = flag("", "tags there, with commas between them")
+    tensorboard: bool = flag(False, "write curves for TensorBoard too (needs tensorboardX)")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "wandb_mode", ("auto", *WANDB_MODES))
+
+    def tags(self) -> list[str]:
+        """Each of `wandb_tags`."""
+        return [tag.strip() for tag in self.wandb_tags.split(",") if tag.strip()]
+
+
+@dataclass
 class Arguments:
     """All of a run's arguments."""
 
     model: ModelArguments
     data: DataArguments
     run: RunArguments
+    tracking: TrackingArguments
 
 
 class FlagParser(HfArgumentParser):
@@ -192,7 +213,8 @@ class FlagParser(HfArgumentParser):
 
 def build_parser() -> FlagParser:
     """Parser of all flags."""
-    return FlagParser([ModelArguments, DataArguments, RunArguments], description="Train Recurrent BART.")
+    kinds = [ModelArguments, DataArguments, RunArguments, TrackingArguments]
+    return FlagParser(kinds, description="Train Recurrent BART.")
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:

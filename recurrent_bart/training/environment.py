@@ -1,19 +1,28 @@
 """The process that we are in: its rank, its device, its process group. The one place that reads `os.environ`."""
 
 import logging
+import netrc
 import os
 import socket
+import tempfile
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import deepspeed
 import deepspeed.ops
 import torch
 import transformers
 
+from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
+
 # what a launcher tells each process
 GIVEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# what wandb keeps beside its runs
+WANDB_FOLDERS = ("CACHE", "CONFIG", "DATA")
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,46 @@ def start_processes(timeout_minutes: int) -> Environment:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"processes cannot meet at {place} ({error}); start with another --master_port") from error
     return Environment(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+
+
+def is_batch_job() -> bool:
+    """Whether SLURM runs this, whose output is a file."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def place_wandb(folder: Path) -> None:
+    """Let wandb write into a run's folder alone; before it is imported, for then it looks.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    own = (folder / "wandb").absolute()
+    places = {"WANDB_DIR": own.parent, **{f"WANDB_{kind}_DIR": own / kind.lower() for kind in WANDB_FOLDERS}}
+    for name, place in places.items():
+        place.mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(place)
+    # wandb itself would go to another place in silence
+    tempfile.TemporaryFile(dir=own).close()
+    # its service is no Python: it knows no other place where /tmp cannot be written
+    os.environ.setdefault("TMPDIR", tempfile.gettempdir())
+
+
+def wandb_mode(asked: str) -> str:
+    """online, offline or disabled; where it is not said, as WANDB_MODE says, or online where there is a key."""
+    if asked != "auto":
+        return asked
+    given = os.environ.get("WANDB_MODE", "")
+    return given if given in WANDB_MODES else "online" if has_wandb_key() else "offline"
+
+
+def has_wandb_key() -> bool:
+    """Whether wandb will find a key, in the environment or where `wandb login` puts it."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        known = {}
+    return bool(os.environ.get("WANDB_API_KEY")) or host in known
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

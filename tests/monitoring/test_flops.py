@@ -38,6 +38,7 @@ class Nowhere:
 def counted(model, ids, labels):
     """FLOPs of a forward and backward pass by PyTorch's own counter."""
     model.set_attn_implementation("eager")
+    model.config.schedule = "sequential"
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = Nowhere()
     with counter:
