@@ -1,6 +1,8 @@
 """Train Recurrent BART: `deepspeed launch/train.py --deepspeed ds_configs/zero3.json`."""
 
+import signal
 import sys
+from typing import Any
 
 import deepspeed.comm
 
@@ -8,37 +10,51 @@ from recurrent_bart.distributed import SharedError
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import launched_rank, start_processes
 from recurrent_bart.training.experiment import run_experiment
+from recurrent_bart.training.interruption import Interrupted, handling_signals
+from recurrent_bart.training.outcome import ExitCode
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> ExitCode:
     """Parse, train, report."""
     rank = launched_rank()
     try:
         arguments = parse_arguments(argv)
     except ValueError as error:
         # all processes read the same command line
-        return fail(error) if rank == 0 else 2
+        return fail(error) if rank == 0 else ExitCode.MISTAKE
     try:
-        folder = run_experiment(arguments, start_processes(arguments.run.timeout_minutes))
+        with handling_signals(leave):
+            folder = run_experiment(arguments, start_processes(arguments.run.timeout_minutes))
     except SharedError:
         # the first process says it
-        return 2
+        return ExitCode.MISTAKE
     except ValueError as error:
         return fail(error, f" on rank {rank}" if rank else "")
+    except Interrupted:
+        if rank == 0:
+            print(f"go on with --resume {arguments.run.output_dir}")
+        return ExitCode.STOPPED
     if rank == 0:
         print(f"\nmodel in {folder}/model; samples in {folder}/samples.md; curves in {folder}/curves.png")
-    return 0
+    return ExitCode.DONE
 
 
-def fail(error: ValueError, where: str = "") -> int:
+def leave(number: int, _: Any) -> None:
+    """End at once: until training begins there is nothing to save."""
+    if launched_rank() == 0:
+        print(f"stopped    before training began: {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    raise SystemExit(ExitCode.STOPPED)
+
+
+def fail(error: ValueError, where: str = "") -> ExitCode:
     """Say in one line what is wrong; the return code."""
     print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return 2
+    return ExitCode.MISTAKE
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code == 0:
+    if code in (ExitCode.DONE, ExitCode.STOPPED):
         # a process that leaves while another one is still at work can look like a crash to it and to the launcher
         deepspeed.comm.barrier()
         deepspeed.comm.destroy_process_group()

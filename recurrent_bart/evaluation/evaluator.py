@@ -1,6 +1,6 @@
 """Validation loss and ROUGE of a model on documents."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ class Evaluator:
         tokenizer: To turn ids into texts.
         batch_size: Documents of a forward pass.
         device: Where the model is.
+        on_batch: Called before each batch, on every process as many times; what it raises ends the evaluation.
     """
 
     corpus: Dataset
@@ -61,6 +62,7 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     device: torch.device
+    on_batch: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def loss(self, model: torch.nn.Module) -> float:
@@ -125,8 +127,11 @@ class Evaluator:
         lengths = dict(zip(self.plan.indices, self.plan.n_segments, strict=True))
         by_length = sorted(indices, key=lambda index: lengths[index])
         groups = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
-        for group in groups[rank() :: world_size()]:
-            yield self.collator([{**self.corpus[index], "index": index} for index in group])
+        for first in range(0, len(groups), world_size()):
+            self.on_batch()
+            # the last ones may not be enough for all
+            for group in groups[first + rank() : first + rank() + 1]:
+                yield self.collator([{**self.corpus[index], "index": index} for index in group])
 
 
 def score(samples: list[Sample]) -> dict[str, Score]:

@@ -1,6 +1,7 @@
 """A run from its arguments to its last evaluation: what `launch/train.py` calls."""
 
 import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,35 +12,43 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch.utils.data import DataLoader, Dataset
 
-from recurrent_bart.data.batches import Batch, BatchOrder, RankBatches
+from recurrent_bart.data.batches import Batch, RankBatches
 from recurrent_bart.data.corpus import half_written
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import first_then_all, from_first, is_first, only_first
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.monitoring.curves import draw_curves
 from recurrent_bart.monitoring.progress import ProgressDisplay
+from recurrent_bart.monitoring.run_folder import replace_file
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import Arguments
-from recurrent_bart.training.checkpoints import Checkpoints, TrainerState
+from recurrent_bart.training.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.training.description import batch_order, describe, learning_rates, oracle_at
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
 from recurrent_bart.training.environment import Environment
+from recurrent_bart.training.interruption import Interrupted, Interruption, ignore_signals
 from recurrent_bart.training.model_building import build_model
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
+from recurrent_bart.training.outcome import Outcome
 from recurrent_bart.training.preparation import Documents, Preparation, default_output_dir, prepare
-from recurrent_bart.training.trainer import Trainer
+from recurrent_bart.training.trainer import Tally, Trainer
 
 # samples shown at each evaluation
 N_SAMPLES = 5
+STOP_FILE = "stop"
+OUTCOME_FILE = "outcome.json"
 
 
 def run_experiment(arguments: Arguments, environment: Environment) -> Path:
     """Train, evaluate and save; returns the run folder.
 
     Raises:
+        Interrupted: The run was asked to stop before its end; its last checkpoint is that of the last step.
         ValueError: Something is wrong with the arguments or the documents.
     """
     run = arguments.run
+    if run.resume:
+        only_first(functools.partial(forget_how_it_ended, Path(run.resume)))
     run.output_dir = from_first(run.output_dir or default_output_dir(arguments))
     prepared = first_then_all(lambda: prepare(arguments, environment))
     model = build_model(arguments.model, prepared.config, run.seed)
@@ -50,22 +59,29 @@ def run_experiment(arguments: Arguments, environment: Environment) -> Path:
     # from here on processes differ in their dropout
     torch.manual_seed(run.seed + 1 + environment.rank)
     model.set_gradient_checkpointing(run.gradient_checkpointing)
-    checkpoints = Checkpoints(prepared.folder.checkpoints, run.keep_last)
-    state = checkpoints.load(engine) if run.resume else TrainerState()
-    only_first(lambda: _open_folder(prepared, arguments, state.step))
-    with Session(arguments, environment, prepared, engine, checkpoints, state) as session:
+    checkpoints = Checkpoints(
+        prepared.folder.checkpoints, run.keep_last, run.keep_every, run.async_save, run.trust_checkpoint
+    )
+    resumed = checkpoints.load(engine) if run.resume else Resumed()
+    only_first(lambda: _open_folder(prepared, arguments, resumed.state))
+    with Session(arguments, environment, prepared, engine, checkpoints, resumed) as session:
         session.train()
     return prepared.folder.path
 
 
-def _open_folder(prepared: Preparation, arguments: Arguments, step: int) -> None:
+def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
     folder = prepared.folder
     folder.create()
     save_tokenizer(prepared.tokenizer, folder.tokenizer)
     # what makes it a run that can be resumed, so it comes last
     folder.write_config(arguments=asdict(arguments), model=prepared.config.to_dict(), deepspeed=prepared.deepspeed)
-    # a run that begins at step 0 evaluates there itself
-    folder.forget_after(step or -1)
+    folder.forget_after(state.step, state.evaluated_step)
+
+
+def forget_how_it_ended(folder: Path) -> None:
+    """A run that is resumed is not asked to stop by what stopped it before."""
+    for name in (STOP_FILE, OUTCOME_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 class Session:
@@ -78,41 +94,59 @@ class Session:
         prepared: Preparation,
         engine: DeepSpeedEngine,
         checkpoints: Checkpoints,
-        state: TrainerState,
+        resumed: Resumed,
     ):
         self.arguments, self.environment, self.prepared = arguments, environment, prepared
-        self.engine, self.checkpoints, self.state = engine, checkpoints, state
+        self.engine, self.checkpoints, self.resumed = engine, checkpoints, resumed
+        self.state = state = resumed.state
+        self.order = batch_order(arguments, prepared, environment.world_size, state)
         self.folder = prepared.folder
         self.display = ProgressDisplay(state.step, arguments.run.max_steps)
+        self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes)
         self.evaluator = self._evaluator(prepared.splits["validation"])
+        self.saved = (state.step, state.evaluated_step)
 
     def __enter__(self) -> "Session":
         if is_first():
             self.display.__enter__()
             if self.state.step:
                 self.display.say(f"resumed    after step {self.state.step}")
-            for line in describe(self.arguments, self.environment, self.prepared, self.engine):
+            for line in describe(self.arguments, self.order, self.environment, self.prepared, self.engine):
                 self.display.say(line)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
         if is_first():
             self.display.__exit__()
+            outcome = Outcome.of(error, self.state.step)
+            replace_file(self.folder.path / OUTCOME_FILE, json.dumps(outcome.fields()) + "\n")
 
     def train(self) -> None:
         """Run the loop."""
-        order = batch_order(self.arguments, self.prepared, self.environment.world_size)
-        Trainer(
+        with self.interruption.watching():
+            try:
+                self._trainer().train()
+                self.checkpoints.wait()
+            except Interrupted as reason:
+                self.checkpoints.wait()
+                self.display.say(f"stopped    after step {self.state.step}: {reason}")
+                raise
+
+    def _trainer(self) -> Trainer:
+        return Trainer(
             engine=self.engine,
-            batches=self._batches(order),
+            batches=self._batches(),
             run=self.arguments.run,
             state=self.state,
             on_log=self.log,
             on_evaluation=self.evaluate,
+            on_save=self.save,
             on_step=self.display.step,
             on_skip=self.skip,
-            oracle=functools.partial(oracle_at, self.arguments.run, order),
-        ).train()
+            oracle=functools.partial(oracle_at, self.arguments.run, self.order),
+            interruption=self.interruption,
+            tally=Tally.of(self.resumed.figures),
+        )
 
     def log(self, record: dict[str, Any]) -> None:
         """Write and show the figures of some steps."""
@@ -127,7 +161,7 @@ class Session:
             self.display.say(f"warning: {reason}")
 
     def evaluate(self) -> bool:
-        """Validation loss and ROUGE, a checkpoint, the best model so far; says whether to stop early."""
+        """Validation loss and ROUGE, the best model so far; says whether to stop early."""
         state, samples = self.state, []
         with gathered_for_evaluation(self.engine) as model:
             loss = self.evaluator.loss(model)
@@ -146,10 +180,16 @@ class Session:
             self._write_evaluation(record, samples)
         if is_best:
             self._export()
-        if state.step:
-            self.checkpoints.save(self.engine, state)
         patience = self.arguments.run.patience
         return bool(patience) and state.n_worse >= patience
+
+    def save(self, figures: dict[str, float]) -> None:
+        """Write a checkpoint, unless there is this very one; of step 0 there is nothing that is not made again."""
+        state = self.state
+        if state.step and (state.step, state.evaluated_step) != self.saved:
+            state.n_documents, state.order_batch = self.order.documents_before(state.step), self.order.unit
+            self.checkpoints.save(self.engine, state, figures)
+            self.saved = (state.step, state.evaluated_step)
 
     def _write_evaluation(self, record: dict[str, Any], samples: list[Any]) -> None:
         self.folder.append_metrics({name: value for name, value in record.items() if math.isfinite(value)})
@@ -180,18 +220,20 @@ class Session:
             self.prepared.tokenizer,
             run.per_device_eval_batch_size or run.per_device_train_batch_size,
             self.environment.device,
+            on_batch=lambda: self.interruption.ask(self.environment.device),
         )
 
-    def _batches(self, order: BatchOrder) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Batch]:
         run, documents, world_size = self.arguments.run, self.prepared.splits["train"], self.environment.world_size
         indices = RankBatches(
-            order, self.state.step, self.environment.rank, world_size, run.gradient_accumulation_steps
+            self.order, self.state.step, self.environment.rank, world_size, run.gradient_accumulation_steps
         )
         loader: DataLoader[Any] = DataLoader(
             IndexedRows(documents),
             batch_sampler=indices,
             collate_fn=documents.collator,
             num_workers=run.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
             # it draws a number when it starts: from the model's generator, a resumed run would have other dropout
             generator=torch.Generator(),
         )

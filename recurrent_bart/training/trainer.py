@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from deepspeed import DeepSpeedEngine
@@ -14,10 +14,13 @@ from recurrent_bart.distributed import gather_objects, max_over_ranks, only_firs
 from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.checkpoints import TrainerState
+from recurrent_bart.training.interruption import Interrupted, Interruption
 from recurrent_bart.training.windows import count_windows, has_windows, window_losses
 
 # one bad batch is passed over; after so many steps in a row without a finite gradient the weights themselves are bad
 MOST_SKIPPED = 10
+# what of a tally is counted and so can be gone on from
+COUNTED = ("loss", "n_targets", "n_tokens", "n_steps", "waited_seconds")
 
 
 @dataclass
@@ -32,6 +35,19 @@ class Tally:
     waited_seconds: float = 0.0
     learning_rate: float = 0.0
 
+    def figures(self) -> dict[str, float]:
+        """What a checkpoint keeps, for a line of the log that ends after it."""
+        kept = {name: float(getattr(self, name)) for name in COUNTED}
+        return {**kept, "seconds": time.perf_counter() - self.started}
+
+    @classmethod
+    def of(cls, figures: Mapping[str, float]) -> "Tally":
+        """Go on from those of a checkpoint; without any, from nothing."""
+        tally = cls(started=time.perf_counter() - figures.get("seconds", 0.0))
+        for name in COUNTED:
+            setattr(tally, name, figures.get(name, 0.0))
+        return tally
+
 
 @dataclass
 class Trainer:
@@ -43,10 +59,12 @@ class Trainer:
         run: Its arguments.
         state: Where it stands.
         on_log: Told the figures of a log line, the same on every process.
-        on_evaluation: Evaluates, saves, and says whether to stop.
+        on_evaluation: Evaluates and says whether to stop.
+        on_save: Writes a checkpoint, which keeps the figures of the tally too.
         on_step: Told the number of each step that is done.
         on_skip: Told why a step was not applied, the same on every process.
         oracle: Whose words the decoder reads beside the target's after so many steps, the same on every process.
+        interruption: What may ask the run to stop before its end.
     """
 
     engine: DeepSpeedEngine
@@ -55,45 +73,72 @@ class Trainer:
     state: TrainerState
     on_log: Callable[[dict[str, float]], None]
     on_evaluation: Callable[[], bool]
+    on_save: Callable[[dict[str, float]], None] = lambda figures: None
     on_step: Callable[[int], None] = lambda step: None
     on_skip: Callable[[str], None] = lambda reason: None
     oracle: Callable[[int], Oracle | None] = lambda step: None
+    interruption: Interruption = field(default_factory=Interruption)
     tally: Tally = field(default_factory=Tally)
 
     def train(self) -> None:
         """Train to `--max_steps` or until an evaluation says to stop.
 
         Raises:
+            Interrupted: It was asked to stop, between two steps or in an evaluation; a checkpoint is written.
             ValueError: No gradient was finite for many steps.
         """
-        if self.state.step == 0 and self.on_evaluation():
-            return
-        self.tally = Tally()
-        while self.state.step < self.run.max_steps:
+        try:
+            self.train_to_the_end()
+        except Interrupted:
+            self.on_save(self.tally.figures())
+            raise
+
+    def train_to_the_end(self) -> None:
+        """Steps and evaluations, each at its interval."""
+        while True:
+            if self.is_evaluated_here() and self.state.evaluated_step != self.state.step and self.evaluate():
+                return
+            if self.state.step >= self.run.max_steps:
+                return
             self.train_step()
             self.on_step(self.state.step)
-            is_last = self.state.step == self.run.max_steps
-            evaluates = is_last or self.state.step % self.run.eval_every == 0
             # a tally ends at an evaluation: its time is not counted, and a run resumed there logs the same
-            if evaluates or self.state.step % self.run.log_every == 0:
+            if self.is_evaluated_here() or self.state.step % self.run.log_every == 0:
                 self.log()
-            if evaluates:
-                if self.on_evaluation():
-                    return
-                self.tally = Tally()
+            if self.run.save_every and self.state.step % self.run.save_every == 0 and not self.is_evaluated_here():
+                self.on_save(self.tally.figures())
+
+    def is_evaluated_here(self) -> bool:
+        """Whether an evaluation belongs after the steps done so far."""
+        return self.state.step == self.run.max_steps or self.state.step % self.run.eval_every == 0
+
+    def evaluate(self) -> bool:
+        """Evaluate and write a checkpoint; says whether to stop."""
+        stops = self.on_evaluation()
+        # one that is interrupted is made by the run that goes on
+        self.state.evaluated_step = self.state.step
+        self.tally = Tally()
+        self.on_save(self.tally.figures())
+        return stops
 
     def train_step(self) -> None:
         """One optimizer step over `--gradient_accumulation_steps` micro-batches of every process.
 
         The loss of each is divided by the number of targets in the whole step, so that every target counts the same
         wherever it stands. Gradients of several passes are reduced once.
+
+        Raises:
+            Interrupted: The run is asked to stop. The step has not begun then.
         """
         # a sum of its own: the tally's is added to in place
         loss_before, n_targets_before = self.tally.loss + 0.0, self.tally.n_targets
         started = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.run.gradient_accumulation_steps)]
         self.tally.waited_seconds += time.perf_counter() - started
-        (n_targets,) = sum_over_ranks(sum(batch.n_targets() for batch in batches), device=self.engine.device)
+        n_targets, *votes = sum_over_ranks(
+            sum(batch.n_targets() for batch in batches), *self.interruption.votes(), device=self.engine.device
+        )
+        self.interruption.obey(votes)
         has_several = len(batches) > 1 or has_windows(batches[0], self.config)
         reduces_once = self.engine.coalesce_grad_reduction() if has_several else contextlib.nullcontext()
         with reduces_once:

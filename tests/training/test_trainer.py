@@ -76,14 +76,14 @@ class CountingTrainer(Trainer):
         self.on_log({"step": self.state.step})
 
 
-def follow(stops_at=None, first_step=0, **run):
+def follow(stops_at=None, first_step=0, evaluated_step=-1, **run):
     events = []
 
     def evaluate():
         events.append(("evaluation", state.step))
         return state.step == stops_at
 
-    state = TrainerState(step=first_step)
+    state = TrainerState(step=first_step, evaluated_step=evaluated_step)
     CountingTrainer(
         None,
         iter(()),
@@ -110,8 +110,13 @@ def test_an_evaluation_stops_it_early():
 
 
 def test_a_resumed_run_does_not_evaluate_where_it_begins():
-    events = follow(first_step=4, max_steps=6, log_every=1, eval_every=2)
+    events = follow(first_step=4, evaluated_step=4, max_steps=6, log_every=1, eval_every=2)
     assert events == {"step": [5, 6], "log": [5, 6], "evaluation": [6]}
+
+
+def test_a_resumed_run_makes_the_evaluation_that_was_interrupted():
+    events = follow(first_step=4, evaluated_step=2, max_steps=6, log_every=1, eval_every=2)
+    assert events == {"step": [5, 6], "log": [5, 6], "evaluation": [4, 6]}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
