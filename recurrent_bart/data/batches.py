@@ -83,7 +83,10 @@ class Collator:
             raise ValueError(f"task={self.task!r}: allowed are {', '.join(map(repr, TASKS))}")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        """Batch of rows of `load_corpus`, each with its `index` in the corpus."""
+        """Batch of rows of `load_corpus`, each with its `index` in the corpus.
+
+        A row may have a `max_n_segments` of its own, for a curriculum.
+        """
         documents = [self.segments(row) for row in rows]
         labels: list[Any] = [targets for _, targets in documents]
         if self.task == "document":
@@ -105,7 +108,7 @@ class Collator:
         """
         segments: list[list[int]] = []
         targets: list[list[int]] = []
-        cap = self.sizes.max_n_segments
+        cap = row.get("max_n_segments", self.sizes.max_n_segments)
         for section, summary in zip(row["sections"], row["summaries"], strict=True):
             if not section or len(segments) == cap:
                 continue
@@ -137,12 +140,14 @@ class DocumentPlan:
     Attributes:
         indices: Documents that have a target in the part that is read.
         n_segments: Number of segments of each of them.
+        n_least: Likewise, up to where it has its first target; cut before that, it would have none.
         n_cut: How many of them are longer than is read.
         n_left_out: Documents without a target in the part that is read.
     """
 
     indices: list[int]
     n_segments: list[int]
+    n_least: list[int]
     n_cut: int
     n_left_out: int
 
@@ -164,19 +169,20 @@ def plan_documents(
     room = sizes.segment_size - n_special
     if room < 1:
         raise ValueError(f"segment_size={sizes.segment_size} leaves no room beside {n_special} special tokens")
-    plan = DocumentPlan([], [], 0, 0)
+    plan = DocumentPlan([], [], [], 0, 0)
     for index, (sections, summaries) in enumerate(zip(section_lengths, summary_lengths, strict=True)):
         counts = [-(-length // room) for length in sections]
         total = sum(counts)
         cap = total if sizes.max_n_segments == -1 else sizes.max_n_segments
-        firsts = itertools.accumulate(counts[:-1], initial=0)
-        if not any(
-            summary and count and first < cap for summary, count, first in zip(summaries, counts, firsts, strict=True)
-        ):
+        befores = itertools.accumulate(counts[:-1], initial=0)
+        with_target = [n for n, count, summary in zip(befores, counts, summaries, strict=True) if count and summary]
+        if not with_target or with_target[0] >= cap:
             plan.n_left_out += 1
             continue
         plan.indices.append(index)
         plan.n_segments.append(min(total, cap))
+        # a section that a cut goes through keeps its target
+        plan.n_least.append(with_target[0] + 1)
         plan.n_cut += total > cap
     return plan
 

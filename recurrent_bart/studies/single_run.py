@@ -47,7 +47,7 @@ class SingleRun:
         )
         factor = learning_rate_factor(run.lr_scheduler, run.warmup_steps, run.max_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.curriculum = Curriculum(run.stages, run.threshold, run.stage_steps, run.seed)
+        self.curriculum = Curriculum(run.stages, run.stage_steps, run.seed)
         self.generator = Generator(device).manual_seed(run.seed)
         self.step = self.stage = self.stage_began = 0
         self.seconds = 0.0
@@ -114,7 +114,8 @@ class SingleRun:
                 "exact_match": whole.exact_match,
             }
         )
-        if self.curriculum.is_over(self.stage, self.step - self.stage_began, reached.token_accuracy):
+        is_reached = reached.token_accuracy >= self.run.threshold
+        if self.curriculum.is_over(self.stage, self.step - self.stage_began, is_reached):
             self.stage, self.stage_began = self.stage + 1, self.step
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from recurrent_bart.exposure_bias import ORACLES
 from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
+from recurrent_bart.training.curriculum import Curriculum, parse_stages
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -132,6 +133,11 @@ class RunArguments:
     oracle_decay: float = flag(10.0, "mu: the target's share of them is mu / (mu + exp(epoch / mu))")
     oracle_temperature: float = flag(1.0, "scale of the Gumbel noise on the oracle's scores; 0: none")
     oracle_beams: int = flag(3, "beams of the search for the sentence nearest to the target")
+    curriculum: str | None = flag(
+        None, "most segments of a document stage by stage, such as 1,2,4,8; each step draws a number from 1 to it"
+    )
+    curriculum_steps: int | None = flag(None, "steps that end a stage in any case; default: all stages the same")
+    curriculum_loss: float | None = flag(None, "training loss, of a line of the log, that ends a stage before that")
     seed: int = flag(42, "of weights, dropout and data order")
     log_every: int = flag(10, "steps between lines of the log")
     eval_every: int = flag(
@@ -172,6 +178,22 @@ class RunArguments:
             self.warmup_steps = self.max_steps // 10
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"--warmup_steps {self.warmup_steps}: must be at most --max_steps {self.max_steps}")
+        _check_at_least(self, 1, "curriculum_steps")
+        if self.curriculum is None and (self.curriculum_steps or self.curriculum_loss is not None):
+            raise ValueError("--curriculum_steps and --curriculum_loss need --curriculum")
+        # what cannot be read is found here
+        self.build_curriculum()
+
+    def build_curriculum(self) -> Curriculum | None:
+        """How many segments documents have at each step; None: as many as ever.
+
+        Raises:
+            ValueError: Its stages are no growing numbers.
+        """
+        if self.curriculum is None:
+            return None
+        stages = parse_stages(self.curriculum)
+        return Curriculum(stages, self.curriculum_steps or max(1, self.max_steps // len(stages)), self.seed)
 
 
 @dataclass

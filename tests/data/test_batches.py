@@ -109,6 +109,20 @@ def test_the_plan_is_what_the_collator_makes(task, max_n_segments, overlap):
     assert plan.n_cut == sum(len(whole.segments(rows[i])[0]) > len(made[i][0]) for i in plan.indices)
 
 
+def test_cut_to_the_least_a_document_has_its_first_target_and_no_less():
+    rows = [row([5], [2]), row([9, 5], [0, 1]), row([0, 3, 7], [2, 0, 2])]
+    lengths = [[len(section) for section in r["sections"]] for r in rows]
+    targets = [[len(summary) for summary in r["summaries"]] for r in rows]
+    collator = make_collator("sections", segment_size=6)
+    plan = plan_documents(lengths, targets, collator.sizes, n_special=2)
+    assert plan.n_least == [1, 4, 2]
+    for document, n_least in zip(rows, plan.n_least, strict=True):
+        for cut, has_target in ((n_least, True), (n_least - 1, False)):
+            segments, found = collator.segments(document | {"max_n_segments": cut})
+            assert len(segments) == cut
+            assert any(found) == has_target
+
+
 def test_segments_without_room_for_text_are_refused():
     with pytest.raises(ValueError, match="segment_size=3 leaves no room beside 3 special tokens"):
         plan_documents([[5]], [[1]], SegmentSizes(3, 3, -1), n_special=3)

@@ -7,8 +7,8 @@ import pytest
 from recurrent_bart.training.curriculum import Curriculum, parse_stages
 
 
-def make(stages=(1, 2, 4, 8), threshold=0.9, stage_steps=100, seed=0):
-    return Curriculum(stages, threshold, stage_steps, seed)
+def make(stages=(1, 2, 4, 8), stage_steps=100, seed=0):
+    return Curriculum(stages, stage_steps, seed)
 
 
 def test_every_number_of_segments_up_to_the_stages_is_drawn_as_often():
@@ -24,35 +24,29 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
     assert drawn != [make(seed=1).draw(3, step) for step in range(100)]
 
 
-def test_a_stage_ends_at_its_accuracy_or_after_its_steps():
+def test_a_stage_ends_when_something_is_reached_or_after_its_steps():
     curriculum = make()
-    assert not curriculum.is_over(0, 99, 0.89)
-    assert curriculum.is_over(0, 1, 0.9)
-    assert curriculum.is_over(0, 100, 0.1)
-    assert curriculum.is_over(0, 100)
-    assert not curriculum.is_over(0, 99)
-
-
-def test_without_one_of_them_the_other_decides():
-    assert not make(threshold=None).is_over(1, 99, 1.0)
-    assert not make(stage_steps=0).is_over(1, 10**6, 0.5)
-    assert make(stage_steps=0).is_over(1, 1, 0.95)
+    assert not curriculum.is_over(0, 99, is_reached=False)
+    assert curriculum.is_over(0, 1, is_reached=True)
+    assert curriculum.is_over(0, 100, is_reached=False)
+    assert not make(stage_steps=0).is_over(1, 10**6, is_reached=False)
 
 
 def test_the_last_stage_does_not_end():
-    assert not make().is_over(3, 10**6, 1.0)
+    assert not make().is_over(3, 10**6, is_reached=True)
+
+
+def test_a_stage_that_is_no_more_is_as_the_last_one():
+    curriculum = make(stages=(1, 2))
+    assert curriculum.longest(3) == 2
+    assert {curriculum.draw(3, step) for step in range(50)} == {1, 2}
+    assert not curriculum.is_over(3, 10**6, is_reached=True)
 
 
 @pytest.mark.parametrize("stages", [(), (0, 1), (2, 1), (1, 1)])
 def test_stages_that_do_not_grow_are_refused(stages):
     with pytest.raises(ValueError, match="each must have more"):
         make(stages)
-
-
-def test_a_stage_that_would_never_end_is_refused():
-    with pytest.raises(ValueError, match="ends one"):
-        make(threshold=None, stage_steps=0)
-    make((8,), threshold=None, stage_steps=0)
 
 
 def test_stages_are_written_as_numbers_with_commas():
