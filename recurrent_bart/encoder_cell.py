@@ -143,16 +143,16 @@ def cell_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What slots and tokens read, `(B, P + L, D)`, and the tokens' weights: tokens never see slots."""
     attention, n_slots = layer.shared.self_attn, visible.n_slots
-    query, key, value = layer.query_key_value(stream_BLD)
-    token_query, tokens = query[:, :, n_slots:], (key[:, :, n_slots:], value[:, :, n_slots:])
-    if prefix is not None and gate_BH is None:
-        tokens = concat_keys(prefix, tokens)
-    read, weights = attend(attention, token_query, tokens, visible.tokens)
+    # split, not sliced: backward passes of slices would each write the whole
+    parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(stream_BLD)]
+    (slots_query, *slots), (token_query, *tokens) = zip(*parts, strict=True)
+    tokens_see = concat_keys(prefix, tokens) if prefix is not None and gate_BH is None else tokens
+    read, weights = attend(attention, token_query, tokens_see, visible.tokens)
     if gate_BH is not None:
         prefix_read = attend(attention, token_query, prefix, None)
         read, weights = gated_read((read, weights), prefix_read, gate_BH)
     if n_slots:
-        slots_see = concat_keys(prefix, (key, value)) if visible.slots_read_prefix else (key, value)
-        slots_read, _ = attend(attention, query[:, :, :n_slots], slots_see, visible.slots)
+        slots_see = concat_keys(prefix, slots, tokens) if visible.slots_read_prefix else concat_keys(slots, tokens)
+        slots_read, _ = attend(attention, slots_query, slots_see, visible.slots)
         read = torch.cat([slots_read, read], dim=1)
     return read.flatten(2), weights

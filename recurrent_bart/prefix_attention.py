@@ -5,7 +5,7 @@ D model width.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def split_heads(attention: BartAttention, hidden: Tensor) -> Tensor:
     return hidden.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
-def attend(attention: BartAttention, query_BHQK: Tensor, key_value: KeyValue, mask: Tensor | None) -> Read:
+def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Tensor], mask: Tensor | None) -> Read:
     """Attention by the back-end that the configuration names; `mask` in the form that Hugging Face makes for it."""
     back_end = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     read = functools.partial(
@@ -42,7 +42,9 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: KeyValue, ma
     return read(query_BHQK, *key_value, mask)
 
 
-def _attend_packed(read: Callable[..., Read], query_BHQK: Tensor, key_value: KeyValue, mask_BA: Tensor) -> Tensor:
+def _attend_packed(
+    read: Callable[..., Read], query_BHQK: Tensor, key_value: Sequence[Tensor], mask_BA: Tensor
+) -> Tensor:
     """Flash attention over keys of different number in each row, packed one row behind the other.
 
     Hugging Face would take the last Q columns of the mask for the queries' own, which is right neither for slots nor
@@ -65,7 +67,7 @@ def _attend_packed(read: Callable[..., Read], query_BHQK: Tensor, key_value: Key
     return values.unflatten(1, (n_rows, n_queries)).squeeze(0)
 
 
-def concat_keys(*parts: KeyValue) -> KeyValue:
+def concat_keys(*parts: Sequence[Tensor]) -> KeyValue:
     """Keys and values of several parts, one behind the other."""
     keys, values = zip(*parts, strict=True)
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)

@@ -73,18 +73,16 @@ class _TakeSpan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         n_stacks = len(ctx.shapes)
-        whole = list(gradients[n_stacks:])
-        for number, (own, shape) in enumerate(zip(gradients[:n_stacks], ctx.shapes, strict=True)):
-            if own is None:
-                continue
-            total = whole[number]
-            if total is None:
-                total = own.new_zeros(shape)
-            # nobody else has it: it was made by the next span's backward pass
-            total[ctx.span].add_(own)
-            whole[number] = total
+        own, whole = gradients[:n_stacks], list(gradients[n_stacks:])
+        there = [number for number, gradient in enumerate(own) if gradient is not None]
+        for number in there:
+            if whole[number] is None:
+                whole[number] = own[number].new_zeros(ctx.shapes[number])
+        if there:
+            # nobody else has what is added to: it was made here, or by the next span's backward pass
+            torch._foreach_add_([whole[number][ctx.span] for number in there], [own[number] for number in there])
         return None, None, *whole
 
 

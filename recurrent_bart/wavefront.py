@@ -105,8 +105,8 @@ class Wavefront:
             frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, stream_EBSD, memory_EBPD)
             if diagonal.stop == self.config.encoder_layers:
                 # not a view, which would keep the streams of all layers
-                outputs.append((frontier_EBSD[-1, :, self.n_slots :].clone(), memory_EBPD))
-                frontier_EBSD = frontier_EBSD[:-1]
+                frontier_EBSD, top_1BSD = frontier_EBSD.split((len(frontier_EBSD) - 1, 1))
+                outputs.append((top_1BSD[0, :, self.n_slots :].clone(), memory_EBPD))
         return frontier_EBSD, memory_EBPD, outputs
 
     def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:
