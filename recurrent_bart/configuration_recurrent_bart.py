@@ -9,7 +9,7 @@ from transformers import BartConfig
 RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("gated", "concat")
 DECODER_CONTEXTS = ("last", "memory", "all")
-SCHEDULES = ("sequential", "wavefront")
+SCHEDULES = ("auto", "sequential", "wavefront")
 
 
 @strict
@@ -44,7 +44,8 @@ class RecurrentBartConfig(BartConfig):
             tokens of all segments (fusion-in-decoder, arXiv 2007.01282).
         schedule: In which order cells (segment, layer) are computed; the numbers are the same. `"sequential"`:
             segment after segment, layer after layer. `"wavefront"`: by diagonals, all cells that need nothing of each
-            other at once; not with `recurrence="top"`.
+            other at once; not with `recurrence="top"`. `"auto"`: by diagonals where that is possible and faster: on a
+            GPU, several segments, few enough documents at once.
 
     Raises:
         ValueError: A field is outside its range, or a segment does not fit the position table.

@@ -68,7 +68,9 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
         Args:
             grain: `"none"`; `"layer"`: each layer of a segment for itself; `"segment"`: in the encoder all layers of a
-                segment together, of which the state alone is stored, in the decoder each layer.
+                segment together, of which the state alone is stored, in the decoder each layer. By diagonals, in the
+                encoder: `"layer"`: each diagonal for itself, of which streams and states are stored; `"segment"`: as
+                many together as makes the whole smallest.
 
         Raises:
             ValueError: It is none of these.

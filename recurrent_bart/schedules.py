@@ -20,6 +20,8 @@ from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, W
 from recurrent_bart.stacked_layers import can_stack, stack_layers
 from recurrent_bart.wavefront import Wavefront
 
+# of all documents in a segment; up to here several layers at once were faster on a GPU
+MOST_TOKENS = 16_384
 logger = logging.get_logger(__name__)
 
 
@@ -145,12 +147,15 @@ class Grid:
 
     def _is_by_diagonals(self, segments_BNLD: Tensor, kept: Kept) -> bool:
         """Whether to run by diagonals; what every layer gives is handed out by the sequential schedule alone."""
-        if self.config.schedule == "sequential" or kept.hidden_states or kept.attentions:
+        schedule = self.config.schedule
+        if schedule == "sequential" or kept.hidden_states or kept.attentions:
             return False
-        if not can_stack(self.layers):
-            logger.warning_once("schedule='wavefront': layers are wrapped, as by adapters; they run one after another")
+        if schedule == "auto" and (self.config.recurrence == "top" or not is_faster_by_diagonals(segments_BNLD)):
             return False
-        return True
+        is_possible = can_stack(self.layers)
+        if not is_possible and schedule == "wavefront":
+            logger.warning_once("schedule='wavefront': layers hold adapters or other parts that cannot be stacked")
+        return is_possible
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: Kept, is_last: bool) -> None:
         if kept.every_segment or kept.tokens or is_last:
@@ -211,6 +216,15 @@ class Grid:
             is_read_1B = mask_BL.bool().any(dim=-1).unsqueeze(0)
             memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, recurrence.by_layer())
         return SegmentOutput(stream[:, n_slots:], memory, hidden_states, attentions)
+
+
+def is_faster_by_diagonals(segments_BNLD: Tensor) -> bool:
+    """Whether a device is better filled by several layers at once.
+
+    A processor is busy with one layer, and then copying the weights costs more than it saves.
+    """
+    n_documents, n_segments, n_tokens, _ = segments_BNLD.shape
+    return segments_BNLD.device.type != "cpu" and n_segments > 1 and n_documents * n_tokens <= MOST_TOKENS
 
 
 def _where_begun(is_begun_B: Tensor, memory_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:

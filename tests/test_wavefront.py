@@ -193,11 +193,49 @@ def test_adapters_run_in_sequence_and_it_is_said(make_model, monkeypatch):
     by_diagonals.load_state_dict(sequential.state_dict())
     said = []
     monkeypatch.setattr(schedules.logger, "warning_once", said.append)
+    monkeypatch.setattr(schedules, "is_faster_by_diagonals", lambda segments: True)
     ids = random_ids(2, 3, 8)
     expected, found = (model.model.encoder(ids).last_hidden_state for model in (sequential, by_diagonals))
     assert torch.equal(found, expected)
     assert len(said) == 1
     assert "adapters" in said[0]
+    by_diagonals.config.schedule = "auto"
+    assert torch.equal(by_diagonals.model.encoder(ids).last_hidden_state, expected)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_faster", "expected"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"recurrence": "top"}, True, False),
+        ({"recurrence": "none"}, True, True),
+        ({"schedule": "sequential"}, True, False),
+        ({"schedule": "wavefront"}, False, True),
+    ],
+)
+def test_the_schedule_is_chosen(make_model, monkeypatch, fields, is_faster, expected):
+    calls = []
+    step = wavefront.diagonal_step
+    monkeypatch.setattr(wavefront, "diagonal_step", lambda *inputs: calls.append(inputs) or step(*inputs))
+    monkeypatch.setattr(schedules, "is_faster_by_diagonals", lambda segments: is_faster)
+    make_model(**fields).model.encoder(random_ids(2, 3, 8))
+    assert bool(calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "expected"),
+    [
+        ((1, 2, 512, 8), "meta", True),
+        ((32, 9, 512, 8), "meta", True),
+        ((33, 9, 512, 8), "meta", False),
+        ((1, 1, 512, 8), "meta", False),
+        ((1, 9, 512, 8), "cpu", False),
+    ],
+)
+def test_diagonals_are_for_devices_that_a_layer_does_not_fill(shape, device, expected):
+    assert schedules.is_faster_by_diagonals(torch.empty(shape, device=device)) == expected
 
 
 def saved_bytes(model, n_segments):
