@@ -38,6 +38,7 @@ CASES = {
         ),
         "zero2-windows-by-segment": case(2, task="sections", bptt_depth=0, checkpointing="segment", bucket=500),
         "zero2-top-windows": case(2, task="sections", bptt_depth=1, recurrence="top"),
+        "zero2-wavefront": case(2, bptt_depth=1, schedule="wavefront"),
         "zero2-frozen": case(2, frozen=True),
         "zero2-spoilt": case(2, spoilt=True, accumulation=2),
         "zero3-frozen": case(3, frozen=True),
@@ -54,6 +55,12 @@ CASES = {
         "zero3-windows-by-segment": case(3, task="sections", bptt_depth=0, checkpointing="segment", bucket=500),
         "zero3-windows-memory": case(3, task="sections", bptt_depth=1, decoder_context="memory"),
         "zero3-document-all-top": case(3, bptt_depth=1, decoder_context="all", recurrence="top"),
+        "zero3-wavefront-accumulated": case(3, accumulation=2, schedule="wavefront", bucket=500),
+        # without a graph up to the window, of which one process's documents have nothing
+        "zero3-wavefront-bptt-by-layer": case(3, bptt_depth=2, schedule="wavefront", checkpointing="layer"),
+        "zero3-wavefront-windows-by-segment": case(
+            3, task="sections", bptt_depth=1, schedule="wavefront", checkpointing="segment"
+        ),
         "zero3-document-static": case(3, decoder_context="all", recurrence="none", checkpointing="segment"),
     },
     1: {
