@@ -1,5 +1,6 @@
 """What is shown on the terminal while a run goes on."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -17,9 +18,10 @@ class ProgressDisplay:
         first_step: Steps that are done.
         max_steps: Steps that there will be.
         console: Where to; standard output if not given.
+        is_plain: Show lines on a terminal too.
     """
 
-    def __init__(self, first_step: int, max_steps: int, console: Console | None = None):
+    def __init__(self, first_step: int, max_steps: int, console: Console | None = None, is_plain: bool = False):
         self.console = console or Console()
         self.console.quiet = not is_first()
         self.bar = Progress(
@@ -30,10 +32,11 @@ class ProgressDisplay:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=self.console.quiet or not self.console.is_terminal,
+            disable=self.console.quiet or is_plain or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("train", total=max_steps, completed=first_step, status="")
         self.max_steps = max_steps
+        self.evaluation = ""
 
     def __enter__(self) -> "ProgressDisplay":
         self.bar.start()
@@ -47,12 +50,12 @@ class ProgressDisplay:
         self.bar.update(self.task, completed=step)
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show figures that were logged."""
+        """Show figures that were logged, with the last evaluation's."""
+        if "validation_loss" in record:
+            self.evaluation = f"validation {record['validation_loss']:.3f}"
         if "loss" not in record:
             return
-        status = (
-            f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  lr {record['learning_rate']:.1e}"
-        )
+        status = "  ".join(filter(None, [*_figures(record), self.evaluation]))
         self.bar.update(self.task, status=status)
         if self.bar.disable:
             left = clock(record["seconds_left"])
@@ -61,6 +64,16 @@ class ProgressDisplay:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         say(text, self.console)
+
+
+def _figures(record: dict[str, Any]) -> Iterator[str]:
+    yield f"loss {record['loss']:.3f}"
+    yield f"{record['tokens_per_second']:,.0f} tokens/s"
+    if "model_flops_share" in record:
+        yield f"{100 * record['model_flops_share']:.0f} % of peak"
+    if "memory_allocated_bytes" in record:
+        yield f"{record['memory_allocated_bytes'] / 2**30:.1f} GiB"
+    yield f"lr {record['learning_rate']:.1e}"
 
 
 def say(text: str, console: Console | None = None) -> None:

@@ -4,7 +4,7 @@ import math
 import resource
 import socket
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -99,7 +99,8 @@ class RankFigures:
 
     def of_all_ranks(self, device: torch.device) -> list["RankFigures"]:
         """Every process's figures, in one collective."""
-        return [RankFigures(*row) for row in gather_rows(astuple(self), device=device)]
+        own = [float(getattr(self, item.name)) for item in fields(RankFigures)]
+        return [RankFigures(*row) for row in gather_rows(own, device=device)]
 
 
 def summarise(ranks: Sequence[RankFigures], places: Places, seconds: float, n_steps: int) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def summarise(ranks: Sequence[RankFigures], places: Places, seconds: float, n_st
     slowest, fastest = (pick(range(len(ranks)), key=rank_seconds.__getitem__) for pick in (max, min))
     return {
         "loss": _share(_sum(ranks, "loss"), _sum(ranks, "n_targets")),
-        "loss_max": max(losses, default=None),
+        "loss_max": max(losses, default=math.nan),
         "gradient_norm_backbone": math.sqrt(_sum(ranks, "backbone_square")),
         "gradient_norm_recurrence": math.sqrt(_sum(ranks, "recurrence_square")),
         "tokens_per_second": n_tokens / seconds,
@@ -148,6 +149,6 @@ def _mean(ranks: Sequence[RankFigures], name: str) -> float:
     return _sum(ranks, name) / len(ranks)
 
 
-def _share(part: float, whole: float) -> float | None:
-    """None where there is nothing to share, as when all steps were skipped."""
-    return part / whole if whole else None
+def _share(part: float, whole: float) -> float:
+    """NaN where there is nothing to share, as when all steps were skipped."""
+    return part / whole if whole else math.nan

@@ -18,11 +18,11 @@ class Stopwatch:
     asked for; nothing is waited for before.
 
     Args:
-        device: Where the work is done.
+        device: Where the work is done; a processor if not given.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device | None = None):
+        self.device = device or torch.device("cpu")
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 

@@ -111,10 +111,9 @@ class Trackers:
         self.trackers = trackers
 
     def log(self, record: Record) -> None:
-        """Tell all; figures that are not finite, which not all have a word for, are left out."""
-        known = {name: value for name, value in record.items() if value is not None and not _is_endless(value)}
+        """Tell all what is known."""
         for tracker in self.trackers:
-            tracker.log(known)
+            tracker.log(known(record))
 
     def alert(self, title: str, text: str) -> None:
         """Tell all."""
@@ -125,6 +124,12 @@ class Trackers:
         """Finish all; what they have to say to the user."""
         lines = [tracker.finish(is_success) for tracker in self.trackers]
         return [line for line in lines if line]
+
+
+def known(record: Record) -> Record:
+    """The record without what is not there or not finite, which JSON has no word for."""
+    is_endless = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {name: value for name, value in record.items() if value is not None and name not in is_endless}
 
 
 def curves_of(record: Record) -> dict[str, float]:
@@ -144,7 +149,3 @@ def curves_of(record: Record) -> dict[str, float]:
         elif isinstance(value, int | float):
             curves[name] = value
     return curves
-
-
-def _is_endless(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

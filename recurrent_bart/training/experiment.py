@@ -2,7 +2,7 @@
 
 import functools
 import json
-import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,25 +18,34 @@ from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import first_then_all, from_first, is_first, only_first
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.monitoring.curves import draw_curves
+from recurrent_bart.monitoring.flops import peak_flops
 from recurrent_bart.monitoring.progress import ProgressDisplay
+from recurrent_bart.monitoring.rank_figures import Places
 from recurrent_bart.monitoring.run_folder import replace_file
+from recurrent_bart.monitoring.stall import StallWatch
+from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.training.description import batch_order, describe, learning_rates, oracle_at
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
-from recurrent_bart.training.environment import Environment
+from recurrent_bart.training.environment import Environment, is_batch_job
 from recurrent_bart.training.interruption import Interrupted, Interruption, ignore_signals
 from recurrent_bart.training.model_building import build_model
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
-from recurrent_bart.training.outcome import Outcome
+from recurrent_bart.training.outcome import ExitCode, Outcome
 from recurrent_bart.training.preparation import Documents, Preparation, default_output_dir, prepare
-from recurrent_bart.training.trainer import Tally, Trainer
+from recurrent_bart.training.probing import look_at_recurrence
+from recurrent_bart.training.tally import Tally
+from recurrent_bart.training.tracking import start_trackers
+from recurrent_bart.training.trainer import Trainer
 
 # samples shown at each evaluation
 N_SAMPLES = 5
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
+# without a step or an evaluation for so long, the user is told
+STALL_SECONDS = 600.0
 
 
 def run_experiment(arguments: Arguments, environment: Environment) -> Path:
@@ -101,7 +110,11 @@ class Session:
         self.state = state = resumed.state
         self.order = batch_order(arguments, prepared, environment.world_size, state)
         self.folder = prepared.folder
-        self.display = ProgressDisplay(state.step, arguments.run.max_steps)
+        self.display = ProgressDisplay(state.step, arguments.run.max_steps, is_plain=is_batch_job())
+        peak = peak_flops(environment.device, engine.bfloat16_enabled())
+        self.places = Places.gather(environment.local_rank, peak)
+        self.trackers = start_trackers(arguments.tracking, environment, self.folder, self.places)
+        self.stall_watch = StallWatch(STALL_SECONDS, self._tell_of_stall)
         self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes)
         self.evaluator = self._evaluator(prepared.splits["validation"])
         self.saved = (state.step, state.evaluated_step)
@@ -116,14 +129,15 @@ class Session:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
+        outcome = Outcome.of(error, self.state.step)
+        self._finish_trackers(outcome)
         if is_first():
             self.display.__exit__()
-            outcome = Outcome.of(error, self.state.step)
             replace_file(self.folder.path / OUTCOME_FILE, json.dumps(outcome.fields()) + "\n")
 
     def train(self) -> None:
         """Run the loop."""
-        with self.interruption.watching():
+        with self.interruption.watching(), self.stall_watch:
             try:
                 self._trainer().train()
                 self.checkpoints.wait()
@@ -141,41 +155,64 @@ class Session:
             on_log=self.log,
             on_evaluation=self.evaluate,
             on_save=self.save,
-            on_step=self.display.step,
+            on_step=self.step,
             on_skip=self.skip,
             oracle=functools.partial(oracle_at, self.arguments.run, self.order),
             interruption=self.interruption,
+            places=self.places,
+            watch=Stopwatch(self.environment.device),
             tally=Tally.of(self.resumed.figures),
         )
 
+    def step(self, step: int) -> None:
+        """Show that a step is done."""
+        self.stall_watch.beat()
+        self.display.step(step)
+
     def log(self, record: dict[str, Any]) -> None:
         """Write and show the figures of some steps."""
-        if is_first():
-            self.folder.append_metrics(record)
-            self.display.show(record)
+        self.trackers.log({**record, "n_cut_documents": self.prepared.splits["train"].plan.n_cut})
+        self.display.show(record)
 
     def skip(self, reason: str) -> None:
         """Write and say why a step was not applied."""
-        if is_first():
-            self.folder.append_metrics({"step": self.state.step, "skipped": reason})
-            self.display.say(f"warning: {reason}")
+        self.trackers.log({"step": self.state.step, "skipped": reason})
+        self.trackers.alert("step skipped", reason)
+        self.display.say(f"warning: {reason}")
+
+    def _tell_of_stall(self) -> None:
+        text = f"no step for {STALL_SECONDS / 60:.0f} minutes after step {self.state.step}"
+        self.trackers.alert("run stalls", text)
+        self.display.say(f"warning: {text}")
+
+    def _finish_trackers(self, outcome: Outcome) -> None:
+        code = ExitCode(outcome.code)
+        self.trackers.alert(f"run {code.name.lower()}", f"after step {outcome.step}  {outcome.reason}".rstrip())
+        for line in self.trackers.finish(is_success=code in (ExitCode.DONE, ExitCode.STOPPED)):
+            self.display.say(f"upload     {line}")
 
     def evaluate(self) -> bool:
         """Validation loss and ROUGE, the best model so far; says whether to stop early."""
         state, samples = self.state, []
+        started = time.perf_counter()
         with gathered_for_evaluation(self.engine) as model:
             loss = self.evaluator.loss(model)
             # an untrained model has nothing to tell
             if state.step:
                 samples = self.evaluator.summarise(model, self._generation())
-        record: dict[str, Any] = {"step": state.step, "validation_loss": loss}
+            recurrence = look_at_recurrence(model, self.evaluator)
+        record: dict[str, Any] = {"step": state.step, "validation_loss": loss, **recurrence}
         if samples:
             record |= {name: value.mean for name, value in score(samples).items()}
+        record["evaluation_seconds"] = time.perf_counter() - started
         is_best = loss < state.best_loss
         if is_best:
             state.best_loss, state.best_step, state.n_worse = loss, state.step, 0
         else:
             state.n_worse += 1
+        self.stall_watch.beat()
+        self.trackers.log(record)
+        self.display.show(record)
         if is_first():
             self._write_evaluation(record, samples)
         if is_best:
@@ -188,11 +225,12 @@ class Session:
         state = self.state
         if state.step and (state.step, state.evaluated_step) != self.saved:
             state.n_documents, state.order_batch = self.order.documents_before(state.step), self.order.unit
+            started = time.perf_counter()
             self.checkpoints.save(self.engine, state, figures)
+            self.trackers.log({"step": state.step, "checkpoint_seconds": time.perf_counter() - started})
             self.saved = (state.step, state.evaluated_step)
 
     def _write_evaluation(self, record: dict[str, Any], samples: list[Any]) -> None:
-        self.folder.append_metrics({name: value for name, value in record.items() if math.isfinite(value)})
         if samples:
             self.folder.append_samples(f"Step {record['step']}", samples[:N_SAMPLES])
         draw_curves(self.folder.read_metrics(), self.folder.curves_file)

@@ -1,10 +1,12 @@
 """The training loop, in three levels: `train`, `train_step`, `forward_backward`."""
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
@@ -12,41 +14,19 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import gather_objects, max_over_ranks, only_first, sum_over_ranks
 from recurrent_bart.exposure_bias import Oracle
+from recurrent_bart.monitoring.flops import Arithmetic
+from recurrent_bart.monitoring.rank_figures import Places, summarise
+from recurrent_bart.monitoring.timing import Stopwatch
+from recurrent_bart.monitoring.tracker import known
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.checkpoints import TrainerState
+from recurrent_bart.training.gradient_norms import GradientNorms
 from recurrent_bart.training.interruption import Interrupted, Interruption
+from recurrent_bart.training.tally import Tally
 from recurrent_bart.training.windows import count_windows, has_windows, window_losses
 
 # one bad batch is passed over; after so many steps in a row without a finite gradient the weights themselves are bad
 MOST_SKIPPED = 10
-# what of a tally is counted and so can be gone on from
-COUNTED = ("loss", "n_targets", "n_tokens", "n_steps", "waited_seconds")
-
-
-@dataclass
-class Tally:
-    """What has happened since the last line of the log, on this process."""
-
-    loss: float = 0.0
-    n_targets: int = 0
-    n_tokens: int = 0
-    n_steps: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    waited_seconds: float = 0.0
-    learning_rate: float = 0.0
-
-    def figures(self) -> dict[str, float]:
-        """What a checkpoint keeps, for a line of the log that ends after it."""
-        kept = {name: float(getattr(self, name)) for name in COUNTED}
-        return {**kept, "seconds": time.perf_counter() - self.started}
-
-    @classmethod
-    def of(cls, figures: Mapping[str, float]) -> "Tally":
-        """Go on from those of a checkpoint; without any, from nothing."""
-        tally = cls(started=time.perf_counter() - figures.get("seconds", 0.0))
-        for name in COUNTED:
-            setattr(tally, name, figures.get(name, 0.0))
-        return tally
 
 
 @dataclass
@@ -65,19 +45,24 @@ class Trainer:
         on_skip: Told why a step was not applied, the same on every process.
         oracle: Whose words the decoder reads beside the target's after so many steps, the same on every process.
         interruption: What may ask the run to stop before its end.
+        places: Where the processes run.
+        watch: Times the parts of a step.
+        tally: This process's figures since the last line of the log.
     """
 
     engine: DeepSpeedEngine
     batches: Iterator[Batch]
     run: RunArguments
     state: TrainerState
-    on_log: Callable[[dict[str, float]], None]
+    on_log: Callable[[dict[str, Any]], None]
     on_evaluation: Callable[[], bool]
     on_save: Callable[[dict[str, float]], None] = lambda figures: None
     on_step: Callable[[int], None] = lambda step: None
     on_skip: Callable[[str], None] = lambda reason: None
     oracle: Callable[[int], Oracle | None] = lambda step: None
     interruption: Interruption = field(default_factory=Interruption)
+    places: Places = field(default_factory=functools.partial(Places.gather, local_rank=0, peak=math.nan))
+    watch: Stopwatch = field(default_factory=Stopwatch)
     tally: Tally = field(default_factory=Tally)
 
     def train(self) -> None:
@@ -90,7 +75,7 @@ class Trainer:
         try:
             self.train_to_the_end()
         except Interrupted:
-            self.on_save(self.tally.figures())
+            self.save()
             raise
 
     def train_to_the_end(self) -> None:
@@ -103,14 +88,22 @@ class Trainer:
             self.train_step()
             self.on_step(self.state.step)
             # a tally ends at an evaluation: its time is not counted, and a run resumed there logs the same
-            if self.is_evaluated_here() or self.state.step % self.run.log_every == 0:
+            if self.is_logged_at(self.state.step):
                 self.log()
             if self.run.save_every and self.state.step % self.run.save_every == 0 and not self.is_evaluated_here():
-                self.on_save(self.tally.figures())
+                self.save()
 
     def is_evaluated_here(self) -> bool:
         """Whether an evaluation belongs after the steps done so far."""
-        return self.state.step == self.run.max_steps or self.state.step % self.run.eval_every == 0
+        return self.is_evaluated_at(self.state.step)
+
+    def is_evaluated_at(self, step: int) -> bool:
+        """Whether an evaluation belongs after so many steps."""
+        return step == self.run.max_steps or step % self.run.eval_every == 0
+
+    def is_logged_at(self, step: int) -> bool:
+        """Whether a line of the log ends after so many steps."""
+        return self.is_evaluated_at(step) or step % self.run.log_every == 0
 
     def evaluate(self) -> bool:
         """Evaluate and write a checkpoint; says whether to stop."""
@@ -118,8 +111,13 @@ class Trainer:
         # one that is interrupted is made by the run that goes on
         self.state.evaluated_step = self.state.step
         self.tally = Tally()
-        self.on_save(self.tally.figures())
+        self.save()
         return stops
+
+    def save(self) -> None:
+        """Write a checkpoint, between two lines of the log with what the next one has so far."""
+        self.tally.add_seconds(self.watch.seconds())
+        self.on_save(self.tally.figures())
 
     def train_step(self) -> None:
         """One optimizer step over `--gradient_accumulation_steps` micro-batches of every process.
@@ -132,9 +130,8 @@ class Trainer:
         """
         # a sum of its own: the tally's is added to in place
         loss_before, n_targets_before = self.tally.loss + 0.0, self.tally.n_targets
-        started = time.perf_counter()
-        batches = [next(self.batches) for _ in range(self.run.gradient_accumulation_steps)]
-        self.tally.waited_seconds += time.perf_counter() - started
+        with self.watch.measure("data", on_host=True):
+            batches = [next(self.batches) for _ in range(self.run.gradient_accumulation_steps)]
         n_targets, *votes = sum_over_ranks(
             sum(batch.n_targets() for batch in batches), *self.interruption.votes(), device=self.engine.device
         )
@@ -146,8 +143,11 @@ class Trainer:
                 self.forward_backward(batch, n_targets)
         # the step moves it on to the next one's
         self.tally.learning_rate = self.engine.get_lr()[0]
+        if self.is_logged_at(self.state.step + 1):
+            self.tally.backbone_square, self.tally.recurrence_square = self.norms.squares()
         # applied on all processes or on none: DeepSpeed looks at the norm of the whole gradient
-        self.engine.step()
+        with self.watch.measure("optimizer"):
+            self.engine.step()
         self.state.step += 1
         self.tally.n_steps += 1
         if self.engine.was_step_applied():
@@ -169,16 +169,29 @@ class Trainer:
         oracle = self.oracle(self.state.step)
         if oracle is not None and oracle.kind == "sentence":
             oracle = replace(oracle, n_steps=max_over_ranks(batch.labels.shape[-1], device))
-        for loss in window_losses(self.engine, self.config, batch, device, n_windows, per_process, oracle):
-            self.engine.backward(loss)
+        losses = window_losses(self.engine, self.config, batch, device, n_windows, per_process, oracle)
+        for loss in self.watch.each("forward", losses):
+            with self.watch.measure("backward"):
+                self.engine.backward(loss)
             self.tally.loss += loss.detach() * per_process
-        self.tally.n_targets += batch.n_targets()
-        self.tally.n_tokens += batch.n_tokens()
+        self.tally.add(batch, self.arithmetic.training(batch.attention_mask, batch.labels))
 
     @property
     def config(self) -> RecurrentBartConfig:
         """The model's architecture."""
         return self.engine.module.config
+
+    @functools.cached_property
+    def norms(self) -> GradientNorms:
+        """Of the parts of the gradient."""
+        return GradientNorms(self.engine)
+
+    @functools.cached_property
+    def arithmetic(self) -> Arithmetic:
+        """Counts what is useful of a batch's passes."""
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.engine.module.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        return Arithmetic(self.config, trained / sum(size for size, _ in sizes))
 
     def skip(self) -> None:
         """Count a step that was not applied and find the processes that caused it.
@@ -204,25 +217,19 @@ class Trainer:
     def log(self) -> None:
         """Sum up the steps since the last line, over all processes."""
         tally, self.tally = self.tally, Tally()
-        loss, n_targets, n_tokens = sum_over_ranks(
-            float(tally.loss), tally.n_targets, tally.n_tokens, device=self.engine.device
-        )
+        tally.add_seconds(self.watch.seconds())
+        tally.read_memory(self.engine.device)
+        ranks = tally.of_all_ranks(self.engine.device)
         seconds = time.perf_counter() - tally.started
-        step_seconds = seconds / tally.n_steps
         record = {
             "step": self.state.step,
-            # all steps may have been skipped
-            "loss": loss / n_targets if n_targets else math.nan,
+            **summarise(ranks, self.places, seconds, int(tally.n_steps)),
             "learning_rate": tally.learning_rate,
             "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            "tokens_per_second": n_tokens / seconds,
-            "step_seconds": step_seconds,
-            "waited_share": tally.waited_seconds / seconds,
-            "seconds_left": (self.run.max_steps - self.state.step) * step_seconds,
+            "seconds_left": (self.run.max_steps - self.state.step) * seconds / tally.n_steps,
             "n_skipped": self.state.n_skipped,
         }
         oracle = self.oracle(self.state.step - 1)
         if oracle is not None:
             record["gold_probability"] = oracle.gold_probability
-        # a file of JSON has no word for the others
-        self.on_log({name: value for name, value in record.items() if math.isfinite(value)})
+        self.on_log(known(record))

@@ -8,14 +8,23 @@ from rich.console import Console
 from recurrent_bart.monitoring import progress as module
 from recurrent_bart.monitoring.progress import ProgressDisplay, clock, say
 
-RECORD = {"step": 20, "loss": 2.3456, "tokens_per_second": 12_345.6, "learning_rate": 3e-5, "seconds_left": 3725.0}
+RECORD = {
+    "step": 20,
+    "loss": 2.3456,
+    "tokens_per_second": 12_345.6,
+    "model_flops_share": 0.3456,
+    "memory_allocated_bytes": 3 * 2**29,
+    "learning_rate": 3e-5,
+    "seconds_left": 3725.0,
+}
+STATUS = "loss 2.346  12,346 tokens/s  35 % of peak  1.5 GiB  lr 3.0e-05"
 
 
-def run(first_step=0, is_terminal=True):
+def run(first_step=0, is_terminal=True, is_plain=False):
     """What is shown of a run of 40 steps up to the half."""
     output = io.StringIO()
-    console = Console(file=output, force_terminal=is_terminal, width=120, color_system=None, legacy_windows=False)
-    with ProgressDisplay(first_step, 40, console) as display:
+    console = Console(file=output, force_terminal=is_terminal, width=160, color_system=None, legacy_windows=False)
+    with ProgressDisplay(first_step, 40, console, is_plain) as display:
         for step in range(first_step + 1, 21):
             display.step(step)
         display.show(RECORD)
@@ -27,7 +36,7 @@ def run(first_step=0, is_terminal=True):
 def test_the_bar_moves_and_shows_the_figures():
     shown = run()
     assert "20/40" in shown
-    assert "loss 2.346  12,346 tokens/s  lr 3.0e-05" in shown
+    assert STATUS in shown
     assert "━" in shown
     assert "left" in shown
 
@@ -46,8 +55,29 @@ def test_lines_are_printed_as_they_are_and_not_broken():
 
 def test_without_a_terminal_there_are_plain_lines():
     lines = run(is_terminal=False).splitlines()
-    assert lines[0] == "step 20/40  loss 2.346  12,346 tokens/s  lr 3.0e-05  left 1:02:05"
+    assert lines[0] == f"step 20/40  {STATUS}  left 1:02:05"
     assert len(lines) == 2
+
+
+def test_a_batch_job_has_plain_lines_even_with_a_terminal():
+    assert run(is_plain=True).splitlines()[0] == f"step 20/40  {STATUS}  left 1:02:05"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_last_evaluation_stays_in_sight(is_terminal):
+    output = io.StringIO()
+    with ProgressDisplay(0, 40, Console(file=output, force_terminal=is_terminal, width=160)) as display:
+        for step, loss in ((10, 3.0), (20, 2.5)):
+            display.show({"step": step, "validation_loss": loss})
+        display.show(RECORD)
+    assert f"{STATUS}  validation 2.500" in output.getvalue()
+
+
+def test_what_is_not_known_is_left_out():
+    output = io.StringIO()
+    with ProgressDisplay(0, 40, Console(file=output, force_terminal=False, width=160)) as display:
+        display.show({name: RECORD[name] for name in ("step", "loss", "tokens_per_second", "learning_rate", "seconds_left")})
+    assert output.getvalue() == "step 20/40  loss 2.346  12,346 tokens/s  lr 3.0e-05  left 1:02:05\n"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

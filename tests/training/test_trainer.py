@@ -171,7 +171,7 @@ def test_an_interval_of_skipped_steps_alone_has_no_loss(alone):
     trainer.train_step()
     trainer.log()
     assert "loss" not in told["log"][0]
-    assert all(math.isfinite(value) for value in told["log"][0].values())
+    assert all(math.isfinite(value) for value in told["log"][0].values() if isinstance(value, float))
 
 
 def test_many_skipped_steps_in_a_row_end_the_run(alone):

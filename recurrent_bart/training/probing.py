@@ -1,0 +1,37 @@
+"""Looks at what the recurrence does with some validation documents, at each evaluation with the same ones."""
+
+from typing import Any
+
+from recurrent_bart.distributed import from_first, is_first
+from recurrent_bart.evaluation.evaluator import Evaluator
+from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.monitoring.recurrence_metrics import recurrence_metrics
+from recurrent_bart.training.tracking import warn
+
+N_DOCUMENTS = 2
+
+
+def look_at_recurrence(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -> dict[str, Any]:
+    """Figures of `recurrence_metrics`, on every process. The first one looks, the others wait.
+
+    Args:
+        model: Whole, in evaluation mode.
+        evaluator: Of the documents, of which those of the most segments are taken.
+    """
+    return from_first(_look(model, evaluator) if is_first() else None)
+
+
+def _look(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -> dict[str, Any]:
+    plan = evaluator.plan
+    longest = sorted(zip(plan.n_segments, plan.indices, strict=True), key=lambda pair: (-pair[0], pair[1]))
+    documents = []
+    for _, index in longest[:N_DOCUMENTS]:
+        batch = evaluator.collator([{**evaluator.corpus[index], "index": index}])
+        inputs = batch.model_inputs(evaluator.device)
+        documents.append((inputs["input_ids"], inputs["attention_mask"], inputs["labels"]))
+    # others wait for this process, and no figure is worth a run
+    try:
+        return recurrence_metrics(model, documents)
+    except Exception as error:
+        warn(f"the recurrence could not be looked at: {' '.join(str(error).split())}")
+        return {}
