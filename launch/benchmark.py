@@ -12,7 +12,10 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from recurrent_bart.training.benchmark import Benchmark, Case, Measurement
+from recurrent_bart.configuration_recurrent_bart import SCHEDULES
+from recurrent_bart.data.rows import TASKS
+from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS
+from recurrent_bart.training.benchmark import Benchmark, Case, Measurement, all_cases
 from recurrent_bart.training.model_building import SIZES
 
 MIB = 2**20
@@ -24,6 +27,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_size", choices=SIZES, default="tiny", help="size of the model, from scratch")
     parser.add_argument("--segment_size", type=int, help="tokens of a segment; default: the size's own")
     parser.add_argument("--segments", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of segments")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what has a target")
+    parser.add_argument("--bptt_depths", type=int, nargs="+", default=[0, 2, -1], help="horizons of gradient")
+    parser.add_argument(
+        "--gradient_checkpointing", nargs="+", choices=CHECKPOINTING_GRAINS, default=CHECKPOINTING_GRAINS, help="grains"
+    )
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["auto"], help="orders of computation")
     parser.add_argument("--batch_size", type=int, default=1, help="documents")
     parser.add_argument("--passes", type=int, default=0, help="timed passes of each; 0: memory alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure")
@@ -44,7 +53,9 @@ def main(argv: list[str]) -> int:
         dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
         n_passes=arguments.passes,
     )
-    results = {case: list(benchmark.run(case, arguments.segments)) for case in benchmark.cases()}
+    grains, schedules = arguments.gradient_checkpointing, arguments.schedules
+    cases = all_cases(arguments.tasks, arguments.bptt_depths, grains, schedules)
+    results = {case: list(benchmark.run(case, arguments.segments)) for case in cases}
     console = Console(width=120)
     console.print(f"{describe(device)}; {' '.join(argv)}", highlight=False)
     console.print(memory_table(results, arguments.segments))
@@ -76,12 +87,12 @@ def speed_table(results: dict[Case, list[Measurement]], numbers: list[int]) -> T
 
 def _table(title: str, rows: dict[Case, list[str]], numbers: list[int]) -> Table:
     table = Table(title=title, title_justify="left")
-    for name in ("task", "bptt_depth", "checkpointing"):
+    for name in ("task", "bptt_depth", "checkpointing", "schedule"):
         table.add_column(name)
     for number in numbers:
         table.add_column(str(number), justify="right")
     for case, figures in rows.items():
-        table.add_row(case.task, str(case.bptt_depth), case.checkpointing, *figures)
+        table.add_row(case.task, str(case.bptt_depth), case.checkpointing, case.schedule, *figures)
     return table
 
 

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,17 @@ class Case:
     task: str
     bptt_depth: int
     checkpointing: str
+    schedule: str = "auto"
+
+
+def all_cases(
+    tasks: Iterable[str] = TASKS,
+    bptt_depths: Iterable[int] = (0, 2, -1),
+    grains: Iterable[str] = CHECKPOINTING_GRAINS,
+    schedules: Iterable[str] = ("auto",),
+) -> list[Case]:
+    """Every way to train that changes memory or speed: target, horizon of gradient, recomputation, schedule."""
+    return [Case(*values) for values in itertools.product(tasks, bptt_depths, grains, schedules)]
 
 
 @dataclass(frozen=True)
@@ -68,15 +79,13 @@ class Benchmark:
     dtype: torch.dtype
     n_passes: int
 
-    def cases(self) -> list[Case]:
-        """Every way to train that changes memory: target, horizon of gradient, recomputation."""
-        return [Case(*values) for values in itertools.product(TASKS, (0, 2, -1), CHECKPOINTING_GRAINS)]
-
     def run(self, case: Case, numbers: Sequence[int]) -> Iterator[Measurement]:
         """Measure a case with each number of segments."""
         torch.manual_seed(0)
         fields = SIZES[self.model_size] | ({"segment_size": self.segment_size} if self.segment_size else {})
-        config = RecurrentBartConfig(**fields, vocab_size=VOCAB_SIZE, bptt_depth=case.bptt_depth)
+        config = RecurrentBartConfig(
+            **fields, vocab_size=VOCAB_SIZE, bptt_depth=case.bptt_depth, schedule=case.schedule
+        )
         model = RecurrentBartForConditionalGeneration(config).to(self.device, self.dtype).train()
         model.set_gradient_checkpointing(case.checkpointing)
         self._pass(model, self._batch(config, case.task, 1))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recurrent_bart.training.benchmark import Benchmark, Case
+from recurrent_bart import wavefront
+from recurrent_bart.training.benchmark import Benchmark, Case, all_cases
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +38,19 @@ def test_passes_are_timed(benchmark):
     assert measured.n_segments == 3
     assert measured.tokens_per_second == pytest.approx(2 * 3 * 16 / measured.seconds)
     assert measured.spread >= 1
+
+
+def test_schedules_are_timed_side_by_side():
+    cases = all_cases(["document"], [-1], ["none"], ["sequential", "wavefront"])
+    assert cases == [Case("document", -1, "none", "sequential"), Case("document", -1, "none", "wavefront")]
+    assert len(set(all_cases())) == 2 * 3 * 3
+
+
+def test_the_schedule_of_a_case_is_the_one_that_runs(benchmark, monkeypatch):
+    calls = []
+    step = wavefront.diagonal_step
+    monkeypatch.setattr(wavefront, "diagonal_step", lambda *inputs: calls.append(1) or step(*inputs))
+    peaks(benchmark, "document", -1, "none", "sequential")
+    assert not calls
+    peaks(benchmark, "document", -1, "none", "wavefront")
+    assert calls
