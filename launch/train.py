@@ -1,5 +1,6 @@
 """Train Recurrent BART: `deepspeed launch/train.py --deepspeed ds_configs/zero3.json`."""
 
+import os
 import signal
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ from recurrent_bart.distributed import SharedError
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import launched_rank, start_processes
 from recurrent_bart.training.experiment import run_experiment
+from recurrent_bart.training.faults import describe_fault
 from recurrent_bart.training.interruption import Interrupted, handling_signals
 from recurrent_bart.training.outcome import ExitCode
 
@@ -25,15 +27,18 @@ def main(argv: list[str]) -> ExitCode:
     try:
         with handling_signals(leave):
             folder = run_experiment(arguments, start_processes(arguments.run.timeout_minutes))
+    except Interrupted:
+        if rank == 0:
+            print(f"go on with --resume {arguments.run.output_dir}")
+        return ExitCode.STOPPED
     except SharedError:
         # the first process says it
         return ExitCode.MISTAKE
     except ValueError as error:
         return fail(error, f" on rank {rank}" if rank else "")
-    except Interrupted:
-        if rank == 0:
-            print(f"go on with --resume {arguments.run.output_dir}")
-        return ExitCode.STOPPED
+    except Exception as error:
+        print(f"fault on rank {rank}: {describe_fault(error)}", file=sys.stderr, flush=True)
+        return ExitCode.FAULT
     if rank == 0:
         print(f"\nmodel in {folder}/model; samples in {folder}/samples.md; curves in {folder}/curves.png")
     return ExitCode.DONE
@@ -58,4 +63,7 @@ if __name__ == "__main__":
         # a process that leaves while another one is still at work can look like a crash to it and to the launcher
         deepspeed.comm.barrier()
         deepspeed.comm.destroy_process_group()
-    sys.exit(code)
+        sys.exit(code)
+    # at once: what else a process does before it ends may wait for the others, who wait for it
+    sys.stdout.flush()
+    os._exit(code)

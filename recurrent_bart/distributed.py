@@ -1,7 +1,8 @@
 """What processes tell each other. Works without a process group, as the only process."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def set_timeout(timeout: timedelta) -> None:
+    """How long this process waits for another one from now on, in every group there is."""
+    if is_distributed():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def first_then_all(make: Callable[[], Result]) -> Result:
     """Let the first process do something before all others do it, to find it in a cache.
 
@@ -107,6 +115,15 @@ def first_then_all(make: Callable[[], Result]) -> Result:
 def only_first(act: Callable[[], Any]) -> None:
     """Let the first process alone do something; its ValueError stops all, as in `first_then_all`."""
     first_then_all(lambda: act() if is_first() else None)
+
+
+def stop_all(message: str) -> NoReturn:
+    """End all processes, which all call it, with what the first one says.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise (ValueError if is_first() else SharedError)(message)
 
 
 def _attempt(make: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

@@ -153,14 +153,20 @@ class RunArguments:
     keep_every: int = flag(0, "checkpoints at multiples of so many steps are kept too; 0: none")
     trust_checkpoint: bool = flag(False, "resume from files that no manifest vouches for")
     dataloader_num_workers: int = flag(2, "processes that make batches")
+    max_skipped_steps: int = flag(10, "so many steps in a row without a finite gradient end it, with a checkpoint")
+    max_loss_spikes: int = flag(0, "so many lines of the log in a row with a loss far above the median end it; 0: none")
     max_minutes: float | None = flag(None, "stop so long after the start, with a checkpoint to resume from")
     timeout_minutes: int = flag(60, "how long a process waits for another one before it gives up")
+    step_timeout_seconds: int = flag(
+        600, "likewise within a step after the first, evaluations and checkpoints left out"
+    )
     local_rank: int = flag(-1, "set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
         _check_at_least(self, 1, *positive, "eval_documents", "num_beams", "timeout_minutes")
-        _check_at_least(self, 0, "max_minutes")
+        _check_at_least(self, 0, "max_minutes", "max_loss_spikes")
+        _check_at_least(self, 1, "max_skipped_steps", "step_timeout_seconds")
         _check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
         _check_at_least(
             self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay", "eval_every"

@@ -48,6 +48,21 @@ def _take_embedding_out(encoder: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def reducing_once(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Reduce the gradients of several passes together, at the end; not at all if one of them fails.
+
+    DeepSpeed reduces them there in any case. Where a pass has failed on one process the others are elsewhere, and it
+    would wait for them instead of ending with its error.
+    """
+    with engine.coalesce_grad_reduction():
+        try:
+            yield
+        except BaseException:
+            engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda optimizer: None
+            raise
+
+
+@contextlib.contextmanager
 def gathered_for_evaluation(engine: DeepSpeedEngine) -> Iterator[Any]:
     """The model in evaluation mode and whole on every process, so that each may call it as often as it likes.
 

@@ -1,21 +1,20 @@
 """A run from its arguments to its last evaluation: what `launch/train.py` calls."""
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from torch.utils.data import DataLoader, Dataset
 
-from recurrent_bart.data.batches import Batch, RankBatches
 from recurrent_bart.data.corpus import half_written
 from recurrent_bart.data.tokenizer import save_tokenizer
-from recurrent_bart.distributed import first_then_all, from_first, is_first, only_first
+from recurrent_bart.distributed import first_then_all, from_first, is_first, only_first, set_timeout, stop_all
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.monitoring.curves import draw_curves
 from recurrent_bart.monitoring.flops import peak_flops
@@ -30,15 +29,17 @@ from recurrent_bart.training.checkpoints import Checkpoints, Resumed, TrainerSta
 from recurrent_bart.training.description import batch_order, describe, learning_rates, oracle_at
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
 from recurrent_bart.training.environment import Environment, is_batch_job
-from recurrent_bart.training.interruption import Interrupted, Interruption, ignore_signals
+from recurrent_bart.training.interruption import Interrupted, Interruption
 from recurrent_bart.training.model_building import build_model
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.outcome import ExitCode, Outcome
 from recurrent_bart.training.preparation import Documents, Preparation, default_output_dir, prepare
 from recurrent_bart.training.probing import look_at_recurrence
+from recurrent_bart.training.spikes import SpikeWatch
 from recurrent_bart.training.tally import Tally
 from recurrent_bart.training.tracking import start_trackers
 from recurrent_bart.training.trainer import Trainer
+from recurrent_bart.training.training_batches import TrainingBatches
 
 # samples shown at each evaluation
 N_SAMPLES = 5
@@ -117,6 +118,7 @@ class Session:
         self.stall_watch = StallWatch(STALL_SECONDS, self._tell_of_stall)
         self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes)
         self.evaluator = self._evaluator(prepared.splits["validation"])
+        self.spikes = SpikeWatch()
         self.saved = (state.step, state.evaluated_step)
 
     def __enter__(self) -> "Session":
@@ -133,7 +135,9 @@ class Session:
         self._finish_trackers(outcome)
         if is_first():
             self.display.__exit__()
-            replace_file(self.folder.path / OUTCOME_FILE, json.dumps(outcome.fields()) + "\n")
+            # a full disk may be what ends it
+            with contextlib.suppress(OSError):
+                replace_file(self.folder.path / OUTCOME_FILE, json.dumps(outcome.fields()) + "\n")
 
     def train(self) -> None:
         """Run the loop."""
@@ -149,7 +153,9 @@ class Session:
     def _trainer(self) -> Trainer:
         return Trainer(
             engine=self.engine,
-            batches=self._batches(),
+            batches=TrainingBatches(
+                self.prepared.splits["train"], self.order, self.arguments.run, self.environment, self.state
+            ),
             run=self.arguments.run,
             state=self.state,
             on_log=self.log,
@@ -161,18 +167,38 @@ class Session:
             interruption=self.interruption,
             places=self.places,
             watch=Stopwatch(self.environment.device),
+            curriculum=self.arguments.run.build_curriculum(),
             tally=Tally.of(self.resumed.figures),
         )
-
-    def step(self, step: int) -> None:
-        """Show that a step is done."""
-        self.stall_watch.beat()
-        self.display.step(step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write and show the figures of some steps."""
         self.trackers.log({**record, "n_cut_documents": self.prepared.splits["train"].plan.n_cut})
         self.display.show(record)
+        self.watch(record)
+
+    def watch(self, record: dict[str, Any]) -> None:
+        """Say that the loss is far above what it was.
+
+        Raises:
+            ValueError: It has been for so long that the run is to end.
+        """
+        warning = self.spikes.warning(record)
+        if warning:
+            self.trackers.alert("loss is high", warning)
+            self.display.say(f"warning: {warning}")
+        if warning and self.spikes.n_in_row == self.arguments.run.max_loss_spikes:
+            stop_all(f"{warning}; lower --learning_rate and --resume from a checkpoint before, or begin anew")
+
+    def step(self, step: int) -> None:
+        """Show that a step is done; what the first one takes long for, no other does."""
+        self.stall_watch.beat()
+        self.display.step(step)
+        set_timeout(timedelta(seconds=self.arguments.run.step_timeout_seconds))
+
+    def wait_longer(self) -> None:
+        """Let the others take their time, as long as at the start."""
+        set_timeout(timedelta(minutes=self.arguments.run.timeout_minutes))
 
     def skip(self, reason: str) -> None:
         """Write and say why a step was not applied."""
@@ -193,6 +219,7 @@ class Session:
 
     def evaluate(self) -> bool:
         """Validation loss and ROUGE, the best model so far; says whether to stop early."""
+        self.wait_longer()
         state, samples = self.state, []
         started = time.perf_counter()
         with gathered_for_evaluation(self.engine) as model:
@@ -224,6 +251,7 @@ class Session:
         """Write a checkpoint, unless there is this very one; of step 0 there is nothing that is not made again."""
         state = self.state
         if state.step and (state.step, state.evaluated_step) != self.saved:
+            self.wait_longer()
             state.n_documents, state.order_batch = self.order.documents_before(state.step), self.order.unit
             started = time.perf_counter()
             self.checkpoints.save(self.engine, state, figures)
@@ -260,33 +288,3 @@ class Session:
             self.environment.device,
             on_batch=lambda: self.interruption.ask(self.environment.device),
         )
-
-    def _batches(self) -> Iterator[Batch]:
-        run, documents, world_size = self.arguments.run, self.prepared.splits["train"], self.environment.world_size
-        indices = RankBatches(
-            self.order, self.state.step, self.environment.rank, world_size, run.gradient_accumulation_steps
-        )
-        loader: DataLoader[Any] = DataLoader(
-            IndexedRows(documents),
-            batch_sampler=indices,
-            collate_fn=documents.collator,
-            num_workers=run.dataloader_num_workers,
-            worker_init_fn=ignore_signals,
-            # it draws a number when it starts: from the model's generator, a resumed run would have other dropout
-            generator=torch.Generator(),
-        )
-        return iter(loader)
-
-
-@dataclass
-class IndexedRows(Dataset[dict[str, Any]]):
-    """The documents of a plan, by their place in it."""
-
-    documents: Documents
-
-    def __len__(self) -> int:
-        return len(self.documents.plan.indices)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        index = self.documents.plan.indices[place]
-        return {**self.documents.corpus[index], "index": index}

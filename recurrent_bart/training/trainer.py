@@ -12,7 +12,7 @@ from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
-from recurrent_bart.distributed import gather_objects, max_over_ranks, only_first, sum_over_ranks
+from recurrent_bart.distributed import gather_objects, max_over_ranks, stop_all, sum_over_ranks
 from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.monitoring.flops import Arithmetic
 from recurrent_bart.monitoring.rank_figures import Places, summarise
@@ -20,13 +20,13 @@ from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.monitoring.tracker import known
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.checkpoints import TrainerState
+from recurrent_bart.training.curriculum import Curriculum
+from recurrent_bart.training.engine import reducing_once
+from recurrent_bart.training.faults import telling_out_of_memory
 from recurrent_bart.training.gradient_norms import GradientNorms
 from recurrent_bart.training.interruption import Interrupted, Interruption
 from recurrent_bart.training.tally import Tally
 from recurrent_bart.training.windows import count_windows, has_windows, window_losses
-
-# one bad batch is passed over; after so many steps in a row without a finite gradient the weights themselves are bad
-MOST_SKIPPED = 10
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Trainer:
         on_skip: Told why a step was not applied, the same on every process.
         oracle: Whose words the decoder reads beside the target's after so many steps, the same on every process.
         interruption: What may ask the run to stop before its end.
+        curriculum: Whose stages it goes through.
         places: Where the processes run.
         watch: Times the parts of a step.
         tally: This process's figures since the last line of the log.
@@ -61,6 +62,7 @@ class Trainer:
     on_skip: Callable[[str], None] = lambda reason: None
     oracle: Callable[[int], Oracle | None] = lambda step: None
     interruption: Interruption = field(default_factory=Interruption)
+    curriculum: Curriculum | None = None
     places: Places = field(default_factory=functools.partial(Places.gather, local_rank=0, peak=math.nan))
     watch: Stopwatch = field(default_factory=Stopwatch)
     tally: Tally = field(default_factory=Tally)
@@ -90,6 +92,7 @@ class Trainer:
             # a tally ends at an evaluation: its time is not counted, and a run resumed there logs the same
             if self.is_logged_at(self.state.step):
                 self.log()
+            self.move_on(is_reached=False)
             if self.run.save_every and self.state.step % self.run.save_every == 0 and not self.is_evaluated_here():
                 self.save()
 
@@ -137,10 +140,11 @@ class Trainer:
         )
         self.interruption.obey(votes)
         has_several = len(batches) > 1 or has_windows(batches[0], self.config)
-        reduces_once = self.engine.coalesce_grad_reduction() if has_several else contextlib.nullcontext()
+        reduces_once = reducing_once(self.engine) if has_several else contextlib.nullcontext()
         with reduces_once:
             for batch in batches:
-                self.forward_backward(batch, n_targets)
+                with telling_out_of_memory(batch, self.state.step + 1):
+                    self.forward_backward(batch, n_targets)
         # the step moves it on to the next one's
         self.tally.learning_rate = self.engine.get_lr()[0]
         if self.is_logged_at(self.state.step + 1):
@@ -155,6 +159,17 @@ class Trainer:
         else:
             self.skip()
             self.tally.loss, self.tally.n_targets = loss_before, n_targets_before
+
+    def move_on(self, is_reached: bool) -> None:
+        """Begin the curriculum's next stage if this one is over; the same is decided on every process."""
+        state = self.state
+        if self.curriculum and self.curriculum.is_over(state.stage, state.step - state.stage_began, is_reached):
+            state.stage, state.stage_began = state.stage + 1, state.step
+
+    def is_reached(self, loss: float, n_steps: int) -> bool:
+        """Whether the loss of the last steps, all of them of this stage, is what the curriculum trains it to."""
+        threshold = self.run.curriculum_loss
+        return threshold is not None and loss <= threshold and n_steps <= self.state.step - self.state.stage_began
 
     def forward_backward(self, batch: Batch, n_targets: float) -> None:
         """Add a micro-batch's gradient, window after window, in as many passes on every process.
@@ -205,14 +220,18 @@ class Trainer:
         self.state.n_skipped += 1
         self.state.n_skipped_in_row += 1
         self.on_skip(f"step {self.state.step} is skipped: the {what}")
-        if self.state.n_skipped_in_row >= MOST_SKIPPED:
-            only_first(self._give_up)
+        if self.state.n_skipped_in_row >= self.run.max_skipped_steps:
+            self.give_up()
 
-    def _give_up(self) -> None:
-        raise ValueError(
-            f"step {self.state.step}: no finite gradient in {MOST_SKIPPED} steps; lower --learning_rate, "
-            "or raise --warmup_steps; --resume goes on from the last checkpoint"
+    def give_up(self) -> None:
+        """Write a checkpoint of the weights, which no skipped step has changed, and end."""
+        n_steps, self.state.n_skipped_in_row = self.state.n_skipped_in_row, 0
+        self.save()
+        message = (
+            f"step {self.state.step}: no finite gradient in {n_steps} steps, the weights are those before them; "
+            "lower --learning_rate or raise --warmup_steps and --resume, or begin anew"
         )
+        stop_all(message)
 
     def log(self) -> None:
         """Sum up the steps since the last line, over all processes."""
@@ -232,4 +251,7 @@ class Trainer:
         oracle = self.oracle(self.state.step - 1)
         if oracle is not None:
             record["gold_probability"] = oracle.gold_probability
+        if self.curriculum is not None:
+            record["curriculum_segments"] = self.curriculum.longest(self.state.stage)
+            self.move_on(is_reached=self.is_reached(record["loss"], tally.n_steps))
         self.on_log(known(record))

@@ -10,7 +10,7 @@ from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
-from recurrent_bart.training.trainer import MOST_SKIPPED, Trainer
+from recurrent_bart.training.trainer import Trainer
 from tiny import random_ids, tiny_model
 
 # losses of test_twenty_steps_give_the_losses_they_always_gave
@@ -175,13 +175,18 @@ def test_an_interval_of_skipped_steps_alone_has_no_loss(alone):
 
 
 def test_many_skipped_steps_in_a_row_end_the_run(alone):
-    batches = [make_batch() for _ in range(MOST_SKIPPED + 2)]
-    trainer, told = make_trainer(batches, max_steps=len(batches))
+    batches = [make_batch() for _ in range(6)]
+    trainer, told = make_trainer(batches, max_steps=len(batches), max_skipped_steps=3)
+    saved = []
+    trainer.on_save = lambda figures: saved.append(trainer.state.step)
     # the first one in a row is the third step
-    poison(trainer, {1, *range(3, len(batches) + 1)})
-    with pytest.raises(ValueError, match=f"step {MOST_SKIPPED + 2}: no finite gradient in {MOST_SKIPPED} steps"):
+    poison(trainer, {1, 3, 4, 5, 6})
+    with pytest.raises(ValueError, match="step 5: no finite gradient in 3 steps"):
         trainer.train()
-    assert len(told["skip"]) == MOST_SKIPPED + 1
+    assert len(told["skip"]) == 4
+    # the first evaluation's, and the last one, from which a run that goes on has as many steps again
+    assert saved == [0, 5]
+    assert trainer.state.n_skipped_in_row == 0
 
 
 @pytest.mark.parametrize("stage", [2, 3])

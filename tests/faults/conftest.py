@@ -1,0 +1,52 @@
+"""What the tests of faults share: a run, something that goes wrong in it, and what must hold after it."""
+
+import json
+
+import pytest
+
+from faults.processes_of_a_run import train
+from recurrent_bart.training.manifest import problems
+from runs import flags
+
+
+class RunUnderTest:
+    """A short run, in its own folder."""
+
+    def __init__(self, documents, folder):
+        self.documents, self.place, self.folder = documents, folder, folder / "run"
+        self.checkpoints = self.folder / "checkpoints"
+
+    def train(self, n_processes=2, fault=None, changes=None, **options):
+        """Begin; as `processes_of_a_run.train`."""
+        arguments = flags(self.documents, self.folder, **(changes or {}))
+        return train(arguments, self.place, n_processes, fault, **options)
+
+    def resume(self, n_processes=2, fault=None, changes=None, **options):
+        """Go on."""
+        for old in self.place.glob("printed-*.txt"):
+            old.unlink()
+        arguments = ["--resume", self.folder, *(f"--{name}={value}" for name, value in (changes or {}).items())]
+        return train(arguments, self.place, n_processes, fault, **options)
+
+    def steps(self):
+        """Of the checkpoints there are, each of which must be whole, with nothing half written under its name."""
+        found = sorted(self.checkpoints.glob("step-*"))
+        for checkpoint in found:
+            assert problems(checkpoint) == []
+        return [int(checkpoint.name.removeprefix("step-")) for checkpoint in found]
+
+    def outcome(self):
+        return json.loads((self.folder / "outcome.json").read_text())
+
+    def losses(self):
+        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+    def evaluations(self):
+        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+
+
+@pytest.fixture
+def run(documents, tmp_path):
+    return RunUnderTest(documents, tmp_path)
