@@ -4,6 +4,7 @@ Shape suffixes: B documents, L tokens in a segment, P prefix length (= slots), H
 D model width.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,30 +35,38 @@ class Visibility:
     slots_read_prefix: bool
 
     @classmethod
-    def everything(cls, n_slots: int, slots_read_prefix: bool) -> "Visibility":
-        """Where there is no padding."""
-        return cls(tokens=None, slots=None, n_slots=n_slots, slots_read_prefix=slots_read_prefix)
-
-    @classmethod
     def build(
         cls, config: RecurrentBartConfig, stream_BLD: Tensor, mask_BL: Tensor, n_slots: int, slots_read_prefix: bool
     ) -> "Visibility":
-        """Masks of a segment whose stream is `slots, tokens`.
+        """Masks of segments; all queries of a row see the same, so that there is one line for all of them.
 
         In a segment that a document does not have, everything is seen: what comes out is thrown away, and a softmax
         over nothing would not be finite.
+
+        Args:
+            config: The architecture; its back-end decides on the form.
+            stream_BLD: Streams, for their type and device alone.
+            mask_BL: 1 at tokens.
+            n_slots: Slots in front of the stream.
+            slots_read_prefix: Whether slots see the prefix.
         """
         mask_BL = mask_BL.bool() | ~mask_BL.bool().any(dim=1, keepdim=True)
         prefix_BP = mask_BL.new_ones(len(mask_BL), config.pre_seq_len)
         slots_BP = prefix_BP[:, :n_slots]
         slots_see = torch.cat([prefix_BP, slots_BP, mask_BL] if slots_read_prefix else [slots_BP, mask_BL], dim=1)
         tokens_see = mask_BL if config.prefix_attention == "gated" else torch.cat([prefix_BP, mask_BL], dim=1)
+        query = stream_BLD.new_empty(len(mask_BL), 1, 1)
         return cls(
-            tokens=create_bidirectional_mask(config, stream_BLD[:, n_slots:], tokens_see),
-            slots=create_bidirectional_mask(config, stream_BLD[:, :n_slots], slots_see) if n_slots else None,
+            tokens=create_bidirectional_mask(config, query, tokens_see),
+            slots=create_bidirectional_mask(config, query, slots_see) if n_slots else None,
             n_slots=n_slots,
             slots_read_prefix=slots_read_prefix,
         )
+
+    def rows(self, rows: slice, has_padding: bool) -> "Visibility":
+        """Of some rows; without padding in them all is seen, for which back-ends are faster."""
+        tokens, slots = (None if mask is None or not has_padding else mask[rows] for mask in (self.tokens, self.slots))
+        return dataclasses.replace(self, tokens=tokens, slots=slots)
 
 
 class CellLayer(Protocol):

@@ -34,16 +34,16 @@ class Diagonal:
         stop: One above the highest.
         weights: Of these layers.
         tokens: Embeddings `(B, L, D)` of the segment that begins here; None behind the last one.
-        mask: 1 at tokens of the segment that each layer is at, `(E, B, L)`.
-        is_full: Whether there is no padding in them.
+        visible: What the rows (layer, document) see.
+        is_read: False where the document has no text in the segment that the layer is at, `(E, B)`.
     """
 
     first: int
     stop: int
     weights: Weights
     tokens: Tensor | None
-    mask: Tensor
-    is_full: bool
+    visible: Visibility
+    is_read: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Wavefront:
             mask_BNL: 1 at tokens.
             memory_EBPD: The states before the first segment.
         """
-        diagonals = cut_diagonals(weights, tokens, mask_BNL, self.config.encoder_layers)
+        diagonals = self._diagonals(weights, tokens, mask_BNL)
         size = _chunk_size(len(diagonals)) if self.checkpointing == "segment" else 1
         frontier = None
         for start in range(0, len(diagonals), size):
@@ -123,42 +123,30 @@ class Wavefront:
     ) -> tuple[Tensor, Tensor | None]:
         first, stop = diagonal.first, diagonal.stop
         own = None if memory_EBPD is None else memory_EBPD[first:stop]
-        inputs = stream_EBSD, own, self._visible(diagonal, stream_EBSD), diagonal.mask.any(dim=-1)
+        inputs = stream_EBSD, own, diagonal.visible, diagonal.is_read
         stream_EBSD, own = diagonal_step(diagonal.weights, self.layer, self.recurrence, *inputs)
         if memory_EBPD is not None and own is not None and len(own) < len(memory_EBPD):
             own = torch.cat([memory_EBPD[:first], own, memory_EBPD[stop:]])
         return stream_EBSD, own
 
-    def _visible(self, diagonal: Diagonal, stream_EBSD: Tensor) -> Visibility:
-        """What the rows of a diagonal see."""
-        if diagonal.is_full:
-            return Visibility.everything(self.n_slots, slots_read_prefix=True)
-        rows = stream_EBSD.flatten(0, 1), diagonal.mask.flatten(0, 1)
-        return Visibility.build(self.config, *rows, self.n_slots, slots_read_prefix=True)
-
-
-def cut_diagonals(weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor, n_layers: int) -> list[Diagonal]:
-    """The diagonals of a grid, with views of what each needs.
-
-    Args:
-        weights: Of all layers, stacked.
-        tokens: Token embeddings `(B, L, D)` of each segment.
-        mask_BNL: 1 at tokens.
-        n_layers: E.
-    """
-    n_segments = len(tokens)
-    # the last segment first, so that the segments of a diagonal are one block
-    mask_NBL = mask_BNL.bool().transpose(0, 1).flip(0)
-    # a segment that a document does not have is seen whole, see Visibility
-    is_full = (mask_NBL.all(dim=-1) | ~mask_NBL.any(dim=-1)).all(dim=-1).tolist()
-    numbers = range(n_segments + n_layers - 1)
-    spans = [(max(0, number - n_segments + 1), min(n_layers, number + 1)) for number in numbers]
-    diagonals = []
-    for number, (first, stop), own in zip(numbers, spans, take_spans(weights, spans), strict=True):
-        segments = slice(n_segments - 1 - number + first, n_segments - 1 - number + stop)
-        new = tokens[number] if number < n_segments else None
-        diagonals.append(Diagonal(first, stop, own, new, mask_NBL[segments], all(is_full[segments])))
-    return diagonals
+    def _diagonals(self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor) -> list[Diagonal]:
+        """All diagonals, with views of what each needs."""
+        n_segments, n_layers, n_documents = len(tokens), self.config.encoder_layers, len(mask_BNL)
+        # the last segment first, so that the segments of a diagonal are one block
+        mask_NBL = mask_BNL.bool().transpose(0, 1).flip(0)
+        is_read_NB = mask_NBL.any(dim=-1)
+        # a segment that a document does not have is seen whole, see Visibility
+        has_padding = (~mask_NBL.all(dim=-1) & is_read_NB).any(dim=-1).tolist()
+        visible = Visibility.build(self.config, tokens[0], mask_NBL.flatten(0, 1), self.n_slots, slots_read_prefix=True)
+        numbers = range(n_segments + n_layers - 1)
+        spans = [(max(0, number - n_segments + 1), min(n_layers, number + 1)) for number in numbers]
+        diagonals = []
+        for number, (first, stop), own in zip(numbers, spans, take_spans(weights, spans), strict=True):
+            start, end = (n_segments - 1 - number + layer for layer in (first, stop))
+            rows = visible.rows(slice(start * n_documents, end * n_documents), any(has_padding[start:end]))
+            new = tokens[number] if number < n_segments else None
+            diagonals.append(Diagonal(first, stop, own, new, rows, is_read_NB[start:end]))
+        return diagonals
 
 
 def diagonal_step(
