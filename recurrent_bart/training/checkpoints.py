@@ -49,6 +49,8 @@ class TrainerState:
         n_skipped_in_row: Those since the last one that was applied.
         n_documents: Documents read, over all processes.
         order_batch: Documents of a step when the run began, by which their order is made.
+        stage: Of the curriculum.
+        stage_began: Steps done when it began.
     """
 
     step: int = 0
@@ -60,6 +62,8 @@ class TrainerState:
     n_skipped_in_row: int = 0
     n_documents: int = 0
     order_batch: int = 0
+    stage: int = 0
+    stage_began: int = 0
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "TrainerState":

@@ -6,6 +6,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import BatchOrder
 from recurrent_bart.exposure_bias import Oracle, gold_probability
 from recurrent_bart.training.arguments import Arguments, RunArguments
+from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.optimization import LearningRates, is_recurrence
 from recurrent_bart.training.preparation import Preparation
@@ -21,10 +22,16 @@ def global_batch(arguments: Arguments, world_size: int) -> int:
     return arguments.run.per_device_train_batch_size * arguments.run.gradient_accumulation_steps * world_size
 
 
-def batch_order(arguments: Arguments, prepared: Preparation, world_size: int) -> BatchOrder:
-    """Which training documents each step reads."""
-    n_segments = prepared.splits["train"].plan.n_segments
-    return BatchOrder(n_segments, global_batch(arguments, world_size), arguments.run.seed)
+def batch_order(arguments: Arguments, prepared: Preparation, world_size: int, state: TrainerState) -> BatchOrder:
+    """Which training documents each step reads, from where a run stands."""
+    return BatchOrder(
+        prepared.splits["train"].plan.n_segments,
+        global_batch(arguments, world_size),
+        arguments.run.seed,
+        unit=state.order_batch or None,
+        first_step=state.step,
+        first_document=state.n_documents,
+    )
 
 
 def oracle_at(run: RunArguments, order: BatchOrder, step: int) -> Oracle | None:
@@ -36,7 +43,7 @@ def oracle_at(run: RunArguments, order: BatchOrder, step: int) -> Oracle | None:
 
 
 def describe(
-    arguments: Arguments, environment: Environment, prepared: Preparation, engine: DeepSpeedEngine
+    arguments: Arguments, order: BatchOrder, environment: Environment, prepared: Preparation, engine: DeepSpeedEngine
 ) -> list[str]:
     """What is about to be trained, each derived quantity with where it comes from."""
     run, config = arguments.run, prepared.config
@@ -44,7 +51,6 @@ def describe(
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
     trained = sum(sizes[name] for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
     total, own = sum(sizes.values()), sum(size for name, size in sizes.items() if is_recurrence(name))
-    order = batch_order(arguments, prepared, environment.world_size)
     rates = learning_rates(arguments, config)
     lines = [
         f"run        {prepared.folder.path}",
@@ -62,6 +68,13 @@ def describe(
         f"engine     ZeRO-{engine.zero_optimization_stage()}, {environment.device.type}, "
         f"{'bf16' if engine.bfloat16_enabled() else 'fp32'}",
     ]
+    curriculum = run.build_curriculum()
+    if curriculum:
+        reached = "" if run.curriculum_loss is None else f" or at a training loss of {run.curriculum_loss:g}"
+        lines.append(
+            f"curriculum 1 to {' / '.join(map(str, curriculum.stages))} segments of a document; the next stage after "
+            f"{curriculum.stage_steps} steps{reached}"
+        )
     first, last = oracle_at(run, order, 0), oracle_at(run, order, run.max_steps)
     if first and last:
         lines.append(
