@@ -141,21 +141,21 @@ class Session:
 
     def train(self) -> None:
         """Run the loop."""
-        with self.interruption.watching(), self.stall_watch:
+        documents, run = self.prepared.splits["train"], self.arguments.run
+        batches = contextlib.closing(TrainingBatches(documents, self.order, run, self.environment, self.state))
+        with self.interruption.watching(), self.stall_watch, batches as read:
             try:
-                self._trainer().train()
+                self._trainer(read).train()
                 self.checkpoints.wait()
             except Interrupted as reason:
                 self.checkpoints.wait()
                 self.display.say(f"stopped    after step {self.state.step}: {reason}")
                 raise
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, batches: TrainingBatches) -> Trainer:
         return Trainer(
             engine=self.engine,
-            batches=TrainingBatches(
-                self.prepared.splits["train"], self.order, self.arguments.run, self.environment, self.state
-            ),
+            batches=batches,
             run=self.arguments.run,
             state=self.state,
             on_log=self.log,
@@ -238,7 +238,7 @@ class Session:
         else:
             state.n_worse += 1
         self.stall_watch.beat()
-        self.trackers.log(record)
+        self.trackers.log(from_first(record))
         self.display.show(record)
         if is_first():
             self._write_evaluation(record, samples)
@@ -255,7 +255,7 @@ class Session:
             state.n_documents, state.order_batch = self.order.documents_before(state.step), self.order.unit
             started = time.perf_counter()
             self.checkpoints.save(self.engine, state, figures)
-            self.trackers.log({"step": state.step, "checkpoint_seconds": time.perf_counter() - started})
+            self.trackers.log(from_first({"step": state.step, "checkpoint_seconds": time.perf_counter() - started}))
             self.saved = (state.step, state.evaluated_step)
 
     def _write_evaluation(self, record: dict[str, Any], samples: list[Any]) -> None:

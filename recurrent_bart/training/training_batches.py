@@ -50,6 +50,13 @@ class TrainingBatches(Iterator[Batch]):
             self.loader = self._begin()
         return next(self.loader)
 
+    def close(self) -> None:
+        """End the processes that make batches.
+
+        They ignore the signal that ends them where a process leaves before its loader: it would wait for them for ever.
+        """
+        self.loader = iter(())
+
     def _begin(self) -> Iterator[Batch]:
         self.stage, first_step = self.state.stage, self.state.step
         micro_batches = RankBatches(

@@ -1,6 +1,7 @@
 """What is trained on: documents in the curriculum's length, which is the same on every process and after a resume."""
 
 import itertools
+import multiprocessing
 
 import pytest
 import torch
@@ -90,3 +91,14 @@ def test_without_a_curriculum_documents_are_read_whole(corpus):
     for batch in itertools.islice(batches, 20):
         n_segments = [batches.documents.plan.n_segments[index] for index in batch.indices]
         assert segments_of(batch).tolist() == n_segments
+
+
+@pytest.mark.parametrize("n_processes", [0, 2])
+def test_the_processes_that_make_batches_end_when_they_are_closed(corpus, n_processes):
+    batches = make_batches(corpus, dataloader_num_workers=n_processes)
+    # what holds on to itself is not gone when nobody needs it any more
+    batches.itself = batches
+    next(batches)
+    assert len(multiprocessing.active_children()) == n_processes
+    batches.close()
+    assert not multiprocessing.active_children()
