@@ -35,6 +35,7 @@ STEPS = {
     "n_skipped": "steps that were not applied since the start",
     "seconds_left": "until --max_steps",
     "gold_probability": "with --oracle: share of the words that the decoder reads that are the target's",
+    "curriculum_segments": "with --curriculum: the most segments of a document that are read",
 }
 # at each evaluation
 EVALUATIONS = {

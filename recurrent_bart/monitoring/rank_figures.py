@@ -60,6 +60,7 @@ class RankFigures:
         forward_seconds: Spent in forward passes.
         backward_seconds: Spent in backward passes, other processes' gradients waited for.
         optimizer_seconds: Spent in the update.
+        seconds: That all took.
         allocated_bytes: Most memory that tensors took; on a processor, that the process took.
         reserved_bytes: Most that the allocator held; 0 on a processor.
         n_retries: How often the allocator had to give all back and try again.
@@ -77,6 +78,7 @@ class RankFigures:
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     optimizer_seconds: float = 0.0
+    seconds: float = 0.0
     allocated_bytes: float = 0.0
     reserved_bytes: float = 0.0
     n_retries: float = 0.0
@@ -103,15 +105,16 @@ class RankFigures:
         return [RankFigures(*row) for row in gather_rows(own, device=device)]
 
 
-def summarise(ranks: Sequence[RankFigures], places: Places, seconds: float, n_steps: int) -> dict[str, Any]:
+def summarise(ranks: Sequence[RankFigures], places: Places, n_steps: int) -> dict[str, Any]:
     """The line of the log of all processes' figures; `recurrent_bart/monitoring/fields.py` says what is in it.
 
     Args:
         ranks: Of every process.
         places: Where they run.
-        seconds: That the steps took.
         n_steps: Number of steps.
     """
+    # the same line on every process
+    seconds = ranks[0].seconds
     n_tokens = _sum(ranks, "n_tokens")
     losses = [figures.loss / figures.n_targets for figures in ranks if figures.n_targets]
     rank_seconds = [figures.own_seconds() / n_steps for figures in ranks]

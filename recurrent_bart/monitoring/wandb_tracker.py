@@ -166,7 +166,15 @@ def start_wandb(run: WandbRun, history: Sequence[Record], warn: Warn) -> WandbTr
             return WandbTracker(run, history)
         except Exception as error:
             warn(f"wandb: {' '.join(str(error).split())}; it goes on offline")
+            _stop_service()
     return WandbTracker(WandbRun(**{**vars(run), "is_online": False}), history)
+
+
+def _stop_service() -> None:
+    """End wandb's own process, which holds on to the id of a run that it could not begin."""
+    import wandb
+
+    wandb.teardown()
 
 
 def run_id(folder: Path) -> str:

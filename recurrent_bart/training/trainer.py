@@ -238,14 +238,14 @@ class Trainer:
         tally, self.tally = self.tally, Tally()
         tally.add_seconds(self.watch.seconds())
         tally.read_memory(self.engine.device)
+        tally.seconds = time.perf_counter() - tally.started
         ranks = tally.of_all_ranks(self.engine.device)
-        seconds = time.perf_counter() - tally.started
         record = {
             "step": self.state.step,
-            **summarise(ranks, self.places, seconds, int(tally.n_steps)),
+            **summarise(ranks, self.places, int(tally.n_steps)),
             "learning_rate": tally.learning_rate,
             "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            "seconds_left": (self.run.max_steps - self.state.step) * seconds / tally.n_steps,
+            "seconds_left": (self.run.max_steps - self.state.step) * ranks[0].seconds / tally.n_steps,
             "n_skipped": self.state.n_skipped,
         }
         oracle = self.oracle(self.state.step - 1)

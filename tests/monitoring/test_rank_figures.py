@@ -22,6 +22,7 @@ RANKS = [
         forward_seconds=0.5,
         backward_seconds=2.0,
         optimizer_seconds=0.25,
+        seconds=4.0,
         allocated_bytes=1000,
         reserved_bytes=5000,
         n_retries=1,
@@ -39,6 +40,7 @@ RANKS = [
         forward_seconds=0.6,
         backward_seconds=1.0,
         optimizer_seconds=0.35,
+        seconds=4.5,
         allocated_bytes=3000,
         reserved_bytes=4000,
         n_retries=0,
@@ -50,7 +52,7 @@ RANKS = [
 
 
 def test_every_figure_has_its_value():
-    assert summarise(RANKS, PLACES, seconds=4.0, n_steps=2) == pytest.approx(
+    assert summarise(RANKS, PLACES, n_steps=2) == pytest.approx(
         {
             "loss": 110 / 40,
             "loss_max": 3.0,
@@ -80,7 +82,7 @@ def test_every_figure_has_its_value():
 
 
 def test_where_all_steps_were_skipped_there_is_no_loss():
-    record = summarise([RankFigures()], Places(["alpha"], [0], [1.0]), seconds=1.0, n_steps=1)
+    record = summarise([RankFigures(seconds=1.0)], Places(["alpha"], [0], [1.0]), n_steps=1)
     assert all(math.isnan(record[name]) for name in ("loss", "loss_max", "gradient_norm_backbone"))
 
 

@@ -1,0 +1,234 @@
+"""A run as its trackers saw it: on two machines, cut off and resumed, and with everything out of order."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import wandb
+
+from launching import environment, free_port
+from monitoring.event_files import tensorboard_points, wandb_records, wandb_rows, wandb_run
+from recurrent_bart.monitoring import wandb_tracker
+from recurrent_bart.monitoring.fields import CHECKPOINTS, EVALUATIONS, FIELDS, SKIPS, STEPS
+from recurrent_bart.monitoring.tracker import curves_of
+from recurrent_bart.training.trainer import Trainer
+from runs import flags
+
+WORKER = Path(__file__).with_name("tracking_worker.py")
+# of documents of one to three sections, two segments are read of those that have more
+RUN = {"max_steps": 4, "eval_every": 2, "wandb_mode": "offline", "max_n_segments": 2, "tensorboard": True}
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wandb_files(folder):
+    return sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def start_node(node, port, arguments, **variables):
+    """A process that its launcher tells to be the only one of a machine."""
+    place = {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, WORKER, *arguments],
+        env=environment(**place, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_nodes(arguments, **variables):
+    """Exit codes and output of two machines' processes."""
+    port = str(free_port())
+    nodes = [start_node(node, port, arguments, **variables) for node in (0, 1)]
+    try:
+        printed = [node.communicate(timeout=200)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    return [node.returncode for node in nodes], printed
+
+
+@pytest.fixture(scope="module")
+def two_nodes(documents, tmp_path_factory):
+    """The folder of a run on two machines that was killed after step 3 and resumed, and what it printed at last."""
+    folder = tmp_path_factory.mktemp("runs") / "papers"
+    codes, printed = run_nodes(flags(documents, folder, **RUN), KILL="1")
+    assert codes == [-9, -9], printed
+    killed = [record["step"] for record in read_metrics(folder)]
+    assert killed[-1] == 3
+    codes, printed = run_nodes(["--resume", str(folder)])
+    assert codes == [0, 0], printed
+    return folder, printed
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+class TestTwoMachines:
+    def test_each_has_one_run_of_one_group(self, two_nodes):
+        folder, _ = two_nodes
+        identity = json.loads((folder / "wandb" / "run.json").read_text())["id"]
+        runs = [wandb_run(file)[0] for file in wandb_files(folder)]
+        assert sorted(run.run_id for run in runs) == [f"{identity}-0", f"{identity}-1"]
+        assert {run.run_group for run in runs} == {"papers"}
+
+    def test_every_line_is_there_once_in_its_order_with_its_values(self, two_nodes):
+        folder, _ = two_nodes
+        records = read_metrics(folder)
+        expected = [{**curves_of(record), "_step": place} for place, record in enumerate(records)]
+        files = wandb_files(folder)
+        assert len(files) == 2
+        for file in files:
+            rows = wandb_rows(file)
+            assert rows == [pytest.approx(row) for row in expected]
+        assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+        assert [record["step"] for record in records if "validation_loss" in record] == [0, 2, 4]
+        assert [record["step"] for record in records if "checkpoint_seconds" in record] == [2, 4]
+
+    def test_every_field_is_there_and_explained(self, two_nodes):
+        folder, _ = two_nodes
+        records = read_metrics(folder)
+        steps = [record for record in records if "loss" in record]
+        evaluations = [record for record in records if "validation_loss" in record]
+        assert all(record.keys() == {"step", *STEPS} - {"gold_probability", "curriculum_segments"} for record in steps)
+        assert all(record.keys() == {"step", *EVALUATIONS} for record in evaluations[1:])
+        assert all(FIELDS[name] or name.startswith("rouge") for name in {*STEPS, *EVALUATIONS, *SKIPS, *CHECKPOINTS})
+
+    def test_the_values_are_those_of_the_run(self, two_nodes):
+        folder, _ = two_nodes
+        host = socket.gethostname()
+        for record in (record for record in read_metrics(folder) if "loss" in record):
+            parts = record["gradient_norm_backbone"], record["gradient_norm_recurrence"]
+            assert math.hypot(*parts) == pytest.approx(record["gradient_norm"], rel=1e-4)
+            assert record["loss"] <= record["loss_max"] < 2 * record["loss"]
+            assert record["tokens_per_second_per_device"] == pytest.approx(record["tokens_per_second"] / 2)
+            assert record["slowest_host"] == record["fastest_host"] == host
+            assert {record["slowest_rank"], record["fastest_rank"]} == {0, 1}
+            assert record["rank_seconds"][record["slowest_rank"]] == record["slowest_seconds"]
+            assert record["rank_seconds"][record["fastest_rank"]] == record["fastest_seconds"]
+            parts = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+            assert 0.3 * record["step_seconds"] < sum(record[name] for name in parts) < record["step_seconds"]
+            assert 0 < record["model_flops_share"] < 1
+            assert 1e8 < record["memory_allocated_bytes"] < 1e11
+            assert 1 <= record["segments_per_document"] <= 2
+            assert record["n_skipped"] == 0
+
+    def test_what_to_do_is_said_once(self, two_nodes):
+        folder, printed = two_nodes
+        command = f"wandb sync {folder}/wandb/offline-run-*"
+        assert [text.count(command) for text in printed] == [1, 0]
+
+    def test_tensorboard_has_the_same_points(self, two_nodes):
+        folder, _ = two_nodes
+        expected = [
+            (name, record["step"], pytest.approx(number, rel=1e-5))
+            for record in read_metrics(folder)
+            for name, number in curves_of(record).items()
+            if name != "step"
+        ]
+        assert tensorboard_points(folder / "tensorboard") == expected
+
+
+def test_documents_that_are_cut_are_counted(documents, tmp_path, train_main):
+    assert train_main(flags(documents, tmp_path / "run", max_steps=2, max_n_segments=2)) == 0
+    lengths = [json.loads(line)["sections"] for line in (documents / "train.jsonl").open()]
+    # segments of 16 tokens, two of them special ones; a word is one token or more
+    at_least = sum(len(" ".join(sections).split()) > 2 * 14 for sections in lengths)
+    line, _ = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert at_least <= line["n_cut_documents"] <= len(lengths)
+    assert at_least > 0
+
+
+@pytest.fixture
+def _fresh_wandb():
+    """Its service keeps what it read from the environment when it was started."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def warnings_of(printed):
+    return [line for line in printed.splitlines() if line.startswith("warning")]
+
+
+@pytest.mark.usefixtures("_fresh_wandb")
+class TestOutOfOrder:
+    def test_without_a_network_it_goes_on_offline(self, documents, tmp_path, train_main, monkeypatch, capfd):
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+        monkeypatch.setattr(wandb_tracker, "INIT_TIMEOUT", 2.0)
+        run = tmp_path / "run"
+        assert train_main(flags(documents, run, max_steps=2, wandb_mode="auto")) == 0
+        printed = "".join(capfd.readouterr())
+        (warning,) = warnings_of(printed)
+        assert warning.endswith("it goes on offline")
+        assert f"wandb sync {run}/wandb/offline-run-*" in printed
+        (file,) = wandb_files(run)
+        assert len(wandb_rows(file)) == len(read_metrics(run))
+
+    def test_without_a_key_it_goes_on_offline(self, documents, tmp_path, train_main, monkeypatch, capfd):
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+        run = tmp_path / "run"
+        assert train_main(flags(documents, run, max_steps=2, wandb_mode="online")) == 0
+        (warning,) = warnings_of("".join(capfd.readouterr()))
+        assert "no API key is set" in warning
+        assert len(wandb_files(run)) == 1
+
+    def test_where_it_cannot_write_it_goes_on_without(self, documents, tmp_path, train_main, capfd):
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "wandb").write_text("")
+        assert train_main(flags(documents, run, max_steps=2, wandb_mode="offline")) == 0
+        (warning,) = warnings_of("".join(capfd.readouterr()))
+        assert warning.startswith("warning: wandb: ")
+        assert [record["step"] for record in read_metrics(run) if "loss" in record] == [1, 2]
+
+    def test_all_that_wandb_writes_lies_in_the_run_folder(self, documents, tmp_path, train_main, monkeypatch):
+        monkeypatch.setenv("WANDB_DIR", "/proc/nowhere")
+        run = tmp_path / "run"
+        assert train_main(flags(documents, run, max_steps=2, wandb_mode="offline", wandb_tags="a, b")) == 0
+        folders = {name: os.environ[f"WANDB_{name}"] for name in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR")}
+        assert folders.pop("DIR") == str(run)
+        assert all(Path(place).is_relative_to(run / "wandb") and Path(place).is_dir() for place in folders.values())
+        (file,) = wandb_files(run)
+        written, config = wandb_run(file)
+        assert list(written.tags) == ["a", "b"]
+        assert written.project == "recurrent-bart"
+        assert config["arguments"]["run"]["max_steps"] == 2
+        assert config["model"]["segment_size"] == 16
+
+    def test_a_skipped_step_and_the_end_are_told(self, documents, tmp_path, train_main, monkeypatch):
+        step = Trainer.train_step
+
+        def spoilt(trainer):
+            handle = trainer.engine.module.register_forward_hook(_spoil)
+            step(trainer)
+            handle.remove()
+
+        monkeypatch.setattr(Trainer, "train_step", spoilt)
+        assert train_main(flags(documents, tmp_path / "run", max_steps=2, wandb_mode="offline")) == 0
+        (file,) = wandb_files(tmp_path / "run")
+        alerts = [record.alert.title for record in wandb_records(file) if record.WhichOneof("record_type") == "alert"]
+        assert alerts == ["step skipped"] * 2 + ["run done"]
+
+
+def _spoil(module, arguments, output):
+    output.loss = output.loss * math.nan
+    return output
+
+
+def test_a_recurrence_that_cannot_be_looked_at_stops_nothing(documents, tmp_path, train_main, monkeypatch, capfd):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("recurrent_bart.training.probing.recurrence_metrics", fail)
+    assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
+    assert "warning: the recurrence could not be looked at: out of memory" in "".join(capfd.readouterr())

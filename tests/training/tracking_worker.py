@@ -1,0 +1,27 @@
+"""Started by test_tracking.py: launch/train.py's run, ended by force in a step after a checkpoint if it is told so."""
+
+import os
+import signal
+import sys
+
+import deepspeed.comm
+
+from recurrent_bart.training.arguments import parse_arguments
+from recurrent_bart.training.environment import start_processes
+from recurrent_bart.training.experiment import Session, run_experiment
+
+KILLED_AFTER = 3
+
+if os.environ.get("KILL"):
+    log = Session.log
+
+    def log_and_die(session, record):
+        log(session, record)
+        if record["step"] == KILLED_AFTER:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Session.log = log_and_die
+
+run_experiment(parse_arguments(sys.argv[1:]), start_processes(timeout_minutes=2))
+deepspeed.comm.barrier()
+deepspeed.comm.destroy_process_group()
