@@ -6,15 +6,15 @@ import torch
 from recurrent_bart.prefix_recurrence import RecurrentState
 from tiny import random_ids
 
-RECURRENCES = ["layerwise", "top"]
+VARIANTS = {"layerwise": {}, "top": {"recurrence": "top"}, "wavefront": {"schedule": "wavefront"}}
 
 
-@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(make_model, recurrence, depth, k):
+def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(make_model, fields, depth, k):
     """From the loss at segment t to the state at t - k it crosses k boundaries."""
-    model = make_model(bptt_depth=depth, recurrence=recurrence)
+    model = make_model(bptt_depth=depth, **fields)
     first = model.model.encoder(random_ids(2, 3, 8)).state
     memory = first.memory.detach().requires_grad_()
     loss = model(
@@ -26,13 +26,13 @@ def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(m
     assert (reaches, is_zero) == ((True, False) if depth == -1 or k <= depth else (False, True))
 
 
-@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("every_segment", [False, True])
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
-def test_gradient_reaches_as_far_as_the_window(make_model, depth, every_segment, recurrence):
+def test_gradient_reaches_as_far_as_the_window(make_model, depth, every_segment, fields):
     """Windows of depth + 1 segments end at the last one; what stands before the window gets no gradient at all."""
     n_segments = 7
-    model = make_model(bptt_depth=depth, recurrence=recurrence)
+    model = make_model(bptt_depth=depth, **fields)
     ids = random_ids(2, n_segments, 8)
     embeds = model.model.encoder.embed_tokens(ids).detach().requires_grad_()
     output = model.model.encoder(inputs_embeds=embeds, every_segment=every_segment)
@@ -57,13 +57,13 @@ def test_bptt_changes_no_value(make_model, context):
     assert torch.equal(values[0], values[2])
 
 
-@pytest.mark.parametrize("fields", [{}, {"recurrence": "top"}, {"recurrence": "none"}], ids=str)
+@pytest.mark.parametrize("fields", [*VARIANTS.values(), {"recurrence": "none"}], ids=str)
 def test_every_parameter_has_a_gradient_when_the_state_is_cut(make_model, fields):
     """ZeRO-3 gives a parameter without a gradient the one of the step before."""
     model = make_model(bptt_depth=1, **fields)
     model(input_ids=random_ids(1, 6, 8), labels=random_ids(1, 4)).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    if not fields:
+    if "recurrence" not in fields:
         assert model.model.encoder.recurrence.initial_memory.grad.count_nonzero() == 0
 
 
