@@ -166,7 +166,7 @@ class Trainer:
         if self.curriculum and self.curriculum.is_over(state.stage, state.step - state.stage_began, is_reached):
             state.stage, state.stage_began = state.stage + 1, state.step
 
-    def is_reached(self, loss: float, n_steps: int) -> bool:
+    def is_reached(self, loss: float, n_steps: float) -> bool:
         """Whether the loss of the last steps, all of them of this stage, is what the curriculum trains it to."""
         threshold = self.run.curriculum_loss
         return threshold is not None and loss <= threshold and n_steps <= self.state.step - self.state.stage_began

@@ -42,10 +42,6 @@ def test_a_stage_ends_at_its_loss_which_all_of_a_line_must_be_of(documents, tmp_
     assert stages(tmp_path / "other") == [1, 2, 2, 3]
 
 
-class CutOffError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_a_run_resumed_within_a_stage_goes_on_as_if_nothing_had_been(
     documents, tmp_path, train_main, monkeypatch, n_workers
@@ -58,12 +54,11 @@ def test_a_run_resumed_within_a_stage_goes_on_as_if_nothing_had_been(
     def cut_off(session, record):
         log(session, record)
         if record["step"] == 6:
-            raise CutOffError
+            raise RuntimeError("cut off")
 
     with monkeypatch.context() as patch:
         patch.setattr(Session, "log", cut_off)
-        with pytest.raises(CutOffError):
-            train_main(flags(documents, tmp_path / "resumed", **changes))
+        assert train_main(flags(documents, tmp_path / "resumed", **changes)) != 0
     assert train_main(["--resume", str(tmp_path / "resumed")]) == 0
     assert figures(tmp_path / "resumed") == figures(tmp_path / "whole")
     assert stages(tmp_path / "resumed")[-4:] == [2, 2, 3, 3]
