@@ -118,12 +118,13 @@ class Grid:
             memory = _where_begun(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
         # one view for each segment, not one index into all: its backward pass would write all of them each time
         segments = segments_BNLD.unbind(dim=1)
+        stretches = self._stretches(n_segments, window, kept)
         run = self._sequential
-        if self._is_by_diagonals(segments_BNLD, kept):
+        if any(part.stop - part.start > 1 for part, _ in stretches) and self._is_by_diagonals(segments_BNLD, kept):
             weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
             run = functools.partial(self._wavefront, weights)
         output = GridOutput()
-        for part, has_graph in self._stretches(n_segments, window, kept):
+        for part, has_graph in stretches:
             with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
                 if self.config.has_state and (n_segments - part.start) % window == 0:
                     is_begun_B = is_begun_B | is_read_BN[:, : part.start].any(dim=1)
@@ -171,7 +172,10 @@ class Grid:
     def _wavefront(
         self, weights: Weights, tokens: tuple[Tensor, ...], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: Kept
     ) -> Iterator[SegmentOutput]:
-        """By diagonals: all cells that need nothing of each other at once."""
+        """By diagonals: all cells that need nothing of each other at once; of a single segment, each is one cell."""
+        if len(tokens) == 1:
+            yield from self._sequential(tokens, mask_BNL, memory_EBPD, kept)
+            return
         layer = self.layers[0]
         by_layer = "layer" if layer.gradient_checkpointing and layer.training else "none"
         checkpointing = "segment" if self.checkpoints_segments else by_layer
@@ -223,8 +227,8 @@ def is_faster_by_diagonals(segments_BNLD: Tensor) -> bool:
 
     A processor is busy with one layer, and then copying the weights costs more than it saves.
     """
-    n_documents, n_segments, n_tokens, _ = segments_BNLD.shape
-    return segments_BNLD.device.type != "cpu" and n_segments > 1 and n_documents * n_tokens <= MOST_TOKENS
+    n_documents, _, n_tokens, _ = segments_BNLD.shape
+    return segments_BNLD.device.type != "cpu" and n_documents * n_tokens <= MOST_TOKENS
 
 
 def _where_begun(is_begun_B: Tensor, memory_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:

@@ -138,17 +138,21 @@ def test_dropout_differs_by_layer_segment_and_pass(make_model):
 
 
 @pytest.mark.parametrize(
-    ("n_segments", "every", "depth", "steps"), [(6, False, -1, 8), (6, False, 1, 10), (6, True, 1, 12)]
+    ("n_segments", "every", "depth", "steps"),
+    [(6, False, -1, 8), (6, False, 1, 10), (6, True, 1, 12), (6, False, 0, 7)],
 )
 def test_it_takes_as_many_steps_as_there_are_diagonals(make_model, monkeypatch, n_segments, every, depth, steps):
-    """3 layers: 6 + 2; 4 segments without a graph, then 2 with one: 6 + 4; and three windows of two: 3 * 4."""
+    """3 layers: 6 + 2; 4 segments without a graph, then 2 with one: 6 + 4; three windows of two: 3 * 4.
+
+    5 segments without a graph: 5 + 2; of the last one, alone, each diagonal would be a single cell.
+    """
     calls = []
     step = wavefront.diagonal_step
     monkeypatch.setattr(wavefront, "diagonal_step", lambda *inputs: calls.append(inputs[3]) or step(*inputs))
     _, model = both(make_model, bptt_depth=depth)
     model.model.encoder(random_ids(2, n_segments, 8), every_segment=every)
     assert len(calls) == steps
-    assert sum(map(len, calls)) == 3 * n_segments
+    assert sum(map(len, calls)) == 3 * (n_segments if depth else 5)
     calls.clear()
     with torch.no_grad():
         model.model.encoder(random_ids(2, n_segments, 8), every_segment=every)
@@ -210,9 +214,11 @@ def test_adapters_run_in_sequence_and_it_is_said(make_model, monkeypatch):
         ({}, True, True),
         ({}, False, False),
         ({"recurrence": "top"}, True, False),
-        ({"recurrence": "none"}, True, True),
+        ({"recurrence": "none", "decoder_context": "all"}, True, True),
         ({"schedule": "sequential"}, True, False),
         ({"schedule": "wavefront"}, False, True),
+        # nothing but the last segment is run
+        ({"pre_seq_len": 0}, True, False),
     ],
 )
 def test_the_schedule_is_chosen(make_model, monkeypatch, fields, is_faster, expected):
@@ -230,7 +236,6 @@ def test_the_schedule_is_chosen(make_model, monkeypatch, fields, is_faster, expe
         ((1, 2, 512, 8), "meta", True),
         ((32, 9, 512, 8), "meta", True),
         ((33, 9, 512, 8), "meta", False),
-        ((1, 1, 512, 8), "meta", False),
         ((1, 9, 512, 8), "cpu", False),
     ],
 )
