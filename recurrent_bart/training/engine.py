@@ -82,10 +82,24 @@ def gathered_for_evaluation(engine: DeepSpeedEngine) -> Iterator[Any]:
             offload.forward_hooks.clear()
             offload.backward_hooks.clear()
             try:
-                yield module
+                with _unreduced(engine):
+                    yield module
             finally:
                 offload.setup_zero_stage3_hooks()
     engine.train()
+
+
+@contextlib.contextmanager
+def _unreduced(engine: DeepSpeedEngine) -> Iterator[None]:
+    """A backward pass through a leaf, as the figures of the recurrence need one, is none of training's meanwhile."""
+    hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in engine.optimizer.leaf_parameters]
+    for registered, _ in hooks:
+        registered.clear()
+    try:
+        yield
+    finally:
+        for registered, kept in hooks:
+            registered.update(kept)
 
 
 @torch.no_grad()

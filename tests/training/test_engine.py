@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recurrent_bart.training.engine import build_engine, full_state_dict
+from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation
 from tiny import random_ids, tiny_model
 
 STAGES = pytest.mark.parametrize("stage", [2, 3])
@@ -94,3 +94,22 @@ def test_bf16_computes_its_loss_in_float32_and_keeps_master_weights(alone, stage
     weight = after["model.shared.weight"]
     assert not torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, before["model.shared.weight"])
+
+
+@STAGES
+def test_a_gradient_taken_in_an_evaluation_is_none_of_trainings(alone, stage):
+    batch = inputs()
+    weights = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        engine = build(tiny_model(), stage)
+        for _ in range(2):
+            if looks:
+                with gathered_for_evaluation(engine) as model:
+                    embeddings = model.model.shared(batch["input_ids"]).detach().requires_grad_()
+                    loss = model(inputs_embeds=embeddings, labels=batch["labels"]).loss
+                    assert torch.autograd.grad(loss, embeddings)[0].any()
+            engine.backward(engine(**batch).loss)
+            engine.step()
+        weights.append(full_state_dict(engine))
+    assert all(torch.equal(weights[1][name], weights[0][name]) for name in weights[0])
