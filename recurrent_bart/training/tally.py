@@ -33,7 +33,7 @@ class Tally(RankFigures):
         learning_rate: Of the last one.
     """
 
-    n_steps: float = 0
+    n_steps: int = 0
     started: float = field(default_factory=time.perf_counter)
     learning_rate: float = 0.0
 
@@ -61,4 +61,5 @@ class Tally(RankFigures):
         tally = cls(started=time.perf_counter() - figures.get("seconds", 0.0))
         for name in COUNTED:
             setattr(tally, name, figures.get(name, 0.0))
+        tally.n_steps = int(tally.n_steps)
         return tally

@@ -28,9 +28,9 @@ def start_trackers(
         place = folder.path / "tensorboard"
         trackers.append(Guarded("TensorBoard", lambda: TensorBoardTracker(place, folder.read_metrics()), warn))
     if wandb_mode(arguments.wandb_mode) != "disabled":
-        identity: str | OSError = from_first(_first_id(folder) if is_first() else None)
+        identity, problem = from_first(_first_id(folder) if is_first() else None)
         if environment.local_rank == 0:
-            trackers.append(Guarded("wandb", lambda: _start_wandb(identity, arguments, folder, places), warn))
+            trackers.append(Guarded("wandb", lambda: _start_wandb(identity, problem, arguments, folder, places), warn))
     return Trackers(trackers)
 
 
@@ -42,19 +42,19 @@ def warn(text: str) -> None:
         print(f"warning: {text} ({socket.gethostname()}, rank {rank()})", file=sys.stderr, flush=True)
 
 
-def _first_id(folder: RunFolder) -> str | OSError:
-    """The run's id, or why there is none: no process may be left waiting for it."""
+def _first_id(folder: RunFolder) -> tuple[str, str]:
+    """The run's id, and why there is none: no process may be left waiting for it."""
     try:
-        return run_id(folder.path / "wandb")
+        return run_id(folder.path / "wandb"), ""
     except OSError as error:
-        return error
+        return "", str(error)
 
 
 def _start_wandb(
-    identity: str | OSError, arguments: TrackingArguments, folder: RunFolder, places: Places
+    identity: str, problem: str, arguments: TrackingArguments, folder: RunFolder, places: Places
 ) -> WandbTracker:
-    if isinstance(identity, OSError):
-        raise identity
+    if problem:
+        raise OSError(problem)
     place_wandb(folder.path)
     is_online = wandb_mode(arguments.wandb_mode) == "online"
     if is_online and not has_wandb_key():

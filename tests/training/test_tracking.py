@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,24 @@ class TestOutOfOrder:
         (file,) = wandb_files(tmp_path / "run")
         alerts = [record.alert.title for record in wandb_records(file) if record.WhichOneof("record_type") == "alert"]
         assert alerts == ["step skipped"] * 2 + ["run done"]
+
+
+    def test_a_run_that_stands_still_is_told_of(self, documents, tmp_path, train_main, monkeypatch, capsys):
+        step = Trainer.train_step
+
+        def slow(trainer):
+            time.sleep(1.0 if trainer.state.step == 0 else 0.0)
+            step(trainer)
+
+        monkeypatch.setattr(Trainer, "train_step", slow)
+        # an evaluation comes first
+        monkeypatch.setattr("recurrent_bart.training.experiment.STALL_SECONDS", 0.9)
+        assert train_main(flags(documents, tmp_path / "run", max_steps=2, wandb_mode="offline")) == 0
+        (file,) = wandb_files(tmp_path / "run")
+        alerts = [record.alert for record in wandb_records(file) if record.WhichOneof("record_type") == "alert"]
+        assert "run stalls" in [alert.title for alert in alerts]
+        assert "after step 0" in alerts[0].text
+        assert "warning: no step for" in capsys.readouterr().out
 
 
 def _spoil(module, arguments, output):
