@@ -7,7 +7,7 @@ export PATH := $(VENV)/bin:$(PATH)
 
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: train test check bench clean
+.PHONY: train test check bench chaos clean
 
 # the embedded corpus, on whatever this machine has
 train: $(INSTALLED)
@@ -25,6 +25,10 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	python launch/benchmark.py
+
+# some minutes: a run killed twenty times, compared with one that is left alone
+chaos: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/chaos.py
 
 clean:
 	rm -rf $(VENV)

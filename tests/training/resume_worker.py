@@ -1,5 +1,7 @@
-"""Started by test_resume.py, or called in its process: a run that is cut off and resumed, and one that is not."""
+"""Started by test_resume.py, or called in its process: runs that are cut off and resumed, and such as are not."""
 
+import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -8,10 +10,24 @@ import deepspeed.comm
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.experiment import Session, run_experiment
+from recurrent_bart.training.trainer import Trainer
 from runs import flags
 
-# a checkpoint is written after every second step
-CUT_OFF_AFTER = 5
+# those of two processes; one process resumes the two others
+CASES = [(2, "fp32"), (3, "bf16")]
+# a run is cut off in the step after a checkpoint that stands at no evaluation, in the middle of a line of the log
+RESUMED = {
+    "gradient_accumulation_steps": 2,
+    "dropout": 0.1,
+    "hidden_dropout_prob": 0.1,
+    "dataloader_num_workers": 1,
+    "eval_every": 4,
+    "save_every": 3,
+    "log_every": 2,
+}
+# and goes on with another number of processes
+RESIZED = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "eval_every": 6, "save_every": 3, "log_every": 1}
+CUT_OFF_AFTER = 4
 
 
 class CutOffError(Exception):
@@ -42,22 +58,54 @@ def train_until_cut_off(environment, argv):
     raise AssertionError("the run was not cut off")
 
 
-def run_all(environment, documents, output, stage):
+@contextlib.contextmanager
+def noting_documents(file):
+    """Write down which documents each step of this process reads."""
+    forward_backward = Trainer.forward_backward
+
+    def noting(trainer, batch, n_targets):
+        with file.open("a") as notes:
+            notes.write(json.dumps([trainer.run.output_dir, trainer.state.step, batch.indices]) + "\n")
+        forward_backward(trainer, batch, n_targets)
+
+    Trainer.forward_backward = noting
+    try:
+        yield
+    finally:
+        Trainer.forward_backward = forward_backward
+
+
+def run_all(environment, documents, output, stage, precision):
     """Write the runs `whole` and `resumed` under the output folder."""
-    changes = {
-        "deepspeed": f"ds_configs/zero{stage}.json",
-        "gradient_accumulation_steps": 2,
-        "dropout": 0.1,
-        "hidden_dropout_prob": 0.1,
-    }
+    changes = {"deepspeed": f"ds_configs/zero{stage}.json", "precision": precision, **RESUMED}
     train(environment, flags(documents, output / "whole", **changes))
     train_until_cut_off(environment, flags(documents, output / "resumed", **changes))
     train(environment, ["--resume", str(output / "resumed")])
 
 
+def begin_resized(environment, documents, output, stage):
+    """Write a run `cut` that others may go on with, and where there are two processes `whole`."""
+    per_process = {1: 2, 2: 1}[environment.world_size]
+    changes = {
+        "deepspeed": f"ds_configs/zero{stage}.json",
+        "gradient_accumulation_steps": per_process,
+        **RESIZED,
+    }
+    if environment.world_size == 2:
+        train(environment, flags(documents, output / "whole", **changes))
+    train_until_cut_off(environment, flags(documents, output / f"cut-{environment.world_size}", **changes))
+
+
 if __name__ == "__main__":
+    documents, output = map(Path, sys.argv[1:])
     environment = start_processes(timeout_minutes=2)
-    for stage in (2, 3):
-        run_all(environment, Path(sys.argv[1]), Path(sys.argv[2]) / f"zero{stage}", stage)
+    for stage, precision in CASES:
+        run_all(environment, documents, output / f"zero{stage}-{precision}", stage, precision)
+    with noting_documents(output / f"read-{environment.rank}.jsonl"):
+        for stage in (2, 3):
+            begin_resized(environment, documents, output / f"resized{stage}", stage)
+            # one process has begun it
+            cut = str(output / f"resized{stage}" / "cut-1")
+            train(environment, ["--resume", cut, "--gradient_accumulation_steps", "1"])
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()

@@ -1,23 +1,37 @@
-"""A run that is cut off and resumed ends with the same bits as one that is not."""
+"""A run that is cut off and resumed ends with the same bits as one that is not; with other processes, as well."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from launching import torchrun
-from training.resume_worker import run_all
+from recurrent_bart.training.checkpoint_files import read_tensors
+from recurrent_bart.training.environment import start_processes
+from saved_tensors import differing, saved_tensors
+from training.resume_worker import CASES, begin_resized, noting_documents, run_all, train
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 # how long something took, and on how much memory, is no result
 TIMES = ("_per_second", "_per_second_per_device", "_seconds", "_left", "_share", "_bytes", "est_rank")
+N_DOCUMENTS = 24
 
 
 @pytest.fixture(scope="module")
 def two_processes(documents, tmp_path_factory):
+    """Runs of two processes; among them such as one process, this one, has begun."""
     output = tmp_path_factory.mktemp("resume")
-    code, printed = torchrun(2, WORKER, documents, output)
+    before = dict(os.environ)
+    environment = start_processes(timeout_minutes=2)
+    with noting_documents(output / "read-alone.jsonl"):
+        for stage in (2, 3):
+            begin_resized(environment, documents, output / f"resized{stage}", stage)
+    os.environ.clear()
+    os.environ.update(before)
+    code, printed = torchrun(2, WORKER, documents, output, timeout=280)
     assert code == 0, printed
     return output
 
@@ -27,59 +41,84 @@ def metrics(run):
     return [{name: value for name, value in json.loads(line).items() if not name.endswith(TIMES)} for line in lines]
 
 
-def tensors(item, path=""):
-    """All tensors inside what torch.save wrote, by where they stand."""
-    if torch.is_tensor(item):
-        yield path, item
-    elif isinstance(item, dict):
-        for key, value in item.items():
-            yield from tensors(value, f"{path}/{key}")
-    elif isinstance(item, (list, tuple)):
-        for place, value in enumerate(item):
-            yield from tensors(value, f"{path}/{place}")
-
-
-def saved_tensors(run):
-    last = run / "checkpoints" / "step-00000006"
-    files = sorted(last.rglob("*.pt"))
-    assert files
-    return {
-        f"{file.relative_to(last)}{path}": tensor
-        for file in files
-        for path, tensor in tensors(torch.load(file, weights_only=False))
-    }
+def losses(run):
+    return [record["loss"] for record in metrics(run) if "loss" in record]
 
 
 def check_equal(output, n_processes):
     whole, resumed = output / "whole", output / "resumed"
     assert metrics(resumed) == metrics(whole)
-    assert [record["step"] for record in metrics(whole) if "loss" in record] == [1, 2, 3, 4, 5, 6]
-    found, expected = saved_tensors(resumed), saved_tensors(whole)
-    assert found.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(found[name], expected[name])]
-    assert not different
+    assert [record["step"] for record in metrics(whole) if "loss" in record] == [2, 4, 6]
+    found, expected = (saved_tensors(run / "checkpoints" / "step-00000006") for run in (resumed, whole))
+    assert not differing(found, expected)
     # weights, both moments of each, and random states of every process were among them
     assert sum("exp_avg" in name for name in expected) >= 2 * n_processes
-    assert sum(name.startswith("rng-") for name in expected) == n_processes
+    assert sum(name.startswith("process-") for name in expected) == n_processes
     assert (resumed / "model" / "model.safetensors").read_bytes() == (
         whole / "model" / "model.safetensors"
     ).read_bytes()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_resumed_run_equals_one_that_was_never_cut_off(alone, documents, tmp_path, stage):
-    run_all(alone, documents, tmp_path, stage)
+@pytest.mark.parametrize(("stage", "precision"), [(2, "bf16"), (3, "fp32")])
+def test_a_resumed_run_equals_one_that_was_never_cut_off(alone, documents, tmp_path, stage, precision):
+    run_all(alone, documents, tmp_path, stage, precision)
     check_equal(tmp_path, n_processes=1)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut_off(two_processes, stage):
-    check_equal(two_processes / f"zero{stage}", n_processes=2)
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut_off(two_processes, stage, precision):
+    output = two_processes / f"zero{stage}-{precision}"
+    check_equal(output, n_processes=2)
     # what one process draws is not what the other draws
-    states = [
-        torch.load(two_processes / f"zero{stage}" / "whole" / "checkpoints" / "step-00000006" / f"rng-{rank}.pt")["cpu"]
-        for rank in (0, 1)
-    ]
+    last = output / "whole" / "checkpoints" / "step-00000006"
+    states = [read_tensors(last / f"process-{rank}.pt")["random_states"]["cpu"] for rank in (0, 1)]
     assert not torch.equal(*states)
+
+
+def read_notes(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+class TestAnotherNumberOfProcesses:
+    def test_one_goes_on_for_two(self, two_processes, alone, stage):
+        output = two_processes / f"resized{stage}"
+        resumed = shutil.copytree(output / "cut-2", output / "one-for-two")
+        with noting_documents(two_processes / f"read-one{stage}.jsonl"):
+            train(alone, ["--resume", str(resumed), "--gradient_accumulation_steps", "2"])
+        self.check_continued(output, resumed)
+
+    def test_two_go_on_for_one(self, two_processes, stage):
+        output = two_processes / f"resized{stage}"
+        self.check_continued(output, output / "cut-1")
+
+    def check_continued(self, output, resumed):
+        whole = output / "whole"
+        assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+        norms = [[record["gradient_norm"] for record in metrics(run) if "loss" in record] for run in (resumed, whole)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+        assert sorted(path.name for path in (resumed / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+
+    def test_no_document_of_the_epoch_is_repeated_or_lost(self, two_processes, alone, stage):
+        """Three steps of four documents by two processes, six steps of two by one."""
+        output = two_processes / f"resized{stage}"
+        resumed = shutil.copytree(output / "cut-2", output / "smaller-steps")
+        file = two_processes / f"read-smaller{stage}.jsonl"
+        with noting_documents(file):
+            train(alone, ["--resume", str(resumed), "--max_steps", "9", "--eval_every", "9"])
+        own = read_notes(file)
+        assert [step for _, step, _ in own] == list(range(3, 9))
+        before = [
+            index
+            for rank in (0, 1)
+            for folder, step, indices in read_notes(two_processes / f"read-{rank}.jsonl")
+            if Path(folder) == output / "cut-2" and step < 3
+            for index in indices
+        ]
+        after = [index for _, _, indices in own for index in indices]
+        assert len(before) == len(after) == N_DOCUMENTS // 2
+        assert sorted(before + after) == list(range(N_DOCUMENTS))
