@@ -268,6 +268,35 @@ def test_memory_falls_with_the_grain(make_model):
     assert growth["layer"] > 1.5 * growth["segment"]
 
 
+def test_diagonals_recomputed_together_change_no_number(make_model, monkeypatch):
+    """8 diagonals, 3 at a time."""
+    monkeypatch.setattr(wavefront, "STREAMS_PER_CELL", 1)
+    _, model = both(make_model, dropout=0.2, attention_dropout=0.2, hidden_dropout_prob=0.2)
+    _, input_ids, mask = batch_of([[8] * 5 + [3], [8, 4]])
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": random_ids(2, 4)}
+    found = []
+    for grain in ("none", "segment"):
+        model.train().set_gradient_checkpointing(grain)
+        torch.manual_seed(1)
+        found.append(results(model, **inputs))
+    check_equal(found[1], found[0], tolerance=0)
+
+
+def test_what_is_kept_of_a_segment_holds_no_other_layers_streams(make_model, monkeypatch):
+    _, model = both(make_model)
+    sizes = []
+    keep = schedules.Grid._keep
+
+    def weigh(grid, output, segment, *others, **named):
+        sizes.append(segment.tokens.untyped_storage().nbytes())
+        keep(grid, output, segment, *others, **named)
+
+    monkeypatch.setattr(schedules.Grid, "_keep", weigh)
+    with torch.no_grad():
+        model.model.encoder(random_ids(2, 6, 8))
+    assert sizes == [2 * 8 * 16 * 8] * 6
+
+
 def test_no_segment_before_the_window_keeps_a_graph(make_model):
     _, model = both(make_model, bptt_depth=1)
     assert saved_bytes(model, 3) == saved_bytes(model, 12)
