@@ -1,10 +1,10 @@
 """How the files of a checkpoint are written and read, DeepSpeed's among them."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,17 @@ def read_tensors(path: str | Path, map_location: Any = None) -> Any:
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def only_harmless() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def only_harmless() -> Iterator[None]:
     """While it lasts, torch.load takes DeepSpeed's own few classes beside tensors and plain values."""
-    return torch.serialization.safe_globals(list(HARMLESS))
+    # its own context manager takes them away at the end of an inner one
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(list(HARMLESS))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 class CheckpointFiles(CheckpointEngine):

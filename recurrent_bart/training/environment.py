@@ -64,6 +64,8 @@ def start_processes(timeout_minutes: int) -> Environment:
         raise ValueError(f"RANK is set in the environment, {', '.join(missing)} not: start with deepspeed or torchrun")
     # the loader's processes are forked from one that has used the tokenizer, and do not use it themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # DeepSpeed's conversion of checkpoints asks torch.load to run what a file holds
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     _silence_others()
     local_rank = int(os.environ["LOCAL_RANK"])
     has_gpu = torch.cuda.is_available()

@@ -6,6 +6,7 @@ DeepSpeed's universal format holds every parameter and both moments of it whole,
 import argparse
 import contextlib
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,9 @@ def write_universal(shards: Path, output: Path, stage_then: int, stage_now: int)
         output: Folder to write.
         stage_then: ZeRO stage that wrote it.
         stage_now: ZeRO stage that will read it.
+
+    Raises:
+        ValueError: A file holds something that would have to be run.
     """
     settings = argparse.Namespace(
         input_folder=str(shards),
@@ -47,7 +51,10 @@ def write_universal(shards: Path, output: Path, stage_then: int, stage_now: int)
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
         stack.enter_context(only_harmless())
-        ds_to_universal.main(settings)
+        try:
+            ds_to_universal.main(settings)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{shards}: cannot be read ({str(error).splitlines()[0]})") from error
     if (stage_then == 3) != (stage_now == 3):
         _change_stage(output, stage_then, stage_now)
 

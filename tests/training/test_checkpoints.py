@@ -1,6 +1,7 @@
 """Checkpoints: which one is read, which are kept, and what is refused."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import torch
 from recurrent_bart.training import checkpoint_files, manifest
 from recurrent_bart.training import checkpoints as module
 from recurrent_bart.training.arguments import RunArguments
+from recurrent_bart.training.checkpoint_files import read_tensors
 from recurrent_bart.training.checkpoints import CheckpointError, Checkpoints, Resumed, TrainerState
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
@@ -276,27 +278,49 @@ class TestTrust:
         assert Checkpoints(checkpoints.folder, trusts=True).load(make_engine()).state == STATE
 
     @pytest.mark.parametrize("trusts", [False, True])
-    @pytest.mark.parametrize("pattern", ["engine/*model_states.pt", "engine/*optim_states.pt", "process-0.pt"])
-    def test_nothing_that_a_file_holds_is_run(self, saved, pattern, trusts, tmp_path_factory):
+    @pytest.mark.parametrize(
+        ("pattern", "stage"),
+        [
+            ("engine/*model_states.pt", 2),
+            ("engine/*optim_states.pt", 2),
+            ("process-0.pt", 2),
+            # put together by DeepSpeed for another stage
+            ("engine/*model_states.pt", 3),
+            ("engine/*optim_states.pt", 3),
+        ],
+    )
+    def test_nothing_that_a_file_holds_is_run(self, saved, pattern, stage, trusts, tmp_path_factory):
         checkpoints, _ = saved
         path = checkpoints.folder / "step-00000002"
         made = tmp_path_factory.mktemp("made") / "by a stranger"
         (file,) = path.glob(pattern)
-        content = torch.load(file, weights_only=False)
-        torch.save({**content, "stranger": Stranger(str(made))}, file)
+        torch.save({**read_tensors(file), "stranger": Stranger(str(made))}, file)
         # the stranger can make a manifest too
-        listed = json.loads((path / "manifest.json").read_text())
-        listed["files"][str(file.relative_to(path))] = {
-            "bytes": file.stat().st_size,
-            "sha256": manifest._sha256(file),
-        }
-        (path / "manifest.json").write_text(json.dumps(listed))
+        forge(path, file)
         with pytest.raises(ValueError, match="cannot be read"):
-            Checkpoints(checkpoints.folder, trusts=trusts).load(make_engine())
+            Checkpoints(checkpoints.folder, trusts=trusts).load(make_engine(stage))
         assert not made.exists()
         # what it would have done
         pickle.loads(pickle.dumps(Stranger(str(made))))
         assert made.exists()
+
+    def test_a_manifest_that_names_a_file_outside_is_refused(self, saved):
+        checkpoints, _ = saved
+        path = checkpoints.folder / "step-00000002"
+        outside = checkpoints.folder / "outside"
+        outside.write_bytes(b"")
+        forge(path, outside)
+        with pytest.raises(ValueError, match="outside is outside of it"):
+            checkpoints.load(make_engine())
+
+
+def forge(checkpoint, file):
+    """Make the manifest one that vouches for a file."""
+    manifest_file = checkpoint / "manifest.json"
+    content = json.loads(manifest_file.read_text())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    content["files"][os.path.relpath(file, checkpoint)] = {"bytes": file.stat().st_size, "sha256": digest}
+    manifest_file.write_text(json.dumps(content))
 
 
 class Stranger:
@@ -307,17 +331,6 @@ class Stranger:
 
     def __reduce__(self):
         return os.mkdir, (self.folder,)
-
-
-def test_a_manifest_that_names_a_file_outside_is_refused(saved):
-    checkpoints, _ = saved
-    path = checkpoints.folder / "step-00000002"
-    (checkpoints.folder / "outside").write_bytes(b"")
-    listed = json.loads((path / "manifest.json").read_text())
-    listed["files"]["../outside"] = {"bytes": 0, "sha256": manifest._sha256(checkpoints.folder / "outside")}
-    (path / "manifest.json").write_text(json.dumps(listed))
-    with pytest.raises(ValueError, match="outside is outside of it"):
-        checkpoints.load(make_engine())
 
 
 @pytest.mark.parametrize(("then", "now"), [(2, 3), (3, 2)])
