@@ -87,7 +87,7 @@ class Collator:
 
         A row may have a `max_n_segments` of its own, for a curriculum.
         """
-        documents = [self.segments(row) for row in rows]
+        documents = [self._named_segments(row) for row in rows]
         labels: list[Any] = [targets for _, targets in documents]
         if self.task == "document":
             labels = [[targets[-1] for targets in labels]]
@@ -100,6 +100,13 @@ class Collator:
             labels=targets.squeeze(0) if self.task == "document" else targets,
             indices=[row["index"] for row in rows],
         )
+
+    def _named_segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+        try:
+            return self.segments(row)
+        # what a damaged cache may hold is open
+        except Exception as error:
+            raise ValueError(f"document {row.get('id')!r}: {error}") from error
 
     def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
         """One document's segments, and the target of each, empty where it has none.

@@ -189,7 +189,9 @@ class Checkpoints:
         errors = gather_objects(None if error is None else f"process {rank()}: {error}")
         met = next((text for text in errors if text), None)
         if met is not None:
-            raise CheckpointError(f"{self._path(step)} cannot be written ({met}); those before it are whole") from error
+            free = shutil.disk_usage(self.folder.parent).free
+            text = f"{self._path(step)} cannot be written ({met}; {free:,} bytes are free); those before it are whole"
+            raise CheckpointError(text) from error
 
     def _gather(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float], draft: Path) -> None:
         """Gather what this process has to write."""

@@ -37,6 +37,27 @@ def telling_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def telling_of_batches() -> Iterator[None]:
+    """Say what another process met that makes batches, without what lies between it and this one.
+
+    Raises:
+        ValueError: It met one.
+        Fault: It is gone.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+            raise
+        raise Fault(
+            f"a process that makes batches has ended ({_first_line(error)}); where memory was not enough for it, lower "
+            "--dataloader_num_workers"
+        ) from error
+
+
 def describe_fault(error: Exception) -> str:
     """What to print of an error that ended this process: a line where that says all, else where it came from."""
     if isinstance(error, (Fault, CheckpointError)):

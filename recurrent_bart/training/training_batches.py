@@ -12,6 +12,7 @@ from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.environment import Environment
+from recurrent_bart.training.faults import telling_of_batches
 from recurrent_bart.training.interruption import ignore_signals
 from recurrent_bart.training.preparation import Documents
 
@@ -48,7 +49,8 @@ class TrainingBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self.curriculum and self.stage != self.state.stage:
             self.loader = self._begin()
-        return next(self.loader)
+        with telling_of_batches():
+            return next(self.loader)
 
     def close(self) -> None:
         """End the processes that make batches.

@@ -185,6 +185,12 @@ def disk_full(from_checkpoint):
     checkpoint_files.write_durably = patched
 
 
+def disk_full_and_signalled():
+    """The disk is full when a checkpoint is asked for."""
+    disk_full(from_checkpoint=2)
+    before("step", lambda: os.kill(os.getpid(), signal.SIGTERM), at=3)
+
+
 def folder_becomes_a_file(path, at):
     """What should be the folder of checkpoints cannot be written any more, not by root either."""
 

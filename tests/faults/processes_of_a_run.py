@@ -91,6 +91,8 @@ def _run_rank(rank, n_processes, port, flags, log: Path, fault):
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     torch.set_num_threads(1)
+    # of the processes that it starts in turn, as where it is started by a launcher
+    multiprocessing.set_start_method("fork", force=True)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()})
     os.chdir(TRAIN.parents[1])

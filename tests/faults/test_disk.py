@@ -1,0 +1,71 @@
+"""A disk that is full, a folder that cannot be written, checkpoints that are damaged."""
+
+import pytest
+
+from recurrent_bart.training.outcome import ExitCode
+
+DONE, FAULT, MISTAKE = ExitCode.DONE, ExitCode.FAULT, ExitCode.MISTAKE
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_full_leaves_the_checkpoint_before_whole(run, rank):
+    ended = run.train(fault="disk_full", ranks=[rank], from_checkpoint=2)
+    assert ended.codes == [FAULT, FAULT], ended.text()
+    message = f"fault on rank 0: {run.checkpoints / 'step-00000004'} cannot be written (process {rank}: "
+    assert message in ended.printed[0]
+    assert "No space left on device" in ended.printed[0]
+    assert "bytes are free" in ended.printed[0]
+    assert run.steps() == [2]
+    ended = run.resume()
+    assert ended.codes == [DONE, DONE], ended.text()
+    assert run.steps() == [4, 6]
+
+
+def test_a_disk_that_is_full_when_a_run_is_asked_to_stop_is_a_fault(run):
+    ended = run.train(1, fault="disk_full_and_signalled", ranks=[0])
+    assert ended.codes == [FAULT], ended.text()
+    assert "cannot be written" in ended.text()
+    assert run.steps() == [2]
+
+
+def test_a_folder_that_cannot_be_written_any_more_is_named(run):
+    ended = run.train(1, fault="folder_becomes_a_file", ranks=[0], path=run.checkpoints, at=3)
+    assert ended.codes == [FAULT], ended.text()
+    assert f"{run.checkpoints / 'step-00000004'} cannot be written" in ended.text()
+    run.checkpoints.unlink()
+    run.checkpoints.with_name("away").rename(run.checkpoints)
+    assert run.steps() == [2]
+
+
+def a_shard(run, step):
+    return next((run.checkpoints / f"step-{step:08d}" / "engine").glob("*optim_states.pt"))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def alter(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, alter, lambda file: file.unlink()], ids=["truncated", "altered", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run, damage):
+    assert run.train(1, changes={"max_steps": 4}).codes == [DONE]
+    damage(a_shard(run, 4))
+    ended = run.resume(1, changes={"max_steps": 6})
+    assert ended.codes == [DONE], ended.text()
+    assert a_shard(run, 4).name in ended.text()
+    assert "resumed    after step 2" in ended.text()
+    assert sorted(run.losses()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(run):
+    assert run.train(1, changes={"max_steps": 2}).codes == [DONE]
+    truncate(a_shard(run, 2))
+    ended = run.resume(1, changes={"max_steps": 6})
+    assert ended.codes == [MISTAKE], ended.text()
+    assert a_shard(run, 2).name in ended.text()
