@@ -1,25 +1,29 @@
-"""Compare models on memory tasks: `python launch/study.py recurrence`."""
+"""Compare models on memory tasks and on documents: `python launch/study.py recurrence`."""
 
 import argparse
 import dataclasses
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from recurrent_bart.studies.definitions import STUDIES, Texts, build_study
+from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
 from recurrent_bart.studies.pool import run_side_by_side
-from recurrent_bart.studies.report import draw, in_order, read_results, report
+from recurrent_bart.studies.report import draw, read_results, report
 from recurrent_bart.studies.single_run import execute
-from recurrent_bart.studies.study_run import RunFile, StudyRun
+from recurrent_bart.studies.study_run import Run, RunFile
+from recurrent_bart.studies.text_report import draw_losses, text_report
+from recurrent_bart.studies.text_run import execute_text
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all flags."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("name", nargs="?", help=f"study: {', '.join(STUDIES)}")
+    parser.add_argument("name", nargs="?", help=f"study: {', '.join((*STUDIES, *TEXT_STUDIES))}")
     parser.add_argument("--output_dir", type=Path, help="folder of its runs and its report; default: runs/study-NAME")
     parser.add_argument("--devices", type=int, help="GPUs to use; default: all there are, or the processor")
     parser.add_argument("--processes_per_device", type=int, help="runs at once; default: 8 on a GPU, 1 on a processor")
@@ -29,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="leave out runs whose file name does not contain this")
     parser.add_argument("--facts", help="folder of bAbI's train.jsonl and validation.jsonl")
     parser.add_argument("--filler", help="folder of other text, likewise")
+    parser.add_argument(
+        "--dataset", default="stdlib", help="of the studies document and sections, as in launch/train.py"
+    )
     parser.add_argument("--report_only", action="store_true", help="run nothing, make the report again")
     parser.add_argument("--run", type=Path, help="do one run, described in this file; a study starts these itself")
     parser.add_argument("--device", default="cpu", help="where that run computes")
@@ -53,7 +60,11 @@ def run_one(arguments: argparse.Namespace) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    execute(RunFile(arguments.run), device, arguments.budget_seconds)
+    file = RunFile(arguments.run)
+    if "flags" in file.read()["run"]:
+        execute_text(file, Path(__file__).with_name("train.py"), arguments.device, arguments.budget_seconds)
+    else:
+        execute(file, device, arguments.budget_seconds)
     return 0
 
 
@@ -62,32 +73,39 @@ def run_study(arguments: argparse.Namespace) -> int:
     runs = find_runs(arguments)
     folder = arguments.output_dir or Path("runs") / f"study-{arguments.name}"
     n_failed = 0 if arguments.report_only else do_runs(runs, folder, arguments)
-    groups = in_order(read_results(folder), runs)
+    groups = read_results(folder, runs)
     if not groups:
         raise ValueError(f"{folder}: no run came to its end")
-    text = report(groups)
+    is_text = arguments.name in TEXT_STUDIES
+    text, plot = (text_report(groups), "losses.png") if is_text else (report(groups), "accuracy.png")
     (folder / "report.md").write_text(text, encoding="utf-8")
-    draw(groups, folder / "accuracy.png")
-    print(f"\n{text}\nreport in {folder}/report.md; plot in {folder}/accuracy.png", flush=True)
+    (draw_losses if is_text else draw)(groups, folder / plot)
+    print(f"\n{text}\nreport in {folder}/report.md; plot in {folder}/{plot}", flush=True)
     return min(n_failed, 1)
 
 
-def find_runs(arguments: argparse.Namespace) -> list[StudyRun]:
+def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
     """The runs that are asked for.
 
     Raises:
         ValueError: There are none.
     """
-    runs = build_study(arguments.name, Texts(arguments.facts, arguments.filler), range(arguments.seeds))
-    if arguments.max_steps:
-        runs = [dataclasses.replace(run, max_steps=arguments.max_steps) for run in runs]
+    texts, seeds = Texts(arguments.facts, arguments.filler, arguments.dataset), range(arguments.seeds)
+    runs: list[Any]
+    if arguments.name in TEXT_STUDIES:
+        runs = build_text_study(arguments.name, texts, seeds)
+        changed = {"max_steps": arguments.max_steps} if arguments.max_steps else {}
+        runs = [dataclasses.replace(run, flags=run.flags | changed) for run in runs]
+    else:
+        runs = build_study(arguments.name, texts, seeds)
+        runs = [dataclasses.replace(run, max_steps=arguments.max_steps or run.max_steps) for run in runs]
     runs = [run for run in runs if arguments.only in run.file_name()]
     if not runs:
         raise ValueError(f"study {arguments.name}: it has no run with {arguments.only!r} in its file name")
     return runs
 
 
-def do_runs(runs: list[StudyRun], folder: Path, arguments: argparse.Namespace) -> int:
+def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) -> int:
     """Start all that are not finished; gives how many failed."""
     places = find_places(arguments.devices, arguments.processes_per_device)
     todo = {folder / run.file_name(): run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)}
@@ -128,11 +146,10 @@ def outcome(file: Path, code: int | None, said: str) -> str:
     if code:
         return f"failed with exit code {code}: {said}"
     record = RunFile(file).read()
-    last = record["curve"][-1] if record["curve"] else {"token_accuracy": math.nan}
-    return (
-        f"{record['stopped']} after {record['steps']} steps, {record['seconds']:.0f} s; "
-        f"token accuracy {last['token_accuracy']:.3f}"
-    )
+    last = record["curve"][-1] if record["curve"] else {}
+    figures = (f"{name} {last[name]:.3f}" for name in ("token_accuracy", "validation_loss") if name in last)
+    steps, seconds = (record.get(name, last.get(name[:-1], 0)) for name in ("steps", "seconds"))
+    return f"{record['stopped']} after {steps} steps, {seconds:.0f} s; {', '.join(figures)}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The studies by name: what is compared, on which tasks."""
+"""The studies by name: what is compared, on which tasks and documents."""
 
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from recurrent_bart.studies.study_run import StudyRun
+from recurrent_bart.studies.text_run import TextRun
 
 Fields = dict[str, Any]
 
@@ -48,10 +50,17 @@ SYMBOLS = (COPY, RECALL, RETRIEVAL)
 
 @dataclass(frozen=True)
 class Texts:
-    """Folders that bAbI tasks are made of."""
+    """What is read.
+
+    Attributes:
+        facts: Folder of bAbI's facts.
+        filler: Folder of other text to scatter them in.
+        dataset: Documents of the text studies, as `launch/train.py --dataset`.
+    """
 
     facts: str | None = None
     filler: str | None = None
+    dataset: str = "stdlib"
 
     def babi(self) -> list[Fields]:
         """Fields of StudyRun for qa1 to qa3; 64 segments are 16,384 words.
@@ -114,6 +123,42 @@ STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
 }
 
 
+# flags of launch/train.py for each kind of target: those of all runs, and what is compared
+TEXT: Fields = {
+    "model_size": "small",
+    "segment_size": 512,
+    "max_n_segments": 8,
+    "max_steps": 3000,
+    "per_device_train_batch_size": 8,
+    "eval_every": 300,
+    "wandb_mode": "disabled",
+}
+RECURRENCES: dict[str, Fields] = {
+    "layerwise": {},
+    "top (RMT)": {"recurrence": "top"},
+    "none": {"recurrence": "none"},
+}
+TEXT_STUDIES: dict[str, dict[str, Fields]] = {
+    "document": {
+        **RECURRENCES,
+        "BART, first 1,024 tokens": {"pre_seq_len": 0, "segment_size": 1024, "max_n_segments": 1},
+        "BART, last segment": {"pre_seq_len": 0},
+    },
+    "sections": {**RECURRENCES, "BART, each segment": {"pre_seq_len": 0}},
+}
+
+
+def build_text_study(task: str, texts: Texts, seeds: Iterable[int] = range(3)) -> list[TextRun]:
+    """The runs of a study on documents with one target each, or one per section."""
+    flags = TEXT | {"dataset": texts.dataset, "task": task}
+    documents = f"{Path(texts.dataset).name} {task}"
+    return [
+        TextRun(variant, documents, flags | fields, seed)
+        for seed in seeds
+        for variant, fields in TEXT_STUDIES[task].items()
+    ]
+
+
 def build_study(name: str, texts: Texts, seeds: Iterable[int] = range(3)) -> list[StudyRun]:
     """The runs of a study.
 
@@ -121,7 +166,7 @@ def build_study(name: str, texts: Texts, seeds: Iterable[int] = range(3)) -> lis
         ValueError: There is no such study, or it needs texts that are not given.
     """
     if name not in STUDIES:
-        raise ValueError(f"study {name}: known are {', '.join(STUDIES)}")
+        raise ValueError(f"study {name}: known are {', '.join((*STUDIES, *TEXT_STUDIES))}")
     tasks, variants = STUDIES[name]
     # all variants with one seed first: a study that is cut off can compare them
     return [

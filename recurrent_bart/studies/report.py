@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recurrent_bart.studies.study_run import RunFile, StudyRun
+from recurrent_bart.studies.study_run import Run, RunFile
 
 MIB = 2**20
 MEASURES = {"token_accuracy": "share of right tokens", "exact_match": "share of answers that are right throughout"}
@@ -18,19 +18,15 @@ Records = list[dict[str, Any]]
 Groups = dict[tuple[str, str], Records]
 
 
-def read_results(folder: Path) -> Groups:
-    """All runs of a folder that were tested, by task and what is compared, as studies list them."""
+def read_results(folder: Path, runs: Iterable[Run]) -> Groups:
+    """Of these runs those that were tested, in their order, by task and what is compared."""
     groups: Groups = {}
-    for path in sorted(folder.glob("*.json")):
-        record = RunFile(path).read()
-        if "accuracy" in record:
-            groups.setdefault(_key(StudyRun.from_json(record["run"])), []).append(record)
+    for run in runs:
+        file = RunFile(folder / run.file_name())
+        record = file.read() if file.path.exists() else {}
+        if "stopped" in record:
+            groups.setdefault((run.task_name(), run.name), []).append(record)
     return groups
-
-
-def in_order(groups: Groups, runs: Iterable[StudyRun]) -> Groups:
-    """Those of a study in its order; what it no longer has is left out."""
-    return {key: groups[key] for key in dict.fromkeys(map(_key, runs)) if key in groups}
 
 
 def report(groups: Groups) -> str:
@@ -50,7 +46,7 @@ def accuracy_table(groups: Groups, measure: str) -> str:
     rows = []
     for (task, name), records in groups.items():
         values = [[r["accuracy"][str(n)][measure] for r in records if str(n) in r["accuracy"]] for n in numbers]
-        rows.append([task, name, str(len(records)), *map(_mean_and_range, values)])
+        rows.append([task, name, str(len(records)), *map(mean_and_range, values)])
     return markdown(["task", "model", "seeds", *map(str, numbers)], rows)
 
 
@@ -128,22 +124,18 @@ def _draw_task(axes: Axes, members: dict[str, Records], measure: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def mean_and_range(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean with the lowest and the highest, where they differ; empty where there are none."""
+    if not values:
+        return ""
+    lowest, highest, mean = (format(value, form) for value in (min(values), max(values), statistics.mean(values)))
+    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _key(run: StudyRun) -> tuple[str, str]:
-    return run.task_name(), run.name
-
-
-def _mean_and_range(values: list[float]) -> str:
-    if not values:
-        return ""
-    lowest, highest = f"{min(values):.3f}", f"{max(values):.3f}"
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 def _to_reach(records: Records, name: str) -> str:

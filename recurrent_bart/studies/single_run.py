@@ -16,7 +16,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.memory_tasks import BOS, EOS, PAD, Accuracy, MemoryTask, score
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.monitoring.run_folder import git_commit, versions
-from recurrent_bart.studies.study_run import MODEL, RunFile, StudyRun
+from recurrent_bart.studies.study_run import MODEL, RunFile, StudyRun, describe_device
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, learning_rate_factor
 
@@ -146,7 +146,8 @@ class SingleRun:
         is_cuda = self.device.type == "cuda"
         return {
             "run": asdict(self.run),
-            "device": torch.cuda.get_device_name(self.device) if is_cuda else "cpu",
+            "device": describe_device(str(self.device)),
+            "schedule": self.model.config.schedule,
             "n_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "steps": self.step,
             "seconds": round(self.seconds, 1),
@@ -185,8 +186,10 @@ def build_config(run: StudyRun, task: MemoryTask) -> RecurrentBartConfig:
     """Architecture with room for the longest document and answer."""
     longest = max(*run.stages, *run.test_segments)
     window = run.segment_size * (longest if run.window == "all" else 1)
+    # the same numbers, faster; with one state for all layers there are no diagonals
+    schedule = "sequential" if run.model.get("recurrence") == "top" else "wavefront"
     return RecurrentBartConfig(
-        **MODEL | run.model,
+        **MODEL | {"schedule": schedule} | run.model,
         vocab_size=task.vocab_size,
         segment_size=window,
         max_position_embeddings=max(window, task.target_length(longest)),

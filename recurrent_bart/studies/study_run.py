@@ -4,7 +4,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
+
+import torch
 
 from recurrent_bart.data.babi import load_babi
 from recurrent_bart.data.memory_tasks import SYMBOL_TASKS, MemoryTask
@@ -25,6 +27,33 @@ MODEL: dict[str, Any] = {
     "dropout": 0.0,
     "hidden_dropout_prob": 0.0,
 }
+
+
+class Run(Protocol):
+    """What studies are made of."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """What is compared; runs that differ in their seed alone share it."""
+
+    def task_name(self) -> str:
+        """What the task is called in tables and files."""
+
+    def file_name(self) -> str:
+        """Name of its file."""
+
+
+def file_name(task: str, name: str, seed: int) -> str:
+    """Name of a run's file: task, what is compared, seed."""
+    words = re.sub(r"[^\w.=-]+", "-", f"{task}-{name}")
+    return f"{words}-seed{seed}.json"
+
+
+def describe_device(device: str) -> str:
+    """Name of a GPU, or `cpu`."""
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 @dataclass(frozen=True)
@@ -103,8 +132,7 @@ class StudyRun:
 
     def file_name(self) -> str:
         """Name of its file: task, what is compared, seed."""
-        words = re.sub(r"[^\w.=-]+", "-", f"{self.task_name()}-{self.name}")
-        return f"{words}-seed{self.seed}.json"
+        return file_name(self.task_name(), self.name, self.seed)
 
     def build_tasks(self) -> tuple[MemoryTask, MemoryTask]:
         """What to train and what to test on.
@@ -145,13 +173,12 @@ class RunFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, json.dumps(record, indent=1) + "\n")
 
-    def is_finished(self, run: StudyRun) -> bool:
+    def is_finished(self, run: Run) -> bool:
         """Whether it holds all that comes of this run, as it is defined now."""
-        if not self.path.exists():
-            return False
-        record = self.read()
-        return record.get("stopped") not in (None, "budget") and StudyRun.from_json(record["run"]) == run
+        record = self.read() if self.path.exists() else {}
+        # a list of JSON may have been a tuple
+        return record.get("stopped") not in (None, "budget") and record["run"] == json.loads(json.dumps(asdict(run)))
 
-    def begin(self, run: StudyRun) -> None:
+    def begin(self, run: Run) -> None:
         """Write what is to be run."""
         self.write({"run": asdict(run)})

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from recurrent_bart.studies.definitions import STUDIES, Texts, build_study
+from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
 from recurrent_bart.studies.single_run import build_config
+from recurrent_bart.training.arguments import parse_arguments
 
 SYMBOL_STUDIES = sorted(set(STUDIES) - {"babi"})
 
@@ -46,6 +47,16 @@ def test_babi_is_told_its_texts():
         build_study("babi", Texts(facts="facts"))
 
 
+@pytest.mark.parametrize("task", TEXT_STUDIES)
+def test_every_run_on_documents_has_flags_that_training_takes(task):
+    runs = build_text_study(task, Texts(dataset="some/papers"))
+    assert len({run.file_name() for run in runs}) == len(runs) == 3 * len(TEXT_STUDIES[task])
+    for run in runs:
+        arguments = parse_arguments([f"--{name}={value}" for name, value in run.flags.items()])
+        assert (arguments.data.task, arguments.data.dataset) == (task, "some/papers")
+        assert run.task_name() == f"papers {task}"
+
+
 def test_an_unknown_study_is_refused():
-    with pytest.raises(ValueError, match="study recurence: known are quick, recurrence"):
+    with pytest.raises(ValueError, match=r"study recurence: known are quick, recurrence.*sections"):
         build_study("recurence", Texts())
