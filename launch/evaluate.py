@@ -14,7 +14,7 @@ from transformers.utils import logging
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.data.sources import find_sources
-from recurrent_bart.distributed import SharedError, first_then_all, is_first, only_first
+from recurrent_bart.distributed import SharedError, first_then_all, is_first, let_first_speak, only_first
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.evaluation.rouge import Score
 from recurrent_bart.inference import load_model, run_flags
@@ -152,14 +152,17 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments, data = parse_arguments(argv)
     except ValueError as error:
-        # all processes read the same command line
-        return fail(error) if rank == 0 else 2
+        # all processes read the same command line, some of them long before others
+        if rank == 0:
+            return fail(error)
+        let_first_speak(seconds=30)
+        return 2
     logging.disable_progress_bar()
     try:
         results = evaluate(arguments, data, start_processes(arguments.timeout_minutes))
         only_first(lambda: report(results, arguments.json))
     except SharedError:
-        # the first process says it
+        let_first_speak(seconds=1)
         return 2
     except ValueError as error:
         return fail(error) if is_first() else 2

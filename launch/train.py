@@ -7,7 +7,7 @@ from typing import Any
 
 import deepspeed.comm
 
-from recurrent_bart.distributed import SharedError
+from recurrent_bart.distributed import SharedError, let_first_speak
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import launched_rank, start_processes
 from recurrent_bart.training.experiment import run_experiment
@@ -22,8 +22,11 @@ def main(argv: list[str]) -> ExitCode:
     try:
         arguments = parse_arguments(argv)
     except ValueError as error:
-        # all processes read the same command line
-        return fail(error) if rank == 0 else ExitCode.MISTAKE
+        # all processes read the same command line, some of them long before others
+        if rank == 0:
+            return fail(error)
+        let_first_speak(seconds=30)
+        return ExitCode.MISTAKE
     try:
         with handling_signals(leave):
             folder = run_experiment(arguments, start_processes(arguments.run.timeout_minutes))
@@ -32,7 +35,7 @@ def main(argv: list[str]) -> ExitCode:
             print(f"go on with --resume {arguments.run.output_dir}")
         return ExitCode.STOPPED
     except SharedError:
-        # the first process says it
+        let_first_speak(seconds=1)
         return ExitCode.MISTAKE
     except ValueError as error:
         return fail(error, f" on rank {rank}" if rank else "")

@@ -1,5 +1,6 @@
 """What processes tell each other. Works without a process group, as the only process."""
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -124,6 +125,14 @@ def stop_all(message: str) -> NoReturn:
         ValueError: Always.
     """
     raise (ValueError if is_first() else SharedError)(message)
+
+
+def let_first_speak(seconds: float) -> None:
+    """Wait before leaving with an error that the first process reports.
+
+    A launcher ends all processes with the first that leaves. Where that was another one, nobody would say why.
+    """
+    time.sleep(seconds)
 
 
 def _attempt(make: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

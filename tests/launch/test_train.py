@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,21 @@ def test_bad_flags_end_in_one_line(documents, tmp_path, train_main, capsys, chan
     )
     assert_one_error(capsys.readouterr().err, expected)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_with_bad_flags_lets_the_first_one_speak_before_its_launcher_ends_them_all(
+    train_main, monkeypatch, capsys
+):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert train_main(["--max_stepz", "4"]) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert not "".join(capsys.readouterr())
+    assert waited == [30]
+    assert train_main(["--max_stepz", "4"]) == 2
+    assert "unknown argument --max_stepz" in capsys.readouterr().err
+    assert waited == [30]
 
 
 @pytest.fixture
