@@ -264,9 +264,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _flags_of_run(folder: str, known: dict[str, Any]) -> dict[str, Any]:
-    """Flags that a run had, of those that there are still."""
+    """Flags that a run had, of those that there are still; trust is given anew each time."""
     saved = RunFolder(Path(folder)).read_config().get("arguments", {})
-    flags = {name: value for group in saved.values() for name, value in group.items() if name in known}
+    kept = known.keys() - {"trust_checkpoint"}
+    flags = {name: value for group in saved.values() for name, value in group.items() if name in kept}
     return flags | {"resume": folder, "output_dir": folder}
 
 

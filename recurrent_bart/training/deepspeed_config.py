@@ -56,14 +56,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 # sections that it takes key by key, passing over those it does not know
 PLAIN = {
     "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
-    "checkpoint": {
-        "tag_validation",
-        "load_universal",
-        "use_node_local_storage",
-        "parallel_write",
-        "checkpoint_serialization",
-        "writer",
-    },
+    # how checkpoints are written and read is the run's own
+    "checkpoint": {"tag_validation"},
     "flops_profiler": {
         "enabled",
         "recompute_fwd_factor",

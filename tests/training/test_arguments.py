@@ -134,6 +134,12 @@ def test_flags_given_on_resuming_take_precedence(tmp_path):
     assert (resumed.run.max_steps, resumed.run.seed) == (20, 3)
 
 
+def test_trust_in_a_checkpoint_is_given_anew_each_time(tmp_path):
+    path = save_run(tmp_path / "run", ["--trust_checkpoint"])
+    assert not parse_arguments(["--resume", path]).run.trust_checkpoint
+    assert parse_arguments(["--resume", path, "--trust_checkpoint"]).run.trust_checkpoint
+
+
 def test_a_run_of_an_older_version_may_be_resumed(tmp_path):
     path = save_run(tmp_path / "run", ["--seed", "3"])
     folder = RunFolder(tmp_path / "run")

@@ -95,6 +95,7 @@ def test_auto_elsewhere_leaves_it_to_deepspeed(load):
             "unknown key 'data_types.grad_accum_type'; did you mean 'grad_accum_dtype'?",
         ),
         ({"checkpoint": {"tag_valid": "Fail"}}, "unknown key 'checkpoint.tag_valid'; did you mean 'tag_validation'?"),
+        ({"checkpoint": {"use_node_local_storage": True}}, "unknown key 'checkpoint.use_node_local_storage'"),
         ({"comms_logger": {"enable": True}}, "unknown key 'comms_logger.enable'; did you mean 'enabled'?"),
         ({"flops_profiler": {"profile_steps": 2}}, "unknown key 'flops_profiler.profile_steps'; did you mean"),
         ({"aio": {"queue": 2}}, "unknown key 'aio.queue'"),
