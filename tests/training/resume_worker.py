@@ -77,7 +77,12 @@ def noting_documents(file):
 
 def run_all(environment, documents, output, stage, precision):
     """Write the runs `whole` and `resumed` under the output folder."""
-    changes = {"deepspeed": f"ds_configs/zero{stage}.json", "precision": precision, **RESUMED}
+    changes = {
+        "deepspeed": f"ds_configs/zero{stage}.json",
+        "precision": precision,
+        "async_save": precision == "bf16",
+        **RESUMED,
+    }
     train(environment, flags(documents, output / "whole", **changes))
     train_until_cut_off(environment, flags(documents, output / "resumed", **changes))
     train(environment, ["--resume", str(output / "resumed")])
