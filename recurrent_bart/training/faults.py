@@ -43,25 +43,23 @@ def telling_of_batches() -> Iterator[None]:
 
     Raises:
         ValueError: It met one.
-        Fault: It is gone.
     """
     try:
         yield
     except ValueError as error:
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
-            raise
-        raise Fault(
-            f"a process that makes batches has ended ({_first_line(error)}); where memory was not enough for it, lower "
-            "--dataloader_num_workers"
-        ) from error
 
 
 def describe_fault(error: Exception) -> str:
     """What to print of an error that ended this process: a line where that says all, else where it came from."""
     if isinstance(error, (Fault, CheckpointError)):
         return str(error)
+    # raised wherever this process was just then
+    if str(error).startswith("DataLoader worker"):
+        return (
+            f"a process that makes batches has ended ({_first_line(error)}); where memory was not enough for it, lower "
+            "--dataloader_num_workers"
+        )
     if has_lost_contact(error):
         return f"another process has ended or does not answer; its own message says why ({_first_line(error)})"
     return "".join(traceback.format_exception(error)).rstrip()
