@@ -91,7 +91,7 @@ class TestTwoProcesses:
         checkpoints = two_processes[0] / "checkpoints"
         assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
         for checkpoint in checkpoints.iterdir():
-            assert len(list(checkpoint.glob("rng-*.pt"))) == len(list(checkpoint.glob("engine/*optim_states.pt"))) == 2
+            assert len(list(checkpoint.glob("process-*.pt"))) == len(list(checkpoint.glob("engine/*optim_states.pt"))) == 2
 
     def test_the_model_loads_by_the_auto_classes_and_writes(self, two_processes):
         folder, _ = two_processes
