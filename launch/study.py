@@ -146,10 +146,11 @@ def outcome(file: Path, code: int | None, said: str) -> str:
     if code:
         return f"failed with exit code {code}: {said}"
     record = RunFile(file).read()
-    last = record["curve"][-1] if record["curve"] else {}
+    if not record["curve"]:
+        return record["stopped"]
+    last = record["curve"][-1]
     figures = (f"{name} {last[name]:.3f}" for name in ("token_accuracy", "validation_loss") if name in last)
-    steps, seconds = (record.get(name, last.get(name[:-1], 0)) for name in ("steps", "seconds"))
-    return f"{record['stopped']} after {steps} steps, {seconds:.0f} s; {', '.join(figures)}"
+    return f"{record['stopped']} after {last['step']} steps, {last['seconds']:.0f} s; {', '.join(figures)}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launching import run
+from recurrent_bart.studies.pool import Ended
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "study.py"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -121,6 +122,33 @@ def test_places_are_shared_evenly(script, monkeypatch):
     assert script.find_places(0, None) == ["cpu"]
     with pytest.raises(ValueError, match="--devices 3: there are 2"):
         script.find_places(3, None)
+
+
+def test_a_study_of_documents_has_each_run_trained_and_reports_losses(script, monkeypatch, tmp_path, capsys):
+    told = []
+
+    def execute_text(file, train_script, device, budget_seconds):
+        told.append(
+            (file.path.stem, train_script.name, device, budget_seconds, file.read()["run"]["flags"]["max_steps"])
+        )
+        curve = [{"step": 7, "seconds": 1.0, "validation_loss": 2.5}]
+        origin = {"device": "cpu", "versions": {"torch": "2", "transformers": "5"}, "git_commit": "a", "date": "b"}
+        file.write({**file.read(), **origin, "stopped": "steps", "curve": curve})
+
+    def run_here(files, places, command, budget_seconds):
+        for file in files:
+            assert script.main(command(file, places[0], 60.0)[2:]) == 0
+            yield Ended(file, 0, "")
+
+    monkeypatch.setattr(script, "execute_text", execute_text)
+    monkeypatch.setattr(script, "run_side_by_side", run_here)
+    flags = ["sections", "--seeds", "1", "--max_steps", "7", "--only", "BART", "--output_dir", str(tmp_path)]
+    assert script.main(flags) == 0
+    assert told == [("stdlib-sections-BART-each-segment-seed0", "train.py", "cpu", 60.0, 7)]
+    printed = capsys.readouterr().out
+    assert "steps after 7 steps, 1 s; validation_loss 2.500" in printed
+    assert "| stdlib sections | BART, each segment | 1 | 7 |" in printed
+    assert (tmp_path / "losses.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
