@@ -106,7 +106,7 @@ class SingleRun:
         self.curve.append(
             {
                 "step": self.step,
-                "seconds": round(self.seconds, 2),
+                "seconds": self.seconds,
                 "n_segments": n_segments,
                 "loss": loss,
                 "stage_accuracy": reached.token_accuracy,
@@ -150,7 +150,7 @@ class SingleRun:
             "schedule": self.model.config.schedule,
             "n_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "steps": self.step,
-            "seconds": round(self.seconds, 1),
+            "seconds": self.seconds,
             "steps_to_reach": first.get("step"),
             "seconds_to_reach": first.get("seconds"),
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if is_cuda else None,

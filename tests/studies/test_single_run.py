@@ -131,3 +131,9 @@ def test_a_run_that_is_killed_leaves_its_curve(tmp_path, monkeypatch):
         execute(file, CPU, math.inf)
     assert [point["step"] for point in file.read()["curve"]] == [2, 4]
     assert not file.is_finished(short_run())
+
+
+def test_steps_that_took_next_to_no_time_still_have_a_speed():
+    single = SingleRun(short_run(), CPU)
+    single.seconds = 0.004
+    assert single.result()["seconds"] == 0.004
