@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=recurrent-bart-evaluate
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-gpu=8
+#SBATCH --mem-per-gpu=60G
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+# ROUGE and loss of a model, its documents shared by all GPUs: `sbatch slurm/evaluate.sh --model RUN/model`, with
+# the flags of launch/evaluate.py. Results are in the job's output, and where --json says.
+set -euo pipefail
+
+: "${SLURM_JOB_ID:?is not there: start with sbatch slurm/evaluate.sh}"
+cd "$SLURM_SUBMIT_DIR"
+[[ -f slurm/job.sh ]] || { echo "error: submit it where slurm/job.sh is found" >&2; exit 2; }
+# shellcheck source=slurm/job.sh
+source slurm/job.sh
+
+keep_caches_in "runs/caches/$job"
+"${everywhere[@]}" launch/evaluate.py "$@"
