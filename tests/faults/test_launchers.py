@@ -1,0 +1,81 @@
+"""Launchers are told to stop, as people and clusters do it: the run has a whole checkpoint before they end it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import launching
+from recurrent_bart.training.outcome import ExitCode
+from runs import flags
+
+TRAIN = str(launching.TESTS.parent / "launch" / "train.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def start(command, run, **variables):
+    """Start a run that would go on for long, and wait until it has done some steps."""
+    arguments = flags(run.documents, run.folder, max_steps=5000, warmup_steps=2, eval_every=2500)
+    started = subprocess.Popen(
+        [*command, TRAIN, *arguments],
+        cwd=launching.TESTS.parent,
+        env=launching.environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 200
+    while time.monotonic() < end and started.poll() is None:
+        if (run.folder / "metrics.jsonl").exists() and len(run.losses()) >= 2:
+            return started
+        time.sleep(0.3)
+    os.killpg(started.pid, signal.SIGKILL)
+    raise AssertionError(started.communicate()[0])
+
+
+def end_of(started):
+    try:
+        printed, _ = started.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        raise AssertionError(f"not over\n{started.communicate()[0]}") from None
+    return started.returncode, printed
+
+
+def assert_stopped(run, printed):
+    outcome = json.loads((run.folder / "outcome.json").read_text())
+    assert outcome["code"] == ExitCode.STOPPED, printed
+    assert run.steps() == [outcome["step"]]
+
+
+def test_plain_python_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
+    started = start([sys.executable], run)
+    started.send_signal(signal.SIGUSR1)
+    code, printed = end_of(started)
+    assert code == ExitCode.STOPPED
+    assert_stopped(run, printed)
+
+
+def test_torchrun_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
+    started = start(TORCHRUN, run)
+    started.send_signal(signal.SIGTERM)
+    code, printed = end_of(started)
+    # whatever its processes return, it returns one of its own
+    assert code not in (0, ExitCode.STOPPED)
+    assert_stopped(run, printed)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_deepspeed_that_is_told_to_stop_leaves_a_whole_checkpoint(run, name):
+    started = start(["deepspeed", "--master_port", str(launching.free_port())], run, LOCAL_SIZE="2")
+    # to all that it started too, as a terminal and a cluster do it: told alone, it goes and leaves them behind
+    os.killpg(started.pid, getattr(signal, name))
+    code, printed = end_of(started)
+    assert code != 0
+    assert_stopped(run, printed)
