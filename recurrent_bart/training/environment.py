@@ -47,6 +47,33 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """What a launcher tells a process: who it is and where the first one waits for the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    address: str
+    port: int
+
+
+def launched_meeting() -> Meeting:
+    """Where this process is to go; alone if no launcher says otherwise.
+
+    Raises:
+        ValueError: A launcher says which process this is, but not all that is needed.
+    """
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    missing = [name for name in GIVEN if name not in os.environ]
+    if missing:
+        raise ValueError(f"RANK is set in the environment, {', '.join(missing)} not: start with deepspeed or torchrun")
+    rank, local_rank, world_size, address, port = (os.environ[name] for name in GIVEN)
+    return Meeting(int(rank), int(local_rank), int(world_size), address, int(port))
+
+
 def start_processes(timeout_minutes: int) -> Environment:
     """Join the process group: NCCL with a GPU, gloo without; alone if no launcher says otherwise.
 
@@ -56,20 +83,14 @@ def start_processes(timeout_minutes: int) -> Environment:
     Raises:
         ValueError: A launcher says which process this is, but not all that is needed, or where they meet is taken.
     """
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
-    missing = [name for name in GIVEN if name not in os.environ]
-    if missing:
-        raise ValueError(f"RANK is set in the environment, {', '.join(missing)} not: start with deepspeed or torchrun")
+    meeting = launched_meeting()
     # the loader's processes are forked from one that has used the tokenizer, and do not use it themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # DeepSpeed's conversion of checkpoints asks torch.load to run what a file holds
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     _silence_others()
-    local_rank = int(os.environ["LOCAL_RANK"])
     has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    device = torch.device("cuda", meeting.local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
     else:
@@ -79,9 +100,9 @@ def start_processes(timeout_minutes: int) -> Environment:
     try:
         deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
     except torch.distributed.DistNetworkError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        place = f"{meeting.address}:{meeting.port}"
         raise ValueError(f"processes cannot meet at {place} ({error}); start with another --master_port") from error
-    return Environment(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+    return Environment(meeting.rank, meeting.local_rank, meeting.world_size, device)
 
 
 def is_batch_job() -> bool:
