@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.rows import SPLITS
-from recurrent_bart.data.sources import find_sources
 from recurrent_bart.distributed import SharedError, first_then_all, is_first, let_first_speak, only_first
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.evaluation.rouge import Score
@@ -21,7 +20,7 @@ from recurrent_bart.inference import load_model, run_flags
 from recurrent_bart.monitoring.run_folder import replace_file
 from recurrent_bart.training.arguments import PRECISIONS, DataArguments, flag
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
-from recurrent_bart.training.preparation import open_documents
+from recurrent_bart.training.preparation import open_documents, sources_of
 
 # where documents are; given one of them, those of the run do not count
 PLACES = ("dataset", "train_file", "validation_file", "test_file")
@@ -112,7 +111,7 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
     """
     dtype = torch.bfloat16 if use_bf16(arguments.precision, environment.device) else torch.float32
     model, tokenizer = load_model(arguments.model, environment.device, dtype)
-    sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file)
+    sources = sources_of(data)
     if arguments.split not in sources:
         raise ValueError(f"--split {arguments.split}: there are {', '.join(sources)}")
     cap = model.config.max_n_segments if arguments.max_n_segments is None else arguments.max_n_segments

@@ -14,11 +14,13 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from recurrent_bart.data.rows import Columns, Row
+from recurrent_bart.data.rows import Columns, Row, refuse
 from recurrent_bart.data.sources import Source
 
 # raised when what is written changes
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+# why documents were passed over
+SKIPPED = "skipped.json"
 # documents tokenised in one call, in parallel by the tokenizer's own threads
 BATCH = 64
 SCHEMA = pa.schema(
@@ -40,7 +42,7 @@ def load_corpus(
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: Path,
     say: Callable[[str], None] = lambda text: None,
-) -> Dataset:
+) -> tuple[Dataset, list[str]]:
     """The tokenised documents of a source, from the cache or made and put there.
 
     Args:
@@ -53,7 +55,7 @@ def load_corpus(
 
     Returns:
         Rows with `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, and in tokens
-        `section_lengths` and `summary_lengths`.
+        `section_lengths` and `summary_lengths`; and why others were passed over, where the source asks for that.
 
     Raises:
         ValueError: A document is unusable; the message says where it stands. Nothing is left in the cache then.
@@ -63,28 +65,42 @@ def load_corpus(
     if not folder.exists():
         say(f"tokenising {source.place}, split {source.split!r}")
         with half_written(folder) as draft:
-            write_corpus(source.rows(task, columns), tokenizer, draft / "documents.arrow")
-    return Dataset.from_file(str(folder / "documents.arrow"))
+            skipped: list[str] = []
+
+            def skip(error: ValueError) -> None:
+                skipped.append(str(error))
+
+            rows = source.rows(task, columns, skip)
+            write_corpus(rows, tokenizer, draft / "documents.arrow", skip if source.skips_bad else refuse)
+            (draft / SKIPPED).write_text(json.dumps(skipped))
+    return Dataset.from_file(str(folder / "documents.arrow")), json.loads((folder / SKIPPED).read_text())
 
 
-def write_corpus(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Tokenise documents into an Arrow file."""
+def write_corpus(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    on_bad: Callable[[ValueError], None] = refuse,
+) -> None:
+    """Tokenise documents into an Arrow file; unless `on_bad` raises, those without a token are passed over."""
     rows = iter(rows)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(_tokenise(batch, tokenizer), SCHEMA))
+            writer.write_batch(pa.RecordBatch.from_pylist(_tokenise(batch, tokenizer, on_bad), SCHEMA))
 
 
-def _tokenise(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def _tokenise(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, on_bad: Callable[[ValueError], None]
+) -> list[dict[str, Any]]:
     ids = iter(_encode([text for row in rows for text in (*row.sections, *row.summaries)], tokenizer))
     records = []
     for row in rows:
         sections = [next(ids) for _ in row.sections]
         summaries = [next(ids) for _ in row.summaries]
-        if not any(sections):
-            raise ValueError(f"{row.id}: a document of 0 tokens")
-        if not any(summaries):
-            raise ValueError(f"{row.id}: no target, the summary has 0 tokens")
+        if not any(sections) or not any(summaries):
+            what = "no target, the summary has" if any(sections) else "a document of"
+            on_bad(ValueError(f"{row.id}: {what} 0 tokens"))
+            continue
         records.append(
             {
                 "id": row.id,

@@ -66,6 +66,11 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     return with_targets(Row(name, [text], [summary]), place)
 
 
+def refuse(error: ValueError) -> None:
+    """What is done about an unusable document where nothing else is asked for."""
+    raise error
+
+
 def with_targets(row: Row, place: str) -> Row:
     """The row, if it has text and something to learn from.
 

@@ -1,7 +1,7 @@
 """Where documents come from: the embedded corpus, files, folders of texts, data sets by name."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pyarrow.parquet
 from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
 from recurrent_bart.data.jsonl import ENCODING, jsonl_records
-from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, split_of
+from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse, split_of
 from recurrent_bart.data.stdlib import library_root, stdlib_rows
 
 EMBEDDED = "stdlib"
@@ -27,34 +27,43 @@ class Source:
         place: File, folder, or name of a data set.
         split: Which of `SPLITS` this is.
         held_out: The place has training documents alone; whether one is held out is found from its name.
+        skips_bad: Pass over documents that are unusable.
     """
 
     kind: str
     place: str
     split: str
     held_out: bool = False
+    skips_bad: bool = False
 
     def identity(self) -> list[Any]:
         """What changes when the documents do, as far as that can be seen without reading them."""
         if self.kind == "hub":
             builder = load_dataset_builder(self.place)
-            return [self.kind, self.place, self.split, str(builder.info.version), builder.hash]
+            return [self.kind, self.place, self.split, str(builder.info.version), builder.hash, self.skips_bad]
         if self.kind == "file":
             files = [Path(self.place)]
         else:
             files = sorted(Path(self.place).rglob("*.py" if self.kind == EMBEDDED else "*.txt"))
         stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return [self.kind, self.split, self.held_out, stamps]
+        return [self.kind, self.split, self.held_out, stamps, self.skips_bad]
 
-    def rows(self, task: str, columns: Columns) -> Iterator[Row]:
+    def rows(
+        self, task: str, columns: Columns, on_skip: Callable[[ValueError], None] = lambda error: None
+    ) -> Iterator[Row]:
         """The documents in order.
+
+        Args:
+            task: `"document"` or `"sections"`.
+            columns: Which fields of a record are read.
+            on_skip: Told of those that are passed over, where that is wanted.
 
         Raises:
             ValueError: A record is unreadable or has no text or no target, or there is none; the message gives the
                 file and line.
         """
         is_empty = True
-        for row in self._all_rows(task, columns):
+        for row in self._all_rows(task, columns, on_skip if self.skips_bad else refuse):
             if self.held_out and _held_out_split(row) != self.split:
                 continue
             is_empty = False
@@ -62,13 +71,18 @@ class Source:
         if is_empty:
             raise ValueError(f"{self.place}: no documents with a target for --task {task} in split {self.split!r}")
 
-    def _all_rows(self, task: str, columns: Columns) -> Iterator[Row]:
+    def _all_rows(self, task: str, columns: Columns, on_bad: Callable[[ValueError], None]) -> Iterator[Row]:
         if self.kind == EMBEDDED:
             yield from stdlib_rows(self.split, task)
             return
         readers = {"file": _file_records, "folder": _folder_records, "hub": _hub_records}
-        for place, record in readers[self.kind](self):
-            yield make_row(record, task, columns, place)
+        for place, record in readers[self.kind](self, on_bad):
+            try:
+                row = make_row(record, task, columns, place)
+            except ValueError as error:
+                on_bad(error)
+                continue
+            yield row
 
 
 def find_sources(
@@ -142,12 +156,13 @@ def _hub_sources(name: str) -> dict[str, Source]:
     return {split: Source("hub", name, split) for split in SPLITS if split in splits}
 
 
-def _file_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def _file_records(source: Source, on_bad: Callable[[ValueError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(source.place)
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     try:
-        yield from _records_reader(path)(path)
+        read = _records_reader(path)
+        yield from read(path, on_bad) if read is jsonl_records else read(path)
     except (pa.ArrowException, UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(f"{path}: unreadable ({error})") from error
 
@@ -176,20 +191,22 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{number}", record
 
 
-def _folder_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def _folder_records(source: Source, on_bad: Callable[[ValueError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     for summary in sorted(Path(source.place).rglob(f"*{SUMMARY_SUFFIX}")):
         text = summary.with_name(summary.name.removesuffix(SUMMARY_SUFFIX) + ".txt")
         if not text.exists():
-            raise ValueError(f"{summary}: there is no text {text.name} beside it")
+            on_bad(ValueError(f"{summary}: there is no text {text.name} beside it"))
+            continue
         name = str(text.relative_to(source.place).with_suffix(""))
         try:
             document, target = text.read_text(ENCODING), summary.read_text(ENCODING)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{text}: unreadable, or its summary ({error})") from error
+            on_bad(ValueError(f"{text}: unreadable, or its summary ({error})"))
+            continue
         yield str(text), {"id": name, "document": document, "summary": target}
 
 
-def _hub_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hub_records(source: Source, on_bad: Callable[[ValueError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     split = "train" if source.held_out else source.split
     for number, record in enumerate(load_dataset(source.place, split=split)):
         yield f"{source.place}[{number}]", record

@@ -32,6 +32,7 @@ STEPS = {
     "memory_retries": "times that allocators had to give memory back first, summed over processes since the start",
     "segments_per_document": "of the documents read",
     "n_cut_documents": "training documents that are longer than --max_n_segments",
+    "n_bad_documents": "training documents that --skip_bad_samples passed over",
     "n_skipped": "steps that were not applied since the start",
     "seconds_left": "until --max_steps",
     "gold_probability": "with --oracle: share of the words that the decoder reads that are the target's",

@@ -100,6 +100,7 @@ class DataArguments:
     sections_column: str = flag(Columns.sections, "column of the list of texts")
     summaries_column: str = flag(Columns.summaries, "column of the list of targets")
     max_target_length: int = flag(128, "tokens of a target; longer ones are cut, and generation stops there")
+    skip_bad_samples: bool = flag(False, "pass over documents that are unreadable or empty, and count them")
     cache_dir: str = flag("~/.cache/recurrent_bart", "folder of tokenised documents and trained tokenizers")
 
     def __post_init__(self) -> None:

@@ -173,7 +173,8 @@ class Session:
 
     def log(self, record: dict[str, Any]) -> None:
         """Write and show the figures of some steps."""
-        self.trackers.log({**record, "n_cut_documents": self.prepared.splits["train"].plan.n_cut})
+        train = self.prepared.splits["train"]
+        self.trackers.log({**record, "n_cut_documents": train.plan.n_cut, "n_bad_documents": len(train.skipped)})
         self.display.show(record)
         self.watch(record)
 

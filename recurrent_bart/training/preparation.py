@@ -1,7 +1,7 @@
 """All that a run needs before a model is built; whatever a user can get wrong is found here."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from recurrent_bart.training.deepspeed_config import load_deepspeed_config
 from recurrent_bart.training.environment import Environment, use_bf16
 from recurrent_bart.training.model_building import build_config
 
+# of documents that are passed over
+N_TOLD = 5
 DEFAULT_DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
 
 
 @dataclass
 class Documents:
-    """Documents of a split, ready to be batched."""
+    """Documents of a split, ready to be batched; `skipped` says why others were passed over."""
 
     corpus: Dataset
     plan: DocumentPlan
     collator: Collator
+    skipped: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -76,10 +79,16 @@ def find_training_sources(data: DataArguments) -> dict[str, Source]:
     Raises:
         ValueError: There are no training documents.
     """
-    sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file)
+    sources = sources_of(data)
     if "train" not in sources:
         raise ValueError(f"--dataset {data.dataset}: no training split; there are {', '.join(sources) or 'none'}")
     return sources
+
+
+def sources_of(data: DataArguments) -> dict[str, Source]:
+    """Sources of the splits there are."""
+    sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file)
+    return {split: replace(source, skips_bad=data.skip_bad_samples) for split, source in sources.items()}
 
 
 def find_tokenizer(
@@ -111,7 +120,9 @@ def open_documents(
     Raises:
         ValueError: One is unusable, or none has a target in the part that is read.
     """
-    corpus = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
+    corpus, skipped = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
+    if skipped:
+        say(f"warning: {len(skipped)} documents of {source.place} are passed over: {'; '.join(skipped[:N_TOLD])}")
     leading, trailing = special_tokens_around(tokenizer)
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
     plan = plan_documents(
@@ -120,7 +131,7 @@ def open_documents(
     if not plan.indices:
         raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments")
     longest = min(data.max_target_length, config.max_position_embeddings)
-    return Documents(corpus, plan, Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest))
+    return Documents(corpus, plan, Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest), skipped)
 
 
 def default_output_dir(arguments: Arguments) -> str:

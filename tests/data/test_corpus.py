@@ -35,7 +35,7 @@ def write(path, records):
 
 def load(path, tokenizer, cache, task="document", columns=None):
     sources = find_sources("stdlib", train_file=str(path), validation_file=str(path))
-    return load_corpus(sources["train"], task, columns or Columns(), tokenizer, cache)
+    return load_corpus(sources["train"], task, columns or Columns(), tokenizer, cache)[0]
 
 
 def entries(cache):

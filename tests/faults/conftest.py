@@ -38,13 +38,14 @@ class RunUnderTest:
     def outcome(self):
         return json.loads((self.folder / "outcome.json").read_text())
 
+    def records(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
     def losses(self):
-        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return {record["step"]: record["loss"] for record in records if "loss" in record}
+        return {record["step"]: record["loss"] for record in self.records() if "loss" in record}
 
     def evaluations(self):
-        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+        return {record["step"]: record["validation_loss"] for record in self.records() if "validation_loss" in record}
 
 
 @pytest.fixture

@@ -16,3 +16,48 @@ def test_one_that_cannot_be_made_a_batch_of_is_named(run, n_workers):
     assert set(ended.codes) <= {MISTAKE, FAULT}
     assert "document 'train-5': its sections are damaged" in ended.text()
     assert "Traceback" not in ended.text()
+
+
+BROKEN = {
+    "line": ('{"id": 7, "sections": ["ant b', "train.jsonl:3: unreadable line"),
+    "column": ('{"id": 7, "text": "ant"}', "train.jsonl:3: no column 'document'"),
+    "type": ('{"id": 7, "document": 3, "summary": "ant"}', "train.jsonl:3: column 'document' is not a text"),
+    "target": ('{"id": 7, "document": "ant", "summary": " "}', "train.jsonl:3: no target"),
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request, run, tmp_path):
+    """A run on documents of which the third cannot be used, and what is said of it."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        lines = (run.documents / f"{split}.jsonl").read_text().splitlines()
+        if split == "train":
+            lines[2] = BROKEN[request.param][0]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    run.documents = folder
+    return run, BROKEN[request.param][1]
+
+
+def test_one_that_is_broken_in_its_file_is_named_by_its_line(broken):
+    run, message = broken
+    ended = run.train(1)
+    assert ended.codes == [MISTAKE], ended.text()
+    assert "error: " in ended.text()
+    assert message in ended.text()
+    assert not run.folder.exists()
+
+
+def test_broken_ones_may_be_passed_over_and_are_counted(broken):
+    run, message = broken
+    ended = run.train(1, changes={"skip_bad_samples": True, "max_steps": 1, "warmup_steps": 1})
+    assert ended.codes == [DONE], ended.text()
+    assert "train.jsonl are passed over: " in ended.text()
+    assert message in ended.text()
+    assert "documents  23 to train on" in ended.text()
+    assert [record["n_bad_documents"] for record in run.records() if "loss" in record] == [1]
+    # they are counted as well where the documents come from the cache
+    ended = run.resume(1, changes={"max_steps": 2})
+    assert ended.codes == [DONE], ended.text()
+    assert [record["n_bad_documents"] for record in run.records() if "loss" in record] == [1, 1]
