@@ -1,6 +1,7 @@
 """launch/train.py as users run it: every launcher, every DeepSpeed configuration, both tasks, and bad input."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,16 @@ from runs import WORDS, flags
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
-FOLDERS = ["checkpoints", "config.json", "curves.png", "metrics.jsonl", "model", "samples.md", "tokenizer"]
+FOLDERS = [
+    "checkpoints",
+    "config.json",
+    "curves.png",
+    "metrics.jsonl",
+    "model",
+    "outcome.json",
+    "samples.md",
+    "tokenizer",
+]
 
 
 def read_metrics(folder):
@@ -91,16 +101,24 @@ class TestTwoProcesses:
         checkpoints = two_processes[0] / "checkpoints"
         assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
         for checkpoint in checkpoints.iterdir():
-            assert len(list(checkpoint.glob("process-*.pt"))) == len(list(checkpoint.glob("engine/*optim_states.pt"))) == 2
+            assert (
+                len(list(checkpoint.glob("process-*.pt"))) == len(list(checkpoint.glob("engine/*optim_states.pt"))) == 2
+            )
 
     def test_the_model_loads_by_the_auto_classes_and_writes(self, two_processes):
         folder, _ = two_processes
         assert summarise(folder / "model")
         assert AutoTokenizer.from_pretrained(folder / "tokenizer")("ant")["input_ids"][0] == 0
 
-    def test_another_number_of_processes_cannot_go_on(self, two_processes, train_main, capsys):
-        assert train_main(["--resume", str(two_processes[0]), "--max_steps", "8"]) == 2
-        assert_one_error(capsys.readouterr().err, "processes: 2 then, 1 now")
+    def test_another_number_of_processes_goes_on(self, two_processes, train_main, capsys, tmp_path):
+        folder = shutil.copytree(two_processes[0], tmp_path / "run")
+        assert train_main(["--resume", str(folder), "--max_steps", "8"]) == 0
+        printed = capsys.readouterr().out
+        assert "step-00000006, written by another number of processes" in printed
+        assert "2 a device x 1 accumulated x 1 processes" in printed
+        # as any folder of checkpoints, with nothing left of what was put together
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step-00000008"
+        assert not list((folder / "checkpoints").glob(".*"))
 
 
 @pytest.fixture(scope="module")
