@@ -1,0 +1,29 @@
+"""The README's table of faults tells exit codes as they are, and of what each means."""
+
+import re
+
+import launching
+from recurrent_bart.training.arguments import build_parser
+from recurrent_bart.training.outcome import ExitCode
+
+README = (launching.TESTS.parent / "README.md").read_text()
+SECTION = README.split("### What happens when")[1].split("\n#")[0]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in SECTION.splitlines() if line.startswith("|")]
+
+
+def test_every_exit_code_is_explained_by_its_name():
+    told = {int(code): name for code, name in re.findall(r"`(\d+)` \(([A-Z]+)\)", SECTION)}
+    assert told == {code.value: code.name for code in ExitCode}
+
+
+def test_the_table_knows_no_other_code():
+    codes = [cell for *_, cell in ROWS[2:]]
+    assert len(codes) >= 15
+    assert {int(code) for cell in codes for code in re.findall(r"\d+", cell)} == {code.value for code in ExitCode}
+
+
+def test_the_flags_in_it_are_flags():
+    flags = set(re.findall(r"--[a-z_]+", SECTION))
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert flags
+    assert flags <= known
