@@ -19,4 +19,4 @@ cd "$SLURM_SUBMIT_DIR"
 source slurm/job.sh
 
 keep_caches_in "runs/caches/$job"
-"${everywhere[@]}" launch/evaluate.py "$@"
+"${everywhere[@]}" bash slurm/process.sh launch/evaluate.py "$@"

@@ -33,7 +33,6 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 everywhere=(
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$n_processes" --ntasks-per-node="$n_per_node"
     --cpus-per-task="$n_cpus" --distribution=block --gpu-bind=none --kill-on-bad-exit=1 --wait=60
-    bash slurm/process.sh
 )
 
 # What programs build goes into this folder, which all nodes see, and so does what cannot be written elsewhere.

@@ -70,7 +70,7 @@ is_asked=0
 processes=
 trap 'is_asked=1; [[ -z $processes ]] || kill -USR1 "$processes"' USR1
 
-"${everywhere[@]}" launch/train.py "${flags[@]}" "$verb" "$folder" &
+"${everywhere[@]}" bash slurm/process.sh launch/train.py "${flags[@]}" "$verb" "$folder" &
 processes=$!
 # a signal ends the waiting, not the processes
 while

@@ -27,8 +27,8 @@ SlurmctldHost={host}({network}.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# a job that is requeued waits until its credentials are no longer good
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# a job that is requeued waits so long; less than 5 is taken for 120
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort=16817
 SlurmctldPidFile={folder}/slurmctld.pid
