@@ -220,7 +220,6 @@ class TestOutOfOrder:
         alerts = [record.alert.title for record in wandb_records(file) if record.WhichOneof("record_type") == "alert"]
         assert alerts == ["step skipped"] * 2 + ["run done"]
 
-
     def test_a_run_that_stands_still_is_told_of(self, documents, tmp_path, train_main, monkeypatch, capsys):
         step = Trainer.train_step
 
