@@ -7,7 +7,7 @@ export PATH := $(VENV)/bin:$(PATH)
 
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: train test check bench chaos clean
+.PHONY: train test test-slurm check bench chaos clean
 
 # the embedded corpus, on whatever this machine has
 train: $(INSTALLED)
@@ -16,6 +16,10 @@ train: $(INSTALLED)
 # one thread a process: more of them would only wait for each other
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -n 2
+
+# a cluster is started for it, by root; skipped with the reason elsewhere
+test-slurm: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest -m slurm -rs tests/slurm
 
 check: $(INSTALLED)
 	ruff check .
