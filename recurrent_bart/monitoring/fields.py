@@ -49,6 +49,7 @@ EVALUATIONS = {
     "prefix_gate": "list by layer: opening of the gate on the prefix, mean over heads",
     "update_gate": "list by layer: opening of the gate on the update of the state, mean over its elements",
     "prefix_mass": "table: share of the tokens' attention that goes to the prefix",
+    "prefix_size": "table: norm of what tokens read from the prefix, over that of what they read from tokens",
     "state_norm": "table: norm of a position of the state after the segment, mean over positions",
     "state_change": "table: norm of its change by the segment, over its norm before",
     "gradient_by_distance": "list by distance in segments from the target: norm of the gradient by the embeddings",

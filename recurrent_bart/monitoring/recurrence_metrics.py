@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.monitoring.memory_reads import plain_execution, read_segment
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, per_layer
 from recurrent_bart.targets import IGNORED
 
@@ -39,7 +39,7 @@ def recurrence_metrics(
     figures: dict[str, Any] = {}
     if hasattr(recurrence, "prefix_gate"):
         figures["prefix_gate"] = torch.tanh(recurrence.prefix_gate.detach().float()).abs().mean(dim=1).tolist()
-    with _plain_execution(model.config):
+    with plain_execution(model.config):
         read = [_read(model, *_head(document)) for document in documents]
         distances = [_gradient_by_distance(model, *_head(document)) for document in documents]
     for name in read[0]:
@@ -48,20 +48,6 @@ def recurrence_metrics(
         figures["update_gate"] = [fmean(row) for row in figures["update_gate"]]
     figures["gradient_by_distance"] = _mean_row(distances)
     return figures
-
-
-@contextlib.contextmanager
-def _plain_execution(config: RecurrentBartConfig) -> Iterator[None]:
-    """Attention that gives its weights, segment after segment, with gradient across all of them."""
-    changed = {"_attn_implementation": "eager", "schedule": "sequential", "bptt_depth": -1}
-    before = {name: getattr(config, name) for name in changed}
-    try:
-        for name, value in changed.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def _head(document: Document) -> Document:
@@ -76,19 +62,18 @@ def _read(
     model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor, labels: Tensor
 ) -> dict[str, Table]:
     """Tables by layer and segment of one document."""
-    recurrence, config = model.model.encoder.recurrence, model.config
-    state = RecurrentState.unread(config, 1, ids_BNL.device)
+    recurrence = model.model.encoder.recurrence
+    state = RecurrentState.unread(model.config, 1, ids_BNL.device)
     old_EPD = recurrence.first_memory(1)[:, 0].float()
-    columns: dict[str, list[Tensor]] = {"prefix_mass": []}
+    columns: dict[str, list[Tensor]] = {"prefix_mass": [], "prefix_size": []}
     for t in range(ids_BNL.shape[1]):
         with _recorded_gates(recurrence) as gates:
-            output = model.model.encode(
-                ids_BNL[:, t : t + 1], mask_BNL[:, t : t + 1], state=state, output_attentions=True
-            )
-        state, is_token_L = output.state, mask_BNL[0, t].bool()
-        masses = [_prefix_mass(weights[0, 0], is_token_L, config.pre_seq_len) for weights in output.attentions]
-        columns["prefix_mass"].append(torch.stack(masses))
-        if config.has_state:
+            output, reads = read_segment(model, ids_BNL[:, t : t + 1], mask_BNL[:, t : t + 1], state)
+        assert output.state is not None
+        state = output.state
+        columns["prefix_mass"].append(reads.mass)
+        columns["prefix_size"].append(reads.size.mean(dim=1))
+        if state.memory is not None:
             new_EPD = state.memory[0].float()
             columns.setdefault("state_norm", []).append(new_EPD.norm(dim=-1).mean(dim=-1))
             change_E = (new_EPD - old_EPD).flatten(1).norm(dim=1) / old_EPD.flatten(1).norm(dim=1)
@@ -97,12 +82,6 @@ def _read(
         for gate_E in gates:
             columns.setdefault("update_gate", []).append(gate_E)
     return {name: torch.stack(column, dim=1).tolist() for name, column in columns.items()}
-
-
-def _prefix_mass(weights_HLA: Tensor, is_token_L: Tensor, n_prefix: int) -> Tensor:
-    """Share of the attention of tokens that goes to the prefix, which stands in front."""
-    weights_HLA = weights_HLA[:, is_token_L].float().abs()
-    return (weights_HLA[..., :n_prefix].sum(dim=-1) / weights_HLA.sum(dim=-1)).mean()
 
 
 @contextlib.contextmanager

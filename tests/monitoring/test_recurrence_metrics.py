@@ -128,10 +128,10 @@ def test_no_more_than_the_first_segments_are_looked_at(make_model):
     ("changes", "names"),
     [
         ({"pre_seq_len": 0}, set()),
-        ({"recurrence": "none"}, {"prefix_gate", "prefix_mass", "gradient_by_distance"}),
+        ({"recurrence": "none"}, {"prefix_gate", "prefix_mass", "prefix_size", "gradient_by_distance"}),
         (
             {"update_gate": False, "prefix_attention": "concat"},
-            {"prefix_mass", "state_norm", "state_change", "gradient_by_distance"},
+            {"prefix_mass", "prefix_size", "state_norm", "state_change", "gradient_by_distance"},
         ),
     ],
 )
@@ -152,6 +152,7 @@ def test_looking_changes_nothing(make_model):
         "prefix_gate",
         "update_gate",
         "prefix_mass",
+        "prefix_size",
         "state_norm",
         "state_change",
         "gradient_by_distance",
