@@ -69,6 +69,10 @@ rm -f "$folder/outcome.json"
 is_asked=0
 processes=
 trap 'is_asked=1; [[ -z $processes ]] || kill -USR1 "$processes"' USR1
+# sent with SIGTERM to the processes where SLURM itself ends the job, and knows whether it comes back. Not to stay until
+# srun is gone would leave one behind that ends the processes of the job that came back
+is_ended=0
+trap 'is_ended=1' TERM
 
 "${everywhere[@]}" bash slurm/process.sh launch/train.py "${flags[@]}" "$verb" "$folder" &
 processes=$!
@@ -88,6 +92,7 @@ every_node_answers() {
 }
 
 goes_on() {
+    ((!is_ended)) || return 1
     case $code in
         0 | 2) return 1 ;;
         # whoever made a stop file does not want it to come back

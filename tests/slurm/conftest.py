@@ -1,8 +1,10 @@
-"""What the tests of batch scripts share: a cluster."""
+"""What the tests of batch scripts share: a cluster, and a run on it that nothing cut off."""
 
 import pytest
 
+from runs import flags
 from slurm.cluster import Cluster, install
+from slurm.training_jobs import CHANGES, TRAIN
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +14,12 @@ def cluster(tmp_path_factory):
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def whole(cluster, documents, tmp_path_factory):
+    """A run that nothing cuts off: its folder and its job."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    job = cluster.submit(TRAIN, *flags(documents, folder, **CHANGES))
+    assert job.wait(200) == "COMPLETED", job.printed()
+    return folder, job

@@ -1,37 +1,17 @@
 """`sbatch slurm/train.sh`: over two nodes, stopped and put back into the queue, with a node lost, in an array."""
 
 import json
+import signal
 import time
 
+import psutil
 import pytest
 
 from runs import flags
 from slurm.cluster import wait_until
+from slurm.training_jobs import CHANGES, ENDLESS, TRAIN, records, wait_for_steps
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow]
-TRAIN = "slurm/train.sh"
-# long enough to be cut off in the middle
-CHANGES = {"max_steps": 60, "eval_every": 60, "save_every": 4, "dropout": 0.1, "dataloader_num_workers": 1}
-
-
-def records(folder, name):
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {record["step"]: record[name] for record in found if name in record}
-
-
-def wait_for_steps(folder, n_steps, job):
-    wait_until(lambda: len(records(folder, "loss")) >= n_steps, 120, f"{n_steps} steps are done", job)
-
-
-@pytest.fixture(scope="module")
-def whole(cluster, documents, tmp_path_factory):
-    """A run that nothing cuts off: its folder and its job."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    job = cluster.submit(TRAIN, *flags(documents, folder, **CHANGES))
-    assert job.wait(200) == "COMPLETED", job.printed()
-    return folder, job
 
 
 def assert_equal_runs(folder, whole):
@@ -84,8 +64,7 @@ def test_a_mistake_is_told_and_does_not_come_back(cluster, documents, tmp_path):
 
 
 def test_a_run_that_somebody_stops_does_not_come_back(cluster, documents, tmp_path):
-    endless = CHANGES | {"max_steps": 5000, "eval_every": 5000}
-    job = cluster.submit(TRAIN, *flags(documents, tmp_path / "run", **endless))
+    job = cluster.submit(TRAIN, *flags(documents, tmp_path / "run", **ENDLESS))
     wait_for_steps(tmp_path / "run", 2, job)
     (tmp_path / "run" / "stop").touch()
     assert job.wait(60) == "FAILED", job.printed()
@@ -100,12 +79,27 @@ def test_a_run_that_somebody_stops_does_not_come_back(cluster, documents, tmp_pa
     assert (job.state(), job.restarts()) == ("CANCELLED", 0), job.printed()
 
 
-def test_each_task_of_an_array_has_its_own_folder_and_flags(cluster, documents, tmp_path):
+def test_each_task_of_an_array_has_its_own_folder_flags_and_end(cluster, documents, tmp_path):
+    folders = {number: tmp_path / "runs" / number for number in "12"}
     lines = tmp_path / "flags.txt"
-    lines.write_text("--seed 7 --max_steps 2\n--seed 8 --max_steps 3\n")
-    given = [*flags(documents, tmp_path / "runs", dataloader_num_workers=0), f"@{lines}"]
-    job = cluster.submit(TRAIN, *given, options=["--array=1-2", "--nodes=1"])
-    wait_until(lambda: cluster.ask("squeue", "-h", "-o", "%i").strip() == "", 200, "the queue is empty", job)
-    saved = {number: json.loads((tmp_path / "runs" / number / "config.json").read_text()) for number in "12"}
+    lines.write_text("--seed 7 --max_steps 2 --warmup_steps 1\n--seed 8 --max_steps 5000\n")
+    given = flags(documents, tmp_path / "runs", **ENDLESS | {"dataloader_num_workers": 0})
+    job = cluster.submit(TRAIN, *given, f"@{lines}", options=["--array=1-2", "--nodes=1"])
+    wait_for_steps(folders["2"], 3, job)
+    # a fault, with its node as it was
+    (process,) = (p for p in psutil.process_iter(["cmdline"]) if is_training(p.info["cmdline"], folders["2"]))
+    process.send_signal(signal.SIGKILL)
+    wait_until(lambda: not cluster.ask("squeue", "-h").strip(), 100, "the queue is empty", job)
+    time.sleep(1)
+    shown = {number: cluster.ask("scontrol", "show", "job", f"{job.id}_{number}") for number in "12"}
+    assert "JobState=COMPLETED" in shown["1"]
+    assert "JobState=FAILED" in shown["2"]
+    assert "Restarts=0" in shown["2"]
+    saved = {number: json.loads((folder / "config.json").read_text()) for number, folder in folders.items()}
     assert {number: config["arguments"]["run"]["seed"] for number, config in saved.items()} == {"1": 7, "2": 8}
-    assert {number: len(records(tmp_path / "runs" / number, "loss")) for number in "12"} == {"1": 2, "2": 3}
+    assert len(records(folders["1"], "loss")) == 2
+
+
+def is_training(command, folder):
+    """Whether it is the process itself, and not what started it."""
+    return str(folder) in (command or []) and "python" in command[0]
