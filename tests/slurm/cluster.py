@@ -4,6 +4,7 @@ Each node is a daemon in namespaces of its own: it has a name, an address, proce
 those of the other, so that one can be lost as a machine is lost. Its GPU is a device that does nothing.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -16,7 +17,8 @@ from launching import TESTS, environment
 
 ROOT = TESTS.parent
 PROGRAMS = {"slurmctld": "slurm-wlm", "munged": "munge", "ip": "iproute2", "setpriv": "util-linux"}
-NODES = (1, 2)
+# the last one is switched on where another one is lost
+NODES, SPARE = (1, 2), 3
 NETWORK, BRIDGE = "10.99.0", "rbart0"
 # so that whoever is killed leaves nothing behind
 DIES_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
@@ -106,7 +108,7 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         nodes, devices, hosts = [], [], ["127.0.0.1 localhost", f"{NETWORK}.1 {host}"]
         os.mknod(self.folder / "gpu", 0o20666, os.makedev(1, 3))
-        for number in NODES:
+        for number in (*NODES, SPARE):
             place = f"NodeHostname={host} NodeAddr={address(number)} Port={17000 + number}"
             nodes.append(f"NodeName=node{number} {place} CPUs=8 RealMemory=64000 Gres=gpu:1 State=UNKNOWN")
             devices.append(f"NodeName=node{number} Name=gpu File={self.folder}/gpu")
@@ -158,6 +160,18 @@ class Cluster:
         """End every process of a node at once, as where its power goes."""
         self.nodes[number].kill()
         self.nodes.pop(number).wait()
+
+    @contextlib.contextmanager
+    def spare_node(self):
+        """For a while, a node that takes the place of one that is lost; the others are there again afterwards."""
+        self.start_node(SPARE)
+        try:
+            yield
+        finally:
+            self.lose_node(SPARE)
+            self.ask("scontrol", "update", f"nodename=node{SPARE}", "state=down", "reason=over")
+            for number in set(NODES) - set(self.nodes):
+                self.start_node(number)
 
     def inside(self, number, *command):
         """Run a command where a node is."""
