@@ -129,6 +129,20 @@ class RunFolder:
         with self.samples_file.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
 
+    def read_samples(self) -> list[dict[str, Any]]:
+        """All of them, each with `step`, `id`, `source`, `target` and `generated`; cut off ones lack the last."""
+        samples: list[dict[str, Any]] = []
+        step = 0
+        text = self.samples_file.read_text(encoding="utf-8") if self.samples_file.exists() else ""
+        for line in text.split("\n"):
+            step = _step_of(line) or step
+            if line.startswith("### "):
+                samples.append({"step": step, "id": _plain(line.removeprefix("### "))})
+            cell = re.fullmatch(r"\| (source|target|generated) \| (.*) \|", line)
+            if cell and samples:
+                samples[-1][cell[1]] = _plain(cell[2])
+        return samples
+
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that at any moment either the old or the new one is there, whole."""
@@ -171,3 +185,8 @@ def _step_of(samples: str) -> int:
 def _table_cell(text: str) -> str:
     """The text on one line, with what Markdown would take for its own shown as it is."""
     return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _plain(cell: str) -> str:
+    """What `_table_cell` was given."""
+    return re.sub(r"\\(.)", r"\1", cell)

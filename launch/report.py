@@ -1,0 +1,53 @@
+"""Report on runs as one HTML page: `python launch/report.py RUN [RUN ...]`."""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from recurrent_bart.monitoring.report import write_report
+from recurrent_bart.monitoring.report_run import read_run
+from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.training.arguments import DataArguments, ModelArguments, RunArguments, TrackingArguments
+from recurrent_bart.training.spikes import SpikeWatch
+
+KINDS = (ModelArguments, DataArguments, RunArguments, TrackingArguments)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Flags of this script."""
+    parser = argparse.ArgumentParser(description="Report on runs as one HTML page.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several are compared")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page; default: report.html in the first RUN")
+    return parser.parse_args(argv)
+
+
+def default_flags() -> dict[str, Any]:
+    """Flags of launch/train.py, as they are if they are not given."""
+    return {item.name: item.default for kind in KINDS for item in fields(kind)}
+
+
+def spikes(folder: Path) -> list[str]:
+    """What was said of high losses while the run was going on."""
+    watch = SpikeWatch()
+    logged = [record for record in RunFolder(folder).read_metrics() if record.get("loss") is not None]
+    return [warning for record in logged if (warning := watch.warning(record))]
+
+
+def main(argv: list[str]) -> int:
+    """Parse, write."""
+    arguments = parse_arguments(argv)
+    page = arguments.output or arguments.runs[0] / "report.html"
+    try:
+        runs = [read_run(folder, default_flags(), spikes(folder)) for folder in arguments.runs]
+        written = write_report(runs, page)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    print(f"{written[0]}; {len(written) - 1} drawings in {page.with_suffix('')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,247 @@
+"""Drawings of the report: lines, stacked bars and heat maps, as PNG and as SVG whose colours the page decides."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator
+
+# as the page has them by day; in SVG each stands for the variable of its name
+COLORS = {"ink": "#1b1f26", "muted": "#5a6270", "grid": "#dfe3e9", "paper": "#fefefe"}
+SERIES = ("#0b61a4", "#b8460e", "#0c7265", "#97266d", "#6a5a00", "#5b43b5")
+STYLES = ("-", "--", ":", "-.")
+# read by those who do not see all colours, and in print
+SHADES = matplotlib.colormaps["cividis"]
+# a line has no more points than a page can show; each is the mean of those it stands for
+MOST_POINTS = 400
+# a line of fewer points is drawn with them
+FEW = 40
+# a heat map of more cells has no numbers in them
+MOST_NUMBERS = 140
+# names of series side by side
+MOST_LABELS = 5
+WIDTH = 7.6
+STEP = "optimizer step"
+
+Points = list[tuple[float, float]]
+Table = list[list[float]]
+
+
+def new_figure(height: float, n_rows: int = 1, n_columns: int = 1, share_x: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as the page, and its axes row by row."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=share_x)
+    for axes in grid.flat:
+        _dress(axes)
+    return figure, list(grid.flat)
+
+
+def _dress(axes: Axes) -> None:
+    axes.tick_params(which="both", labelsize=8, colors=COLORS["muted"], length=0)
+    axes.xaxis.label.set_color(COLORS["muted"])
+    axes.yaxis.label.set_color(COLORS["muted"])
+    axes.title.set_color(COLORS["ink"])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(COLORS["muted"])
+    axes.set_axisbelow(True)
+
+
+def title(axes: Axes, text: str) -> None:
+    """What axes show, with its unit."""
+    axes.set_title(text, fontsize=9, loc="left", color=COLORS["ink"])
+
+
+def lines(
+    axes: Axes,
+    series: Sequence[tuple[str, Points, int, int]],
+    text: str,
+    x_label: str = STEP,
+    is_log: bool = False,
+    starts_at_0: bool = True,
+    numbers: Formatter | None = None,
+) -> None:
+    """Draw lines.
+
+    Args:
+        axes: Where.
+        series: Label, points, number of the colour, number of the style.
+        text: The title.
+        x_label: What they are drawn against.
+        is_log: Whether the axis is logarithmic.
+        starts_at_0: Whether the axis does, if it is not.
+        numbers: How those at the axis are written.
+    """
+    for label, points, color, style in series:
+        thin = thinned(points)
+        marker = "o" if len(thin) < FEW else ""
+        axes.plot(
+            *zip(*thin, strict=True),
+            STYLES[style % len(STYLES)],
+            color=SERIES[color % len(SERIES)],
+            label=label,
+            marker=marker,
+            markersize=3,
+            linewidth=1.6,
+        )
+    title(axes, text)
+    axes.grid(axis="y", color=COLORS["grid"], linewidth=0.8)
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.set_xlim(left=0 if x_label == STEP else None)
+    if is_log:
+        axes.set_yscale("log")
+    elif starts_at_0:
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
+    if numbers:
+        axes.yaxis.set_major_formatter(numbers)
+
+
+def legend(figure: Figure) -> None:
+    """Name the series below all axes, each once, if there is more than one."""
+    named = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
+    if len(handles) > 1:
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower left",
+            ncols=min(len(handles), MOST_LABELS),
+            frameon=False,
+            fontsize=8,
+            labelcolor=COLORS["ink"],
+        )
+
+
+def thinned(points: Points) -> Points:
+    """No more than a line can show."""
+    size = math.ceil(len(points) / MOST_POINTS)
+    if size <= 1:
+        return points
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
+
+
+def stacked_bars(axes: Axes, rows: dict[str, dict[str, float]], text: str) -> None:
+    """Draw a bar for each row, its parts one behind the other."""
+    names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
+    for number, name in enumerate(names):
+        widths = [parts.get(name, 0.0) for parts in rows.values()]
+        starts = [sum(parts.get(other, 0.0) for other in names[:number]) for parts in rows.values()]
+        # a line of the page's colour between parts: they are told apart without their colours too
+        axes.barh(
+            list(rows),
+            widths,
+            left=starts,
+            height=0.6,
+            label=name,
+            color=SERIES[number % len(SERIES)],
+            edgecolor=COLORS["paper"],
+        )
+    axes.invert_yaxis()
+    title(axes, text)
+    axes.grid(axis="x", color=COLORS["grid"], linewidth=0.8)
+    if len(rows) == 1:
+        axes.set_yticks([])
+
+
+def heat_map(
+    axes: Axes,
+    table: Table,
+    text: str,
+    x_label: str,
+    y_label: str,
+    limits: tuple[float, float],
+    columns: Sequence[object] = (),
+) -> None:
+    """Draw a table as shades, from the first row at the top.
+
+    Args:
+        axes: Where.
+        table: Rows of numbers.
+        text: The title.
+        x_label: What a column is.
+        y_label: What a row is.
+        limits: Numbers of the darkest and of the lightest shade.
+        columns: Their names; without them they are numbered from 1.
+    """
+    low, high = limits
+    mesh = axes.pcolormesh(table, cmap=SHADES, vmin=low, vmax=high, edgecolors="face", linewidth=0.3)
+    axes.invert_yaxis()
+    title(axes, text)
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_ylabel(y_label, fontsize=8)
+    axes.spines["bottom"].set_visible(False)
+    _name_cells(axes.set_xticks, list(columns) or range(1, len(table[0]) + 1))
+    _name_cells(axes.set_yticks, range(1, len(table) + 1))
+    if len(table) * len(table[0]) <= MOST_NUMBERS:
+        _write_numbers(axes, table, limits)
+        return
+    bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.03, pad=0.01)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, colors=COLORS["muted"], length=0)
+
+
+def _name_cells(set_ticks: Callable[..., Any], names: Sequence[Any]) -> None:
+    every = math.ceil(len(names) / 16)
+    set_ticks([place + 0.5 for place in range(0, len(names), every)], names[::every])
+
+
+def _write_numbers(axes: Axes, table: Table, limits: tuple[float, float]) -> None:
+    low, high = limits
+    form = number_form(high)
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            is_dark = (value - low) / ((high - low) or 1.0) < 0.5
+            color = "#ffffff" if is_dark else "#000000"
+            text = format(value, form) if value else "0"
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7.5, color=color)
+
+
+def number_form(highest: float) -> str:
+    """How numbers of which this is the highest are written: with two or three digits that tell something."""
+    forms = ((10, ".1f"), (0.1, ".2f"), (0.01, ".3f"), (0.001, ".4f"))
+    return next((form for least, form in forms if highest >= least), ".0e")
+
+
+def limits_of(tables: Sequence[Table], from_0: bool = True) -> tuple[float, float]:
+    """Lowest and highest number, the same shades for all."""
+    values = [value for table in tables for row in table for value in row]
+    low = 0.0 if from_0 else min(values)
+    return low, max([*values, low + 1e-9])
+
+
+def thousands() -> Formatter:
+    """17.5 k."""
+    return EngFormatter(sep=" ")
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """As a picture on white."""
+    figure.savefig(path, dpi=130, format="png", facecolor="white")
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """As an element of a page, whose texts are texts and whose colours are the page's variables."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # names of groups, of which a page with several drawings would have several
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
+    # the page's width decides
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
+    variables = {**{color: name for name, color in COLORS.items()}, **{c: f"series-{n}" for n, c in enumerate(SERIES)}}
+    for color, variable in variables.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return svg
