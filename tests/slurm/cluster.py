@@ -101,7 +101,9 @@ class Cluster:
         for daemon in [*self.nodes.values(), *reversed(self.daemons)]:
             daemon.kill()
             daemon.wait()
-        subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True, check=False)
+        for number in (*NODES, SPARE):
+            delete_link(f"rbart{number}")
+        delete_link(BRIDGE)
 
     def write_settings(self):
         """Write all that daemons read."""
@@ -121,9 +123,11 @@ class Cluster:
         self.settings.write_text(SETTINGS.format(**values))
 
     def _start(self):
-        for command in (f"link add {BRIDGE} type bridge", f"address add {address(0)}/24 dev {BRIDGE}"):
-            subprocess.run(["ip", *command.split()], check=True)
-        subprocess.run(["ip", "link", "set", BRIDGE, "up"], check=True)
+        # of one that was killed
+        delete_link(BRIDGE)
+        ip(f"link add {BRIDGE} type bridge")
+        ip(f"address add {address(0)}/24 dev {BRIDGE}")
+        ip(f"link set {BRIDGE} up")
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)
         places = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
@@ -151,9 +155,10 @@ class Cluster:
         self.nodes[number] = node
         wait_until(psutil.Process(node.pid).children, 10, "the node's first process is there")
         (first,) = psutil.Process(node.pid).children()
-        pair = f"link add rbart{number} type veth peer name eth0 netns {first.pid}".split()
-        subprocess.run(["ip", *pair], check=True)
-        subprocess.run(["ip", "link", "set", f"rbart{number}", "master", BRIDGE, "up"], check=True)
+        # the kernel takes its time with that of a node that is gone
+        delete_link(f"rbart{number}")
+        ip(f"link add rbart{number} type veth peer name eth0 netns {first.pid}")
+        ip(f"link set rbart{number} master {BRIDGE} up")
         wait_until(lambda: "idle" in self.ask("sinfo", "-h", "-n", f"node{number}", "-o", "%T"), 30, "the node is idle")
 
     def lose_node(self, number):
@@ -228,6 +233,16 @@ class Job:
 
     def cancel(self):
         self.cluster.ask("scancel", self.id)
+
+
+def ip(command):
+    """Change the network of this machine."""
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+def delete_link(name):
+    """One that may not be there."""
+    subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)
 
 
 def address(number):
