@@ -25,6 +25,7 @@ Draw = Callable[[Sequence[Run]], Figure | None]
 Series = list[tuple[str, Points, int, int]]
 # columns of a map of processes; of more lines of the log several are one
 MOST_COLUMNS = 60
+STYLE_NAMES = ("solid", "dashed", "dotted")
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,34 @@ def series_of(runs: Sequence[Run], fields: dict[str, str], scale: float = 1.0) -
         fields: Names of fields with their labels.
         scale: What numbers are multiplied by.
     """
-    series = []
+    series: Series = []
     for number, run in enumerate(runs):
-        for place, (name, label) in enumerate(fields.items()):
-            points = run.points(name, scale)
-            several = len(runs) > 1
-            text = " ".join(filter(None, [run.name if several else "", label if len(fields) > 1 else ""]))
-            if points:
-                series.append((text, points, number if several else place, place))
+        drawn = [(place, name, run.points(name, scale)) for place, name in enumerate(fields)]
+        drawn = [entry for entry in drawn if entry[2]]
+        for order, (place, name, points) in enumerate(drawn):
+            if len(runs) > 1:
+                series.append(("" if order else run.name, points, number, place))
+            else:
+                series.append((fields[name], points, place, place))
     return series
 
 
+def _with_styles(text: str, runs: Sequence[Run], fields: dict[str, str]) -> str:
+    """A title that says which style is which field, where colours are runs."""
+    if len(runs) == 1 or len(fields) == 1:
+        return text
+    return (
+        f"{text}: {', '.join(f'{label} {style}' for label, style in zip(fields.values(), STYLE_NAMES, strict=False))}"
+    )
+
+
 def _loss(runs: Sequence[Run]) -> Figure | None:
-    series = series_of(runs, {"loss": "training", "validation_loss": "validation"})
+    fields = {"loss": "training", "validation_loss": "validation"}
+    series = series_of(runs, fields)
     if not series:
         return None
     figure, (axes,) = new_figure(3.2)
-    lines(axes, series, "cross-entropy per target token", starts_at_0=False)
+    lines(axes, series, _with_styles("cross-entropy per target token", runs, fields), starts_at_0=False)
     legend(figure)
     return figure
 
@@ -87,12 +99,13 @@ def _rouge(runs: Sequence[Run]) -> Figure | None:
 
 def _rates(runs: Sequence[Run]) -> Figure | None:
     rates = series_of(runs, {"learning_rate": ""})
-    norms = series_of(runs, {"gradient_norm_backbone": "backbone", "gradient_norm_recurrence": "recurrence"})
+    fields = {"gradient_norm_backbone": "backbone", "gradient_norm_recurrence": "recurrence"}
+    norms = series_of(runs, fields)
     if not rates and not norms:
         return None
     figure, (left, right) = new_figure(2.7, 1, 2)
     lines(left, rates, "learning rate of the backbone", numbers=FormatStrFormatter("%.1e"))
-    lines(right, norms, "norm of the gradient, before clipping")
+    lines(right, norms, _with_styles("gradient norm", runs, fields))
     legend(figure)
     return figure
 
@@ -165,7 +178,7 @@ def _memory(runs: Sequence[Run]) -> Figure | None:
     if not series:
         return None
     figure, (axes,) = new_figure(2.5)
-    lines(axes, series, "peak memory of the process with the most, GiB")
+    lines(axes, series, _with_styles("peak memory of the process with the most, GiB", runs, fields))
     legend(figure)
     return figure
 

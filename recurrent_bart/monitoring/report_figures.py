@@ -25,9 +25,10 @@ MOST_POINTS = 400
 FEW = 40
 # a heat map of more cells has no numbers in them
 MOST_NUMBERS = 140
-# names of series side by side
-MOST_LABELS = 5
+# inches
 WIDTH = 7.6
+# of a legend: what stands beside a name, and about what a letter of it takes
+LABEL_POINTS, LETTER_POINTS = 42, 4.6
 STEP = "optimizer step"
 
 Points = list[tuple[float, float]]
@@ -39,11 +40,12 @@ def new_figure(height: float, n_rows: int = 1, n_columns: int = 1, share_x: bool
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=share_x)
     for axes in grid.flat:
-        _dress(axes)
+        dress(axes)
     return figure, list(grid.flat)
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
+    """Quiet axes, in the page's colours."""
     axes.tick_params(which="both", labelsize=8, colors=COLORS["muted"], length=0)
     axes.xaxis.label.set_color(COLORS["muted"])
     axes.yaxis.label.set_color(COLORS["muted"])
@@ -71,7 +73,7 @@ def lines(
 
     Args:
         axes: Where.
-        series: Label, points, number of the colour, number of the style.
+        series: Label, empty for none, points, number of the colour, number of the style.
         text: The title.
         x_label: What they are drawn against.
         is_log: Whether the axis is logarithmic.
@@ -85,7 +87,7 @@ def lines(
             *zip(*thin, strict=True),
             STYLES[style % len(STYLES)],
             color=SERIES[color % len(SERIES)],
-            label=label,
+            label=label or None,
             marker=marker,
             markersize=3,
             linewidth=1.6,
@@ -112,7 +114,7 @@ def legend(figure: Figure) -> None:
             list(handles.values()),
             list(handles),
             loc="outside lower left",
-            ncols=min(len(handles), MOST_LABELS),
+            ncols=max(1, int(72 * WIDTH / (LABEL_POINTS + LETTER_POINTS * max(map(len, handles))))),
             frameon=False,
             fontsize=8,
             labelcolor=COLORS["ink"],

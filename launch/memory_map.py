@@ -1,0 +1,76 @@
+"""Show what is read from memory where in one document: `python launch/memory_map.py --model RUN/model FILE`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from recurrent_bart.data.jsonl import ENCODING
+from recurrent_bart.inference import load_model, run_flags
+from recurrent_bart.monitoring.memory_map import as_text, draw_memory_map, map_memory
+from recurrent_bart.training.arguments import DataArguments
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Flags of this script."""
+    parser = argparse.ArgumentParser(description="Show what is read from memory where in one document.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="the picture; default: FILE's name with .memory.png")
+    return parser.parse_args(argv)
+
+
+def read_text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: It cannot be read, or there is none.
+    """
+    try:
+        text = file.read_text(encoding=ENCODING)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+    if not text.strip():
+        raise ValueError(f"{file}: the text is empty")
+    return text
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the tables and the summary, draw the picture.
+
+    Raises:
+        ValueError: The model or the text is not usable, or the picture cannot be written.
+    """
+    text = read_text(arguments.file)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(arguments.model, device, torch.float32)
+    length = run_flags(arguments.model).get("data", {}).get("max_target_length", DataArguments.max_target_length)
+    # verbose: a text longer than the position table is no mistake here
+    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], device=device)
+    found, summary = map_memory(model, ids, max_new_tokens=length)
+    picture = arguments.output or Path(f"{arguments.file.stem}.memory.png")
+    try:
+        draw_memory_map(found, picture)
+    except OSError as error:
+        raise ValueError(f"{picture}: cannot be written ({error.strerror})") from error
+    print(as_text(found))
+    print(f"summary: {tokenizer.decode(summary, skip_special_tokens=True).strip()}")
+    print(f"picture: {picture}")
+
+
+def main(argv: list[str]) -> int:
+    """Parse, show."""
+    arguments = parse_arguments(argv)
+    logging.disable_progress_bar()
+    try:
+        show(arguments)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
