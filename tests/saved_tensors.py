@@ -2,7 +2,7 @@
 
 import torch
 
-from recurrent_bart.training.checkpoint_files import read_tensors
+from recurrent_bart.checkpointing.checkpoint_files import read_tensors
 
 # equal to no tensor that is saved
 NOTHING = torch.empty(0, 0, 0)

@@ -2,11 +2,11 @@
 
 from deepspeed import DeepSpeedEngine
 
+from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import BatchOrder
 from recurrent_bart.exposure_bias import Oracle, gold_probability
 from recurrent_bart.training.arguments import Arguments, RunArguments
-from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.optimization import LearningRates, is_recurrence
 from recurrent_bart.training.preparation import Preparation

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
+from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.data.corpus import half_written
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import first_then_all, from_first, is_first, only_first, set_timeout, stop_all
@@ -25,7 +26,6 @@ from recurrent_bart.monitoring.stall import StallWatch
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import Arguments
-from recurrent_bart.training.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.training.description import batch_order, describe, learning_rates, oracle_at
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
 from recurrent_bart.training.environment import Environment, is_batch_job

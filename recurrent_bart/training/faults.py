@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from recurrent_bart.checkpointing.checkpoints import CheckpointError
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import rank
-from recurrent_bart.training.checkpoints import CheckpointError
 
 # what gloo and NCCL say where another process ended, or does not answer
 LOST_CONTACT = ("connection closed by peer", "connection reset", "timed out", "broken pipe", "nccl", "socket closed")

@@ -10,6 +10,7 @@ from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
+from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import gather_objects, max_over_ranks, stop_all, sum_over_ranks
@@ -19,7 +20,6 @@ from recurrent_bart.monitoring.rank_figures import Places, summarise
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.monitoring.tracker import known
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.engine import reducing_once
 from recurrent_bart.training.faults import telling_out_of_memory

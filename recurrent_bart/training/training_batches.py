@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch, BatchOrder, RankBatches
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.faults import telling_of_batches

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from faults.processes_of_a_run import train
-from recurrent_bart.training.manifest import problems
+from recurrent_bart.checkpointing.manifest import problems
 from runs import flags
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
+from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import sum_over_ranks
 from recurrent_bart.monitoring.flops import peak_flops
@@ -25,7 +26,6 @@ from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.monitoring.tracker import MetricsFile, Trackers
 from recurrent_bart.monitoring.wandb_tracker import WandbRun, WandbTracker
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.engine import build_engine
 from recurrent_bart.training.environment import place_wandb, start_processes
 from recurrent_bart.training.model_building import SIZES

@@ -5,10 +5,10 @@ import sys
 
 import torch
 
+from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.trainer import Trainer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launching import torchrun
-from recurrent_bart.training.checkpoint_files import read_tensors
+from recurrent_bart.checkpointing.checkpoint_files import read_tensors
 from recurrent_bart.training.environment import start_processes
 from saved_tensors import differing, saved_tensors
 from training.resume_worker import CASES, begin_resized, noting_documents, run_all, train

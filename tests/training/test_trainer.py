@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
 from recurrent_bart.training.trainer import Trainer

@@ -7,10 +7,10 @@ import deepspeed.comm
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import gather_objects
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.checkpoints import TrainerState
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.trainer import Trainer

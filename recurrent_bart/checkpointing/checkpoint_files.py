@@ -16,7 +16,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from recurrent_bart.training.manifest import write_durably, write_part
+from recurrent_bart.checkpointing.manifest import write_durably, write_part
 
 # what DeepSpeed's files hold beside tensors, numbers, texts and their containers
 HARMLESS = (LossScaler, ZeroStageEnum, fragment_address)

@@ -17,16 +17,16 @@ from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
+from recurrent_bart.checkpointing.checkpoint_files import CheckpointFiles, read_tensors
+from recurrent_bart.checkpointing.manifest import MANIFEST, has_all_parts, join_parts, make_names_durable, problems
+from recurrent_bart.checkpointing.process_state import continue_random_states, draw_anew, process_state, summed
+from recurrent_bart.checkpointing.resumed_settings import keeping_settings
+from recurrent_bart.checkpointing.retention import outdated
+from recurrent_bart.checkpointing.universal import reading_universal, write_universal
 from recurrent_bart.data.corpus import fingerprint
 from recurrent_bart.distributed import barrier, from_first, gather_objects, is_first, only_first, rank, world_size
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.monitoring.run_folder import versions
-from recurrent_bart.training.checkpoint_files import CheckpointFiles, read_tensors
-from recurrent_bart.training.manifest import MANIFEST, has_all_parts, join_parts, make_names_durable, problems
-from recurrent_bart.training.process_state import continue_random_states, draw_anew, process_state, summed
-from recurrent_bart.training.resumed_settings import keeping_settings
-from recurrent_bart.training.retention import outdated
-from recurrent_bart.training.universal import reading_universal, write_universal
 
 ENGINE = "engine"
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recurrent_bart.training import checkpoint_files, manifest
-from recurrent_bart.training import checkpoints as module
+from recurrent_bart.checkpointing import checkpoint_files, manifest
+from recurrent_bart.checkpointing import checkpoints as module
+from recurrent_bart.checkpointing.checkpoint_files import read_tensors
+from recurrent_bart.checkpointing.checkpoints import CheckpointError, Checkpoints, Resumed, TrainerState
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.checkpoint_files import read_tensors
-from recurrent_bart.training.checkpoints import CheckpointError, Checkpoints, Resumed, TrainerState
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
 from tiny import random_ids, tiny_model

@@ -16,7 +16,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
 
-from recurrent_bart.training.checkpoint_files import only_harmless, read_tensors
+from recurrent_bart.checkpointing.checkpoint_files import only_harmless, read_tensors
 
 # what DeepSpeed reads the counts of steps from: those of every process hold the same ones
 MODEL_STATES = {2: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
