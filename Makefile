@@ -7,7 +7,7 @@ export PATH := $(VENV)/bin:$(PATH)
 
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: train test test-slurm check bench chaos clean
+.PHONY: train test test-slurm test-browser check bench chaos clean
 
 # the embedded corpus, on whatever this machine has
 train: $(INSTALLED)
@@ -20,6 +20,10 @@ test: $(INSTALLED)
 # a cluster is started for it, by root; skipped with the reason elsewhere
 test-slurm: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -m slurm -rs tests/slurm
+
+# a browser is installed for it, by root; skipped with the reason elsewhere
+test-browser: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest -m browser -rs tests/monitoring
 
 check: $(INSTALLED)
 	ruff check .

@@ -113,7 +113,9 @@ def test_what_must_pass_is_the_check_and_the_tests(tmp_path):
     program.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     assert subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment).returncode == 0
-    assert (tmp_path / "log").read_text().splitlines() == ["make check", "make test"]
+    assert (tmp_path / "log").read_text().splitlines() == [
+        f"make {goal}" for goal in ("check", "test", "test-slurm", "test-browser")
+    ]
     (tmp_path / "log.fails-make").touch()
     assert subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment).returncode != 0
 

@@ -33,6 +33,8 @@ from recurrent_bart.segmentation import segment_documents
 
 # columns of a table on a terminal; of more segments neighbours are one
 MOST_COLUMNS = 10
+# borders of segments that are drawn
+MOST_BORDERS = 64
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def draw_memory_map(found: MemoryMap, path: Path) -> None:
 def _draw_along(axes: Any, found: MemoryMap) -> None:
     points = [(float(place), value) for place, value in enumerate(found.along, start=1)]
     axes.plot(*zip(*thinned(points), strict=True), color=SERIES[0], linewidth=1.0)
-    for end in found.segment_ends[:-1]:
+    for end in found.segment_ends[:-1] if len(found.segment_ends) <= MOST_BORDERS else ():
         axes.axvline(end + 0.5, color=COLORS["muted"], linewidth=0.6, linestyle=":")
     title(axes, "the first along the text, mean over layers; dotted: a segment ends")
     axes.set_xlabel("tokens read", fontsize=8)

@@ -59,7 +59,7 @@ def series_of(runs: Sequence[Run], fields: dict[str, str], scale: float = 1.0) -
         drawn = [entry for entry in drawn if entry[2]]
         for order, (place, name, points) in enumerate(drawn):
             if len(runs) > 1:
-                series.append(("" if order else run.name, points, number, place))
+                series.append(("" if order else run.label, points, number, place))
             else:
                 series.append((fields[name], points, place, place))
     return series
@@ -134,7 +134,7 @@ def _seconds(runs: Sequence[Run]) -> Figure | None:
     for run in runs:
         if run.of("step_seconds"):
             parts = {label: fmean(run.of(name) or [0.0]) for name, label in KINDS.items()}
-            rows[run.name] = parts | {"rest": max(0.0, fmean(run.of("step_seconds")) - sum(parts.values()))}
+            rows[run.label] = parts | {"rest": max(0.0, fmean(run.of("step_seconds")) - sum(parts.values()))}
     if not rows:
         return None
     figure, (axes,) = new_figure(1.1 + 0.35 * len(rows))
@@ -149,7 +149,7 @@ def _processes(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, panels = new_figure(sum(1.1 + 0.16 * max(6, len(table)) for _, (table, _) in found), len(found))
     for axes, (run, (table, steps)) in zip(panels, found, strict=True):
-        text = f"{run.name}: seconds of a step before the processes meet, over the median process's"
+        text = f"{run.label}: seconds of a step before the processes meet, over the median process's"
         heat_map(axes, table, text, STEP, "process", limits_of([table], from_0=False), steps)
         # processes are numbered from 0
         axes.set_yticks([place + 0.5 for place in range(len(table))], [str(place) for place in range(len(table))])
@@ -207,7 +207,7 @@ def _by_segment(name: str, highest: float | None = None) -> Draw:
 
 
 def _titled(runs: Sequence[Run], run: Run, label: str) -> str:
-    return f"{run.name}, {label}" if len(runs) > 1 else label
+    return f"{run.label}, {label}" if len(runs) > 1 else label
 
 
 def _step_of(run: Run, name: str) -> int:
@@ -246,7 +246,7 @@ def _gradient(runs: Sequence[Run]) -> Figure | None:
         )
         for record, style in shown:
             points = [(float(n), y) for n, y in enumerate(record["gradient_by_distance"]) if y > 0]
-            label = run.name if len(runs) > 1 else f"after step {record['step']}"
+            label = run.label if len(runs) > 1 else f"after step {record['step']}"
             if points:
                 series.append((label, points, number if len(runs) > 1 else style, style))
     if not series:

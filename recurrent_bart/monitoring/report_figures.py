@@ -23,8 +23,8 @@ SHADES = matplotlib.colormaps["cividis"]
 MOST_POINTS = 400
 # a line of fewer points is drawn with them
 FEW = 40
-# a heat map of more cells has no numbers in them
-MOST_NUMBERS = 140
+# a heat map of more columns has no numbers in its cells
+MOST_NUMBERED = 16
 # inches
 WIDTH = 7.6
 # of a legend: what stands beside a name, and about what a letter of it takes
@@ -182,7 +182,7 @@ def heat_map(
     axes.spines["bottom"].set_visible(False)
     _name_cells(axes.set_xticks, list(columns) or range(1, len(table[0]) + 1))
     _name_cells(axes.set_yticks, range(1, len(table) + 1))
-    if len(table) * len(table[0]) <= MOST_NUMBERS:
+    if len(table[0]) <= MOST_NUMBERED:
         _write_numbers(axes, table, limits)
         return
     bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.03, pad=0.01)

@@ -54,6 +54,11 @@ class Run:
         """A field against the step."""
         return [(record["step"], record[name] * scale) for record in self.records if record.get(name) is not None]
 
+    @property
+    def label(self) -> str:
+        """Its name as drawings take it: a dollar would begin a formula, and what begins with _ would not be named."""
+        return " " * self.name.startswith("_") + self.name.replace("$", r"\$")
+
     @cached_property
     def flags(self) -> Record:
         """All flags."""
