@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from recurrent_bart.monitoring.report_charts import CHARTS, Chart
+from recurrent_bart.monitoring.report_charts import CHARTS
 from recurrent_bart.monitoring.report_figures import COLORS, SERIES, to_svg, write_png
 from recurrent_bart.monitoring.report_run import Run, differing_flags, facts, key_figures, slowest
 from recurrent_bart.monitoring.run_folder import replace_file
@@ -40,7 +39,7 @@ def write_report(runs: Sequence[Run], page: Path) -> list[Path]:
             if figure is not None:
                 pictures.append(folder / f"{chart.name}.png")
                 write_png(figure, pictures[-1])
-                shown.append({"chart": chart, "svg": _accessible(to_svg(figure, chart.name), chart)})
+                shown.append({"chart": chart, "svg": to_svg(figure, chart.name)})
         if shown:
             sections.append({"heading": heading, "charts": shown})
     replace_file(page, render(runs, sections))
@@ -103,9 +102,3 @@ def _rows(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
 
 def _variables(colors: dict[str, str], series: Sequence[str]) -> dict[str, str]:
     return colors | {f"series-{number}": color for number, color in enumerate(series)}
-
-
-def _accessible(svg: str, chart: Chart) -> Markup:
-    """Our own drawing, whose texts were escaped when it was made."""
-    label = Markup('<svg role="img" aria-label="{}"').format(f"{chart.heading}. {chart.caption}")
-    return Markup(svg.replace("<svg", label, 1))
