@@ -61,6 +61,12 @@ def test_architecture_flags_are_fields_of_the_configuration():
     assert {"prefix_projection", "prefix_hidden_size", "hidden_dropout_prob"} <= names
 
 
+def test_the_schedule_is_the_architectures_and_not_the_learning_rates():
+    arguments = parse_arguments(["--schedule", "sequential", "--lr_scheduler", "cosine"])
+    assert arguments.model.config_fields()["schedule"] == "sequential"
+    assert arguments.run.lr_scheduler == "cosine"
+
+
 def test_columns_have_the_names_that_were_given():
     data = parse_arguments(["--text_column", "article", "--summaries_column", "heads"]).data
     assert vars(data.columns()) == {
