@@ -28,7 +28,7 @@ MOST_NUMBERED = 16
 # inches
 WIDTH = 7.6
 # of a legend: what stands beside a name, and about what a letter of it takes
-LABEL_POINTS, LETTER_POINTS = 42, 4.6
+LABEL_POINTS, LETTER_POINTS = 38, 4.3
 STEP = "optimizer step"
 
 Points = list[tuple[float, float]]
