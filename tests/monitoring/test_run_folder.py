@@ -128,6 +128,19 @@ def test_samples_are_shown_as_they_are(folder):
     assert text.count("\n\n| | |\n|---|---|\n") == 3
 
 
+def test_samples_can_be_read_back(folder):
+    texts = {"source": "def __init__(self): | x *= 2", "target": "about <dig> of `a` [b] \\ 東京", "generated": ""}
+    assert folder.read_samples() == []
+    for step in (10, 20):
+        folder.append_samples(f"Step {step}", [SimpleNamespace(id="m.__main__[0]", **texts)])
+    expected = [{"step": step, "id": "m.__main__[0]", **texts} for step in (10, 20)]
+    assert folder.read_samples() == expected
+    # cut off within its last line
+    folder.samples_file.write_text(folder.samples_file.read_text(encoding="utf-8").rstrip(" |\n"), encoding="utf-8")
+    del expected[1]["generated"]
+    assert folder.read_samples() == expected
+
+
 def test_a_folder_with_a_run_is_refused(folder):
     folder.check_new()
     folder.write_config()
