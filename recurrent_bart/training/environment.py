@@ -125,6 +125,8 @@ def place_wandb(folder: Path) -> None:
     tempfile.TemporaryFile(dir=own).close()
     # its service is no Python: it knows no other place where /tmp cannot be written
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())
+    # one that was inherited still holds on to the id of a run that was killed in it
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 def wandb_mode(asked: str) -> str:

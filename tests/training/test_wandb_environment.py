@@ -1,8 +1,10 @@
 """wandb is online where it has a key and nobody says otherwise."""
 
+import os
+
 import pytest
 
-from recurrent_bart.training.environment import has_wandb_key, wandb_mode
+from recurrent_bart.training.environment import has_wandb_key, place_wandb, wandb_mode
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,11 @@ def test_the_flag_comes_before_the_environment_and_that_before_the_key(monkeypat
     assert wandb_mode("offline") == "offline"
     monkeypatch.setenv("WANDB_MODE", "no such mode")
     assert wandb_mode("auto") == "online"
+
+
+def test_a_service_of_another_process_is_not_used(monkeypatch, tmp_path):
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_SERVICE", "2-1234-tcp-localhost-40000")
+    place_wandb(tmp_path)
+    assert "WANDB_SERVICE" not in os.environ
