@@ -11,6 +11,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.schedules import GridOutput
+from recurrent_bart.segmentation import on_device
 
 Block = tuple[Tensor, Tensor]
 
@@ -23,7 +24,7 @@ def encoder_output(
     Args:
         config: The architecture; `decoder_context` chooses.
         grid: Outputs of the segments that are kept.
-        mask_BNL: 1 at tokens.
+        mask_BNL: 1 at tokens, on the host, where the masks are put together.
         state: What was read before.
         every_segment: Give the context after each segment, `(B, N, A, D)`.
     """
@@ -40,10 +41,12 @@ def encoder_output(
         past = _read_so_far(blocks[place], state)
         blocks[place] = _history(blocks[place], state, config.bptt_window, every_segment)
     hidden, mask = _join([block if every_segment else (block[0][:, -1:], block[1][:, -1:]) for block in blocks])
+    is_read_BN, is_seen = (on_device(known, hidden.device) for known in (is_read_BN, mask))
     position_B = is_read_BN.sum(dim=1) + (0 if state is None else state.position)
     return RecurrentEncoderOutput(
         last_hidden_state=hidden if every_segment else hidden.squeeze(1),
-        context_mask=(mask if every_segment else mask.squeeze(1)).to(mask_BNL.dtype),
+        context_mask=(is_seen if every_segment else is_seen.squeeze(1)).to(mask_BNL.dtype),
+        has_padding=not mask.all(),
         hidden_states=_by_layer(grid.hidden_states),
         attentions=_by_layer(grid.attentions),
         is_read=is_read_BN,
@@ -57,7 +60,8 @@ def _read_so_far(own: Block, state: RecurrentState | None) -> Block:
     own_BAD, mask_BA = own[0].flatten(1, 2), own[1].flatten(1, 2)
     if state is None or state.context is None:
         return own_BAD, mask_BA
-    return torch.cat([state.context.to(own_BAD.dtype), own_BAD], dim=1), torch.cat([state.context_mask, mask_BA], dim=1)
+    past_mask_BY = state.context_mask.cpu()
+    return torch.cat([state.context.to(own_BAD.dtype), own_BAD], dim=1), torch.cat([past_mask_BY, mask_BA], dim=1)
 
 
 def _history(own: Block, state: RecurrentState | None, window: int | None, every_segment: bool) -> Block:
@@ -67,12 +71,11 @@ def _history(own: Block, state: RecurrentState | None, window: int | None, every
         hidden, mask = _read_so_far(own, state)
         return hidden.unsqueeze(1), mask.unsqueeze(1)
     n_segments = own_BNXD.shape[1]
-    number = torch.arange(n_segments, device=own_BNXD.device)
-    is_past_NN = number.unsqueeze(1) >= number
+    is_past_NN = torch.ones(n_segments, n_segments, dtype=torch.bool).tril()
     hidden_BNNXD = own_BNXD.unsqueeze(1).expand(-1, n_segments, -1, -1, -1)
     if window is not None:
         # gradient goes no further back than the state's does
-        windows = (n_segments - 1 - number) // window
+        windows = (n_segments - 1 - torch.arange(n_segments, device=own_BNXD.device)) // window
         is_same_NN = (windows.unsqueeze(1) == windows).view(1, n_segments, n_segments, 1, 1)
         hidden_BNNXD = torch.where(is_same_NN, hidden_BNNXD, hidden_BNNXD.detach())
     mask_BNNX = mask_BNX.unsqueeze(1) & is_past_NN.unsqueeze(-1)
@@ -80,7 +83,7 @@ def _history(own: Block, state: RecurrentState | None, window: int | None, every
     if state is None or state.context is None:
         return hidden, mask
     past_BNYD = state.context.to(hidden.dtype).unsqueeze(1).expand(-1, n_segments, -1, -1)
-    past_mask_BNY = state.context_mask.unsqueeze(1).expand(-1, n_segments, -1)
+    past_mask_BNY = state.context_mask.cpu().unsqueeze(1).expand(-1, n_segments, -1)
     return torch.cat([past_BNYD, hidden], dim=2), torch.cat([past_mask_BNY, mask], dim=2)
 
 

@@ -46,22 +46,21 @@ class Visibility:
         Args:
             config: The architecture; its back-end decides on the form.
             stream_BLD: Streams, for their type and device alone.
-            mask_BL: 1 at tokens.
+            mask_BL: 1 at tokens, on the host; without padding no mask is made.
             n_slots: Slots in front of the stream.
             slots_read_prefix: Whether slots see the prefix.
         """
         mask_BL = mask_BL.bool() | ~mask_BL.bool().any(dim=1, keepdim=True)
+        if mask_BL.all():
+            return cls(None, None, n_slots, slots_read_prefix)
         prefix_BP = mask_BL.new_ones(len(mask_BL), config.pre_seq_len)
         slots_BP = prefix_BP[:, :n_slots]
         slots_see = torch.cat([prefix_BP, slots_BP, mask_BL] if slots_read_prefix else [slots_BP, mask_BL], dim=1)
         tokens_see = mask_BL if config.prefix_attention == "gated" else torch.cat([prefix_BP, mask_BL], dim=1)
-        query = stream_BLD.new_empty(len(mask_BL), 1, 1)
-        return cls(
-            tokens=create_bidirectional_mask(config, query, tokens_see),
-            slots=create_bidirectional_mask(config, query, slots_see) if n_slots else None,
-            n_slots=n_slots,
-            slots_read_prefix=slots_read_prefix,
-        )
+        query = stream_BLD.new_empty(len(mask_BL), 1, 1, device=mask_BL.device)
+        masks = [create_bidirectional_mask(config, query, seen) for seen in (tokens_see, slots_see)]
+        tokens, slots = (mask.to(stream_BLD.device, non_blocking=True) for mask in masks)
+        return cls(tokens, slots if n_slots else None, n_slots, slots_read_prefix)
 
     def rows(self, rows: slice, has_padding: bool) -> "Visibility":
         """Of some rows; without padding in them all is seen, for which back-ends are faster."""

@@ -6,11 +6,21 @@ D model width, V vocabulary.
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segmentation import shift_segments
+
+
+def take(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """What is chosen by number, or where booleans are true; the device is not waited for if the host has those."""
+    if chosen.dtype != torch.bool:
+        return tensor[chosen]
+    if chosen.all():
+        return tensor.flatten(0, chosen.dim() - 1)
+    return tensor[tuple(place.to(tensor.device, non_blocking=True) for place in chosen.nonzero(as_tuple=True))]
 
 
 @dataclass
@@ -25,19 +35,21 @@ class RecurrentEncoderOutput(BaseModelOutput):
         context_mask: `(B, A)` or `(B, N, A)`, 1 where there is something to attend to.
         is_read: `(B, N)` booleans, False where a document has no such segment.
         n_memory: Leading positions of `last_hidden_state` that are state.
+        has_padding: Whether `context_mask` has a 0, so that nobody must look; None: unknown.
         state: The state after the last segment.
     """
 
     context_mask: Tensor | None = None
     is_read: Tensor | None = None
     n_memory: int | None = None
+    has_padding: bool | None = None
     state: RecurrentState | None = None
 
     def as_tuple(self) -> tuple:
         """The same as a plain tuple: hooks on modules look for tensors in nothing else."""
         state = self.state and tuple(getattr(self.state, item.name) for item in fields(RecurrentState))
         plain = self.last_hidden_state, self.hidden_states, self.attentions, self.context_mask, self.is_read
-        return *plain, self.n_memory, state
+        return *plain, self.n_memory, self.has_padding, state
 
     @classmethod
     def from_tuple(cls, values: tuple) -> "RecurrentEncoderOutput":
@@ -59,15 +71,17 @@ class RecurrentEncoderOutput(BaseModelOutput):
             context_mask=shift(self.context_mask) if every_segment else self.context_mask,
             is_read=shift(self.is_read),
             n_memory=self.n_memory,
+            has_padding=self.has_padding,
             state=self.state,
         )
 
-    def rows(self, is_chosen_BN: Tensor) -> "RecurrentEncoderOutput":
-        """The contexts after chosen segments `(B, N)` as the rows of one batch `(M, A, D)`."""
+    def rows(self, chosen: Tensor) -> "RecurrentEncoderOutput":
+        """The contexts of chosen rows by number, or after chosen segments `(B, N)`, as one batch `(M, A, D)`."""
         return RecurrentEncoderOutput(
-            last_hidden_state=self.last_hidden_state[is_chosen_BN],
-            context_mask=self.context_mask[is_chosen_BN],
+            last_hidden_state=take(self.last_hidden_state, chosen),
+            context_mask=take(self.context_mask, chosen),
             n_memory=self.n_memory,
+            has_padding=self.has_padding,
         )
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bart.modeling_bart import (
     BartDecoder,
@@ -30,14 +31,19 @@ from transformers.utils.generic import can_return_tuple
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.decoder_context import encoder_output
 from recurrent_bart.exposure_bias import Oracle
-from recurrent_bart.modeling_outputs import RecurrentBartLMOutput, RecurrentBartModelOutput, RecurrentEncoderOutput
+from recurrent_bart.modeling_outputs import (
+    RecurrentBartLMOutput,
+    RecurrentBartModelOutput,
+    RecurrentEncoderOutput,
+    take,
+)
 from recurrent_bart.oracle_inputs import OracleInputs
 from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, build_recurrence
 from recurrent_bart.schedules import Grid, Kept
 from recurrent_bart.segment_generation import SegmentGeneration
 from recurrent_bart.segmentation import align_at_end, segment_documents
-from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, token_loss
+from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, on_host, token_loss
 
 CHECKPOINTING_GRAINS = ("none", "layer", "segment")
 logger = logging.get_logger(__name__)
@@ -236,15 +242,42 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         self, encoder_outputs: RecurrentEncoderOutput, **kwargs: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the decoder on what the encoder gave."""
+        kwargs["attention_mask"] = self._decoder_mask(**kwargs)
         # BartDecoder hands further arguments down to its attention, which alone knows this one
         is_gated = self.config.has_state and self.config.prefix_attention == "gated"
         memory = {"n_memory": encoder_outputs.n_memory or 0} if is_gated else {}
         return self.decoder(
             encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=encoder_outputs.context_mask,
+            encoder_attention_mask=self._context_mask(encoder_outputs),
             **memory,
             **kwargs,
         )
+
+    def _context_mask(self, encoder_outputs: RecurrentEncoderOutput) -> Tensor | None:
+        """What the decoder sees, in the back-end's form: BartDecoder would wait for the device to see if it is all."""
+        if encoder_outputs.has_padding is False:
+            return None
+        hidden = encoder_outputs.last_hidden_state
+        return create_bidirectional_mask(
+            self.config, hidden[:, :1], encoder_outputs.context_mask, hidden, allow_is_bidirectional_skip=False
+        )
+
+    def _decoder_mask(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """Likewise of what the decoder has read itself; without a mask, BartDecoder would make one and look at it."""
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        is_known = attention_mask is None and past_key_values is None and not use_cache
+        if not is_known or inputs.device.type == "cpu" or "flash" in self.config._attn_implementation:
+            return attention_mask
+        query = self.shared.weight.new_empty(1, inputs.shape[1], 1, device=inputs.device)
+        return create_causal_mask(self.config, query, None, None, allow_is_causal_skip=False)
 
     @can_return_tuple
     def forward(
@@ -339,7 +372,10 @@ class RecurrentBartForConditionalGeneration(
             )
         if labels is not None:
             use_cache = False
-            check_labels(labels, self.config.vocab_size, every_row=True)
+            known = on_host(labels)
+            if known is not None:
+                check_labels(known, self.config.vocab_size, every_row=True)
+            labels = labels.to(self.final_logits_bias.device, non_blocking=True)
             if decoder_input_ids is not None:
                 check_decoder_start(decoder_input_ids, self.config.decoder_start_token_id)
             elif decoder_inputs_embeds is None:
@@ -395,18 +431,21 @@ class RecurrentBartForConditionalGeneration(
                 f"labels for {tuple(labels_BNT.shape[:2])} documents and segments: there are "
                 f"{tuple(encoded.last_hidden_state.shape[:2])}"
             )
-        has_target = (labels_BNT != IGNORED).any(dim=-1)
-        # without any target one segment is decoded all the same, so that every parameter takes part on every rank
-        has_target[0, -1] |= ~has_target.any()
-        labels = labels_BNT[has_target]
-        check_labels(labels, self.config.vocab_size, every_row=False)
+        has_target = torch.ones(labels_BNT.shape[:2], dtype=torch.bool)
+        known = on_host(labels_BNT)
+        if known is not None:
+            has_target = (known != IGNORED).any(dim=-1)
+            # without any target one segment is decoded all the same, so that every parameter takes part on every rank
+            has_target[0, -1] |= ~has_target.any()
+            check_labels(known[has_target], self.config.vocab_size, every_row=False)
+        labels = take(labels_BNT.to(self.final_logits_bias.device, non_blocking=True), has_target)
         read, decoder_input_ids = encoded.rows(has_target), self.prepare_decoder_input_ids_from_labels(labels)
         if oracle is not None:
             decoder_input_ids = self._mixed_inputs(oracle, read, decoder_input_ids, labels)
         decoded = self.model.decode(read, input_ids=decoder_input_ids, use_cache=False)
         logits = self._logits(decoded.last_hidden_state)
         logits_BNTV = logits.new_zeros(*labels_BNT.shape, logits.shape[-1])
-        logits_BNTV[has_target] = logits
+        logits_BNTV[has_target.to(logits.device)] = logits
         return RecurrentBartLMOutput(
             loss=token_loss(logits, labels, num_items_in_batch),
             logits=logits_BNTV,

@@ -160,13 +160,15 @@ class PrefixRecurrence(nn.Module):
             key, value = own(memory_EBPD)
         return self._heads(self.dropout(key)), self._heads(self.dropout(value))
 
-    def next_memory(self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor, weights: Weights) -> Tensor:
+    def next_memory(
+        self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor | None, weights: Weights
+    ) -> Tensor:
         """State after a segment; a document that has no text in it keeps its state unchanged.
 
         Args:
             memory_EBPD: State before it.
             slots_EBPD: Slots that leave each layer.
-            is_read_EB: False where the document has no text in the segment that the layer is at.
+            is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
             weights: What `by_layer` gives of these layers.
         """
         new = slots_EBPD
@@ -174,7 +176,7 @@ class PrefixRecurrence(nn.Module):
             both = torch.cat([memory_EBPD, slots_EBPD], dim=-1)
             gate = torch.sigmoid(per_layer(both, weights["update_gate"], weights["update_gate_bias"]))
             new = memory_EBPD + gate * (slots_EBPD - memory_EBPD)
-        return torch.where(is_read_EB[:, :, None, None], new, memory_EBPD)
+        return new if is_read_EB is None else torch.where(is_read_EB[:, :, None, None], new, memory_EBPD)
 
     def _heads(self, hidden_EBPD: Tensor) -> Tensor:
         return hidden_EBPD.unflatten(-1, (self.n_heads, -1)).transpose(-3, -2)
@@ -227,7 +229,9 @@ class StaticPrefix(PrefixRecurrence):
         """No slot."""
         return memory_EBPD[0, :, :0]
 
-    def next_memory(self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor, weights: Weights) -> Tensor:
+    def next_memory(
+        self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor | None, weights: Weights
+    ) -> Tensor:
         """The same prefix again."""
         return memory_EBPD
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility, run_cell
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
+from recurrent_bart.segmentation import on_device
 from recurrent_bart.stacked_layers import can_stack, stack_layers
 from recurrent_bart.wavefront import Wavefront
 
@@ -104,7 +105,7 @@ class Grid:
 
         Args:
             segments_BNLD: Token embeddings; documents end at the last segment.
-            mask_BNL: 1 at tokens; a segment without any leaves its document's state unchanged.
+            mask_BNL: 1 at tokens, on the host; a segment without any leaves its document's state unchanged.
             state: What was read before; None at the head of the documents.
             kept: What is wanted.
         """
@@ -112,7 +113,7 @@ class Grid:
         window = self.config.bptt_window or n_segments + 1
         is_read_BN = mask_BNL.bool().any(dim=-1)
         memory = learned = self.recurrence.first_memory(len(mask_BNL)) if self.recurrence else None
-        is_begun_B = torch.zeros_like(is_read_BN[:, 0])
+        is_begun_B = torch.zeros(len(mask_BNL), dtype=torch.bool, device=segments_BNLD.device)
         if state is not None and state.memory is not None:
             is_begun_B = state.position > 0
             memory = _where_begun(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
@@ -127,7 +128,7 @@ class Grid:
         for part, has_graph in stretches:
             with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
                 if self.config.has_state and (n_segments - part.start) % window == 0:
-                    is_begun_B = is_begun_B | is_read_BN[:, : part.start].any(dim=1)
+                    is_begun_B = is_begun_B | on_device(is_read_BN[:, : part.start].any(dim=1), is_begun_B.device)
                     memory = _where_begun(is_begun_B, memory.detach(), learned)
                 for t, segment in enumerate(run(segments[part], mask_BNL[:, part], memory, kept), start=part.start):
                     memory = segment.memory
@@ -217,7 +218,8 @@ class Grid:
         memory = memory_EBPD
         if recurrence:
             slots_EBPD = torch.stack(slots[-len(memory_EBPD) :])
-            is_read_1B = mask_BL.bool().any(dim=-1).unsqueeze(0)
+            is_read_B = mask_BL.bool().any(dim=-1)
+            is_read_1B = None if is_read_B.all() else on_device(is_read_B, stream.device).unsqueeze(0)
             memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, recurrence.by_layer())
         return SegmentOutput(stream[:, n_slots:], memory, hidden_states, attentions)
 

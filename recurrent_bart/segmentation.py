@@ -1,5 +1,8 @@
 """How a document becomes segments: which token goes where, in lists and in tensors.
 
+Masks are looked at on the host, where they are from the first step on, so that nothing waits for the device to tell
+what it was told.
+
 Shape suffixes: B documents, N segments, L tokens in a segment.
 """
 
@@ -69,6 +72,7 @@ def segment_positions(
         ValueError: A row has no token; the message names it.
     """
     rows = []
+    input_ids = None if input_ids is None else input_ids.cpu()
     for row, mask in enumerate(attention_mask.tolist()):
         positions = [i for i, is_token in enumerate(mask) if is_token]
         if not positions:
@@ -78,7 +82,7 @@ def segment_positions(
             n_leading = int(input_ids[row, positions[0]] == special[0])
             n_trailing = int(input_ids[row, positions[-1]] == special[1])
         rows.append(split_into_segments(positions, segment_size, input_size, n_leading, n_trailing))
-    return torch.tensor(pad_segments(rows, padding=-1), device=attention_mask.device)
+    return torch.tensor(pad_segments(rows, padding=-1))
 
 
 def pad_segments(rows: list[list[list[int]]], padding: int) -> list[list[list[int]]]:
@@ -94,8 +98,8 @@ def pad_segments(rows: list[list[list[int]]], padding: int) -> list[list[list[in
 
 def gather_segments(flat: Tensor, positions_BNL: Tensor, fill: float) -> Tensor:
     """Take `(B, N, L, ...)` out of `(B, n, ...)` at the positions of `segment_positions`; `fill` at padding."""
-    n_documents = flat.shape[0]
-    rows = torch.arange(n_documents, device=flat.device).view(-1, 1, 1)
+    positions_BNL = positions_BNL.to(flat.device, non_blocking=True)
+    rows = torch.arange(len(flat), device=flat.device).view(-1, 1, 1)
     taken = flat[rows, positions_BNL.clamp(min=0)]
     is_padding = (positions_BNL < 0).view(*positions_BNL.shape, *[1] * (flat.dim() - 2))
     return taken.masked_fill(is_padding, fill)
@@ -106,10 +110,14 @@ def shift_segments(segments: Tensor, n_segments_B: Tensor) -> Tensor:
 
     Shifted by the empty segments at their end, all documents end at the last segment: then all rows share the
     boundaries at which gradient is cut, and the decoder finds each row's last segment in one place.
+
+    Args:
+        segments: On any device.
+        n_segments_B: On the host.
     """
     if not n_segments_B.any():
         return segments
-    n_segments = segments.shape[1]
+    n_segments, n_segments_B = segments.shape[1], n_segments_B.to(segments.device, non_blocking=True)
     rows = torch.arange(segments.shape[0], device=segments.device).unsqueeze(1)
     columns = torch.arange(n_segments, device=segments.device) - n_segments_B.unsqueeze(1)
     return segments[rows, columns % n_segments]
@@ -122,14 +130,14 @@ def segment_documents(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids or embeddings as `(B, N, L, ...)` with their mask.
+    """Ids or embeddings as `(B, N, L, ...)` with their mask, which is on the host.
 
     In training, documents are cut after `config.max_n_segments`.
     """
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     is_flat = tokens.dim() == (2 if inputs_embeds is None else 3)
     shape = tokens.shape[: 2 if is_flat else 3]
-    mask = attention_mask if attention_mask is not None else tokens.new_ones(shape, dtype=torch.long)
+    mask = torch.ones(shape, dtype=torch.long) if attention_mask is None else attention_mask.cpu()
     if is_flat and shape[1] <= config.segment_size:
         # one segment: exactly as it came, as BART would see it
         return tokens.unsqueeze(1), mask.unsqueeze(1)
@@ -149,8 +157,8 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
     """Move documents so that all end at the last segment.
 
     Args:
-        segments: `(B, N, ...)`.
-        mask_BNL: 1 at tokens.
+        segments: `(B, N, ...)`, on any device.
+        mask_BNL: 1 at tokens, on the host.
         may_be_empty: Some documents may have no token at all here.
 
     Returns:
@@ -166,3 +174,10 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
     # argmax finds the first: of a row without any, 0
     n_empty_B = is_read_BN.flip(1).int().argmax(dim=1)
     return shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B), n_empty_B
+
+
+def on_device(known: Tensor, device: torch.device) -> Tensor:
+    """Booleans that the host knows, on a device that is not waited for; nothing is copied where all are true."""
+    if known.device.type != device.type and known.all():
+        return torch.ones_like(known, device=device)
+    return known.to(device, non_blocking=True)

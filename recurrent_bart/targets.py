@@ -10,6 +10,13 @@ from torch import Tensor, nn
 IGNORED = -100
 
 
+def on_host(labels: Tensor) -> Tensor | None:
+    """Labels to be looked at, which the device is waited for if it has them; None while its work is recorded."""
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return labels.cpu()
+
+
 def check_labels(labels: Tensor, vocab_size: int, every_row: bool) -> None:
     """Refuse labels that no loss could be computed from.
 

@@ -19,6 +19,7 @@ from transformers.models.bart.modeling_bart import BartEncoderLayer
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility, encoder_cell
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, Weights
+from recurrent_bart.segmentation import on_device
 from recurrent_bart.stacked_layers import StackedLayers, take_spans
 
 # what a cell keeps for its backward pass, in streams of its segment
@@ -35,7 +36,7 @@ class Diagonal:
         weights: Of these layers.
         tokens: Embeddings `(B, L, D)` of the segment that begins here; None behind the last one.
         visible: What the rows (layer, document) see.
-        is_read: False where the document has no text in the segment that the layer is at, `(E, B)`.
+        is_read: False where the document has no text in the segment that the layer is at, `(E, B)`; None: nowhere.
     """
 
     first: int
@@ -43,7 +44,7 @@ class Diagonal:
     weights: Weights
     tokens: Tensor | None
     visible: Visibility
-    is_read: Tensor
+    is_read: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Wavefront:
         Args:
             weights: Of all layers, stacked.
             tokens: Token embeddings `(B, L, D)` of each segment.
-            mask_BNL: 1 at tokens.
+            mask_BNL: 1 at tokens, on the host.
             memory_EBPD: The states before the first segment.
         """
         diagonals = self._diagonals(weights, tokens, mask_BNL)
@@ -137,6 +138,8 @@ class Wavefront:
         is_read_NB = mask_NBL.any(dim=-1)
         # a segment that a document does not have is seen whole, see Visibility
         has_padding = (~mask_NBL.all(dim=-1) & is_read_NB).any(dim=-1).tolist()
+        all_read = is_read_NB.all(dim=-1).tolist()
+        is_read_NB = on_device(is_read_NB, tokens[0].device)
         visible = Visibility.build(self.config, tokens[0], mask_NBL.flatten(0, 1), self.n_slots, slots_read_prefix=True)
         numbers = range(n_segments + n_layers - 1)
         spans = [(max(0, number - n_segments + 1), min(n_layers, number + 1)) for number in numbers]
@@ -145,7 +148,8 @@ class Wavefront:
             start, end = (n_segments - 1 - number + layer for layer in (first, stop))
             rows = visible.rows(slice(start * n_documents, end * n_documents), any(has_padding[start:end]))
             new = tokens[number] if number < n_segments else None
-            diagonals.append(Diagonal(first, stop, own, new, rows, is_read_NB[start:end]))
+            is_read = None if all(all_read[start:end]) else is_read_NB[start:end]
+            diagonals.append(Diagonal(first, stop, own, new, rows, is_read))
         return diagonals
 
 
@@ -156,7 +160,7 @@ def diagonal_step(
     stream_EBSD: Tensor,
     memory_EBPD: Tensor | None,
     visible: Visibility,
-    is_read_EB: Tensor,
+    is_read_EB: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """One cell of each of several layers: a function of tensors, which `torch.compile` takes whole.
 
@@ -167,7 +171,7 @@ def diagonal_step(
         stream_EBSD: Slots and tokens that enter the layers.
         memory_EBPD: Their states.
         visible: What the rows `(E * B)` see.
-        is_read_EB: False where the document has no text in the segment that the layer is at.
+        is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
 
     Returns:
         Slots and tokens that leave the layers, and their new states.

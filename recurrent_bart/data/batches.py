@@ -46,8 +46,9 @@ class Batch:
     indices: list[int]
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Arguments of the model's forward."""
-        return {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
+        """Arguments of the model's forward; what it decides by stays on the host, so that it waits for no device."""
+        ids = self.input_ids.to(device, non_blocking=True)
+        return {"input_ids": ids, "attention_mask": self.attention_mask, "labels": self.labels}
 
     def n_targets(self) -> int:
         """Number of target tokens."""

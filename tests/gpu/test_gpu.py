@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from launching import deepspeed
-from recurrent_bart.training.benchmark import Benchmark, Case
+from recurrent_bart.benchmarks.cases import Case
+from recurrent_bart.benchmarks.measure import Measurement, measure
+from recurrent_bart.benchmarks.subjects import Place
 from runs import flags
 from tiny import random_ids, tiny_model
 
@@ -104,9 +106,12 @@ def test_generate_gives_the_processors_ids():
 
 
 def test_peak_memory_is_that_of_one_window():
-    benchmark = Benchmark("small", 128, 2, torch.device("cuda"), torch.bfloat16, n_passes=0)
-    peaks = [measured.peak_bytes for measured in benchmark.run(Case("sections", 1, "none"), (4, 32))]
-    assert peaks[1] < 1.02 * peaks[0]
+    place = Place("small", 128, torch.device("cuda"), torch.bfloat16)
+    found = {n: Measurement() for n in (4, 32)}
+    for n, measurement in found.items():
+        case = Case("ours", n, "passes", batch_size=2, task="sections", bptt_depth=1, schedule="auto")
+        measure(case, place, measurement, n_warmup=1, n_passes=0)
+    assert found[32].step_bytes < 1.02 * found[4].step_bytes
 
 
 @pytest.mark.slow
@@ -120,3 +125,54 @@ def test_the_missions_command_trains_in_bfloat16(tmp_path, documents, config):
     assert len(losses) == 20
     assert losses[-1] < losses[0]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_a_training_step_waits_for_nothing(schedule, task):
+    inputs = ragged(task)
+    model = tiny_model(schedule=schedule).to("cuda").train()
+    inputs["input_ids"] = inputs["input_ids"].to("cuda")
+    model(**inputs).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_a_recorded_training_step_is_the_step_itself(schedule, task):
+    torch.manual_seed(0)
+    model = tiny_model(schedule=schedule).to("cuda").train()
+    ids, labels = random_ids(2, 4, 8).cuda(), random_ids(2, 4, 6).cuda()
+    labels = labels if task == "sections" else labels[:, 0].contiguous()
+
+    def step():
+        loss = model(ids, labels=labels).loss
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+            model.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    # other documents than those that were recorded
+    ids.copy_(random_ids(*ids.shape))
+    labels.copy_(random_ids(*labels.shape))
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    graph.replay()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    found_loss = float(loss)
+    model.zero_grad(set_to_none=True)
+    assert float(step()) == pytest.approx(found_loss, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)

@@ -1,0 +1,64 @@
+"""What the device computes is never waited for: what is decided by is known before it begins.
+
+Tensors on the device `meta` have no values, so that whoever looks at one fails, as on a GPU he would wait.
+"""
+
+import pytest
+import torch
+
+from tiny import batch_of, random_ids, tiny_model
+
+LENGTHS = [[8, 8, 8], [8, 5], [3]]
+VARIANTS = {
+    "sequential": {"schedule": "sequential"},
+    "wavefront": {"schedule": "wavefront"},
+    "eager back-end": {"attn_implementation": "eager"},
+    "one softmax": {"prefix_attention": "concat"},
+    "windows": {"bptt_depth": 1},
+    "top": {"recurrence": "top"},
+    "memory": {"decoder_context": "memory"},
+    "all, static": {"decoder_context": "all", "recurrence": "none"},
+    "no recurrence": {"pre_seq_len": 0},
+}
+
+
+def model_without_values(**fields):
+    model = tiny_model(**fields).to("meta")
+    model.tie_weights()
+    return model
+
+
+def targets(mask_BNL, per_segment):
+    labels = random_ids(*mask_BNL.shape[:2], 5)
+    labels[~mask_BNL.bool().any(-1)] = -100
+    return labels if per_segment else random_ids(len(labels), 5)
+
+
+@pytest.mark.parametrize("per_segment", [False, True], ids=["document", "sections"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_a_training_step_looks_at_nothing_that_the_device_has(fields, padded, per_segment):
+    _, input_ids, mask = batch_of(LENGTHS if padded else [[8, 8, 8]] * 2)
+    model = model_without_values(**fields).train()
+    labels = targets(mask, per_segment)
+    loss = model(input_ids.to("meta"), attention_mask=mask if padded else None, labels=labels).loss
+    loss.backward()
+    assert loss.device.type == "meta"
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("grain", ["layer", "segment"])
+def test_nor_does_one_that_recomputes(grain):
+    _, input_ids, mask = batch_of(LENGTHS)
+    model = model_without_values(schedule="wavefront").train()
+    model.set_gradient_checkpointing(grain)
+    model(input_ids.to("meta"), attention_mask=mask, labels=targets(mask, False)).loss.backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_nor_does_reading_on_from_a_state(schedule):
+    _, input_ids, mask = batch_of(LENGTHS)
+    model = model_without_values(schedule=schedule).eval().model
+    state = model.encode(input_ids.to("meta"), mask).state
+    assert model.encode(input_ids.to("meta"), mask, state=state).state.memory.device.type == "meta"
