@@ -37,6 +37,7 @@ setup(
             "mypy>=1.15",
             "peft>=0.18",
             "pre-commit>=4",
+            "multiprocess>=0.70.16",
             "pytest>=8",
             "pytest-timeout>=2",
             "pytest-xdist>=3.6",

@@ -1,17 +1,20 @@
 """Runs a function in several processes of one group."""
 
-import multiprocessing
 import os
 import traceback
 
+# as multiprocessing, but functions within functions can be sent too
+import multiprocess
 import torch
 import torch.distributed as dist
 
 
 def run_in_processes(function, n_processes, folder):
     """What `function(rank)` returned on each of them, which must be picklable; they meet in a file of the folder."""
-    # forked, they need not import everything again
-    context = multiprocessing.get_context("fork")
+    # forked from a server that has imported what takes long, and has no threads: forked from this process, which may
+    # have some, they could wait for ever for a lock that one of them held
+    context = multiprocess.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.models.bart.modeling_bart", "datasets"])
     results = context.Queue()
     workers = [
         context.Process(target=_work, args=(function, rank, n_processes, f"file://{folder}/meeting", results))
