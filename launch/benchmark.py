@@ -1,99 +1,106 @@
-"""Measure memory and speed by number of segments: `python launch/benchmark.py --model_size base`."""
+"""Measure our model beside others that read long documents: `python launch/benchmark.py --suite quick`."""
 
 import argparse
-import json
 import platform
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 
-from recurrent_bart.configuration_recurrent_bart import SCHEDULES
-from recurrent_bart.data.rows import TASKS
-from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS
-from recurrent_bart.training.benchmark import Benchmark, Case, Measurement, all_cases
+from recurrent_bart.benchmarks.cases import MODELS, SCHEDULES, SUITES, Group, build_suite
+from recurrent_bart.benchmarks.checks import find_faults
+from recurrent_bart.benchmarks.session import Effort, run_groups, write_results
+from recurrent_bart.benchmarks.subjects import Place
+from recurrent_bart.benchmarks.tables import LEGEND, draw, group_table
 from recurrent_bart.training.model_building import SIZES
-
-MIB = 2**20
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all flags."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--model_size", choices=SIZES, default="tiny", help="size of the model, from scratch")
+    parser.add_argument("--suite", choices=SUITES, default="quick", help="what is measured")
+    parser.add_argument("--groups", nargs="+", help="parts of the suite, by the names in its tables; default: all")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models, all unless given")
+    parser.add_argument("--model_size", choices=SIZES, help="of all, from scratch; default: tiny, headline large")
     parser.add_argument("--segment_size", type=int, help="tokens of a segment; default: the size's own")
-    parser.add_argument("--segments", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of segments")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what has a target")
-    parser.add_argument("--bptt_depths", type=int, nargs="+", default=[0, 2, -1], help="horizons of gradient")
-    parser.add_argument(
-        "--gradient_checkpointing", nargs="+", choices=CHECKPOINTING_GRAINS, default=CHECKPOINTING_GRAINS, help="grains"
-    )
-    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["auto"], help="orders of computation")
-    parser.add_argument("--batch_size", type=int, default=1, help="documents")
-    parser.add_argument("--passes", type=int, default=0, help="timed passes of each; 0: memory alone")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure")
+    parser.add_argument("--segments", type=int, nargs="+", default=[1, 4, 16, 64], help="of grid and memory")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="documents, of grid and memory")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="of grid and memory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16, not float32")
-    parser.add_argument("--json", type=Path, help="file to write every figure to")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each case beside the others of its group")
+    parser.add_argument("--passes", type=int, default=2, help="timed steps of a turn; 0: memory alone")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--budget_seconds", type=float, default=float("inf"), help="nothing is begun after so long")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"), help="for results.json and plots")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Parse, measure, print."""
+    """Parse, check, measure, print."""
     arguments = build_parser().parse_args(argv)
-    device = torch.device(arguments.device)
-    benchmark = Benchmark(
-        model_size=arguments.model_size,
-        segment_size=arguments.segment_size,
-        batch_size=arguments.batch_size,
-        device=device,
-        dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
-        n_passes=arguments.passes,
+    groups = chosen_groups(arguments)
+    if not groups:
+        print("error: nothing is left to measure", file=sys.stderr)
+        return 2
+    place = place_of(arguments)
+    # what others say about their own settings would come between the lines of each case
+    transformers.logging.set_verbosity_error()
+    faults = find_faults(place.device)
+    if faults:
+        print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
+        return 1
+    folder = arguments.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    about = describe(place)
+    effort = Effort(arguments.rounds, arguments.warmup, arguments.passes, arguments.budget_seconds)
+    results = run_groups(
+        groups, place, effort, lambda found: write_results(folder / "results.json", found, about | {"command": argv})
     )
-    grains, schedules = arguments.gradient_checkpointing, arguments.schedules
-    cases = all_cases(arguments.tasks, arguments.bptt_depths, grains, schedules)
-    results = {case: list(benchmark.run(case, arguments.segments)) for case in cases}
-    console = Console(width=120)
-    console.print(f"{describe(device)}; {' '.join(argv)}", highlight=False)
-    console.print(memory_table(results, arguments.segments))
-    if arguments.passes:
-        console.print(speed_table(results, arguments.segments))
-    if arguments.json:
-        lines = [asdict(case) | asdict(measured) for case, row in results.items() for measured in row]
-        arguments.json.write_text(json.dumps({"device": describe(device), "command": argv, "results": lines}, indent=1))
+    console = Console(width=160)
+    console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
+    for name, group in results.items():
+        console.print(group_table(name, group))
+    console.print(LEGEND, highlight=False)
+    console.print("written:", folder / "results.json", *draw(results, place.segment_size, folder), highlight=False)
     return 0
 
 
-def describe(device: torch.device) -> str:
-    """The device and the versions that the figures hold for."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"processor {platform.machine()}"
-    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
+    """Groups of the suite that were asked for, with the models that were."""
+    suite = build_suite(arguments.suite, arguments.batch_sizes, arguments.segments, arguments.schedules)
+    chosen = [group for group in suite if arguments.groups is None or group.name in arguments.groups]
+    narrowed = [
+        Group(group.name, tuple(case for case in group.cases if case.model in arguments.models)) for group in chosen
+    ]
+    return [group for group in narrowed if group.cases]
 
 
-def memory_table(results: dict[Case, list[Measurement]], numbers: list[int]) -> Table:
-    """Peak memory in MiB."""
-    rows = {case: [f"{measured.peak_bytes / MIB:.0f}" for measured in row] for case, row in results.items()}
-    return _table("peak MiB beyond weights and gradients, by segments", rows, numbers)
+def place_of(arguments: argparse.Namespace) -> Place:
+    """What all models share."""
+    model_size = arguments.model_size or ("large" if arguments.suite == "headline" else "tiny")
+    return Place(
+        model_size=model_size,
+        segment_size=arguments.segment_size or SIZES[model_size].get("segment_size", 512),
+        device=torch.device(arguments.device),
+        dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+    )
 
 
-def speed_table(results: dict[Case, list[Measurement]], numbers: list[int]) -> Table:
-    """Document tokens a second, and slowest over fastest pass."""
-    rows = {case: [f"{m.tokens_per_second:,.0f} ({m.spread:.2f})" for m in row] for case, row in results.items()}
-    return _table("document tokens per second, forward and backward (slowest over fastest), by segments", rows, numbers)
-
-
-def _table(title: str, rows: dict[Case, list[str]], numbers: list[int]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("task", "bptt_depth", "checkpointing", "schedule"):
-        table.add_column(name)
-    for number in numbers:
-        table.add_column(str(number), justify="right")
-    for case, figures in rows.items():
-        table.add_row(case.task, str(case.bptt_depth), case.checkpointing, case.schedule, *figures)
-    return table
+def describe(place: Place) -> dict[str, Any]:
+    """What the figures hold for."""
+    is_gpu = place.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(place.device) if is_gpu else f"processor {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "size": place.model_size,
+        "segment_size": place.segment_size,
+        "dtype": str(place.dtype).removeprefix("torch."),
+    }
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "monitoring"},
     {"evaluation", "inference", "checkpointing"},
     {"training"},
-    {"studies"},
+    {"studies", "benchmarks"},
     {"launch"},
 ]
 FOLDERS = {"ds_configs", "launch", "recurrent_bart", "tests", "slurm"}
@@ -36,7 +36,16 @@ def kind_of(module):
     parts = module.split(".")
     if parts[0] == "launch" or len(parts) == 1:
         return "launch"
-    if parts[1] in {"data", "monitoring", "evaluation", "inference", "checkpointing", "training", "studies"}:
+    if parts[1] in {
+        "data",
+        "monitoring",
+        "evaluation",
+        "inference",
+        "checkpointing",
+        "training",
+        "studies",
+        "benchmarks",
+    }:
         return parts[1]
     named = {"configuration_recurrent_bart": "configuration", "modeling_recurrent_bart": "modeling"}
     return named.get(parts[1], "core")

@@ -1,0 +1,1 @@
+"""Our model beside the others that read long documents: speed, memory and arithmetic, measured in one run."""

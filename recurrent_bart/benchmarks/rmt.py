@@ -1,0 +1,45 @@
+"""The Recurrent Memory Transformer on Hugging Face's BART, as public implementations run it.
+
+Memory embeddings stand in front of a segment's; what comes out at their places is the next segment's memory (Bulatov et
+al., NeurIPS 2022, arXiv 2207.06881). The encoder is Hugging Face's own, called segment after segment.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, T target length, P memory length, D model width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class RecurrentMemoryBart(nn.Module):
+    """BART that reads segments and carries what its memory positions give.
+
+    Args:
+        config: BART's; its position table must have room for memory and segment.
+        n_memory: Number P of memory positions.
+        bptt_depth: Segment boundaries that gradient crosses; what was read before has no graph. -1: all.
+    """
+
+    def __init__(self, config: BartConfig, n_memory: int, bptt_depth: int = -1):
+        super().__init__()
+        self.bart = BartForConditionalGeneration(config)
+        self.memory = nn.Parameter(torch.randn(n_memory, config.d_model) * config.init_std)
+        self.bptt_depth = bptt_depth
+
+    def forward(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
+        """Loss of one target per document."""
+        read = BaseModelOutput(last_hidden_state=self.encode(input_ids_BNL))
+        return self.bart(encoder_outputs=read, labels=labels_BT, use_cache=False).loss
+
+    def encode(self, input_ids_BNL: Tensor) -> Tensor:
+        """Last memory and last segment `(B, P + L, D)`."""
+        encoder = self.bart.get_encoder()
+        n_beyond = 0 if self.bptt_depth == -1 else input_ids_BNL.shape[1] - self.bptt_depth - 1
+        memory_BPD = self.memory.expand(len(input_ids_BNL), -1, -1)
+        for number, segment_BL in enumerate(input_ids_BNL.unbind(1)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number >= n_beyond):
+                embeddings = torch.cat([memory_BPD, encoder.embed_tokens(segment_BL)], dim=1)
+                read = encoder(inputs_embeds=embeddings).last_hidden_state
+                memory_BPD = read[:, : len(self.memory)]
+        return read
