@@ -42,9 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Parse, check, measure, print."""
     arguments = build_parser().parse_args(argv)
-    groups = chosen_groups(arguments)
-    if not groups:
-        print("error: nothing is left to measure", file=sys.stderr)
+    try:
+        groups = chosen_groups(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     place = place_of(arguments)
     # what others say about their own settings would come between the lines of each case
@@ -70,13 +71,24 @@ def main(argv: list[str]) -> int:
 
 
 def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
-    """Groups of the suite that were asked for, with the models that were."""
+    """Groups of the suite that were asked for, with the models that were.
+
+    Raises:
+        ValueError: There is no such group, or no case of these models in it.
+    """
     suite = build_suite(arguments.suite, arguments.batch_sizes, arguments.segments, arguments.schedules)
-    chosen = [group for group in suite if arguments.groups is None or group.name in arguments.groups]
-    narrowed = [
-        Group(group.name, tuple(case for case in group.cases if case.model in arguments.models)) for group in chosen
+    names = [group.name for group in suite]
+    wanted = arguments.groups or names
+    if unknown := set(wanted) - set(names):
+        raise ValueError(f"--groups {' '.join(sorted(unknown))}: the suite has {', '.join(names)}")
+    chosen = [
+        Group(group.name, tuple(case for case in group.cases if case.model in arguments.models))
+        for group in suite
+        if group.name in wanted
     ]
-    return [group for group in narrowed if group.cases]
+    if not any(group.cases for group in chosen):
+        raise ValueError(f"no case of {', '.join(arguments.models)} in {', '.join(wanted)}")
+    return [group for group in chosen if group.cases]
 
 
 def place_of(arguments: argparse.Namespace) -> Place:

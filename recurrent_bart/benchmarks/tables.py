@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, NullFormatter, StrMethodFormatter
 from rich.table import Table
 
 from recurrent_bart.benchmarks.cases import MODELS, Case
 from recurrent_bart.benchmarks.measure import Measurement
 from recurrent_bart.benchmarks.session import Results
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
 # of each model and way to run it, values by length of document
 Lines = dict[tuple[str, str], dict[int, float]]
@@ -69,8 +69,9 @@ def draw(results: Results, segment_size: int, folder: Path) -> list[Path]:
     """Draw speed and memory in training against the length of one document, a line for each model; gives the files."""
     speed, memory = folder / "throughput.png", folder / "memory.png"
     timed = _lines(results, segment_size, lambda it: it.tokens_per_second() if it.step_seconds else None)
-    _draw(timed, "document tokens per second, training", speed)
-    _draw(_lines(results, segment_size, lambda it: it.peak_bytes() / 2**30), "peak memory, GiB, training", memory)
+    _draw(timed, "document tokens per second, training", EngFormatter(sep=" "), speed)
+    taken = _lines(results, segment_size, lambda it: it.peak_bytes() / GIB)
+    _draw(taken, "peak memory, GiB, training", StrMethodFormatter("{x:g}"), memory)
     return [speed, memory]
 
 
@@ -90,7 +91,7 @@ def _lines(results: Results, segment_size: int, value: Callable[[Measurement], f
     return {key: dict(sorted(line.items())) for key, line in lines.items() if len(line) > 1}
 
 
-def _draw(lines: Lines, title: str, path: Path) -> None:
+def _draw(lines: Lines, title: str, numbers: Formatter, path: Path) -> None:
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
     drawn: Counter[str] = Counter()
@@ -103,7 +104,7 @@ def _draw(lines: Lines, title: str, path: Path) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.yaxis.set_major_formatter(numbers)
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("tokens of the document", fontsize=9)

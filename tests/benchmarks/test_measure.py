@@ -34,6 +34,7 @@ def test_memory_of_windows_does_not_grow_with_the_document():
     assert many - few <= 4 * 16 * 128 * 4 * 2
 
 
+@pytest.mark.slow
 def test_memory_of_full_backpropagation_grows_less_with_checkpointing():
     growth = {}
     for grain in ("none", "layer", "segment"):

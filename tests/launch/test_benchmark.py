@@ -1,0 +1,78 @@
+"""`launch/benchmark.py`: what it prints and writes, and what it does without."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from launching import run
+from recurrent_bart.benchmarks.cases import MODELS
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "benchmark.py"
+SHORT = ["--segment_size", "16", "--rounds", "1", "--passes", "1", "--device", "cpu"]
+# not on every machine that it measures
+ABSENT = ("deepspeed", "datasets", "wandb", "sentencepiece", "rouge_score", "tensorboardX", "peft")
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_every_model_is_measured_in_one_run_without_what_training_needs(tmp_path):
+    program = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({ABSENT}))
+sys.argv = ["benchmark.py", *{[*SHORT, "--suite", "quick", "--output_dir", str(tmp_path)]}]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    code, output = run([sys.executable, "-c", program], timeout=120)
+    assert code == 0, output
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert {line["model"] for line in written["results"]} == set(MODELS)
+    assert {line["work"] for line in written["results"]} == {"training", "inference"}
+    assert all(line["outcome"] == "measured" and line["tokens_per_second"] > 0 for line in written["results"])
+    assert {"throughput.png", "memory.png"} <= {file.name for file in tmp_path.iterdir()}
+    assert "LongT5" in output
+    assert "of peak" in output
+
+
+def test_groups_and_models_can_be_picked(script, tmp_path, capsys):
+    picked = ["--suite", "grid", "--segments", "1", "3", "--groups", "training-1x3", "--models", "rmt"]
+    assert script.main([*picked, *SHORT, "--bf16", "--output_dir", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["dtype"] == "bfloat16"
+    assert written["command"][:2] == ["--suite", "grid"]
+    assert {(line["group"], line["model"], line["n_segments"]) for line in written["results"]} == {
+        ("training-1x3", "rmt", 3)
+    }
+    assert "RMT on BART" in capsys.readouterr().out
+
+
+def test_what_computes_something_else_is_not_timed(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "find_faults", lambda device: ["ours: wrong"])
+    assert script.main([*SHORT, "--output_dir", str(tmp_path)]) == 1
+    assert "error: ours: wrong" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_group_that_is_not_there_is_an_error(script, capsys):
+    assert script.main(["--groups", "inference", "nothing"]) == 2
+    assert "--groups nothing: the suite has length, inference" in capsys.readouterr().err
+    assert script.main(["--suite", "memory", "--models", "led"]) == 2
+    assert "no case" in capsys.readouterr().err
+
+
+def test_the_headline_is_of_large_models_and_others_of_tiny_ones(script):
+    def place(*flags):
+        return script.place_of(script.build_parser().parse_args(list(flags)))
+
+    assert (place("--suite", "headline").model_size, place("--suite", "headline").segment_size) == ("large", 512)
+    assert (place().model_size, place().segment_size) == ("tiny", 256)
+    assert place("--suite", "headline", "--model_size", "base").model_size == "base"
