@@ -8,9 +8,9 @@ import time
 import torch
 from deepspeed import DeepSpeedEngine
 
+from recurrent_bart.checkpointing import checkpoint_files
 from recurrent_bart.data.batches import Collator
 from recurrent_bart.evaluation.evaluator import Evaluator
-from recurrent_bart.training import checkpoint_files
 from recurrent_bart.training.trainer import Trainer
 
 # where something can go wrong
