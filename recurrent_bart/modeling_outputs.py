@@ -23,6 +23,15 @@ def take(tensor: Tensor, chosen: Tensor) -> Tensor:
     return tensor[tuple(place.to(tensor.device, non_blocking=True) for place in chosen.nonzero(as_tuple=True))]
 
 
+def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
+    """What `take` gave, at its places, and zero at the others."""
+    if chosen.all():
+        return taken.unflatten(0, chosen.shape)
+    whole = taken.new_zeros(*chosen.shape, *taken.shape[1:])
+    whole[chosen.to(whole.device)] = taken
+    return whole
+
+
 @dataclass
 class RecurrentEncoderOutput(BaseModelOutput):
     """What the decoder may attend to, and the state to go on from.

@@ -35,6 +35,7 @@ from recurrent_bart.modeling_outputs import (
     RecurrentBartLMOutput,
     RecurrentBartModelOutput,
     RecurrentEncoderOutput,
+    put_back,
     take,
 )
 from recurrent_bart.oracle_inputs import OracleInputs
@@ -43,7 +44,8 @@ from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, b
 from recurrent_bart.schedules import Grid, Kept
 from recurrent_bart.segment_generation import SegmentGeneration
 from recurrent_bart.segmentation import align_at_end, segment_documents
-from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, on_host, token_loss
+from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, on_host, per_target, token_loss
+from recurrent_bart.token_head import TokenHead
 
 CHECKPOINTING_GRAINS = ("none", "layer", "segment")
 logger = logging.get_logger(__name__)
@@ -334,8 +336,14 @@ class RecurrentBartForConditionalGeneration(
         super(BartForConditionalGeneration, self).__init__(config)
         self.model = RecurrentBartModel(config)
         self.final_logits_bias = nn.Buffer(torch.zeros(1, config.vocab_size))
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = TokenHead(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Also a plain layer, which resizing makes."""
+        super().set_output_embeddings(
+            TokenHead.of(new_embeddings) if type(new_embeddings) is nn.Linear else new_embeddings
+        )
 
     @can_return_tuple
     def forward(
@@ -353,6 +361,7 @@ class RecurrentBartForConditionalGeneration(
         state: RecurrentState | None = None,
         num_items_in_batch: Tensor | int | None = None,
         oracle: Oracle | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> RecurrentBartLMOutput:
         """As BartForConditionalGeneration's; see RecurrentBartEncoder for what documents and `state` are.
@@ -362,14 +371,15 @@ class RecurrentBartForConditionalGeneration(
             num_items_in_batch: Number of target tokens in the whole optimizer step, by which the summed loss is
                 divided; None: those of `labels`.
             oracle: Whose words the decoder reads beside those of `labels`; None: nobody's.
+            return_logits: False: with labels, the loss alone, for which the logits are never in memory together.
 
         Raises:
             ValueError: Labels or decoder inputs are not usable; the message names the row.
         """
         if labels is not None and labels.dim() == 3:
-            return self._forward_segments(
-                labels, num_items_in_batch, oracle, input_ids, attention_mask, inputs_embeds, state=state, **kwargs
-            )
+            reading = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+            encoded = self.model.encode(**reading, state=state, every_segment=True, **kwargs)
+            return self._decode_segments(encoded, labels, num_items_in_batch, oracle, return_logits)
         if labels is not None:
             use_cache = False
             known = on_host(labels)
@@ -399,9 +409,9 @@ class RecurrentBartForConditionalGeneration(
             state=state,
             **kwargs,
         )
-        logits = self._logits(outputs.last_hidden_state)
+        loss, logits = self._score(outputs.last_hidden_state, labels, num_items_in_batch, return_logits)
         return RecurrentBartLMOutput(
-            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
@@ -416,16 +426,25 @@ class RecurrentBartForConditionalGeneration(
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden) + self.final_logits_bias
 
-    def _forward_segments(
+    def _score(
+        self, hidden: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None, return_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss, if there are labels, and the logits, if they are wanted or there are none."""
+        # one that was put in its place, such as a quantised one, gives logits alone
+        if labels is not None and not return_logits and isinstance(self.lm_head, TokenHead):
+            return per_target(self.lm_head(hidden, labels, self.final_logits_bias), labels, num_items_in_batch), None
+        logits = self._logits(hidden)
+        return None if labels is None else token_loss(logits, labels, num_items_in_batch), logits
+
+    def _decode_segments(
         self,
+        encoded: RecurrentEncoderOutput,
         labels_BNT: Tensor,
         num_items_in_batch: Tensor | int | None,
         oracle: Oracle | None,
-        *inputs: Any,
-        **kwargs: Any,
+        return_logits: bool,
     ) -> RecurrentBartLMOutput:
         """Targets per segment: all segments that have one are decoded as one batch."""
-        encoded = self.model.encode(*inputs, every_segment=True, **kwargs)
         if labels_BNT.shape[:2] != encoded.last_hidden_state.shape[:2]:
             raise ValueError(
                 f"labels for {tuple(labels_BNT.shape[:2])} documents and segments: there are "
@@ -443,12 +462,10 @@ class RecurrentBartForConditionalGeneration(
         if oracle is not None:
             decoder_input_ids = self._mixed_inputs(oracle, read, decoder_input_ids, labels)
         decoded = self.model.decode(read, input_ids=decoder_input_ids, use_cache=False)
-        logits = self._logits(decoded.last_hidden_state)
-        logits_BNTV = logits.new_zeros(*labels_BNT.shape, logits.shape[-1])
-        logits_BNTV[has_target.to(logits.device)] = logits
+        loss, logits = self._score(decoded.last_hidden_state, labels, num_items_in_batch, return_logits)
         return RecurrentBartLMOutput(
-            loss=token_loss(logits, labels, num_items_in_batch),
-            logits=logits_BNTV,
+            loss=loss,
+            logits=None if logits is None else put_back(logits, has_target),
             encoder_last_hidden_state=encoded.last_hidden_state,
             state=encoded.state,
         )

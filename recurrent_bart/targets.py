@@ -67,6 +67,11 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor
     total = nn.functional.cross_entropy(
         logits_BTV.to(precise).flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
     )
+    return per_target(total, labels_BT, num_items_in_batch)
+
+
+def per_target(total: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """A summed loss divided by the number of targets, as in `token_loss`."""
     if num_items_in_batch is None:
         num_items_in_batch = (labels_BT != IGNORED).sum().clamp(min=1)
     if torch.is_tensor(num_items_in_batch):

@@ -73,7 +73,8 @@ class Evaluator:
         """
         total, n_targets = 0.0, 0.0
         for batch in self._batches(self.plan.indices):
-            total += float(model(**batch.model_inputs(self.device), num_items_in_batch=1).loss)
+            output = model(**batch.model_inputs(self.device), num_items_in_batch=1, return_logits=False)
+            total += float(output.loss)
             n_targets += batch.n_targets()
         total, n_targets = sum_over_ranks(total, n_targets, device=self.device)
         return total / n_targets

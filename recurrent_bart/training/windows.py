@@ -44,7 +44,8 @@ def window_losses(
         windows = bptt_windows(batch, config.bptt_window, n_windows)
         state = RecurrentState.unread(config, len(batch.labels), device)
     for window in windows:
-        output = model(**window.model_inputs(device), state=state, num_items_in_batch=n_items, oracle=oracle)
+        inputs = window.model_inputs(device)
+        output = model(**inputs, state=state, num_items_in_batch=n_items, oracle=oracle, return_logits=False)
         yield output.loss
         state = output.state.detach()
 

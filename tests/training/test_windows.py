@@ -27,6 +27,15 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("depth", [1, -1])
+def test_no_logits_are_made(make_model, batch, monkeypatch, depth):
+    model = make_model(bptt_depth=depth).train()
+    monkeypatch.delattr(type(model), "_logits")
+    for loss in window_losses(model, model.config, batch, CPU, count_windows(batch, model.config), 1):
+        loss.backward()
+    assert model.lm_head.weight.grad.any()
+
+
 @pytest.mark.parametrize("extra", [0, 2], ids=["", "waiting for others"])
 @pytest.mark.parametrize("context", ["last", "memory", "all"])
 @pytest.mark.parametrize("recurrence", ["layerwise", "top"])

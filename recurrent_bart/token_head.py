@@ -1,0 +1,92 @@
+"""Scores of the vocabulary, and the loss without all of them in memory.
+
+Shape suffixes: M target positions, C positions of a chunk, T target length, D model width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from recurrent_bart.targets import IGNORED
+
+# positions whose scores are in memory at a time: 100 MB in float32 of BART's vocabulary
+CHUNK = 512
+
+
+class TokenHead(nn.Linear):
+    """Identical to nn.Linear except: given labels it gives their loss.
+
+    The loss is made here and not by who calls it, for ZeRO-3 gathers the weight by hooks on this module.
+    """
+
+    @classmethod
+    def of(cls, plain: nn.Linear) -> "TokenHead":
+        """One that has a plain layer's weight."""
+        head = cls(plain.in_features, plain.out_features, bias=False, device="meta")
+        head.weight = plain.weight
+        return head
+
+    def forward(self, hidden: Tensor, labels_BT: Tensor | None = None, bias_1V: Tensor | None = None) -> Tensor:
+        """Scores `(..., V)`; with labels the cross-entropy summed over targets, in float32 at least.
+
+        Args:
+            hidden: `(..., D)`.
+            labels_BT: Ids, -100 where there is no target.
+            bias_1V: What is added to the scores that the loss is of; it gets no gradient.
+        """
+        if labels_BT is None:
+            return super().forward(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _ChunkedLoss.apply(hidden.flatten(0, -2), self.weight, bias_1V, labels_BT.flatten())
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Scores are made chunk by chunk, thrown away, and made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_1V: Tensor, labels_M: Tensor) -> Tensor:
+        total = hidden_MD.new_zeros((), dtype=_precise(hidden_MD))
+        normalisers = []
+        for hidden_CD, labels_C in _chunks(hidden_MD, labels_M):
+            scores_CV = _scores(hidden_CD, weight_VD, bias_1V)
+            normalisers.append(scores_CV.logsumexp(dim=-1))
+            own_C = scores_CV.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1)
+            total += (normalisers[-1] - own_C).masked_fill(labels_C == IGNORED, 0.0).sum()
+        ctx.save_for_backward(hidden_MD, weight_VD, bias_1V, labels_M, torch.cat(normalisers))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        hidden_MD, weight_VD, bias_1V, labels_M, normaliser_M = ctx.saved_tensors
+        by_hidden, by_weight = [], None
+        for hidden_CD, labels_C, normaliser_C in _chunks(hidden_MD, labels_M, normaliser_M):
+            scores_CV = _scores(hidden_CD, weight_VD, bias_1V)
+            by_score_CV = scores_CV.sub_(normaliser_C.unsqueeze(1)).exp_()
+            # of cross-entropy: probabilities, less one at the target
+            own_C1 = labels_C.clamp(min=0).unsqueeze(1)
+            by_score_CV.scatter_add_(1, own_C1, torch.full_like(own_C1, -1, dtype=by_score_CV.dtype))
+            by_score_CV *= torch.where(labels_C == IGNORED, 0.0, gradients[0]).unsqueeze(1)
+            by_score_CV = by_score_CV.to(hidden_MD.dtype)
+            by_hidden.append(by_score_CV @ weight_VD)
+            if ctx.needs_input_grad[1]:
+                part_VD = by_score_CV.mT @ hidden_CD
+                # added up in float32, for there may be many chunks
+                by_weight = part_VD.to(_precise(part_VD)) if by_weight is None else by_weight.add_(part_VD)
+        return torch.cat(by_hidden), None if by_weight is None else by_weight.to(weight_VD.dtype), None, None
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
+
+
+def _scores(hidden_CD: Tensor, weight_VD: Tensor, bias_1V: Tensor) -> Tensor:
+    scores_CV = hidden_CD @ weight_VD.mT + bias_1V
+    return scores_CV.to(_precise(scores_CV))
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
