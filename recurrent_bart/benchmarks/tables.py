@@ -88,7 +88,8 @@ def _lines(results: Results, segment_size: int, value: Callable[[Measurement], f
     for case, found in measured:
         if case.batch_size == smallest and found is not None:
             lines.setdefault((case.model, case.label()), {})[case.n_segments * segment_size] = found
-    return {key: dict(sorted(line.items())) for key, line in lines.items() if len(line) > 1}
+    in_order = sorted(lines, key=lambda key: list(MODELS).index(key[0]))
+    return {key: dict(sorted(lines[key].items())) for key in in_order if len(lines[key]) > 1}
 
 
 def _draw(lines: Lines, title: str, numbers: Formatter, path: Path) -> None:

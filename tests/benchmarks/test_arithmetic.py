@@ -46,7 +46,8 @@ def train(subject, batch):
 @pytest.mark.parametrize(
     ("case", "least", "most"),
     [
-        (Case("ours", 4, schedule="sequential", batch_size=2), 0.98, 1.0),
+        # its loss makes the logits again in the backward pass
+        (Case("ours", 4, schedule="sequential", batch_size=2), 0.93, 1.0),
         (Case("rmt", 4, batch_size=2), 0.98, 1.0),
         (Case("rmt", 4, bptt_depth=1), 0.98, 1.0),
         (Case("bart", 4, batch_size=2), 0.99, 1.0),
