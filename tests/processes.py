@@ -1,7 +1,9 @@
 """Runs a function in several processes of one group."""
 
 import os
+import sys
 import traceback
+from pathlib import Path
 
 # as multiprocessing, but functions within functions can be sent too
 import multiprocess
@@ -14,6 +16,8 @@ def run_in_processes(function, n_processes, folder):
     # forked from a server that has imported what takes long, and has no threads: forked from this process, which may
     # have some, they could wait for ever for a lock that one of them held
     context = multiprocess.get_context("forkserver")
+    # the modules of tests are found from here, in those processes too
+    sys.path.append(str(Path(__file__).parents[1]))
     context.set_forkserver_preload(["torch", "transformers.models.bart.modeling_bart", "datasets"])
     results = context.Queue()
     workers = [

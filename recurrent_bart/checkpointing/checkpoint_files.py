@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def only_harmless() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
+def without_enums(item: Any) -> Any:
+    """The same with plain values for members of enumerations, which some versions of Python pickle as calls."""
+    if isinstance(item, Enum):
+        return item.value
+    if type(item) is dict:
+        return {name: without_enums(value) for name, value in item.items()}
+    if type(item) in (list, tuple):
+        return type(item)(map(without_enums, item))
+    return item
+
+
 class CheckpointFiles(CheckpointEngine):
     """Takes the place of DeepSpeed's own checkpoint engine: it gathers what a process has to write, then writes it.
 
@@ -74,7 +86,7 @@ class CheckpointFiles(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         """Take note of what is to be written where."""
-        item = clone_tensors_for_torch_save(state_dict) if self.copies else state_dict
+        item = without_enums(clone_tensors_for_torch_save(state_dict) if self.copies else state_dict)
         self.gathered.append((Path(path), functools.partial(torch.save, item)))
 
     def save_json(self, content: Any, path: Path) -> None:

@@ -33,7 +33,7 @@ file.write_text(device)
 
 
 def test_one_that_fails_tells_why_and_others_go_on(tmp_path):
-    program = "import sys; print('said'); sys.exit('wrong' if '1.json' in sys.argv[1] else 0)"
+    program = "import sys; print('said', flush=True); sys.exit('wrong' if '1.json' in sys.argv[1] else 0)"
     ended = list(run_side_by_side(files_in(tmp_path, 3), ["a"], script(program), math.inf))
     assert sorted((end.file.stem, end.code) for end in ended) == [("0", 0), ("1", 1), ("2", 0)]
     assert next(end.said for end in ended if end.code) == "said\nwrong"
