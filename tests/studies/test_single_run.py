@@ -117,7 +117,7 @@ def test_the_file_tells_the_run_what_came_of_it_and_where(tmp_path):
     assert (record["stopped"], record["steps"], record["device"]) == ("steps", 6, "cpu")
     assert [point["step"] for point in record["curve"]] == [2, 4, 6]
     assert 0 <= record["accuracy"]["4"]["exact_match"] <= 1
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["n_parameters"] == sum(p.numel() for p in SingleRun(run, CPU).model.parameters())
     assert file.is_finished(run)
     assert not file.is_finished(short_run(max_steps=7))
