@@ -7,6 +7,7 @@ Shape suffixes: B documents, N segments, R = layers * documents, S = slots and t
 (= slots), L tokens in a segment, E encoder layers (of a diagonal: those it has a cell of), H heads, D model width.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,10 +87,10 @@ class Wavefront:
             memory_EBPD: The states before the first segment.
         """
         diagonals = self._diagonals(weights, tokens, mask_BNL)
-        size = _chunk_size(len(diagonals)) if self.checkpointing == "segment" else 1
+        size = _chunk_size(self._n_diagonals(tokens)) if self.checkpointing == "segment" else 1
         frontier = None
-        for start in range(0, len(diagonals), size):
-            inputs = diagonals[start : start + size], frontier, memory_EBPD
+        while chunk := list(itertools.islice(diagonals, size)):
+            inputs = chunk, frontier, memory_EBPD
             if self.checkpointing != "none" and torch.is_grad_enabled():
                 frontier, memory_EBPD, outputs = checkpoint(self._chunk, *inputs, use_reentrant=False)
             else:
@@ -130,8 +131,15 @@ class Wavefront:
             own = torch.cat([memory_EBPD[:first], own, memory_EBPD[stop:]])
         return stream_EBSD, own
 
-    def _diagonals(self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor) -> list[Diagonal]:
-        """All diagonals, with views of what each needs."""
+    def _n_diagonals(self, tokens: Sequence[Tensor]) -> int:
+        return len(tokens) + self.config.encoder_layers - 1
+
+    def _diagonals(self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor) -> Iterator[Diagonal]:
+        """All diagonals, with views of what each needs.
+
+        Weights are taken when a diagonal is about to be run: taken before, their gradients would all be kept until the
+        backward pass is through with every diagonal.
+        """
         n_segments, n_layers, n_documents = len(tokens), self.config.encoder_layers, len(mask_BNL)
         # the last segment first, so that the segments of a diagonal are one block
         mask_NBL = mask_BNL.bool().transpose(0, 1).flip(0)
@@ -141,16 +149,14 @@ class Wavefront:
         all_read = is_read_NB.all(dim=-1).tolist()
         is_read_NB = on_device(is_read_NB, tokens[0].device)
         visible = Visibility.build(self.config, tokens[0], mask_NBL.flatten(0, 1), self.n_slots, slots_read_prefix=True)
-        numbers = range(n_segments + n_layers - 1)
+        numbers = range(self._n_diagonals(tokens))
         spans = [(max(0, number - n_segments + 1), min(n_layers, number + 1)) for number in numbers]
-        diagonals = []
         for number, (first, stop), own in zip(numbers, spans, take_spans(weights, spans), strict=True):
             start, end = (n_segments - 1 - number + layer for layer in (first, stop))
             rows = visible.rows(slice(start * n_documents, end * n_documents), any(has_padding[start:end]))
             new = tokens[number] if number < n_segments else None
             is_read = None if all(all_read[start:end]) else is_read_NB[start:end]
-            diagonals.append(Diagonal(first, stop, own, new, rows, is_read))
-        return diagonals
+            yield Diagonal(first, stop, own, new, rows, is_read)
 
 
 def diagonal_step(

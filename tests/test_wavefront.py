@@ -1,10 +1,13 @@
 """By diagonals the grid gives the numbers that it gives segment after segment."""
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from recurrent_bart import schedules, wavefront
+from recurrent_bart.monitoring.memory import peak_bytes
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.stacked_layers import stack_layers, take_spans
 from tiny import batch_of, random_ids
@@ -266,6 +269,20 @@ def test_memory_falls_with_the_grain(make_model):
         growth[grain] = saved_bytes(model, 120) - saved_bytes(model, 80)
     assert growth["none"] > 4 * growth["layer"]
     assert growth["layer"] > 1.5 * growth["segment"]
+
+
+def test_gradients_of_weights_are_not_kept_until_the_last_diagonal(make_model):
+    """What a segment more costs in a whole step is far below the weights of the layers that read it."""
+    _, model = both(make_model)
+    model.train().set_gradient_checkpointing("layer")
+    peaks = [peak_bytes(functools.partial(step, model, n_segments), torch.device("cpu")) for n_segments in (10, 50)]
+    n_bytes = sum(p.numel() * p.element_size() for p in model.model.encoder.layers.parameters())
+    assert (peaks[1] - peaks[0]) / 40 < n_bytes / 2
+
+
+def step(model, n_segments):
+    model(input_ids=random_ids(1, n_segments, 8), labels=random_ids(1, 4)).loss.backward()
+    model.zero_grad()
 
 
 def test_diagonals_recomputed_together_change_no_number(make_model, monkeypatch):
