@@ -20,7 +20,7 @@ def take(tensor: Tensor, chosen: Tensor) -> Tensor:
         return tensor[chosen]
     if chosen.all():
         return tensor.flatten(0, chosen.dim() - 1)
-    return tensor[tuple(place.to(tensor.device, non_blocking=True) for place in chosen.nonzero(as_tuple=True))]
+    return tensor[_places(chosen, tensor.device)]
 
 
 def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
@@ -28,8 +28,13 @@ def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
     if chosen.all():
         return taken.unflatten(0, chosen.shape)
     whole = taken.new_zeros(*chosen.shape, *taken.shape[1:])
-    whole[chosen.to(whole.device)] = taken
+    whole[_places(chosen, whole.device)] = taken
     return whole
+
+
+def _places(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Numbers of what is chosen, on a device that is not waited for."""
+    return tuple(place.to(device, non_blocking=True) for place in chosen.nonzero(as_tuple=True))
 
 
 @dataclass

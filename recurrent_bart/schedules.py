@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility, run_cell
+from recurrent_bart.graphed_wavefront import GraphedWavefront, can_graph
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.segmentation import on_device
 from recurrent_bart.stacked_layers import can_stack, stack_layers
@@ -180,7 +181,12 @@ class Grid:
         layer = self.layers[0]
         by_layer = "layer" if layer.gradient_checkpointing and layer.training else "none"
         checkpointing = "segment" if self.checkpoints_segments else by_layer
-        wavefront = Wavefront(self.config, layer, self.recurrence, self.embed, checkpointing)
+        kind = (
+            GraphedWavefront
+            if self.config.schedule == "auto" and can_graph(self.config, weights, tokens)
+            else Wavefront
+        )
+        wavefront = kind(self.config, layer, self.recurrence, self.embed, checkpointing)
         for top, memory in wavefront.run(weights, tokens, mask_BNL, memory_EBPD):
             yield SegmentOutput(top, memory)
 

@@ -86,11 +86,43 @@ class _TakeSpan(torch.autograd.Function):
         return None, None, *whole
 
 
-class StackedLayers:
-    """Several layers with the parts of a `CellLayer`; rows `(R, L, D)` are layer by layer, document by document."""
+class _AddingProduct(torch.autograd.Function):
+    """Rows times a weight, whose gradient is added to a tensor by the product that computes it."""
 
-    def __init__(self, weights: Weights, shared: BartEncoderLayer):
-        self.weights, self.shared = weights, shared
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.gradient = gradient
+        return torch.bmm(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor, None, None]:
+        rows, weight = ctx.saved_tensors
+        # transposed as it is laid out
+        ctx.gradient.mT.baddbmm_(arriving.mT, rows)
+        return torch.bmm(arriving, weight.mT), None, None
+
+
+class StackedLayers:
+    """Several layers with the parts of a `CellLayer`; rows `(R, L, D)` are layer by layer, document by document.
+
+    Args:
+        weights: Of these layers, stacked.
+        shared: Any layer, for what all have in common.
+        gradients: What the gradients of `LINEAR`'s maps are added to, in place, laid out as they are; autograd then
+            gives none. None: autograd's.
+    """
+
+    def __init__(self, weights: Weights, shared: BartEncoderLayer, gradients: Weights | None = None):
+        self.weights, self.shared, self.gradients = weights, shared, gradients
+
+    def product(self, name: str, rows_EMX: Tensor, columns: slice = slice(None)) -> Tensor:
+        """A map without its bias, or some columns of it: `(E, M, in)` to `(E, M, out)`."""
+        weight = self.weights[name][..., columns]
+        if self.gradients is None:
+            return torch.bmm(rows_EMX, weight)
+        return _AddingProduct.apply(rows_EMX, weight, self.gradients[name][..., columns])
 
     def query_key_value(self, stream_RLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of attention, each `(R, H, L, K)`."""
@@ -100,9 +132,10 @@ class StackedLayers:
 
     def key_value(self, memory_EBPD: Tensor) -> KeyValue:
         """Keys and values of states, each `(E, B, P, D)`."""
-        width = memory_EBPD.shape[-1]
-        weight, bias = (self.weights[f"query_key_value{kind}"][..., width:] for kind in ("", "_bias"))
-        key, value = per_layer(memory_EBPD, weight, bias).chunk(2, dim=-1)
+        columns = slice(memory_EBPD.shape[-1], None)
+        both = self.product("query_key_value", memory_EBPD.flatten(1, 2), columns)
+        both = both + self.weights["query_key_value_bias"][..., columns]
+        key, value = both.unflatten(1, memory_EBPD.shape[1:3]).chunk(2, dim=-1)
         return key, value
 
     def out_proj(self, read_RLD: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.models.bart.modeling_bart import BartEncoderLayer
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility, encoder_cell
+from recurrent_bart.fused_cell import can_fuse, fused_cell
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, Weights
 from recurrent_bart.segmentation import on_device
 from recurrent_bart.stacked_layers import StackedLayers, take_spans
@@ -34,7 +35,6 @@ class Diagonal:
     Attributes:
         first: Lowest layer that it has a cell of.
         stop: One above the highest.
-        weights: Of these layers.
         tokens: Embeddings `(B, L, D)` of the segment that begins here; None behind the last one.
         visible: What the rows (layer, document) see.
         is_read: False where the document has no text in the segment that the layer is at, `(E, B)`; None: nowhere.
@@ -42,7 +42,6 @@ class Diagonal:
 
     first: int
     stop: int
-    weights: Weights
     tokens: Tensor | None
     visible: Visibility
     is_read: Tensor | None
@@ -86,10 +85,13 @@ class Wavefront:
             mask_BNL: 1 at tokens, on the host.
             memory_EBPD: The states before the first segment.
         """
-        diagonals = self._diagonals(weights, tokens, mask_BNL)
-        size = _chunk_size(self._n_diagonals(tokens)) if self.checkpointing == "segment" else 1
+        diagonals = self._diagonals(tokens, mask_BNL)
+        size = _chunk_size(len(diagonals)) if self.checkpointing == "segment" else 1
+        # taken as each diagonal comes: taken before, their gradients would all be kept until the backward pass is
+        # through with every diagonal
+        taken = zip(diagonals, take_spans(weights, [(it.first, it.stop) for it in diagonals]), strict=True)
         frontier = None
-        while chunk := list(itertools.islice(diagonals, size)):
+        while chunk := list(itertools.islice(taken, size)):
             inputs = chunk, frontier, memory_EBPD
             if self.checkpointing != "none" and torch.is_grad_enabled():
                 frontier, memory_EBPD, outputs = checkpoint(self._chunk, *inputs, use_reentrant=False)
@@ -98,13 +100,13 @@ class Wavefront:
             yield from outputs
 
     def _chunk(
-        self, diagonals: list[Diagonal], frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
+        self, taken: list[tuple[Diagonal, Weights]], frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor, Tensor | None]]]:
         """Diagonals one after the other: streams that enter the next one, states, and what `run` gives."""
         outputs = []
-        for diagonal in diagonals:
+        for diagonal, weights in taken:
             stream_EBSD = self._entering(diagonal, frontier_EBSD, memory_EBPD)
-            frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, stream_EBSD, memory_EBPD)
+            frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, weights, stream_EBSD, memory_EBPD)
             if diagonal.stop == self.config.encoder_layers:
                 # not a view, which would keep the streams of all layers
                 frontier_EBSD, top_1BSD = frontier_EBSD.split((len(frontier_EBSD) - 1, 1))
@@ -121,25 +123,18 @@ class Wavefront:
         return new_1BSD if frontier_EBSD is None else torch.cat([new_1BSD, frontier_EBSD])
 
     def _run_diagonal(
-        self, diagonal: Diagonal, stream_EBSD: Tensor, memory_EBPD: Tensor | None
+        self, diagonal: Diagonal, weights: Weights, stream_EBSD: Tensor, memory_EBPD: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         first, stop = diagonal.first, diagonal.stop
         own = None if memory_EBPD is None else memory_EBPD[first:stop]
         inputs = stream_EBSD, own, diagonal.visible, diagonal.is_read
-        stream_EBSD, own = diagonal_step(diagonal.weights, self.layer, self.recurrence, *inputs)
+        stream_EBSD, own = diagonal_step(weights, self.layer, self.recurrence, *inputs)
         if memory_EBPD is not None and own is not None and len(own) < len(memory_EBPD):
             own = torch.cat([memory_EBPD[:first], own, memory_EBPD[stop:]])
         return stream_EBSD, own
 
-    def _n_diagonals(self, tokens: Sequence[Tensor]) -> int:
-        return len(tokens) + self.config.encoder_layers - 1
-
-    def _diagonals(self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor) -> Iterator[Diagonal]:
-        """All diagonals, with views of what each needs.
-
-        Weights are taken when a diagonal is about to be run: taken before, their gradients would all be kept until the
-        backward pass is through with every diagonal.
-        """
+    def _diagonals(self, tokens: Sequence[Tensor], mask_BNL: Tensor) -> list[Diagonal]:
+        """All diagonals, with views of what each needs."""
         n_segments, n_layers, n_documents = len(tokens), self.config.encoder_layers, len(mask_BNL)
         # the last segment first, so that the segments of a diagonal are one block
         mask_NBL = mask_BNL.bool().transpose(0, 1).flip(0)
@@ -149,14 +144,15 @@ class Wavefront:
         all_read = is_read_NB.all(dim=-1).tolist()
         is_read_NB = on_device(is_read_NB, tokens[0].device)
         visible = Visibility.build(self.config, tokens[0], mask_NBL.flatten(0, 1), self.n_slots, slots_read_prefix=True)
-        numbers = range(self._n_diagonals(tokens))
-        spans = [(max(0, number - n_segments + 1), min(n_layers, number + 1)) for number in numbers]
-        for number, (first, stop), own in zip(numbers, spans, take_spans(weights, spans), strict=True):
+        diagonals = []
+        for number in range(n_segments + n_layers - 1):
+            first, stop = max(0, number - n_segments + 1), min(n_layers, number + 1)
             start, end = (n_segments - 1 - number + layer for layer in (first, stop))
             rows = visible.rows(slice(start * n_documents, end * n_documents), any(has_padding[start:end]))
             new = tokens[number] if number < n_segments else None
             is_read = None if all(all_read[start:end]) else is_read_NB[start:end]
-            yield Diagonal(first, stop, own, new, rows, is_read)
+            diagonals.append(Diagonal(first, stop, new, rows, is_read))
+        return diagonals
 
 
 def diagonal_step(
@@ -167,8 +163,9 @@ def diagonal_step(
     memory_EBPD: Tensor | None,
     visible: Visibility,
     is_read_EB: Tensor | None,
+    gradients: Weights | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One cell of each of several layers: a function of tensors, which `torch.compile` takes whole.
+    """One cell of each of several layers.
 
     Args:
         weights: Of these layers.
@@ -178,17 +175,21 @@ def diagonal_step(
         memory_EBPD: Their states.
         visible: What the rows `(E * B)` see.
         is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
+        gradients: What the gradients of the layers' maps are added to, see `StackedLayers`.
 
     Returns:
         Slots and tokens that leave the layers, and their new states.
     """
-    layers, prefix, gate_RH = StackedLayers(weights, layer), None, None
+    layers, prefix, gate_RH = StackedLayers(weights, layer, gradients), None, None
     if recurrence is not None and memory_EBPD is not None:
         key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
         prefix = key.flatten(0, 1), value.flatten(0, 1)
         if "prefix_gate" in weights:
             gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
-    stream_RSD, _ = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH)
+    if prefix is not None and visible.n_slots and can_fuse(layer.self_attn.config, stream_EBSD):
+        stream_RSD = fused_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH)
+    else:
+        stream_RSD, _ = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH)
     stream_EBSD = stream_RSD.view_as(stream_EBSD)
     if recurrence is not None and memory_EBPD is not None:
         slots_EBPD = stream_EBSD[:, :, : visible.n_slots]

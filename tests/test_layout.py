@@ -2,6 +2,7 @@
 
 import ast
 import importlib.machinery
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -137,9 +138,12 @@ def test_no_script_hides_a_module():
 
 
 def test_importing_has_no_side_effect():
-    ours = [name_of(file) for file in MODULES]
+    # kernels are imported on a GPU alone
+    has_triton = importlib.util.find_spec("triton") is not None
+    ours = [name_of(file) for file in MODULES if has_triton or "kernels" not in file.parts]
     # what others do when they are imported is done before
     others = sorted({name for file in MODULES for name in imports_of(file) if not name.startswith("recurrent_bart")})
+    others = [name for name in others if has_triton or not name.startswith("triton")]
     program = f"""
 import importlib, os, random, sys
 import torch

@@ -1,0 +1,285 @@
+"""Diagonals recorded as CUDA graphs, for batches that leave a GPU waiting for the processor.
+
+A small batch's kernels take less time than launching them one by one. Recorded once for each span of layers, whatever
+the number of segments, they are launched together. What a diagonal keeps for its backward pass is computed again there,
+so that nothing recorded has to outlive the next replay.
+
+Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
+segment, E encoder layers, D model width.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.encoder_cell import Visibility
+from recurrent_bart.fused_cell import can_fuse
+from recurrent_bart.prefix_recurrence import Weights
+from recurrent_bart.stacked_layers import LINEAR
+from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
+
+# of all documents in a segment; beyond, launching is no longer what takes the time
+MOST_TOKENS = 1_536
+# shapes of batches whose recordings are kept, the last used ones
+MOST_SHAPES = 4
+_recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, "Recorder"]] = weakref.WeakKeyDictionary()
+
+
+def can_graph(config: RecurrentBartConfig, weights: Weights, tokens: Sequence[Tensor]) -> bool:
+    """Whether such a batch is better replayed: its diagonals are fused, and too small to keep a GPU busy."""
+    n_documents, n_tokens, _ = tokens[0].shape
+    return (
+        n_documents * n_tokens <= MOST_TOKENS
+        and can_fuse(config, tokens[0])
+        and all(weight.dtype == tokens[0].dtype for weight in weights.values())
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+@dataclass(frozen=True)
+class GraphedWavefront(Wavefront):
+    """Identical to Wavefront except: diagonals are replayed, and all of them are recomputed in the backward pass."""
+
+    def run(
+        self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor, memory_EBPD: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """As Wavefront's; the states that it gives but for the last are those of the last layer alone."""
+        assert memory_EBPD is not None
+        assert self.recurrence is not None
+        diagonals = self._diagonals(tokens, mask_BNL)
+        recorder = self._recorder(weights, tokens[0])
+        recorder.load(weights)
+        if not torch.is_grad_enabled():
+            yield from self._read(recorder, diagonals, memory_EBPD)
+            return
+        slots = self.recurrence.slots(memory_EBPD).repeat(len(tokens), 1, 1)
+        streams = self.embed(torch.cat(list(tokens)), slots).unflatten(0, (len(tokens), -1))
+        recorder.record(diagonals, with_backward=True)
+        tops, memories, memory = _Replayed.apply(
+            recorder, diagonals, list(weights), streams, memory_EBPD, *weights.values()
+        )
+        for number, top in enumerate(tops.unbind()):
+            yield top, memory if number == len(tokens) - 1 else memories[number].unsqueeze(0)
+
+    def _read(
+        self, recorder: "Recorder", diagonals: list[Diagonal], memory_EBPD: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Forward passes alone."""
+        assert self.recurrence is not None
+        recorder.record(diagonals, with_backward=False)
+        recorder.memory.copy_(memory_EBPD)
+        slots = self.recurrence.slots(memory_EBPD)
+        for diagonal in diagonals:
+            if diagonal.tokens is not None:
+                recorder.stream[0].copy_(self.embed(diagonal.tokens, slots))
+            recorder.replay(diagonal)
+            if diagonal.stop == self.config.encoder_layers:
+                yield recorder.top.clone(), recorder.memory.clone()
+
+    def _recorder(self, weights: Weights, tokens_BLD: Tensor) -> "Recorder":
+        """Recordings for batches of this shape."""
+        kept = _recorders.setdefault(self.recurrence, {})
+        key = tokens_BLD.shape, tokens_BLD.dtype, tokens_BLD.device
+        recorder = kept.pop(key, None)
+        if recorder is None or recorder.layer() is not self.layer:
+            recorder = Recorder(self, weights, tokens_BLD)
+        kept[key] = recorder
+        while len(kept) > MOST_SHAPES:
+            del kept[next(iter(kept))]
+        return recorder
+
+
+class Recorder:
+    """Graphs of diagonals for one shape of batch, and the tensors that they read and write.
+
+    Args:
+        wavefront: Whose diagonals.
+        weights: Of all layers, stacked; any.
+        tokens_BLD: Token embeddings of a segment; any.
+    """
+
+    def __init__(self, wavefront: Wavefront, weights: Weights, tokens_BLD: Tensor):
+        # not the modules themselves, which this must not keep alive
+        self.layer, self.recurrence = weakref.ref(wavefront.layer), weakref.ref(wavefront.recurrence)
+        n_layers, self.n_slots = wavefront.config.encoder_layers, wavefront.n_slots
+        n_documents, n_tokens, width = tokens_BLD.shape
+        with torch.inference_mode(False):
+            # one more than there are layers: below the first and above the last; what leaves one enters the next
+            self.stream = tokens_BLD.new_zeros(n_layers + 1, n_documents, self.n_slots + n_tokens, width)
+            self.memory = tokens_BLD.new_zeros(n_layers, n_documents, self.n_slots, width)
+            self.weights = {name: torch.empty_like(weight, requires_grad=False) for name, weight in weights.items()}
+            self.is_read = torch.zeros(n_layers, n_documents, dtype=torch.bool, device=tokens_BLD.device)
+        self.masks: list[Tensor | None] = [None, None]
+        # gradients, made when they are first needed
+        self.into_stream = self.into_memory = torch.empty(0)
+        self.into_weights: dict[str, Tensor] = {}
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.generator = torch.cuda.default_generators[tokens_BLD.device.index]
+
+    @property
+    def top(self) -> Tensor:
+        """Tokens `(B, L, D)` above the last layer."""
+        return self.stream[-1][:, self.n_slots :]
+
+    def load(self, weights: Weights) -> None:
+        """Take the weights of this pass."""
+        torch._foreach_copy_(list(self.weights.values()), [weights[name].detach() for name in self.weights])
+
+    def record(self, diagonals: list[Diagonal], with_backward: bool) -> None:
+        """Record what these diagonals need and has not been recorded; the random generator stays where it is."""
+        offset = self.generator.get_offset()
+        if with_backward and not self.into_weights:
+            with torch.inference_mode(False):
+                self.into_weights = {name: torch.empty_like(weight) for name, weight in self.weights.items()}
+                self.into_stream, self.into_memory = torch.zeros_like(self.stream), torch.empty_like(self.memory)
+        # the largest first: the others find room in its memory
+        for diagonal in sorted(diagonals, key=lambda it: it.first - it.stop):
+            for is_backward in (False, True)[: 1 + with_backward]:
+                if self._key(diagonal, is_backward) not in self.graphs:
+                    self._place(diagonal)
+                    work = self._backward if is_backward else self._forward
+                    self.graphs[self._key(diagonal, is_backward)] = self._recorded(work, diagonal)
+        self.generator.set_offset(offset)
+
+    def replay(self, diagonal: Diagonal, is_backward: bool = False) -> None:
+        """Compute a diagonal: from the streams and states that are there, those that it leaves; or their gradients."""
+        self._place(diagonal)
+        self.graphs[self._key(diagonal, is_backward)].replay()
+
+    def _key(self, diagonal: Diagonal, is_backward: bool) -> tuple:
+        has_padding = diagonal.visible.slots is not None
+        is_training = self.layer().training
+        return diagonal.first, diagonal.stop, has_padding, diagonal.is_read is None, is_training, is_backward
+
+    def _place(self, diagonal: Diagonal) -> None:
+        """Put the masks where graphs read them."""
+        for number, mask in enumerate((diagonal.visible.tokens, diagonal.visible.slots)):
+            if mask is None:
+                continue
+            if self.masks[number] is None:
+                n_rows = self.is_read.numel()
+                with torch.inference_mode(False):
+                    self.masks[number] = torch.ones(n_rows, *mask.shape[1:], dtype=mask.dtype, device=mask.device)
+            self.masks[number][: len(mask)].copy_(mask)
+        if diagonal.is_read is not None:
+            self.is_read[: len(diagonal.is_read)].copy_(diagonal.is_read)
+
+    def _recorded(self, work: Callable[[Diagonal], None], diagonal: Diagonal) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.inference_mode(False):
+            with torch.cuda.stream(stream):
+                # kernels are compiled and libraries made ready, which cannot be recorded
+                work(diagonal)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # other threads may copy batches meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                work(diagonal)
+        return graph
+
+    @torch.no_grad()
+    def _forward(self, diagonal: Diagonal) -> None:
+        first, stop = diagonal.first, diagonal.stop
+        weights = {name: weight[first:stop] for name, weight in self.weights.items()}
+        stream, memory = self._step(diagonal, weights, self.stream[first:stop], self.memory[first:stop])
+        self.stream[first + 1 : stop + 1].copy_(stream)
+        self.memory[first:stop].copy_(memory)
+
+    def _backward(self, diagonal: Diagonal) -> None:
+        span = slice(diagonal.first, diagonal.stop)
+        weights = {name: weight[span].detach() for name, weight in self.weights.items()}
+        gradients = {name: gradient[span] for name, gradient in self.into_weights.items()}
+        with torch.enable_grad():
+            # gradients of the large maps are added up by the products themselves
+            for name in weights.keys() - LINEAR.keys():
+                weights[name].requires_grad_()
+            inputs = [part[span].detach().requires_grad_() for part in (self.stream, self.memory)]
+            outputs = self._step(diagonal, weights, inputs[0], inputs[1], gradients)
+        own = [name for name, weight in weights.items() if weight.requires_grad]
+        arriving = self.into_stream[span.start + 1 : span.stop + 1], self.into_memory[span]
+        leaving = torch.autograd.grad(outputs, [*inputs, *(weights[name] for name in own)], arriving, allow_unused=True)
+        self.into_stream[span].copy_(leaving[0])
+        self.into_memory[span].copy_(leaving[1])
+        found = [(gradients[name], part) for name, part in zip(own, leaving[2:], strict=True) if part is not None]
+        torch._foreach_add_([total for total, _ in found], [part for _, part in found])
+
+    def _step(
+        self, diagonal: Diagonal, weights: Weights, stream: Tensor, memory: Tensor, gradients: Weights | None = None
+    ) -> tuple[Tensor, Tensor]:
+        n_layers, n_rows = stream.shape[0], stream.shape[0] * stream.shape[1]
+        has_padding = diagonal.visible.slots is not None
+        tokens, slots = (mask[:n_rows] if has_padding else None for mask in self.masks)
+        visible = Visibility(tokens, slots, self.n_slots, slots_read_prefix=True)
+        is_read = None if diagonal.is_read is None else self.is_read[:n_layers]
+        return diagonal_step(weights, self.layer(), self.recurrence(), stream, memory, visible, is_read, gradients)
+
+    def begin_backward(self, into_memory: Tensor) -> None:
+        """Make ready for the backward pass of the last diagonal."""
+        torch._foreach_zero_(list(self.into_weights.values()))
+        self.into_memory.copy_(into_memory)
+
+
+class _Replayed(torch.autograd.Function):
+    """Tokens above the last layer `(N, B, L, D)`, its states `(N, B, P, D)`, and all states at the end.
+
+    Takes the streams `(N, B, S, D)` that enter below the first layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recorder: Recorder,
+        diagonals: list[Diagonal],
+        names: list[str],
+        streams: Tensor,
+        memory: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n_segments, n_layers = len(streams), len(memory)
+        tops = streams.new_empty(n_segments, *recorder.top.shape)
+        memories = memory.new_empty(n_segments, *memory.shape[1:])
+        recorder.memory.copy_(memory)
+        kept = []
+        for number, diagonal in enumerate(diagonals):
+            span = slice(diagonal.first, diagonal.stop)
+            if number < n_segments:
+                recorder.stream[0].copy_(streams[number])
+            kept.append((recorder.stream[span].clone(), recorder.memory[span].clone(), recorder.generator.get_offset()))
+            recorder.replay(diagonal)
+            if diagonal.stop == n_layers:
+                tops[number - n_layers + 1].copy_(recorder.top)
+                memories[number - n_layers + 1].copy_(recorder.memory[-1])
+        ctx.recorder, ctx.diagonals, ctx.kept, ctx.names = recorder, diagonals, kept, names
+        ctx.shape = streams.shape
+        return tops, memories, recorder.memory.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, into_tops: Tensor, into_memories: Tensor, into_memory: Tensor) -> tuple[Tensor | None, ...]:
+        recorder, n_layers = ctx.recorder, len(into_memory)
+        into_streams = into_tops.new_empty(ctx.shape)
+        recorder.begin_backward(into_memory)
+        now = recorder.generator.get_offset()
+        for number in reversed(range(len(ctx.diagonals))):
+            diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.kept[number]
+            span = slice(diagonal.first, diagonal.stop)
+            recorder.stream[span].copy_(stream)
+            recorder.memory[span].copy_(memory)
+            if diagonal.stop == n_layers:
+                recorder.into_stream[-1][:, recorder.n_slots :].copy_(into_tops[number - n_layers + 1])
+                recorder.into_memory[-1].add_(into_memories[number - n_layers + 1])
+            recorder.generator.set_offset(offset)
+            recorder.replay(diagonal, is_backward=True)
+            if number < len(into_streams):
+                into_streams[number].copy_(recorder.into_stream[0])
+        recorder.generator.set_offset(now)
+        into_weights = [recorder.into_weights[name].clone() for name in ctx.names]
+        return None, None, None, into_streams, recorder.into_memory.clone(), *into_weights

@@ -1,0 +1,32 @@
+"""What kernels share: how work is divided, and dropout.
+
+Shape suffixes: E encoder layers (of a diagonal), W width of a row.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+# of each processor, for kernels that add up over rows
+PROGRAMS_PER_PROCESSOR = 4
+
+
+def n_chunks(n_layers: int, n_rows: int, device: torch.device) -> int:
+    """Programs that share a layer's rows, so that a device is busy with all layers."""
+    n_processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(n_rows, PROGRAMS_PER_PROCESSOR * n_processors // n_layers))
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Seed of one dropout, of the device's own generator: `(1,)`."""
+    return torch.randint(2**31 - 1, (1,), device=device)
+
+
+@triton.jit
+def drop(values, seed_pointer, row, p, BLOCK: tl.constexpr):
+    """A row of `BLOCK` values, each zero with probability `p`; again the same for the same seed and row."""
+    quarter = row.to(tl.int32) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    first, second, third, fourth = tl.rand4x(tl.load(seed_pointer), quarter)
+    uniform = tl.reshape(tl.join(tl.join(first, second), tl.join(third, fourth)), [BLOCK])
+    return tl.where(uniform >= p, values / (1.0 - p), 0.0)

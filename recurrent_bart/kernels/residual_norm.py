@@ -1,0 +1,129 @@
+"""Bias, dropout, residual sum and layer norm in one pass.
+
+Shape suffixes: E encoder layers (of a diagonal), M rows of a layer, D model width.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton import language as tl
+
+from recurrent_bart.kernels.programs import draw_seed, drop, n_chunks
+
+
+def residual_norm(
+    stream_EMD: Tensor, hidden_EMD: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor, epsilon: float, p: float
+) -> Tensor:
+    """`LayerNorm(stream + dropout(hidden + hidden_bias))`; biases and weight `(E, 1, D)` are each layer's own.
+
+    Sums are in float32, what leaves is in the stream's type.
+    """
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stream: Tensor,
+        hidden: Tensor,
+        hidden_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: float,
+        p: float,
+    ) -> Tensor:
+        n_layers, n_rows, width = stream.shape
+        stream, hidden = stream.contiguous(), hidden.contiguous()
+        total, out = torch.empty_like(stream), torch.empty_like(stream)
+        mean, scale = stream.new_empty(2, n_layers * n_rows, dtype=torch.float32)
+        seed = draw_seed(stream.device) if p else mean
+        _forward[(n_layers * n_rows,)](
+            stream, hidden, hidden_bias, weight, bias, seed, total, out, mean, scale,
+            n_rows, width, epsilon, p, HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+        ctx.save_for_backward(total, weight, mean, scale, seed)
+        ctx.p = p
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, mean, scale, seed = ctx.saved_tensors
+        n_layers, n_rows, width = total.shape
+        chunks = n_chunks(n_layers, n_rows, total.device)
+        into_stream = torch.empty_like(total)
+        into_hidden = torch.empty_like(total) if ctx.p else into_stream
+        # of bias, weight and the hidden's bias
+        sums = total.new_empty(3, chunks, n_layers, width, dtype=torch.float32)
+        _backward[(n_layers * chunks,)](
+            gradient.contiguous(), total, weight, mean, scale, seed, into_stream, into_hidden, sums,
+            n_layers, n_rows, chunks, width, ctx.p, HAS_DROPOUT=ctx.p > 0, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+        into_bias, into_weight, into_hidden_bias = sums.sum(dim=1, keepdim=True).transpose(1, 2).to(weight.dtype)
+        return into_stream, into_hidden, into_hidden_bias, into_weight, into_bias, None, None
+
+
+@triton.jit
+def _forward(
+    stream, hidden, hidden_bias, weight, bias, seed, total, out, mean, scale,
+    n_rows, width, epsilon, p, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place, own = row * width + column, (row // n_rows) * width + column
+    added = tl.load(hidden + place, inside, 0.0).to(tl.float32) + tl.load(hidden_bias + own, inside, 0.0).to(tl.float32)
+    if HAS_DROPOUT:
+        added = drop(added, seed, row, p, BLOCK)
+    # as the backward pass will read it
+    summed = (tl.load(stream + place, inside, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
+    tl.store(total + place, summed, inside)
+    summed = summed.to(tl.float32)
+    average = tl.sum(summed, axis=0) / width
+    centred = tl.where(inside, summed - average, 0.0)
+    factor = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + epsilon)
+    tl.store(mean + row, average)
+    tl.store(scale + row, factor)
+    normed = centred * factor * tl.load(weight + own, inside, 0.0).to(tl.float32)
+    normed += tl.load(bias + own, inside, 0.0).to(tl.float32)
+    tl.store(out + place, normed.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _backward(
+    gradient, total, weight, mean, scale, seed, into_stream, into_hidden, sums,
+    n_layers, n_rows, n_chunks, width, p, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    own_weight = tl.load(weight + layer * width + column, inside, 0.0).to(tl.float32)
+    bias_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    weight_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    hidden_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for own_row in range(chunk, n_rows, n_chunks):
+        row = layer.to(tl.int64) * n_rows + own_row
+        place = row * width + column
+        factor = tl.load(scale + row)
+        arriving = tl.load(gradient + place, inside, 0.0).to(tl.float32)
+        normed = (tl.load(total + place, inside, 0.0).to(tl.float32) - tl.load(mean + row)) * factor
+        normed = tl.where(inside, normed, 0.0)
+        bias_sum += arriving
+        weight_sum += arriving * normed
+        scaled = arriving * own_weight
+        along = tl.sum(scaled * normed, axis=0) / width
+        leaving = (scaled - tl.sum(scaled, axis=0) / width - normed * along) * factor
+        tl.store(into_stream + place, leaving.to(into_stream.dtype.element_ty), inside)
+        if HAS_DROPOUT:
+            leaving = drop(leaving, seed, row, p, BLOCK)
+            tl.store(into_hidden + place, leaving.to(into_hidden.dtype.element_ty), inside)
+        hidden_sum += leaving
+    place = (chunk * n_layers + layer) * width + column
+    stride = n_chunks * n_layers * width
+    tl.store(sums + place, bias_sum, inside)
+    tl.store(sums + stride + place, weight_sum, inside)
+    tl.store(sums + 2 * stride + place, hidden_sum, inside)

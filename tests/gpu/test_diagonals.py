@@ -1,0 +1,161 @@
+"""Fused and recorded diagonals give the numbers that the sequential schedule gives; run with `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from recurrent_bart import fused_cell, graphed_wavefront, schedules, wavefront
+from tiny import random_ids, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+FIELDS = {
+    "gated": {},
+    "concat": {"prefix_attention": "concat"},
+    "own projection": {"prefix_projection": False, "update_gate": False},
+    "windows": {"bptt_depth": 1},
+    "memory": {"decoder_context": "memory", "bptt_depth": 1},
+    "all": {"decoder_context": "all"},
+}
+SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_layers": 3}
+
+
+def build(schedule, seed=0, **fields):
+    torch.manual_seed(seed)
+    model = tiny_model(schedule=schedule, activation_function="gelu", **SHAPE | fields).to("cuda").float().train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name:
+                parameter.normal_()
+    return model
+
+
+def documents(is_ragged, task="document"):
+    torch.manual_seed(1)
+    mask = torch.ones(3, 5, 8, dtype=torch.long)
+    if is_ragged:
+        mask[1, 3:], mask[1, 2, 5:], mask[2, 1:] = 0, 0, 0
+    labels = random_ids(3, 5, 4)
+    labels[~mask.bool().any(-1)] = -100
+    labels = labels if task == "sections" else labels[:, 0]
+    return {"input_ids": random_ids(3, 5, 8).cuda(), "attention_mask": mask, "labels": labels}
+
+
+def results(model, inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output.loss.detach(), output.state.memory.detach(), gradients
+
+
+def check_equal(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in expected[2].values())
+    assert found[2].keys() == expected[2].keys()
+    for name, gradient in expected[2].items():
+        torch.testing.assert_close(
+            found[2][name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Counts replays."""
+    counted = []
+    replay = graphed_wavefront.Recorder.replay
+
+    def counting(recorder, *arguments, **options):
+        counted.append(1)
+        return replay(recorder, *arguments, **options)
+
+    monkeypatch.setattr(graphed_wavefront.Recorder, "replay", counting)
+    return counted
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Counts fused diagonals."""
+    counted = []
+
+    def counting(*arguments):
+        counted.append(1)
+        return fused_cell.fused_cell(*arguments)
+
+    monkeypatch.setattr(wavefront, "fused_cell", counting)
+    return counted
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("is_ragged", [False, True])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("schedule", ["wavefront", "auto"])
+def test_numbers_are_the_sequential_ones(schedule, fields, is_ragged, task, replays, fused):
+    inputs = documents(is_ragged, task)
+    expected = results(build("sequential", **fields), inputs)
+    model = build(schedule, **fields)
+    # the second time of recordings that were made for other weights
+    if schedule == "auto":
+        with torch.no_grad():
+            weights = [parameter.clone() for parameter in model.parameters()]
+            torch._foreach_mul_(list(model.parameters()), 0.5)
+        results(model, inputs)
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), weights)
+    check_equal(results(model, inputs), expected)
+    check_equal(results(model, inputs), expected)
+    assert fused
+    assert bool(replays) == (schedule == "auto")
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_reading_gives_the_sequential_states(is_ragged, replays):
+    inputs = documents(is_ragged)
+    inputs.pop("labels")
+    read = [build(schedule).eval().model.encode(**inputs) for schedule in ("sequential", "auto") for _ in range(2)]
+    with torch.inference_mode():
+        read.append(build("auto").eval().model.encode(**inputs))
+    for found in read[1:]:
+        torch.testing.assert_close(found.last_hidden_state, read[0].last_hidden_state, rtol=1e-4, atol=1e-5)
+    assert replays
+
+
+def test_the_same_dropout_is_drawn_again_in_the_backward_pass(replays):
+    """The gradient is the slope of the loss along it, under the same masks."""
+    model, inputs = build("auto", dropout=0.3, hidden_dropout_prob=0.3, attention_dropout=0.0), documents(False)
+    parameters = [p for name, p in model.named_parameters() if "encoder.layers" in name or "recurrence" in name]
+
+    def loss():
+        torch.manual_seed(3)
+        return model(**inputs).loss
+
+    results(model, inputs)
+    gradients = torch.autograd.grad(loss(), parameters)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    step = 1e-3 / norm
+    found = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            torch._foreach_add_(parameters, gradients, alpha=float(sign * step))
+        # with a graph, for without one other numbers are drawn
+        found.append(float(loss().detach()))
+        with torch.no_grad():
+            torch._foreach_add_(parameters, gradients, alpha=float(-sign * step))
+    assert (found[0] - found[1]) / (2 * float(step)) == pytest.approx(float(norm) ** 2, rel=2e-2)
+    assert replays
+
+
+def test_recording_leaves_the_random_numbers_as_they_are():
+    model, inputs = build("auto", dropout=0.3), documents(False)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        losses.append(float(model(**inputs).loss.detach()))
+    assert losses[0] == losses[1]
+
+
+def test_large_batches_are_not_recorded(monkeypatch, replays):
+    monkeypatch.setattr(graphed_wavefront, "MOST_TOKENS", 3 * 8 - 1)
+    results(build("auto"), documents(False))
+    assert not replays
+    assert schedules.is_faster_by_diagonals(torch.zeros(3, 5, 8, 48, device="cuda"))

@@ -1,0 +1,102 @@
+"""Fused cells give the numbers of plain ones; kernels run by Triton's interpreter, on a processor."""
+
+import os
+
+import pytest
+import torch
+
+from recurrent_bart import fused_cell, wavefront
+from recurrent_bart.stacked_layers import LINEAR, stack_layers
+from tiny import random_ids, tiny_model
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the beginning, as make test has it", allow_module_level=True)
+pytest.importorskip("triton", reason="needs triton, which torch brings along where it has CUDA")
+
+# a width that is no power of two
+SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "gelu"}
+FIELDS = {
+    "gated": {},
+    "concat": {"prefix_attention": "concat"},
+    "own projection": {"prefix_projection": False, "update_gate": False},
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Diagonals on a processor are fused; counts the cells."""
+    counted = []
+
+    def counting(*arguments):
+        counted.append(1)
+        return fused_cell.fused_cell(*arguments)
+
+    monkeypatch.setattr(wavefront, "can_fuse", lambda config, stream: True)
+    monkeypatch.setattr(wavefront, "fused_cell", counting)
+    return counted
+
+
+def documents(task):
+    """Ragged ones: padding inside a segment and segments that are not there."""
+    torch.manual_seed(1)
+    mask = torch.ones(3, 4, 8, dtype=torch.long)
+    mask[1, 3:], mask[1, 2, 5:], mask[2, 1:] = 0, 0, 0
+    labels = random_ids(3, 4, 4)
+    labels[~mask.bool().any(-1)] = -100
+    labels = labels if task == "sections" else labels[:, 0]
+    return {"input_ids": random_ids(3, 4, 8), "attention_mask": mask, "labels": labels}
+
+
+def results(schedule, inputs, **fields):
+    torch.manual_seed(0)
+    model = tiny_model(schedule=schedule, **SHAPE | fields).train()
+    output = model(**inputs)
+    output.loss.backward()
+    return output.loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_values_and_gradients_are_the_plain_ones(interpreted, monkeypatch, fields, task):
+    inputs = documents(task)
+    expected_loss, expected = results("sequential", inputs, **fields)
+    loss, gradients = results("wavefront", inputs, **fields)
+    assert interpreted
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
+    """Of a sum of zeros and dropped ones, gradients are zero where the ones are."""
+    from recurrent_bart.kernels.residual_norm import residual_norm
+
+    torch.manual_seed(0)
+    stream, ones = torch.zeros(2, 64, 48), torch.ones(2, 64, 48, requires_grad=True)
+    weight, nothing = torch.ones(2, 1, 48), torch.zeros(2, 1, 48)
+    out = residual_norm(stream, ones, nothing, weight, nothing, 1e-5, 0.3)
+    is_dropped = out < 0
+    assert is_dropped.float().mean() == pytest.approx(0.3, abs=0.03)
+    (out * torch.randn(2, 64, 48)).sum().backward()
+    assert torch.equal(ones.grad == 0, is_dropped)
+
+
+def test_whole_gradients_are_added_up_in_place(interpreted):
+    """What recorded diagonals do: maps add their gradient to a tensor that has something in it."""
+    torch.manual_seed(0)
+    model = tiny_model(**SHAPE).train()
+    encoder = model.model.encoder
+    weights = stack_layers(encoder.layers) | dict(encoder.recurrence.by_layer())
+    weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    stream, memory = torch.randn(3, 2, 11, 48), torch.randn(3, 2, 3, 48)
+    visible = wavefront.Visibility(None, None, 3, True)
+    arguments = encoder.layers[0], encoder.recurrence, stream, memory, visible, None
+    expected = torch.autograd.grad(
+        wavefront.diagonal_step(weights, *arguments)[0].square().sum(), [weights[name] for name in LINEAR]
+    )
+    totals = {name: torch.ones_like(weights[name]) for name in LINEAR}
+    wavefront.diagonal_step(weights, *arguments, totals)[0].square().sum().backward()
+    for name, gradient in zip(LINEAR, expected, strict=True):
+        torch.testing.assert_close(totals[name] - 1, gradient, rtol=1e-4, atol=1e-3, msg=name)
+        assert weights[name].grad is None
