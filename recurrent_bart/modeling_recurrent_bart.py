@@ -4,33 +4,25 @@ Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length 
 T target length, D model width, V vocabulary.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
-from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bart.modeling_bart import (
-    BartDecoder,
-    BartEncoder,
     BartForConditionalGeneration,
     BartModel,
-    BartPreTrainedModel,
     BartScaledWordEmbedding,
     shift_tokens_right,
 )
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.decoder_context import encoder_output
 from recurrent_bart.exposure_bias import Oracle
+from recurrent_bart.modeling_decoder import RecurrentBartDecoder
+from recurrent_bart.modeling_encoder import RecurrentBartEncoder
 from recurrent_bart.modeling_outputs import (
     RecurrentBartLMOutput,
     RecurrentBartModelOutput,
@@ -38,155 +30,13 @@ from recurrent_bart.modeling_outputs import (
     put_back,
     take,
 )
+from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.oracle_inputs import OracleInputs
-from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention
-from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, build_recurrence
-from recurrent_bart.schedules import Grid, Kept
+from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segment_generation import SegmentGeneration
 from recurrent_bart.segmentation import align_at_end, segment_documents
 from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, on_host, per_target, token_loss
 from recurrent_bart.token_head import TokenHead
-
-CHECKPOINTING_GRAINS = ("none", "layer", "segment")
-logger = logging.get_logger(__name__)
-
-
-class RecurrentBartPreTrainedModel(BartPreTrainedModel):
-    """Weight initialisation and loading for all classes here."""
-
-    config_class = RecurrentBartConfig
-    config: RecurrentBartConfig
-    # the prefix is read by matrix products around it, not by whole layers that a compiler could swallow
-    _can_compile_fullgraph = False
-    # its masks cannot be cut into memory's and tokens' part
-    _supports_flex_attn = False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, PrefixRecurrence):
-            module.init_weights(self.config.init_std)
-        if isinstance(module, GatedCrossAttention):
-            init.zeros_(module.memory_gate)
-        if isinstance(module, RecurrentBartForConditionalGeneration):
-            init.zeros_(module.final_logits_bias)
-
-    def set_gradient_checkpointing(self, grain: str) -> None:
-        """Choose what is recomputed in the backward pass to save memory; losses and gradients stay the same.
-
-        Args:
-            grain: `"none"`; `"layer"`: each layer of a segment for itself; `"segment"`: in the encoder all layers of a
-                segment together, of which the state alone is stored, in the decoder each layer. By diagonals, in the
-                encoder: `"layer"`: each diagonal for itself, of which streams and states are stored; `"segment"`: as
-                many together as makes the whole smallest.
-
-        Raises:
-            ValueError: It is none of these.
-        """
-        if grain not in CHECKPOINTING_GRAINS:
-            raise ValueError(f"gradient checkpointing {grain!r}: allowed are {', '.join(CHECKPOINTING_GRAINS)}")
-        self._set_gradient_checkpointing(grain != "none", functools.partial(checkpoint, use_reentrant=False))
-        for encoder in (module for module in self.modules() if isinstance(module, RecurrentBartEncoder)):
-            encoder.checkpoints_segments = grain == "segment"
-            for layer in encoder.layers:
-                layer.gradient_checkpointing = grain == "layer"
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
-    ) -> None:
-        """Refuse the reentrant kind, on whatever way it was asked for.
-
-        A layer is run once per segment, and reentrant checkpointing gives wrong gradients for modules used more than
-        once.
-        """
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
-            raise ValueError("use_reentrant=True: gradients of layers used once per segment would be wrong; use False")
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
-
-
-class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
-    """Identical to BartEncoder except: it reads segments, and a state goes from one to the next."""
-
-    def __init__(self, config: RecurrentBartConfig):
-        super().__init__(config)
-        self.recurrence = build_recurrence(config)
-        self.checkpoints_segments = False
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        state: RecurrentState | None = None,
-        every_segment: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> RecurrentEncoderOutput | tuple:
-        """Read documents.
-
-        Args:
-            input_ids: `(B, n)`, segmented here, or `(B, N, L)`.
-            attention_mask: Like `input_ids`, 1 at tokens. A segment without any is one that its document does not
-                have. None: all are tokens.
-            inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
-            state: What was read before. With one, a document may have nothing more to read.
-            every_segment: Give the decoder's context after each segment.
-            output_attentions: Give what tokens attend to in every layer; the eager back-end alone can.
-            output_hidden_states: Give the token streams of every layer.
-            return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
-
-        Raises:
-            ValueError: Ids and embeddings are both given or both missing, a document has no token, or a segment is
-                longer than `config.input_size`.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
-        segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
-        if inputs_embeds is None:
-            segments = self.embed_tokens(segments)
-        grid = Grid(
-            self.config, self.layers, self.recurrence, self._embed_segment, self.checkpoints_segments and self.training
-        )
-        kept = Kept(
-            every_segment=every_segment,
-            tokens=self.config.decoder_context == "all",
-            memories=self.config.decoder_context == "memory",
-            attentions=self._gives_attentions(output_attentions),
-            hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-        )
-        outputs = grid.run(segments, mask, state, kept)
-        output = encoder_output(self.config, outputs, mask, state, every_segment).shifted(-n_empty_B)
-        return output.as_tuple() if return_dict is False else output
-
-    def _gives_attentions(self, output_attentions: bool | None) -> bool:
-        is_wanted = self.config.output_attentions if output_attentions is None else output_attentions
-        if is_wanted and "eager" not in self.config._attn_implementation:
-            logger.warning_once(f"output_attentions: {self.config._attn_implementation} has none to give, eager has")
-            return False
-        return is_wanted
-
-    def _embed_segment(self, tokens_BLD: Tensor, slots_BPD: Tensor | None) -> Tensor:
-        """First layer's stream `(B, P + L, D)`: slots, which have no position, and tokens, counted from 0."""
-        stream = tokens_BLD + self.embed_positions(tokens_BLD[:, :, 0])
-        if slots_BPD is not None:
-            stream = torch.cat([slots_BPD.to(stream.dtype), stream], dim=1)
-        stream = self.layernorm_embedding(stream)
-        return nn.functional.dropout(stream, p=self.dropout, training=self.training)
-
-
-class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
-    """Identical to BartDecoder except: `CrossAttention`, with `prefix_attention="gated"` of memory through a gate."""
-
-    def __init__(self, config: RecurrentBartConfig):
-        super().__init__(config)
-        is_gated = config.has_state and config.prefix_attention == "gated"
-        for layer_idx, layer in enumerate(self.layers):
-            layer.encoder_attn = (GatedCrossAttention if is_gated else CrossAttention)(config, layer_idx)
-        self.post_init()
 
 
 class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
@@ -244,42 +94,16 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         self, encoder_outputs: RecurrentEncoderOutput, **kwargs: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the decoder on what the encoder gave."""
-        kwargs["attention_mask"] = self._decoder_mask(**kwargs)
+        kwargs["attention_mask"] = self.decoder.own_mask(**kwargs)
         # BartDecoder hands further arguments down to its attention, which alone knows this one
         is_gated = self.config.has_state and self.config.prefix_attention == "gated"
         memory = {"n_memory": encoder_outputs.n_memory or 0} if is_gated else {}
         return self.decoder(
             encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=self._context_mask(encoder_outputs),
+            encoder_attention_mask=self.decoder.context_mask(encoder_outputs),
             **memory,
             **kwargs,
         )
-
-    def _context_mask(self, encoder_outputs: RecurrentEncoderOutput) -> Tensor | None:
-        """What the decoder sees, in the back-end's form: BartDecoder would wait for the device to see if it is all."""
-        if encoder_outputs.has_padding is False:
-            return None
-        hidden = encoder_outputs.last_hidden_state
-        return create_bidirectional_mask(
-            self.config, hidden[:, :1], encoder_outputs.context_mask, hidden, allow_is_bidirectional_skip=False
-        )
-
-    def _decoder_mask(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Tensor | None:
-        """Likewise of what the decoder has read itself; without a mask, BartDecoder would make one and look at it."""
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        is_known = attention_mask is None and past_key_values is None and not use_cache
-        if not is_known or inputs.device.type == "cpu" or "flash" in self.config._attn_implementation:
-            return attention_mask
-        query = self.shared.weight.new_empty(1, inputs.shape[1], 1, device=inputs.device)
-        return create_causal_mask(self.config, query, None, None, allow_is_causal_skip=False)
 
     @can_return_tuple
     def forward(

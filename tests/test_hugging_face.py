@@ -151,6 +151,7 @@ def test_built_on_the_meta_device_nothing_is_left_uninitialised(kind, fields):
         model._init_weights(module)
     left = [name for name, tensor in model.state_dict().items() if tensor.isnan().any()]
     assert not left
+    assert not any(buffer.any() for buffer in model.buffers())
 
 
 def test_the_configuration_survives_a_file(tmp_path):

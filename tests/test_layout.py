@@ -48,8 +48,9 @@ def kind_of(module):
         "benchmarks",
     }:
         return parts[1]
-    named = {"configuration_recurrent_bart": "configuration", "modeling_recurrent_bart": "modeling"}
-    return named.get(parts[1], "core")
+    if parts[1] in {"modeling_pretrained", "modeling_encoder", "modeling_decoder", "modeling_recurrent_bart"}:
+        return "modeling"
+    return "configuration" if parts[1] == "configuration_recurrent_bart" else "core"
 
 
 def level_of(kind):

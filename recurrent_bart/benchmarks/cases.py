@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from recurrent_bart.data.rows import TASKS
-from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS
+from recurrent_bart.modeling_pretrained import CHECKPOINTING_GRAINS
 
 MODELS = {"ours": "ours", "rmt": "RMT on BART", "bart": "BART, full attention", "led": "LED", "longt5": "LongT5"}
 # a training step with its optimizer; forward and backward passes alone, as of one micro-batch of several; the encoder

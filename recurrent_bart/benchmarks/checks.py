@@ -13,7 +13,8 @@ from transformers import BartConfig
 
 from recurrent_bart.benchmarks.rmt import RecurrentMemoryBart
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS, RecurrentBartForConditionalGeneration
+from recurrent_bart.modeling_pretrained import CHECKPOINTING_GRAINS
+from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
 N_SEGMENTS, SEGMENT_SIZE = 5, 8
 SHAPE: dict[str, Any] = {

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.rows import TASKS, Columns
 from recurrent_bart.exposure_bias import ORACLES
-from recurrent_bart.modeling_recurrent_bart import CHECKPOINTING_GRAINS
+from recurrent_bart.modeling_pretrained import CHECKPOINTING_GRAINS
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
 from recurrent_bart.training.curriculum import Curriculum, parse_stages

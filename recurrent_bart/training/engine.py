@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from recurrent_bart.distributed import is_first
-from recurrent_bart.modeling_recurrent_bart import RecurrentBartEncoder
+from recurrent_bart.modeling_encoder import RecurrentBartEncoder
 
 
 def build_engine(

@@ -1,0 +1,95 @@
+"""The encoder: documents are read segment by segment.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), D model width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartEncoder
+from transformers.utils import logging
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.decoder_context import encoder_output
+from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
+from recurrent_bart.prefix_recurrence import RecurrentState, build_recurrence
+from recurrent_bart.schedules import Grid, Kept
+from recurrent_bart.segmentation import align_at_end, segment_documents
+
+logger = logging.get_logger(__name__)
+
+
+class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
+    """Identical to BartEncoder except: it reads segments, and a state goes from one to the next."""
+
+    def __init__(self, config: RecurrentBartConfig):
+        super().__init__(config)
+        self.recurrence = build_recurrence(config)
+        self.checkpoints_segments = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: RecurrentState | None = None,
+        every_segment: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> RecurrentEncoderOutput | tuple:
+        """Read documents.
+
+        Args:
+            input_ids: `(B, n)`, segmented here, or `(B, N, L)`.
+            attention_mask: Like `input_ids`, 1 at tokens. A segment without any is one that its document does not
+                have. None: all are tokens.
+            inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
+            state: What was read before. With one, a document may have nothing more to read.
+            every_segment: Give the decoder's context after each segment.
+            output_attentions: Give what tokens attend to in every layer; the eager back-end alone can.
+            output_hidden_states: Give the token streams of every layer.
+            return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
+
+        Raises:
+            ValueError: Ids and embeddings are both given or both missing, a document has no token, or a segment is
+                longer than `config.input_size`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
+        segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
+        if inputs_embeds is None:
+            segments = self.embed_tokens(segments)
+        grid = Grid(
+            self.config, self.layers, self.recurrence, self._embed_segment, self.checkpoints_segments and self.training
+        )
+        kept = Kept(
+            every_segment=every_segment,
+            tokens=self.config.decoder_context == "all",
+            memories=self.config.decoder_context == "memory",
+            attentions=self._gives_attentions(output_attentions),
+            hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        outputs = grid.run(segments, mask, state, kept)
+        output = encoder_output(self.config, outputs, mask, state, every_segment).shifted(-n_empty_B)
+        return output.as_tuple() if return_dict is False else output
+
+    def _gives_attentions(self, output_attentions: bool | None) -> bool:
+        is_wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        if is_wanted and "eager" not in self.config._attn_implementation:
+            logger.warning_once(f"output_attentions: {self.config._attn_implementation} has none to give, eager has")
+            return False
+        return is_wanted
+
+    def _embed_segment(self, tokens_BLD: Tensor, slots_BPD: Tensor | None) -> Tensor:
+        """First layer's stream `(B, P + L, D)`: slots, which have no position, and tokens, counted from 0."""
+        stream = tokens_BLD + self.embed_positions(tokens_BLD[:, :, 0])
+        if slots_BPD is not None:
+            stream = torch.cat([slots_BPD.to(stream.dtype), stream], dim=1)
+        stream = self.layernorm_embedding(stream)
+        return nn.functional.dropout(stream, p=self.dropout, training=self.training)
