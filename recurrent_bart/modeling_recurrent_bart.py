@@ -82,13 +82,14 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         How often the module is called depends on nothing that differs between processes: under ZeRO-3 each call is a
         collective.
         """
-        window = self.config.bptt_window
+        # the encoder's own, which untied weights do not share, as BartEncoder does
+        embed, window = self.encoder.embed_tokens, self.config.bptt_window
         if every_segment or window is None or not torch.is_grad_enabled():
-            return self.shared(segments_BNL)
+            return embed(segments_BNL)
         n_beyond = max(0, segments_BNL.shape[1] - window)
         with torch.no_grad():
-            beyond = self.shared(segments_BNL[:, :n_beyond])
-        return torch.cat([beyond, self.shared(segments_BNL[:, n_beyond:])], dim=1)
+            beyond = embed(segments_BNL[:, :n_beyond])
+        return torch.cat([beyond, embed(segments_BNL[:, n_beyond:])], dim=1)
 
     def decode(
         self, encoder_outputs: RecurrentEncoderOutput, **kwargs: Any

@@ -12,7 +12,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 from runs import write_documents
-from tiny import TINY, tiny_model
+from tiny import PLAIN, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,7 @@ def make_model():
 @pytest.fixture
 def bart():
     """A tiny plain BART in evaluation mode."""
-    config = {name: value for name, value in TINY.items() if name != "hidden_dropout_prob"}
-    return BartForConditionalGeneration(BartConfig(**config)).eval()
+    return BartForConditionalGeneration(BartConfig(**PLAIN)).eval()
 
 
 @pytest.fixture(scope="session")

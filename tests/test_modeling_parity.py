@@ -8,7 +8,7 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGe
 from transformers.cache_utils import DynamicCache
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from tiny import RECURRENT, TINY, random_ids
+from tiny import PLAIN, RECURRENT, TINY, random_ids
 
 PADDING = {"none": (12, 12), "right": (12, 7), "single token": (1, 12)}
 
@@ -41,13 +41,8 @@ def labels():
     return ids
 
 
-@pytest.mark.parametrize("lengths", PADDING.values(), ids=PADDING)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_parity_without_recurrence_logits_loss_and_all_gradients(bart, bart_folder, lengths, attention):
-    ours = load(bart_folder, pre_seq_len=0)
-    bart.set_attn_implementation(attention)
-    ours.set_attn_implementation(attention)
-    inputs = document(lengths) | {"labels": labels()}
+def assert_same_numbers(ours, bart, inputs):
+    """Logits, loss and every gradient."""
     expected, got = bart(**inputs), ours(**inputs)
     torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=1e-5)
@@ -57,6 +52,25 @@ def test_parity_without_recurrence_logits_loss_and_all_gradients(bart, bart_fold
     assert theirs.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("lengths", PADDING.values(), ids=PADDING)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_parity_without_recurrence_logits_loss_and_all_gradients(bart, bart_folder, lengths, attention):
+    ours = load(bart_folder, pre_seq_len=0)
+    bart.set_attn_implementation(attention)
+    ours.set_attn_implementation(attention)
+    assert_same_numbers(ours, bart, document(lengths) | {"labels": labels()})
+
+
+def test_parity_of_a_checkpoint_whose_stacks_have_embeddings_of_their_own(tmp_path):
+    """Untied, encoder, decoder and head have a matrix each, and nothing reads the one that they would share."""
+    bart = BartForConditionalGeneration(BartConfig(**PLAIN, tie_word_embeddings=False)).eval()
+    bart.save_pretrained(tmp_path)
+    ours = load(tmp_path, pre_seq_len=0)
+    assert_same_numbers(ours, bart, document((12, 7)) | {"labels": labels()})
+    assert ours.model.encoder.embed_tokens.weight.grad.any()
+    assert ours.model.shared.weight.grad is None
 
 
 @pytest.mark.parametrize("fields", [{"pre_seq_len": 0}, {"pre_seq_len": 3}], ids=["no recurrence", "gated"])
@@ -176,8 +190,7 @@ def test_the_missions_own_call_works_where_plain_bart_refuses_it(bart, tmp_path)
         "bptt_depth": 2,
         "prefix_projection": False,
     }
-    plain = {name: TINY[name] for name in TINY if name != "hidden_dropout_prob"}
-    BartForConditionalGeneration(BartConfig(**plain | {"max_position_embeddings": 600})).save_pretrained(tmp_path)
+    BartForConditionalGeneration(BartConfig(**PLAIN | {"max_position_embeddings": 600})).save_pretrained(tmp_path)
     ours = RecurrentBartForConditionalGeneration.from_pretrained(tmp_path, **fields)
     assert {name: getattr(ours.config, name) for name in fields} == fields
     assert ours(input_ids=random_ids(1, 1100), labels=random_ids(1, 4)).loss.isfinite()

@@ -20,6 +20,8 @@ TINY = {
     "dropout": 0.0,
     "hidden_dropout_prob": 0.0,
 }
+# of which plain BART has these
+PLAIN = {name: value for name, value in TINY.items() if name != "hidden_dropout_prob"}
 RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bptt_depth": -1}
 
 

@@ -115,7 +115,7 @@ def _gradient_by_distance(
     if labels.dim() == 3:
         last = int((labels[0] != IGNORED).any(dim=1).nonzero()[-1])
         ids_BNL, mask_BNL, labels = ids_BNL[:, : last + 1], mask_BNL[:, : last + 1], labels[:, last]
-    embeddings_BNLD = model.model.shared(ids_BNL).detach().requires_grad_()
+    embeddings_BNLD = model.model.encoder.embed_tokens(ids_BNL).detach().requires_grad_()
     loss = model(inputs_embeds=embeddings_BNLD, attention_mask=mask_BNL, labels=labels).loss
     (gradient_BNLD,) = torch.autograd.grad(loss, embeddings_BNLD)
     return gradient_BNLD[0].float().flatten(1).norm(dim=1).flip(0).tolist()

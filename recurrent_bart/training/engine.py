@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from recurrent_bart.distributed import is_first
 from recurrent_bart.modeling_encoder import RecurrentBartEncoder
+from recurrent_bart.modeling_recurrent_bart import RecurrentBartModel
 
 
 def build_engine(
@@ -29,22 +30,27 @@ def build_engine(
     of segments in one step.
     """
     if config["zero_optimization"]["stage"] == 3:
-        for encoder in set_z3_leaf_modules(model, [RecurrentBartEncoder]):
-            _take_embedding_out(encoder)
+        set_z3_leaf_modules(model, [RecurrentBartEncoder])
+        for owner in [module for module in model.modules() if isinstance(module, RecurrentBartModel)]:
+            _take_embedding_out(owner)
     # a file of its own is not needed: the engine only writes into it
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config))
     engine.train()
     return engine
 
 
-def _take_embedding_out(encoder: nn.Module) -> None:
-    """Make the encoder's token embedding a plain attribute, no child of it.
+def _take_embedding_out(model: RecurrentBartModel) -> None:
+    """Make the encoder's token embedding a child of the model, and a plain attribute of the encoder.
 
-    A leaf's gradients are reduced when its backward pass is done. The embedding shares its weight with the model's,
-    which makes the leaf's input and so gets its gradient after that: it would be lost in silence.
+    It makes the leaf's input, so it is gathered for itself, and gets its gradient when the leaf's backward pass is done
+    and the leaf's gradients are reduced: that of a part of the leaf would be lost in silence.
     """
-    embedding = encoder._modules.pop("embed_tokens")
-    object.__setattr__(encoder, "embed_tokens", embedding)
+    embedding = model.encoder.embed_tokens
+    # a place without a module, for weights that are loaded have that name
+    model.encoder.embed_tokens = None
+    object.__setattr__(model.encoder, "embed_tokens", embedding)
+    # which add_module would refuse for its dot
+    model._modules["encoder.embed_tokens"] = embedding
 
 
 @contextlib.contextmanager

@@ -74,14 +74,14 @@ def test_states_are_those_of_reading_the_document(make_model, recurrence):
     assert len(figures["state_norm"]) == (N_LAYERS if recurrence == "layerwise" else 1)
 
 
-@pytest.mark.parametrize("task", ["document", "sections"])
-def test_gradient_by_distance_is_that_of_the_last_target(make_model, task):
+@pytest.mark.parametrize(("task", "is_tied"), [("document", True), ("sections", True), ("document", False)])
+def test_gradient_by_distance_is_that_of_the_last_target(make_model, task, is_tied):
     # whatever the horizon of training
-    model = make_model(bptt_depth=0)
+    model = make_model(bptt_depth=0, tie_word_embeddings=is_tied)
     ids, mask, labels = document(3, task=task)
     figures = recurrence_metrics(model, [(ids, mask, labels)])
     model.config.bptt_depth = -1
-    embeddings = model.model.shared(ids).detach().requires_grad_()
+    embeddings = model.model.encoder.embed_tokens(ids).detach().requires_grad_()
     last = labels if task == "document" else labels[:, -1]
     model(inputs_embeds=embeddings, labels=last).loss.backward()
     expected = [float(embeddings.grad[0, t].norm()) for t in (2, 1, 0)]

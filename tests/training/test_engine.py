@@ -32,8 +32,9 @@ def inputs():
 
 @STAGES
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
-def test_the_whole_state_is_the_models_own(alone, stage, is_frozen):
-    model = tiny_model()
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_the_whole_state_is_the_models_own(alone, stage, is_frozen, is_tied):
+    model = tiny_model(tie_word_embeddings=is_tied)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not is_frozen or "recurrence." in name)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -106,7 +107,7 @@ def test_a_gradient_taken_in_an_evaluation_is_none_of_trainings(alone, stage):
         for _ in range(2):
             if looks:
                 with gathered_for_evaluation(engine) as model:
-                    embeddings = model.model.shared(batch["input_ids"]).detach().requires_grad_()
+                    embeddings = model.model.encoder.embed_tokens(batch["input_ids"]).detach().requires_grad_()
                     loss = model(inputs_embeds=embeddings, labels=batch["labels"]).loss
                     assert torch.autograd.grad(loss, embeddings)[0].any()
             engine.backward(engine(**batch).loss)

@@ -131,6 +131,9 @@ def run_alone(case):
             continue
         loss = model(**batch.model_inputs(torch.device("cpu"))).loss
         loss.backward()
+        for _, parameter in trained_parameters(model):
+            # under ZeRO also one that nothing reads has a gradient
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients.append({name: p.grad.clone() for name, p in trained_parameters(model)})
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
