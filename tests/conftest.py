@@ -1,8 +1,6 @@
 """What the tests share: models, documents and one seed."""
 
-import importlib.util
 import os
-from pathlib import Path
 
 # no test may ask the network for anything; Hugging Face reads it once, when it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +9,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
+from launching import load_script
 from runs import write_documents
 from tiny import PLAIN, tiny_model
 
@@ -50,11 +49,7 @@ def _environ():
 @pytest.fixture
 def train_main(_environ):
     """`main` of launch/train.py, to be called in this process."""
-    script = Path(__file__).parents[1] / "launch" / "train.py"
-    spec = importlib.util.spec_from_file_location("launch_train", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("train").main
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
-"""Processes that tests start: what they inherit, how long they may take, and that none is left behind."""
+"""Scripts that tests load; processes that they start: what they inherit, how long they may take, that none is left."""
 
+import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,6 +60,22 @@ def torchrun(n_processes, script, *arguments, timeout=270, **changes):
 def deepspeed(script, *arguments, timeout=270, **changes):
     """Run a script by the deepspeed launcher on a free port; as `run`."""
     return run(["deepspeed", "--master_port", free_port(), script, *arguments], timeout, **changes)
+
+
+def load_script(name):
+    """The module of `launch/NAME.py`, whose `main` is to be called in this process."""
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", TESTS.parent / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # where dataclasses look their module up
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_one_error(printed, message):
+    """A script said in one line, and nothing else, what is wrong; `printed` is what pytest captured."""
+    assert printed.out == ""
+    assert re.fullmatch(rf"error: .*{message}.*\n", printed.err)
 
 
 def free_port():

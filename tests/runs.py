@@ -1,7 +1,13 @@
-"""Short runs: documents of a few words, and flags under which training takes a second or two."""
+"""Short runs: documents of a few words, flags under which training takes a second or two, a folder with a model."""
 
 import json
 import random
+
+import torch
+
+from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
+from recurrent_bart.monitoring.run_folder import RunFolder
+from tiny import tiny_model
 
 WORDS = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu", "hen", "koi", "owl", "pig", "ram")
 
@@ -43,3 +49,15 @@ def flags(documents, output_dir, **changes):
         **changes,
     }
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def write_run_with_model(path, texts, arguments, **changes):
+    """Write what is left of a run with these arguments: a tiny model, fields changed, with a tokenizer of some texts."""
+    torch.manual_seed(0)
+    folder = RunFolder(path)
+    folder.create()
+    tokenizer = train_tokenizer(texts, vocab_size=320)
+    tiny_model(vocab_size=len(tokenizer), **changes).save_pretrained(folder.model)
+    save_tokenizer(tokenizer, folder.model)
+    folder.write_config(arguments=arguments)
+    return folder

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from counted_flops import counted_flops
 from recurrent_bart.benchmarks.cases import Case
 from recurrent_bart.benchmarks.measure import random_batch
 from recurrent_bart.benchmarks.subjects import Place, build_subject
@@ -11,31 +11,11 @@ from recurrent_bart.benchmarks.subjects import Place, build_subject
 PLACE = Place("tiny", 32, torch.device("cpu"), torch.float32)
 
 
-class Nowhere:
-    """In place of the counter's tracker of modules, which cannot follow segments that have no graph."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
 def eager(subject):
     """Attention that the counter sees on a processor."""
     for module in subject.model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "eager"
-
-
-def counted(work):
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = Nowhere()
-    with counter:
-        work()
-    return counter.get_total_flops()
 
 
 def train(subject, batch):
@@ -61,11 +41,11 @@ def test_it_is_what_a_model_does(case, least, most):
     subject = build_subject(case, PLACE)
     eager(subject)
     batch = random_batch(case, PLACE)
-    trained = subject.training_flops(batch) / counted(lambda: train(subject, batch))
+    trained = subject.training_flops(batch) / counted_flops(lambda: train(subject, batch))
     assert least < trained <= most + 1e-6
     subject.model.eval()
     with torch.no_grad():
-        read = subject.encoder_flops(batch) / counted(lambda: subject.encode(batch))
+        read = subject.encoder_flops(batch) / counted_flops(lambda: subject.encode(batch))
     assert least - 0.1 < read <= most + 1e-6
 
 

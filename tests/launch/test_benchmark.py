@@ -1,13 +1,12 @@
 """`launch/benchmark.py`: what it prints and writes, and what it does without."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from launching import run
+from launching import load_script, run
 from recurrent_bart.benchmarks.cases import MODELS
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "benchmark.py"
@@ -18,10 +17,7 @@ ABSENT = ("deepspeed", "datasets", "wandb", "sentencepiece", "rouge_score", "ten
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark")
 
 
 @pytest.mark.slow

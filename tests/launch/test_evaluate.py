@@ -1,6 +1,5 @@
 """`launch/evaluate.py`: the figures are the evaluator's, on the documents of the run that the model came from."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -10,42 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from launching import run, torchrun
+from launching import load_script, run, torchrun
 from recurrent_bart.data.sources import find_sources
-from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.inference import load_model
-from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.preparation import open_documents
-from runs import flags, write_documents
-from tiny import tiny_model
+from runs import flags, write_documents, write_run_with_model
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # where dataclasses look their module up
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluate")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run on the sections of short documents."""
-    torch.manual_seed(0)
     documents = write_documents(tmp_path_factory.mktemp("documents"))
-    run = RunFolder(documents / "run")
-    run.create()
-    tokenizer = train_tokenizer(documents.joinpath("train.jsonl").read_text().splitlines(), vocab_size=320)
-    tiny_model(vocab_size=len(tokenizer), max_n_segments=3).save_pretrained(run.model)
-    save_tokenizer(tokenizer, run.model)
-    run.write_config(arguments=asdict(parse_arguments(flags(documents, run.path, task="sections"))))
-    return run
+    texts = documents.joinpath("train.jsonl").read_text().splitlines()
+    arguments = asdict(parse_arguments(flags(documents, documents / "run", task="sections")))
+    return write_run_with_model(documents / "run", texts, arguments, max_n_segments=3)
 
 
 def evaluated(folder, n_documents, max_n_segments, num_beams):

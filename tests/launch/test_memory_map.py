@@ -1,40 +1,25 @@
 """`launch/memory_map.py`: what it prints and draws, and what it refuses."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import matplotlib.image
 import pytest
-import torch
 
-from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
-from recurrent_bart.monitoring.run_folder import RunFolder
-from tiny import tiny_model
+from launching import assert_one_error, load_script
+from runs import write_run_with_model
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "memory_map.py"
 TEXT = "\n".join(f"the {word} of a list, number {i} é" for i, word in enumerate(dir(str)[:20]))
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("memory_map_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("memory_map")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Folder of a run whose targets have up to 6 tokens."""
-    torch.manual_seed(0)
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "run")
-    folder.create()
-    tokenizer = train_tokenizer([TEXT], vocab_size=320)
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder.model)
-    save_tokenizer(tokenizer, folder.model)
-    folder.write_config(arguments={"data": {"max_target_length": 6}})
-    return folder
+    return write_run_with_model(tmp_path_factory.mktemp("runs") / "run", [TEXT], {"data": {"max_target_length": 6}})
 
 
 def test_tables_summary_and_picture(script, run, tmp_path, monkeypatch, capsys):
@@ -66,19 +51,13 @@ def test_an_unreadable_file_is_named_in_one_line(content, message, script, run, 
     if content is not None:
         (tmp_path / "text.txt").write_bytes(content)
     assert script.main(["--model", str(run.model), str(tmp_path / "text.txt")]) == 2
-    assert_one_error(capsys, message)
+    assert_one_error(capsys.readouterr(), message)
 
 
 def test_what_else_cannot_be_used_is_named_in_one_line(script, run, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:100])
     assert script.main(["--model", str(tmp_path / "missing"), str(text)]) == 2
-    assert_one_error(capsys, "--model .*missing: no model there")
+    assert_one_error(capsys.readouterr(), "--model .*missing: no model there")
     assert script.main(["--model", str(run.model), str(text), "--output", str(tmp_path / "no" / "x.png")]) == 2
-    assert_one_error(capsys, "x.png: cannot be written")
-
-
-def assert_one_error(capsys, message):
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert re.fullmatch(rf"error: .*{message}.*\n", printed.err)
+    assert_one_error(capsys.readouterr(), "x.png: cannot be written")

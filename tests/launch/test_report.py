@@ -1,23 +1,17 @@
 """`launch/report.py`: where the page is, what it says beside it, and what it refuses."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
+from launching import load_script
 from reported_runs import Page, step_record, write_run
 from runs import flags
-
-SCRIPT = Path(__file__).parents[2] / "launch" / "report.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("report_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("report")
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """`launch/study.py`: runs what is not done, keeps what there is, and reports on all."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from launching import run
+from launching import load_script, run
 from recurrent_bart.studies.pool import Ended
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "study.py"
@@ -17,11 +16,7 @@ SHORT = ["quick", "--seeds", "1", "--max_steps", "2"]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("study_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("study")
 
 
 @pytest.fixture(scope="module")

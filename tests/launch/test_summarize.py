@@ -1,43 +1,29 @@
 """`launch/summarize.py`: what it prints, where, and what it says of what it cannot read."""
 
-import importlib.util
 import io
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from launching import assert_one_error, load_script
 from recurrent_bart import RecurrentBartForConditionalGeneration
-from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
-from recurrent_bart.monitoring.run_folder import RunFolder
-from tiny import tiny_model
+from recurrent_bart.data.tokenizer import train_tokenizer
+from runs import write_run_with_model
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "summarize.py"
 TEXT = "\n".join(f"the {word} of a list, number {i} é" for i, word in enumerate(dir(str)[:40]))
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("summarize_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("summarize")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Folder of a run whose targets have up to 6 tokens."""
-    torch.manual_seed(0)
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "run")
-    folder.create()
-    tokenizer = train_tokenizer([TEXT], vocab_size=320)
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder.model)
-    save_tokenizer(tokenizer, folder.model)
-    folder.write_config(arguments={"data": {"max_target_length": 6}})
-    return folder
+    return write_run_with_model(tmp_path_factory.mktemp("runs") / "run", [TEXT], {"data": {"max_target_length": 6}})
 
 
 @pytest.fixture
@@ -122,31 +108,25 @@ def test_an_unreadable_file_is_named_in_one_line(content, message, script, run, 
     if content is not None:
         (tmp_path / "text.txt").write_bytes(content)
     assert script.main(["--model", str(run.model), str(tmp_path / "text.txt")]) == 2
-    assert_one_error(capsys, message)
+    assert_one_error(capsys.readouterr(), message)
 
 
 def test_what_is_no_model_is_named_in_one_line(script, run, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert script.main(["--model", str(tmp_path / "missing"), str(text)]) == 2
-    assert_one_error(capsys, "--model .*missing: no model there")
+    assert_one_error(capsys.readouterr(), "--model .*missing: no model there")
     (tmp_path / "broken").mkdir()
     for file in run.model.iterdir():
         (tmp_path / "broken" / file.name).write_bytes(b"{}" if "safetensors" in file.name else file.read_bytes())
     assert script.main(["--model", str(tmp_path / "broken"), str(text)]) == 2
-    assert_one_error(capsys, "--model .*broken: ")
+    assert_one_error(capsys.readouterr(), "--model .*broken: ")
 
 
 def test_a_state_that_cannot_be_used_is_named_in_one_line(script, run, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert script.main(["--model", str(run.model), str(text), "--load_state", str(text)]) == 2
-    assert_one_error(capsys, "text.txt: no saved state can be read")
+    assert_one_error(capsys.readouterr(), "text.txt: no saved state can be read")
     assert script.main(["--model", str(run.model), str(text), "--save_state", str(tmp_path / "no" / "state")]) == 2
-    assert_one_error(capsys, "--save_state .*state: no folder")
-
-
-def assert_one_error(capsys, message):
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert re.fullmatch(rf"error: .*{message}.*\n", printed.err)
+    assert_one_error(capsys.readouterr(), "--save_state .*state: no folder")
