@@ -52,7 +52,7 @@ def flags(documents, output_dir, **changes):
 
 
 def write_run_with_model(path, texts, arguments, **changes):
-    """Write what is left of a run with these arguments: a tiny model, fields changed, with a tokenizer of some texts."""
+    """Write what a run with these arguments leaves: a tiny model, fields changed, with a tokenizer of some texts."""
     torch.manual_seed(0)
     folder = RunFolder(path)
     folder.create()
