@@ -1,6 +1,7 @@
 """The loop: what is counted, when it logs and evaluates, what it does with a step that is not finite."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -94,6 +95,33 @@ def follow(stops_at=None, first_step=0, evaluated_step=-1, **run):
         on_step=lambda step: events.append(("step", step)),
     ).train()
     return {kind: [step for name, step in events if name == kind] for kind in ("step", "log", "evaluation")}
+
+
+def after(seconds, call):
+    """The call, after a pause."""
+
+    def late(*arguments):
+        time.sleep(seconds)
+        return call(*arguments)
+
+    return late
+
+
+def test_the_time_of_a_step_is_told_by_kind_of_work(alone):
+    """Nothing takes less than its pause, nor the parts more than the whole, however slow the machine is."""
+    pauses = {"data": 0.05, "forward": 0.1, "backward": 0.15, "optimizer": 0.2}
+    began = time.perf_counter()
+    trainer, told = make_trainer(map(after(pauses["data"], lambda _: make_batch()), range(2)))
+    trainer.engine.module.register_forward_pre_hook(after(pauses["forward"], lambda *_: None))
+    trainer.engine.backward = after(pauses["backward"], trainer.engine.backward)
+    trainer.engine.step = after(pauses["optimizer"], trainer.engine.step)
+    trainer.train_step()
+    trainer.train_step()
+    trainer.log()
+    (record,) = told["log"]
+    assert all(record[f"{kind}_seconds"] >= pause for kind, pause in pauses.items())
+    assert sum(record[f"{kind}_seconds"] for kind in pauses) < record["step_seconds"]
+    assert 2 * record["step_seconds"] < time.perf_counter() - began
 
 
 def test_it_logs_and_evaluates_at_its_intervals_and_at_the_end():
