@@ -49,6 +49,7 @@ class TrainerState:
         n_skipped_in_row: Those since the last one that was applied.
         n_documents: Documents read, over all processes.
         order_batch: Documents of a step when the run began, by which their order is made.
+        order_segments: With batches of a number of tokens, most segments of one when the round began, likewise.
         stage: Of the curriculum.
         stage_began: Steps done when it began.
     """
@@ -62,6 +63,7 @@ class TrainerState:
     n_skipped_in_row: int = 0
     n_documents: int = 0
     order_batch: int = 0
+    order_segments: int = 0
     stage: int = 0
     stage_began: int = 0
 

@@ -5,6 +5,7 @@ Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 
 import hashlib
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,13 +196,58 @@ def plan_documents(
     return plan
 
 
-class BatchOrder:
-    """Which documents each step reads.
+class DocumentOrder(ABC):
+    """Which documents each step reads: all of them in a new order every time round, without end.
 
-    The documents come in a new order every time round, without end. Of every `pool` batches the documents are sorted by
-    their number of segments, so that a batch has little padding, and the batches are shuffled. This sequence of
-    documents depends on the seed and the size of its batches alone. Steps take from it as many as they need, so a run
-    that goes on with steps of another size repeats and leaves out none.
+    Args:
+        n_segments: Number of segments of each document.
+        seed: Of the order.
+        first_step: A step whose place in the order is known.
+        first_document: Documents read before it.
+    """
+
+    def __init__(self, n_segments: Sequence[int], seed: int, first_step: int = 0, first_document: int = 0):
+        self.n_segments, self.seed = torch.tensor(n_segments), seed
+        self.first_step, self.first_document = first_step, first_document
+
+    @abstractmethod
+    def documents_before(self, step: int) -> int:
+        """How many documents are read before a step, counted from 0."""
+
+    @abstractmethod
+    def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
+        """Documents of an optimizer step, counted from 0: of each micro-batch, those of each process.
+
+        Neighbours in length go to the same micro-batch of different processes, so that no process waits long.
+        """
+
+    def epoch(self, step: int) -> float:
+        """How many times every document has been read after `step` optimizer steps."""
+        return self.documents_before(step) / len(self.n_segments)
+
+    def padding(self, n_steps: int, world_size: int, accumulation: int) -> float:
+        """Share of the segments of some steps, from the first known one on, that hold no text."""
+        steps = range(self.first_step, self.first_step + n_steps)
+        parts = itertools.chain.from_iterable(self.micro_batches(step, world_size, accumulation) for step in steps)
+        batches = [self.n_segments[documents] for part in parts for documents in part]
+        n_computed = sum(int(lengths.max()) * len(lengths) for lengths in batches)
+        return 1 - sum(int(lengths.sum()) for lengths in batches) / n_computed
+
+    def permutation(self, n: int, purpose: str, number: int) -> Tensor:
+        """Numbers below `n` in an order that nothing but the seed and the two names of the draw decide."""
+        # a generator of its own for each use: no draw depends on how many came before. It reads 32 bits of its seed
+        # and no more, so all that it must differ by is hashed into those
+        digest = hashlib.sha256(f"{self.seed} {purpose} {number}".encode()).digest()
+        return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4])))
+
+
+class BatchOrder(DocumentOrder):
+    """Batches of ever the same number of documents.
+
+    Of every `pool` batches the documents are sorted by their number of segments, so that a batch has little padding,
+    and the batches are shuffled. This sequence of documents depends on the seed and the size of its batches alone.
+    Steps take from it as many as they need, so a run that goes on with steps of another size repeats and leaves out
+    none.
 
     Args:
         n_segments: Number of segments of each document.
@@ -223,19 +269,21 @@ class BatchOrder:
         first_step: int = 0,
         first_document: int = 0,
     ):
-        self.n_segments = torch.tensor(n_segments)
-        self.global_batch, self.seed, self.unit = global_batch, seed, unit or global_batch
-        self.first_step, self.first_document = first_step, first_document
+        super().__init__(n_segments, seed, first_step, first_document)
+        self.global_batch, self.unit = global_batch, unit or global_batch
         # no larger than a round, or a document would often stand beside itself
         self.pool = max(1, min(pool, len(n_segments) // self.unit))
 
     def documents_before(self, step: int) -> int:
-        """How many documents are read before a step, counted from 0."""
+        """As many as all steps before have."""
         return self.first_document + (step - self.first_step) * self.global_batch
 
-    def epoch(self, step: int) -> float:
-        """How many times every document has been read after `step` optimizer steps."""
-        return self.documents_before(step) / len(self.n_segments)
+    def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
+        """Parts of one size, in order of length; every process has its turn in each."""
+        documents = self.step_indices(step)
+        size = len(documents) // accumulation
+        parts = [documents[micro * size : (micro + 1) * size] for micro in range(accumulation)]
+        return [[part[rank::world_size] for rank in range(world_size)] for part in parts]
 
     def step_indices(self, step: int) -> list[int]:
         """Documents of an optimizer step, counted from 0, those with the fewest segments first."""
@@ -252,27 +300,19 @@ class BatchOrder:
         size = self.pool * self.unit
         documents = self._documents(pool_index * size, size)
         by_length = documents[self.n_segments[documents].argsort(stable=True)]
-        return by_length.view(self.pool, self.unit)[self._permutation(self.pool, "pool", pool_index)[place]]
+        return by_length.view(self.pool, self.unit)[self.permutation(self.pool, "pool", pool_index)[place]]
 
     def _documents(self, first: int, count: int) -> Tensor:
         """Places `first` to `first + count` of the endless rounds through the documents."""
         n_documents = len(self.n_segments)
         first_round, last_round = first // n_documents, (first + count - 1) // n_documents
-        rounds = [self._permutation(n_documents, "round", number) for number in range(first_round, last_round + 1)]
+        rounds = [self.permutation(n_documents, "round", number) for number in range(first_round, last_round + 1)]
         offset = first - first_round * n_documents
         return torch.cat(rounds)[offset : offset + count]
-
-    def _permutation(self, n: int, purpose: str, number: int) -> Tensor:
-        # a generator of its own for each use: no draw depends on how many came before. It reads 32 bits of its seed
-        # and no more, so all that it must differ by is hashed into those
-        digest = hashlib.sha256(f"{self.seed} {purpose} {number}".encode()).digest()
-        return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4])))
 
 
 class RankBatches:
     """The micro-batches of one process from a step on, without end, as lists of document indices.
-
-    Neighbours in length go to the same micro-batch of different processes, so that no process waits long.
 
     Args:
         order: The order of all documents.
@@ -282,15 +322,11 @@ class RankBatches:
         accumulation: Micro-batches of a process in one optimizer step.
     """
 
-    def __init__(self, order: BatchOrder, first_step: int, rank: int, world_size: int, accumulation: int):
+    def __init__(self, order: DocumentOrder, first_step: int, rank: int, world_size: int, accumulation: int):
         self.order, self.first_step, self.accumulation = order, first_step, accumulation
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.first_step
-        while True:
-            documents = self.order.step_indices(step)
-            size = len(documents) // self.accumulation
-            for micro in range(self.accumulation):
-                yield documents[micro * size : (micro + 1) * size][self.rank :: self.world_size]
-            step += 1
+        for step in itertools.count(self.first_step):
+            for parts in self.order.micro_batches(step, self.world_size, self.accumulation):
+                yield parts[self.rank]

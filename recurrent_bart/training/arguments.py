@@ -121,7 +121,10 @@ class RunArguments:
     resume: str | None = flag(None, "run folder to continue from its last checkpoint, with its flags")
     deepspeed: str | None = flag(None, "DeepSpeed configuration; without it, ds_configs/zero2.json")
     max_steps: int = flag(50, "optimizer steps")
-    per_device_train_batch_size: int = flag(8, "documents of a forward pass")
+    per_device_train_batch_size: int = flag(8, "documents of a forward pass; with tokens_per_batch, in evaluation")
+    tokens_per_batch: int | None = flag(
+        None, "tokens of a forward pass, padding included, instead of documents: many short ones, few long ones"
+    )
     gradient_accumulation_steps: int = flag(1, "forward passes of an optimizer step")
     learning_rate: float | None = flag(None, "highest one; default: 3e-5 pretrained, 3e-3 x 128 / d_model from scratch")
     recurrence_learning_rate: float | None = flag(None, "the recurrence's own; default: 10 times it where pretrained")
@@ -168,7 +171,7 @@ class RunArguments:
         positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
         _check_at_least(self, 1, *positive, "eval_documents", "num_beams", "timeout_minutes")
         _check_at_least(self, 0, "max_minutes", "max_loss_spikes")
-        _check_at_least(self, 1, "max_skipped_steps", "step_timeout_seconds")
+        _check_at_least(self, 1, "max_skipped_steps", "step_timeout_seconds", "tokens_per_batch")
         _check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
         _check_at_least(
             self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay", "eval_every"

@@ -2,11 +2,11 @@
 
 from deepspeed import DeepSpeedEngine
 
-from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.data.batches import BatchOrder
+from recurrent_bart.data.batches import DocumentOrder
 from recurrent_bart.exposure_bias import Oracle, gold_probability
 from recurrent_bart.training.arguments import Arguments, RunArguments
+from recurrent_bart.training.document_order import describe_order
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.optimization import LearningRates, is_recurrence
 from recurrent_bart.training.preparation import Preparation
@@ -17,24 +17,7 @@ def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> Learnin
     return LearningRates.of(arguments.run, arguments.model.model_name_or_path is not None, config.d_model)
 
 
-def global_batch(arguments: Arguments, world_size: int) -> int:
-    """Documents of one optimizer step."""
-    return arguments.run.per_device_train_batch_size * arguments.run.gradient_accumulation_steps * world_size
-
-
-def batch_order(arguments: Arguments, prepared: Preparation, world_size: int, state: TrainerState) -> BatchOrder:
-    """Which training documents each step reads, from where a run stands."""
-    return BatchOrder(
-        prepared.splits["train"].plan.n_segments,
-        global_batch(arguments, world_size),
-        arguments.run.seed,
-        unit=state.order_batch or None,
-        first_step=state.step,
-        first_document=state.n_documents,
-    )
-
-
-def oracle_at(run: RunArguments, order: BatchOrder, step: int) -> Oracle | None:
+def oracle_at(run: RunArguments, order: DocumentOrder, step: int) -> Oracle | None:
     """Whose words the decoder reads beside the target's after so many steps; None: nobody's."""
     if run.oracle == "none":
         return None
@@ -43,7 +26,7 @@ def oracle_at(run: RunArguments, order: BatchOrder, step: int) -> Oracle | None:
 
 
 def describe(
-    arguments: Arguments, order: BatchOrder, environment: Environment, prepared: Preparation, engine: DeepSpeedEngine
+    arguments: Arguments, order: DocumentOrder, environment: Environment, prepared: Preparation, engine: DeepSpeedEngine
 ) -> list[str]:
     """What is about to be trained, each derived quantity with where it comes from."""
     run, config = arguments.run, prepared.config
@@ -60,9 +43,7 @@ def describe(
         f"bptt_depth {config.bptt_depth}, at most {config.max_n_segments} segments a document",
         f"documents  {len(train.indices)} to train on, of {sum(train.n_segments) / len(train.indices):.1f} segments; "
         f"{len(validation.indices)} for validation; task {arguments.data.task}",
-        f"steps      {run.max_steps} of {order.global_batch} documents = {run.per_device_train_batch_size} a device "
-        f"x {run.gradient_accumulation_steps} accumulated x {environment.world_size} processes; "
-        f"{order.epoch(run.max_steps):.1f} times through the documents",
+        *describe_order(arguments, prepared, environment.world_size, order),
         f"rates      {rates.backbone:.1e}, recurrence {rates.recurrence:.1e}, {run.lr_scheduler} decay after "
         f"{run.warmup_steps} steps of warm-up",
         f"engine     ZeRO-{engine.zero_optimization_stage()}, {environment.device.type}, "

@@ -26,7 +26,8 @@ from recurrent_bart.monitoring.stall import StallWatch
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import Arguments
-from recurrent_bart.training.description import batch_order, describe, learning_rates, oracle_at
+from recurrent_bart.training.description import describe, learning_rates, oracle_at
+from recurrent_bart.training.document_order import build_order, keep_place
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
 from recurrent_bart.training.environment import Environment, is_batch_job
 from recurrent_bart.training.interruption import Interrupted, Interruption
@@ -109,7 +110,7 @@ class Session:
         self.arguments, self.environment, self.prepared = arguments, environment, prepared
         self.engine, self.checkpoints, self.resumed = engine, checkpoints, resumed
         self.state = state = resumed.state
-        self.order = batch_order(arguments, prepared, environment.world_size, state)
+        self.order = build_order(arguments, prepared, environment.world_size, state)
         self.folder = prepared.folder
         self.display = ProgressDisplay(state.step, arguments.run.max_steps, is_plain=is_batch_job())
         peak = peak_flops(environment.device, engine.bfloat16_enabled())
@@ -253,7 +254,7 @@ class Session:
         state = self.state
         if state.step and (state.step, state.evaluated_step) != self.saved:
             self.wait_longer()
-            state.n_documents, state.order_batch = self.order.documents_before(state.step), self.order.unit
+            keep_place(self.order, state)
             started = time.perf_counter()
             self.checkpoints.save(self.engine, state, figures)
             self.trackers.log(from_first({"step": state.step, "checkpoint_seconds": time.perf_counter() - started}))

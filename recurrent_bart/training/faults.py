@@ -31,9 +31,10 @@ def telling_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
         n_documents, n_segments, n_tokens = batch.input_ids.shape
         raise Fault(
             f"step {step}: out of memory on rank {rank()} with {n_documents} documents of {n_segments} segments of "
-            f"{n_tokens} tokens and targets of {batch.labels.shape[-1]} tokens; lower --per_device_train_batch_size "
-            "(and raise --gradient_accumulation_steps), use --gradient_checkpointing segment, lower --bptt_depth or "
-            f"--max_n_segments, or shard more: --deepspeed ds_configs/zero3_offload.json ({_first_line(error)})"
+            f"{n_tokens} tokens and targets of {batch.labels.shape[-1]} tokens; lower --per_device_train_batch_size or "
+            "--tokens_per_batch (and raise --gradient_accumulation_steps), use --gradient_checkpointing segment, lower "
+            "--bptt_depth or --max_n_segments, or shard more: --deepspeed ds_configs/zero3_offload.json "
+            f"({_first_line(error)})"
         ) from error
 
 

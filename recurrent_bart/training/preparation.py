@@ -66,6 +66,8 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
     saved = folder.tokenizer if run.resume else None
     tokenizer = find_tokenizer(arguments.model, arguments.data, sources["train"], saved)
     config = build_config(arguments.model, tokenizer)
+    if run.tokens_per_batch is not None and run.tokens_per_batch < config.input_size:
+        raise ValueError(f"--tokens_per_batch {run.tokens_per_batch}: a segment has up to {config.input_size} tokens")
     splits = {
         split: open_documents(sources[split], arguments.data, config, tokenizer, config.max_n_segments)
         for split in ("train", "validation")

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
-from recurrent_bart.data.batches import Batch, BatchOrder, RankBatches
+from recurrent_bart.data.batches import Batch, DocumentOrder, RankBatches
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.environment import Environment
@@ -37,7 +37,7 @@ class TrainingBatches(Iterator[Batch]):
     def __init__(
         self,
         documents: Documents,
-        order: BatchOrder,
+        order: DocumentOrder,
         run: RunArguments,
         environment: Environment,
         state: TrainerState,

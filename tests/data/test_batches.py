@@ -161,7 +161,7 @@ def test_the_order_is_another_every_round_and_for_every_seed():
 
 def test_rounds_and_pools_of_one_number_are_drawn_apart():
     order = make_order(n_documents=24)
-    assert order._permutation(24, "round", 1).tolist() != order._permutation(24, "pool", 1).tolist()
+    assert order.permutation(24, "round", 1).tolist() != order.permutation(24, "pool", 1).tolist()
 
 
 def test_documents_of_a_batch_are_alike_in_length_and_batches_are_not_sorted():

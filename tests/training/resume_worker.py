@@ -75,13 +75,14 @@ def noting_documents(file):
         Trainer.forward_backward = forward_backward
 
 
-def run_all(environment, documents, output, stage, precision):
+def run_all(environment, documents, output, stage, precision, **flags_of_both):
     """Write the runs `whole` and `resumed` under the output folder."""
     changes = {
         "deepspeed": f"ds_configs/zero{stage}.json",
         "precision": precision,
         "async_save": precision == "bf16",
         **RESUMED,
+        **flags_of_both,
     }
     train(environment, flags(documents, output / "whole", **changes))
     train_until_cut_off(environment, flags(documents, output / "resumed", **changes))

@@ -98,6 +98,7 @@ def test_evaluations_are_a_tenth_of_the_run_apart_unless_told(argv, steps):
     [
         ("--max_steps 0", "--max_steps 0: must be at least 1"),
         ("--log_every -1", "--log_every -1: must be at least 1"),
+        ("--tokens_per_batch 0", "--tokens_per_batch 0: must be at least 1"),
         ("--keep_last 1", "--keep_last 1: must be at least 2"),
         ("--learning_rate -1", "--learning_rate -1.0: must be at least 0"),
         ("--learning_rate nan", "--learning_rate nan: must be at least 0"),

@@ -54,6 +54,12 @@ def test_a_run_has_all_that_it_starts_from(prepare_run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_without_room_for_a_segment_is_refused(prepare_run):
+    with pytest.raises(ValueError, match="--tokens_per_batch 39: a segment has up to 40 tokens"):
+        prepare_run(segment_size=32, input_size=40, tokens_per_batch=39)
+    assert prepare_run(segment_size=32, input_size=40, tokens_per_batch=40)
+
+
 def test_tokenizer_and_documents_come_from_the_cache_the_second_time(prepare_run, capsys):
     first = prepare_run()
     said = capsys.readouterr().out

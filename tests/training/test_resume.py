@@ -59,10 +59,15 @@ def check_equal(output, n_processes):
     ).read_bytes()
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(2, "bf16"), (3, "fp32")])
-def test_a_resumed_run_equals_one_that_was_never_cut_off(alone, documents, tmp_path, stage, precision):
-    run_all(alone, documents, tmp_path, stage, precision)
+@pytest.mark.parametrize(
+    ("stage", "precision", "changes"), [(2, "bf16", {}), (3, "fp32", {}), (2, "fp32", {"tokens_per_batch": 80})]
+)
+def test_a_resumed_run_equals_one_that_was_never_cut_off(alone, documents, tmp_path, stage, precision, changes):
+    with noting_documents(tmp_path / "read.jsonl"):
+        run_all(alone, documents, tmp_path, stage, precision, **changes)
     check_equal(tmp_path, n_processes=1)
+    sizes = {len(indices) for _, _, indices in read_notes(tmp_path / "read.jsonl")}
+    assert len(sizes) > 1 if changes else sizes == {2}
 
 
 @pytest.mark.distributed

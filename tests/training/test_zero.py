@@ -19,6 +19,7 @@ RUN = {
     "bucket": 50_000_000,
     "frozen": False,
     "spoilt": False,
+    "uneven": False,
 }
 
 
@@ -42,8 +43,12 @@ CASES = {
         "zero2-untied": case(2, tie_word_embeddings=False),
         "zero2-frozen": case(2, frozen=True),
         "zero2-spoilt": case(2, spoilt=True, accumulation=2),
+        "zero2-uneven": case(2, uneven=True, bptt_depth=1),
         "zero3-frozen": case(3, frozen=True),
         "zero3-spoilt": case(3, spoilt=True, accumulation=2),
+        # of a number of tokens one process has one document and the other three, of other numbers of segments
+        "zero3-uneven": case(3, uneven=True, bptt_depth=1),
+        "zero3-uneven-windows": case(3, uneven=True, task="sections", bptt_depth=1, schedule="wavefront"),
         "zero3-document": case(3),
         "zero3-document-accumulated": case(3, accumulation=2),
         "zero3-untied-bptt-accumulated": case(3, tie_word_embeddings=False, bptt_depth=1, accumulation=2),

@@ -37,10 +37,16 @@ def make_batches(task):
         yield Batch(ids, mask, labels[:, 0] if task == "document" else labels, indices=[])
 
 
-def own_part(batch, rank, world_size, accumulation):
-    """This rank's micro-batches, cut to their own number of segments, so that ranks differ in it."""
+def own_part(batch, rank, world_size, accumulation, uneven):
+    """This rank's micro-batches, cut to their own number of segments, so that ranks differ in it.
+
+    Uneven ones differ in the number of documents too: of two, the first has the longest alone.
+    """
+    by_length = batch.attention_mask.any(-1).sum(-1).argsort(descending=True)
     for micro in range(accumulation):
         rows = slice(rank + micro * world_size, None, world_size * accumulation)
+        if uneven:
+            rows = by_length[1:] if rank else by_length[:1]
         ids, mask, labels = batch.input_ids[rows], batch.attention_mask[rows], batch.labels[rows]
         n_segments = int(mask.bool().any(-1).sum(-1).max())
         labels = labels[:, :n_segments] if labels.dim() == 3 else labels
@@ -82,7 +88,7 @@ def run_case(case, environment):
     parts = [
         part
         for batch in make_batches(case["task"])
-        for part in own_part(batch, environment.rank, environment.world_size, case["accumulation"])
+        for part in own_part(batch, environment.rank, environment.world_size, case["accumulation"], case["uneven"])
     ]
     steps, lines, skipped = [], [], []
     update = engine.step

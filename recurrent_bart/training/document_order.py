@@ -1,0 +1,82 @@
+"""Which documents each step reads: built from a run's arguments, from where the run stands."""
+
+from recurrent_bart.checkpointing.checkpoints import TrainerState
+from recurrent_bart.data.batches import BatchOrder, DocumentOrder
+from recurrent_bart.data.token_batches import TokenBatchOrder
+from recurrent_bart.distributed import stop_all
+from recurrent_bart.training.arguments import Arguments, RunArguments
+from recurrent_bart.training.preparation import Preparation
+
+# steps whose padding is counted
+N_LOOKED_AT = 50
+
+
+def build_order(arguments: Arguments, prepared: Preparation, world_size: int, state: TrainerState) -> DocumentOrder:
+    """Which training documents each step reads, from where a run stands.
+
+    Raises:
+        ValueError: Up to there it has read them in batches of a number of documents, and is not to go on with that.
+    """
+    run, n_segments = arguments.run, prepared.splits["train"].plan.n_segments
+    if run.tokens_per_batch is None:
+        return _by_documents(run, n_segments, world_size, state)
+    if state.order_batch:
+        stop_all(f"--tokens_per_batch {run.tokens_per_batch}: a run that was begun without goes on without")
+    # the configuration has filled it
+    assert prepared.config.input_size is not None
+    return TokenBatchOrder(
+        n_segments,
+        most=run.tokens_per_batch // prepared.config.input_size,
+        n_batches=run.gradient_accumulation_steps * world_size,
+        seed=run.seed,
+        first_step=state.step,
+        first_document=state.n_documents,
+        first_most=state.order_segments or None,
+    )
+
+
+def _by_documents(run: RunArguments, n_segments: list[int], world_size: int, state: TrainerState) -> BatchOrder:
+    return BatchOrder(
+        n_segments,
+        run.per_device_train_batch_size * run.gradient_accumulation_steps * world_size,
+        run.seed,
+        unit=state.order_batch or None,
+        first_step=state.step,
+        first_document=state.n_documents,
+    )
+
+
+def keep_place(order: DocumentOrder, state: TrainerState) -> None:
+    """Write down where an order stands, so that `build_order` goes on from there."""
+    state.n_documents = order.documents_before(state.step)
+    if isinstance(order, TokenBatchOrder):
+        state.order_segments = order.most_segments(state.step)
+    if isinstance(order, BatchOrder):
+        state.order_batch = order.unit
+
+
+def describe_order(arguments: Arguments, prepared: Preparation, world_size: int, order: DocumentOrder) -> list[str]:
+    """What a step is, and how much of what is computed is padding."""
+    run = arguments.run
+    parts = f"x {run.gradient_accumulation_steps} accumulated x {world_size} processes"
+    times = f"{order.epoch(run.max_steps):.1f} times through the documents"
+    padding = f"padding    {_padding(run, world_size, order)} of the segments that are computed hold no text"
+    if not isinstance(order, TokenBatchOrder):
+        n_device = run.per_device_train_batch_size
+        n_documents = n_device * run.gradient_accumulation_steps * world_size
+        return [
+            f"steps      {run.max_steps} of {n_documents} documents = {n_device} a device {parts}; {times}",
+            padding,
+        ]
+    n_segments = prepared.splits["train"].plan.n_segments
+    by_documents = _padding(run, world_size, _by_documents(run, n_segments, world_size, TrainerState()))
+    return [
+        f"steps      {run.max_steps} of up to {run.tokens_per_batch} tokens a device {parts}; {times}; "
+        f"{sum(n > order.most for n in n_segments)} documents have more, each a batch of its own",
+        f"{padding}; {by_documents} in batches of {run.per_device_train_batch_size} documents",
+    ]
+
+
+def _padding(run: RunArguments, world_size: int, order: DocumentOrder) -> str:
+    n_steps = min(N_LOOKED_AT, run.max_steps)
+    return f"{100 * order.padding(n_steps, world_size, run.gradient_accumulation_steps):.1f} %"

@@ -1,0 +1,151 @@
+"""Batches of a number of tokens: as many documents as fit, in an order that the seed and the step alone decide."""
+
+import itertools
+
+import pytest
+import torch
+
+from recurrent_bart.data import token_batches
+from recurrent_bart.data.batches import BatchOrder, RankBatches
+from recurrent_bart.data.token_batches import TokenBatchOrder, group_by_segments
+
+N_DOCUMENTS, MOST = 300, 12
+LENGTHS = torch.randint(1, 11, (N_DOCUMENTS,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    """So that a round has several, the last of them shorter."""
+    monkeypatch.setattr(token_batches, "WINDOW", 128)
+
+
+def make_order(n_batches=1, seed=7, **place):
+    return TokenBatchOrder(LENGTHS, place.pop("most", MOST), n_batches, seed, **place)
+
+
+def batches_of(order, first_step, n_steps):
+    """As one process reads them."""
+    return list(itertools.islice(RankBatches(order, first_step, 0, 1, order.n_batches), n_steps * order.n_batches))
+
+
+def round_of(order):
+    """All batches up to where every document has been read once."""
+    batches, n_read = [], 0
+    for batch in RankBatches(order, 0, 0, 1, 1):
+        batches.append(batch)
+        n_read += len(batch)
+        if n_read >= N_DOCUMENTS:
+            return batches
+    raise AssertionError
+
+
+def n_computed(batch):
+    return len(batch) * max(LENGTHS[document] for document in batch)
+
+
+def test_a_batch_holds_as_many_documents_as_fit_and_little_padding():
+    lengths = [3, 1, 9, 2, 2, 4, 20, 1]
+    groups = group_by_segments(lengths, most=8)
+    assert [[lengths[place] for place in group] for group in groups] == [[20], [9], [4, 3], [2, 2, 1, 1]]
+    assert sorted(itertools.chain(*groups)) == list(range(8))
+
+
+def test_every_document_is_read_once_a_round_and_no_batch_is_too_large():
+    order = make_order()
+    batches = batches_of(order, 0, 2000)
+    read = list(itertools.chain(*batches))
+    for start in range(0, len(read) - N_DOCUMENTS, N_DOCUMENTS):
+        assert sorted(read[start : start + N_DOCUMENTS]) == list(range(N_DOCUMENTS))
+    assert max(map(n_computed, batches)) <= MOST
+    # full but for the last of each window, and for what no whole document fits in
+    assert sum(map(n_computed, batches)) > 0.75 * MOST * len(batches)
+
+
+def test_padding_is_a_fraction_of_that_of_batches_of_one_size():
+    by_tokens = make_order().padding(100, 1, 1)
+    computed = sum(map(n_computed, batches_of(make_order(), 0, 100)))
+    needed = sum(LENGTHS[document] for batch in batches_of(make_order(), 0, 100) for document in batch)
+    assert by_tokens == pytest.approx(1 - needed / computed)
+    assert by_tokens < BatchOrder(LENGTHS, 2, 7, pool=1).padding(100, 1, 1) / 3
+
+
+def test_the_order_is_not_by_length_and_is_another_every_round_and_for_every_seed():
+    order = make_order()
+    first = round_of(order)
+    longest = [LENGTHS[batch[0]] for batch in first]
+    # sorted, there would be one rise for each further window
+    assert sum(later > earlier for earlier, later in itertools.pairwise(longest)) > len(first) / 4
+    second = batches_of(order, len(first), len(first))
+    assert first != second
+    # nor are documents together that were before: those of one length are many
+    together, again = ({frozenset(batch) for batch in batches if len(batch) > 1} for batches in (first, second))
+    assert len(together & again) < len(together) / 4
+    assert first != round_of(make_order(seed=8))
+
+
+def test_a_step_does_not_depend_on_those_looked_at_before_it():
+    steps = [make_order(3).micro_batches(step, 1, 3) for step in range(90)]
+    order = make_order(3)
+    for step in (89, 0, 40, 41, 3):
+        assert order.micro_batches(step, 1, 3) == steps[step]
+        assert order.documents_before(step) == sum(len(batch) for parts in steps[:step] for (batch,) in parts)
+        assert order.epoch(step) == order.documents_before(step) / N_DOCUMENTS
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 6), (2, 3), (3, 2), (6, 1)])
+def test_processes_share_a_step_out_whatever_their_number(world_size, accumulation):
+    order = make_order(6)
+    for step in (0, 50):
+        alone = {tuple(batch) for (batch,) in order.micro_batches(step, 1, 6)}
+        parts = order.micro_batches(step, world_size, accumulation)
+        # as many passes on each, which meet in all of them
+        assert [len(part) for part in parts] == [world_size] * accumulation
+        assert {tuple(batch) for part in parts for batch in part} == alone
+    longest = [[max(LENGTHS[i] for i in batch) for batch in part] for part in parts]
+    assert sorted(itertools.chain(*longest), reverse=True) == list(itertools.chain(*longest))
+
+
+def goes_on(order, step, n_batches, most=MOST):
+    """The order of a run that is resumed after so many steps."""
+    place = {"first_document": order.documents_before(step), "first_most": order.most_segments(step)}
+    return make_order(n_batches, most=most, first_step=step, **place)
+
+
+@pytest.mark.parametrize("step", [0, 1, 17, 40, 75, 120])
+def test_a_resumed_run_reads_the_same_batches(step):
+    order = make_order(2)
+    resumed = goes_on(order, step, 2)
+    assert batches_of(resumed, step, 150) == batches_of(order, step, 150)
+    # and once more, in the same round
+    assert batches_of(goes_on(resumed, step + 2, 2), step + 2, 150) == batches_of(order, step + 2, 150)
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches():
+    order = make_order(2)
+    before, after = batches_of(order, 0, 10), batches_of(goes_on(order, 10, 3), 10, 20)
+    assert sorted(before + after) == sorted(batches_of(make_order(1), 0, 2 * 10 + 3 * 20))
+
+
+@pytest.mark.parametrize("sizes", [(12, 6, 20), (12, 24, 12), (30, 4, 12)])
+def test_batches_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
+    """A run whose memory was not enough: three sizes within a round."""
+    order = make_order(1, most=sizes[0])
+    read = batches_of(order, 0, 20)
+    for size in sizes[1:]:
+        order = goes_on(order, len(read), 1, most=size)
+        new = batches_of(order, len(read), 15)
+        assert max(map(n_computed, new)) <= max(size, max(LENGTHS))
+        read += new
+    documents = list(itertools.chain(*read))
+    while len(documents) < 2 * N_DOCUMENTS:
+        documents += batches_of(order, len(read), 1)[0]
+        read.append([])
+    for start in (0, N_DOCUMENTS):
+        assert sorted(documents[start : start + N_DOCUMENTS]) == list(range(N_DOCUMENTS))
+
+
+def test_documents_fewer_than_a_step_has_batches_come_round_and_round():
+    order = TokenBatchOrder([2, 5], 4, 5, seed=0)
+    documents = list(itertools.chain(*itertools.chain(*order.micro_batches(3, 5, 1))))
+    assert len(documents) == 5
+    assert set(documents) == {0, 1}
