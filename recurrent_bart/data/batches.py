@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,11 @@ class Batch:
         """Arguments of the model's forward; what it decides by stays on the host, so that it waits for no device."""
         ids = self.input_ids.to(device, non_blocking=True)
         return {"input_ids": ids, "attention_mask": self.attention_mask, "labels": self.labels}
+
+    def pin_memory(self) -> "Batch":
+        """The same in memory that a GPU copies from while the processor goes on; DataLoader calls it."""
+        tensors = {name: getattr(self, name).pin_memory() for name in ("input_ids", "attention_mask", "labels")}
+        return replace(self, **tensors)
 
     def n_targets(self) -> int:
         """Number of target tokens."""

@@ -8,6 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from recurrent_bart.distributed import is_first
 
+# share of a step in which it waits for data, below which nobody would do anything about it
+LEAST_WAITING = 0.05
+
 
 class ProgressDisplay:
     """A bar with loss, throughput and time left; plain lines where the output is not a terminal.
@@ -71,6 +74,9 @@ def _figures(record: dict[str, Any]) -> Iterator[str]:
     yield f"{record['tokens_per_second']:,.0f} tokens/s"
     if "model_flops_share" in record:
         yield f"{100 * record['model_flops_share']:.0f} % of peak"
+    waiting = record.get("data_seconds", 0.0) / record.get("step_seconds", 1.0)
+    if waiting >= LEAST_WAITING:
+        yield f"{100 * waiting:.0f} % waiting for data"
     if "memory_allocated_bytes" in record:
         yield f"{record['memory_allocated_bytes'] / 2**30:.1f} GiB"
     yield f"lr {record['learning_rate']:.1e}"

@@ -74,6 +74,7 @@ class TrainingBatches(Iterator[Batch]):
             collate_fn=self.documents.collator,
             num_workers=self.run.dataloader_num_workers,
             worker_init_fn=ignore_signals,
+            pin_memory=self.environment.device.type == "cuda",
             # it draws a number when it starts: from the model's generator, a resumed run would have other dropout
             generator=torch.Generator(),
         )

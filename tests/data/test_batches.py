@@ -39,6 +39,16 @@ def test_a_document_batch_holds_segments_and_one_target_a_row():
     assert (batch.n_targets(), batch.n_tokens()) == (7, 15)
 
 
+def test_all_of_a_batch_is_pinned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1000)
+    batch = make_collator()([row([6], [2], index=5)])
+    pinned = batch.pin_memory()
+    assert torch.equal(pinned.input_ids, batch.input_ids + 1000)
+    assert torch.equal(pinned.attention_mask, batch.attention_mask + 1000)
+    assert torch.equal(pinned.labels, batch.labels + 1000)
+    assert pinned.indices == [5]
+
+
 def test_padding_is_told_from_a_token_that_happens_to_have_the_pad_id():
     document = {"index": 0, "sections": [[PAD, 7]], "summaries": [[8]]}
     batch = make_collator()([document, row([4], [1])])

@@ -10,6 +10,12 @@ from launching import deepspeed
 from recurrent_bart.benchmarks.cases import Case
 from recurrent_bart.benchmarks.measure import Measurement, measure
 from recurrent_bart.benchmarks.subjects import Place
+from recurrent_bart.checkpointing.checkpoints import TrainerState
+from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
+from recurrent_bart.training.arguments import RunArguments
+from recurrent_bart.training.environment import Environment
+from recurrent_bart.training.preparation import Documents
+from recurrent_bart.training.training_batches import TrainingBatches
 from runs import flags
 from tiny import random_ids, tiny_model
 
@@ -139,6 +145,29 @@ def test_a_training_step_waits_for_nothing(schedule, task):
         model(**inputs).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("n_processes", [0, 2])
+def test_batches_of_a_run_are_pinned_and_copied_while_the_host_goes_on(n_processes):
+    sizes = SegmentSizes(6, 6, -1)
+    corpus = [{"sections": [[7] * n], "summaries": [[8]]} for n in (3, 9, 5, 20)]
+    plan = plan_documents([[len(row["sections"][0])] for row in corpus], [[1]] * 4, sizes, n_special=2)
+    batches = TrainingBatches(
+        Documents(corpus, plan, Collator("document", sizes, [0], [2], 1, 8)),
+        BatchOrder(plan.n_segments, global_batch=2, seed=0),
+        RunArguments(dataloader_num_workers=n_processes),
+        Environment(0, 0, 1, torch.device("cuda")),
+        TrainerState(),
+    )
+    batch = next(batches)
+    assert all(tensor.is_pinned() for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_device = batch.model_inputs(torch.device("cuda"))["input_ids"]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(on_device.cpu(), batch.input_ids)
+    batches.close()
 
 
 @pytest.mark.parametrize("task", ["document", "sections"])

@@ -41,6 +41,13 @@ def test_the_bar_moves_and_shows_the_figures():
     assert "left" in shown
 
 
+@pytest.mark.parametrize(("seconds", "is_told"), [(0.04, False), (0.06, True)])
+def test_waiting_for_data_is_told_where_it_is_worth_a_remedy(seconds, is_told, monkeypatch):
+    monkeypatch.setitem(RECORD, "step_seconds", 1.0)
+    monkeypatch.setitem(RECORD, "data_seconds", seconds)
+    assert ("12,346 tokens/s  35 % of peak  6 % waiting for data  1.5 GiB" in run()) == is_told
+
+
 def test_a_resumed_run_begins_where_it_was():
     output = io.StringIO()
     with ProgressDisplay(30, 40, Console(file=output, force_terminal=True, width=120)):

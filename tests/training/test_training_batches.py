@@ -8,6 +8,7 @@ import torch
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
+from recurrent_bart.training import training_batches as module
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import Documents
@@ -28,14 +29,14 @@ def corpus():
     return documents
 
 
-def make_batches(corpus, state=None, rank=0, world_size=1, task="sections", **changes):
+def make_batches(corpus, state=None, rank=0, world_size=1, task="sections", device="cpu", **changes):
     sizes = SegmentSizes(6, 6, -1)
     lengths = ([[len(part) for part in document[name]] for document in corpus] for name in ("sections", "summaries"))
     plan = plan_documents(*lengths, sizes, n_special=2)
     documents = Documents(corpus, plan, Collator(task, sizes, [0], [2], 1, 8))
     flags = {"gradient_accumulation_steps": 2, "dataloader_num_workers": 0, "curriculum": "1,3,6", **changes}
     order = BatchOrder(plan.n_segments, global_batch=8, seed=0)
-    environment = Environment(rank, rank, world_size, torch.device("cpu"))
+    environment = Environment(rank, rank, world_size, torch.device(device))
     return TrainingBatches(documents, order, RunArguments(**flags), environment, state or TrainerState())
 
 
@@ -91,6 +92,14 @@ def test_without_a_curriculum_documents_are_read_whole(corpus):
     for batch in itertools.islice(batches, 20):
         n_segments = [batches.documents.plan.n_segments[index] for index in batch.indices]
         assert segments_of(batch).tolist() == n_segments
+
+
+@pytest.mark.parametrize(("device", "is_pinned"), [("cpu", False), ("cuda", True)])
+def test_batches_for_a_gpu_are_pinned_before_they_are_asked_for(corpus, monkeypatch, device, is_pinned):
+    loaders = []
+    monkeypatch.setattr(module, "DataLoader", lambda *_, **how: loaders.append(how) or [])
+    make_batches(corpus, device=device, dataloader_num_workers=1)
+    assert [how["pin_memory"] for how in loaders] == [is_pinned]
 
 
 @pytest.mark.parametrize("n_processes", [0, 2])
