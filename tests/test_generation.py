@@ -77,6 +77,21 @@ def test_a_ragged_batch_gives_what_its_documents_give_alone(make_model, document
         assert (together[row, len(single) :] == model.config.pad_token_id).all()
 
 
+@pytest.mark.parametrize("every_segment", [False, True])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_the_context_is_projected_once_while_a_text_is_generated(make_model, documents, how, every_segment):
+    model = make_model()
+    n_rows = []
+    for layer in model.model.decoder.layers:
+        for projection in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj):
+            projection.register_forward_hook(lambda module, args, output: n_rows.append(len(output)))
+    # texts that do not end, so that every word would be a further call
+    generate(model, documents, **how, every_segment=every_segment, eos_token_id=None, forced_eos_token_id=None)
+    n_contexts = int(documents["attention_mask"].any(-1).sum()) if every_segment else len(documents["input_ids"])
+    n_projections = 2 * model.config.decoder_layers
+    assert n_rows == [n_contexts * how.get("num_beams", 1)] * n_projections
+
+
 def test_flat_ids_give_what_their_segments_give(make_model):
     model = make_model()
     ids = random_ids(2, 20)
