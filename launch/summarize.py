@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from recurrent_bart.data.jsonl import ENCODING
-from recurrent_bart.inference import TextReader, load_model, run_flags, summary_after
+from recurrent_bart.inference import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
 from recurrent_bart.training.arguments import DataArguments
 
 STANDARD_INPUT = "standard input"
@@ -109,7 +109,7 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     generation = {"max_new_tokens": arguments.max_new_tokens or target_length(arguments.model)}
     if arguments.num_beams:
         generation["num_beams"] = arguments.num_beams
-    reader = TextReader(model, tokenizer)
+    reader = TextReader(model, tokenizer, 1 if arguments.every_segment else SEGMENTS_PER_CALL)
     if arguments.load_state:
         reader.load(arguments.load_state)
     progress = Progress(reader, in_place=sys.stderr.isatty() and not arguments.every_segment)
@@ -126,7 +126,7 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
 
 
 def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:
-    """What the reader gives after each segment."""
+    """What the reader gives, at last after the whole text."""
     for piece in pieces:
         yield from reader.feed(piece)
     yield from reader.finish()

@@ -24,6 +24,7 @@ from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.prefix_recurrence import RecurrentState
+from recurrent_bart.segmentation import pad_segments
 
 # raised when what a saved reading holds changes
 FORMAT = "recurrent_bart reading 1"
@@ -42,6 +43,8 @@ STATE_FIELDS = (
 )
 # characters tokenised in one call
 BLOCK = 2**16
+# segments read in one call, so that they can be computed by diagonals
+SEGMENTS_PER_CALL = 32
 # characters without white space after which a text is cut all the same, at the cost of a token or two
 LONGEST_WORD = 2**20
 # In front of white space, so that no word or run of spaces is cut. Not where "▁" follows, by which unigram tokenizers
@@ -70,16 +73,22 @@ class Bookmark:
 class TextReader:
     """Reads a text as it comes: segments and numbers are those of the whole text read at once.
 
-    What is kept is the state, the text of one segment, and nothing of what was read before. (With `decoder_context`
+    What is kept is the state, the text of some segments, and nothing of what was read before. (With `decoder_context`
     other than `"last"` the state itself grows with every segment.)
 
     Args:
         model: In evaluation mode.
         tokenizer: Its tokenizer.
+        segments_per_call: Most segments that are read together; 1: what comes after each of them is given.
     """
 
-    def __init__(self, model: RecurrentBartForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: RecurrentBartForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        segments_per_call: int = SEGMENTS_PER_CALL,
+    ):
+        self.model, self.tokenizer, self.segments_per_call = model, tokenizer, segments_per_call
         self.leading, self.trailing = special_tokens_around(tokenizer)
         segment_size, input_size = model.config.segment_size, model.config.input_size
         # the configuration has filled them
@@ -97,7 +106,7 @@ class TextReader:
         """Take more of the text, and read the segments that are complete and not the last.
 
         Yields:
-            After each segment what the decoder attends to, for `generate(encoder_outputs=...)`.
+            What the decoder attends to after the segments that were read together, for `generate(encoder_outputs=...)`.
         """
         for start in range(0, len(text), BLOCK):
             self.bookmark.text += text[start : start + BLOCK]
@@ -119,7 +128,7 @@ class TextReader:
         if not end.ids:
             raise ValueError("a document of 0 tokens has nothing to read")
         yield from self._full_segments(end)
-        yield self._read(end)
+        yield self._read(end, 1)
 
     def save(self, path: Path) -> None:
         """Write the bookmark, so that a reader of the same model can go on from it.
@@ -177,20 +186,26 @@ class TextReader:
     def _full_segments(self, mark: Bookmark) -> Iterator[BaseModelOutput]:
         # a segment that nothing has come after may be the last one
         while len(mark.ids) > self.room:
-            yield self._read(mark)
+            yield self._read(mark, min((len(mark.ids) - 1) // self.room, self.segments_per_call))
 
     @torch.no_grad()
-    def _read(self, mark: Bookmark) -> BaseModelOutput:
-        """Read one segment, as `split_into_segments` would cut it, and move the bookmark behind it."""
+    def _read(self, mark: Bookmark, n_segments: int) -> BaseModelOutput:
+        """Read segments, as `split_into_segments` would cut them, and move the bookmark behind them."""
+        ids = torch.tensor(pad_segments([[self._take_segment(mark) for _ in range(n_segments)]], padding=-1))
+        is_token = ids >= 0
+        input_ids = ids.masked_fill(~is_token, self.model.config.pad_token_id).to(self.model.device)
+        output = self.model.model.encode(input_ids, is_token.long(), state=mark.state)
+        mark.state = output.state
+        self.n_segments += n_segments
+        return output
+
+    def _take_segment(self, mark: Bookmark) -> list[int]:
         new, mark.ids = mark.ids[: self.room], mark.ids[self.room :]
         segment = [*self.leading, *mark.overlap, *new, *self.trailing]
         if self.n_overlap:
             mark.overlap = [*mark.overlap, *new][-self.n_overlap :]
-        input_ids = torch.tensor([[segment]], device=self.model.device)
-        output = self.model.model.encode(input_ids, torch.ones_like(input_ids), state=mark.state)
-        mark.state = output.state
-        self.n_tokens, self.n_segments = self.n_tokens + len(new), self.n_segments + 1
-        return output
+        self.n_tokens += len(new)
+        return segment
 
     def _identity(self) -> dict[str, Any]:
         """All that a saved state's numbers depend on."""

@@ -67,9 +67,9 @@ def read_segments(make_model, monkeypatch):
         reader = TextReader(make_model(vocab_size=len(tokenizer), encoder_layers=1, **changes), tokenizer)
         segments, encode = [], reader.model.model.encode
 
-        def note(input_ids, *rest, **kwargs):
-            segments.append(input_ids[0, 0].tolist())
-            return encode(input_ids, *rest, **kwargs)
+        def note(input_ids, mask, **kwargs):
+            segments.extend(ids[is_token.bool()].tolist() for ids, is_token in zip(input_ids[0], mask[0], strict=True))
+            return encode(input_ids, mask, **kwargs)
 
         monkeypatch.setattr(reader.model.model, "encode", note)
         read_all(reader, pieces)
@@ -142,6 +142,27 @@ def test_streamed_text_gives_the_numbers_of_the_whole(changes, make_reader):
     reader = make_reader(**changes)
     assert_equal_to_1e_12(read_all(reader, in_pieces(TEXT, 50)), read_at_once(reader, TEXT))
     assert reader.n_tokens == len(reader.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("segments_per_call", [1, 2, 5, 32])
+@pytest.mark.parametrize("changes", [{}, {"input_size": 11}, {"decoder_context": "all"}], ids=str)
+def test_segments_that_are_read_together_give_the_numbers_of_the_whole(
+    changes, segments_per_call, make_reader, monkeypatch
+):
+    reader, sizes = make_reader(schedule="wavefront", **changes), []
+    expected, encode = read_at_once(reader, TEXT), reader.model.model.encode
+
+    def note(input_ids, *rest, **kwargs):
+        sizes.append(input_ids.shape[1])
+        return encode(input_ids, *rest, **kwargs)
+
+    monkeypatch.setattr(reader.model.model, "encode", note)
+    reader.segments_per_call = segments_per_call
+    assert_equal_to_1e_12(read_all(reader, [TEXT]), expected)
+    n_segments = int(expected.state.position)
+    assert max(sizes) == min(segments_per_call, n_segments - 1)
+    assert sum(sizes) == reader.n_segments == n_segments
+    assert len(sizes) == -(-(n_segments - 1) // segments_per_call) + 1
 
 
 def test_streamed_text_gives_the_summary_of_the_whole(make_reader):
