@@ -1,14 +1,15 @@
-"""Summarise a text of any length: `python launch/summarize.py --model RUN/model FILE`."""
+"""Summarise texts of any length: `python launch/summarize.py --model RUN/model FILE`."""
 
 import argparse
 import codecs
 import io
+import itertools
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from transformers.modeling_outputs import BaseModelOutput
@@ -16,8 +17,11 @@ from transformers.utils import logging
 
 from recurrent_bart.data.jsonl import ENCODING
 from recurrent_bart.inference import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
+from recurrent_bart.summaries import Summariser
 from recurrent_bart.training.arguments import DataArguments
 
+# texts in memory at a time, of which those of like length are summarised together
+WINDOW = 256
 STANDARD_INPUT = "standard input"
 # bytes asked for at a time
 BLOCK = 2**16
@@ -25,12 +29,16 @@ BLOCK = 2**16
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Flags of this script."""
-    parser = argparse.ArgumentParser(description="Summarise a text of any length.")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="UTF-8 text; without it, standard input")
+    parser = argparse.ArgumentParser(description="Summarise texts of any length.")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 text; without one, standard input")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
     parser.add_argument("--num_beams", type=positive, help="beams of generation; default: as the model was saved with")
     parser.add_argument("--max_new_tokens", type=positive, help="default: max_target_length of the model's run")
     parser.add_argument("--every_segment", action="store_true", help="one summary for each segment, as it comes")
+    parser.add_argument("--each_line", action="store_true", help="each line is a text of its own")
+    parser.add_argument(
+        "--tokens_per_batch", type=positive, default=16_384, help="of several texts, tokens read together, with padding"
+    )
     parser.add_argument("--save_state", type=Path, metavar="FILE", help="write what was read, to go on with more text")
     parser.add_argument("--load_state", type=Path, metavar="FILE", help="go on from there: the text is what follows")
     return parser.parse_args(argv)
@@ -94,6 +102,21 @@ class Progress:
         print(start + line, end=end, file=sys.stderr, flush=True)
 
 
+def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
+    """The model, its tokenizer, and how texts are generated.
+
+    Raises:
+        ValueError: The model is not usable.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    model, tokenizer = load_model(arguments.model, device, torch.bfloat16 if has_bf16 else torch.float32)
+    generation = {"max_new_tokens": arguments.max_new_tokens or target_length(arguments.model)}
+    if arguments.num_beams:
+        generation["num_beams"] = arguments.num_beams
+    return model, tokenizer, generation
+
+
 def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     """Read the file, print its summary or those of its segments, save what was read.
 
@@ -103,12 +126,7 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     save_state = arguments.save_state
     if save_state and not save_state.absolute().parent.is_dir():
         raise ValueError(f"--save_state {save_state}: no folder {save_state.parent}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    model, tokenizer = load_model(arguments.model, device, torch.bfloat16 if has_bf16 else torch.float32)
-    generation = {"max_new_tokens": arguments.max_new_tokens or target_length(arguments.model)}
-    if arguments.num_beams:
-        generation["num_beams"] = arguments.num_beams
+    model, tokenizer, generation = load(arguments)
     reader = TextReader(model, tokenizer, 1 if arguments.every_segment else SEGMENTS_PER_CALL)
     if arguments.load_state:
         reader.load(arguments.load_state)
@@ -123,6 +141,39 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
         print(summary_after(output, model, tokenizer, **generation), flush=True)
     if save_state:
         reader.save(save_state)
+
+
+def summarize_all(arguments: argparse.Namespace) -> None:
+    """Print a line for each text, in their order: its summary.
+
+    Raises:
+        ValueError: The model or a text is not usable, or one text alone can be treated like that.
+    """
+    for flag in ("every_segment", "save_state", "load_state"):
+        if getattr(arguments, flag):
+            raise ValueError(f"--{flag}: for one text, not for several")
+    model, tokenizer, generation = load(arguments)
+    summariser = Summariser(model, tokenizer, arguments.tokens_per_batch, **generation)
+    texts = all_texts(arguments)
+    while window := list(itertools.islice(texts, WINDOW)):
+        for summary in summariser.summarise(window):
+            print(" ".join(summary.split()), flush=True)
+
+
+def all_texts(arguments: argparse.Namespace) -> Iterator[str]:
+    """Every file's text, or every line's.
+
+    Raises:
+        ValueError: One cannot be read or is empty; the message names it.
+    """
+    for name in arguments.files or [STANDARD_INPUT]:
+        with open_file(name) if arguments.files else sys.stdin.buffer as file:
+            text = "".join(text_pieces(file, name))
+        lines = text.removesuffix("\n").split("\n") if arguments.each_line else [text]
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                raise ValueError(f"{name}:{number}: the text is empty")
+            yield line
 
 
 def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:
@@ -142,11 +193,13 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     logging.disable_progress_bar()
     try:
-        if arguments.file is None:
+        if arguments.each_line or len(arguments.files) > 1:
+            summarize_all(arguments)
+        elif not arguments.files:
             summarize(arguments, sys.stdin.buffer, STANDARD_INPUT)
         else:
-            with open_file(arguments.file) as file:
-                summarize(arguments, file, arguments.file)
+            with open_file(arguments.files[0]) as file:
+                summarize(arguments, file, arguments.files[0])
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2

@@ -50,7 +50,8 @@ def kind_of(module):
         return parts[1]
     if parts[1] in {"modeling_pretrained", "modeling_encoder", "modeling_decoder", "modeling_recurrent_bart"}:
         return "modeling"
-    return "configuration" if parts[1] == "configuration_recurrent_bart" else "core"
+    named = {"configuration_recurrent_bart": "configuration", "summaries": "inference"}
+    return named.get(parts[1], "core")
 
 
 def level_of(kind):

@@ -72,6 +72,54 @@ def test_standard_input_is_read_as_a_file_is(script, run, summarize, monkeypatch
     assert capsys.readouterr().out.splitlines() == summarize(TEXT)[0]
 
 
+def test_many_texts_have_a_line_each_in_their_order(script, run, tmp_path, capsys, monkeypatch):
+    """Also where they are more than are in memory at a time, and where a summary has several lines."""
+    asked = []
+
+    class FakeSummariser:
+        def __init__(self, model, tokenizer, tokens_per_batch, **how):
+            asked.append((tokens_per_batch, how))
+
+        def summarise(self, texts):
+            asked.append(len(texts))
+            return [f"of {text}\n  {len(text)}" for text in texts]
+
+    monkeypatch.setattr(script, "Summariser", FakeSummariser)
+    monkeypatch.setattr(script, "WINDOW", 2)
+    texts = ["the list", "of", "numbers é", "is", "long"]
+    files = [tmp_path / f"{number}.txt" for number in range(len(texts))]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    (tmp_path / "lines").write_text("\n".join(texts) + "\n")
+    flags = ["--model", str(run.model), "--num_beams", "2", "--tokens_per_batch", "160"]
+    for given in (map(str, files), ["--each_line", str(tmp_path / "lines")]):
+        assert script.main([*flags, *given]) == 0
+        assert capsys.readouterr().out.splitlines() == [f"of {text} {len(text)}" for text in texts]
+    assert asked == [(160, {"max_new_tokens": 6, "num_beams": 2}), 2, 2, 1] * 2
+
+
+def test_lines_of_standard_input_are_summarised_as_each_file_is(script, run, summarize, monkeypatch, capsys):
+    lines = TEXT.splitlines()[:3]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("\n".join(lines).encode())))
+    assert script.main(["--model", str(run.model), "--each_line"]) == 0
+    assert capsys.readouterr().out.splitlines() == [summary for line in lines for summary in summarize(line)[0]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--every_segment"], "--every_segment: for one text, not for several"),
+        (["--save_state", "state"], "--save_state: for one text, not for several"),
+        (["--tokens_per_batch", "7"], "--tokens_per_batch 7: a segment has up to 8 tokens"),
+        ([], "lines:2: the text is empty"),
+    ],
+)
+def test_what_many_texts_cannot_have_is_named_in_one_line(script, run, tmp_path, capsys, flags, message):
+    (tmp_path / "lines").write_text("the list\n \nof numbers")
+    assert script.main(["--model", str(run.model), "--each_line", str(tmp_path / "lines"), *flags]) == 2
+    assert_one_error(capsys, message)
+
+
 def test_every_segment_has_its_summary(summarize, tells_numbers):
     summaries, progress = summarize(TEXT, "--every_segment")
     assert len(summaries) == int(re.search(r"(\d+) segments", progress[-1])[1]) > 10
