@@ -8,8 +8,9 @@ from recurrent_bart.data.rows import TASKS
 from recurrent_bart.modeling_pretrained import CHECKPOINTING_GRAINS
 
 MODELS = {"ours": "ours", "rmt": "RMT on BART", "bart": "BART, full attention", "led": "LED", "longt5": "LongT5"}
-# a training step with its optimizer; forward and backward passes alone, as of one micro-batch of several; the encoder
-WORKS = ("training", "passes", "inference")
+# a training step with its optimizer; forward and backward passes alone, as of one micro-batch of several; the encoder;
+# the decoder's texts
+WORKS = ("training", "passes", "inference", "generation")
 SUITES = ("quick", "grid", "headline", "memory")
 SCHEDULES = ("sequential", "wavefront")
 
@@ -41,9 +42,9 @@ class Case:
     def label(self) -> str:
         """Its model and how that is run, whatever the documents."""
         parts = [MODELS[self.model]]
-        if self.model == "ours":
+        if self.model == "ours" and self.work != "generation":
             parts.append(self.schedule)
-        if self.work != "inference":
+        if self.work in ("training", "passes"):
             if self.task != "document":
                 parts.append("target per segment")
             if self.model in ("ours", "rmt") and self.bptt_depth != -1:
@@ -112,7 +113,15 @@ def quick() -> list[Group]:
         cases.append(Case("ours", n_segments, checkpointing="segment"))
         cases += [Case(model, n_segments) for model in list(MODELS)[1:]]
         cases.append(Case("led", n_segments, checkpointing="layer"))
-    return [Group("length", tuple(cases)), Group("inference", tuple(readers(4, SCHEDULES)))]
+    return [Group("length", tuple(cases)), Group("inference", tuple(readers(4, SCHEDULES))), generation()]
+
+
+def generation() -> Group:
+    """Our decoder and BART's, of as many positions, for one document and for many."""
+    return Group(
+        "generation",
+        tuple(Case(model, 1, "generation", size) for size, model in itertools.product((1, 16), ("ours", "bart"))),
+    )
 
 
 def readers(n_segments: int, schedules: Sequence[str], batch_size: int = 1) -> list[Case]:
@@ -122,7 +131,7 @@ def readers(n_segments: int, schedules: Sequence[str], batch_size: int = 1) -> l
 
 
 def headline() -> list[Group]:
-    """One long document, full batches with and without checkpointing, reading, and cost against length."""
+    """One long document, full batches with and without checkpointing, reading, cost against length, generation."""
     one = [
         Case("ours", 32, schedule="sequential"),
         *(Case("ours", 32, checkpointing=grain) for grain in CHECKPOINTING_GRAINS),
@@ -148,6 +157,7 @@ def headline() -> list[Group]:
         Group("batch-checkpointed", tuple(checkpointed)),
         Group("inference", tuple(readers(128, SCHEDULES))),
         Group("length", tuple(lengths([2, 8, 32, 64, 128, 256, 512]))),
+        generation(),
     ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from recurrent_bart.benchmarks.cases import Case
+from recurrent_bart.benchmarks.generation import NEW_TOKENS, generation_flops, generator
 from recurrent_bart.benchmarks.subjects import Place, Subject, build_subject
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.monitoring.memory import peak_bytes
@@ -24,7 +25,7 @@ class Measurement:
     Attributes:
         outcome: "measured", or why it was not.
         step_seconds: Of each timed step.
-        n_tokens: Document tokens of a step.
+        n_tokens: Document tokens of a step; those that it generates, where it does.
         flops: Useful operations of a step.
         resident_bytes: Weights, gradients that stay, and the optimizer's state.
         step_bytes: Most that a step takes beyond those.
@@ -48,7 +49,7 @@ class Measurement:
         return max(self.step_seconds) / min(self.step_seconds) if self.step_seconds else float("nan")
 
     def tokens_per_second(self) -> float:
-        """Document tokens a second."""
+        """Of `n_tokens`, a second."""
         return self.n_tokens / self.seconds()
 
     def share_of_peak(self) -> float:
@@ -87,16 +88,21 @@ def _measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, 
     resident_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     subject = build_subject(case, place)
     batch = random_batch(case, place)
-    step = work_of(case, subject, batch)
+    step = work_of(case, subject, batch, place)
     for _ in range(n_warmup):
         step()
     if not measurement.step_bytes:
         measurement.resident_bytes = _resident_bytes(subject, step, device) - resident_before
         measurement.step_bytes = peak_bytes(step, device)
-        measurement.n_tokens = batch.n_tokens()
-        is_inference = case.work == "inference"
-        measurement.flops = subject.encoder_flops(batch) if is_inference else subject.training_flops(batch)
+        measurement.n_tokens = case.batch_size * NEW_TOKENS if case.work == "generation" else batch.n_tokens()
+        measurement.flops = _flops(case, subject, batch, place)
     measurement.step_seconds += [_timed(step, device) for _ in range(n_passes)]
+
+
+def _flops(case: Case, subject: Subject, batch: Batch, place: Place) -> float:
+    if case.work == "generation":
+        return generation_flops(case, place)
+    return subject.encoder_flops(batch) if case.work == "inference" else subject.training_flops(batch)
 
 
 def random_batch(case: Case, place: Place) -> Batch:
@@ -131,8 +137,10 @@ class Step:
             self.optimizer.zero_grad()
 
 
-def work_of(case: Case, subject: Subject, batch: Batch) -> Callable[[], object]:
+def work_of(case: Case, subject: Subject, batch: Batch, place: Place) -> Callable[[], object]:
     """What is timed."""
+    if case.work == "generation":
+        return generator(case, subject, batch, place)
     if case.work == "inference":
         return torch.inference_mode()(lambda: subject.encode(batch))
     return Step(subject, batch, with_optimizer=case.work == "training")

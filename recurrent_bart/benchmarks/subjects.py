@@ -91,7 +91,7 @@ def build_subject(case: Case, place: Place) -> Subject:
         raise ValueError(f"{case.label()}: only ours has that")
     with place.device:
         subject = BUILDERS[case.model](case, place)
-    subject.model.to(place.dtype).train(case.work != "inference")
+    subject.model.to(place.dtype).train(case.work in ("training", "passes"))
     return subject
 
 

@@ -18,9 +18,10 @@ STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
 Lines = dict[tuple[str, str], dict[int, float]]
 COLUMNS = ("documents", "segments", "ms", "tokens/s", "spread", "ours is", "peak MiB", "step MiB", "TFLOP", "of peak")
 LEGEND = (
-    "ms: median of a step; spread: slowest over fastest; ours is: how many times as fast our fastest for such "
-    "documents is; peak MiB: most memory, weights and optimizer included; step MiB: what of it is not these; TFLOP: "
-    "useful operations of a step; of peak: their share of what a large product of matrices reaches on this device."
+    "ms: median of a step; tokens/s: of documents, in generation of texts; spread: slowest over fastest; ours is: how "
+    "many times as fast our fastest for such documents is; peak MiB: most memory, weights and optimizer included; step "
+    "MiB: what of it is not these; TFLOP: useful operations of a step; of peak: their share of what a large product of "
+    "matrices reaches on this device."
 )
 
 
@@ -60,7 +61,8 @@ def _advantage(group: dict[Case, Measurement], case: Case, measured: Measurement
     ours = [
         other.tokens_per_second()
         for there, other in group.items()
-        if there.model == "ours" and there.n_segments == case.n_segments and other.step_seconds
+        if there.model == "ours" and other.step_seconds
+        if (there.batch_size, there.n_segments) == (case.batch_size, case.n_segments)
     ]
     return f"{max(ours) / measured.tokens_per_second():.2f} x" if ours and case.model != "ours" else ""
 
@@ -81,7 +83,7 @@ def _lines(results: Results, segment_size: int, value: Callable[[Measurement], f
         (case, value(it))
         for group in results.values()
         for case, it in group.items()
-        if case.work != "inference" and it.outcome == "measured"
+        if case.work in ("training", "passes") and it.outcome == "measured"
     ]
     smallest = min((case.batch_size for case, _ in measured), default=1)
     lines: Lines = {}

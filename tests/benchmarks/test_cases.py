@@ -33,6 +33,8 @@ def test_the_headline_has_every_alternative_at_the_lengths_of_the_goals():
     assert Case("ours", 32, batch_size=16, checkpointing="segment") in groups["batch-checkpointed"]
     assert all(case.checkpointing != "none" for case in groups["batch-checkpointed"])
     assert Case("ours", 128, "inference") in groups["inference"]
+    pairs = {(case.model, case.batch_size) for case in groups["generation"]}
+    assert pairs == {(model, size) for model in ("ours", "bart") for size in (1, 16)}
     for task in ("document", "sections"):
         numbers = [case.n_segments for case in groups["length"] if case.model == "ours" and case.task == task]
         assert numbers[0] <= 8
@@ -66,3 +68,4 @@ def test_labels_say_what_is_not_as_usual():
     )
     assert Case("ours", 4, task="sections", schedule="sequential").label() == "ours, sequential, target per segment"
     assert Case("led", 4, "inference").label() == "LED"
+    assert Case("ours", 4, "generation").label() == "ours"

@@ -6,6 +6,7 @@ import torch
 from recurrent_bart import wavefront
 from recurrent_bart.benchmarks import measure as module
 from recurrent_bart.benchmarks.cases import MODELS, Case
+from recurrent_bart.benchmarks.generation import NEW_TOKENS
 from recurrent_bart.benchmarks.measure import OUT_OF_MEMORY, Measurement, matrix_peak, measure, random_batch, work_of
 from recurrent_bart.benchmarks.subjects import Place, build_subject
 
@@ -69,12 +70,43 @@ def test_readers_have_neither_graph_nor_optimizer(model):
     assert 0 < found.flops < measured(Case(model, 3)).flops / 3
 
 
+@pytest.mark.parametrize("model", ["ours", "bart"])
+def test_texts_have_the_length_that_is_counted_and_what_is_read_is_not_read_again(model, monkeypatch):
+    case = Case(model, 1, "generation", batch_size=3)
+    found = measured(case, n_passes=1)
+    assert found.n_tokens == 3 * NEW_TOKENS
+    assert found.tokens_per_second() == pytest.approx(3 * NEW_TOKENS / found.seconds())
+    subject = build_subject(case, PLACE)
+    assert not subject.model.training
+    generate = work_of(case, subject, random_batch(case, PLACE), PLACE)
+    reads, contexts = [], []
+    subject.model.get_encoder().register_forward_hook(lambda *_: reads.append(1))
+    attention = subject.model.model.decoder.layers[0].encoder_attn
+    attention.k_proj.register_forward_hook(lambda module, args, output: contexts.append(tuple(output.shape[:2])))
+    for _ in range(2):
+        assert generate().shape == (3, 1 + NEW_TOKENS)
+    assert not reads
+    # of both models as many
+    assert contexts == [(3, 20 + 16)] * 2
+
+
+def test_a_text_costs_what_its_decoder_pass_does():
+    one, many = (measured(Case("ours", 1, "generation", batch_size=n)).flops for n in (1, 4))
+    assert many == pytest.approx(4 * one)
+    assert one == measured(Case("bart", 1, "generation")).flops
+    case = Case("bart", 1, "inference")
+    batch, subject = random_batch(case, PLACE), build_subject(case, PLACE)
+    decoder = subject.training_flops(batch) / 3 - subject.encoder_flops(batch)
+    # its context is without our state
+    assert decoder < one < 1.3 * decoder
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_training_step_changes_weights_under_dropout(model):
     case = Case(model, 2, checkpointing="layer")
     subject, batch = build_subject(case, PLACE), random_batch(case, PLACE)
     before = [parameter.detach().clone() for parameter in subject.model.parameters()]
-    step = work_of(case, subject, batch)
+    step = work_of(case, subject, batch, PLACE)
     losses = [sum(float(loss.detach()) for loss in subject.losses(batch)) for _ in range(2)]
     assert losses[0] != losses[1]
     step()

@@ -32,7 +32,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert code == 0, output
     written = json.loads((tmp_path / "results.json").read_text())
     assert {line["model"] for line in written["results"]} == set(MODELS)
-    assert {line["work"] for line in written["results"]} == {"training", "inference"}
+    assert {line["work"] for line in written["results"]} == {"training", "inference", "generation"}
     assert all(line["outcome"] == "measured" and line["tokens_per_second"] > 0 for line in written["results"])
     assert {"throughput.png", "memory.png"} <= {file.name for file in tmp_path.iterdir()}
     assert "LongT5" in output
@@ -60,7 +60,7 @@ def test_what_computes_something_else_is_not_timed(script, tmp_path, monkeypatch
 
 def test_a_group_that_is_not_there_is_an_error(script, capsys):
     assert script.main(["--groups", "inference", "nothing"]) == 2
-    assert "--groups nothing: the suite has length, inference" in capsys.readouterr().err
+    assert "--groups nothing: the suite has length, inference, generation" in capsys.readouterr().err
     assert script.main(["--suite", "memory", "--models", "led"]) == 2
     assert "no case" in capsys.readouterr().err
 
