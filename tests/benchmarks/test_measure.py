@@ -78,6 +78,8 @@ def test_texts_have_the_length_that_is_counted_and_what_is_read_is_not_read_agai
     assert found.tokens_per_second() == pytest.approx(3 * NEW_TOKENS / found.seconds())
     subject = build_subject(case, PLACE)
     assert not subject.model.training
+    # it would end at once
+    subject.model.final_logits_bias[0, subject.model.config.eos_token_id] = 1e4
     generate = work_of(case, subject, random_batch(case, PLACE), PLACE)
     reads, contexts = [], []
     subject.model.get_encoder().register_forward_hook(lambda *_: reads.append(1))
