@@ -14,8 +14,8 @@ from transformers.utils import logging
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.distributed import SharedError, first_then_all, is_first, let_first_speak, only_first
+from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
-from recurrent_bart.evaluation.rouge import Score
 from recurrent_bart.inference import load_model, run_flags
 from recurrent_bart.monitoring.run_folder import replace_file
 from recurrent_bart.training.arguments import PRECISIONS, DataArguments, flag
@@ -70,7 +70,7 @@ class Results:
     n_documents: int
     n_texts: int
     loss: float
-    rouge: dict[str, Score]
+    rouge: dict[str, Interval]
 
     def lines(self) -> list[str]:
         """For a reader."""

@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.data.batches import Batch, Collator, DocumentPlan
 from recurrent_bart.distributed import gather_objects, rank, sum_over_ranks, world_size
-from recurrent_bart.evaluation.rouge import Score, rouge
+from recurrent_bart.evaluation.bootstrap import Interval
+from recurrent_bart.evaluation.rouge import rouge
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.targets import IGNORED
 
 # tokens of a source that are shown
 HEAD = 100
@@ -79,6 +81,19 @@ class Evaluator:
         total, n_targets = sum_over_ranks(total, n_targets, device=self.device)
         return total / n_targets
 
+    def target_losses(self, losses: Callable[[Batch], Tensor]) -> dict[int, list[float]]:
+        """Cross-entropy of every target, summed over its tokens, by document; on every process.
+
+        Args:
+            losses: Gives those of a batch, document by document.
+        """
+        found: dict[int, list[float]] = {}
+        for batch in self._batches(self.plan.indices):
+            has_target = (batch.labels != IGNORED).any(dim=-1).view(len(batch.labels), -1)
+            parts = losses(batch).cpu().split(has_target.sum(dim=1).tolist())
+            found |= {index: part.tolist() for index, part in zip(batch.indices, parts, strict=True)}
+        return {index: own for part in gather_objects(found) for index, own in part.items()}
+
     def summarise(self, model: RecurrentBartForConditionalGeneration, how: Generation) -> list[Sample]:
         """Texts generated for the first documents, and their targets, on every process in the same order."""
         n_documents = len(self.plan.indices) if how.n_documents == -1 else how.n_documents
@@ -135,6 +150,6 @@ class Evaluator:
                 yield self.collator([{**self.corpus[index], "index": index} for index in group])
 
 
-def score(samples: list[Sample]) -> dict[str, Score]:
+def score(samples: list[Sample]) -> dict[str, Interval]:
     """ROUGE of samples."""
     return rouge([sample.generated for sample in samples], [sample.target for sample in samples])

@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from rouge_score import rouge_scorer, tokenizers
+
+from recurrent_bart.evaluation.bootstrap import Interval, interval, resampled_means
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # scripts written without spaces: kana, Chinese characters, Thai
 UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
-N_RESAMPLES = 1000
 
 
 class RougeTokenizer(tokenizers.Tokenizer):
@@ -31,17 +31,14 @@ class RougeTokenizer(tokenizers.Tokenizer):
         return words
 
 
-@dataclass(frozen=True)
-class Score:
-    """Mean F-measure in percent with its 95 % bootstrap interval over documents."""
-
-    mean: float
-    low: float
-    high: float
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Interval]:
+    """Mean over texts of `rouge_of_each`, with its 95 % interval."""
+    scores = rouge_of_each(predictions, references)
+    return {name: interval(resampled_means(values[None], np.ones((1, len(values))))) for name, values in scores.items()}
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
-    """ROUGE-1, -2, -L (whole text) and -Lsum (sentence by sentence).
+def rouge_of_each(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """F-measure in percent of each text: ROUGE-1, -2, -L (whole text) and -Lsum (sentence by sentence).
 
     Args:
         predictions: Generated texts.
@@ -57,13 +54,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Sc
         scorer.score(_lines(reference), _lines(prediction))
         for prediction, reference in zip(predictions, references, strict=True)
     ]
-    return {name: _score(np.array([100 * score[name].fmeasure for score in scores])) for name in METRICS}
-
-
-def _score(values: np.ndarray) -> Score:
-    resampled = np.random.default_rng(0).choice(values, (N_RESAMPLES, len(values)))
-    low, high = np.percentile(resampled.mean(axis=1), (2.5, 97.5))
-    return Score(float(values.mean()), float(low), float(high))
+    return {name: np.array([100 * score[name].fmeasure for score in scores]) for name in METRICS}
 
 
 def _lines(text: str) -> str:

@@ -82,6 +82,27 @@ def test_the_loss_is_the_mean_over_all_target_tokens(model, task, rows, batch_si
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize(("task", "rows"), [("document", document_rows), ("sections", section_rows)])
+def test_each_target_has_a_loss_and_together_they_are_the_whole(model, task, rows, batch_size):
+    evaluator = make_evaluator(rows(), task, batch_size)
+
+    @torch.no_grad()
+    def losses(batch):
+        has_target = (batch.labels != -100).any(-1)
+        logits, labels = model(**batch.model_inputs(CPU)).logits[has_target], batch.labels[has_target]
+        return torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(-1)
+
+    found = evaluator.target_losses(losses)
+    assert sorted(found) == evaluator.plan.indices
+    n_targets = 0
+    for index in evaluator.plan.indices:
+        batch = evaluator.collator([{**evaluator.corpus[index], "index": index}])
+        assert found[index] == pytest.approx(losses(batch).tolist(), rel=1e-4)
+        n_targets += batch.n_targets()
+    assert sum(map(sum, found.values())) / n_targets == pytest.approx(evaluator.loss(model), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_a_generated_text_belongs_to_its_document(model, batch_size):
     rows = document_rows()
     samples = make_evaluator(rows, batch_size=batch_size).summarise(model, Generation(max_new_tokens=6))
