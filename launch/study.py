@@ -17,7 +17,7 @@ from recurrent_bart.studies.report import draw, read_results, report
 from recurrent_bart.studies.single_run import execute
 from recurrent_bart.studies.study_run import Run, RunFile
 from recurrent_bart.studies.text_report import draw_losses, text_report
-from recurrent_bart.studies.text_run import execute_text
+from recurrent_bart.studies.text_run import TextRun
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset", default="stdlib", help="of the studies document and sections, as in launch/train.py"
     )
+    parser.add_argument("--seconds", type=float, default=300.0, help="of training, of their runs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="their flags of launch/train.py")
     parser.add_argument("--report_only", action="store_true", help="run nothing, make the report again")
     parser.add_argument("--run", type=Path, help="do one run, described in this file; a study starts these itself")
     parser.add_argument("--device", default="cpu", help="where that run computes")
@@ -62,7 +64,10 @@ def run_one(arguments: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")
     file = RunFile(arguments.run)
     if "flags" in file.read()["run"]:
-        execute_text(file, Path(__file__).with_name("train.py"), arguments.device, arguments.budget_seconds)
+        # the runs that need no documents start the sooner without what reads them
+        from recurrent_bart.studies.text_training import execute_text
+
+        execute_text(file, device, arguments.budget_seconds)
     else:
         execute(file, device, arguments.budget_seconds)
     return 0
@@ -93,9 +98,7 @@ def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
     texts, seeds = Texts(arguments.facts, arguments.filler, arguments.dataset), range(arguments.seeds)
     runs: list[Any]
     if arguments.name in TEXT_STUDIES:
-        runs = build_text_study(arguments.name, texts, seeds)
-        changed = {"max_steps": arguments.max_steps} if arguments.max_steps else {}
-        runs = [dataclasses.replace(run, flags=run.flags | changed) for run in runs]
+        runs = build_text_study(arguments.name, texts, seeds, arguments.seconds, **changed_flags(arguments))
     else:
         runs = build_study(arguments.name, texts, seeds)
         runs = [dataclasses.replace(run, max_steps=arguments.max_steps or run.max_steps) for run in runs]
@@ -105,10 +108,29 @@ def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
     return runs
 
 
+def changed_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Flags of launch/train.py that are others than the study's own.
+
+    Raises:
+        ValueError: One has no value.
+    """
+    without = [text for text in arguments.set if "=" not in text]
+    if without:
+        raise ValueError(f"--set {without[0]}: must be NAME=VALUE")
+    changed: dict[str, Any] = dict(text.split("=", 1) for text in arguments.set)
+    if arguments.max_steps:
+        changed |= {"max_steps": arguments.max_steps}
+    return changed
+
+
 def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) -> int:
     """Start all that are not finished; gives how many failed."""
     places = find_places(arguments.devices, arguments.processes_per_device)
     todo = {folder / run.file_name(): run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)}
+    if todo and isinstance(runs[0], TextRun):
+        from recurrent_bart.studies.text_training import prepare_documents
+
+        prepare_documents(runs[0])
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {len(places)} at once", flush=True)
     threads = 1 if places[0] != "cpu" else max(1, (os.cpu_count() or 1) // len(places))
 

@@ -80,6 +80,9 @@ def shortened(line, folder):
         line += "".join(f" --{name} {value}" for name, value in flags.items())
     if "launch/study.py" in line:
         line += " --max_steps 2 --seeds 1"
+    if "study.py sections" in line:
+        # each model is a process that loads everything
+        line += " --only layerwise"
     return line
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_bart.studies.study_run import StudyRun
-from recurrent_bart.studies.text_run import TextRun
+from recurrent_bart.studies.text_run import READINGS, TextRun
 
 Fields = dict[str, Any]
 
@@ -123,37 +123,68 @@ STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
 }
 
 
-# flags of launch/train.py for each kind of target: those of all runs, and what is compared
+# flags of launch/train.py that all runs on documents share: every evaluation comes after the same steps whatever the
+# time, so the learning rate does not depend on how many there will be
 TEXT: Fields = {
     "model_size": "small",
     "segment_size": 512,
-    "max_n_segments": 8,
-    "max_steps": 3000,
+    "max_n_segments": 12,
+    "bptt_depth": -1,
     "per_device_train_batch_size": 8,
-    "eval_every": 300,
-    "wandb_mode": "disabled",
+    "lr_scheduler": "constant",
+    "warmup_steps": 200,
+    "max_steps": 1_000_000,
+    "eval_every": 100,
+    "eval_documents": 64,
+    "dataloader_num_workers": 1,
 }
+PLAIN: Fields = {"flags": {"pre_seq_len": 0}}
 RECURRENCES: dict[str, Fields] = {
     "layerwise": {},
-    "top (RMT)": {"recurrence": "top"},
-    "none": {"recurrence": "none"},
+    "top (RMT)": {"flags": {"recurrence": "top"}},
+    "none": {"flags": {"recurrence": "none"}},
 }
+# fields of TextRun for each kind of target; differences are to the first
 TEXT_STUDIES: dict[str, dict[str, Fields]] = {
     "document": {
         **RECURRENCES,
-        "BART, first 1,024 tokens": {"pre_seq_len": 0, "segment_size": 1024, "max_n_segments": 1},
-        "BART, last segment": {"pre_seq_len": 0},
+        "BART, first 1,024 tokens": PLAIN | {"reads": "heads"},
+        "BART, last segment": PLAIN,
+        "LED": {"reads": "whole"},
     },
-    "sections": {**RECURRENCES, "BART, each segment": {"pre_seq_len": 0}},
+    "sections": {
+        **RECURRENCES,
+        "BART, first 1,024 tokens of each section": PLAIN | {"reads": "heads"},
+        "BART, last segment of each section": PLAIN,
+    },
 }
 
 
-def build_text_study(task: str, texts: Texts, seeds: Iterable[int] = range(3)) -> list[TextRun]:
-    """The runs of a study on documents with one target each, or one per section."""
-    flags = TEXT | {"dataset": texts.dataset, "task": task}
+def build_text_study(
+    task: str, texts: Texts, seeds: Iterable[int] = range(3), seconds: float | None = None, **changes: Any
+) -> list[TextRun]:
+    """The runs of a study on documents with one target each, or one per section.
+
+    Args:
+        task: `"document"` or `"sections"`.
+        texts: Which documents.
+        seeds: Of each model's runs.
+        seconds: Of training.
+        changes: Flags of all runs that are others than the study's own.
+    """
+    flags = TEXT | {"dataset": texts.dataset, "task": task} | changes
+    # a run that is cut short warms up all its time
+    flags["warmup_steps"] = min(int(flags["warmup_steps"]), int(flags["max_steps"]))
     documents = f"{Path(texts.dataset).name} {task}"
     return [
-        TextRun(variant, documents, flags | fields, seed)
+        TextRun(
+            variant,
+            documents,
+            flags | fields.get("flags", {}),
+            seed,
+            seconds=seconds,
+            reads=fields.get("reads", READINGS[0]),
+        )
         for seed in seeds
         for variant, fields in TEXT_STUDIES[task].items()
     ]

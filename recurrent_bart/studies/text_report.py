@@ -1,71 +1,228 @@
-"""What the runs of a study on documents show together: a table in Markdown and a plot."""
+"""What the runs of a study on documents show together: tables in Markdown and a plot."""
 
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from recurrent_bart.studies.report import Groups, markdown, mean_and_range, origin
+from recurrent_bart.evaluation.bootstrap import Interval, interval, resampled_means
+from recurrent_bart.studies.report import Groups, Records, markdown, origin
 
-Curve = list[dict[str, float]]
+# a document and the number of a target among its own
+Target = tuple[str, int]
+# of each target a total and a count: a loss and its tokens, or a score of one text
+Figures = dict[Target, tuple[float, float]]
+# with each seed
+Models = dict[str, list[Figures]]
+Point = dict[str, Any]
+# a figure, and its difference to the first model's
+Compared = tuple[Interval, Interval | None]
+MIB = 2**20
+ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+# a run ends with the step in which its time is over
+TOLERANCE = 1.02
+# tokens up to which the first place reaches; the next ones reach twice as far each
+FIRST_PLACE = 512
+# of a point of a curve
+FORMS = {
+    "step": lambda value: f"{value:,.0f}",
+    "seconds": lambda value: f"{value:,.0f}",
+    "n_tokens": lambda value: f"{value / 1e6:,.1f}",
+}
+LEGEND = (
+    "In brackets 95 % intervals, by bootstrap over documents and seeds. Differences are to the first model, paired by "
+    "document and seed. Every model is taken where its validation loss was lowest up to the limit."
+)
 
 
 def text_report(groups: Groups) -> str:
-    """The table, and where it comes from."""
-    return (
-        "Validation loss per target token and ROUGE F-measure: mean (lowest to highest seed). Equal time is the "
-        f"training time of the fastest model.\n\n{loss_table(groups)}\n\n{origin(groups)}\n"
-    )
+    """All tables, and where they come from."""
+    records = with_common_seeds({name: records for (_, name), records in groups.items()})
+    seconds, step = equal_seconds(records), equal_step(records)
+    in_time = {name: [_best(_until(r["curve"], "seconds", seconds)) for r in own] for name, own in records.items()}
+    in_steps = {name: [_best(_until(r["curve"], "step", step)) for r in own] for name, own in records.items()}
+    parts = [
+        f"{next(iter(groups))[0]}. {LEGEND}",
+        f"Validation loss per target token at equal time, {seconds:,.0f} s of training\n\n"
+        + loss_table(records, in_time),
+        f"At equal data, {step:,} steps that have read the same documents, of which each model reads what it can\n\n"
+        + loss_table(records, in_steps),
+        "Loss at equal time by tokens of the document up to the end of what the target is of (targets); behind the "
+        f"loss the difference\n\n{position_table(records, in_time)}",
+        f"Texts generated greedily at the end, F-measure; behind it the difference\n\n{rouge_table(records)}",
+        f"Cost\n\n{cost_table(records)}",
+        origin(groups),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def loss_table(groups: Groups) -> str:
-    """Lowest validation loss at equal steps and at equal time, ROUGE at the former, and the time of all steps."""
-    head = ["documents", "model", "seeds", "steps", "seconds", "loss", "loss at equal time", "ROUGE-1", "-2", "-L"]
+def with_common_seeds(records: dict[str, Records]) -> dict[str, Records]:
+    """Of each model the runs with seeds that all have, in their order.
+
+    Raises:
+        ValueError: There is no such seed.
+    """
+    common = set.intersection(*({record["run"]["seed"] for record in own} for own in records.values()))
+    if not common:
+        raise ValueError("no seed with which every model came to its end: nothing can be compared")
+    return {name: [record for record in own if record["run"]["seed"] in common] for name, own in records.items()}
+
+
+def equal_seconds(records: dict[str, Records]) -> float:
+    """Training time that every run has had."""
+    return min(record["curve"][-1]["seconds"] for own in records.values() for record in own)
+
+
+def equal_step(records: dict[str, Records]) -> int:
+    """The last step at which every run was evaluated; 0: there is none."""
+    steps = [{point["step"] for point in record["curve"]} for own in records.values() for record in own]
+    return max(set.intersection(*steps), default=0)
+
+
+def loss_table(records: dict[str, Records], points: dict[str, list[Point]]) -> str:
+    """Loss of every model at its points, with the difference, and what it had done there."""
+    compared = compare(_losses(records, points))
     rows = []
-    for (task, name), records in groups.items():
-        curves: list[Curve] = [record["curve"] for record in records]
-        equal_seconds = min(_seconds(other) for (of_task, _), other in groups.items() if of_task == task)
-        ends, best = [curve[-1] for curve in curves], [_best(curve) for curve in curves]
-        cells = [
-            _cell(ends, "step", ",.0f"),
-            _cell(ends, "seconds", ",.0f"),
-            _cell(best, "validation_loss", ".3f"),
-            _cell([_best(_until(curve, equal_seconds)) for curve in curves], "validation_loss", ".3f"),
-            *(_cell(best, name, ".1f") for name in ("rouge1", "rouge2", "rougeL")),
-        ]
-        rows.append([task, name, str(len(records)), *cells])
-    return markdown(head, rows)
+    for name, own in points.items():
+        if name not in compared:
+            rows.append([name, str(len(own)), *[""] * 5])
+            continue
+        figures = [form(statistics.mean(point[key] for point in own)) for key, form in FORMS.items()]
+        value, difference = compared[name]
+        rows.append([name, str(len(own)), *figures, _cell(value, ".3f"), _cell(difference, "+.3f")])
+    return markdown(["model", "seeds", "steps", "seconds", "M tokens read", "loss", "difference"], rows)
+
+
+def position_table(records: dict[str, Records], points: dict[str, list[Point]]) -> str:
+    """Loss and difference of every model by where targets stand."""
+    first = next(iter(records.values()))[0]
+    places = {(t["document"], t["target"]): place(t["position"]) for t in first["targets"]}
+    models = _losses(records, points)
+    numbers = sorted({places[target] for target in _common(models)})
+    columns = {}
+    for number in numbers:
+        part = {
+            name: [{t: f for t, f in own.items() if places.get(t) == number} for own in seeds]
+            for name, seeds in models.items()
+        }
+        columns[f"to {number:,} ({len(_common(part))})"] = compare(part)
+    rows = [[name, *(_both(column.get(name), ".3f") for column in columns.values())] for name in models]
+    return markdown(["model", *columns], rows)
+
+
+def place(position: int) -> int:
+    """Tokens up to which the place reaches that a position is in."""
+    found = FIRST_PLACE
+    while found < position:
+        found *= 2
+    return found
+
+
+def rouge_table(records: dict[str, Records]) -> str:
+    """Mean score of texts and difference of every model."""
+    tables = {}
+    for key, title in ROUGE.items():
+        scores = {
+            name: [{(t["document"], t["target"]): (t[key], 1.0) for t in record.get("texts", [])} for record in own]
+            for name, own in records.items()
+        }
+        tables[title] = compare(scores)
+    rows = [[name, *(_both(table.get(name), ".2f") for table in tables.values())] for name in records]
+    n_texts = len(_common(scores))
+    return markdown([f"model ({n_texts} texts)", *tables], rows)
+
+
+def cost_table(records: dict[str, Records]) -> str:
+    """Size, speed and memory; medians over seeds."""
+    rows = []
+    for name, own in records.items():
+        ends = [record["curve"][-1] for record in own]
+        speed = statistics.median(end["step"] / end["seconds"] for end in ends)
+        tokens = statistics.median(end["n_tokens"] / end["seconds"] for end in ends)
+        peaks = [record["peak_bytes"] for record in own if record["peak_bytes"]]
+        memory = f"{statistics.median(peaks) / MIB:,.0f}" if peaks else ""
+        rows.append([name, f"{own[0]['n_parameters'] / 1e6:.1f}", f"{speed:.2f}", f"{tokens:,.0f}", memory])
+    return markdown(["model", "M parameters", "steps/s", "tokens read/s", "peak MiB"], rows)
+
+
+def compare(models: Models) -> dict[str, Compared]:
+    """Figure of every model that has any, on the targets that all of these have, and how far it is above the first."""
+    reference, means = next(iter(models)), {}
+    models = {name: own for name, own in models.items() if all(own)}
+    targets = sorted(_common(models))
+    if targets:
+        means = {name: resampled_means(*_by_document(own, targets)) for name, own in models.items()}
+    return {
+        name: (interval(own), interval(own - means[reference]) if name != reference and reference in means else None)
+        for name, own in means.items()
+    }
+
+
+def _common(models: Models) -> set[Target]:
+    seeds = [set(figures) for own in models.values() if all(own) for figures in own]
+    return set.intersection(*seeds) if seeds else set()
+
+
+def _by_document(seeds: list[Figures], targets: list[Target]) -> tuple[np.ndarray, np.ndarray]:
+    """Totals and counts `(S, D)`."""
+    numbers = {document: number for number, document in enumerate(dict.fromkeys(name for name, _ in targets))}
+    sums = np.zeros((2, len(seeds), len(numbers)))
+    for seed, figures in enumerate(seeds):
+        for target in targets:
+            sums[:, seed, numbers[target[0]]] += figures[target]
+    return sums[0], sums[1]
+
+
+def _losses(records: dict[str, Records], points: dict[str, list[Point]]) -> Models:
+    return {
+        name: [_losses_at(record["targets"], point) for record, point in zip(own, points[name], strict=True)]
+        for name, own in records.items()
+    }
+
+
+def _losses_at(targets: list[dict[str, Any]], point: Point) -> Figures:
+    if not point:
+        return {}
+    losses = zip(targets, point["target_losses"], strict=True)
+    return {(target["document"], target["target"]): (loss, target["n_tokens"]) for target, loss in losses}
 
 
 def draw_losses(groups: Groups, path: Path) -> None:
-    """Validation loss against seconds of training, a panel for the documents, a line for each seed."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, ((_, name), records) in enumerate(groups.items()):
-        for seed, record in enumerate(records):
-            points = [(point["seconds"], point["validation_loss"]) for point in record["curve"]]
-            label = None if seed else name
-            axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=label, linewidth=1.2)
-    axes.set_title(next(iter(groups))[0], fontsize=10)
-    axes.set_xlabel("seconds of training", fontsize=9)
-    axes.set_ylabel("validation loss per target token", fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    """Validation loss against seconds of training and against steps, a line for each seed."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, title in zip(panels, ("seconds", "step"), ("seconds of training", "steps"), strict=True):
+        for number, ((_, name), records) in enumerate(groups.items()):
+            for seed, record in enumerate(records):
+                points = [(point[key], point["validation_loss"]) for point in record["curve"]]
+                label = None if seed else name
+                axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=label, linewidth=1.2)
+        axes.set_xlabel(title, fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title(next(iter(groups))[0], fontsize=10)
+    panels[0].set_ylabel("validation loss per target token", fontsize=9)
+    panels[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120, format="png")
 
 
-def _cell(points: Curve, name: str, form: str) -> str:
-    return mean_and_range([point[name] for point in points if name in point], form)
+def _both(compared: Compared | None, form: str) -> str:
+    value, difference = compared or (None, None)
+    return f"{_cell(value, form)} {_cell(difference, f'+{form}')}".strip()
 
 
-def _best(curve: Curve) -> dict[str, float]:
-    return min(curve, key=lambda point: point["validation_loss"])
+def _cell(figure: Interval | None, form: str) -> str:
+    if figure is None:
+        return ""
+    return f"{figure.mean:{form}} [{figure.low:{form}}, {figure.high:{form}}]"
 
 
-def _until(curve: Curve, seconds: float) -> Curve:
-    return [point for point in curve if point["seconds"] <= seconds]
+def _best(curve: list[Point]) -> Point:
+    return min(curve, key=lambda point: point["validation_loss"], default={})
 
 
-def _seconds(records: list[dict[str, Any]]) -> float:
-    return max(record["curve"][-1]["seconds"] for record in records)
+def _until(curve: Iterable[Point], key: str, limit: float) -> list[Point]:
+    return [point for point in curve if point[key] <= limit * (TOLERANCE if key == "seconds" else 1)]

@@ -40,9 +40,9 @@ class Preparation:
     """What a run starts from."""
 
     folder: RunFolder
+    deepspeed: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     config: RecurrentBartConfig
-    deepspeed: dict[str, Any]
     splits: dict[str, Documents]
 
 
@@ -62,17 +62,34 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
         run.max_grad_norm,
         use_bf16(run.precision, environment.device),
     )
-    sources = find_training_sources(arguments.data)
     saved = folder.tokenizer if run.resume else None
-    tokenizer = find_tokenizer(arguments.model, arguments.data, sources["train"], saved)
-    config = build_config(arguments.model, tokenizer)
+    tokenizer, config, splits = open_splits(arguments.model, arguments.data, saved)
     if run.tokens_per_batch is not None and run.tokens_per_batch < config.input_size:
         raise ValueError(f"--tokens_per_batch {run.tokens_per_batch}: a segment has up to {config.input_size} tokens")
+    return Preparation(folder, deepspeed, tokenizer, config, splits)
+
+
+def open_splits(
+    model: ModelArguments, data: DataArguments, saved: Path | None = None
+) -> tuple[PreTrainedTokenizerBase, RecurrentBartConfig, dict[str, Documents]]:
+    """Tokenizer, architecture, and the documents to train and to validate on.
+
+    Args:
+        model: Which model.
+        data: Which documents.
+        saved: Where the tokenizer is; None: it is found or made.
+
+    Raises:
+        ValueError: Something is wrong with them.
+    """
+    sources = find_training_sources(data)
+    tokenizer = find_tokenizer(model, data, sources["train"], saved)
+    config = build_config(model, tokenizer)
     splits = {
-        split: open_documents(sources[split], arguments.data, config, tokenizer, config.max_n_segments)
+        split: open_documents(sources[split], data, config, tokenizer, config.max_n_segments)
         for split in ("train", "validation")
     }
-    return Preparation(folder, tokenizer, config, deepspeed, splits)
+    return tokenizer, config, splits
 
 
 def find_training_sources(data: DataArguments) -> dict[str, Source]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from launching import load_script, run
-from recurrent_bart.studies.pool import Ended
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "study.py"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -119,31 +118,30 @@ def test_places_are_shared_evenly(script, monkeypatch):
         script.find_places(3, None)
 
 
-def test_a_study_of_documents_has_each_run_trained_and_reports_losses(script, monkeypatch, tmp_path, capsys):
-    told = []
-
-    def execute_text(file, train_script, device, budget_seconds):
-        told.append(
-            (file.path.stem, train_script.name, device, budget_seconds, file.read()["run"]["flags"]["max_steps"])
-        )
-        curve = [{"step": 7, "seconds": 1.0, "validation_loss": 2.5}]
-        origin = {"device": "cpu", "versions": {"torch": "2", "transformers": "5"}, "git_commit": "a", "date": "b"}
-        file.write({**file.read(), **origin, "stopped": "steps", "curve": curve})
-
-    def run_here(files, places, command, budget_seconds):
-        for file in files:
-            assert script.main(command(file, places[0], 60.0)[2:]) == 0
-            yield Ended(file, 0, "")
-
-    monkeypatch.setattr(script, "execute_text", execute_text)
-    monkeypatch.setattr(script, "run_side_by_side", run_here)
-    flags = ["sections", "--seeds", "1", "--max_steps", "7", "--only", "BART", "--output_dir", str(tmp_path)]
-    assert script.main(flags) == 0
-    assert told == [("stdlib-sections-BART-each-segment-seed0", "train.py", "cpu", 60.0, 7)]
-    printed = capsys.readouterr().out
-    assert "steps after 7 steps, 1 s; validation_loss 2.500" in printed
-    assert "| stdlib sections | BART, each segment | 1 | 7 |" in printed
+def test_a_study_of_documents_trains_every_model_and_compares_them(documents, tmp_path):
+    small = {"segment_size": 16, "max_n_segments": 4, "vocab_size": 320, "pre_seq_len": 3, "max_target_length": 8}
+    small |= {"model_size": "tiny", "per_device_train_batch_size": 2, "eval_every": 1, "eval_documents": 2}
+    small |= {"cache_dir": documents / "cache", "dataloader_num_workers": 0}
+    flags = ["--dataset", documents, "--seeds", 1, "--max_steps", 2, "--only", "BART", "--processes_per_device", 2]
+    changed = [f"{name}={value}" for name, value in small.items()]
+    code, output = run([sys.executable, SCRIPT, "sections", "--output_dir", tmp_path, *flags, "--set", *changed], 240)
+    assert code == 0, output
+    assert output.count("steps after 2 steps") == 2
+    text = (tmp_path / "report.md").read_text()
+    assert text in output
+    assert "| BART, last segment of each section | 1 | 2 |" in text
     assert (tmp_path / "losses.png").stat().st_size > 1000
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert all(record["run"]["seconds"] == 300 and record["texts"] for record in records)
+
+
+def test_documents_are_made_ready_before_runs_that_start_together(script, monkeypatch, started, tmp_path):
+    prepared = []
+    monkeypatch.setattr("recurrent_bart.studies.text_training.prepare_documents", prepared.append)
+    flags = ["document", "--seconds", "7", "--set", "model_size=base", "--output_dir", str(tmp_path)]
+    assert script.main(flags) == 1
+    assert [(run.seconds, run.flags["model_size"]) for run in prepared] == [(7.0, "base")]
+    assert len(started[0]) == 3 * 6
 
 
 @pytest.mark.parametrize(
@@ -155,6 +153,8 @@ def test_a_study_of_documents_has_each_run_trained_and_reports_losses(script, mo
         (["quick", "--only", "rmt"], "no run with 'rmt' in its file name"),
         (["quick", "--report_only", "--output_dir", "nowhere"], "nowhere: no run came to its end"),
         (["--run", "nowhere.json"], "nowhere.json: unreadable"),
+        (["document", "--set", "seed"], "--set seed: must be NAME=VALUE"),
+        (["document", "--set", "segment_sise=4"], "unknown argument --segment_sise=4; did you mean --segment_size?"),
     ],
 )
 def test_a_mistake_is_one_line(script, capsys, flags, message):

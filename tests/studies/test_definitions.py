@@ -5,7 +5,7 @@ import torch
 
 from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
 from recurrent_bart.studies.single_run import build_config
-from recurrent_bart.training.arguments import parse_arguments
+from recurrent_bart.studies.text_training import parse_run
 
 SYMBOL_STUDIES = sorted(set(STUDIES) - {"babi"})
 
@@ -49,12 +49,35 @@ def test_babi_is_told_its_texts():
 
 @pytest.mark.parametrize("task", TEXT_STUDIES)
 def test_every_run_on_documents_has_flags_that_training_takes(task):
-    runs = build_text_study(task, Texts(dataset="some/papers"))
+    runs = build_text_study(task, Texts(dataset="some/papers"), seconds=9.0, segment_size=64)
     assert len({run.file_name() for run in runs}) == len(runs) == 3 * len(TEXT_STUDIES[task])
     for run in runs:
-        arguments = parse_arguments([f"--{name}={value}" for name, value in run.flags.items()])
+        arguments = parse_run(run)
         assert (arguments.data.task, arguments.data.dataset) == (task, "some/papers")
+        assert (arguments.model.segment_size, run.seconds, arguments.run.seed) == (64, 9.0, run.seed)
+        # no more than one run may decide how fast the learning rate falls
+        assert (arguments.run.lr_scheduler, arguments.run.warmup_steps) == ("constant", 200)
         assert run.task_name() == f"papers {task}"
+
+
+def test_models_on_documents_differ_in_what_they_are_said_to():
+    told = {
+        run.name: (run.reads, run.flags.get("pre_seq_len"), run.flags.get("recurrence"))
+        for run in build_text_study("document", Texts(), seeds=[0])
+    }
+    assert told == {
+        "layerwise": ("segments", None, None),
+        "top (RMT)": ("segments", None, "top"),
+        "none": ("segments", None, "none"),
+        "BART, first 1,024 tokens": ("heads", 0, None),
+        "BART, last segment": ("segments", 0, None),
+        "LED": ("whole", None, None),
+    }
+
+
+def test_a_run_that_is_cut_short_warms_up_no_longer_than_it_lasts():
+    run = build_text_study("document", Texts(), max_steps=4)[0]
+    assert parse_run(run).run.warmup_steps == 4
 
 
 def test_an_unknown_study_is_refused():
