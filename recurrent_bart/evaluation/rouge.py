@@ -54,7 +54,7 @@ def rouge_of_each(predictions: Sequence[str], references: Sequence[str]) -> dict
         scorer.score(_lines(reference), _lines(prediction))
         for prediction, reference in zip(predictions, references, strict=True)
     ]
-    return {name: np.array([100 * score[name].fmeasure for score in scores]) for name in METRICS}
+    return {name: np.array([100.0 * score[name].fmeasure for score in scores]) for name in METRICS}
 
 
 def _lines(text: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from rouge_score import rouge_scorer
 
-from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge
+from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge, rouge_of_each
 
 PREDICTION = "The cats sat on a mat. It was raining, 3.5 mm fell! Nobody's umbrella helped."
 REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of help?"
@@ -61,6 +61,14 @@ def test_words_of_many_scripts(text, words):
 
 def test_an_empty_prediction_scores_0():
     assert rouge([""], ["a b"])["rouge1"].mean == 0
+
+
+def test_each_text_has_a_score_and_their_mean_is_the_whole():
+    scores = rouge_of_each(["a b", "c", ""], ["a b", "d", "e"])["rouge1"]
+    assert scores.tolist() == [100.0, 0.0, 0.0]
+    # rouge-score gives whole numbers where nothing is in common
+    assert rouge_of_each([""], ["a"])["rouge2"].dtype == float
+    assert rouge(["a b", "c", ""], ["a b", "d", "e"])["rouge1"].mean == pytest.approx(scores.mean())
 
 
 def test_what_cannot_be_scored_is_refused():
