@@ -63,7 +63,8 @@ class TextTraining:
             validation.plan,
             collator,
             tokenizer,
-            arguments.run.per_device_eval_batch_size or arguments.run.per_device_train_batch_size,
+            # scores of the vocabulary for all targets of a pass are in memory together, as nothing is in training
+            arguments.run.per_device_train_batch_size,
             device,
         )
         self.targets = list_targets(self.evaluator)
@@ -128,8 +129,9 @@ class TextTraining:
         self.model.eval()
         run = self.arguments.run
         how = Generation(self.arguments.data.max_target_length, run.num_beams, run.eval_documents)
+        writer = replace(self.evaluator, batch_size=run.per_device_eval_batch_size or self.evaluator.batch_size)
         with self.reader.precision():
-            samples = self.evaluator.summarise(self.reader.model, how)
+            samples = writer.summarise(self.reader.model, how)
         scores = rouge_of_each([sample.generated for sample in samples], [sample.target for sample in samples])
         figures = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
         # of the first documents, so the first targets
