@@ -12,6 +12,12 @@ def test_the_mean_weighs_documents_by_their_counts_and_seeds_alike():
     assert interval(resampled_means(totals, counts)).mean == pytest.approx((3.2 + 6.4) / 2)
 
 
+def test_documents_with_nothing_to_count_are_not_drawn():
+    """Else a draw of them alone would have no mean."""
+    found = interval(resampled_means(np.array([[3.0, 0.0, 0.0]]), np.array([[2.0, 0.0, 0.0]])))
+    assert (found.low, found.mean, found.high) == (1.5, 1.5, 1.5)
+
+
 def test_19_of_20_intervals_hold_the_truth():
     random, n_held = np.random.default_rng(1), 0
     for _ in range(200):
