@@ -3,20 +3,21 @@
 The construction is that of BABILong (Kuratov et al., arXiv 2406.10149) over the tasks of bAbI (Weston et al., arXiv
 1502.05698). Both are read from files, words are the tokens, and every document is put together anew.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
+Shape suffixes: B documents, N segments, L tokens in a segment, T target length, S facts, F tokens of all facts,
+Q tokens of a question, M tokens written, C tokens in a document.
 """
 
+import functools
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from recurrent_bart.data.jsonl import jsonl_records
 from recurrent_bart.data.memory_tasks import FIRST_SYMBOL, MemoryTask
@@ -27,8 +28,6 @@ UNKNOWN = 3
 SPLITS = ("train", "validation")
 WORD = re.compile(r"\w+|[^\w\s]")
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
-
-Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -69,53 +68,81 @@ class Vocabulary:
         words = [*needed, *(word for word, _ in frequent if word not in needed)][: max(n_words, len(needed))]
         self.ids = {word: number for number, word in enumerate(words, start=FIRST_SYMBOL)}
 
-    def encode(self, words: Iterable[str]) -> Ids:
+    def encode(self, words: Iterable[str]) -> Tensor:
         """Ids of words, `UNKNOWN` for those that have none."""
-        return np.array([self.ids.get(word, UNKNOWN) for word in words], dtype=np.int64)
+        return torch.tensor([self.ids.get(word, UNKNOWN) for word in words], dtype=torch.long)
 
     def __len__(self) -> int:
         return FIRST_SYMBOL + len(self.ids)
 
 
-class Filler:
-    """Text that means nothing to the question.
+@dataclass(frozen=True)
+class Tables:
+    """Stories and other text in ids, to be put together on any device; stories by length, the shortest first.
 
-    Args:
-        sentences: Its sentences, in ids; after the last comes the first again.
+    Attributes:
+        filler: All sentences of other text, one behind the other; after the last comes the first again.
+        starts: Where sentences start, twice through the text.
+        lengths: Words of each story.
+        facts: Those of all its facts, `(stories, F)`.
+        fact_numbers: Which fact each of them belongs to; behind the last, one that is none.
+        is_fact: Which facts it has, `(stories, S)`; of the last none has any.
+        questions: Its question, `(stories, Q)`.
+        question_lengths: Words of its question.
+        answers: Its answer, `(stories, T)`, -100 behind it.
     """
 
-    def __init__(self, sentences: list[Ids]):
-        self.ids = np.concatenate(sentences)
-        starts = np.cumsum([0, *map(len, sentences[:-1])])
-        self.starts = np.concatenate([starts, starts + len(self.ids)])
-        self.n_sentences = len(sentences)
+    filler: Tensor
+    starts: Tensor
+    lengths: Tensor
+    facts: Tensor
+    fact_numbers: Tensor
+    is_fact: Tensor
+    questions: Tensor
+    question_lengths: Tensor
+    answers: Tensor
 
-    def passage(self, random: np.random.Generator, length: int) -> tuple[Ids, Ids]:
-        """So many tokens from the start of some sentence on, and where in them sentences start."""
-        first = random.integers(self.n_sentences)
-        start = self.starts[first]
-        end = np.searchsorted(self.starts, start + length, side="right")
-        return self.ids[np.arange(start, start + length) % len(self.ids)], self.starts[first:end] - start
+    @classmethod
+    def build(cls, stories: list[Story], sentences: list[list[str]], vocabulary: Vocabulary) -> "Tables":
+        """Encode stories and the sentences of other text."""
+        stories = sorted(stories, key=Story.length)
+        filler = vocabulary.encode(itertools.chain.from_iterable(sentences))
+        starts = torch.tensor([0, *map(len, sentences[:-1])]).cumsum(0)
+        n_facts = torch.tensor([len(story.facts) for story in stories])
+        numbers = [torch.tensor([number for number, fact in enumerate(story.facts) for _ in fact]) for story in stories]
+
+        def padded(texts: Iterable[Iterable[str]], padding: int = UNKNOWN) -> Tensor:
+            return pad_sequence(list(map(vocabulary.encode, texts)), batch_first=True, padding_value=padding)
+
+        return cls(
+            filler=filler,
+            starts=torch.cat([starts, starts + len(filler)]),
+            lengths=torch.tensor([story.length() for story in stories]),
+            facts=padded(itertools.chain.from_iterable(story.facts) for story in stories),
+            fact_numbers=pad_sequence(numbers, batch_first=True, padding_value=int(n_facts.max())),
+            is_fact=torch.arange(int(n_facts.max()) + 1) < n_facts.unsqueeze(1),
+            questions=padded(story.question for story in stories),
+            question_lengths=torch.tensor([len(story.question) for story in stories]),
+            answers=padded((story.answer for story in stories), IGNORED),
+        )
+
+    def to(self, device: torch.device) -> "Tables":
+        """The same on a device."""
+        return Tables(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
 
 class Babi(MemoryTask):
     """A story's facts, in order but anywhere in a passage of other text, and its question at the end.
 
     Args:
-        stories: Stories to draw from. Those that are longer than a document are not drawn for it.
-        filler: Other text.
+        tables: Stories to draw from and other text. Stories that are longer than a document are not drawn for it.
         vocabulary: Ids of words.
     """
 
-    def __init__(self, stories: list[Story], filler: Filler, vocabulary: Vocabulary):
-        self.filler, self.vocabulary = filler, vocabulary
-        stories = sorted(stories, key=Story.length)
-        self.lengths = np.array([story.length() for story in stories])
-        self.facts = [vocabulary.encode(itertools.chain.from_iterable(story.facts)) for story in stories]
-        self.fact_lengths = [np.array([len(fact) for fact in story.facts]) for story in stories]
-        self.questions = [vocabulary.encode(story.question) for story in stories]
-        answers = [torch.from_numpy(vocabulary.encode(story.answer)) for story in stories]
-        self.answers = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+    def __init__(self, tables: Tables, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.lengths, self.longest_answer = tables.lengths, tables.answers.shape[1]
+        self.tables_on = functools.cache(tables.to)
 
     @property
     def vocab_size(self) -> int:
@@ -124,30 +151,55 @@ class Babi(MemoryTask):
 
     def target_length(self, n_segments: int) -> int:
         """Words of the longest answer."""
-        return self.answers.shape[1]
+        return self.longest_answer
 
     def batch(self, generator: Generator, batch_size: int, n_segments: int, segment_size: int) -> tuple[Tensor, Tensor]:
         """See MemoryTask."""
         length = n_segments * segment_size
-        n_fitting = int(np.searchsorted(self.lengths, length, side="right"))
+        n_fitting = int((self.lengths <= length).sum())
         if not n_fitting:
             raise ValueError(
                 f"a document of {length} words has no room for a story: the shortest has {self.lengths[0]}"
             )
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-        random = np.random.default_rng(int(seed))
-        drawn = random.integers(n_fitting, size=batch_size)
-        documents = np.stack([self._document(random, story, length) for story in drawn])
-        input_ids = torch.from_numpy(documents).view(batch_size, n_segments, segment_size)
-        return input_ids.to(generator.device), self.answers[torch.from_numpy(drawn)].to(generator.device)
-
-    def _document(self, random: np.random.Generator, story: int, length: int) -> Ids:
-        facts, fact_lengths = self.facts[story], self.fact_lengths[story]
-        passage, starts = self.filler.passage(random, length - self.lengths[story])
-        places = np.sort(random.choice(starts, size=len(fact_lengths)))
-        return np.concatenate([np.insert(passage, np.repeat(places, fact_lengths), facts), self.questions[story]])
+        tables = self.tables_on(generator.device)
+        drawn_B = torch.randint(n_fitting, (batch_size,), generator=generator, device=generator.device)
+        input_ids = _documents(tables, drawn_B, length, generator)
+        return input_ids.view(batch_size, n_segments, segment_size), tables.answers[drawn_B]
 
 
+def _documents(tables: Tables, drawn_B: Tensor, length: int, generator: Generator) -> Tensor:
+    """Documents `(B, C)` of so many words, of the stories with these numbers."""
+    start_B, places_BS = _passages(tables, drawn_B, length, generator)
+    numbers_BF, n_words_B = tables.fact_numbers[drawn_B], tables.question_lengths[drawn_B]
+    # in front of a fact's word stand the passage up to its fact's place and the facts' words before it
+    positions_BF = places_BS.gather(1, numbers_BF) + torch.arange(numbers_BF.shape[1], device=drawn_B.device)
+    positions_BQ = length - n_words_B.unsqueeze(1) + torch.arange(tables.questions.shape[1], device=drawn_B.device)
+    # what is padding comes to lie behind the document
+    positions_BM = torch.cat([positions_BF, positions_BQ], dim=1).clamp(max=length)
+    words_BM = torch.cat([tables.facts[drawn_B], tables.questions[drawn_B]], dim=1)
+    is_filler_BC = torch.ones(len(drawn_B), length + 1, dtype=torch.long, device=drawn_B.device)
+    number_BC = is_filler_BC.scatter(1, positions_BM, 0).cumsum(dim=1) - 1
+    documents_BC = tables.filler[(start_B.unsqueeze(1) + number_BC) % len(tables.filler)]
+    return documents_BC.scatter(1, positions_BM, words_BM)[:, :length]
+
+
+def _passages(tables: Tables, drawn_B: Tensor, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Where the passage of each document starts, and each fact's place in it, counted from there.
+
+    A place is where a sentence starts; they ascend. Of facts that a story does not have it is behind the document.
+    """
+    is_fact_BS = tables.is_fact[drawn_B]
+    draw = functools.partial(torch.randint, generator=generator, device=drawn_B.device)
+    first_B = draw(len(tables.starts) // 2, drawn_B.shape)
+    start_B = tables.starts[first_B]
+    end_B = torch.searchsorted(tables.starts, start_B + length - tables.lengths[drawn_B], right=True)
+    chosen_BS = draw(2**40, is_fact_BS.shape) % (end_B - first_B).unsqueeze(1)
+    places_BS = tables.starts[first_B.unsqueeze(1) + chosen_BS] - start_B.unsqueeze(1)
+    return start_B, places_BS.masked_fill(~is_fact_BS, length).sort(dim=1).values
+
+
+# read once, for it takes seconds, by all runs of a process
+@functools.cache
 def load_babi(task: str, facts: Path, filler: Path, n_words: int = 4096) -> dict[str, Babi]:
     """A task to train on and one to test on, of other stories and other text, with the first one's vocabulary.
 
@@ -164,10 +216,7 @@ def load_babi(task: str, facts: Path, filler: Path, n_words: int = 4096) -> dict
     stories = {split: _stories(_file(facts, split), task) for split in SPLITS}
     sentences = {split: _sentences(_file(filler, split)) for split in SPLITS}
     vocabulary = Vocabulary(stories["train"], sentences["train"], n_words)
-    return {
-        split: Babi(stories[split], Filler([vocabulary.encode(words) for words in sentences[split]]), vocabulary)
-        for split in SPLITS
-    }
+    return {split: Babi(Tables.build(stories[split], sentences[split], vocabulary), vocabulary) for split in SPLITS}
 
 
 def words_of(text: str) -> list[str]:

@@ -74,7 +74,7 @@ def test_facts_come_between_sentences_and_anywhere(facts, filler):
 
 def test_the_rest_of_a_document_is_a_passage_of_the_other_text(facts, filler):
     task = load_babi("qa1", facts, filler)["train"]
-    whole = in_words(task, torch.from_numpy(task.filler.ids))
+    whole = in_words(task, task.tables_on(torch.device("cpu")).filler)
     for document in draw(task)[0]:
         text = in_words(task, document).removesuffix("where is mary ?")
         for fact in ("mary went to the garden . ", "john took the milk . ", "john went home . "):
@@ -117,6 +117,20 @@ def test_stories_that_are_too_long_are_not_drawn(tmp_path, filler):
     assert {in_words(task, answer) for answer in draw(task, 1, 40)[1]} == {"short", "long"}
     with pytest.raises(ValueError, match="no room for a story"):
         draw(task, 1, 9)
+
+
+def test_a_word_of_few_facts_is_told_from_none_of_many(tmp_path, filler):
+    stories = [story(n_facts=1, query="Where?", answer="one"), story(n_facts=3, answer="three")]
+    task = load_babi("qa1", write(tmp_path / "f", train=stories, validation=stories), filler)["train"]
+    for document, answer in zip(*draw(task, batch_size=64), strict=True):
+        text, is_short = in_words(task, document), in_words(task, answer) == "one"
+        assert text.endswith("where ?" if is_short else "where is mary ?")
+        assert [text.count(f" {word} ") for word in ("milk", "home")] == ([0, 0] if is_short else [1, 1])
+        assert f" {text}".count(" mary went to the garden . ") == 1
+
+
+def test_files_are_read_once(facts, filler):
+    assert load_babi("qa1", facts, filler) is load_babi("qa1", facts, filler)
 
 
 def test_answers_of_several_words_are_padded(tmp_path, filler):
