@@ -125,6 +125,7 @@ def test_a_word_of_few_facts_is_told_from_none_of_many(tmp_path, filler):
     for document, answer in zip(*draw(task, batch_size=64), strict=True):
         text, is_short = in_words(task, document), in_words(task, answer) == "one"
         assert text.endswith("where ?" if is_short else "where is mary ?")
+        assert "?unknown" not in text
         assert [text.count(f" {word} ") for word in ("milk", "home")] == ([0, 0] if is_short else [1, 1])
         assert f" {text}".count(" mary went to the garden . ") == 1
 
