@@ -177,7 +177,7 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
 
 
 def on_device(known: Tensor, device: torch.device) -> Tensor:
-    """Booleans that the host knows, on a device that is not waited for; nothing is copied where all are true."""
-    if known.device.type != device.type and known.all():
-        return torch.ones_like(known, device=device)
-    return known.to(device, non_blocking=True)
+    """Booleans that the host knows, on a device that is not waited for; nothing is copied where all are the same."""
+    if known.device.type == device.type or (known.any() and not known.all()):
+        return known.to(device, non_blocking=True)
+    return torch.full_like(known, bool(known.any()), device=device)

@@ -5,6 +5,8 @@ Tensors on the device `meta` have no values, so that whoever looks at one fails,
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tiny import batch_of, random_ids, tiny_model
 
@@ -15,6 +17,7 @@ VARIANTS = {
     "eager back-end": {"attn_implementation": "eager"},
     "one softmax": {"prefix_attention": "concat"},
     "windows": {"bptt_depth": 1},
+    "no gradient between segments": {"bptt_depth": 0},
     "top": {"recurrence": "top"},
     "memory": {"decoder_context": "memory"},
     "all, static": {"decoder_context": "all", "recurrence": "none"},
@@ -45,6 +48,34 @@ def test_a_training_step_looks_at_nothing_that_the_device_has(fields, padded, pe
     loss.backward()
     assert loss.device.type == "meta"
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+COPIES = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
+
+
+class Copied(TorchDispatchMode):
+    """Shapes of what is copied from the host to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation in COPIES:
+            places = {leaf.device.type for leaf in tree_leaves((args, result)) if torch.is_tensor(leaf)}
+            self.shapes += [tuple(result.shape)] if len(places) > 1 else []
+        return result
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_of_documents_without_padding_labels_alone_are_copied(fields):
+    # a recording could not hold the others: they are gone when it is replayed
+    _, input_ids, mask = batch_of([[8, 8, 8]] * 2)
+    model, labels, input_ids = model_without_values(**fields), targets(mask, False), input_ids.to("meta")
+    with Copied() as copied:
+        model(input_ids, labels=labels).loss.backward()
+    assert copied.shapes == [tuple(labels.shape)]
 
 
 @pytest.mark.parametrize("grain", ["layer", "segment"])
