@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,16 @@ from typing import Any
 import torch
 
 from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
-from recurrent_bart.studies.pool import run_side_by_side
+from recurrent_bart.studies.pool import ENDED, Ended, run_side_by_side
 from recurrent_bart.studies.report import draw, read_results, report
 from recurrent_bart.studies.single_run import execute
 from recurrent_bart.studies.study_run import Run, RunFile
 from recurrent_bart.studies.text_report import draw_losses, text_report
 from recurrent_bart.studies.text_run import TextRun
+from recurrent_bart.studies.turns import Turns, take_turns
+
+# of a GPU, as many as PyTorch has streams: CUDA's own 8 would make runs wait for each other
+QUEUES = 32
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("name", nargs="?", help=f"study: {', '.join((*STUDIES, *TEXT_STUDIES))}")
     parser.add_argument("--output_dir", type=Path, help="folder of its runs and its report; default: runs/study-NAME")
     parser.add_argument("--devices", type=int, help="GPUs to use; default: all there are, or the processor")
-    parser.add_argument("--processes_per_device", type=int, help="runs at once; default: 8 on a GPU, 1 on a processor")
+    parser.add_argument("--processes_per_device", type=int, default=1, help="processes at once")
+    parser.add_argument(
+        "--runs_at_once", type=int, help="runs that take turns in a process; default: 16 on a GPU, 1 on a processor"
+    )
     parser.add_argument("--budget_seconds", type=float, default=math.inf, help="runs are cut off after so many")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--max_steps", type=int, help="steps of a run at most; default: the study's own")
@@ -39,9 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=300.0, help="of training, of their runs")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="their flags of launch/train.py")
     parser.add_argument("--report_only", action="store_true", help="run nothing, make the report again")
-    parser.add_argument("--run", type=Path, help="do one run, described in this file; a study starts these itself")
-    parser.add_argument("--device", default="cpu", help="where that run computes")
-    parser.add_argument("--threads", type=int, default=1, help="processor threads of that run")
+    worker = parser.add_argument_group("one process of a study, which starts it itself")
+    worker.add_argument("--run", type=Path, nargs="+", help="do the runs that these files describe")
+    worker.add_argument("--device", default="cpu", help="where they compute")
+    worker.add_argument("--deadline", type=float, default=math.inf, help="the time, in seconds since 1970, to end by")
+    worker.add_argument("--threads", type=int, default=1, help="processor threads")
     return parser
 
 
@@ -49,27 +60,36 @@ def main(argv: list[str]) -> int:
     """Parse, run, report."""
     arguments = build_parser().parse_args(argv)
     try:
-        return run_one(arguments) if arguments.run else run_study(arguments)
+        return work(arguments) if arguments.run else run_study(arguments)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
 
 
-def run_one(arguments: argparse.Namespace) -> int:
-    """Do one run of a study."""
+def work(arguments: argparse.Namespace) -> int:
+    """Do some runs of a study; each says in its file what came of it, and a line is printed when it has ended."""
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    file = RunFile(arguments.run)
-    if "flags" in file.read()["run"]:
-        # the runs that need no documents start the sooner without what reads them
-        from recurrent_bart.studies.text_training import execute_text
+    files = [RunFile(path) for path in arguments.run]
+    described = {file: file.read()["run"] for file in files}
 
-        execute_text(file, device, arguments.budget_seconds)
-    else:
-        execute(file, device, arguments.budget_seconds)
+    def begin(file: RunFile) -> Turns[None]:
+        if "flags" in described[file]:
+            # the runs that need no documents start the sooner without what reads them
+            from recurrent_bart.studies.text_training import execute_text
+
+            execute_text(file, device, arguments.deadline - time.time())
+        else:
+            yield from execute(file, device, arguments.deadline)
+
+    in_time = itertools.takewhile(lambda _: time.time() < arguments.deadline, files)
+    for file, error in take_turns(in_time, begin, arguments.runs_at_once or 1, device):
+        if error is not None:
+            file.fail(error)
+        print(f"{ENDED}{file.path}", flush=True)
     return 0
 
 
@@ -125,54 +145,84 @@ def changed_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) -> int:
     """Start all that are not finished; gives how many failed."""
+    deadline = time.time() + arguments.budget_seconds
     places = find_places(arguments.devices, arguments.processes_per_device)
-    todo = {folder / run.file_name(): run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)}
-    if todo and isinstance(runs[0], TextRun):
+    todo = [run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)]
+    is_text = isinstance(runs[0], TextRun)
+    if todo and is_text:
         from recurrent_bart.studies.text_training import prepare_documents
 
         prepare_documents(runs[0])
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {len(places)} at once", flush=True)
-    threads = 1 if places[0] != "cpu" else max(1, (os.cpu_count() or 1) // len(places))
-
-    def start(file: Path, device: str, seconds_left: float) -> list[str]:
-        # not before: of a run that was cut off and is not started again, what there was stays
-        RunFile(file).begin(todo[file])
-        return worker(file, device, seconds_left, threads)
-
+    for run in todo:
+        RunFile(folder / run.file_name()).begin(run)
+    runs_at_once = find_runs_at_once(arguments.runs_at_once, is_text, places[0])
+    groups = deal([folder / run.file_name() for run in todo], len(places), runs_at_once)
+    print(
+        f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {len(places)} processes, each with "
+        f"{runs_at_once} at once",
+        flush=True,
+    )
+    flags = {
+        "runs_at_once": runs_at_once,
+        "deadline": deadline,
+        "threads": 1 if places[0] != "cpu" else max(1, (os.cpu_count() or 1) // len(places)),
+    }
     n_failed = 0
-    for number, ended in enumerate(run_side_by_side(list(todo), places, start, arguments.budget_seconds), start=1):
-        n_failed += bool(ended.code)
-        print(f"[{number}/{len(todo)}] {ended.file.stem}: {outcome(ended.file, ended.code, ended.said)}", flush=True)
+    started = run_side_by_side(groups, places, lambda files, device: worker(files, device, **flags), deadline)
+    for number, ended in enumerate(started, start=1):
+        has_failed, text = outcome(ended)
+        n_failed += has_failed
+        print(f"[{number}/{len(todo)}] {ended.file.stem}: {text}", flush=True)
     return n_failed
 
 
-def find_places(n_devices: int | None, processes_per_device: int | None) -> list[str]:
-    """Devices for runs, each as often as it is shared; neighbours in the list are different ones."""
+def find_runs_at_once(asked: int | None, is_text: bool, device: str) -> int:
+    """How many runs take turns in a process.
+
+    Raises:
+        ValueError: Several are asked for that are processes of their own.
+    """
+    if is_text and (asked or 1) > 1:
+        raise ValueError(f"--runs_at_once {asked}: runs on documents are processes of their own")
+    return asked or (1 if is_text or device == "cpu" else 16)
+
+
+def deal(files: Sequence[Path], n_processes: int, runs_at_once: int) -> list[Sequence[Path]]:
+    """Files of each process: of one run each, begun where another has ended, or all of them dealt out."""
+    n_groups = len(files) if runs_at_once == 1 else min(n_processes, len(files))
+    return [files[number::n_groups] for number in range(n_groups)]
+
+
+def find_places(n_devices: int | None, processes_per_device: int) -> list[str]:
+    """Devices for processes, each as often as it is shared; neighbours in the list are different ones."""
     n_gpus = torch.cuda.device_count() if n_devices is None else n_devices
     if n_gpus > torch.cuda.device_count():
         raise ValueError(f"--devices {n_devices}: there are {torch.cuda.device_count()} GPUs")
     devices = [f"cuda:{number}" for number in range(n_gpus)] or ["cpu"]
-    return devices * (processes_per_device or (8 if n_gpus else 1))
+    return devices * processes_per_device
 
 
-def worker(file: Path, device: str, budget_seconds: float, threads: int) -> list[str]:
-    """Command that does one run."""
-    flags = {"run": file, "device": device, "budget_seconds": budget_seconds, "threads": threads}
-    return [sys.executable, __file__, *(f"--{name}={value}" for name, value in flags.items())]
+def worker(files: Sequence[Path], device: str, **flags: Any) -> list[str]:
+    """Command that does some runs."""
+    queues = [] if device == "cpu" else ["env", f"CUDA_DEVICE_MAX_CONNECTIONS={QUEUES}"]
+    told = (f"--{name}={value}" for name, value in {"device": device, **flags}.items())
+    return [*queues, sys.executable, __file__, *told, "--run", *map(str, files)]
 
 
-def outcome(file: Path, code: int | None, said: str) -> str:
-    """What became of a run, in a line."""
-    if code is None:
-        return "not started, the time is over"
-    if code:
-        return f"failed with exit code {code}: {said}"
-    record = RunFile(file).read()
+def outcome(ended: Ended) -> tuple[bool, str]:
+    """Whether a run failed, and what became of it, in a line."""
+    if ended.code is None:
+        return False, "not started, the time is over"
+    if ended.code:
+        return True, f"failed with exit code {ended.code}: {ended.said}"
+    record = RunFile(ended.file).read()
+    if "error" in record:
+        return True, f"failed: {record['error']}"
     if not record["curve"]:
-        return record["stopped"]
+        return False, record["stopped"]
     last = record["curve"][-1]
     figures = (f"{name} {last[name]:.3f}" for name in ("token_accuracy", "validation_loss") if name in last)
-    return f"{record['stopped']} after {last['step']} steps, {last['seconds']:.0f} s; {', '.join(figures)}"
+    return False, f"{record['stopped']} after {last['step']} steps, {last['seconds']:.0f} s; {', '.join(figures)}"
 
 
 if __name__ == "__main__":

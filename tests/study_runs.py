@@ -1,6 +1,6 @@
 """Runs of a study that take a moment."""
 
-from recurrent_bart.studies.study_run import StudyRun
+from recurrent_bart.studies.study_run import RunFile, StudyRun
 
 MODEL = {
     "d_model": 32,
@@ -31,6 +31,14 @@ def short_run(**changes):
         "eval_documents": 32,
     }
     return StudyRun(**fields | changes)
+
+
+def begun(folder, *runs):
+    """Files of runs that are to be done."""
+    files = [RunFile(folder / run.file_name()) for run in runs]
+    for file, run in zip(files, runs, strict=True):
+        file.begin(run)
+    return files
 
 
 def record_of(run, accuracy, **changes):

@@ -35,7 +35,7 @@ def report(groups: Groups) -> str:
         f"Test accuracy by number of segments, {text}: mean (lowest to highest seed)\n\n" for text in MEASURES.values()
     ]
     parts = [title + accuracy_table(groups, name) for title, name in zip(tables, MEASURES, strict=True)]
-    parts.append("Cost\n\n" + cost_table(groups))
+    parts.append("Cost; seconds are of devices that runs may share\n\n" + cost_table(groups))
     parts.append(origin(groups))
     return "\n\n".join(parts) + "\n"
 

@@ -1,4 +1,4 @@
-"""A run of a study, in one process and in plain PyTorch.
+"""A run of a study, in plain PyTorch, a step at a time, so that others can be beside it in one process.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -16,7 +16,10 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.memory_tasks import BOS, EOS, PAD, Accuracy, MemoryTask, score
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.monitoring.run_folder import git_commit, versions
+from recurrent_bart.studies.drawn_documents import DrawnDocuments
+from recurrent_bart.studies.recording import Recorded
 from recurrent_bart.studies.study_run import MODEL, RunFile, StudyRun, describe_device
+from recurrent_bart.studies.turns import Turns
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, learning_rate_factor
 
@@ -26,7 +29,11 @@ REACHED = 0.9
 # far from any seed to train with
 TEST_SEED = 10**9
 # segments of a forward pass in evaluation
-TEST_PASS = 1024
+TEST_PASS = 2048
+# what is kept for the tests at the end: so many times what evaluations took, for new lengths are recorded first
+SPARE = 2.0
+# but at most this share of the time since the run began
+MOST_SPARE = 0.2
 
 
 class SingleRun:
@@ -42,67 +49,69 @@ class SingleRun:
         self.task, self.test_task = run.build_tasks()
         torch.manual_seed(run.seed)
         self.model = RecurrentBartForConditionalGeneration(build_config(run, self.task)).to(device).train()
+        # on the device, where a recorded step reads it
+        self.learning_rate = torch.zeros((), device=device)
         self.optimizer = build_optimizer(
-            self.model, LearningRates(run.learning_rate, run.learning_rate), run.weight_decay
+            self.model, LearningRates(self.learning_rate, self.learning_rate), run.weight_decay
         )
-        factor = learning_rate_factor(run.lr_scheduler, run.warmup_steps, run.max_steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.learning_rate_factor = learning_rate_factor(run.lr_scheduler, run.warmup_steps, run.max_steps)
         self.curriculum = Curriculum(run.stages, run.stage_steps, run.seed)
-        self.generator = Generator(device).manual_seed(run.seed)
+        generator = Generator(device).manual_seed(run.seed)
+        self.documents = DrawnDocuments(self.task, generator, run.batch_size, run.segment_size)
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.update, self.predict = Recorded(self._update, pool), Recorded(self._predict, pool)
         self.step = self.stage = self.stage_began = 0
-        self.seconds = 0.0
+        self.began, self.seconds = time.time(), 0.0
+        self.evaluation_seconds, self.n_evaluated_segments = 0.0, 0
         self.curve: list[dict[str, float]] = []
 
-    def train(self, budget_seconds: float = math.inf, on_evaluation: Callable[[], None] = lambda: None) -> str:
+    def train(self, deadline: float = math.inf, on_evaluation: Callable[[], None] = lambda: None) -> Turns[str]:
         """Train until something ends it, and say what.
 
         Args:
-            budget_seconds: No step is begun after so many, evaluations included.
+            deadline: No step is begun when what is left until this time, as `time.time` has it, is needed for tests.
             on_evaluation: Called after each evaluation.
 
         Returns:
             `"learnt"`, `"steps"`, `"diverged"` or `"budget"`.
         """
-        began = time.perf_counter()
         while self.step < self.run.max_steps:
-            started = time.perf_counter()
-            losses: list[Tensor] = []
-            while len(losses) < self.run.eval_every and self.step < self.run.max_steps:
-                losses.append(self.train_step())
-                if time.perf_counter() - began > budget_seconds:
-                    break
-            # waits for the device, so that the time is that of the steps
-            loss = float(torch.stack(losses).mean())
-            self.seconds += time.perf_counter() - started
+            loss = yield from self._train_until_evaluation(deadline)
             if not math.isfinite(loss):
                 return "diverged"
-            self.evaluate(loss)
+            yield from self.evaluate(loss)
             on_evaluation()
             if self.is_learnt():
                 return "learnt"
-            if time.perf_counter() - began > budget_seconds:
+            if self.is_over(deadline):
                 return "budget"
         return "steps"
+
+    def _train_until_evaluation(self, deadline: float) -> Turns[float]:
+        started = time.perf_counter()
+        losses: list[Tensor] = []
+        while len(losses) < self.run.eval_every and self.step < self.run.max_steps:
+            losses.append(self.train_step())
+            yield
+            if self.is_over(deadline):
+                break
+        self.seconds += time.perf_counter() - started
+        return float(torch.stack(losses).mean())
 
     def train_step(self) -> Tensor:
         """One optimizer step, on documents of as many segments as the curriculum draws; gives the loss."""
         n_segments = self.curriculum.draw(self.stage, self.step)
-        run = self.run
-        batch = self.task.batch(self.generator, run.batch_size, n_segments, run.segment_size)
-        loss = self._forward(*batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scheduler.step()
+        self.learning_rate.fill_(self.run.learning_rate * self.learning_rate_factor(self.step))
+        loss = self.update(*self.documents.batch(n_segments))
         self.step += 1
-        return loss.detach()
+        return loss
 
-    def evaluate(self, loss: float) -> None:
+    def evaluate(self, loss: float) -> Turns[None]:
         """Measure the stage and the whole task, and move to the next stage if this one is over."""
         n_segments = self.run.stages[self.stage]
-        reached = self.accuracy(n_segments)
-        whole = reached if n_segments == self.run.stages[-1] else self.accuracy(self.run.stages[-1])
+        reached = whole = yield from self.accuracy(n_segments)
+        if n_segments != self.run.stages[-1]:
+            whole = yield from self.accuracy(self.run.stages[-1])
         self.curve.append(
             {
                 "step": self.step,
@@ -118,20 +127,28 @@ class SingleRun:
         if self.curriculum.is_over(self.stage, self.step - self.stage_began, is_reached):
             self.stage, self.stage_began = self.stage + 1, self.step
 
-    @torch.no_grad()
-    def accuracy(self, n_segments: int) -> Accuracy:
+    def accuracy(self, n_segments: int) -> Turns[Accuracy]:
         """Share of right tokens and answers under teacher forcing, on the same documents whenever it is asked."""
-        self.model.eval()
+        started = time.perf_counter()
         generator = Generator(self.device).manual_seed(TEST_SEED + n_segments)
         predicted, answers, n_left = [], [], self.run.eval_documents
         while n_left > 0:
             size = min(n_left, max(1, TEST_PASS // n_segments))
             input_ids, labels = self.test_task.batch(generator, size, n_segments, self.run.segment_size)
-            predicted.append(self._forward(input_ids, labels).logits.argmax(dim=-1))
+            predicted.append(self.predict(input_ids, labels))
             answers.append(labels)
             n_left -= size
-        self.model.train()
-        return score(torch.cat(predicted), torch.cat(answers))
+            yield
+        self.evaluation_seconds += time.perf_counter() - started
+        self.n_evaluated_segments += n_segments
+        return score(torch.cat(predicted).cpu(), torch.cat(answers).cpu())
+
+    def is_over(self, deadline: float) -> bool:
+        """Whether the time that is left is needed for the last evaluation and the tests, by what evaluations took."""
+        n_segments = sum(self.run.test_segments) + 2 * self.run.stages[-1]
+        needed = SPARE * n_segments * self.evaluation_seconds / max(1, self.n_evaluated_segments)
+        now = time.time()
+        return now + min(needed, MOST_SPARE * (now - self.began)) > deadline
 
     def is_learnt(self) -> bool:
         """Whether the last evaluations leave nothing to learn."""
@@ -143,7 +160,8 @@ class SingleRun:
     def result(self) -> dict[str, Any]:
         """What came of it so far."""
         first = next((point for point in self.curve if point["token_accuracy"] >= REACHED), {})
-        is_cuda = self.device.type == "cuda"
+        # weights and both moments of AdamW, beside what a step takes
+        kept_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())
         return {
             "run": asdict(self.run),
             "device": describe_device(str(self.device)),
@@ -153,13 +171,35 @@ class SingleRun:
             "seconds": self.seconds,
             "steps_to_reach": first.get("step"),
             "seconds_to_reach": first.get("seconds"),
-            "peak_bytes": torch.cuda.max_memory_allocated(self.device) if is_cuda else None,
+            "peak_bytes": kept_bytes + self.update.peak_bytes if self.device.type == "cuda" else None,
             "curve": self.curve,
         }
 
-    def tested(self) -> dict[str, dict[str, float]]:
+    def tested(self) -> Turns[dict[str, dict[str, float]]]:
         """Accuracy by number of segments."""
-        return {str(n_segments): self.accuracy(n_segments)._asdict() for n_segments in self.run.test_segments}
+        found = {}
+        for n_segments in self.run.test_segments:
+            accuracy = yield from self.accuracy(n_segments)
+            found[str(n_segments)] = accuracy._asdict()
+        return found
+
+    def _update(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
+        """Forward pass, backward pass and change of the weights; gives the loss."""
+        loss = self._forward(input_ids_BNL, labels_BT).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
+        self.optimizer.step()
+        # none is left: those of a recorded step are memory that other recordings use
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _predict(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
+        """The most likely ids `(B, T)` under teacher forcing."""
+        self.model.eval()
+        predicted_BT = self._forward(input_ids_BNL, labels_BT).logits.argmax(dim=-1)
+        self.model.train()
+        return predicted_BT
 
     def _forward(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Any:
         if self.run.window == "all":
@@ -170,16 +210,23 @@ class SingleRun:
             return self.model(input_ids=input_ids_BNL, labels=labels_BT)
 
 
-def execute(file: RunFile, device: torch.device, budget_seconds: float) -> None:
+def execute(file: RunFile, device: torch.device, deadline: float) -> Turns[None]:
     """Do the run that a file describes, and keep in the file what there is at each moment.
+
+    Args:
+        file: The file.
+        device: Where.
+        deadline: It is cut off so early that it is tested by this time, as `time.time` has it.
 
     Raises:
         ValueError: Something is wrong with the run.
     """
     single = SingleRun(StudyRun.from_json(file.read()["run"]), device)
     origin = {"date": time.strftime("%Y-%m-%d"), "git_commit": git_commit(), "versions": versions()}
-    stopped = single.train(budget_seconds, on_evaluation=lambda: file.write(origin | single.result()))
-    file.write(origin | single.result() | {"accuracy": single.tested(), "stopped": stopped})
+    stopped = yield from single.train(deadline, on_evaluation=lambda: file.write(origin | single.result()))
+    trained = origin | single.result()
+    accuracy = yield from single.tested()
+    file.write(trained | {"accuracy": accuracy, "stopped": stopped})
 
 
 def build_config(run: StudyRun, task: MemoryTask) -> RecurrentBartConfig:

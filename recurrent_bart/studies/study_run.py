@@ -63,7 +63,8 @@ class StudyRun:
     Attributes:
         name: What is compared; runs that differ in their seed alone share it.
         task: `"name"` of a task and its fields; for `"babi"`: `task`, `facts`, `filler`.
-        model: Fields of RecurrentBartConfig that differ from `MODEL`.
+        model: Fields of RecurrentBartConfig that differ from `MODEL`. Dropout would make a run depend on those beside
+            it in a process, for they share its random numbers.
         window: `"segments"`: one after another; `"all"`: all their tokens as one segment; `"last"`: the last alone.
         seed: Of weights and of documents to train on; those to test on are the same in every run.
         segment_size: Tokens of a segment.
@@ -176,9 +177,18 @@ class RunFile:
     def is_finished(self, run: Run) -> bool:
         """Whether it holds all that comes of this run, as it is defined now."""
         record = self.read() if self.path.exists() else {}
-        # a list of JSON may have been a tuple
-        return record.get("stopped") not in (None, "budget") and record["run"] == json.loads(json.dumps(asdict(run)))
+        return record.get("stopped") not in (None, "budget") and record["run"] == _described(run)
 
     def begin(self, run: Run) -> None:
-        """Write what is to be run."""
-        self.write({"run": asdict(run)})
+        """Write what is to be run; what there is of the same run stays until there is more."""
+        if not self.path.exists() or self.read().get("run") != _described(run):
+            self.write({"run": _described(run)})
+
+    def fail(self, error: str) -> None:
+        """Write why the run failed, beside what there is of it."""
+        self.write(self.read() | {"error": error})
+
+
+def _described(run: Run) -> dict[str, Any]:
+    """A run as a file has it, where tuples are lists."""
+    return json.loads(json.dumps(asdict(run)))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,10 +27,13 @@ def is_adapter(name: str) -> bool:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Highest learning rates of BART's own parameters and of the recurrence's."""
+    """Highest learning rates of BART's own parameters and of the recurrence's.
 
-    backbone: float
-    recurrence: float
+    They may be tensors on the parameters' device, to be changed there where steps are recorded.
+    """
+
+    backbone: float | Tensor
+    recurrence: float | Tensor
 
     @classmethod
     def of(cls, run: RunArguments, is_pretrained: bool, d_model: int) -> "LearningRates":
@@ -45,7 +48,7 @@ class LearningRates:
 
 def build_optimizer(model: nn.Module, rates: LearningRates, weight_decay: float) -> Optimizer:
     """AdamW with decay on matrices alone."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float | Tensor, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # adapters are as new as the recurrence
@@ -55,6 +58,7 @@ def build_optimizer(model: nn.Module, rates: LearningRates, weight_decay: float)
         [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
         # one kernel over DeepSpeed's flat partition, instead of a temporary of its size for each operation
         fused=True,
+        capturable=torch.is_tensor(rates.backbone),
     )
 
 

@@ -1,15 +1,21 @@
 """`launch/study.py`: runs what is not done, keeps what there is, and reports on all."""
 
+import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from launching import load_script, run
+from recurrent_bart.studies.definitions import Texts
+from recurrent_bart.studies.pool import Ended
+from study_runs import begun
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "study.py"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+CASES = [(False, "cpu"), (False, "cuda:0"), (True, "cpu"), (True, "cuda:0")]
 SHORT = ["quick", "--seeds", "1", "--max_steps", "2"]
 
 
@@ -32,7 +38,7 @@ def test_a_study_leaves_a_file_for_each_run_a_report_and_a_plot(study):
     records = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     assert {record["run"]["name"] for record in records} == {"layerwise", "BART, last segment"}
     assert all(record["stopped"] == "steps" and record["steps"] == 2 for record in records)
-    assert "2 runs, 0 of them finished before; 2 at once" in output
+    assert "2 runs, 0 of them finished before; 2 processes, each with 1 at once" in output
     assert "steps after 2 steps" in output
     text = (folder / "report.md").read_text()
     assert text in output
@@ -45,7 +51,9 @@ def started(script, monkeypatch):
     """Names of the files whose runs a study would start, each time it is run; none is."""
     names = []
     monkeypatch.setattr(
-        script, "run_side_by_side", lambda files, *_: iter(names.append([file.stem for file in files]) or [])
+        script,
+        "run_side_by_side",
+        lambda groups, *_: iter(names.append([file.stem for files in groups for file in files]) or []),
     )
     return names
 
@@ -98,8 +106,9 @@ def test_a_report_is_made_again_without_a_run(study, script, started, capsys):
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_reported(tmp_path, script, monkeypatch, capsys):
-    def worker(file, *_):
-        return [sys.executable, "-c", "import sys; sys.exit('out of luck')"] if "BART" in file.stem else real(file, *_)
+    def worker(files, *_, **flags):
+        failing = [sys.executable, "-c", "import sys; sys.exit('out of luck')"]
+        return failing if "BART" in files[0].stem else real(files, *_, **flags)
 
     real = script.worker
     monkeypatch.setattr(script, "worker", worker)
@@ -112,10 +121,66 @@ def test_a_run_that_fails_is_told_and_the_others_are_reported(tmp_path, script, 
 def test_places_are_shared_evenly(script, monkeypatch):
     monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 2)
     assert script.find_places(None, 2) == ["cuda:0", "cuda:1"] * 2
-    assert script.find_places(1, None) == ["cuda:0"] * 8
-    assert script.find_places(0, None) == ["cpu"]
+    assert script.find_places(1, 1) == ["cuda:0"]
+    assert script.find_places(0, 1) == ["cpu"]
     with pytest.raises(ValueError, match="--devices 3: there are 2"):
-        script.find_places(3, None)
+        script.find_places(3, 1)
+
+
+def test_runs_are_dealt_out_to_processes_that_take_several(script):
+    assert script.deal(list("abc"), 2, 1) == [["a"], ["b"], ["c"]]
+    assert script.deal(list("abcde"), 2, 16) == [["a", "c", "e"], ["b", "d"]]
+    assert script.deal(list("a"), 2, 16) == [["a"]]
+    assert script.deal([], 2, 16) == []
+    defaults = {(is_text, device): script.find_runs_at_once(None, is_text, device) for is_text, device in CASES}
+    assert defaults == {(False, "cpu"): 1, (False, "cuda:0"): 16, (True, "cpu"): 1, (True, "cuda:0"): 1}
+    assert script.find_runs_at_once(3, False, "cpu") == 3
+    with pytest.raises(ValueError, match="--runs_at_once 3: runs on documents are processes of their own"):
+        script.find_runs_at_once(3, True, "cpu")
+
+
+def test_a_process_on_a_gpu_has_a_queue_for_each_stream(script):
+    command = script.worker([Path("a.json"), Path("b.json")], "cuda:1", runs_at_once=2)
+    assert command[:3] == ["env", "CUDA_DEVICE_MAX_CONNECTIONS=32", sys.executable]
+    assert command[-3:] == ["--run", "a.json", "b.json"]
+    assert {"--device=cuda:1", "--runs_at_once=2"} < set(command)
+    assert script.worker([Path("a.json")], "cpu")[0] == sys.executable
+
+
+def test_a_process_takes_runs_in_turns_begins_others_when_they_end_and_tells_each(study, script, tmp_path, capsys):
+    folder, _ = study
+    files = []
+    for file in sorted(folder.glob("*.json")):
+        described = {"run": json.loads(file.read_text())["run"]}
+        files.append(tmp_path / file.name)
+        files[-1].write_text(json.dumps(described))
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps({"run": described["run"] | {"task": {"name": "dance"}}}))
+    assert script.main(["--runs_at_once=2", "--run", str(files[0]), str(bad), str(files[1])]) == 0
+    told = [line.removeprefix("ended: ") for line in capsys.readouterr().out.splitlines()]
+    assert told[0] == str(bad)
+    assert sorted(told[1:]) == [str(file) for file in files]
+    assert [json.loads(file.read_text())["stopped"] for file in files] == ["steps", "steps"]
+    assert script.outcome(Ended(bad, 0)) == (
+        True,
+        "failed: ValueError: task 'dance': known are copy, reverse, recall, retrieval, needle, babi",
+    )
+
+
+def test_when_the_time_is_over_runs_in_progress_are_tested_and_no_others_begun(script, tmp_path, capsys):
+    runs = [dataclasses.replace(short, eval_every=5) for short in script.build_study("quick", Texts(), range(2))]
+    files = [file.path for file in begun(tmp_path, *runs)]
+    deadline = time.time() + 4.0
+    flags = ["--runs_at_once=3", f"--deadline={deadline}", "--run", *map(str, files)]
+    assert script.main(flags) == 0
+    assert time.time() < deadline + 2.0
+    assert set(capsys.readouterr().out.split()) == {"ended:", *map(str, files[:3])}
+    for file in files[:3]:
+        record = json.loads(file.read_text())
+        assert record["stopped"] == "budget"
+        assert record["steps"] == record["curve"][-1]["step"] > 5
+        assert set(record["accuracy"]) == {"1", "2", "4", "8", "16"}
+    assert set(json.loads(files[3].read_text())) == {"run"}
 
 
 def test_a_study_of_documents_trains_every_model_and_compares_them(documents, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from recurrent_bart.data.memory_tasks import score
 from recurrent_bart.studies.single_run import SingleRun, execute
 from recurrent_bart.studies.study_run import RunFile
+from recurrent_bart.studies.turns import all_turns
 from study_runs import MODEL, short_run
 
 CPU = torch.device("cpu")
@@ -17,7 +19,7 @@ LONG = {"max_steps": 1500, "eval_every": 50, "warmup_steps": 20, "stage_steps": 
 
 def trained(**changes):
     single = SingleRun(short_run(**changes), CPU)
-    single.stopped = single.train()
+    single.stopped = all_turns(single.train())
     return single
 
 
@@ -27,14 +29,14 @@ def test_a_state_carries_what_the_last_segment_does_not_say():
     assert single.stopped == "learnt"
     assert single.step < LONG["max_steps"]
     assert [point["n_segments"] for point in single.curve[-3:]] == [2, 2, 2]
-    assert single.accuracy(2).exact_match > 0.99
+    assert all_turns(single.accuracy(2)).exact_match > 0.99
     assert single.result()["steps_to_reach"] <= single.step - 100
     # the same steps without a state know one segment alone
     fields = LONG | {"max_steps": single.step, "stage_steps": 100}
     blind = trained(model=MODEL | {"pre_seq_len": 0}, window="last", **fields)
     assert blind.stopped == "steps"
-    assert blind.accuracy(1).exact_match > 0.99
-    assert blind.accuracy(2).exact_match < 0.5
+    assert all_turns(blind.accuracy(1)).exact_match > 0.99
+    assert all_turns(blind.accuracy(2)).exact_match < 0.5
     assert blind.result()["steps_to_reach"] is None
 
 
@@ -42,6 +44,38 @@ def test_a_run_follows_from_its_seed():
     losses = [point["loss"] for point in trained().curve]
     assert losses == [point["loss"] for point in trained().curve]
     assert losses != [point["loss"] for point in trained(seed=1).curve]
+
+
+def test_its_steps_are_those_of_a_plain_loop():
+    single, plain = (SingleRun(short_run(stages=(2,), max_grad_norm=0.1, weight_decay=0.0), CPU) for _ in range(2))
+    all_turns(single.train())
+    optimizer = torch.optim.AdamW(plain.model.parameters(), weight_decay=0.0)
+    losses = []
+    # two steps of warm-up, then to 0 at the sixth
+    for step, share in enumerate((1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4)):
+        optimizer.param_groups[0]["lr"] = 3e-3 * share
+        input_ids, labels = plain.documents.batch(plain.curriculum.draw(0, step))
+        loss = plain.model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    pairs = [sum(losses[start : start + 2]) / 2 for start in (0, 2, 4)]
+    assert [point["loss"] for point in single.curve] == pytest.approx(pairs, rel=1e-5)
+    for one, other in zip(single.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_turn_is_a_step_or_a_pass_of_an_evaluation(monkeypatch):
+    monkeypatch.setattr("recurrent_bart.studies.single_run.TEST_PASS", 16)
+    single = SingleRun(short_run(stages=(2,)), CPU)
+    turns = single.train()
+    steps = []
+    for _ in turns:
+        steps.append(single.step)
+    # 32 documents of 2 segments are 4 passes
+    assert steps == [1, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4, 4, 5, 6, 6, 6, 6, 6]
 
 
 def test_evaluating_does_not_change_what_is_trained():
@@ -56,7 +90,7 @@ def test_runs_are_tested_on_the_same_documents_whatever_their_seed():
         single = SingleRun(short_run(seed=seed), CPU)
         forward = single._forward
         single._forward = lambda ids, labels, forward=forward: (seen.append(ids), forward(ids, labels))[1]
-        single.accuracy(2)
+        all_turns(single.accuracy(2))
     assert torch.equal(*seen)
 
 
@@ -66,7 +100,7 @@ def test_accuracy_is_of_all_documents_in_passes_of_any_size(monkeypatch):
     passes = []
     forward = single._forward
     single._forward = lambda ids, labels: (passes.append((ids, labels)), forward(ids, labels))[1]
-    found = single.accuracy(2)
+    found = all_turns(single.accuracy(2))
     assert [len(ids) for ids, _ in passes] == [5] * 6 + [2]
     ids, labels = (torch.cat(parts) for parts in zip(*passes, strict=True))
     with torch.no_grad():
@@ -77,7 +111,7 @@ def test_accuracy_is_of_all_documents_in_passes_of_any_size(monkeypatch):
 @pytest.mark.parametrize(("window", "shape"), [("segments", (3, 4)), ("all", (1, 12)), ("last", (1, 4))])
 def test_a_window_is_what_the_model_reads_at_once(window, shape, monkeypatch):
     single = SingleRun(short_run(window=window, model=MODEL | {"pre_seq_len": 0}), CPU)
-    ids, labels = single.task.batch(single.generator, 2, 3, 4)
+    ids, labels = single.task.batch(torch.Generator(), 2, 3, 4)
     read = []
     monkeypatch.setattr(single, "model", lambda input_ids, labels: read.append(input_ids))
     single._forward(ids, labels)
@@ -99,7 +133,7 @@ def test_when_the_time_is_over_it_keeps_what_there_is(tmp_path):
     file = RunFile(tmp_path / "run.json")
     run = short_run()
     file.begin(run)
-    execute(file, CPU, budget_seconds=0.0)
+    all_turns(execute(file, CPU, deadline=0.0))
     record = file.read()
     assert (record["stopped"], record["steps"]) == ("budget", 1)
     assert set(record["accuracy"]) == {"1", "2", "4"}
@@ -107,12 +141,36 @@ def test_when_the_time_is_over_it_keeps_what_there_is(tmp_path):
     assert not file.is_finished(run)
 
 
+def test_time_is_left_for_the_tests(monkeypatch):
+    single = SingleRun(short_run(test_segments=(1, 2, 4)), CPU)
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    single.began = 0.0
+    assert not single.is_over(1000.0)
+    assert single.is_over(999.0)
+    # evaluations took 2 s for each segment: tests and a last evaluation of 2 segments, twice, have 11
+    single.evaluation_seconds, single.n_evaluated_segments = 6.0, 3
+    assert not single.is_over(1044.0)
+    assert single.is_over(1043.0)
+    # no more than a fifth of the time it had
+    single.began = 900.0
+    assert not single.is_over(1020.0)
+    assert single.is_over(1019.0)
+
+
+def test_evaluations_are_timed():
+    single = SingleRun(short_run(), CPU)
+    started = time.perf_counter()
+    all_turns(single.tested())
+    assert 0 < single.evaluation_seconds < time.perf_counter() - started
+    assert single.n_evaluated_segments == 7
+
+
 def test_the_file_tells_the_run_what_came_of_it_and_where(tmp_path):
     file = RunFile(tmp_path / "run.json")
     run = short_run()
     file.begin(run)
     assert not file.is_finished(run)
-    execute(file, CPU, math.inf)
+    all_turns(execute(file, CPU, math.inf))
     record = json.loads(file.path.read_text())
     assert (record["stopped"], record["steps"], record["device"]) == ("steps", 6, "cpu")
     assert [point["step"] for point in record["curve"]] == [2, 4, 6]
@@ -128,7 +186,7 @@ def test_a_run_that_is_killed_leaves_its_curve(tmp_path, monkeypatch):
     file.begin(short_run())
     monkeypatch.setattr(SingleRun, "is_learnt", lambda self: 1 / 0 if self.step == 4 else False)
     with pytest.raises(ZeroDivisionError):
-        execute(file, CPU, math.inf)
+        all_turns(execute(file, CPU, math.inf))
     assert [point["step"] for point in file.read()["curve"]] == [2, 4]
     assert not file.is_finished(short_run())
 

@@ -48,3 +48,22 @@ def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: unreadable"):
         RunFile(tmp_path / "run.json").read()
+
+
+def test_what_there_is_of_a_run_stays_until_there_is_more_but_not_another_runs(tmp_path):
+    file = RunFile(tmp_path / "run.json")
+    file.begin(short_run())
+    file.write(file.read() | {"stopped": "budget"})
+    file.begin(short_run())
+    assert file.read()["stopped"] == "budget"
+    file.begin(short_run(max_steps=7))
+    assert file.read() == {"run": {**file.read()["run"], "max_steps": 7}}
+
+
+def test_a_run_that_failed_says_why_beside_what_there_is_of_it(tmp_path):
+    file = RunFile(tmp_path / "run.json")
+    file.begin(short_run())
+    file.write(file.read() | {"curve": [1]})
+    file.fail("out of memory")
+    assert (file.read()["error"], file.read()["curve"]) == ("out of memory", [1])
+    assert not file.is_finished(short_run())

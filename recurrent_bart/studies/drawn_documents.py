@@ -1,0 +1,38 @@
+"""Documents to train on, drawn for several steps at once.
+
+On a GPU drawing is some tens of launches, however many documents are drawn.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
+"""
+
+from torch import Generator, Tensor
+
+from recurrent_bart.data.memory_tasks import MemoryTask
+
+STEPS_AT_ONCE = 16
+
+
+class DrawnDocuments:
+    """Batches of a task, one after the other.
+
+    Args:
+        task: What is drawn.
+        generator: From which, on the device that documents are wanted on.
+        batch_size: Documents of a batch.
+        segment_size: Tokens of a segment.
+    """
+
+    def __init__(self, task: MemoryTask, generator: Generator, batch_size: int, segment_size: int):
+        self.task, self.generator = task, generator
+        self.batch_size, self.segment_size = batch_size, segment_size
+        # by number of segments, the next one last
+        self.drawn: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def batch(self, n_segments: int) -> tuple[Tensor, Tensor]:
+        """`input_ids (B, N, L)` and `labels (B, T)`, as MemoryTask gives them."""
+        drawn = self.drawn.setdefault(n_segments, [])
+        if not drawn:
+            n_documents = STEPS_AT_ONCE * self.batch_size
+            both = self.task.batch(self.generator, n_documents, n_segments, self.segment_size)
+            drawn += zip(*(part.split(self.batch_size) for part in both), strict=True)
+        return drawn.pop()
