@@ -11,7 +11,7 @@ import pytest
 from launching import load_script, run
 from recurrent_bart.studies.definitions import Texts
 from recurrent_bart.studies.pool import Ended
-from study_runs import begun
+from study_runs import begun, short_run
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "study.py"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -147,15 +147,9 @@ def test_a_process_on_a_gpu_has_a_queue_for_each_stream(script):
     assert script.worker([Path("a.json")], "cpu")[0] == sys.executable
 
 
-def test_a_process_takes_runs_in_turns_begins_others_when_they_end_and_tells_each(study, script, tmp_path, capsys):
-    folder, _ = study
-    files = []
-    for file in sorted(folder.glob("*.json")):
-        described = {"run": json.loads(file.read_text())["run"]}
-        files.append(tmp_path / file.name)
-        files[-1].write_text(json.dumps(described))
-    bad = tmp_path / "bad.json"
-    bad.write_text(json.dumps({"run": described["run"] | {"task": {"name": "dance"}}}))
+def test_a_process_takes_runs_in_turns_begins_others_when_they_end_and_tells_each(script, tmp_path, capsys):
+    runs = short_run(), short_run(seed=1), short_run(task={"name": "dance"})
+    *files, bad = (file.path for file in begun(tmp_path, *runs))
     assert script.main(["--runs_at_once=2", "--run", str(files[0]), str(bad), str(files[1])]) == 0
     told = [line.removeprefix("ended: ") for line in capsys.readouterr().out.splitlines()]
     assert told[0] == str(bad)
