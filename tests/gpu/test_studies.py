@@ -42,8 +42,9 @@ def test_recorded_steps_and_evaluations_are_the_steps_and_evaluations_themselves
     plain.update, plain.predict = plain._update, plain._predict
     for single in (recorded, plain):
         assert all_turns(single.train()) == "steps"
-    for work in (recorded.update, recorded.predict):
-        assert len([recording for recording in work.recordings.values() if recording]) > 1
+    n_recorded = [sum(map(bool, work.recordings.values())) for work in (recorded.update, recorded.predict)]
+    # steps of 1, 2 and 3 segments; of evaluations those of 3 alone come again
+    assert n_recorded == [3, 1]
     assert [point["n_segments"] for point in recorded.curve] == [1, 2, 3, 3]
     rounding = 2e-2 if recorded.run.bf16 else 1e-3
     for one, other in zip(recorded.curve, plain.curve, strict=True):
@@ -79,25 +80,27 @@ def test_runs_beside_each_other_are_what_each_is_alone(tmp_path, device):
         found[n_at_once] = [losses(file) for file in files]
     for one, other in zip(found[1], found[3], strict=True):
         assert one == pytest.approx(other, rel=1e-3)
-    peaks = [[file.read()["peak_bytes"] for file in files] for files in (alone, together)]
-    assert peaks[0] == pytest.approx(peaks[1], rel=0.05)
+    assert all(file.read()["peak_bytes"] > 0 for file in together)
 
 
-def test_what_cannot_be_recorded_fails_alone(tmp_path, device):
+def test_a_run_that_is_out_of_memory_while_it_is_recorded_fails_alone(tmp_path, device):
     (file,) = begun(tmp_path / "good", twenty_steps())
 
     def begin(item):
         if item == "good":
             yield from execute(file, device, math.inf)
             return
-        looks = Recorded(lambda tensor: tensor * float(tensor.sum()), torch.cuda.graph_pool_handle())
-        for _ in range(3):
-            looks(torch.ones(3, device=device))
+        sizes = iter((1, 2**46))
+        greedy = Recorded(
+            lambda tensor: tensor + torch.empty(next(sizes), device=device)[0], torch.cuda.graph_pool_handle()
+        )
+        for _ in range(2):
+            greedy(torch.ones(3, device=device))
             yield
 
-    ended = dict(take_turns(["bad", "good", "bad"], begin, 2, device))
-    assert "capture" in ended["bad"]
-    assert ended["good"] is None
+    ended = list(take_turns(["bad", "good", "bad"], begin, 2, device))
+    assert [item for item, error in ended if error is None] == ["good"]
+    assert all("out of memory" in error for item, error in ended if item == "bad")
     assert file.read()["stopped"] == "steps"
 
 
