@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
-from recurrent_bart.data.batches import BatchOrder, Collator
+from recurrent_bart.data.batches import Collator
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
 from recurrent_bart.evaluation.rouge import rouge_of_each
 from recurrent_bart.monitoring.run_folder import git_commit, versions
@@ -20,7 +20,8 @@ from recurrent_bart.studies.study_run import RunFile, describe_device
 from recurrent_bart.studies.text_readers import Reader, build_reader, collate_as
 from recurrent_bart.studies.text_run import TextRun
 from recurrent_bart.training.arguments import Arguments, parse_arguments
-from recurrent_bart.training.description import global_batch, learning_rates
+from recurrent_bart.training.description import learning_rates
+from recurrent_bart.training.document_order import by_documents
 from recurrent_bart.training.environment import Environment, use_bf16
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import open_splits
@@ -56,7 +57,7 @@ class TextTraining:
         self.scheduler = build_scheduler(self.optimizer, arguments.run)
         self.state = TrainerState()
         # whatever a model reads of them, documents come in the order of those that are read by segments
-        order = BatchOrder(train.plan.n_segments, global_batch(arguments, world_size=1), run.seed)
+        order = by_documents(arguments.run, train.plan.n_segments, world_size=1, state=self.state)
         self.batches = TrainingBatches(train, order, arguments.run, Environment(0, 0, 1, device), self.state)
         self.evaluator = Evaluator(
             validation.corpus,

@@ -19,7 +19,7 @@ def build_order(arguments: Arguments, prepared: Preparation, world_size: int, st
     """
     run, n_segments = arguments.run, prepared.splits["train"].plan.n_segments
     if run.tokens_per_batch is None:
-        return _by_documents(run, n_segments, world_size, state)
+        return by_documents(run, n_segments, world_size, state)
     if state.order_batch:
         stop_all(f"--tokens_per_batch {run.tokens_per_batch}: a run that was begun without goes on without")
     # the configuration has filled it
@@ -35,7 +35,8 @@ def build_order(arguments: Arguments, prepared: Preparation, world_size: int, st
     )
 
 
-def _by_documents(run: RunArguments, n_segments: list[int], world_size: int, state: TrainerState) -> BatchOrder:
+def by_documents(run: RunArguments, n_segments: list[int], world_size: int, state: TrainerState) -> BatchOrder:
+    """Steps of ever the same number of documents."""
     return BatchOrder(
         n_segments,
         run.per_device_train_batch_size * run.gradient_accumulation_steps * world_size,
