@@ -70,11 +70,11 @@ def describe_order(arguments: Arguments, prepared: Preparation, world_size: int,
             padding,
         ]
     n_segments = prepared.splits["train"].plan.n_segments
-    by_documents = _padding(run, world_size, _by_documents(run, n_segments, world_size, TrainerState()))
+    without = _padding(run, world_size, by_documents(run, n_segments, world_size, TrainerState()))
     return [
         f"steps      {run.max_steps} of up to {run.tokens_per_batch} tokens a device {parts}; {times}; "
         f"{sum(n > order.most for n in n_segments)} documents have more, each a batch of its own",
-        f"{padding}; {by_documents} in batches of {run.per_device_train_batch_size} documents",
+        f"{padding}; {without} in batches of {run.per_device_train_batch_size} documents",
     ]
 
 
