@@ -3,6 +3,7 @@
 import json
 import sys
 
+import deepspeed.comm
 import torch
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
@@ -101,3 +102,5 @@ if __name__ == "__main__":
         torch.save(
             [{"zero": found, "alone": run_alone(case)} for found, case in zip(results, cases, strict=True)], output
         )
+    deepspeed.comm.barrier()
+    deepspeed.comm.destroy_process_group()
