@@ -8,8 +8,9 @@ Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P pr
 segment, E encoder layers, D model width.
 """
 
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility
 from recurrent_bart.fused_cell import can_fuse
 from recurrent_bart.prefix_recurrence import Weights
+from recurrent_bart.recorded_call import drawing_from, record
 from recurrent_bart.stacked_layers import LINEAR
 from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 
@@ -31,11 +33,16 @@ MOST_SHAPES = 4
 _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, "Recorder"]] = weakref.WeakKeyDictionary()
 
 
-def can_graph(config: RecurrentBartConfig, weights: Weights, tokens: Sequence[Tensor]) -> bool:
-    """Whether such a batch is better replayed: its diagonals are fused, and too small to keep a GPU busy."""
+def can_graph(
+    config: RecurrentBartConfig, weights: Weights, tokens: Sequence[Tensor], checkpointing: str = "none"
+) -> bool:
+    """Whether such a batch is better replayed: its diagonals are fused, and too small to keep a GPU busy.
+
+    Where each diagonal is recomputed in any case, replays cost nothing, however large they are.
+    """
     n_documents, n_tokens, _ = tokens[0].shape
     return (
-        n_documents * n_tokens <= MOST_TOKENS
+        (n_documents * n_tokens <= MOST_TOKENS or (checkpointing == "layer" and torch.is_grad_enabled()))
         and can_fuse(config, tokens[0])
         and all(weight.dtype == tokens[0].dtype for weight in weights.values())
         and not torch.cuda.is_current_stream_capturing()
@@ -145,7 +152,9 @@ class Recorder:
                 if self._key(diagonal, is_backward) not in self.graphs:
                     self._place(diagonal)
                     work = self._backward if is_backward else self._forward
-                    self.graphs[self._key(diagonal, is_backward)] = self._recorded(work, diagonal)
+                    with torch.inference_mode(False):
+                        _, graph = record(functools.partial(work, diagonal), self.pool)
+                    self.graphs[self._key(diagonal, is_backward)] = graph
         self.generator.set_offset(offset)
 
     def replay(self, diagonal: Diagonal, is_backward: bool = False) -> None:
@@ -170,20 +179,6 @@ class Recorder:
             self.masks[number][: len(mask)].copy_(mask)
         if diagonal.is_read is not None:
             self.is_read[: len(diagonal.is_read)].copy_(diagonal.is_read)
-
-    def _recorded(self, work: Callable[[Diagonal], None], diagonal: Diagonal) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.inference_mode(False):
-            with torch.cuda.stream(stream):
-                # kernels are compiled and libraries made ready, which cannot be recorded
-                work(diagonal)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # other threads may copy batches meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                work(diagonal)
-        return graph
 
     @torch.no_grad()
     def _forward(self, diagonal: Diagonal) -> None:
@@ -267,7 +262,6 @@ class _Replayed(torch.autograd.Function):
         recorder, n_layers = ctx.recorder, len(into_memory)
         into_streams = into_tops.new_empty(ctx.shape)
         recorder.begin_backward(into_memory)
-        now = recorder.generator.get_offset()
         for number in reversed(range(len(ctx.diagonals))):
             diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.kept[number]
             span = slice(diagonal.first, diagonal.stop)
@@ -276,10 +270,9 @@ class _Replayed(torch.autograd.Function):
             if diagonal.stop == n_layers:
                 recorder.into_stream[-1][:, recorder.n_slots :].copy_(into_tops[number - n_layers + 1])
                 recorder.into_memory[-1].add_(into_memories[number - n_layers + 1])
-            recorder.generator.set_offset(offset)
-            recorder.replay(diagonal, is_backward=True)
+            with drawing_from(recorder.generator, offset):
+                recorder.replay(diagonal, is_backward=True)
             if number < len(into_streams):
                 into_streams[number].copy_(recorder.into_stream[0])
-        recorder.generator.set_offset(now)
         into_weights = [recorder.into_weights[name].clone() for name in ctx.names]
         return None, None, None, into_streams, recorder.into_memory.clone(), *into_weights

@@ -95,16 +95,17 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         self, encoder_outputs: RecurrentEncoderOutput, **kwargs: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the decoder on what the encoder gave."""
+        hidden, mask = encoder_outputs.last_hidden_state, self.decoder.context_mask(encoder_outputs)
+        is_gated = self.config.has_state and self.config.prefix_attention == "gated"
+        n_memory = (encoder_outputs.n_memory or 0) if is_gated else None
+        if {name for name, value in kwargs.items() if value is not None and value is not False} == {"input_ids"}:
+            decoded = self.decoder.recorded(kwargs["input_ids"], hidden, mask, n_memory)
+            if decoded is not None:
+                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=decoded)
         kwargs["attention_mask"] = self.decoder.own_mask(**kwargs)
         # BartDecoder hands further arguments down to its attention, which alone knows this one
-        is_gated = self.config.has_state and self.config.prefix_attention == "gated"
-        memory = {"n_memory": encoder_outputs.n_memory or 0} if is_gated else {}
-        return self.decoder(
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=self.decoder.context_mask(encoder_outputs),
-            **memory,
-            **kwargs,
-        )
+        memory = {} if n_memory is None else {"n_memory": n_memory}
+        return self.decoder(encoder_hidden_states=hidden, encoder_attention_mask=mask, **memory, **kwargs)
 
     @can_return_tuple
     def forward(

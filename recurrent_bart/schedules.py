@@ -183,7 +183,7 @@ class Grid:
         checkpointing = "segment" if self.checkpoints_segments else by_layer
         kind = (
             GraphedWavefront
-            if self.config.schedule == "auto" and can_graph(self.config, weights, tokens)
+            if self.config.schedule == "auto" and can_graph(self.config, weights, tokens, checkpointing)
             else Wavefront
         )
         wavefront = kind(self.config, layer, self.recurrence, self.embed, checkpointing)

@@ -12,7 +12,7 @@ MODELS = {"ours": "ours", "rmt": "RMT on BART", "bart": "BART, full attention", 
 # the decoder's texts
 WORKS = ("training", "passes", "inference", "generation")
 SUITES = ("quick", "grid", "headline", "memory")
-SCHEDULES = ("sequential", "wavefront")
+SCHEDULES = ("sequential", "wavefront", "auto")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
     task: str = "document"
     bptt_depth: int = -1
     checkpointing: str = "none"
-    schedule: str = "wavefront"
+    schedule: str = "auto"
 
     def label(self) -> str:
         """Its model and how that is run, whatever the documents."""

@@ -49,7 +49,7 @@ def test_a_grid_is_by_documents_and_segments():
         assert {case.model for case in cases} == set(MODELS)
         assert len({(case.batch_size, case.n_segments) for case in cases}) == 1
         grains = {(case.schedule, case.checkpointing) for case in cases if case.model == "ours"}
-        assert len(grains) == (2 * 3 if name.startswith("training") else 2)
+        assert len(grains) == (3 * len(SCHEDULES) if name.startswith("training") else len(SCHEDULES))
     only = build_suite("grid", [1], [4], ["sequential"])
     assert {case.schedule for group in only for case in group.cases if case.model == "ours"} == {"sequential"}
 
@@ -62,7 +62,7 @@ def test_memory_is_measured_of_every_way_to_train():
 
 
 def test_labels_say_what_is_not_as_usual():
-    assert Case("ours", 4).label() == "ours, wavefront"
+    assert Case("ours", 4).label() == "ours, auto"
     assert Case("rmt", 4, bptt_depth=2, checkpointing="layer").label() == (
         "RMT on BART, bptt_depth 2, layer checkpointing"
     )

@@ -66,7 +66,7 @@ def test_the_file_has_a_line_for_each_case(tmp_path):
     written = json.loads(path.read_text())
     ours, led = written["results"]
     assert written["device"] == "a device"
-    assert (ours["group"], ours["model"], ours["n_segments"], ours["label"]) == ("one", "ours", 4, "ours, wavefront")
+    assert (ours["group"], ours["model"], ours["n_segments"], ours["label"]) == ("one", "ours", 4, "ours, auto")
     assert ours["tokens_per_second"] == pytest.approx(200)
     assert ours["share_of_peak"] == pytest.approx(0.2)
     assert led["outcome"] == OUT_OF_MEMORY
@@ -93,7 +93,7 @@ def test_a_table_compares_with_our_fastest_of_the_same_documents():
     rows = [line for line in text_of(group_table("one", group)).splitlines() if "│" in line]
     lines = {row.split("│")[1].strip(): row for row in rows}
     assert "4.00 x" in lines["RMT on BART"]
-    assert " x" not in lines["ours, wavefront"] + lines["ours, sequential"]
+    assert " x" not in lines["ours, auto"] + lines["ours, sequential"]
     assert "20.0 %" in lines["RMT on BART"]
     assert "2,048" in lines["RMT on BART"]
     assert OUT_OF_MEMORY in lines["LED"]
@@ -119,7 +119,7 @@ def test_two_pictures_are_drawn_with_a_line_for_each_model(tmp_path, monkeypatch
     files = draw(results, 16, tmp_path)
     assert [file.name for file in files] == ["throughput.png", "memory.png"]
     assert lines[0] == {
-        ("ours", "ours, wavefront"): {16: pytest.approx(100), 64: pytest.approx(400)},
+        ("ours", "ours, auto"): {16: pytest.approx(100), 64: pytest.approx(400)},
         ("rmt", "RMT on BART"): {16: pytest.approx(100), 64: pytest.approx(400)},
     }
     assert lines[1]["rmt", "RMT on BART"] == {16: 2, 64: 8}

@@ -1,0 +1,144 @@
+"""A function of tensors recorded as CUDA graphs, with its backward pass.
+
+For work whose kernels take less time than launching them one by one. The backward pass computes the function again, so
+that nothing recorded has to outlive the next replay.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+# recordings that are kept of a module, the last used ones
+MOST_RECORDINGS = 4
+_recordings: weakref.WeakKeyDictionary[nn.Module, dict[tuple, "RecordedCall"]] = weakref.WeakKeyDictionary()
+
+
+def can_record(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether a training step may replay a module: its weights stay where they are, and nobody listens to its parts."""
+    parameters = list(module.parameters())
+    return (
+        torch.is_grad_enabled()
+        and all(part.is_cuda for part in (*inputs, *parameters))
+        and not torch.cuda.is_current_stream_capturing()
+        and not torch.is_autocast_enabled("cuda")
+        # ZeRO-3 gathers them elsewhere each time
+        and not any(hasattr(parameter, "ds_id") for parameter in parameters)
+        and not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in module.modules())
+    )
+
+
+def call_recorded(
+    module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor], *settings: Hashable
+) -> Tensor:
+    """What a function gives for these inputs, by a replay; it is recorded for each shape that inputs have.
+
+    Args:
+        module: Whose parameters it uses.
+        function: Gives one tensor from something that calls the module with keyword arguments, and the inputs; how it
+            works depends on their shapes, on `module.training` and on `settings` alone.
+        inputs: On the device.
+        settings: What else it depends on.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    shapes = tuple((part.shape, part.dtype, part.requires_grad) for part in inputs)
+    key = shapes, settings, module.training, tuple(parameter.data_ptr() for parameter in module.parameters())
+    kept = _recordings.setdefault(module, {})
+    recorded = kept.pop(key, None) or RecordedCall(module, function, inputs)
+    kept[key] = recorded
+    while len(kept) > MOST_RECORDINGS:
+        del kept[next(iter(kept))]
+    return _Replayed.apply(recorded, len(inputs), *inputs, *parameters)
+
+
+class RecordedCall:
+    """Graphs of a function and of its backward pass, and the tensors that they read and write."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor]):
+        self.inputs = [part.detach().clone().requires_grad_(part.requires_grad) for part in inputs]
+        # the same numbers, but leaves of graphs that nobody else has made, on another stream
+        weights = {name: part.detach().requires_grad_(part.requires_grad) for name, part in module.named_parameters()}
+        self.sources = [part for part in (*self.inputs, *weights.values()) if part.requires_grad]
+
+        def work() -> Tensor:
+            return function(lambda **inputs: functional_call(module, weights, kwargs=inputs), *self.inputs)
+
+        self.generator = torch.cuda.default_generators[inputs[0].device.index]
+        self.into_out = torch.empty(0)
+        offset = self.generator.get_offset()
+        self.out, self.forward = record(lambda: self._compute(work))
+        self.gradients, self.backward = record(lambda: self._differentiate(work))
+        self.generator.set_offset(offset)
+
+    @torch.no_grad()
+    def _compute(self, work: Callable[[], Tensor]) -> Tensor:
+        out = work()
+        if not self.into_out.numel():
+            self.into_out = torch.zeros_like(out)
+        return out
+
+    def _differentiate(self, work: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            out = work()
+        return torch.autograd.grad(out, self.sources, self.into_out, allow_unused=True)
+
+
+def record(work: Callable[[], Any], pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
+    """Record work that waits for nothing; gives also what it gives, which replays write again.
+
+    Args:
+        work: Done once before, for kernels are compiled and libraries made ready then, which cannot be recorded.
+        pool: Of memory, shared with recordings that are not replayed at the same time; None: its own.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # other threads may copy batches meanwhile
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        result = work()
+    return result, graph
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recorded: RecordedCall, n_inputs: int, *tensors: Tensor) -> Tensor:
+        inputs = tensors[:n_inputs]
+        for place, part in zip(recorded.inputs, inputs, strict=True):
+            place.detach().copy_(part)
+        ctx.offset = recorded.generator.get_offset()
+        ctx.recorded, ctx.n_inputs = recorded, n_inputs
+        ctx.save_for_backward(*inputs)
+        recorded.forward.replay()
+        return recorded.out.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, into_out: Tensor) -> tuple[Tensor | None, ...]:
+        recorded = ctx.recorded
+        for place, part in zip(recorded.inputs, ctx.saved_tensors, strict=True):
+            place.detach().copy_(part)
+        recorded.into_out.copy_(into_out)
+        with drawing_from(recorded.generator, ctx.offset):
+            recorded.backward.replay()
+        found = iter([None if part is None else part.clone() for part in recorded.gradients])
+        into_inputs = [next(found) if place.requires_grad else None for place in recorded.inputs]
+        return None, None, *into_inputs, *found
+
+
+@contextlib.contextmanager
+def drawing_from(generator: torch.Generator, offset: int) -> Iterator[None]:
+    """Have replays draw the random numbers of an earlier place, and the generator stand where it was afterwards."""
+    now = generator.get_offset()
+    generator.set_offset(offset)
+    try:
+        yield
+    finally:
+        generator.set_offset(now)
