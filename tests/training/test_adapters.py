@@ -99,7 +99,7 @@ def test_runs_change_what_they_train_and_leave_a_plain_model(train_main, documen
         for stage in (2, 3):
             run = tmp_path / f"{name}{stage}"
             rates = {"learning_rate": 0.01, "recurrence_learning_rate": 0.01}
-            arguments = flags(documents, run, deepspeed=f"ds_configs/zero{stage}.json", **choice, **rates)
+            arguments = flags(documents, run, deepspeed=f"ds_configs/zero{stage}.json", eval_every=6, **choice, **rates)
             assert train_main(arguments) == 0
             expected = {weight for weight in before if is_recurrence(weight)}
             if name == "lora":
