@@ -127,7 +127,8 @@ class Recorder:
         self.into_stream = self.into_memory = torch.empty(0)
         self.into_weights: dict[str, Tensor] = {}
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        # what one recording gives back to the pool, another can take on the same stream alone
+        self.pool, self.recording = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.generator = torch.cuda.default_generators[tokens_BLD.device.index]
 
     @property
@@ -153,7 +154,7 @@ class Recorder:
                     self._place(diagonal)
                     work = self._backward if is_backward else self._forward
                     with torch.inference_mode(False):
-                        _, graph = record(functools.partial(work, diagonal), self.pool)
+                        _, graph = record(functools.partial(work, diagonal), self.recording, self.pool)
                     self.graphs[self._key(diagonal, is_backward)] = graph
         self.generator.set_offset(offset)
 

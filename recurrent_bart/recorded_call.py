@@ -70,9 +70,9 @@ class RecordedCall:
 
         self.generator = torch.cuda.default_generators[inputs[0].device.index]
         self.into_out = torch.empty(0)
-        offset = self.generator.get_offset()
-        self.out, self.forward = record(lambda: self._compute(work))
-        self.gradients, self.backward = record(lambda: self._differentiate(work))
+        offset, stream = self.generator.get_offset(), torch.cuda.Stream()
+        self.out, self.forward = record(lambda: self._compute(work), stream)
+        self.gradients, self.backward = record(lambda: self._differentiate(work), stream)
         self.generator.set_offset(offset)
 
     @torch.no_grad()
@@ -88,14 +88,15 @@ class RecordedCall:
         return torch.autograd.grad(out, self.sources, self.into_out, allow_unused=True)
 
 
-def record(work: Callable[[], Any], pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
+def record(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
     """Record work that waits for nothing; gives also what it gives, which replays write again.
 
     Args:
         work: Done once before, for kernels are compiled and libraries made ready then, which cannot be recorded.
-        pool: Of memory, shared with recordings that are not replayed at the same time; None: its own.
+        stream: Where it is recorded.
+        pool: Of memory, shared with recordings on the same stream that are not replayed at the same time; None: its
+            own.
     """
-    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()

@@ -40,11 +40,12 @@ def recordings(monkeypatch):
     """Recordings on a processor; each as it is made."""
     made = []
 
-    def record(work, pool=None):
+    def record(work, stream):
         made.append(PlayedGraph(work))
         return made[-1].found, made[-1]
 
     monkeypatch.setattr(recorded_call, "record", record)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "default_generators", FirstGenerator())
     monkeypatch.setattr(modeling_decoder, "can_record", lambda module, inputs: torch.is_grad_enabled())
     return made

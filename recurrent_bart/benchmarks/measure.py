@@ -85,7 +85,7 @@ def measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, n
 def _measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
     torch.manual_seed(0)
     device = place.device
-    resident_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    resident_before = _device_bytes(device) if device.type == "cuda" else 0
     subject = build_subject(case, place)
     batch = random_batch(case, place)
     step = work_of(case, subject, batch, place)
@@ -150,13 +150,22 @@ def _resident_bytes(subject: Subject, step: Callable[[], object], device: torch.
     """Bytes that stay between two steps."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return torch.cuda.memory_allocated(device)
+        return _device_bytes(device)
     parameters = list(subject.model.parameters())
     tensors = parameters + [parameter.grad for parameter in parameters if parameter.grad is not None]
     optimizer = getattr(step, "optimizer", None)
     if optimizer is not None:
         tensors += [value for state in optimizer.state.values() for value in state.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _device_bytes(device: torch.device) -> int:
+    """Bytes of tensors, and those that CUDA graphs write to when they are replayed, which nobody else gets."""
+    segments = torch.cuda.memory_snapshot()
+    number = torch.cuda.current_device() if device.index is None else device.index
+    recorded = [it for it in segments if it["device"] == number and tuple(it["segment_pool_id"]) != (0, 0)]
+    unused = sum(segment["total_size"] - segment["allocated_size"] for segment in recorded)
+    return torch.cuda.memory_allocated(device) + unused
 
 
 def _timed(step: Callable[[], object], device: torch.device) -> float:
