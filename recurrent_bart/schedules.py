@@ -22,7 +22,8 @@ from recurrent_bart.segmentation import on_device
 from recurrent_bart.stacked_layers import can_stack, stack_layers
 from recurrent_bart.wavefront import Wavefront
 
-# of all documents in a segment; up to here several layers at once were faster on a GPU
+# of all documents in a segment: an H100 was still 1.5 to 1.9 times as fast by diagonals at 8,192 (RESULTS.md); not
+# measured beyond, where streams of all layers at once take the more memory
 MOST_TOKENS = 16_384
 logger = logging.get_logger(__name__)
 

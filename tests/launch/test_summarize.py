@@ -117,7 +117,7 @@ def test_lines_of_standard_input_are_summarised_as_each_file_is(script, run, sum
 def test_what_many_texts_cannot_have_is_named_in_one_line(script, run, tmp_path, capsys, flags, message):
     (tmp_path / "lines").write_text("the list\n \nof numbers")
     assert script.main(["--model", str(run.model), "--each_line", str(tmp_path / "lines"), *flags]) == 2
-    assert_one_error(capsys, message)
+    assert_one_error(capsys.readouterr(), message)
 
 
 def test_every_segment_has_its_summary(summarize, tells_numbers):
