@@ -29,7 +29,7 @@ from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 # of all documents in a segment; beyond, launching is no longer what takes the time
 MOST_TOKENS = 1_536
 # shapes of batches whose recordings are kept, the last used ones
-MOST_SHAPES = 4
+MOST_SHAPES = 16
 _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, "Recorder"]] = weakref.WeakKeyDictionary()
 
 
@@ -56,7 +56,7 @@ class GraphedWavefront(Wavefront):
     def run(
         self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """As Wavefront's; the states that it gives but for the last are those of the last layer alone."""
+        """As Wavefront's; with a graph, the states that it gives but for the last are those of the last layer alone."""
         assert memory_EBPD is not None
         assert self.recurrence is not None
         diagonals = self._diagonals(tokens, mask_BNL)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.models.bart.modeling_bart import BartDecoder
@@ -17,6 +17,7 @@ from recurrent_bart.recorded_call import call_recorded, can_record
 
 # positions of all targets; beyond, the encoder takes so long that the decoder is launched meanwhile
 MOST_TARGETS = 256
+TARGETS_STEP = 32
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
@@ -38,12 +39,16 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
             mask: As `context_mask` gives it.
             n_memory: Leading positions of `hidden` that are state, where these have a gate.
         """
-        config, inputs = self.config, [input_ids, hidden] + ([] if mask is None else [mask])
+        config, n_targets = self.config, input_ids.shape[1]
+        # few lengths, each recorded once: positions behind the last one change nothing before them
+        n_positions = -(-n_targets // TARGETS_STEP) * TARGETS_STEP
+        padded = nn.functional.pad(input_ids, (0, n_positions - n_targets), value=config.pad_token_id)
+        inputs = [padded, hidden] + ([] if mask is None else [mask])
         gives_more = config.output_attentions or config.output_hidden_states
-        is_small = input_ids.numel() <= MOST_TARGETS
-        if config.schedule != "auto" or gives_more or not is_small or not can_record(self, inputs):
+        is_short = padded.numel() <= MOST_TARGETS and n_positions <= config.max_position_embeddings
+        if config.schedule != "auto" or gives_more or not is_short or not can_record(self, inputs):
             return None
-        return call_recorded(self, functools.partial(self._plain, n_memory), inputs, n_memory)
+        return call_recorded(self, functools.partial(self._plain, n_memory), inputs, n_memory)[:, :n_targets]
 
     def _plain(
         self,

@@ -5,6 +5,7 @@ that nothing recorded has to outlive the next replay.
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-# recordings that are kept of a module, the last used ones
-MOST_RECORDINGS = 4
-_recordings: weakref.WeakKeyDictionary[nn.Module, dict[tuple, "RecordedCall"]] = weakref.WeakKeyDictionary()
+# shapes whose recordings are kept of a module, the last used ones
+MOST_SHAPES = 32
+_recorded: weakref.WeakKeyDictionary[nn.Module, "RecordedModule"] = weakref.WeakKeyDictionary()
 
 
 def can_record(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
@@ -45,34 +46,61 @@ def call_recorded(
         inputs: On the device.
         settings: What else it depends on.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    recorded = _recorded.get(module)
+    if recorded is None or not recorded.is_of(module):
+        recorded = _recorded[module] = RecordedModule(module)
     shapes = tuple((part.shape, part.dtype, part.requires_grad) for part in inputs)
-    key = shapes, settings, module.training, tuple(parameter.data_ptr() for parameter in module.parameters())
-    kept = _recordings.setdefault(module, {})
-    recorded = kept.pop(key, None) or RecordedCall(module, function, inputs)
-    kept[key] = recorded
-    while len(kept) > MOST_RECORDINGS:
-        del kept[next(iter(kept))]
-    return _Replayed.apply(recorded, len(inputs), *inputs, *parameters)
+    call = recorded.call((shapes, settings, module.training), functools.partial(RecordedCall, module, function, inputs))
+    return _Replayed.apply(call, len(inputs), *inputs, *(part for part in module.parameters() if part.requires_grad))
+
+
+class RecordedModule:
+    """Recordings of a module, which work in the same memory, one after the other.
+
+    Attributes:
+        weights: The module's, the same numbers, but leaves of graphs that nobody else has made, on another stream.
+        into_weights: Gradients of those that have some, of the last replay.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.weights = {name: it.detach().requires_grad_(it.requires_grad) for name, it in module.named_parameters()}
+        with torch.no_grad():
+            self.into_weights = [torch.zeros_like(part) for part in self.weights.values() if part.requires_grad]
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.calls: dict[Hashable, RecordedCall] = {}
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether the module's parameters are still where they were."""
+        found = [(part.data_ptr(), part.requires_grad) for part in module.parameters()]
+        return found == [(part.data_ptr(), part.requires_grad) for part in self.weights.values()]
+
+    def call(self, key: Hashable, build: Callable[["RecordedModule"], "RecordedCall"]) -> "RecordedCall":
+        """The recording of a shape; the oldest is forgotten where there are too many."""
+        self.calls[key] = self.calls.pop(key) if key in self.calls else build(self)
+        if len(self.calls) > MOST_SHAPES:
+            del self.calls[next(iter(self.calls))]
+        return self.calls[key]
 
 
 class RecordedCall:
     """Graphs of a function and of its backward pass, and the tensors that they read and write."""
 
-    def __init__(self, module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor]):
+    def __init__(
+        self, module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor], shared: RecordedModule
+    ):
         self.inputs = [part.detach().clone().requires_grad_(part.requires_grad) for part in inputs]
-        # the same numbers, but leaves of graphs that nobody else has made, on another stream
-        weights = {name: part.detach().requires_grad_(part.requires_grad) for name, part in module.named_parameters()}
-        self.sources = [part for part in (*self.inputs, *weights.values()) if part.requires_grad]
+        self.shared = shared
 
         def work() -> Tensor:
-            return function(lambda **inputs: functional_call(module, weights, kwargs=inputs), *self.inputs)
+            return function(lambda **inputs: functional_call(module, shared.weights, kwargs=inputs), *self.inputs)
 
         self.generator = torch.cuda.default_generators[inputs[0].device.index]
         self.into_out = torch.empty(0)
-        offset, stream = self.generator.get_offset(), torch.cuda.Stream()
-        self.out, self.forward = record(lambda: self._compute(work), stream)
-        self.gradients, self.backward = record(lambda: self._differentiate(work), stream)
+        # numbers of the weights that get no gradient
+        self.unused: list[int] = []
+        offset = self.generator.get_offset()
+        self.out, self.forward = record(lambda: self._compute(work), shared.stream, shared.pool)
+        self.into_inputs, self.backward = record(lambda: self._differentiate(work), shared.stream, shared.pool)
         self.generator.set_offset(offset)
 
     @torch.no_grad()
@@ -83,9 +111,20 @@ class RecordedCall:
         return out
 
     def _differentiate(self, work: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs that have some; those of weights are where all recordings put them."""
         with torch.enable_grad():
             out = work()
-        return torch.autograd.grad(out, self.sources, self.into_out, allow_unused=True)
+        sources = [part for part in self.inputs if part.requires_grad]
+        weights = [part for part in self.shared.weights.values() if part.requires_grad]
+        found = torch.autograd.grad(out, [*sources, *weights], self.into_out, allow_unused=True)
+        into_weights = found[len(sources) :]
+        self.unused = [number for number, gradient in enumerate(into_weights) if gradient is None]
+        used = [number for number, gradient in enumerate(into_weights) if gradient is not None]
+        with torch.no_grad():
+            torch._foreach_copy_(
+                [self.shared.into_weights[number] for number in used], [into_weights[number] for number in used]
+            )
+        return found[: len(sources)]
 
 
 def record(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
@@ -115,7 +154,7 @@ class _Replayed(torch.autograd.Function):
         for place, part in zip(recorded.inputs, inputs, strict=True):
             place.detach().copy_(part)
         ctx.offset = recorded.generator.get_offset()
-        ctx.recorded, ctx.n_inputs = recorded, n_inputs
+        ctx.recorded = recorded
         ctx.save_for_backward(*inputs)
         recorded.forward.replay()
         return recorded.out.clone()
@@ -129,9 +168,13 @@ class _Replayed(torch.autograd.Function):
         recorded.into_out.copy_(into_out)
         with drawing_from(recorded.generator, ctx.offset):
             recorded.backward.replay()
-        found = iter([None if part is None else part.clone() for part in recorded.gradients])
+        found = iter([None if part is None else part.clone() for part in recorded.into_inputs])
         into_inputs = [next(found) if place.requires_grad else None for place in recorded.inputs]
-        return None, None, *into_inputs, *found
+        into_weights = [
+            None if number in recorded.unused else part.clone()
+            for number, part in enumerate(recorded.shared.into_weights)
+        ]
+        return None, None, *into_inputs, *into_weights
 
 
 @contextlib.contextmanager

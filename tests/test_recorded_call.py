@@ -40,12 +40,13 @@ def recordings(monkeypatch):
     """Recordings on a processor; each as it is made."""
     made = []
 
-    def record(work, stream):
+    def record(work, stream, pool):
         made.append(PlayedGraph(work))
         return made[-1].found, made[-1]
 
     monkeypatch.setattr(recorded_call, "record", record)
     monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "default_generators", FirstGenerator())
     monkeypatch.setattr(modeling_decoder, "can_record", lambda module, inputs: torch.is_grad_enabled())
     return made
@@ -79,13 +80,36 @@ def test_numbers_are_those_of_a_plain_decoder(recordings, task):
     assert len(recordings) == 2
 
 
-def test_another_shape_is_another_recording_and_the_oldest_are_forgotten(recordings, make_model):
+def test_lengths_share_recordings_and_the_oldest_are_forgotten(recordings, make_model, monkeypatch):
+    monkeypatch.setattr(recorded_call, "MOST_SHAPES", 2)
     model = make_model(schedule="auto").train()
-    for length in range(2, 9):
-        model(input_ids=random_ids(1, 2, 8), labels=random_ids(1, length)).loss.backward()
-    assert len(recordings) == 2 * 7
-    kept = recorded_call._recordings[model.model.decoder]
-    assert len(kept) == recorded_call.MOST_RECORDINGS
+
+    def step(n_documents, n_targets):
+        labels = random_ids(n_documents, n_targets)
+        model(input_ids=random_ids(n_documents, 2, 8), labels=labels).loss.backward()
+        return len(recordings) // 2
+
+    assert [step(1, length) for length in (2, 7, 32, 33, 40)] == [1, 1, 1, 2, 2]
+    assert [step(2, 7), step(1, 40), step(1, 7), step(2, 7)] == [3, 3, 4, 5]
+
+
+def test_longer_targets_than_there_are_positions_are_refused_as_ever(recordings, make_model):
+    with pytest.raises((IndexError, ValueError)):
+        make_model(schedule="auto").train()(input_ids=random_ids(1, 2, 8), labels=random_ids(1, 70))
+    assert not recordings
+
+
+def test_parameters_that_moved_or_were_frozen_are_recorded_anew(recordings, make_model):
+    model, inputs = make_model(schedule="auto").train(), {"input_ids": random_ids(1, 2, 8), "labels": random_ids(1, 4)}
+    model(**inputs).loss.backward()
+    layer = model.model.decoder.layers[0].fc1
+    layer.weight.data = layer.weight.data.clone()
+    model(**inputs).loss.backward()
+    assert len(recordings) == 4
+    layer.weight.requires_grad_(False).grad = None
+    model(**inputs).loss.backward()
+    assert len(recordings) == 6
+    assert layer.weight.grad is None
 
 
 def test_what_asks_for_more_than_states_is_not_recorded(recordings, make_model):
