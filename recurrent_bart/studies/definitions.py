@@ -12,9 +12,9 @@ from recurrent_bart.studies.text_run import READINGS, TextRun
 Fields = dict[str, Any]
 
 # fields of StudyRun for each task
-COPY: Fields = {"task": {"name": "copy"}}
+COPY: Fields = {"task": {"name": "copy"}, "learning_rate": 1e-3}
 # its answer grows with the document, and positions of the decoder beyond those trained are random
-RECALL: Fields = {"task": {"name": "recall"}, "test_segments": (1, 2, 4, 8)}
+RECALL: Fields = {"task": {"name": "recall"}, "test_segments": (1, 2, 4, 8), "learning_rate": 1e-3}
 RETRIEVAL: Fields = {"task": {"name": "retrieval"}}
 # from easy to hard, with one query and with one for each pair
 RETRIEVALS = [
