@@ -26,16 +26,14 @@ from recurrent_bart.recorded_call import drawing_from, record
 from recurrent_bart.stacked_layers import LINEAR
 from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 
-# of all documents in a segment; beyond, launching is no longer what takes the time
+# of all documents in a segment; at 2,048 computing a diagonal again took as long as launching it did
 MOST_TOKENS = 1_536
 # shapes of batches whose recordings are kept, the last used ones
 MOST_SHAPES = 16
 _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, "Recorder"]] = weakref.WeakKeyDictionary()
 
 
-def can_graph(
-    config: RecurrentBartConfig, weights: Weights, tokens: Sequence[Tensor], checkpointing: str = "none"
-) -> bool:
+def can_graph(config: RecurrentBartConfig, weights: Weights, tokens: Sequence[Tensor], checkpointing: str) -> bool:
     """Whether such a batch is better replayed: its diagonals are fused, and too small to keep a GPU busy.
 
     Where each diagonal is recomputed in any case, replays cost nothing, however large they are.

@@ -15,7 +15,7 @@ from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention
 from recurrent_bart.recorded_call import call_recorded, can_record
 
-# positions of all targets; beyond, the encoder takes so long that the decoder is launched meanwhile
+# positions of all targets; with 1,024 a step took longer than without recording (RESULTS.md). Not measured between
 MOST_TARGETS = 256
 TARGETS_STEP = 32
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recurrent_bart import fused_cell, graphed_wavefront, modeling_decoder, recorded_call, schedules, wavefront
+from counted_calls import count_calls
+from recurrent_bart import graphed_wavefront, modeling_decoder, schedules, wavefront
 from tiny import random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -60,42 +61,18 @@ def check_equal(found, expected):
 
 @pytest.fixture
 def replays(monkeypatch):
-    """Counts replays."""
-    counted = []
-    replay = graphed_wavefront.Recorder.replay
-
-    def counting(recorder, *arguments, **options):
-        counted.append(1)
-        return replay(recorder, *arguments, **options)
-
-    monkeypatch.setattr(graphed_wavefront.Recorder, "replay", counting)
-    return counted
+    return count_calls(monkeypatch, graphed_wavefront.Recorder, "replay")
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Counts decoder passes that are replayed."""
-    counted = []
-
-    def counting(*arguments):
-        counted.append(1)
-        return recorded_call.call_recorded(*arguments)
-
-    monkeypatch.setattr(modeling_decoder, "call_recorded", counting)
-    return counted
+    """Decoder passes that are replayed."""
+    return count_calls(monkeypatch, modeling_decoder, "call_recorded")
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Counts fused diagonals."""
-    counted = []
-
-    def counting(*arguments):
-        counted.append(1)
-        return fused_cell.fused_cell(*arguments)
-
-    monkeypatch.setattr(wavefront, "fused_cell", counting)
-    return counted
+    return count_calls(monkeypatch, wavefront, "fused_cell")
 
 
 @pytest.mark.parametrize("task", ["document", "sections"])

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from recurrent_bart import fused_cell, wavefront
+from counted_calls import count_calls
+from recurrent_bart import wavefront
 from recurrent_bart.stacked_layers import LINEAR, stack_layers
 from tiny import random_ids, tiny_model
 
@@ -25,15 +26,8 @@ FIELDS = {
 @pytest.fixture
 def interpreted(monkeypatch):
     """Diagonals on a processor are fused; counts the cells."""
-    counted = []
-
-    def counting(*arguments):
-        counted.append(1)
-        return fused_cell.fused_cell(*arguments)
-
     monkeypatch.setattr(wavefront, "can_fuse", lambda config, stream: True)
-    monkeypatch.setattr(wavefront, "fused_cell", counting)
-    return counted
+    return count_calls(monkeypatch, wavefront, "fused_cell")
 
 
 def documents(task):
