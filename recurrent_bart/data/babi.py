@@ -166,6 +166,10 @@ class Babi(MemoryTask):
         input_ids = _documents(tables, drawn_B, length, generator)
         return input_ids.view(batch_size, n_segments, segment_size), tables.answers[drawn_B]
 
+    def answer_places(self, segment_size: int) -> slice | None:
+        """The end of the question, for an answer of one word."""
+        return slice(segment_size - 1, segment_size) if self.longest_answer == 1 else None
+
 
 def _documents(tables: Tables, drawn_B: Tensor, length: int, generator: Generator) -> Tensor:
     """Documents `(B, C)` of so many words, of the stories with these numbers."""

@@ -56,6 +56,10 @@ class MemoryTask(ABC):
             ValueError: What the task places does not fit the document.
         """
 
+    def answer_places(self, segment_size: int) -> slice | None:
+        """Where in the last segment each token of the answer is asked for; None: in no place of its own."""
+        return None
+
 
 @dataclass(frozen=True)
 class SymbolTask(MemoryTask):
@@ -186,6 +190,11 @@ class Retrieval(SymbolTask):
         queries = torch.stack([torch.full_like(asked_BT, MARK), asked_BT], dim=-1)
         _write(input_ids, end_T.expand(batch_size, -1), queries)
         return input_ids, values_BM[:, : self.n_queries]
+
+    def answer_places(self, segment_size: int) -> slice | None:
+        """The keys that are asked for."""
+        n_places = segment_size // 2
+        return slice(2 * (n_places - self.n_queries) + 1, 2 * n_places, 2)
 
 
 @dataclass(frozen=True)

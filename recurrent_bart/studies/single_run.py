@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.memory_tasks import BOS, EOS, PAD, Accuracy, MemoryTask, score
@@ -26,10 +26,6 @@ from recurrent_bart.training.optimization import LearningRates, build_optimizer,
 # a task counts as learnt after so many evaluations in a row at the last stage with at least this token accuracy
 LEARNT, LEARNT_EVALUATIONS = 0.999, 3
 REACHED = 0.9
-# far from any seed to train with
-TEST_SEED = 10**9
-# segments of a forward pass in evaluation
-TEST_PASS = 2048
 # what is kept for the tests at the end: so many times what evaluations took, for new lengths are recorded first
 SPARE = 2.0
 # but at most this share of the time since the run began: at first, evaluations themselves are recorded
@@ -42,22 +38,26 @@ class SingleRun:
     Args:
         run: What is trained.
         device: Where.
+
+    Raises:
+        ValueError: Something is wrong with the run.
     """
 
     def __init__(self, run: StudyRun, device: torch.device):
         self.run, self.device = run, device
-        self.task, self.test_task = run.build_tasks()
+        generator = Generator(device).manual_seed(run.seed)
+        self.documents, *self.easier = (_documents(run, generator, **changes) for changes in ({}, *run.easier))
+        if run.encoder_loss and self.documents.task.answer_places(run.segment_size) is None:
+            raise ValueError(f"encoder_loss: the answers of {run.task_name()} are asked for in no place of their own")
         torch.manual_seed(run.seed)
-        self.model = RecurrentBartForConditionalGeneration(build_config(run, self.task)).to(device).train()
+        self.model = RecurrentBartForConditionalGeneration(build_config(run, self.documents.task)).to(device).train()
         # on the device, where a recorded step reads it
         self.learning_rate = torch.zeros((), device=device)
         self.optimizer = build_optimizer(
             self.model, LearningRates(self.learning_rate, self.learning_rate), run.weight_decay
         )
         self.learning_rate_factor = learning_rate_factor(run.lr_scheduler, run.warmup_steps, run.max_steps)
-        self.curriculum = Curriculum(run.stages, run.stage_steps, run.seed)
-        generator = Generator(device).manual_seed(run.seed)
-        self.documents = DrawnDocuments(self.task, generator, run.batch_size, run.segment_size)
+        self.curriculum = Curriculum((1,) * len(self.easier) + run.stages, run.stage_steps, run.seed)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.update, self.predict = Recorded(self._update, pool), Recorded(self._predict, pool)
         self.step = self.stage = self.stage_began = 0
@@ -102,20 +102,26 @@ class SingleRun:
         """One optimizer step, on documents of as many segments as the curriculum draws; gives the loss."""
         n_segments = self.curriculum.draw(self.stage, self.step)
         self.learning_rate.fill_(self.run.learning_rate * self.learning_rate_factor(self.step))
-        loss = self.update(*self.documents.batch(n_segments))
+        loss = self.update(*self.stage_documents.batch(n_segments))
         self.step += 1
         return loss
 
+    @property
+    def stage_documents(self) -> DrawnDocuments:
+        """Of this stage."""
+        return self.easier[self.stage] if self.stage < len(self.easier) else self.documents
+
     def evaluate(self, loss: float) -> Turns[None]:
         """Measure the stage and the whole task, and move to the next stage if this one is over."""
-        n_segments = self.run.stages[self.stage]
-        reached = whole = yield from self.accuracy(n_segments)
-        if n_segments != self.run.stages[-1]:
+        documents, n_segments = self.stage_documents, self.curriculum.longest(self.stage)
+        reached = whole = yield from self.accuracy(n_segments, documents)
+        if documents is not self.documents or n_segments != self.run.stages[-1]:
             whole = yield from self.accuracy(self.run.stages[-1])
         self.curve.append(
             {
                 "step": self.step,
                 "seconds": self.seconds,
+                "stage": self.stage,
                 "n_segments": n_segments,
                 "loss": loss,
                 "stage_accuracy": reached.token_accuracy,
@@ -127,17 +133,13 @@ class SingleRun:
         if self.curriculum.is_over(self.stage, self.step - self.stage_began, is_reached):
             self.stage, self.stage_began = self.stage + 1, self.step
 
-    def accuracy(self, n_segments: int) -> Turns[Accuracy]:
-        """Share of right tokens and answers under teacher forcing, on the same documents whenever it is asked."""
+    def accuracy(self, n_segments: int, documents: DrawnDocuments | None = None) -> Turns[Accuracy]:
+        """Share of right tokens and answers under teacher forcing; None: of the task itself."""
         started = time.perf_counter()
-        generator = Generator(self.device).manual_seed(TEST_SEED + n_segments)
-        predicted, answers, n_left = [], [], self.run.eval_documents
-        while n_left > 0:
-            size = min(n_left, max(1, TEST_PASS // n_segments))
-            input_ids, labels = self.test_task.batch(generator, size, n_segments, self.run.segment_size)
+        predicted, answers = [], []
+        for input_ids, labels in (documents or self.documents).tests(n_segments, self.run.eval_documents):
             predicted.append(self.predict(input_ids, labels))
             answers.append(labels)
-            n_left -= size
             yield
         self.evaluation_seconds += time.perf_counter() - started
         self.n_evaluated_segments += n_segments
@@ -185,13 +187,24 @@ class SingleRun:
 
     def _update(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
         """Forward pass, backward pass and change of the weights; gives the loss."""
-        loss = self._forward(input_ids_BNL, labels_BT).loss
+        output = self._forward(input_ids_BNL, labels_BT)
+        loss = output.loss
+        if self.run.encoder_loss:
+            loss = loss + self.run.encoder_loss * self._encoder_loss(output.encoder_last_hidden_state, labels_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
         self.optimizer.step()
         # none is left: those of a recorded step are memory that other recordings use
         self.optimizer.zero_grad()
-        return loss.detach()
+        return output.loss.detach()
+
+    def _encoder_loss(self, hidden_BAD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Of the answer, in the places of the last segment that ask for it."""
+        segment_size = self.stage_documents.segment_size
+        places = self.stage_documents.task.answer_places(segment_size)
+        assert places is not None
+        logits_BTV = self.model.lm_head(hidden_BAD[:, -segment_size:][:, places])
+        return nn.functional.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT)
 
     @torch.no_grad()
     def _predict(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
@@ -227,6 +240,11 @@ def execute(file: RunFile, device: torch.device, deadline: float) -> Turns[None]
     trained = origin | single.result()
     accuracy = yield from single.tested()
     file.write(trained | {"accuracy": accuracy, "stopped": stopped})
+
+
+def _documents(run: StudyRun, generator: Generator, segment_size: int | None = None, **changes: Any) -> DrawnDocuments:
+    """Of a run's task, some fields of which may differ."""
+    return DrawnDocuments(*run.build_tasks(**changes), generator, run.batch_size, segment_size or run.segment_size)
 
 
 def build_config(run: StudyRun, task: MemoryTask) -> RecurrentBartConfig:

@@ -70,6 +70,8 @@ class StudyRun:
         window: `"segments"`: one after another; `"all"`: all their tokens as one segment; `"last"`: the last alone.
         seed: Of weights and of documents to train on; those to test on are the same in every run.
         segment_size: Tokens of a segment.
+        easier: Stages of one segment before all others, each with the fields of the task that differ, and
+            `segment_size`.
         stages: Most segments of a document to train on, stage by stage.
         threshold: Token accuracy that ends a stage.
         stage_steps: Steps that end it in any case; 0: none do.
@@ -81,6 +83,8 @@ class StudyRun:
         warmup_steps: Steps over which the learning rate rises.
         weight_decay: Of matrices.
         max_grad_norm: Gradients are clipped to this norm.
+        encoder_loss: Weight of a second loss: of the answer as the token head finds it in what the encoder gives
+            where it is asked for. Without it a decoder that sees all that was read learns to rule answers out.
         bf16: Compute in bfloat16, by autocast.
         eval_every: Steps between evaluations.
         eval_documents: Documents of an evaluation.
@@ -92,6 +96,7 @@ class StudyRun:
     window: str = "segments"
     seed: int = 0
     segment_size: int = 64
+    easier: tuple[dict[str, Any], ...] = ()
     stages: tuple[int, ...] = (1, 2, 4, 8)
     threshold: float = 0.95
     stage_steps: int = 2000
@@ -103,6 +108,7 @@ class StudyRun:
     warmup_steps: int = 500
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    encoder_loss: float = 0.0
     bf16: bool = False
     eval_every: int = 100
     eval_documents: int = 256
@@ -137,13 +143,16 @@ class StudyRun:
         """Name of its file: task, what is compared, seed."""
         return file_name(self.task_name(), self.name, self.seed)
 
-    def build_tasks(self) -> tuple[MemoryTask, MemoryTask]:
+    def build_tasks(self, **changes: Any) -> tuple[MemoryTask, MemoryTask]:
         """What to train and what to test on.
+
+        Args:
+            changes: Fields of the task that differ.
 
         Raises:
             ValueError: There is no such task, or its files are missing.
         """
-        settings = dict(self.task)
+        settings = self.task | changes
         name = settings.pop("name")
         if name == "babi":
             splits = load_babi(**settings | {key: Path(settings[key]) for key in ("facts", "filler")})

@@ -16,7 +16,7 @@ class Curriculum:
         seed: Of the numbers drawn.
 
     Raises:
-        ValueError: Stages do not grow.
+        ValueError: A stage has fewer segments than the one before it.
     """
 
     stages: tuple[int, ...]
@@ -24,9 +24,10 @@ class Curriculum:
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.stages or self.stages[0] < 1 or list(self.stages) != sorted(set(self.stages)):
+        if not self.stages or self.stages[0] < 1 or list(self.stages) != sorted(self.stages):
             raise ValueError(
-                f"curriculum of {', '.join(map(str, self.stages))} segments: each must have more, from 1 on"
+                f"curriculum of {', '.join(map(str, self.stages))} segments: none may have fewer than the one before, "
+                "from 1 on"
             )
 
     def longest(self, stage: int) -> int:

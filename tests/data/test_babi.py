@@ -140,6 +140,13 @@ def test_answers_of_several_words_are_padded(tmp_path, filler):
     answers = {tuple(row) for row in draw(task)[1].tolist()}
     ids = task.vocabulary.ids
     assert answers == {(ids["milk"], ids[","], ids["apple"]), (ids["nothing"], -100, -100)}
+    assert task.answer_places(20) is None
+
+
+def test_an_answer_of_one_word_is_asked_for_at_the_end_of_the_question(facts, filler):
+    task = load_babi("qa1", facts, filler)["train"]
+    asked = draw(task)[0][:, -1, task.answer_places(20)]
+    assert (asked == task.vocabulary.ids["?"]).all()
 
 
 def test_what_is_missing_is_named(tmp_path, facts, filler):

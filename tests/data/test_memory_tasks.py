@@ -154,3 +154,13 @@ def test_drawing_is_much_faster_than_a_step_of_training():
             task().batch(generator, 32, 8, 64)
             fastest = min(fastest, time.perf_counter() - started)
         assert fastest < 0.01, name
+
+
+@pytest.mark.parametrize("segment_size", [8, 9, 27])
+def test_answers_of_retrieval_are_asked_for_at_their_keys(segment_size):
+    task = Retrieval(n_pairs=4, n_queries=3)
+    input_ids, labels = draw(task, segment_size=segment_size)
+    keys = input_ids[:, -1, task.answer_places(segment_size)]
+    for document, asked, answers in zip(input_ids.flatten(1).tolist(), keys.tolist(), labels.tolist(), strict=True):
+        assert [document[document.index(key) + 1] for key in asked] == answers
+    assert Copy().answer_places(segment_size) is None

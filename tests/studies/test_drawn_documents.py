@@ -16,7 +16,8 @@ class Counting(Copy):
 
 
 def documents(seed=0):
-    return DrawnDocuments(Counting(n_payload=4), torch.Generator().manual_seed(seed), batch_size=3, segment_size=8)
+    generator = torch.Generator().manual_seed(seed)
+    return DrawnDocuments(Counting(n_payload=4), Copy(n_payload=2), generator, batch_size=3, segment_size=8)
 
 
 def test_batches_are_as_many_documents_as_are_asked_for_with_their_answers():
@@ -42,3 +43,12 @@ def test_documents_follow_from_the_seed(seed):
     first, second = documents(), documents(seed)
     same = [torch.equal(first.batch(n)[0], second.batch(n)[0]) for n in (1, 2, 1)]
     assert all(same) if seed == 0 else not any(same)
+
+
+def test_tests_are_the_same_documents_of_the_other_task_whenever_asked():
+    drawn = documents()
+    batches = list(drawn.tests(2, 5))
+    drawn.batch(2)
+    again = list(documents(seed=1).tests(2, 5))
+    assert [labels.shape for _, labels in batches] == [(5, 2)]
+    assert torch.equal(batches[0][0], again[0][0])

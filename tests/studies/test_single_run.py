@@ -68,7 +68,7 @@ def test_its_steps_are_those_of_a_plain_loop():
 
 
 def test_a_turn_is_a_step_or_a_pass_of_an_evaluation(monkeypatch):
-    monkeypatch.setattr("recurrent_bart.studies.single_run.TEST_PASS", 16)
+    monkeypatch.setattr("recurrent_bart.studies.drawn_documents.TEST_PASS", 16)
     single = SingleRun(short_run(stages=(2,)), CPU)
     turns = single.train()
     steps = []
@@ -96,7 +96,7 @@ def test_runs_are_tested_on_the_same_documents_whatever_their_seed():
 
 def test_accuracy_is_of_all_documents_in_passes_of_any_size(monkeypatch):
     single = SingleRun(short_run(), CPU)
-    monkeypatch.setattr("recurrent_bart.studies.single_run.TEST_PASS", 10)
+    monkeypatch.setattr("recurrent_bart.studies.drawn_documents.TEST_PASS", 10)
     passes = []
     forward = single._forward
     single._forward = lambda ids, labels: (passes.append((ids, labels)), forward(ids, labels))[1]
@@ -111,7 +111,7 @@ def test_accuracy_is_of_all_documents_in_passes_of_any_size(monkeypatch):
 @pytest.mark.parametrize(("window", "shape"), [("segments", (3, 4)), ("all", (1, 12)), ("last", (1, 4))])
 def test_a_window_is_what_the_model_reads_at_once(window, shape, monkeypatch):
     single = SingleRun(short_run(window=window, model=MODEL | {"pre_seq_len": 0}), CPU)
-    ids, labels = single.task.batch(torch.Generator(), 2, 3, 4)
+    ids, labels = single.documents.task.batch(torch.Generator(), 2, 3, 4)
     read = []
     monkeypatch.setattr(single, "model", lambda input_ids, labels: read.append(input_ids))
     single._forward(ids, labels)
@@ -123,6 +123,54 @@ def test_stages_end_by_accuracy_or_by_steps():
     by_steps = trained(threshold=2.0, stage_steps=4)
     assert [point["n_segments"] for point in by_steps.curve] == [1, 1, 2]
     assert [point["n_segments"] for point in trained(threshold=0.0, stage_steps=0).curve] == [1, 2, 2]
+
+
+def test_easier_stages_come_first_with_documents_of_their_own():
+    easier = ({"segment_size": 2}, {"segment_size": 3})
+    single = SingleRun(short_run(easier=easier, threshold=2.0, stage_steps=2, max_steps=8), CPU)
+    shapes, update = [], single.update
+    single.update = lambda ids, labels: (shapes.append(tuple(ids.shape[1:])), update(ids, labels))[1]
+    all_turns(single.train())
+    assert [length for _, length in shapes] == [2, 2, 3, 3, 4, 4, 4, 4]
+    assert [point["n_segments"] for point in single.curve] == [1, 1, 1, 2]
+    assert [point["stage"] for point in single.curve] == [0, 1, 2, 3]
+
+
+ENCODER = "model.encoder.layers.0.fc1.weight"
+RETRIEVAL = {
+    "task": {"name": "retrieval", "n_pairs": 1, "n_queries": 1, "n_symbols": 8, "n_fillers": 4},
+    "encoder_loss": 0.5,
+}
+
+
+def test_the_encoder_is_asked_where_the_question_stands():
+    single = SingleRun(short_run(**RETRIEVAL), CPU)
+    ids, labels = single.documents.batch(2)
+    output = single._forward(ids, labels)
+    # a mark and the key end the document
+    said = single.model.lm_head(output.encoder_last_hidden_state[:, -1])
+    expected = torch.nn.functional.cross_entropy(said, labels[:, 0])
+    found = single._encoder_loss(output.encoder_last_hidden_state, labels)
+    torch.testing.assert_close(found, expected)
+
+
+def test_its_loss_is_trained_by_its_weight_but_not_reported():
+    def step(encoder_loss):
+        single = SingleRun(short_run(**RETRIEVAL | {"encoder_loss": encoder_loss, "max_grad_norm": 1e9}), CPU)
+        gradients = {}
+        single.optimizer.step = lambda: gradients.update({n: p.grad for n, p in single.model.named_parameters()})
+        return float(single._update(*single.documents.batch(2))), gradients
+
+    (loss, without), (same, half), (_, whole) = (step(weight) for weight in (0.0, 0.5, 1.0))
+    assert loss == same
+    for name, gradient in without.items():
+        torch.testing.assert_close(half[name] - gradient, (whole[name] - gradient) / 2, rtol=1e-3, atol=1e-6)
+    assert (half[ENCODER] - without[ENCODER]).norm() > 0.01 * without[ENCODER].norm()
+
+
+def test_tasks_without_a_place_to_ask_at_have_no_loss_of_the_encoder():
+    with pytest.raises(ValueError, match="encoder_loss: the answers of copy"):
+        SingleRun(short_run(encoder_loss=1.0), CPU)
 
 
 def test_a_loss_that_is_not_finite_ends_it():

@@ -67,7 +67,7 @@ def test_a_run_resumed_within_a_stage_goes_on_as_if_nothing_had_been(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"curriculum": "2,1"}, "curriculum of 2, 1 segments: each must have more"),
+        ({"curriculum": "2,1"}, "curriculum of 2, 1 segments: none may have fewer"),
         ({"curriculum": "1;2"}, "--curriculum 1;2: numbers of segments are needed"),
         ({"curriculum_loss": 1.0}, "need --curriculum"),
         ({"curriculum": "1,2", "curriculum_steps": 0}, "--curriculum_steps 0: must be at least 1"),
