@@ -20,6 +20,10 @@ def test_every_run_has_a_model_and_documents_to_train_and_test_on(name):
         build_config(run, task)
         for n_segments in {*run.stages, *run.test_segments}:
             task.batch(torch.Generator().manual_seed(0), 1, n_segments, run.segment_size)
+        for easier in run.easier:
+            changes = dict(easier)
+            segment_size = changes.pop("segment_size")
+            run.build_tasks(**changes)[0].batch(torch.Generator().manual_seed(0), 1, 1, segment_size)
 
 
 def test_the_recurrence_is_compared_with_every_alternative_on_every_task():
