@@ -82,7 +82,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def as_hugging_face(model: bytes) -> PreTrainedTokenizerFast:
-    """The trained model with BART's special tokens around a text, `<s> text </s>`."""
+    """The trained model with BART's special tokens."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True))
@@ -93,6 +93,11 @@ def as_hugging_face(model: bytes) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    return with_special_tokens(tokenizer)
+
+
+def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows BART's special tokens by their ids, with them around a text, `<s> text </s>`."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )

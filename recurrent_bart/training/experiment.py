@@ -4,15 +4,17 @@ import contextlib
 import functools
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
+from recurrent_bart.data.batches import Batch
 from recurrent_bart.data.corpus import half_written
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import first_then_all, from_first, is_first, only_first, set_timeout, stop_all
@@ -49,12 +51,30 @@ OUTCOME_FILE = "outcome.json"
 # without a step or an evaluation for so long, the user is told
 STALL_SECONDS = 600.0
 
+AnySession = TypeVar("AnySession", bound="Session")
+
 
 def run_experiment(arguments: Arguments, environment: Environment) -> Path:
     """Train, evaluate and save; returns the run folder.
 
     Raises:
         Interrupted: The run was asked to stop before its end; its last checkpoint is that of the last step.
+        ValueError: Something is wrong with the arguments or the documents.
+    """
+    with open_session(arguments, environment, Session) as session:
+        session.train()
+    return session.folder.path
+
+
+def open_session(arguments: Arguments, environment: Environment, kind: type[AnySession]) -> AnySession:
+    """All that a run needs, from its documents to its sharded model, as it begins or goes on.
+
+    Args:
+        arguments: Of the run.
+        environment: Which process this is.
+        kind: What it is to be; it is entered by whoever asks for it.
+
+    Raises:
         ValueError: Something is wrong with the arguments or the documents.
     """
     run = arguments.run
@@ -75,9 +95,7 @@ def run_experiment(arguments: Arguments, environment: Environment) -> Path:
     )
     resumed = checkpoints.load(engine) if run.resume else Resumed()
     only_first(lambda: _open_folder(prepared, arguments, resumed.state))
-    with Session(arguments, environment, prepared, engine, checkpoints, resumed) as session:
-        session.train()
-    return prepared.folder.path
+    return kind(arguments, environment, prepared, engine, checkpoints, resumed)
 
 
 def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
@@ -122,7 +140,7 @@ class Session:
         self.spikes = SpikeWatch()
         self.saved = (state.step, state.evaluated_step)
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Self:
         if is_first():
             self.display.__enter__()
             if self.state.step:
@@ -153,7 +171,7 @@ class Session:
                 self.display.say(f"stopped    after step {self.state.step}: {reason}")
                 raise
 
-    def _trainer(self, batches: TrainingBatches) -> Trainer:
+    def _trainer(self, batches: Iterator[Batch]) -> Trainer:
         return Trainer(
             engine=self.engine,
             batches=batches,
