@@ -80,6 +80,9 @@ def shortened(line, folder):
         line += "".join(f" --{name} {value}" for name, value in flags.items())
     if "launch/study.py" in line:
         line += " --max_steps 2 --seeds 1"
+    if "launch/training_speed.py" in line:
+        # eight starts of one or two processes, which tests/launch/test_training_speed.py has one of
+        line += " --budget_seconds 0"
     if "study.py sections" in line:
         # each model is a process that loads everything
         line += " --only layerwise"

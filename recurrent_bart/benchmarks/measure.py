@@ -96,7 +96,7 @@ def _measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, 
         measurement.step_bytes = peak_bytes(step, device)
         measurement.n_tokens = case.batch_size * NEW_TOKENS if case.work == "generation" else batch.n_tokens()
         measurement.flops = _flops(case, subject, batch, place)
-    measurement.step_seconds += [_timed(step, device) for _ in range(n_passes)]
+    measurement.step_seconds += [timed(step, device) for _ in range(n_passes)]
 
 
 def _flops(case: Case, subject: Subject, batch: Batch, place: Place) -> float:
@@ -168,7 +168,8 @@ def _device_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) + unused
 
 
-def _timed(step: Callable[[], object], device: torch.device) -> float:
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a step, with all that it queued on a GPU."""
     started = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -186,4 +187,4 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
         for _ in range(n_products):
             torch.mm(left, right, out=out)
 
-    return 2 * size**3 * n_products / min(_timed(products, device) for _ in range(5))
+    return 2 * size**3 * n_products / min(timed(products, device) for _ in range(5))

@@ -1,0 +1,191 @@
+"""Measure what training costs beyond the model: processes, sharding, the loop: `python launch/training_speed.py`."""
+
+import argparse
+import functools
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from recurrent_bart.benchmarks.training_results import (
+    LEFT_OUT,
+    MEASURED,
+    PARTS,
+    Launch,
+    Results,
+    empty_results,
+    lines_of,
+    plan,
+)
+from recurrent_bart.benchmarks.training_session import Starter
+from recurrent_bart.benchmarks.training_tables import LEGEND, summary, training_tables
+from recurrent_bart.benchmarks.training_work import Work
+from recurrent_bart.distributed import barrier
+from recurrent_bart.monitoring.run_folder import git_commit, replace_file, versions
+from recurrent_bart.training.arguments import parse_arguments
+from recurrent_bart.training.interruption import handling_signals
+from recurrent_bart.training.outcome import ExitCode
+
+SCRIPTS = Path(__file__).absolute().parent
+SHARDINGS = [SCRIPTS.parent / "ds_configs" / f"{name}.json" for name in ("zero2", "zero3")]
+# steps of a run, its warm-up included; those of the warm-up; rounds of the loop
+EFFORT = {"cuda": {"steps": 40, "warmup": 10, "rounds": 10}, "cpu": {"steps": 8, "warmup": 2, "rounds": 3}}
+# first argument of one process of several, which this script starts itself; flags of launch/train.py follow
+WORKER = "--as_worker"
+# of what the figures hold for, what is printed
+SHOWN = ("device", "torch", "transformers", "deepspeed", "git_commit")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of this script's own flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Further flags are those of launch/train.py: --model_size large, --wandb_mode offline and the like.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
+    parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4, ... GPUs; without one 1 and 2")
+    parser.add_argument("--deepspeed", type=Path, nargs="+", default=SHARDINGS, help="configurations to compare")
+    parser.add_argument("--steps", type=int, help="of a run, its warm-up included; default: 40, or 8 on a processor")
+    parser.add_argument("--warmup", type=int, help="steps that are not looked at; default: 10, or 2")
+    parser.add_argument("--rounds", type=int, help="turns of the loop beside bare steps; default: 10, or 3")
+    parser.add_argument("--timeout_seconds", type=float, default=240, help="what takes longer has failed")
+    parser.add_argument("--budget_seconds", type=float, default=math.inf, help="nothing is begun after so long")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/training_speed"), help="for results.json and logs"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Parse, check, measure, print."""
+    try:
+        if argv[:1] == [WORKER]:
+            return measure_loop_here(argv[1], int(argv[2]), argv[3:])
+        own, given = build_parser().parse_known_args(argv)
+        with handling_signals(leave):
+            return measure_all(own, given, argv)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return ExitCode.MISTAKE
+
+
+def leave(number: int, _: Any) -> None:
+    """End with what there is; processes that were started are ended on the way."""
+    raise SystemExit(ExitCode.STOPPED)
+
+
+def measure_loop_here(file: str, n_rounds: int, flags: Sequence[str]) -> int:
+    """Measure the loop as one of several processes, the first of which writes what was found to a file."""
+    # what trains is not needed where processes are only started
+    from recurrent_bart.benchmarks.loop_cost import measure_loop
+    from recurrent_bart.training.environment import start_processes
+
+    arguments = parse_arguments(flags)
+    environment = start_processes(arguments.run.timeout_minutes)
+    found = measure_loop(arguments, environment, n_rounds)
+    if environment.rank == 0:
+        replace_file(Path(file), json.dumps(asdict(found)))
+    barrier()
+    return ExitCode.DONE
+
+
+def measure_all(own: argparse.Namespace, given: Sequence[str], argv: list[str]) -> int:
+    """Start one after the other; those that fail decide the exit code and nothing else."""
+    ends = time.monotonic() + own.budget_seconds
+    numbers = find_processes(own.processes)
+    results = empty_results(plan(own.parts, numbers, find_shardings(own.deepspeed)))
+    work, about = find_work(own, given), describe(argv)
+    folder = own.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    # as many for all, so that runs differ in their processes alone
+    n_threads = max(1, torch.get_num_threads() // max(numbers))
+
+    def keep(launch: Launch) -> None:
+        replace_file(folder / "results.json", json.dumps(about | {"results": lines_of(results)}, indent=1))
+        print(summary(launch, results[launch]), flush=True)
+
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as place:
+            command = functools.partial(command_of, n_rounds=work.rounds, n_threads=n_threads)
+            Starter(work, Path(place), folder, command, own.timeout_seconds).fill(results, ends, keep)
+    finally:
+        # also of what there is when a signal ends it
+        print_results(results, about)
+    print(f"written: {folder}/results.json")
+    return int(any(found.outcome not in (MEASURED, LEFT_OUT) for found in results.values()))
+
+
+def find_work(own: argparse.Namespace, given: Sequence[str]) -> Work:
+    """What is trained, as long as it was asked for.
+
+    Raises:
+        ValueError: A flag is unknown, out of range or not to be given.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = {name: getattr(own, name) for name in EFFORT[device]}
+    effort = EFFORT[device] | {name: number for name, number in asked.items() if number is not None}
+    return Work(device, tuple(given), **effort)
+
+
+def find_processes(asked: Sequence[int] | None) -> Sequence[int]:
+    """Numbers of processes: those asked for, or all powers of two that there are GPUs for.
+
+    Raises:
+        ValueError: There are not as many GPUs, or it is no number of processes.
+    """
+    n_gpus = torch.cuda.device_count()
+    for number in asked or ():
+        if number < 1 or (n_gpus and number > n_gpus):
+            raise ValueError(f"--processes {number}: at least 1, and there are {n_gpus or 'no'} GPUs")
+    return asked or [2**power for power in range((n_gpus or 2).bit_length())]
+
+
+def find_shardings(files: Sequence[Path]) -> Sequence[Path]:
+    """Configurations, by whose names rows are known.
+
+    Raises:
+        ValueError: Two have the same name.
+    """
+    if len({file.stem for file in files}) < len(files):
+        raise ValueError(f"--deepspeed {' '.join(map(str, files))}: each needs a name of its own")
+    return files
+
+
+def command_of(launch: Launch, flags: Sequence[str], file: Path, n_rounds: int, n_threads: int) -> list[str]:
+    """Command that starts several processes, on a free port."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={launch.n_processes}"]
+    script = ["train.py"] if launch.part == "runs" else [Path(__file__).name, WORKER, str(file), str(n_rounds)]
+    return ["env", f"OMP_NUM_THREADS={n_threads}", *torchrun, str(SCRIPTS / script[0]), *script[1:], *flags]
+
+
+def describe(argv: list[str]) -> dict[str, Any]:
+    """What the figures hold for."""
+    n_gpus = torch.cuda.device_count()
+    device = f"{n_gpus} x {torch.cuda.get_device_name(0)}" if n_gpus else f"processor {platform.machine()}"
+    return {"device": device, **versions(), "git_commit": git_commit(), "command": argv}
+
+
+def print_results(results: Results, about: dict[str, Any]) -> None:
+    """Print all there is, as tables."""
+    console = Console(width=160)
+    console.print("\n" + ", ".join(f"{name} {about[name]}" for name in SHOWN), highlight=False)
+    for table in training_tables(results):
+        console.print(table)
+    console.print(LEGEND, highlight=False)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(code)

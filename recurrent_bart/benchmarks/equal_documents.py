@@ -1,0 +1,54 @@
+"""Documents of equal length, with a tokenizer whose ids are words: what training is measured on."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from recurrent_bart.data.tokenizer import MASK, SPECIAL, save_tokenizer, with_special_tokens
+
+N_VALIDATION = 8
+
+
+@dataclass(frozen=True)
+class EqualDocuments:
+    """How many there are and how long they are.
+
+    Attributes:
+        n_documents: To train on.
+        n_tokens: Of each, special tokens not counted.
+        n_target_tokens: Likewise of its target.
+        vocab_size: Ids, special tokens included.
+    """
+
+    n_documents: int
+    n_tokens: int
+    n_target_tokens: int
+    vocab_size: int
+
+    def write(self, folder: Path) -> None:
+        """Write `train.jsonl`, `validation.jsonl` and `tokenizer/` into a folder; the same ones each time."""
+        folder.mkdir(parents=True, exist_ok=True)
+        words = self.words()
+        save_tokenizer(with_special_tokens(word_tokenizer(words)), folder / "tokenizer")
+        choice = random.Random(0)
+        for split, count in (("train", self.n_documents), ("validation", N_VALIDATION)):
+            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                for number in range(count):
+                    text, summary = (choice.choices(words, k=n) for n in (self.n_tokens, self.n_target_tokens))
+                    record = {"id": f"{split}-{number}", "document": " ".join(text), "summary": " ".join(summary)}
+                    file.write(json.dumps(record) + "\n")
+
+    def words(self) -> list[str]:
+        """One for each id that is no special token's."""
+        return [f"w{number}" for number in range(self.vocab_size - len(SPECIAL) - 1)]
+
+
+def word_tokenizer(words: list[str]) -> Tokenizer:
+    """One id for each word, behind those of the special tokens: lengths in tokens are then as they are asked for."""
+    ids = {word: number for number, word in enumerate([*SPECIAL.values(), MASK, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL["unk"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
