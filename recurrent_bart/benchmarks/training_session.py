@@ -1,6 +1,7 @@
 """All starts of a comparison of training, one after the other, each with what it found or why it failed."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Starter:
             results[launch] = self.read(launch)
         except (RuntimeError, ValueError, OSError) as error:
             results[launch].outcome = f"failed, {error}"
+        # a large model's checkpoints would fill the disk, one start after the other
+        shutil.rmtree(self.place / launch.name(), ignore_errors=True)
 
     def read(self, launch: Launch) -> Speed | LoopCost:
         """What a start left.
