@@ -15,12 +15,12 @@ Fields = dict[str, Any]
 COPY: Fields = {"task": {"name": "copy"}, "learning_rate": 1e-3}
 # its answer grows with the document, and positions of the decoder beyond those trained are random
 RECALL: Fields = {"task": {"name": "recall"}, "test_segments": (1, 2, 4, 8), "learning_rate": 1e-3}
-# a key must be bound to its value before either can be carried, and a decoder alone does not learn that (RESULTS.md)
+# a key must be bound to its value before either can be carried; among many tokens that is not found (RESULTS.md)
 RETRIEVAL: Fields = {
     "task": {"name": "retrieval"},
     "easier": (
-        {"segment_size": 16, "n_pairs": 2, "n_queries": 2},
-        {"segment_size": 32, "n_pairs": 4, "n_queries": 4},
+        *({"segment_size": size, "n_pairs": 2, "n_queries": 1} for size in (6, 8, 12, 16)),
+        *({"segment_size": 8 * pairs, "n_pairs": pairs, "n_queries": pairs} for pairs in (2, 4)),
     ),
     "learning_rate": 1e-3,
     "encoder_loss": 1.0,
