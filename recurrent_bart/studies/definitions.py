@@ -74,7 +74,15 @@ class Texts:
         if self.facts is None or self.filler is None:
             raise ValueError("bAbI needs --facts and --filler: folders with train.jsonl and validation.jsonl")
         texts = {"name": "babi", "facts": self.facts, "filler": self.filler}
-        settings: Fields = {"segment_size": 256, "batch_size": 32, "learning_rate": 1e-3, "encoder_loss": 1.0}
+        settings: Fields = {
+            "segment_size": 256,
+            # of stories that are as short
+            "easier": tuple({"segment_size": size} for size in (32, 64, 128)),
+            "stage_steps": 1000,
+            "batch_size": 32,
+            "learning_rate": 1e-3,
+            "encoder_loss": 1.0,
+        }
         return [settings | {"task": texts | {"task": f"qa{number}"}} for number in (1, 2, 3)]
 
 
