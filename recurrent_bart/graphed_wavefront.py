@@ -23,6 +23,7 @@ from recurrent_bart.encoder_cell import Visibility
 from recurrent_bart.fused_cell import can_fuse
 from recurrent_bart.prefix_recurrence import Weights
 from recurrent_bart.recorded_call import drawing_from, record
+from recurrent_bart.segmentation import Segment
 from recurrent_bart.stacked_layers import LINEAR
 from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 
@@ -33,16 +34,16 @@ MOST_SHAPES = 16
 _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, "Recorder"]] = weakref.WeakKeyDictionary()
 
 
-def can_graph(config: RecurrentBartConfig, weights: Weights, tokens: Sequence[Tensor], checkpointing: str) -> bool:
+def can_graph(config: RecurrentBartConfig, weights: Weights, tokens_BLD: Tensor, checkpointing: str) -> bool:
     """Whether such a batch is better replayed: its diagonals are fused, and too small to keep a GPU busy.
 
     Where each diagonal is recomputed in any case, replays cost nothing, however large they are.
     """
-    n_documents, n_tokens, _ = tokens[0].shape
+    n_documents, n_tokens, _ = tokens_BLD.shape
     return (
         (n_documents * n_tokens <= MOST_TOKENS or (checkpointing == "layer" and torch.is_grad_enabled()))
-        and can_fuse(config, tokens[0])
-        and all(weight.dtype == tokens[0].dtype for weight in weights.values())
+        and can_fuse(config, tokens_BLD)
+        and all(weight.dtype == tokens_BLD.dtype for weight in weights.values())
         and not torch.cuda.is_current_stream_capturing()
     )
 
@@ -52,25 +53,26 @@ class GraphedWavefront(Wavefront):
     """Identical to Wavefront except: diagonals are replayed, and all of them are recomputed in the backward pass."""
 
     def run(
-        self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor, memory_EBPD: Tensor | None
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """As Wavefront's; with a graph, the states that it gives but for the last are those of the last layer alone."""
         assert memory_EBPD is not None
         assert self.recurrence is not None
-        diagonals = self._diagonals(tokens, mask_BNL)
-        recorder = self._recorder(weights, tokens[0])
+        tokens_BLD = segments[0]()
+        diagonals = self._diagonals(segments, tokens_BLD, mask_BNL)
+        recorder = self._recorder(weights, tokens_BLD)
         recorder.load(weights)
         if not torch.is_grad_enabled():
             yield from self._read(recorder, diagonals, memory_EBPD)
             return
-        slots = self.recurrence.slots(memory_EBPD).repeat(len(tokens), 1, 1)
-        streams = self.embed(torch.cat(list(tokens)), slots).unflatten(0, (len(tokens), -1))
+        slots = self.recurrence.slots(memory_EBPD).repeat(len(segments), 1, 1)
+        streams = self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
         recorder.record(diagonals, with_backward=True)
         tops, memories, memory = _Replayed.apply(
             recorder, diagonals, list(weights), streams, memory_EBPD, *weights.values()
         )
         for number, top in enumerate(tops.unbind()):
-            yield top, memory if number == len(tokens) - 1 else memories[number].unsqueeze(0)
+            yield top, memory if number == len(segments) - 1 else memories[number].unsqueeze(0)
 
     def _read(
         self, recorder: "Recorder", diagonals: list[Diagonal], memory_EBPD: Tensor
@@ -81,8 +83,8 @@ class GraphedWavefront(Wavefront):
         recorder.memory.copy_(memory_EBPD)
         slots = self.recurrence.slots(memory_EBPD)
         for diagonal in diagonals:
-            if diagonal.tokens is not None:
-                recorder.stream[0].copy_(self.embed(diagonal.tokens, slots))
+            if diagonal.segment is not None:
+                recorder.stream[0].copy_(self.embed(diagonal.segment(), slots))
             recorder.replay(diagonal)
             if diagonal.stop == self.config.encoder_layers:
                 yield recorder.top.clone(), recorder.memory.clone()

@@ -3,6 +3,7 @@
 Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), D model width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.prefix_recurrence import RecurrentState, build_recurrence
 from recurrent_bart.schedules import Grid, Kept
-from recurrent_bart.segmentation import align_at_end, segment_documents
+from recurrent_bart.segmentation import Segment, align_at_end, look_up_when_read, segment_documents
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +41,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        earlier: Sequence[Segment] = (),
         **kwargs: Any,
     ) -> RecurrentEncoderOutput | tuple:
         """Read documents.
@@ -54,6 +56,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             output_attentions: Give what tokens attend to in every layer; the eager back-end alone can.
             output_hidden_states: Give the token streams of every layer.
             return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
+            earlier: From `embed_segments`, beside its embeddings: segments in front of those. `attention_mask` is of
+                all of them, and documents end at the last one.
 
         Raises:
             ValueError: Ids and embeddings are both given or both missing, a document has no token, or a segment is
@@ -64,7 +68,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
         segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
         if inputs_embeds is None:
-            segments = self.embed_tokens(segments)
+            segments, earlier = self.embed_segments(segments, every_segment)
         grid = Grid(
             self.config, self.layers, self.recurrence, self._embed_segment, self.checkpoints_segments and self.training
         )
@@ -75,9 +79,23 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             attentions=self._gives_attentions(output_attentions),
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
-        outputs = grid.run(segments, mask, state, kept)
+        outputs = grid.run(segments, mask, state, kept, earlier)
         output = encoder_output(self.config, outputs, mask, state, every_segment).shifted(-n_empty_B)
         return output.as_tuple() if return_dict is False else output
+
+    def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:
+        """Token embeddings `(B, N, L, D)` of the segments that gradient reaches; those before them when they are read.
+
+        How often the module is called depends on nothing that differs between processes: under ZeRO-3 each call is a
+        collective.
+        """
+        n_segments, window = ids_BNL.shape[1], self.config.bptt_window
+        n_reached = n_segments if every_segment or window is None else min(window, n_segments)
+        if not torch.is_grad_enabled():
+            n_reached = 0
+        earlier_BNL, reached_BNL = ids_BNL.split((n_segments - n_reached, n_reached), dim=1)
+        earlier = look_up_when_read(self.embed_tokens, earlier_BNL, self.config.vocab_size)
+        return self.embed_tokens(reached_BNL), earlier
 
     def _gives_attentions(self, output_attentions: bool | None) -> bool:
         is_wanted = self.config.output_attentions if output_attentions is None else output_attentions

@@ -68,28 +68,13 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         if inputs_embeds is None and input_ids is not None:
             segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, None)
             segments, attention_mask, n_empty_B = align_at_end(segments, mask, kwargs.get("state") is not None)
-            inputs_embeds = self._embed(segments, kwargs.get("every_segment", False))
+            inputs_embeds, kwargs["earlier"] = self.encoder.embed_segments(segments, kwargs.get("every_segment", False))
         if torch.is_grad_enabled() and inputs_embeds is not None and not inputs_embeds.requires_grad:
             inputs_embeds = inputs_embeds.detach().requires_grad_()
         output = RecurrentEncoderOutput.from_tuple(
             self.encoder(None, attention_mask, inputs_embeds, return_dict=False, **kwargs)
         )
         return output if n_empty_B is None else output.shifted(-n_empty_B)
-
-    def _embed(self, segments_BNL: Tensor, every_segment: bool) -> Tensor:
-        """Token embeddings `(B, N, L, D)`; of segments that gradient does not reach, without a graph.
-
-        How often the module is called depends on nothing that differs between processes: under ZeRO-3 each call is a
-        collective.
-        """
-        # the encoder's own, which untied weights do not share, as BartEncoder does
-        embed, window = self.encoder.embed_tokens, self.config.bptt_window
-        if every_segment or window is None or not torch.is_grad_enabled():
-            return embed(segments_BNL)
-        n_beyond = max(0, segments_BNL.shape[1] - window)
-        with torch.no_grad():
-            beyond = embed(segments_BNL[:, :n_beyond])
-        return torch.cat([beyond, embed(segments_BNL[:, n_beyond:])], dim=1)
 
     def decode(
         self, encoder_outputs: RecurrentEncoderOutput, **kwargs: Any

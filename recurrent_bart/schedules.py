@@ -6,7 +6,7 @@ D model width.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility, run_cell
 from recurrent_bart.graphed_wavefront import GraphedWavefront, can_graph
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
-from recurrent_bart.segmentation import on_device
+from recurrent_bart.segmentation import Segment, on_device
 from recurrent_bart.stacked_layers import can_stack, stack_layers
 from recurrent_bart.wavefront import Wavefront
 
@@ -98,7 +98,14 @@ class Grid:
     embed: Callable[[Tensor, Tensor | None], Tensor]
     checkpoints_segments: bool = False
 
-    def run(self, segments_BNLD: Tensor, mask_BNL: Tensor, state: RecurrentState | None, kept: Kept) -> GridOutput:
+    def run(
+        self,
+        segments_BNLD: Tensor,
+        mask_BNL: Tensor,
+        state: RecurrentState | None,
+        kept: Kept,
+        earlier: Sequence[Segment] = (),
+    ) -> GridOutput:
         """Run the grid in the order that `config.schedule` names.
 
         Gradient crosses `config.bptt_depth` segment boundaries: segments form windows of one more than that, aligned
@@ -106,10 +113,11 @@ class Grid:
         run without a graph.
 
         Args:
-            segments_BNLD: Token embeddings; documents end at the last segment.
+            segments_BNLD: Token embeddings of the last segments, at which all documents end.
             mask_BNL: 1 at tokens, on the host; a segment without any leaves its document's state unchanged.
             state: What was read before; None at the head of the documents.
             kept: What is wanted.
+            earlier: The segments before those, which gradient does not reach.
         """
         n_segments = mask_BNL.shape[1]
         window = self.config.bptt_window or n_segments + 1
@@ -120,7 +128,7 @@ class Grid:
             is_begun_B = state.position > 0
             memory = _where_begun(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
         # one view for each segment, not one index into all: its backward pass would write all of them each time
-        segments = segments_BNLD.unbind(dim=1)
+        segments = [*earlier, *(_there_already(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
         stretches = self._stretches(n_segments, window, kept)
         run = self._sequential
         if any(part.stop - part.start > 1 for part, _ in stretches) and self._is_by_diagonals(segments_BNLD, kept):
@@ -173,31 +181,31 @@ class Grid:
             output.attentions.append(segment.attentions)
 
     def _wavefront(
-        self, weights: Weights, tokens: tuple[Tensor, ...], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: Kept
+        self, weights: Weights, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: Kept
     ) -> Iterator[SegmentOutput]:
         """By diagonals: all cells that need nothing of each other at once; of a single segment, each is one cell."""
-        if len(tokens) == 1:
-            yield from self._sequential(tokens, mask_BNL, memory_EBPD, kept)
+        if len(segments) == 1:
+            yield from self._sequential(segments, mask_BNL, memory_EBPD, kept)
             return
         layer = self.layers[0]
         by_layer = "layer" if layer.gradient_checkpointing and layer.training else "none"
         checkpointing = "segment" if self.checkpoints_segments else by_layer
         kind = (
             GraphedWavefront
-            if self.config.schedule == "auto" and can_graph(self.config, weights, tokens, checkpointing)
+            if self.config.schedule == "auto" and can_graph(self.config, weights, segments[0](), checkpointing)
             else Wavefront
         )
         wavefront = kind(self.config, layer, self.recurrence, self.embed, checkpointing)
-        for top, memory in wavefront.run(weights, tokens, mask_BNL, memory_EBPD):
+        for top, memory in wavefront.run(weights, segments, mask_BNL, memory_EBPD):
             yield SegmentOutput(top, memory)
 
     def _sequential(
-        self, tokens: tuple[Tensor, ...], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: Kept
+        self, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: Kept
     ) -> Iterator[SegmentOutput]:
         """Segment after segment, layer after layer: the reference."""
         is_checkpointed = self.checkpoints_segments and torch.is_grad_enabled()
-        for tokens_BLD, mask_BL in zip(tokens, mask_BNL.unbind(dim=1), strict=True):
-            inputs = tokens_BLD, mask_BL, memory_EBPD, kept
+        for read, mask_BL in zip(segments, mask_BNL.unbind(dim=1), strict=True):
+            inputs = read(), mask_BL, memory_EBPD, kept
             segment = (
                 checkpoint(self._segment, *inputs, use_reentrant=False) if is_checkpointed else self._segment(*inputs)
             )
@@ -229,6 +237,10 @@ class Grid:
             is_read_1B = None if is_read_B.all() else on_device(is_read_B, stream.device).unsqueeze(0)
             memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, recurrence.by_layer())
         return SegmentOutput(stream[:, n_slots:], memory, hidden_states, attentions)
+
+
+def _there_already(tokens_BLD: Tensor) -> Segment:
+    return lambda: tokens_BLD
 
 
 def is_faster_by_diagonals(segments_BNLD: Tensor) -> bool:

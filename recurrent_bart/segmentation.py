@@ -3,16 +3,20 @@
 Masks are looked at on the host, where they are from the first step on, so that nothing waits for the device to tell
 what it was told.
 
-Shape suffixes: B documents, N segments, L tokens in a segment.
+Shape suffixes: B documents, N segments, L tokens in a segment, X different tokens, D model width.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+
+# gives the token embeddings (B, L, D) of a segment when it is read
+Segment = Callable[[], Tensor]
 
 Token = TypeVar("Token")
 
@@ -174,6 +178,19 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
     # argmax finds the first: of a row without any, 0
     n_empty_B = is_read_BN.flip(1).int().argmax(dim=1)
     return shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B), n_empty_B
+
+
+def look_up_when_read(embed: Callable[[Tensor], Tensor], ids_BNL: Tensor, vocab_size: int) -> list[Segment]:
+    """Token embeddings of segments, made as each is read; no gradient reaches them.
+
+    `embed` is called once, now, on whatever is the least: all these tokens, or the vocabulary, of which the rows are
+    taken later. So memory does not grow with the document.
+    """
+    has_many = ids_BNL.numel() > vocab_size
+    with torch.no_grad():
+        rows_XD = embed(torch.arange(vocab_size, device=ids_BNL.device) if has_many else ids_BNL.flatten())
+    places_BNL = ids_BNL if has_many else torch.arange(len(rows_XD), device=ids_BNL.device).view_as(ids_BNL)
+    return [functools.partial(nn.functional.embedding, places_BL, rows_XD) for places_BL in places_BNL.unbind(dim=1)]
 
 
 def on_device(known: Tensor, device: torch.device) -> Tensor:

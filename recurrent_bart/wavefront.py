@@ -21,7 +21,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility, encoder_cell
 from recurrent_bart.fused_cell import can_fuse, fused_cell
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, Weights
-from recurrent_bart.segmentation import on_device
+from recurrent_bart.segmentation import Segment, on_device
 from recurrent_bart.stacked_layers import StackedLayers, take_spans
 
 # what a cell keeps for its backward pass, in streams of its segment
@@ -35,14 +35,14 @@ class Diagonal:
     Attributes:
         first: Lowest layer that it has a cell of.
         stop: One above the highest.
-        tokens: Embeddings `(B, L, D)` of the segment that begins here; None behind the last one.
+        segment: The one that begins here; None behind the last one.
         visible: What the rows (layer, document) see.
         is_read: False where the document has no text in the segment that the layer is at, `(E, B)`; None: nowhere.
     """
 
     first: int
     stop: int
-    tokens: Tensor | None
+    segment: Segment | None
     visible: Visibility
     is_read: Tensor | None
 
@@ -73,7 +73,7 @@ class Wavefront:
         return self.recurrence.n_slots if self.recurrence else 0
 
     def run(
-        self, weights: Weights, tokens: Sequence[Tensor], mask_BNL: Tensor, memory_EBPD: Tensor | None
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """After each segment, the last layer's tokens `(B, L, D)` and the states `(E, B, P, D)`.
 
@@ -81,11 +81,11 @@ class Wavefront:
 
         Args:
             weights: Of all layers, stacked.
-            tokens: Token embeddings `(B, L, D)` of each segment.
+            segments: The documents', each read when its first diagonal begins.
             mask_BNL: 1 at tokens, on the host.
             memory_EBPD: The states before the first segment.
         """
-        diagonals = self._diagonals(tokens, mask_BNL)
+        diagonals = self._diagonals(segments, segments[0](), mask_BNL)
         size = _chunk_size(len(diagonals)) if self.checkpointing == "segment" else 1
         # taken as each diagonal comes: taken before, their gradients would all be kept until the backward pass is
         # through with every diagonal
@@ -115,11 +115,11 @@ class Wavefront:
 
     def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:
         """The stream below each layer of a diagonal: a new segment's below the first, if there is one."""
-        if diagonal.tokens is None:
+        if diagonal.segment is None:
             assert frontier_EBSD is not None
             return frontier_EBSD
         slots = None if self.recurrence is None or memory_EBPD is None else self.recurrence.slots(memory_EBPD)
-        new_1BSD = self.embed(diagonal.tokens, slots).unsqueeze(0)
+        new_1BSD = self.embed(diagonal.segment(), slots).unsqueeze(0)
         return new_1BSD if frontier_EBSD is None else torch.cat([new_1BSD, frontier_EBSD])
 
     def _run_diagonal(
@@ -133,23 +133,25 @@ class Wavefront:
             own = torch.cat([memory_EBPD[:first], own, memory_EBPD[stop:]])
         return stream_EBSD, own
 
-    def _diagonals(self, tokens: Sequence[Tensor], mask_BNL: Tensor) -> list[Diagonal]:
-        """All diagonals, with views of what each needs."""
-        n_segments, n_layers, n_documents = len(tokens), self.config.encoder_layers, len(mask_BNL)
+    def _diagonals(self, segments: Sequence[Segment], tokens_BLD: Tensor, mask_BNL: Tensor) -> list[Diagonal]:
+        """All diagonals, with views of what each needs; any segment's tokens say of which type and where."""
+        n_segments, n_layers, n_documents = len(segments), self.config.encoder_layers, len(mask_BNL)
         # the last segment first, so that the segments of a diagonal are one block
         mask_NBL = mask_BNL.bool().transpose(0, 1).flip(0)
         is_read_NB = mask_NBL.any(dim=-1)
         # a segment that a document does not have is seen whole, see Visibility
         has_padding = (~mask_NBL.all(dim=-1) & is_read_NB).any(dim=-1).tolist()
         all_read = is_read_NB.all(dim=-1).tolist()
-        is_read_NB = on_device(is_read_NB, tokens[0].device)
-        visible = Visibility.build(self.config, tokens[0], mask_NBL.flatten(0, 1), self.n_slots, slots_read_prefix=True)
+        is_read_NB = on_device(is_read_NB, tokens_BLD.device)
+        visible = Visibility.build(
+            self.config, tokens_BLD, mask_NBL.flatten(0, 1), self.n_slots, slots_read_prefix=True
+        )
         diagonals = []
         for number in range(n_segments + n_layers - 1):
             first, stop = max(0, number - n_segments + 1), min(n_layers, number + 1)
             start, end = (n_segments - 1 - number + layer for layer in (first, stop))
             rows = visible.rows(slice(start * n_documents, end * n_documents), any(has_padding[start:end]))
-            new = tokens[number] if number < n_segments else None
+            new = segments[number] if number < n_segments else None
             is_read = None if all(all_read[start:end]) else is_read_NB[start:end]
             diagonals.append(Diagonal(first, stop, new, rows, is_read))
         return diagonals

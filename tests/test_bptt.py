@@ -1,8 +1,11 @@
 """How far gradient reaches, exactly; and that cutting it changes no value and leaves no parameter without."""
 
+import functools
+
 import pytest
 import torch
 
+from recurrent_bart.monitoring.memory import peak_bytes
 from recurrent_bart.prefix_recurrence import RecurrentState
 from tiny import random_ids
 
@@ -95,6 +98,44 @@ def test_no_segment_before_the_window_keeps_a_graph(make_model):
         return total
 
     assert saved_bytes(2) == saved_bytes(3) == saved_bytes(12)
+
+
+def train_on(model, n_segments):
+    """One target behind a document."""
+    model(input_ids=random_ids(1, n_segments, 8), labels=random_ids(1, 4)).loss.backward()
+    model.zero_grad()
+
+
+@torch.no_grad()
+def read(model, n_segments):
+    model.model.encode(random_ids(1, n_segments, 8))
+
+
+@pytest.mark.parametrize("work", [train_on, read])
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_a_longer_document_takes_no_more_memory_than_its_ids_and_mask(make_model, schedule, work):
+    """From where its tokens are more than the vocabulary; the embeddings of a segment alone would be 1,024 bytes."""
+    model = make_model(bptt_depth=2, schedule=schedule)
+    peaks = [peak_bytes(functools.partial(work, model, n), torch.device("cpu")) for n in (16, 272)]
+    # of each token both are 64-bit numbers
+    assert (peaks[1] - peaks[0]) / 256 <= 8 * 2 * 8 + 2
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+@pytest.mark.parametrize("scale", [False, True])
+def test_rows_of_the_vocabulary_are_the_embeddings_bit_for_bit(make_model, monkeypatch, schedule, scale):
+    """Beyond the window are 48 tokens: fewer than the 60 of the vocabulary, and more than 40."""
+    model = make_model(bptt_depth=1, schedule=schedule, scale_embedding=scale, vocab_size=60)
+    inputs = {"input_ids": random_ids(2, 5, 8) % 40, "labels": random_ids(2, 4) % 40}
+    found = []
+    for vocab_size in (60, 40):
+        monkeypatch.setattr(model.model.encoder.config, "vocab_size", vocab_size)
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for pair in zip(*found, strict=True):
+        assert torch.equal(*pair)
 
 
 @pytest.mark.parametrize("task", ["document", "sections"])

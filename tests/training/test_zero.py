@@ -48,6 +48,8 @@ CASES = {
         "zero3-spoilt": case(3, spoilt=True, accumulation=2),
         # of a number of tokens one process has one document and the other three, of other numbers of segments
         "zero3-uneven": case(3, uneven=True, bptt_depth=1),
+        # beyond the window the three have more tokens than there are in the vocabulary, the one has fewer
+        "zero3-uneven-vocabulary": case(3, uneven=True, bptt_depth=0),
         "zero3-uneven-windows": case(3, uneven=True, task="sections", bptt_depth=1, schedule="wavefront"),
         "zero3-document": case(3),
         "zero3-document-accumulated": case(3, accumulation=2),
