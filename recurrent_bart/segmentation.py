@@ -180,12 +180,15 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
     return shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B), n_empty_B
 
 
-def look_up_when_read(embed: Callable[[Tensor], Tensor], ids_BNL: Tensor, vocab_size: int) -> list[Segment]:
+def look_up_when_read(embed: nn.Module, ids_BNL: Tensor, vocab_size: int) -> list[Segment]:
     """Token embeddings of segments, made as each is read; no gradient reaches them.
 
-    `embed` is called once, now, on whatever is the least: all these tokens, or the vocabulary, of which the rows are
-    taken later. So memory does not grow with the document.
+    A sharded table is gathered by every call, in which all processes take part, whatever the number of their segments.
+    So it is called once, now, on whatever is the least: all these tokens, or the vocabulary, of which the rows are
+    taken later. Either way memory does not grow with the document.
     """
+    if not any(hasattr(parameter, "ds_id") for parameter in embed.parameters()):
+        return [functools.partial(embed, ids_BL) for ids_BL in ids_BNL.unbind(dim=1)]
     has_many = ids_BNL.numel() > vocab_size
     with torch.no_grad():
         rows_XD = embed(torch.arange(vocab_size, device=ids_BNL.device) if has_many else ids_BNL.flatten())

@@ -111,11 +111,22 @@ def read(model, n_segments):
     model.model.encode(random_ids(1, n_segments, 8))
 
 
+def shard(model):
+    """Mark the table of embeddings as ZeRO-3 does."""
+    model.get_input_embeddings().weight.ds_id = 0
+
+
 @pytest.mark.parametrize("work", [train_on, read])
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
-def test_a_longer_document_takes_no_more_memory_than_its_ids_and_mask(make_model, schedule, work):
-    """From where its tokens are more than the vocabulary; the embeddings of a segment alone would be 1,024 bytes."""
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_longer_document_takes_no_more_memory_than_its_ids_and_mask(make_model, is_sharded, schedule, work):
+    """Of a sharded table, from where its tokens are more than the vocabulary.
+
+    The embeddings of a segment alone would be 1,024 bytes.
+    """
     model = make_model(bptt_depth=2, schedule=schedule)
+    if is_sharded:
+        shard(model)
     peaks = [peak_bytes(functools.partial(work, model, n), torch.device("cpu")) for n in (16, 272)]
     # of each token both are 64-bit numbers
     assert (peaks[1] - peaks[0]) / 256 <= 8 * 2 * 8 + 2
@@ -123,19 +134,23 @@ def test_a_longer_document_takes_no_more_memory_than_its_ids_and_mask(make_model
 
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
 @pytest.mark.parametrize("scale", [False, True])
-def test_rows_of_the_vocabulary_are_the_embeddings_bit_for_bit(make_model, monkeypatch, schedule, scale):
+def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monkeypatch, schedule, scale):
     """Beyond the window are 48 tokens: fewer than the 60 of the vocabulary, and more than 40."""
     model = make_model(bptt_depth=1, schedule=schedule, scale_embedding=scale, vocab_size=60)
     inputs = {"input_ids": random_ids(2, 5, 8) % 40, "labels": random_ids(2, 4) % 40}
-    found = []
-    for vocab_size in (60, 40):
-        monkeypatch.setattr(model.model.encoder.config, "vocab_size", vocab_size)
+
+    def results():
         model.zero_grad()
         loss = model(**inputs).loss
         loss.backward()
-        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-    for pair in zip(*found, strict=True):
-        assert torch.equal(*pair)
+        return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    expected = results()
+    shard(model)
+    for vocab_size in (60, 40):
+        monkeypatch.setattr(model.model.encoder.config, "vocab_size", vocab_size)
+        for pair in zip(expected, results(), strict=True):
+            assert torch.equal(*pair)
 
 
 @pytest.mark.parametrize("task", ["document", "sections"])
@@ -145,6 +160,7 @@ def test_modules_are_called_as_often_however_many_segments_there_are(make_model,
 
     def calls(n_segments):
         model, names = make_model(bptt_depth=depth).train(), []
+        shard(model)
         for name, module in model.named_modules():
             if not name.startswith("model.encoder."):
                 module.register_forward_pre_hook(lambda module, inputs, name=name: names.append(name))
