@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility
+from recurrent_bart.layer_spans import linear
 from recurrent_bart.prefix_attention import attend, gated_read
 from recurrent_bart.prefix_recurrence import KeyValue
 from recurrent_bart.stacked_layers import StackedLayers
@@ -42,13 +43,13 @@ def fused_cell(
     dropout = shared.dropout if shared.training else 0.0
 
     def by_layer(rows: Tensor) -> Tensor:
-        return rows.view(len(weights["fc1"]), -1, rows.shape[-1])
+        return rows.view(len(weights["fc1_bias"]), -1, rows.shape[-1])
 
     def norm(stream_EMD: Tensor, hidden_EMD: Tensor, hidden: str, name: str) -> Tensor:
         affine = weights[f"{hidden}_bias"], weights[name], weights[f"{name}_bias"]
         return residual_norm(stream_EMD, hidden_EMD, *affine, getattr(shared, name).eps, dropout)
 
-    qkv = layers.product("query_key_value", by_layer(stream_RSD)).view(*stream_RSD.shape[:2], -1)
+    qkv = linear(by_layer(stream_RSD), weights["query_key_value"]).view(*stream_RSD.shape[:2], -1)
     heads = split_heads(qkv, weights["query_key_value_bias"], *prefix, gate_RH is not None)
     attention = shared.self_attn
     slots_read, _ = attend(attention, heads.slots_query, (heads.slots_key, heads.slots_value), visible.slots)
@@ -62,9 +63,9 @@ def fused_cell(
     else:
         read_RSD = add_prefix_read(slots_read, tokens_read, *heads[6:], gate_RH, attention.scaling)
     stream_EMD = norm(
-        by_layer(stream_RSD), layers.product("out_proj", by_layer(read_RSD)), "out_proj", "self_attn_layer_norm"
+        by_layer(stream_RSD), linear(by_layer(read_RSD), weights["out_proj"]), "out_proj", "self_attn_layer_norm"
     )
-    hidden = bias_gelu(layers.product("fc1", stream_EMD), weights["fc1_bias"])
+    hidden = bias_gelu(linear(stream_EMD, weights["fc1"]), weights["fc1_bias"])
     hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
-    stream_EMD = norm(stream_EMD, layers.product("fc2", hidden), "fc2", "final_layer_norm")
+    stream_EMD = norm(stream_EMD, linear(hidden, weights["fc2"]), "fc2", "final_layer_norm")
     return stream_EMD.view_as(stream_RSD)

@@ -21,10 +21,10 @@ from torch.autograd.function import once_differentiable
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility
 from recurrent_bart.fused_cell import can_fuse
+from recurrent_bart.layer_spans import take_span
 from recurrent_bart.prefix_recurrence import Weights
 from recurrent_bart.recorded_call import drawing_from, record
 from recurrent_bart.segmentation import Segment
-from recurrent_bart.stacked_layers import LINEAR
 from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 
 # of all documents in a segment; at 2,048 computing a diagonal again took as long as launching it did
@@ -184,38 +184,35 @@ class Recorder:
     @torch.no_grad()
     def _forward(self, diagonal: Diagonal) -> None:
         first, stop = diagonal.first, diagonal.stop
-        weights = {name: weight[first:stop] for name, weight in self.weights.items()}
-        stream, memory = self._step(diagonal, weights, self.stream[first:stop], self.memory[first:stop])
+        stream, memory = self._step(diagonal, dict(self.weights), self.stream[first:stop], self.memory[first:stop])
         self.stream[first + 1 : stop + 1].copy_(stream)
         self.memory[first:stop].copy_(memory)
 
     def _backward(self, diagonal: Diagonal) -> None:
         span = slice(diagonal.first, diagonal.stop)
-        weights = {name: weight[span].detach() for name, weight in self.weights.items()}
-        gradients = {name: gradient[span] for name, gradient in self.into_weights.items()}
+        stacks = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+        inputs = [part[span].detach().requires_grad_() for part in (self.stream, self.memory)]
+        given_on = dict(stacks)
         with torch.enable_grad():
-            # gradients of the large maps are added up by the products themselves
-            for name in weights.keys() - LINEAR.keys():
-                weights[name].requires_grad_()
-            inputs = [part[span].detach().requires_grad_() for part in (self.stream, self.memory)]
-            outputs = self._step(diagonal, weights, inputs[0], inputs[1], gradients)
-        own = [name for name, weight in weights.items() if weight.requires_grad]
+            outputs = self._step(diagonal, given_on, inputs[0], inputs[1])
         arriving = self.into_stream[span.start + 1 : span.stop + 1], self.into_memory[span]
-        leaving = torch.autograd.grad(outputs, [*inputs, *(weights[name] for name in own)], arriving, allow_unused=True)
-        self.into_stream[span].copy_(leaving[0])
-        self.into_memory[span].copy_(leaving[1])
-        found = [(gradients[name], part) for name, part in zip(own, leaving[2:], strict=True) if part is not None]
-        torch._foreach_add_([total for total, _ in found], [part for _, part in found])
+        # gradients of weights are added to those of the diagonals behind, where they are
+        into_stream, into_memory, *_ = torch.autograd.grad(
+            [*outputs, *given_on.values()], [*inputs, *stacks.values()], [*arriving, *self.into_weights.values()]
+        )
+        self.into_stream[span].copy_(into_stream)
+        self.into_memory[span].copy_(into_memory)
 
     def _step(
-        self, diagonal: Diagonal, weights: Weights, stream: Tensor, memory: Tensor, gradients: Weights | None = None
+        self, diagonal: Diagonal, stacks: dict[str, Tensor], stream: Tensor, memory: Tensor
     ) -> tuple[Tensor, Tensor]:
         n_layers, n_rows = stream.shape[0], stream.shape[0] * stream.shape[1]
         has_padding = diagonal.visible.slots is not None
         tokens, slots = (mask[:n_rows] if has_padding else None for mask in self.masks)
         visible = Visibility(tokens, slots, self.n_slots, slots_read_prefix=True)
         is_read = None if diagonal.is_read is None else self.is_read[:n_layers]
-        return diagonal_step(weights, self.layer(), self.recurrence(), stream, memory, visible, is_read, gradients)
+        weights = take_span(stacks, diagonal.first, diagonal.stop)
+        return diagonal_step(weights, self.layer(), self.recurrence(), stream, memory, visible, is_read)
 
     def begin_backward(self, into_memory: Tensor) -> None:
         """Make ready for the backward pass of the last diagonal."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.layer_spans import Span, linear
 
 KeyValue = tuple[Tensor, Tensor]
-# tensors of several layers by name, stacked by layer
-Weights = Mapping[str, Tensor]
+# tensors of several layers by name, stacked by layer; of a map also a `Span`
+Weights = Mapping[str, Any]
 # gives a layer's prefix by the layer's number and the slots (B, P, D) that enter it
 PrefixReader = Callable[[int, Tensor], KeyValue]
 
@@ -243,10 +244,10 @@ def build_recurrence(config: RecurrentBartConfig) -> PrefixRecurrence | None:
     return {"layerwise": PrefixRecurrence, "top": TopRecurrence, "none": StaticPrefix}[config.recurrence](config)
 
 
-def per_layer(hidden_EBPD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def per_layer(hidden_EBPD: Tensor, weight: Tensor | Span, bias: Tensor) -> Tensor:
     """Each layer's linear map, `(E, B, P, in)` to `(E, B, P, out)`, as one batched product."""
     n_layers, n_documents, n_slots, _ = hidden_EBPD.shape
-    mapped = torch.baddbmm(bias, hidden_EBPD.reshape(n_layers, n_documents * n_slots, -1), weight)
+    mapped = linear(hidden_EBPD.reshape(n_layers, n_documents * n_slots, -1), weight, bias)
     return mapped.view(n_layers, n_documents, n_slots, -1)
 
 

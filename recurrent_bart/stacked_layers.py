@@ -4,14 +4,14 @@ Shape suffixes: B documents, R = layers * documents, L tokens (slots included), 
 K head width, D model width.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.models.bart.modeling_bart import BartEncoderLayer
 
+from recurrent_bart.layer_spans import linear
 from recurrent_bart.prefix_recurrence import KeyValue, Weights, per_layer
 
 LINEAR = {
@@ -47,82 +47,16 @@ def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
     return stacked
 
 
-def take_spans(stacked: Weights, spans: Iterable[tuple[int, int]]) -> Iterator[Weights]:
-    """Of each span of layers, its weights, as views.
-
-    Views of one tensor would each have a gradient of the whole tensor's size, to be added up. Here one gradient goes
-    from span to span, backwards, and each adds its own part to it.
-    """
-    names = [name for name, weight in stacked.items() if weight.requires_grad and torch.is_grad_enabled()]
-    rest = tuple(stacked[name] for name in names)
-    for first, stop in spans:
-        taken = _TakeSpan.apply(first, stop, *rest)
-        rest = taken[len(names) :]
-        with_gradient = dict(zip(names, taken, strict=False))
-        yield {name: with_gradient[name] if name in with_gradient else w[first:stop] for name, w in stacked.items()}
-
-
-class _TakeSpan(torch.autograd.Function):
-    """From stacks, a span of each and the stacks again, for the next span to be taken from."""
-
-    @staticmethod
-    def forward(ctx: Any, first: int, stop: int, *stacks: Tensor) -> tuple[Tensor, ...]:
-        ctx.span, ctx.shapes = slice(first, stop), [stack.shape for stack in stacks]
-        ctx.set_materialize_grads(False)
-        return (*(stack[first:stop] for stack in stacks), *stacks)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        n_stacks = len(ctx.shapes)
-        own, whole = gradients[:n_stacks], list(gradients[n_stacks:])
-        there = [number for number, gradient in enumerate(own) if gradient is not None]
-        for number in there:
-            if whole[number] is None:
-                whole[number] = own[number].new_zeros(ctx.shapes[number])
-        if there:
-            # nobody else has what is added to: it was made here, or by the next span's backward pass
-            torch._foreach_add_([whole[number][ctx.span] for number in there], [own[number] for number in there])
-        return None, None, *whole
-
-
-class _AddingProduct(torch.autograd.Function):
-    """Rows times a weight, whose gradient is added to a tensor by the product that computes it."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.gradient = gradient
-        return torch.bmm(rows, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor, None, None]:
-        rows, weight = ctx.saved_tensors
-        # transposed as it is laid out
-        ctx.gradient.mT.baddbmm_(arriving.mT, rows)
-        return torch.bmm(arriving, weight.mT), None, None
-
-
 class StackedLayers:
     """Several layers with the parts of a `CellLayer`; rows `(R, L, D)` are layer by layer, document by document.
 
     Args:
         weights: Of these layers, stacked.
         shared: Any layer, for what all have in common.
-        gradients: What the gradients of `LINEAR`'s maps are added to, in place, laid out as they are; autograd then
-            gives none. None: autograd's.
     """
 
-    def __init__(self, weights: Weights, shared: BartEncoderLayer, gradients: Weights | None = None):
-        self.weights, self.shared, self.gradients = weights, shared, gradients
-
-    def product(self, name: str, rows_EMX: Tensor, columns: slice = slice(None)) -> Tensor:
-        """A map without its bias, or some columns of it: `(E, M, in)` to `(E, M, out)`."""
-        weight = self.weights[name][..., columns]
-        if self.gradients is None:
-            return torch.bmm(rows_EMX, weight)
-        return _AddingProduct.apply(rows_EMX, weight, self.gradients[name][..., columns])
+    def __init__(self, weights: Weights, shared: BartEncoderLayer):
+        self.weights, self.shared = weights, shared
 
     def query_key_value(self, stream_RLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of attention, each `(R, H, L, K)`."""
@@ -133,8 +67,8 @@ class StackedLayers:
     def key_value(self, memory_EBPD: Tensor) -> KeyValue:
         """Keys and values of states, each `(E, B, P, D)`."""
         columns = slice(memory_EBPD.shape[-1], None)
-        both = self.product("query_key_value", memory_EBPD.flatten(1, 2), columns)
-        both = both + self.weights["query_key_value_bias"][..., columns]
+        weight, bias = self.weights["query_key_value"], self.weights["query_key_value_bias"]
+        both = linear(memory_EBPD.flatten(1, 2), weight, bias[..., columns], columns)
         key, value = both.unflatten(1, memory_EBPD.shape[1:3]).chunk(2, dim=-1)
         return key, value
 
@@ -160,7 +94,7 @@ class StackedLayers:
 
     def _map(self, name: str, rows: Tensor) -> Tensor:
         weight, bias = self.weights[name], self.weights[f"{name}_bias"]
-        return per_layer(rows.unflatten(0, (len(weight), -1)), weight, bias).flatten(0, 1)
+        return per_layer(rows.unflatten(0, (len(bias), -1)), weight, bias).flatten(0, 1)
 
     def _norm(self, name: str, rows_RLD: Tensor) -> Tensor:
         weight, bias = self.weights[name], self.weights[f"{name}_bias"]

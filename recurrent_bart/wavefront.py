@@ -7,7 +7,6 @@ Shape suffixes: B documents, N segments, R = layers * documents, S = slots and t
 (= slots), L tokens in a segment, E encoder layers (of a diagonal: those it has a cell of), H heads, D model width.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from transformers.models.bart.modeling_bart import BartEncoderLayer
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility, encoder_cell
 from recurrent_bart.fused_cell import can_fuse, fused_cell
+from recurrent_bart.layer_spans import take_span
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, Weights
 from recurrent_bart.segmentation import Segment, on_device
-from recurrent_bart.stacked_layers import StackedLayers, take_spans
+from recurrent_bart.stacked_layers import StackedLayers
 
 # what a cell keeps for its backward pass, in streams of its segment
 STREAMS_PER_CELL = 16
@@ -87,31 +87,28 @@ class Wavefront:
         """
         diagonals = self._diagonals(segments, segments[0](), mask_BNL)
         size = _chunk_size(len(diagonals)) if self.checkpointing == "segment" else 1
-        # taken as each diagonal comes: taken before, their gradients would all be kept until the backward pass is
-        # through with every diagonal
-        taken = zip(diagonals, take_spans(weights, [(it.first, it.stop) for it in diagonals]), strict=True)
         frontier = None
-        while chunk := list(itertools.islice(taken, size)):
-            inputs = chunk, frontier, memory_EBPD
+        for start in range(0, len(diagonals), size):
+            inputs = diagonals[start : start + size], weights, frontier, memory_EBPD
             if self.checkpointing != "none" and torch.is_grad_enabled():
-                frontier, memory_EBPD, outputs = checkpoint(self._chunk, *inputs, use_reentrant=False)
+                weights, frontier, memory_EBPD, outputs = checkpoint(self._chunk, *inputs, use_reentrant=False)
             else:
-                frontier, memory_EBPD, outputs = self._chunk(*inputs)
+                weights, frontier, memory_EBPD, outputs = self._chunk(*inputs)
             yield from outputs
 
     def _chunk(
-        self, taken: list[tuple[Diagonal, Weights]], frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor, Tensor | None]]]:
-        """Diagonals one after the other: streams that enter the next one, states, and what `run` gives."""
-        outputs = []
-        for diagonal, weights in taken:
+        self, diagonals: list[Diagonal], weights: Weights, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
+    ) -> tuple[Weights, Tensor | None, Tensor | None, list[tuple[Tensor, Tensor | None]]]:
+        """Diagonals one after the other: stacks and streams for the next one, states, and what `run` gives."""
+        outputs, stacks = [], dict(weights)
+        for diagonal in diagonals:
             stream_EBSD = self._entering(diagonal, frontier_EBSD, memory_EBPD)
-            frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, weights, stream_EBSD, memory_EBPD)
+            frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, stacks, stream_EBSD, memory_EBPD)
             if diagonal.stop == self.config.encoder_layers:
                 # not a view, which would keep the streams of all layers
                 frontier_EBSD, top_1BSD = frontier_EBSD.split((len(frontier_EBSD) - 1, 1))
                 outputs.append((top_1BSD[0, :, self.n_slots :].clone(), memory_EBPD))
-        return frontier_EBSD, memory_EBPD, outputs
+        return stacks, frontier_EBSD, memory_EBPD, outputs
 
     def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:
         """The stream below each layer of a diagonal: a new segment's below the first, if there is one."""
@@ -123,12 +120,12 @@ class Wavefront:
         return new_1BSD if frontier_EBSD is None else torch.cat([new_1BSD, frontier_EBSD])
 
     def _run_diagonal(
-        self, diagonal: Diagonal, weights: Weights, stream_EBSD: Tensor, memory_EBPD: Tensor | None
+        self, diagonal: Diagonal, stacks: dict[str, Tensor], stream_EBSD: Tensor, memory_EBPD: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         first, stop = diagonal.first, diagonal.stop
         own = None if memory_EBPD is None else memory_EBPD[first:stop]
         inputs = stream_EBSD, own, diagonal.visible, diagonal.is_read
-        stream_EBSD, own = diagonal_step(weights, self.layer, self.recurrence, *inputs)
+        stream_EBSD, own = diagonal_step(take_span(stacks, first, stop), self.layer, self.recurrence, *inputs)
         if memory_EBPD is not None and own is not None and len(own) < len(memory_EBPD):
             own = torch.cat([memory_EBPD[:first], own, memory_EBPD[stop:]])
         return stream_EBSD, own
@@ -165,7 +162,6 @@ def diagonal_step(
     memory_EBPD: Tensor | None,
     visible: Visibility,
     is_read_EB: Tensor | None,
-    gradients: Weights | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One cell of each of several layers.
 
@@ -177,12 +173,11 @@ def diagonal_step(
         memory_EBPD: Their states.
         visible: What the rows `(E * B)` see.
         is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
-        gradients: What the gradients of the layers' maps are added to, see `StackedLayers`.
 
     Returns:
         Slots and tokens that leave the layers, and their new states.
     """
-    layers, prefix, gate_RH = StackedLayers(weights, layer, gradients), None, None
+    layers, prefix, gate_RH = StackedLayers(weights, layer), None, None
     if recurrence is not None and memory_EBPD is not None:
         key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
         prefix = key.flatten(0, 1), value.flatten(0, 1)

@@ -3,51 +3,15 @@
 import pytest
 import torch
 
+from played_graphs import play_graphs
 from recurrent_bart import modeling_decoder, recorded_call
 from tiny import batch_of, random_ids, tiny_model
-
-
-class PlayedGraph:
-    """Does again what was recorded, into the tensors that came of it."""
-
-    def __init__(self, work):
-        self.work, self.found = work, work()
-
-    def replay(self):
-        found = [self.found] if torch.is_tensor(self.found) else self.found
-        again = self.work()
-        for old, new in zip(found, [again] if torch.is_tensor(again) else again, strict=True):
-            if old is not None:
-                with torch.no_grad():
-                    old.copy_(new)
-
-
-class FirstGenerator:
-    """Of any device."""
-
-    def __getitem__(self, index):
-        return self
-
-    def get_offset(self):
-        return 0
-
-    def set_offset(self, offset):
-        assert offset == 0
 
 
 @pytest.fixture
 def recordings(monkeypatch):
     """Recordings on a processor; each as it is made."""
-    made = []
-
-    def record(work, stream, pool):
-        made.append(PlayedGraph(work))
-        return made[-1].found, made[-1]
-
-    monkeypatch.setattr(recorded_call, "record", record)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "default_generators", FirstGenerator())
+    made = play_graphs(monkeypatch, recorded_call)
     monkeypatch.setattr(modeling_decoder, "can_record", lambda module, inputs: torch.is_grad_enabled())
     return made
 

@@ -5,9 +5,8 @@ import os
 import pytest
 import torch
 
-from counted_calls import count_calls
+from counted_calls import OperationsCalled, count_calls
 from recurrent_bart import wavefront
-from recurrent_bart.stacked_layers import LINEAR, stack_layers
 from tiny import random_ids, tiny_model
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -76,21 +75,12 @@ def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
     assert torch.equal(ones.grad == 0, is_dropped)
 
 
-def test_whole_gradients_are_added_up_in_place(interpreted):
-    """What recorded diagonals do: maps add their gradient to a tensor that has something in it."""
+@pytest.mark.parametrize(("fields", "n_maps"), [("gated", 7), ("concat", 7), ("own projection", 5)])
+def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fields, n_maps):
+    """Four of a layer, two of the projection and the gate, or the keys' and values' of the layer again; 6 diagonals."""
     torch.manual_seed(0)
-    model = tiny_model(**SHAPE).train()
-    encoder = model.model.encoder
-    weights = stack_layers(encoder.layers) | dict(encoder.recurrence.by_layer())
-    weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    stream, memory = torch.randn(3, 2, 11, 48), torch.randn(3, 2, 3, 48)
-    visible = wavefront.Visibility(None, None, 3, True)
-    arguments = encoder.layers[0], encoder.recurrence, stream, memory, visible, None
-    expected = torch.autograd.grad(
-        wavefront.diagonal_step(weights, *arguments)[0].square().sum(), [weights[name] for name in LINEAR]
-    )
-    totals = {name: torch.ones_like(weights[name]) for name in LINEAR}
-    wavefront.diagonal_step(weights, *arguments, totals)[0].square().sum().backward()
-    for name, gradient in zip(LINEAR, expected, strict=True):
-        torch.testing.assert_close(totals[name] - 1, gradient, rtol=1e-4, atol=1e-3, msg=name)
-        assert weights[name].grad is None
+    model = tiny_model(schedule="wavefront", **SHAPE | FIELDS[fields]).train()
+    loss = model(**documents("document")).loss
+    with OperationsCalled() as operations:
+        loss.backward()
+    assert operations.found.count("baddbmm_.default") == 6 * n_maps
