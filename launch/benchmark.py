@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16, not float32")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each case beside the others of its group")
     parser.add_argument("--passes", type=int, default=2, help="timed steps of a turn; 0: memory alone")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them; the second records what is read")
     parser.add_argument("--budget_seconds", type=float, default=float("inf"), help="nothing is begun after so long")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"), help="for results.json and plots")
     return parser

@@ -77,15 +77,16 @@ class GraphedWavefront(Wavefront):
     def _read(
         self, recorder: "Recorder", diagonals: list[Diagonal], memory_EBPD: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Forward passes alone."""
+        """Forward passes alone; outside training, what comes for the first time is not worth a recording."""
         assert self.recurrence is not None
-        recorder.record(diagonals, with_backward=False)
+        again = diagonals if self.layer.training else [it for it in diagonals if recorder.was_seen(it)]
+        recorder.record(again, with_backward=False)
         recorder.memory.copy_(memory_EBPD)
         slots = self.recurrence.slots(memory_EBPD)
         for diagonal in diagonals:
             if diagonal.segment is not None:
                 recorder.stream[0].copy_(self.embed(diagonal.segment(), slots))
-            recorder.replay(diagonal)
+            recorder.read(diagonal)
             if diagonal.stop == self.config.encoder_layers:
                 yield recorder.top.clone(), recorder.memory.clone()
 
@@ -127,6 +128,7 @@ class Recorder:
         self.into_stream = self.into_memory = torch.empty(0)
         self.into_weights: dict[str, Tensor] = {}
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._seen: set[tuple] = set()
         # what one recording gives back to the pool, another can take on the same stream alone
         self.pool, self.recording = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.generator = torch.cuda.default_generators[tokens_BLD.device.index]
@@ -162,6 +164,20 @@ class Recorder:
         """Compute a diagonal: from the streams and states that are there, those that it leaves; or their gradients."""
         self._place(diagonal)
         self.graphs[self._key(diagonal, is_backward)].replay()
+
+    def was_seen(self, diagonal: Diagonal) -> bool:
+        """Whether one like this has been read."""
+        return self._key(diagonal, False) in self._seen
+
+    def read(self, diagonal: Diagonal) -> None:
+        """As `replay`, but computed as it is where it has no recording."""
+        key = self._key(diagonal, False)
+        self._seen.add(key)
+        if key in self.graphs:
+            self.replay(diagonal)
+        else:
+            self._place(diagonal)
+            self._forward(diagonal)
 
     def _key(self, diagonal: Diagonal, is_backward: bool) -> tuple:
         has_padding = diagonal.visible.slots is not None

@@ -53,3 +53,27 @@ def test_numbers_are_the_sequential_ones(recordings, fields, task):
     assert not recordings
     torch.testing.assert_close(steps(build("auto", **fields), task), expected, rtol=0, atol=1e-10)
     assert recordings
+
+
+@pytest.mark.parametrize("without_graph", [torch.no_grad, torch.inference_mode])
+def test_reading_records_what_comes_back(recordings, without_graph):
+    """4 layers: of 5 segments 7 spans of them, of 2 segments one more that was not among those."""
+    expected, model = (build(schedule, encoder_layers=4).eval() for schedule in ("sequential", "auto"))
+    made = []
+    for n_segments in (5, 5, 5, 2, 2):
+        ids = random_ids(2, n_segments, 8)
+        with without_graph():
+            found, plain = model.model.encode(ids), expected.model.encode(ids)
+        torch.testing.assert_close(found.last_hidden_state, plain.last_hidden_state, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.state.memory, plain.state.memory, rtol=0, atol=1e-10)
+        made.append(len(recordings))
+    assert made == [0, 7, 7, 7, 8]
+
+
+def test_training_records_at_first_sight_also_what_has_no_graph(recordings):
+    """4 segments before the window: 5 spans, forwards; the window: 4 of these, backwards."""
+    model = build("auto", bptt_depth=1)
+    model(input_ids=random_ids(2, 6, 8), labels=random_ids(2, 4)).loss.backward()
+    assert len(recordings) == 9
+    model(input_ids=random_ids(2, 6, 8), labels=random_ids(2, 4)).loss.backward()
+    assert len(recordings) == 9
