@@ -47,13 +47,19 @@ def _environ():
 
 
 @pytest.fixture
-def train_main(_environ):
+def _no_curves(monkeypatch):
+    """Runs draw no pictures, which is half of the time of a short one, and tested elsewhere."""
+    monkeypatch.setattr("recurrent_bart.training.experiment.draw_curves", lambda records, path: None)
+
+
+@pytest.fixture
+def train_main(_environ, _no_curves):
     """`main` of launch/train.py, to be called in this process."""
     return load_script("train").main
 
 
 @pytest.fixture
-def alone(_environ):
+def alone(_environ, _no_curves):
     """The environment of this process as the only one of a run."""
     from recurrent_bart.training.environment import start_processes
 

@@ -166,6 +166,22 @@ assert "recurrent_bart.training.trainer" in sys.modules
     assert code == 0, output
 
 
+def test_every_script_can_be_the_first_to_import_the_package():
+    # most tests run it in a process that has imported all of it before
+    program = f"""
+import os, runpy
+import datasets, deepspeed.comm, matplotlib.figure, transformers.models.bart.modeling_bart
+for script in {list(map(str, SCRIPTS))}:
+    process = os.fork()
+    if not process:
+        runpy.run_path(script)
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0, script
+"""
+    code, output = run([sys.executable, "-c", program], timeout=100)
+    assert code == 0, output
+
+
 def test_no_file_is_a_drawer_for_everything():
     names = {file.stem for file in [*MODULES, *SCRIPTS, *(ROOT / "tests").rglob("*.py")]}
     assert not names & {"utils", "helpers", "misc", "common"}

@@ -13,20 +13,18 @@ class RunUnderTest:
     """A short run, in its own folder."""
 
     def __init__(self, documents, folder):
-        self.documents, self.place, self.folder = documents, folder, folder / "run"
+        self.documents, self.folder = documents, folder / "run"
         self.checkpoints = self.folder / "checkpoints"
 
     def train(self, n_processes=2, fault=None, changes=None, **options):
         """Begin; as `processes_of_a_run.train`."""
         arguments = flags(self.documents, self.folder, **(changes or {}))
-        return train(arguments, self.place, n_processes, fault, **options)
+        return train(arguments, n_processes, fault, **options)
 
     def resume(self, n_processes=2, fault=None, changes=None, **options):
         """Go on."""
-        for old in self.place.glob("printed-*.txt"):
-            old.unlink()
         arguments = ["--resume", self.folder, *(f"--{name}={value}" for name, value in (changes or {}).items())]
-        return train(arguments, self.place, n_processes, fault, **options)
+        return train(arguments, n_processes, fault, **options)
 
     def steps(self):
         """Of the checkpoints there are, each of which must be whole, with nothing half written under its name."""

@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 
-from launching import load_script, run, torchrun
+from forked import launched, run_script
+from launching import load_script
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.inference import load_model
@@ -17,7 +16,7 @@ from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.preparation import open_documents
 from runs import flags, write_documents, write_run_with_model
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "evaluate.py"
+SCRIPT = "launch/evaluate.py"
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +53,29 @@ def evaluated(folder, n_documents, max_n_segments, num_beams):
 
 
 def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path):
-    command = [sys.executable, SCRIPT, "--model", folder.model, "--json", tmp_path / "figures.json"]
-    code, output = run([*command, "--limit", 3, "--max_n_segments", -1, "--num_beams", 2], timeout=120)
-    assert code == 0, output
+    flags = ["--limit", 3, "--max_n_segments", -1, "--num_beams", 2]
+    ended = run_script(SCRIPT, "--model", folder.model, "--json", tmp_path / "figures.json", *flags, timeout=120)
+    assert ended.codes == [0], ended.text()
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == evaluated(folder, n_documents=3, max_n_segments=-1, num_beams=2)
     assert figures["n_texts"] > figures["n_documents"] == 3
-    printed = dict(re.findall(r"^(\w+) +([\d.]+)", output, flags=re.MULTILINE))
+    printed = dict(re.findall(r"^(\w+) +([\d.]+)", ended.text(), flags=re.MULTILINE))
     assert printed["documents"] == "3"
     assert printed["loss"] == f"{figures['loss']:.4f}"
     assert {"rouge1", "rouge2", "rougeL", "rougeLsum"} < set(printed)
-    assert re.search(r"^rougeL +[\d.]+  \[[\d.]+, [\d.]+\]$", output, flags=re.MULTILINE)
+    assert re.search(r"^rougeL +[\d.]+  \[[\d.]+, [\d.]+\]$", ended.text(), flags=re.MULTILINE)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_share_the_documents_and_print_once(folder, tmp_path):
-    code, output = torchrun(2, SCRIPT, "--model", folder.model, "--json", tmp_path / "figures.json")
-    assert code == 0, output
+    flags = ["--model", folder.model, "--json", tmp_path / "figures.json"]
+    ended = run_script(SCRIPT, *flags, environments=launched(2))
+    assert ended.codes == [0, 0], ended.text()
     figures = json.loads((tmp_path / "figures.json").read_text())
     # cut after 3 segments, as in training
     assert figures == evaluated(folder, n_documents=5, max_n_segments=3, num_beams=1)
-    assert output.count("rougeLsum") == 1
+    assert ended.text().count("rougeLsum") == 1
 
 
 def test_data_flags_are_those_of_the_run_unless_given(script, folder):
@@ -113,7 +113,7 @@ def test_a_flag_out_of_range_is_named_in_one_line(flags, message, script, folder
 
 
 def test_a_split_that_is_not_there_is_named_in_one_line(folder):
-    code, output = run([sys.executable, SCRIPT, "--model", folder.model, "--split", "test"], timeout=60)
-    assert code == 2
-    assert "error: --split test: there are train, validation\n" in output
-    assert "Traceback" not in output
+    ended = run_script(SCRIPT, "--model", folder.model, "--split", "test", timeout=60)
+    assert ended.codes == [2]
+    assert "error: --split test: there are train, validation\n" in ended.text()
+    assert "Traceback" not in ended.text()

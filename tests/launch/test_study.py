@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import run_script
 from launching import load_script, run
 from recurrent_bart.studies.definitions import Texts
 from recurrent_bart.studies.pool import Ended
@@ -28,9 +29,9 @@ def script():
 def study(tmp_path_factory):
     """The folder of a study whose two runs are done, and what was printed."""
     folder = tmp_path_factory.mktemp("study")
-    code, output = run([sys.executable, SCRIPT, *SHORT, "--output_dir", folder, "--processes_per_device", 2], 120)
-    assert code == 0, output
-    return folder, output
+    ended = run_script(SCRIPT, *SHORT, "--output_dir", folder, "--processes_per_device", 2, timeout=120)
+    assert ended.codes == [0], ended.text()
+    return folder, ended.text()
 
 
 def test_a_study_leaves_a_file_for_each_run_a_report_and_a_plot(study):
@@ -184,8 +185,9 @@ def test_a_study_of_documents_trains_every_model_and_compares_them(documents, tm
     small |= {"cache_dir": documents / "cache", "dataloader_num_workers": 0}
     flags = ["--dataset", documents, "--seeds", 1, "--max_steps", 2, "--only", "BART", "--processes_per_device", 2]
     changed = [f"{name}={value}" for name, value in small.items()]
-    code, output = run([sys.executable, SCRIPT, "sections", "--output_dir", tmp_path, *flags, "--set", *changed], 240)
-    assert code == 0, output
+    ended = run_script(SCRIPT, "sections", "--output_dir", tmp_path, *flags, "--set", *changed, timeout=240)
+    assert ended.codes == [0], ended.text()
+    output = ended.text()
     assert output.count("steps after 2 steps") == 2
     text = (tmp_path / "report.md").read_text()
     assert text in output

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
+from forked import launched, run_script
 from launching import deepspeed, run, torchrun
 from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
@@ -263,9 +264,10 @@ def bad_configuration(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_an_unknown_deepspeed_key_ends_two_processes(documents, tmp_path, bad_configuration):
-    code, printed = torchrun(2, TRAIN, *flags(documents, tmp_path / "run", deepspeed=bad_configuration), timeout=150)
-    assert code != 0
-    assert_one_error(printed, str(bad_configuration), "'gradient_cliping'", "did you mean 'gradient_clipping'")
+    arguments = flags(documents, tmp_path / "run", deepspeed=bad_configuration)
+    ended = run_script(TRAIN, *arguments, environments=launched(2), timeout=150)
+    assert ended.codes == [2, 2]
+    assert_one_error(ended.text(), str(bad_configuration), "'gradient_cliping'", "did you mean 'gradient_clipping'")
     assert not (tmp_path / "run").exists()
 
 
@@ -278,12 +280,3 @@ def test_an_unreadable_line_ends_two_processes(documents, tmp_path, bad_file):
     assert code != 0
     assert_one_error(printed, f"{bad_file}:2")
     assert_nothing_is_left(tmp_path)
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_a_crash_of_one_process_ends_the_other(documents, tmp_path):
-    worker = Path(__file__).with_name("crash_worker.py")
-    code, printed = torchrun(2, worker, *flags(documents, tmp_path / "run"), timeout=150)
-    assert code != 0
-    assert "RuntimeError: nobody foresaw this" in printed

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from launching import torchrun
+from forked import launched, run_script
 from recurrent_bart.data.tokenizer import load_tokenizer
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import ModelArguments
@@ -132,6 +132,6 @@ def test_a_resumed_run_with_adapters_is_the_one_never_cut_off(train_main, docume
 @pytest.mark.slow
 def test_two_processes_train_adapters_under_zero3(documents, tmp_path):
     arguments = flags(documents, tmp_path / "run", deepspeed="ds_configs/zero3.json", lora_r=2, task="sections")
-    code, output = torchrun(2, "launch/train.py", *arguments)
-    assert code == 0, output
+    ended = run_script("launch/train.py", *arguments, environments=launched(2))
+    assert ended.codes == [0, 0], ended.text()
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -1,27 +1,16 @@
 """A process finds its place, whatever started it, and the terminal is not littered."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from recurrent_bart.training.environment import launched_rank, use_bf16
+from launching import LAUNCHED, run, torchrun
+from recurrent_bart.training.environment import launched_rank, start_processes, use_bf16
 
-WORKER = str(Path(__file__).with_name("environment_worker.py"))
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def start(command, tmp_path, **variables):
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
-    environment |= {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", **variables}
-    return subprocess.run(
-        [*command, WORKER, str(tmp_path / "model")], env=environment, capture_output=True, text=True, timeout=120
-    )
+WORKER = Path(__file__).with_name("environment_worker.py")
 
 
 def test_the_rank_is_the_launchers(monkeypatch):
@@ -32,11 +21,15 @@ def test_the_rank_is_the_launchers(monkeypatch):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("command", "world_size"), [([sys.executable], 1), (TORCHRUN, 2)], ids=["alone", "torchrun"])
-def test_processes_join_without_a_gpu_and_without_noise(tmp_path, command, world_size):
-    done = start(command, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+@pytest.mark.parametrize("world_size", [1, 2], ids=["alone", "torchrun"])
+def test_processes_join_without_a_gpu_and_without_noise(tmp_path, world_size):
+    folder = tmp_path / "model"
+    if world_size == 1:
+        code, printed = run([sys.executable, WORKER, folder], timeout=120, CUDA_VISIBLE_DEVICES="")
+    else:
+        code, printed = torchrun(world_size, WORKER, folder, timeout=120, CUDA_VISIBLE_DEVICES="")
+    assert code == 0, printed
+    assert json.loads(next(line for line in printed.splitlines() if line.startswith("{"))) == {
         "rank": 0,
         "local_rank": 0,
         "world_size": world_size,
@@ -45,16 +38,18 @@ def test_processes_join_without_a_gpu_and_without_noise(tmp_path, command, world
         "gathered": world_size,
         "set": ["MASTER_PORT", "RANK"],
     }
-    assert (tmp_path / "model" / "model.safetensors").exists()
-    assert "Writing model shards" not in done.stderr
-    assert "FutureWarning" not in done.stderr
+    assert (folder / "model.safetensors").exists()
+    assert "Writing model shards" not in printed
+    assert "FutureWarning" not in printed
 
 
-@pytest.mark.distributed
-def test_half_of_a_launchers_settings_are_refused(tmp_path):
-    done = start([sys.executable], tmp_path, RANK="0", WORLD_SIZE="1")
-    assert done.returncode == 1
-    assert "error: RANK is set in the environment, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not" in done.stderr
+def test_half_of_a_launchers_settings_are_refused(monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="RANK is set in the environment, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"):
+        start_processes(timeout_minutes=1)
 
 
 @pytest.mark.parametrize(

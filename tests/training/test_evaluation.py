@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import torchrun
+from forked import launched, run_script
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")
 
@@ -13,9 +13,9 @@ WORKER = Path(__file__).with_name("evaluation_worker.py")
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_processes_evaluate_on_their_own_under_zero3_and_train_on_as_if_they_had_not():
-    code, output = torchrun(2, WORKER)
-    assert code == 0, output
-    found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    ended = run_script(WORKER, environments=launched(2))
+    assert ended.codes == [0, 0], ended.text()
+    found = json.loads(next(line for line in ended.printed[0].splitlines() if line.startswith("{")))
     assert found["differ"] == []
     assert found["is_training"] == [True, True]
     # the same documents and the same whole model

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launching import torchrun
+from forked import launched, run_script
 from recurrent_bart.data.batches import BatchOrder
 from recurrent_bart.exposure_bias import Oracle, gold_probability
 from recurrent_bart.training.arguments import RunArguments, parse_arguments
@@ -41,8 +41,8 @@ def results(tmp_path_factory):
     """All cases, run in one start of two processes."""
     output = tmp_path_factory.mktemp("oracle") / "results.pt"
     cases = EXACT | RANDOM
-    code, printed = torchrun(2, WORKER, json.dumps(list(cases.values())), output, timeout=240)
-    assert code == 0, printed
+    ended = run_script(WORKER, json.dumps(list(cases.values())), output, environments=launched(2), timeout=240)
+    assert ended.codes == [0, 0], ended.text()
     return dict(zip(cases, torch.load(output, weights_only=True), strict=True))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launching import torchrun
+from forked import launched, run_script
 from recurrent_bart.checkpointing.checkpoint_files import read_tensors
 from recurrent_bart.training.environment import start_processes
 from saved_tensors import differing, saved_tensors
@@ -31,8 +31,8 @@ def two_processes(documents, tmp_path_factory):
             begin_resized(environment, documents, output / f"resized{stage}", stage)
     os.environ.clear()
     os.environ.update(before)
-    code, printed = torchrun(2, WORKER, documents, output, timeout=280)
-    assert code == 0, printed
+    ended = run_script(WORKER, documents, output, environments=launched(2), timeout=280)
+    assert ended.codes == [0, 0], ended.text()
     return output
 
 

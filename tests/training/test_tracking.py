@@ -4,15 +4,14 @@ import json
 import math
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import wandb
 
-from launching import environment, free_port
+from forked import launched, run_script
+from launching import free_port
 from monitoring.event_files import tensorboard_points, wandb_records, wandb_rows, wandb_run
 from recurrent_bart.monitoring import wandb_tracker
 from recurrent_bart.monitoring.fields import CHECKPOINTS, EVALUATIONS, FIELDS, SKIPS, STEPS
@@ -33,41 +32,23 @@ def wandb_files(folder):
     return sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
 
 
-def start_node(node, port, arguments, **variables):
-    """A process that its launcher tells to be the only one of a machine."""
-    place = {"RANK": str(node), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, WORKER, *arguments],
-        env=environment(**place, **variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def run_nodes(arguments, **variables):
-    """Exit codes and output of two machines' processes."""
-    port = str(free_port())
-    nodes = [start_node(node, port, arguments, **variables) for node in (0, 1)]
-    try:
-        printed = [node.communicate(timeout=200)[0] for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    return [node.returncode for node in nodes], printed
+    """What two processes left that were told each to be the only one of its machine."""
+    nodes = [{**place, "LOCAL_RANK": 0, **variables} for place in launched(2)]
+    return run_script(WORKER, *arguments, environments=nodes, timeout=200)
 
 
 @pytest.fixture(scope="module")
 def two_nodes(documents, tmp_path_factory):
     """The folder of a run on two machines that was killed after step 3 and resumed, and what it printed at last."""
     folder = tmp_path_factory.mktemp("runs") / "papers"
-    codes, printed = run_nodes(flags(documents, folder, **RUN), KILL="1")
-    assert codes == [-9, -9], printed
+    ended = run_nodes(flags(documents, folder, **RUN), KILL="1")
+    assert ended.codes == [-9, -9], ended.text()
     killed = [record["step"] for record in read_metrics(folder)]
     assert killed[-1] == 3
-    codes, printed = run_nodes(["--resume", str(folder)])
-    assert codes == [0, 0], printed
-    return folder, printed
+    ended = run_nodes(["--resume", folder])
+    assert ended.codes == [0, 0], ended.text()
+    return folder, ended.printed
 
 
 @pytest.mark.distributed

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launching import torchrun
+from forked import launched, run_script
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 TOLERANCE = 1e-5
@@ -84,8 +84,9 @@ def results(request, tmp_path_factory):
     """All cases of a number of processes, run in one start of them."""
     output = tmp_path_factory.mktemp("zero") / "results.pt"
     cases = CASES[request.param]
-    code, printed = torchrun(request.param, WORKER, json.dumps(list(cases.values())), output)
-    assert code == 0, printed
+    environments = launched(request.param)
+    ended = run_script(WORKER, json.dumps(list(cases.values())), output, environments=environments)
+    assert set(ended.codes) == {0}, ended.text()
     return dict(zip(cases, torch.load(output, weights_only=True), strict=True))
 
 
