@@ -157,10 +157,12 @@ class Retrieval(SymbolTask):
     Attributes:
         n_pairs: Pairs of a document.
         n_queries: How many of them are asked for.
+        is_denoising: Ask as BART is trained: a key and a mark in its value's stead, and the answer is the pair.
     """
 
     n_pairs: int = 8
     n_queries: int = 8
+    is_denoising: bool = False
 
     def __post_init__(self) -> None:
         if not self.n_queries <= self.n_pairs <= self.n_symbols // 2:
@@ -170,8 +172,8 @@ class Retrieval(SymbolTask):
             )
 
     def target_length(self, n_segments: int) -> int:
-        """A value for each query."""
-        return self.n_queries
+        """A value or a pair for each query."""
+        return (1 + self.is_denoising) * self.n_queries
 
     def batch(self, generator: Generator, batch_size: int, n_segments: int, segment_size: int) -> tuple[Tensor, Tensor]:
         """See MemoryTask."""
@@ -187,14 +189,18 @@ class Retrieval(SymbolTask):
         # pairs lie at random places, so which come first is no matter
         asked_BT = keys_BM[:, : self.n_queries]
         end_T = torch.arange(n_places, n_places + self.n_queries, device=generator.device)
-        queries = torch.stack([torch.full_like(asked_BT, MARK), asked_BT], dim=-1)
-        _write(input_ids, end_T.expand(batch_size, -1), queries)
-        return input_ids, values_BM[:, : self.n_queries]
+        query = asked_BT, torch.full_like(asked_BT, MARK)
+        _write(input_ids, end_T.expand(batch_size, -1), torch.stack(query if self.is_denoising else query[::-1], -1))
+        answers_BT = values_BM[:, : self.n_queries]
+        if self.is_denoising:
+            answers_BT = torch.stack([asked_BT, answers_BT], dim=-1).flatten(1)
+        return input_ids, answers_BT
 
     def answer_places(self, segment_size: int) -> slice | None:
-        """The keys that are asked for."""
+        """The keys that are asked for; with denoising, all of the questions."""
         n_places = segment_size // 2
-        return slice(2 * (n_places - self.n_queries) + 1, 2 * n_places, 2)
+        first = 2 * (n_places - self.n_queries)
+        return slice(first, 2 * n_places) if self.is_denoising else slice(first + 1, 2 * n_places, 2)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ RETRIEVAL: Fields = {
     "learning_rate": 1e-3,
     "encoder_loss": 1.0,
 }
+DENOISING: Fields = RETRIEVAL | {"task": {"name": "retrieval", "is_denoising": True}}
 # a model and a task that a processor learns in a minute
 QUICK: Fields = {
     "task": {"name": "copy", "n_payload": 4, "n_symbols": 8, "n_fillers": 4},
@@ -133,7 +134,7 @@ STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
     "depth": ((COPY, RECALL), DEPTHS),
     "width": ((COPY, RECALL), WIDTHS),
     "context": (SYMBOLS, CONTEXTS),
-    "retrieval": ([RETRIEVAL], ESSENTIALS | LESSONS),
+    "retrieval": ((RETRIEVAL, DENOISING), ESSENTIALS | LESSONS),
     "babi": (None, ALTERNATIVES),
 }
 

@@ -164,3 +164,20 @@ def test_answers_of_retrieval_are_asked_for_at_their_keys(segment_size):
     for document, asked, answers in zip(input_ids.flatten(1).tolist(), keys.tolist(), labels.tolist(), strict=True):
         assert [document[document.index(key) + 1] for key in asked] == answers
     assert Copy().answer_places(segment_size) is None
+
+
+@pytest.mark.parametrize("segment_size", [8, 27])
+def test_denoising_asks_for_pairs_in_their_own_places(segment_size):
+    task = Retrieval(n_pairs=3, n_queries=2, is_denoising=True)
+    input_ids, labels = draw(task, segment_size=segment_size)
+    plain, answers = draw(Retrieval(n_pairs=3, n_queries=2), segment_size=segment_size)
+    assert labels.shape == (B, task.target_length(3))
+    assert torch.equal(labels[:, 1::2], answers)
+    questions = input_ids[:, -1, task.answer_places(segment_size)]
+    assert torch.equal(questions[:, ::2], labels[:, ::2])
+    assert (questions[:, 1::2] == MARK).all()
+    # all else is the same document
+    is_asked = torch.zeros(segment_size, dtype=torch.bool)
+    is_asked[task.answer_places(segment_size)] = True
+    assert torch.equal(input_ids[:, :-1], plain[:, :-1])
+    assert torch.equal(input_ids[:, -1, ~is_asked], plain[:, -1, ~is_asked])
