@@ -22,6 +22,9 @@ TINY = {
 }
 # of which plain BART has these
 PLAIN = {name: value for name, value in TINY.items() if name != "hidden_dropout_prob"}
+# numbers of gradients that DeepSpeed collects before it reduces them; of its own default, every engine takes 2 GB of
+# addresses that a process does not get back, until none can be forked from it
+BUCKET = {"reduce_bucket_size": 1_000_000}
 RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bptt_depth": -1}
 
 

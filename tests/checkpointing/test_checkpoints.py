@@ -19,7 +19,7 @@ from recurrent_bart.checkpointing.checkpoints import CheckpointError, Checkpoint
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
-from tiny import random_ids, tiny_model
+from tiny import BUCKET, random_ids, tiny_model
 
 STATE = TrainerState(
     step=2, best_loss=1.5, best_step=1, n_worse=1, n_skipped=3, n_skipped_in_row=2, n_documents=8, order_batch=4
@@ -36,7 +36,7 @@ def make_engine(stage=2, clip=1.0, decay=0.1, rate=0.5, **changes):
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **BUCKET},
     }
     return build_engine(model, optimizer, build_scheduler(optimizer, run), config)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation
-from tiny import random_ids, tiny_model
+from tiny import BUCKET, random_ids, tiny_model
 
 STAGES = pytest.mark.parametrize("stage", [2, 3])
 
@@ -19,6 +19,7 @@ def build(model, stage, bf16=False):
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
+            **BUCKET,
             **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
         },
     }

@@ -9,7 +9,7 @@ import torch
 from recurrent_bart.training.engine import build_engine
 from recurrent_bart.training.gradient_norms import GradientNorms
 from recurrent_bart.training.optimization import is_recurrence
-from tiny import random_ids, tiny_model
+from tiny import BUCKET, random_ids, tiny_model
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
@@ -23,7 +23,7 @@ def sharded(model, zero):
         "gradient_clipping": 0.1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
+        "zero_optimization": BUCKET | zero,
     }
     return build_engine(model, torch.optim.SGD(model.parameters(), lr=0.1), None, config)
 

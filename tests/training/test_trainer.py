@@ -12,7 +12,7 @@ from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
 from recurrent_bart.training.trainer import Trainer
-from tiny import random_ids, tiny_model
+from tiny import BUCKET, random_ids, tiny_model
 
 # losses of test_twenty_steps_give_the_losses_they_always_gave
 # fmt: off
@@ -24,7 +24,7 @@ GOLDEN = [
 
 
 def engine_config(stage=2, clip=1.0):
-    zero = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+    zero = {"stage": stage, **BUCKET, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
