@@ -68,7 +68,9 @@ def linear(rows_EMX: Tensor, weight: Tensor | Span, bias: Tensor | None = None, 
 
 def _is_map(stack: Tensor) -> bool:
     """Not of a bias, a norm or gates; none under autocast, where products are of other types than their weights."""
-    return stack.dim() == 3 and stack.shape[1] > 1 and not torch.is_autocast_enabled(stack.device.type)
+    device = stack.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return stack.dim() == 3 and stack.shape[1] > 1 and not is_cast
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

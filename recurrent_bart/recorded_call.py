@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from recurrent_bart.segmentation import is_sharded
+
 # shapes whose recordings are kept of a module, the last used ones
 MOST_SHAPES = 32
 _recorded: weakref.WeakKeyDictionary[nn.Module, "RecordedModule"] = weakref.WeakKeyDictionary()
@@ -29,7 +31,7 @@ def can_record(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
         and not torch.cuda.is_current_stream_capturing()
         and not torch.is_autocast_enabled("cuda")
         # ZeRO-3 gathers them elsewhere each time
-        and not any(hasattr(parameter, "ds_id") for parameter in parameters)
+        and not is_sharded(module)
         and not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in module.modules())
     )
 

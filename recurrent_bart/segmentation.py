@@ -187,13 +187,18 @@ def look_up_when_read(embed: nn.Module, ids_BNL: Tensor, vocab_size: int) -> lis
     So it is called once, now, on whatever is the least: all these tokens, or the vocabulary, of which the rows are
     taken later. Either way memory does not grow with the document.
     """
-    if not any(hasattr(parameter, "ds_id") for parameter in embed.parameters()):
+    if not is_sharded(embed):
         return [functools.partial(embed, ids_BL) for ids_BL in ids_BNL.unbind(dim=1)]
     has_many = ids_BNL.numel() > vocab_size
     with torch.no_grad():
         rows_XD = embed(torch.arange(vocab_size, device=ids_BNL.device) if has_many else ids_BNL.flatten())
     places_BNL = ids_BNL if has_many else torch.arange(len(rows_XD), device=ids_BNL.device).view_as(ids_BNL)
     return [functools.partial(nn.functional.embedding, places_BL, rows_XD) for places_BL in places_BNL.unbind(dim=1)]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 holds its parameters, and gathers them for each call."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def on_device(known: Tensor, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from recurrent_bart import segmentation
 from recurrent_bart.monitoring.memory import peak_bytes
 from recurrent_bart.prefix_recurrence import RecurrentState
 from tiny import random_ids
@@ -111,22 +112,23 @@ def read(model, n_segments):
     model.model.encode(random_ids(1, n_segments, 8))
 
 
-def shard(model):
-    """Mark the table of embeddings as ZeRO-3 does."""
-    model.get_input_embeddings().weight.ds_id = 0
+@pytest.fixture
+def shard(monkeypatch):
+    """Have tables of embeddings taken for sharded ones."""
+    return lambda: monkeypatch.setattr(segmentation, "is_sharded", lambda module: True)
 
 
 @pytest.mark.parametrize("work", [train_on, read])
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
 @pytest.mark.parametrize("is_sharded", [False, True])
-def test_a_longer_document_takes_no_more_memory_than_its_ids_and_mask(make_model, is_sharded, schedule, work):
+def test_a_longer_document_takes_no_more_memory_than_its_ids_and_mask(make_model, shard, is_sharded, schedule, work):
     """Of a sharded table, from where its tokens are more than the vocabulary.
 
     The embeddings of a segment alone would be 1,024 bytes.
     """
     model = make_model(bptt_depth=2, schedule=schedule)
     if is_sharded:
-        shard(model)
+        shard()
     peaks = [peak_bytes(functools.partial(work, model, n), torch.device("cpu")) for n in (16, 272)]
     # of each token both are 64-bit numbers
     assert (peaks[1] - peaks[0]) / 256 <= 8 * 2 * 8 + 2
@@ -134,7 +136,7 @@ def test_a_longer_document_takes_no_more_memory_than_its_ids_and_mask(make_model
 
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
 @pytest.mark.parametrize("scale", [False, True])
-def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monkeypatch, schedule, scale):
+def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monkeypatch, shard, schedule, scale):
     """Beyond the window are 48 tokens: fewer than the 60 of the vocabulary, and more than 40."""
     model = make_model(bptt_depth=1, schedule=schedule, scale_embedding=scale, vocab_size=60)
     inputs = {"input_ids": random_ids(2, 5, 8) % 40, "labels": random_ids(2, 4) % 40}
@@ -146,7 +148,7 @@ def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monk
         return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
     expected = results()
-    shard(model)
+    shard()
     for vocab_size in (60, 40):
         monkeypatch.setattr(model.model.encoder.config, "vocab_size", vocab_size)
         for pair in zip(expected, results(), strict=True):
@@ -155,12 +157,12 @@ def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monk
 
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("depth", [0, 2, -1])
-def test_modules_are_called_as_often_however_many_segments_there_are(make_model, depth, task):
+def test_modules_are_called_as_often_however_many_segments_there_are(make_model, shard, depth, task):
     """Under ZeRO-3 each call outside the encoder is a collective, and processes differ in their documents."""
+    shard()
 
     def calls(n_segments):
         model, names = make_model(bptt_depth=depth).train(), []
-        shard(model)
         for name, module in model.named_modules():
             if not name.startswith("model.encoder."):
                 module.register_forward_pre_hook(lambda module, inputs, name=name: names.append(name))
