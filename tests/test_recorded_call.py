@@ -5,7 +5,7 @@ import torch
 
 from played_graphs import play_graphs
 from recurrent_bart import modeling_decoder, recorded_call
-from tiny import batch_of, random_ids, tiny_model
+from tiny import random_ids, tiny_model, two_steps
 
 
 @pytest.fixture
@@ -17,22 +17,10 @@ def recordings(monkeypatch):
 
 
 def losses_and_gradients(schedule, task):
-    """Of two steps, of which the second is of other documents and changed weights."""
+    """Of two steps."""
     torch.manual_seed(0)
     model = tiny_model(schedule=schedule).double().train()
-    found = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        _, input_ids, mask = batch_of([[8, 8, 3], [5], [8, 2]])
-        labels = random_ids(3, 3, 4).masked_fill(~mask.bool()[:, :, :1], -100)
-        model.zero_grad()
-        labels = labels if task == "sections" else labels[:, 0]
-        loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        found += [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
-        with torch.no_grad():
-            torch._foreach_mul_(list(model.parameters()), 0.9)
-    return found
+    return two_steps(model, [[8, 8, 3], [5], [8, 2]], task)
 
 
 @pytest.mark.parametrize("task", ["document", "sections"])

@@ -27,6 +27,15 @@ PLAIN = {name: value for name, value in TINY.items() if name != "hidden_dropout_
 BUCKET = {"reduce_bucket_size": 1_000_000}
 RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bptt_depth": -1}
 
+# what diagonals differ in
+DIAGONALS = {
+    "gated": {},
+    "concat": {"prefix_attention": "concat"},
+    "own projection": {"prefix_projection": False, "update_gate": False},
+    "windows": {"bptt_depth": 1},
+    "memory": {"decoder_context": "memory", "bptt_depth": 1},
+}
+
 
 @torch.no_grad()
 def open_gates(model):
@@ -53,3 +62,20 @@ def tiny_model(**changes):
     model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**{**TINY, **RECURRENT, **changes}))
     open_gates(model)
     return model
+
+
+def two_steps(model, lengths, task):
+    """Losses and gradients of two steps on documents of such segments, the second of others and changed weights."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        _, input_ids, mask = batch_of(lengths)
+        labels = random_ids(*input_ids.shape[:2], 4).masked_fill(~mask.bool()[:, :, :1], -100)
+        model.zero_grad()
+        labels = labels if task == "sections" else labels[:, 0]
+        loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        found += [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+        with torch.no_grad():
+            torch._foreach_mul_(list(model.parameters()), 0.9)
+    return found

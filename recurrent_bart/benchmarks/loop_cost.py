@@ -20,7 +20,7 @@ N_BATCHES = 4
 
 
 class LoopSession(Session):
-    """Identical to Session except: nothing is evaluated and nothing saved, batches are there before they are read."""
+    """Identical to Session except: it measures its loop, on batches that it keeps, and neither evaluates nor saves."""
 
     def evaluate(self) -> bool:
         """Does nothing; training is to go on."""

@@ -5,18 +5,11 @@ import torch
 
 from counted_calls import count_calls
 from recurrent_bart import graphed_wavefront, modeling_decoder, schedules, wavefront
-from tiny import random_ids, tiny_model
+from tiny import DIAGONALS, random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
 
-FIELDS = {
-    "gated": {},
-    "concat": {"prefix_attention": "concat"},
-    "own projection": {"prefix_projection": False, "update_gate": False},
-    "windows": {"bptt_depth": 1},
-    "memory": {"decoder_context": "memory", "bptt_depth": 1},
-    "all": {"decoder_context": "all"},
-}
+FIELDS = DIAGONALS | {"all": {"decoder_context": "all"}}
 SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_layers": 3}
 
 
