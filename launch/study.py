@@ -39,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget_seconds", type=float, default=math.inf, help="runs are cut off after so many")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--max_steps", type=int, help="steps of a run at most; default: the study's own")
-    parser.add_argument("--only", default="", help="leave out runs whose file name does not contain this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="leave out runs whose file name contains none of these"
+    )
     parser.add_argument("--facts", help="folder of bAbI's train.jsonl and validation.jsonl")
     parser.add_argument("--filler", help="folder of other text, likewise")
     parser.add_argument(
@@ -122,9 +124,9 @@ def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
     else:
         runs = build_study(arguments.name, texts, seeds)
         runs = [dataclasses.replace(run, max_steps=arguments.max_steps or run.max_steps) for run in runs]
-    runs = [run for run in runs if arguments.only in run.file_name()]
+    runs = [run for run in runs if any(text in run.file_name() for text in arguments.only)]
     if not runs:
-        raise ValueError(f"study {arguments.name}: it has no run with {arguments.only!r} in its file name")
+        raise ValueError(f"study {arguments.name}: no run has {' or '.join(arguments.only)} in its file name")
     return runs
 
 

@@ -212,7 +212,7 @@ def test_documents_are_made_ready_before_runs_that_start_together(script, monkey
         (["quik"], "study quik: known are quick"),
         ([], "study None: known are quick"),
         (["babi"], "--facts and --filler"),
-        (["quick", "--only", "rmt"], "no run with 'rmt' in its file name"),
+        (["quick", "--only", "rmt", "led"], "no run has rmt or led in its file name"),
         (["quick", "--report_only", "--output_dir", "nowhere"], "nowhere: no run came to its end"),
         (["--run", "nowhere.json"], "nowhere.json: unreadable"),
         (["document", "--set", "seed"], "--set seed: must be NAME=VALUE"),
