@@ -1,11 +1,13 @@
 """A function of tensors recorded as CUDA graphs, with its backward pass.
 
-For work whose kernels take less time than launching them one by one. The backward pass computes the function again, so
-that nothing recorded has to outlive the next replay.
+For work whose kernels take less time than launching them one by one. What the forward pass keeps for the backward pass
+stays where it was recorded until anything else of the module is replayed; a call that is differentiated later than that
+is computed again, so that memory is that of one call, whatever the number of calls and of shapes.
 """
 
 import contextlib
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -62,6 +64,8 @@ class RecordedModule:
     Attributes:
         weights: The module's, the same numbers, but leaves of graphs that nobody else has made, on another stream.
         into_weights: Gradients of those that have some, of the last replay.
+        undifferentiated: What was computed last, with its autograd graph, from which the backward pass is recorded.
+        n_writes: So many times was the memory written over that a forward pass leaves to its backward pass.
     """
 
     def __init__(self, module: nn.Module):
@@ -70,6 +74,9 @@ class RecordedModule:
             self.into_weights = [torch.zeros_like(part) for part in self.weights.values() if part.requires_grad]
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.calls: dict[Hashable, RecordedCall] = {}
+        self.undifferentiated: Tensor | None = None
+        self.n_writes = 0
+        self._places: dict[Hashable, Tensor] = {}
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the module's parameters are still where they were."""
@@ -83,6 +90,13 @@ class RecordedModule:
             del self.calls[next(iter(self.calls))]
         return self.calls[key]
 
+    def place(self, name: str, like: Tensor) -> Tensor:
+        """A tensor of such a shape that recordings read or write, where those of other shapes have theirs."""
+        key = name, like.dtype
+        if key not in self._places or self._places[key].numel() < like.numel():
+            self._places[key] = torch.zeros(like.numel(), dtype=like.dtype, device=like.device)
+        return self._places[key][: like.numel()].view(like.shape)
+
 
 class RecordedCall:
     """Graphs of a function and of its backward pass, and the tensors that they read and write."""
@@ -90,58 +104,91 @@ class RecordedCall:
     def __init__(
         self, module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor], shared: RecordedModule
     ):
-        self.inputs = [part.detach().clone().requires_grad_(part.requires_grad) for part in inputs]
         self.shared = shared
-
-        def work() -> Tensor:
-            return function(lambda **inputs: functional_call(module, shared.weights, kwargs=inputs), *self.inputs)
-
+        self.inputs = [
+            shared.place(f"input {number}", part).requires_grad_(part.requires_grad)
+            for number, part in enumerate(inputs)
+        ]
+        into_inputs = [
+            shared.place(f"into input {number}", part) for number, part in enumerate(inputs) if part.requires_grad
+        ]
+        self.out = self.into_out = torch.empty(0)
+        # of inputs and weights that require one; and whether they have one
+        self.gradients, self.is_used = [*into_inputs, *shared.into_weights], [True]
+        compute = functools.partial(
+            self._compute, function, lambda **inputs: functional_call(module, shared.weights, kwargs=inputs)
+        )
         self.generator = torch.cuda.default_generators[inputs[0].device.index]
-        self.into_out = torch.empty(0)
-        # numbers of the weights that get no gradient
-        self.unused: list[int] = []
         offset = self.generator.get_offset()
-        self.out, self.forward = record(lambda: self._compute(work), shared.stream, shared.pool)
-        self.into_inputs, self.backward = record(lambda: self._differentiate(work), shared.stream, shared.pool)
+        self._load(inputs)
+        warm_up([compute, self._differentiate], shared.stream)
+        _, self._forward = capture(compute, shared.stream, shared.pool)
+        # with the autograd graph it gives back to the pool what the forward pass keeps: other recordings take it
+        _, self._backward = capture(self._differentiate, shared.stream, shared.pool)
         self.generator.set_offset(offset)
 
-    @torch.no_grad()
-    def _compute(self, work: Callable[[], Tensor]) -> Tensor:
-        out = work()
-        if not self.into_out.numel():
-            self.into_out = torch.zeros_like(out)
-        return out
+    @torch.enable_grad()
+    def _compute(self, function: Callable[..., Tensor], call: Callable[..., Any]) -> None:
+        out = self.shared.undifferentiated = function(call, *self.inputs)
+        if not self.out.numel():
+            self.out, self.into_out = (self.shared.place(name, out) for name in ("out", "into out"))
+        with torch.no_grad():
+            self.out.copy_(out)
 
-    def _differentiate(self, work: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
-        """Gradients of the inputs that have some; those of weights are where all recordings put them."""
-        with torch.enable_grad():
-            out = work()
-        sources = [part for part in self.inputs if part.requires_grad]
-        weights = [part for part in self.shared.weights.values() if part.requires_grad]
-        found = torch.autograd.grad(out, [*sources, *weights], self.into_out, allow_unused=True)
-        into_weights = found[len(sources) :]
-        self.unused = [number for number, gradient in enumerate(into_weights) if gradient is None]
-        used = [number for number, gradient in enumerate(into_weights) if gradient is not None]
+    def _differentiate(self) -> None:
+        out, self.shared.undifferentiated = self.shared.undifferentiated, None
+        assert out is not None
+        sources = [part for part in (*self.inputs, *self.shared.weights.values()) if part.requires_grad]
+        found = torch.autograd.grad(out, sources, self.into_out, allow_unused=True)
+        self.is_used = [part is not None for part in found]
         with torch.no_grad():
             torch._foreach_copy_(
-                [self.shared.into_weights[number] for number in used], [into_weights[number] for number in used]
+                list(itertools.compress(self.gradients, self.is_used)), list(itertools.compress(found, self.is_used))
             )
-        return found[: len(sources)]
+
+    def _load(self, inputs: Sequence[Tensor]) -> None:
+        self.shared.n_writes += 1
+        for place, part in zip(self.inputs, inputs, strict=True):
+            place.detach().copy_(part)
+
+    def forward(self, inputs: Sequence[Tensor]) -> int:
+        """Compute `out`; gives `shared.n_writes`: while it stays that, the backward pass finds what it needs."""
+        self._load(inputs)
+        self._forward.replay()
+        return self.shared.n_writes
+
+    def backward(self, into_out: Tensor) -> list[Tensor | None]:
+        """Gradients of the inputs and weights that require some, directly after `forward`."""
+        self.shared.n_writes += 1
+        self.into_out.copy_(into_out)
+        self._backward.replay()
+        return [part.clone() if is_used else None for part, is_used in zip(self.gradients, self.is_used, strict=True)]
 
 
 def record(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
+    """As `capture`, of work that is done once before."""
+    warm_up([work], stream)
+    return capture(work, stream, pool)
+
+
+def warm_up(works: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> None:
+    """Do works before they are recorded: kernels are compiled and libraries made ready, which cannot be recorded."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for work in works:
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
     """Record work that waits for nothing; gives also what it gives, which replays write again.
 
     Args:
-        work: Done once before, for kernels are compiled and libraries made ready then, which cannot be recorded.
+        work: Not done now, only recorded.
         stream: Where it is recorded.
         pool: Of memory, shared with recordings on the same stream that are not replayed at the same time; None: its
             own.
     """
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # other threads may copy batches meanwhile
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -153,30 +200,22 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recorded: RecordedCall, n_inputs: int, *tensors: Tensor) -> Tensor:
         inputs = tensors[:n_inputs]
-        for place, part in zip(recorded.inputs, inputs, strict=True):
-            place.detach().copy_(part)
-        ctx.offset = recorded.generator.get_offset()
-        ctx.recorded = recorded
+        ctx.recorded, ctx.offset = recorded, recorded.generator.get_offset()
         ctx.save_for_backward(*inputs)
-        recorded.forward.replay()
+        ctx.n_writes = recorded.forward(inputs)
         return recorded.out.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, into_out: Tensor) -> tuple[Tensor | None, ...]:
         recorded = ctx.recorded
-        for place, part in zip(recorded.inputs, ctx.saved_tensors, strict=True):
-            place.detach().copy_(part)
-        recorded.into_out.copy_(into_out)
-        with drawing_from(recorded.generator, ctx.offset):
-            recorded.backward.replay()
-        found = iter([None if part is None else part.clone() for part in recorded.into_inputs])
-        into_inputs = [next(found) if place.requires_grad else None for place in recorded.inputs]
-        into_weights = [
-            None if number in recorded.unused else part.clone()
-            for number, part in enumerate(recorded.shared.into_weights)
-        ]
-        return None, None, *into_inputs, *into_weights
+        # another call was made since, or this one's backward pass: both write over what it kept
+        if ctx.n_writes != recorded.shared.n_writes:
+            with drawing_from(recorded.generator, ctx.offset):
+                recorded.forward(ctx.saved_tensors)
+        gradients = iter(recorded.backward(into_out))
+        into_inputs = [next(gradients) if place.requires_grad else None for place in recorded.inputs]
+        return None, None, *into_inputs, *gradients
 
 
 @contextlib.contextmanager

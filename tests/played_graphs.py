@@ -1,6 +1,13 @@
-"""CUDA graphs on a processor: the work itself, done again."""
+"""CUDA graphs on a processor: the work itself, done again; and calls in orders that ask much of recordings.
+
+Recordings of a module share here the tensors that they read and write, and the autograd graph of what was computed
+last, which a backward pass takes away. A backward pass that comes when it must not fails, or gives other numbers.
+"""
 
 import torch
+from torch import nn
+
+from recurrent_bart import recorded_call
 
 
 class PlayedGraph:
@@ -18,30 +25,83 @@ class PlayedGraph:
                     old.copy_(new)
 
 
-class FirstGenerator:
-    """Of any device."""
+class PlayedGenerator:
+    """Of any device: the processor's, whose offsets are numbers of the states that were asked for."""
+
+    def __init__(self):
+        self.states = []
 
     def __getitem__(self, index):
         return self
 
     def get_offset(self):
-        return 0
+        self.states.append(torch.get_rng_state())
+        return len(self.states) - 1
 
     def set_offset(self, offset):
-        assert offset == 0
+        torch.set_rng_state(self.states[offset])
 
 
 def play_graphs(monkeypatch, *modules):
     """Have modules record such graphs; a list of them, which grows."""
     made = []
 
-    def record(work, stream, pool):
+    def capture(work, stream, pool):
         made.append(PlayedGraph(work))
         return made[-1].found, made[-1]
 
+    def warm_up(works, stream):
+        for work in works:
+            work()
+
     for module in modules:
-        monkeypatch.setattr(module, "record", record)
+        monkeypatch.setattr(module, "record", capture)
+        monkeypatch.setattr(module, "capture", capture, raising=False)
+        monkeypatch.setattr(module, "warm_up", warm_up, raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "default_generators", FirstGenerator())
+    monkeypatch.setattr(torch.cuda, "default_generators", PlayedGenerator())
     return made
+
+
+# forward and backward passes of the calls that `call_in_order` makes, and how many graphs are replayed for them
+ORDERS = {
+    "as usual": ("f0 b0 f1 b1 f2 b2", 6),
+    "another shape in between": ("f0 f1 b0 b1", 6),
+    "the same shape in between": ("f0 f2 b0 b2", 6),
+    "the last call first": ("f0 f1 f2 b2 b1 b0", 8),
+    "a call after one that is computed again": ("f0 f1 b0 f2 b2 b1", 8),
+    "twice backwards": ("f0 b0 b0 f1 b0 b1", 9),
+}
+
+
+def call_plain(module, inputs):
+    """What a recorded call has to give."""
+    return module(inputs)
+
+
+def call_recorded(module, inputs):
+    """What `module(inputs)` gives, by replays."""
+    return recorded_call.call_recorded(module, lambda call, inputs: call(input=inputs), [inputs])
+
+
+def call_in_order(call, order, device):
+    """Values and gradients of three calls, the first and the last of the same shape, of a small module with dropout.
+
+    Args:
+        call: `call_recorded`, or `call_plain`.
+        order: `f1` is the second call, `b1` its backward pass.
+    """
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)).to(device).double()
+    # has no gradient
+    module[0].unused = nn.Parameter(torch.zeros(2, dtype=torch.double, device=device))
+    inputs = [torch.randn(n, 4, dtype=torch.double, device=device).requires_grad_() for n in (2, 5, 2)]
+    out = {}
+    for what, number in order.split():
+        if what == "f":
+            out[number] = call(module, inputs[int(number)])
+        else:
+            out[number].square().sum().backward(retain_graph=True)
+    gradients = [part.grad for part in (*inputs, *module.parameters())]
+    return [part.detach() for part in out.values()], gradients

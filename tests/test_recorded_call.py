@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from played_graphs import play_graphs
+from counted_calls import count_calls
+from played_graphs import ORDERS, PlayedGraph, call_in_order, call_plain, call_recorded, play_graphs
 from recurrent_bart import modeling_decoder, recorded_call
 from tiny import random_ids, tiny_model, two_steps
 
@@ -30,6 +31,42 @@ def test_numbers_are_those_of_a_plain_decoder(recordings, task):
     torch.testing.assert_close(losses_and_gradients("auto", task), expected, rtol=0, atol=1e-12)
     # forward and backward, once for both steps
     assert len(recordings) == 2
+
+
+@pytest.mark.parametrize(("order", "n_replays"), ORDERS.values(), ids=ORDERS)
+def test_calls_in_any_order_are_exact_and_computed_again_only_where_they_must_be(
+    recordings, order, n_replays, monkeypatch
+):
+    """Also the numbers that dropout draws."""
+    expected = call_in_order(call_plain, order, "cpu")
+    replays = count_calls(monkeypatch, PlayedGraph, "replay")
+    torch.testing.assert_close(call_in_order(call_recorded, order, "cpu"), expected, rtol=0, atol=1e-12)
+    assert len(replays) == n_replays
+
+
+@pytest.mark.parametrize("lengths", [(4, 4), (4, 40)], ids=["of one shape", "of two shapes"])
+def test_losses_of_two_passes_are_added_before_they_are_differentiated(recordings, lengths):
+    found = []
+    for schedule in ("sequential", "auto"):
+        torch.manual_seed(0)
+        model = tiny_model(schedule=schedule).double().train()
+        losses = [model(input_ids=random_ids(2, 2, 8), labels=random_ids(2, length)).loss for length in lengths]
+        sum(losses).backward()
+        found.append([*(loss.detach() for loss in losses), *(parameter.grad for parameter in model.parameters())])
+    assert recordings
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+def test_recordings_of_other_shapes_take_no_memory_of_their_own(recordings, make_model):
+    """What they read and write is where the largest has it, which came first."""
+    model = make_model(schedule="auto").train()
+    places = set()
+    for n_documents in (3, 2, 1):
+        model(input_ids=random_ids(n_documents, 2, 8), labels=random_ids(n_documents, 4)).loss.backward()
+        *_, call = recorded_call._recorded[model.model.decoder].calls.values()
+        places.add(tuple(part.data_ptr() for part in (*call.inputs, *call.gradients, call.out, call.into_out)))
+    assert len(recordings) == 6
+    assert len(places) == 1
 
 
 def test_lengths_share_recordings_and_the_oldest_are_forgotten(recordings, make_model, monkeypatch):

@@ -1,9 +1,11 @@
-"""Fused and recorded diagonals give the numbers that the sequential schedule gives; run with `pytest -m gpu`."""
+"""Fused and recorded diagonals, and recorded decoders, give the numbers of plain ones; run with `pytest -m gpu`."""
 
 import pytest
 import torch
+from torch import nn
 
 from counted_calls import count_calls
+from played_graphs import ORDERS, call_in_order, call_plain, call_recorded
 from recurrent_bart import graphed_wavefront, modeling_decoder, schedules, wavefront
 from tiny import DIAGONALS, random_ids, tiny_model
 
@@ -165,6 +167,86 @@ def test_a_module_that_somebody_listens_to_is_not_replayed(decoded):
     results(model, documents(False))
     assert heard
     assert not decoded
+
+
+@pytest.mark.parametrize(("order", "n_replays"), ORDERS.values(), ids=ORDERS)
+def test_recorded_calls_in_any_order_are_exact_and_computed_again_only_where_they_must_be(
+    order, n_replays, monkeypatch
+):
+    """Also the numbers that dropout draws."""
+    expected = call_in_order(call_plain, order, "cuda")
+    counted = count_calls(monkeypatch, torch.cuda.CUDAGraph, "replay")
+    torch.testing.assert_close(call_in_order(call_recorded, order, "cuda"), expected, rtol=0, atol=1e-12)
+    assert len(counted) == n_replays
+
+
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", [(32, 32), (32, 64)], ids=["of one shape", "of two shapes"])
+def test_decoders_of_two_passes_draw_the_numbers_of_plain_ones(lengths, attention_dropout):
+    found = []
+    for is_recorded in (False, True):
+        decoder = build("auto", dropout=0.3, attention_dropout=attention_dropout).model.decoder
+        hidden = torch.randn(2, 9, 48, device="cuda").requires_grad_()
+        # the second time recordings are there
+        for _ in range(2):
+            decoder.zero_grad()
+            hidden.grad = None
+            torch.manual_seed(2)
+            inputs = [random_ids(2, length).cuda() for length in lengths]
+            if is_recorded:
+                out = [decoder.recorded(ids, hidden, None, 3) for ids in inputs]
+            else:
+                out = [decoder._plain(3, decoder, ids, hidden) for ids in inputs]
+            for part in out:
+                part.square().mean().backward()
+        found.append([part.detach() for part in out] + [part.grad for part in (hidden, *decoder.parameters())])
+    for again, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+def test_losses_of_two_passes_are_added_before_they_are_differentiated(task, decoded):
+    found, batches = [], [documents(False, task), documents(True, task)]
+    for schedule in ("sequential", "auto"):
+        model = build(schedule)
+        outputs = [model(**inputs) for inputs in (*batches, batches[0])]
+        loss = sum(output.loss for output in outputs)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), outputs[1].state.memory.detach(), gradients))
+    check_equal(found[1], found[0])
+    assert decoded
+
+
+def test_the_most_targets_are_recorded(decoded):
+    """More than 3,072: PyTorch then adds an embedding's gradient up by other kernels."""
+    inputs = {"input_ids": random_ids(64, 2, 8).cuda(), "labels": random_ids(64, 60).cuda()}
+    expected, model = results(build("sequential"), inputs), build("auto")
+    check_equal(results(model, inputs), expected)
+    check_equal(results(model, inputs), expected)
+    assert modeling_decoder.MOST_TARGETS == 64 * 64
+    assert len(decoded) == 2
+
+
+def test_recordings_of_other_shapes_take_no_memory_of_their_own():
+    width, n_layers = 1024, 8
+    hidden = [part for _ in range(n_layers) for part in (nn.Linear(width, width), nn.GELU())]
+    module = nn.Sequential(nn.Linear(8, width), *hidden, nn.Linear(width, 8)).cuda()
+
+    def bytes_after(n_rows):
+        call_recorded(module, torch.randn(n_rows, 8, device="cuda")).sum().backward()
+        module.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    # the second time nothing is made for the first time
+    bytes_after(4096)
+    allocated, reserved = bytes_after(4096)
+    found = [bytes_after(n_rows) for n_rows in range(4096 - 128, 2048, -128)]
+    assert found[-1][0] - allocated < 2**23
+    # half of what one call keeps, which all recordings together keep in the pool; 15 more were made
+    assert found[-1][1] - reserved < 2 * n_layers * 4096 * width * 4 // 2
 
 
 def test_large_batches_are_not_recorded(monkeypatch, replays):
