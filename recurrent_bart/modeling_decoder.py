@@ -18,6 +18,8 @@ from recurrent_bart.recorded_call import call_recorded, can_record
 # positions of all targets, padding among them. On an H100, BART-large's decoder and loss on 1,024 of them took 55 ms,
 # forward and backward, launched one by one, of which the kernels are about 15; more than 1,024 was not measured
 MOST_TARGETS = 4_096
+# where it is checkpointed, for what a recorded decoder keeps is not computed again
+MOST_CHECKPOINTED_TARGETS = 1_024
 TARGETS_STEP = 32
 
 
@@ -46,7 +48,9 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         padded = nn.functional.pad(input_ids, (0, n_positions - n_targets), value=config.pad_token_id)
         inputs = [padded, hidden] + ([] if mask is None else [mask])
         gives_more = config.output_attentions or config.output_hidden_states
-        is_short = padded.numel() <= MOST_TARGETS and n_positions <= config.max_position_embeddings
+        is_checkpointed = any(layer.gradient_checkpointing for layer in self.layers)
+        most = MOST_CHECKPOINTED_TARGETS if is_checkpointed else MOST_TARGETS
+        is_short = padded.numel() <= most and n_positions <= config.max_position_embeddings
         if config.schedule != "auto" or gives_more or not is_short or not can_record(self, inputs):
             return None
         return call_recorded(self, functools.partial(self._plain, n_memory), inputs, n_memory)[:, :n_targets]

@@ -29,6 +29,7 @@ def can_record(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
     parameters = list(module.parameters())
     return (
         torch.is_grad_enabled()
+        and any(part.requires_grad for part in (*inputs, *parameters))
         and all(part.is_cuda for part in (*inputs, *parameters))
         and not torch.cuda.is_current_stream_capturing()
         and not torch.is_autocast_enabled("cuda")

@@ -82,6 +82,18 @@ def test_lengths_share_recordings_and_the_oldest_are_forgotten(recordings, make_
     assert [step(2, 7), step(1, 40), step(1, 7), step(2, 7)] == [3, 3, 4, 5]
 
 
+def test_a_checkpointed_decoder_keeps_less(recordings, make_model, monkeypatch):
+    monkeypatch.setattr(modeling_decoder, "MOST_CHECKPOINTED_TARGETS", 64)
+    model = make_model(schedule="auto").train()
+    model.set_gradient_checkpointing("layer")
+    for n_documents, n_recordings in ((2, 2), (3, 2)):
+        model(input_ids=random_ids(n_documents, 2, 8), labels=random_ids(n_documents, 4))
+        assert len(recordings) == n_recordings
+    model.set_gradient_checkpointing("none")
+    model(input_ids=random_ids(3, 2, 8), labels=random_ids(3, 4))
+    assert len(recordings) == 4
+
+
 def test_longer_targets_than_there_are_positions_are_refused_as_ever(recordings, make_model):
     with pytest.raises((IndexError, ValueError)):
         make_model(schedule="auto").train()(input_ids=random_ids(1, 2, 8), labels=random_ids(1, 70))

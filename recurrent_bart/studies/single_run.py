@@ -57,7 +57,8 @@ class SingleRun:
             self.model, LearningRates(self.learning_rate, self.learning_rate), run.weight_decay
         )
         self.learning_rate_factor = learning_rate_factor(run.lr_scheduler, run.warmup_steps, run.max_steps)
-        self.curriculum = Curriculum((1,) * len(self.easier) + run.stages, run.stage_steps, run.seed)
+        easier = tuple(changes.get("n_segments", 1) for changes in run.easier)
+        self.curriculum = Curriculum(easier + run.stages, run.stage_steps, run.seed)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.update, self.predict = Recorded(self._update, pool), Recorded(self._predict, pool)
         self.step = self.stage = self.stage_began = 0
@@ -242,8 +243,10 @@ def execute(file: RunFile, device: torch.device, deadline: float) -> Turns[None]
     file.write(trained | {"accuracy": accuracy, "stopped": stopped})
 
 
-def _documents(run: StudyRun, generator: Generator, segment_size: int | None = None, **changes: Any) -> DrawnDocuments:
-    """Of a run's task, some fields of which may differ."""
+def _documents(
+    run: StudyRun, generator: Generator, segment_size: int | None = None, n_segments: int = 1, **changes: Any
+) -> DrawnDocuments:
+    """Of a run's task, some fields of which may differ; `n_segments` is the curriculum's."""
     return DrawnDocuments(*run.build_tasks(**changes), generator, run.batch_size, segment_size or run.segment_size)
 
 

@@ -70,8 +70,8 @@ class StudyRun:
         window: `"segments"`: one after another; `"all"`: all their tokens as one segment; `"last"`: the last alone.
         seed: Of weights and of documents to train on; those to test on are the same in every run.
         segment_size: Tokens of a segment.
-        easier: Stages of one segment before all others, each with the fields of the task that differ, and
-            `segment_size`.
+        easier: Stages before all others, each with the fields of the task that differ, `segment_size`, and
+            `n_segments`, most segments of a document, one unless given.
         stages: Most segments of a document to train on, stage by stage.
         threshold: Token accuracy that ends a stage.
         stage_steps: Steps that end it in any case; 0: none do.

@@ -136,6 +136,19 @@ def test_easier_stages_come_first_with_documents_of_their_own():
     assert [point["stage"] for point in single.curve] == [0, 1, 2, 3]
 
 
+def test_easier_stages_may_have_several_segments():
+    easier = ({"segment_size": 2}, {"segment_size": 2, "n_segments": 2})
+    single = SingleRun(short_run(easier=easier, stages=(3,), threshold=2.0, stage_steps=20, max_steps=60), CPU)
+    shapes, update = [], single.update
+    single.update = lambda ids, labels: (shapes.append(tuple(ids.shape[1:])), update(ids, labels))[1]
+    all_turns(single.train())
+    assert [set(shapes[start : start + 20]) for start in (0, 20, 40)] == [
+        {(1, 2)},
+        {(1, 2), (2, 2)},
+        {(1, 4), (2, 4), (3, 4)},
+    ]
+
+
 ENCODER = "model.encoder.layers.0.fc1.weight"
 RETRIEVAL = {
     "task": {"name": "retrieval", "n_pairs": 1, "n_queries": 1, "n_symbols": 8, "n_fillers": 4},
