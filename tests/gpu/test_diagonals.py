@@ -181,28 +181,48 @@ def test_recorded_calls_in_any_order_are_exact_and_computed_again_only_where_the
     assert len(counted) == n_replays
 
 
-@pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
-@pytest.mark.parametrize("lengths", [(32, 32), (32, 64)], ids=["of one shape", "of two shapes"])
-def test_decoders_of_two_passes_draw_the_numbers_of_plain_ones(lengths, attention_dropout):
-    found = []
-    for is_recorded in (False, True):
-        decoder = build("auto", dropout=0.3, attention_dropout=attention_dropout).model.decoder
-        hidden = torch.randn(2, 9, 48, device="cuda").requires_grad_()
-        # the second time recordings are there
-        for _ in range(2):
-            decoder.zero_grad()
-            hidden.grad = None
-            torch.manual_seed(2)
-            inputs = [random_ids(2, length).cuda() for length in lengths]
-            if is_recorded:
-                out = [decoder.recorded(ids, hidden, None, 3) for ids in inputs]
-            else:
-                out = [decoder._plain(3, decoder, ids, hidden) for ids in inputs]
+LENGTHS = pytest.mark.parametrize("lengths", [(32, 32), (32, 64)], ids=["of one shape", "of two shapes"])
+
+
+def decoded_twice(lengths, decode, is_interleaved, **fields):
+    """Two passes of a decoder and their gradients; the second time of what may have been recorded."""
+    decoder = build("auto", dropout=0.3, **fields).model.decoder
+    hidden = torch.randn(2, 9, 48, device="cuda").requires_grad_()
+    for _ in range(2):
+        decoder.zero_grad()
+        hidden.grad = None
+        torch.manual_seed(2)
+        out = []
+        for length in lengths:
+            out.append(decode(decoder, random_ids(2, length).cuda(), hidden))
+            if not is_interleaved:
+                out[-1].square().mean().backward()
+        if is_interleaved:
             for part in out:
                 part.square().mean().backward()
-        found.append([part.detach() for part in out] + [part.grad for part in (hidden, *decoder.parameters())])
-    for again, expected in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
+    return [part.detach() for part in out] + [part.grad for part in (hidden, *decoder.parameters())]
+
+
+def decode_recorded(decoder, ids, hidden):
+    return decoder.recorded(ids, hidden, None, 3)
+
+
+def check_each(found, expected):
+    for again, part in zip(found, expected, strict=True):
+        torch.testing.assert_close(again, part, rtol=1e-4, atol=1e-5)
+
+
+@LENGTHS
+def test_decoders_of_two_passes_draw_the_numbers_of_plain_ones(lengths):
+    expected = decoded_twice(lengths, lambda decoder, ids, hidden: decoder._plain(3, decoder, ids, hidden), True)
+    check_each(decoded_twice(lengths, decode_recorded, True), expected)
+
+
+@LENGTHS
+def test_attention_drops_the_same_when_a_decoder_is_computed_again(lengths):
+    """Other weights than where nothing is recorded, for a back-end draws otherwise there."""
+    usual, late = (decoded_twice(lengths, decode_recorded, late, attention_dropout=0.3) for late in (False, True))
+    check_each(late, usual)
 
 
 @pytest.mark.parametrize("task", ["document", "sections"])
