@@ -1,7 +1,7 @@
 """A diagonal's cells with few passes over memory between their matrix products.
 
-Shape suffixes: R = layers * documents, S = slots and tokens of a segment, E encoder layers (of a diagonal), D model
-width.
+Shape suffixes: B documents, R = layers * documents, S = slots and tokens of a segment, P prefix length (= slots),
+E encoder layers (of a diagonal), M rows of a layer, H heads, D model width.
 """
 
 import importlib.util
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility
-from recurrent_bart.layer_spans import linear
+from recurrent_bart.layer_spans import linear, linear_and_rows
 from recurrent_bart.prefix_attention import attend, gated_read
-from recurrent_bart.prefix_recurrence import KeyValue
+from recurrent_bart.prefix_recurrence import KeyValue, PrefixRecurrence, Weights
 from recurrent_bart.stacked_layers import StackedLayers
 
 
@@ -30,42 +30,81 @@ def can_fuse(config: RecurrentBartConfig, stream: Tensor) -> bool:
 
 
 def fused_cell(
-    layers: StackedLayers, stream_RSD: Tensor, visible: Visibility, prefix: KeyValue, gate_RH: Tensor | None
-) -> Tensor:
-    """As `encoder_cell`, whose numbers it gives but for rounding, of several layers; the stream above them."""
+    layers: StackedLayers,
+    recurrence: PrefixRecurrence,
+    stream_EBSD: Tensor,
+    memory_EBPD: Tensor,
+    visible: Visibility,
+    is_read_EB: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `diagonal_step`, whose numbers it gives but for rounding.
+
+    Args:
+        layers: The layers that the diagonal has a cell of.
+        recurrence: What all layers' have in common.
+        stream_EBSD: Slots and tokens that enter the layers.
+        memory_EBPD: Their states.
+        visible: What the rows `(E * B)` see.
+        is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
+
+    Returns:
+        Slots and tokens that leave the layers, and their new states.
+    """
     # else a processor without Triton could not import this
     from recurrent_bart.kernels.bias_gelu import bias_gelu
-    from recurrent_bart.kernels.gated_prefix import add_prefix_read
-    from recurrent_bart.kernels.heads import split_heads
-    from recurrent_bart.kernels.residual_norm import residual_norm
+    from recurrent_bart.kernels.residual_norm import residual_norm, residual_norm_and_slots
 
     shared, weights = layers.shared, layers.weights
+    n_layers, n_documents, _, width = stream_EBSD.shape
     dropout = shared.dropout if shared.training else 0.0
+    memory_EMD = memory_EBPD.reshape(n_layers, -1, width)
 
-    def by_layer(rows: Tensor) -> Tensor:
-        return rows.view(len(weights["fc1_bias"]), -1, rows.shape[-1])
+    def norm_of(hidden: str, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        biases = weights[f"{hidden}_bias"], weights[f"{name}_bias"]
+        return biases[0], weights[name], biases[1], getattr(shared, name).eps, dropout
 
-    def norm(stream_EMD: Tensor, hidden_EMD: Tensor, hidden: str, name: str) -> Tensor:
-        affine = weights[f"{hidden}_bias"], weights[name], weights[f"{name}_bias"]
-        return residual_norm(stream_EMD, hidden_EMD, *affine, getattr(shared, name).eps, dropout)
+    prefix = recurrence.project(memory_EBPD, weights, layers.key_value)
+    qkv, stream_EMD = linear_and_rows(stream_EBSD.flatten(1, 2), weights["query_key_value"])
+    read_RSD = _attention(layers, qkv.view(-1, stream_EBSD.shape[2], 3 * width), prefix, visible)
+    read = linear(read_RSD.view_as(stream_EMD), weights["out_proj"])
+    stream_EMD = residual_norm(stream_EMD, read, *norm_of("out_proj", "self_attn_layer_norm"))
+    hidden, stream_EMD = linear_and_rows(stream_EMD, weights["fc1"])
+    hidden = bias_gelu(hidden, weights["fc1_bias"])
+    hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
+    stream_EMD, slots_EBPD = residual_norm_and_slots(
+        stream_EMD, linear(hidden, weights["fc2"]), *norm_of("fc2", "final_layer_norm"), n_documents, visible.n_slots
+    )
+    memory_EBPD = _next_memory(recurrence, weights, memory_EMD, slots_EBPD, is_read_EB)
+    return stream_EMD.view_as(stream_EBSD), memory_EBPD
 
-    qkv = linear(by_layer(stream_RSD), weights["query_key_value"]).view(*stream_RSD.shape[:2], -1)
-    heads = split_heads(qkv, weights["query_key_value_bias"], *prefix, gate_RH is not None)
-    attention = shared.self_attn
+
+def _attention(layers: StackedLayers, qkv_RSX: Tensor, prefix: KeyValue, visible: Visibility) -> Tensor:
+    """What slots and tokens read, `(R, S, D)`."""
+    from recurrent_bart.kernels.gated_prefix import add_prefix_read
+    from recurrent_bart.kernels.heads import split_heads
+
+    weights, attention = layers.weights, layers.shared.self_attn
+    gate_EH = weights.get("prefix_gate")
+    prefix = prefix[0].flatten(0, 1), prefix[1].flatten(0, 1)
+    heads = split_heads(qkv_RSX, weights["query_key_value_bias"], *prefix, gate_EH is not None)
     slots_read, _ = attend(attention, heads.slots_query, (heads.slots_key, heads.slots_value), visible.slots)
     tokens_read, _ = attend(attention, heads.tokens_query, (heads.tokens_key, heads.tokens_value), visible.tokens)
-    if gate_RH is None:
-        read_RSD = torch.cat([slots_read, tokens_read], dim=1).flatten(2)
-    elif attention.dropout and attention.training:
+    if gate_EH is not None:
+        gate_RH = gate_EH.repeat_interleave(len(qkv_RSX) // len(gate_EH), dim=0)
+        if not (attention.dropout and attention.training):
+            return add_prefix_read(slots_read, tokens_read, *heads[6:], gate_RH, attention.scaling)
         prefix_read = attend(attention, heads.prefix_query, (heads.prefix_key, heads.prefix_value), None)
         tokens_read, _ = gated_read((tokens_read, None), prefix_read, gate_RH)
-        read_RSD = torch.cat([slots_read, tokens_read], dim=1).flatten(2)
-    else:
-        read_RSD = add_prefix_read(slots_read, tokens_read, *heads[6:], gate_RH, attention.scaling)
-    stream_EMD = norm(
-        by_layer(stream_RSD), linear(by_layer(read_RSD), weights["out_proj"]), "out_proj", "self_attn_layer_norm"
-    )
-    hidden = bias_gelu(linear(stream_EMD, weights["fc1"]), weights["fc1_bias"])
-    hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
-    stream_EMD = norm(stream_EMD, linear(hidden, weights["fc2"]), "fc2", "final_layer_norm")
-    return stream_EMD.view_as(stream_RSD)
+    return torch.cat([slots_read, tokens_read], dim=1).flatten(2)
+
+
+def _next_memory(
+    recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor | None
+) -> Tensor:
+    from recurrent_bart.kernels.gated_update import gated_update
+
+    if not recurrence.has_update_gate:
+        return recurrence.next_memory(memory_EMD.view_as(slots_EBPD), slots_EBPD, is_read_EB, weights)
+    both = torch.cat([memory_EMD, slots_EBPD.flatten(1, 2)], dim=-1)
+    gate, both = linear_and_rows(both, weights["update_gate"])
+    return gated_update(gate, weights["update_gate_bias"], both, is_read_EB).view_as(slots_EBPD)

@@ -59,11 +59,24 @@ def linear(rows_EMX: Tensor, weight: Tensor | Span, bias: Tensor | None = None, 
         bias: `(E, 1, out)`.
         columns: Which.
     """
+    return _linear(rows_EMX, weight, bias, columns)[0]
+
+
+def linear_and_rows(rows_EMX: Tensor, weight: Tensor | Span, columns: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """As `linear`, and the rows again, for what else is done with them.
+
+    Of a span, the product's gradient is then added to the one that comes back of that, in place: there must be one
+    such use, whose backward pass gives a tensor that nothing which comes after it needs.
+    """
+    return _linear(rows_EMX, weight, None, columns)
+
+
+def _linear(rows: Tensor, weight: Tensor | Span, bias: Tensor | None, columns: slice) -> tuple[Tensor, Tensor]:
     if isinstance(weight, Span):
         place, stack = (weight.layers, slice(None), columns), weight.stacks[weight.name]
-        mapped, weight.stacks[weight.name] = _SpanProduct.apply(place, rows_EMX, stack, bias)
-        return mapped
-    return _product(rows_EMX, weight[..., columns], bias)
+        mapped, rows, weight.stacks[weight.name] = _SpanProduct.apply(place, rows, stack, bias)
+        return mapped, rows
+    return _product(rows, weight[..., columns], bias), rows
 
 
 def _is_map(stack: Tensor) -> bool:
@@ -102,27 +115,31 @@ class _TakeSpan(torch.autograd.Function):
 
 
 class _SpanProduct(torch.autograd.Function):
-    """From rows and a stack, their product with some of it, and the stack again."""
+    """From rows and a stack, the rows' product with some of it, and both again."""
 
     @staticmethod
     def forward(
         ctx: Any, place: tuple[slice, ...], rows: Tensor, stack: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.place = place
         ctx.save_for_backward(rows, stack)
         ctx.set_materialize_grads(False)
-        return _product(rows, stack[place], bias), stack
+        return _product(rows, stack[place], bias), rows, stack
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, arriving: Tensor | None, whole: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, arriving: Tensor | None, into_rows: Tensor | None, whole: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if arriving is None:
-            return None, None, whole, None
+            return None, into_rows, whole, None
         rows, stack = ctx.saved_tensors
         if whole is None:
             whole = torch.zeros_like(stack)
         # nobody else has it, as above; transposed as a layer's own maps are laid out
         whole[ctx.place].mT.baddbmm_(arriving.mT, rows)
-        into_rows = torch.bmm(arriving, stack[ctx.place].mT) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[1]:
+            weight = stack[ctx.place].mT
+            into_rows = torch.bmm(arriving, weight) if into_rows is None else into_rows.baddbmm_(arriving, weight)
         into_bias = arriving.sum(dim=1, keepdim=True) if ctx.needs_input_grad[3] else None
         return None, into_rows, whole, into_bias

@@ -179,14 +179,13 @@ def diagonal_step(
     """
     layers, prefix, gate_RH = StackedLayers(weights, layer), None, None
     if recurrence is not None and memory_EBPD is not None:
+        if visible.n_slots and can_fuse(layer.self_attn.config, stream_EBSD):
+            return fused_cell(layers, recurrence, stream_EBSD, memory_EBPD, visible, is_read_EB)
         key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
         prefix = key.flatten(0, 1), value.flatten(0, 1)
         if "prefix_gate" in weights:
             gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
-    if prefix is not None and visible.n_slots and can_fuse(layer.self_attn.config, stream_EBSD):
-        stream_RSD = fused_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH)
-    else:
-        stream_RSD, _ = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH)
+    stream_RSD, _ = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH)
     stream_EBSD = stream_RSD.view_as(stream_EBSD)
     if recurrence is not None and memory_EBPD is not None:
         slots_EBPD = stream_EBSD[:, :, : visible.n_slots]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from counted_calls import OperationsCalled
-from recurrent_bart.layer_spans import Span, linear, take_span
+from recurrent_bart.layer_spans import Span, linear, linear_and_rows, take_span
 
 SPANS = [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
 EVERYTHING = slice(None)
@@ -30,9 +30,9 @@ def work(take, stacks, rows, columns=EVERYTHING):
     given_on, found = dict(stacks), []
     for first, stop in SPANS:
         weights = take(given_on, first, stop)
-        whole = linear(rows[first:stop], weights["map"], weights["map_bias"])
-        part = linear(rows[first:stop], weights["map"], None, columns).sin()
-        found.append((whole * part.sum() * weights["gate"].cos().sum()).sum())
+        part, own_rows = linear_and_rows(rows[first:stop], weights["map"], columns)
+        whole = linear(own_rows.cos(), weights["map"], weights["map_bias"])
+        found.append((whole * part.sin().sum() * weights["gate"].cos().sum()).sum())
     return found
 
 

@@ -1,6 +1,7 @@
 """Bias, dropout, residual sum and layer norm in one pass.
 
-Shape suffixes: E encoder layers (of a diagonal), M rows of a layer, D model width.
+Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * positions, P prefix
+length (= slots), D model width.
 """
 
 from typing import Any
@@ -21,7 +22,22 @@ def residual_norm(
 
     Sums are in float32, what leaves is in the stream's type.
     """
-    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p)
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, 1, 0)
+
+
+def residual_norm_and_slots(
+    stream_EMD: Tensor,
+    hidden_EMD: Tensor,
+    hidden_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    p: float,
+    n_documents: int,
+    n_slots: int,
+) -> tuple[Tensor, Tensor]:
+    """As `residual_norm`, and the slots `(E, B, P, D)` in front of each document, with a gradient of their own."""
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, n_documents, n_slots)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -35,7 +51,9 @@ class _ResidualNorm(torch.autograd.Function):
         bias: Tensor,
         epsilon: float,
         p: float,
-    ) -> Tensor:
+        n_documents: int,
+        n_slots: int,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         n_layers, n_rows, width = stream.shape
         stream, hidden = stream.contiguous(), hidden.contiguous()
         total, out = torch.empty_like(stream), torch.empty_like(stream)
@@ -46,12 +64,14 @@ class _ResidualNorm(torch.autograd.Function):
             n_rows, width, epsilon, p, HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         ctx.save_for_backward(total, weight, mean, scale, seed)
-        ctx.p = p
-        return out
+        ctx.p, ctx.n_positions, ctx.n_slots = p, n_rows // n_documents, n_slots
+        if not n_slots:
+            return out
+        return out, out.unflatten(1, (n_documents, -1))[:, :, :n_slots].detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, slots_gradient: Tensor | None = None) -> tuple[Tensor | None, ...]:
         total, weight, mean, scale, seed = ctx.saved_tensors
         n_layers, n_rows, width = total.shape
         chunks = n_chunks(n_layers, n_rows, total.device)
@@ -59,12 +79,15 @@ class _ResidualNorm(torch.autograd.Function):
         into_hidden = torch.empty_like(total) if ctx.p else into_stream
         # of bias, weight and the hidden's bias
         sums = total.new_empty(3, chunks, n_layers, width, dtype=torch.float32)
+        slots = mean.view(1, 1, 1, -1) if slots_gradient is None else slots_gradient
+        slots = slots if slots.stride(-1) == 1 else slots.contiguous()
         _backward[(n_layers * chunks,)](
-            gradient.contiguous(), total, weight, mean, scale, seed, into_stream, into_hidden, sums,
-            n_layers, n_rows, chunks, width, ctx.p, HAS_DROPOUT=ctx.p > 0, BLOCK=triton.next_power_of_2(width),
+            gradient.contiguous(), slots, *slots.stride()[:3], total, weight, mean, scale, seed,
+            into_stream, into_hidden, sums, n_layers, n_rows, chunks, ctx.n_positions, ctx.n_slots, width, ctx.p,
+            HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         into_bias, into_weight, into_hidden_bias = sums.sum(dim=1, keepdim=True).transpose(1, 2).to(weight.dtype)
-        return into_stream, into_hidden, into_hidden_bias, into_weight, into_bias, None, None
+        return into_stream, into_hidden, into_hidden_bias, into_weight, into_bias, None, None, None, None
 
 
 @triton.jit
@@ -95,8 +118,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    gradient, total, weight, mean, scale, seed, into_stream, into_hidden, sums,
-    n_layers, n_rows, n_chunks, width, p, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    gradient, slots, slots_layer, slots_document, slots_position, total, weight, mean, scale, seed,
+    into_stream, into_hidden, sums, n_layers, n_rows, n_chunks, n_positions, n_slots, width, p,
+    HAS_SLOTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     column = tl.arange(0, BLOCK)
@@ -110,6 +134,10 @@ def _backward(
         place = row * width + column
         factor = tl.load(scale + row)
         arriving = tl.load(gradient + place, inside, 0.0).to(tl.float32)
+        if HAS_SLOTS:
+            document, position = own_row // n_positions, own_row % n_positions
+            here = slots + layer.to(tl.int64) * slots_layer + document * slots_document + position * slots_position
+            arriving += tl.load(here + column, inside & (position < n_slots), 0.0).to(tl.float32)
         normed = (tl.load(total + place, inside, 0.0).to(tl.float32) - tl.load(mean + row)) * factor
         normed = tl.where(inside, normed, 0.0)
         bias_sum += arriving
