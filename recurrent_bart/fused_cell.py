@@ -5,16 +5,21 @@ E encoder layers (of a diagonal), M rows of a layer, H heads, D model width.
 """
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartAttention
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility
 from recurrent_bart.layer_spans import linear, linear_and_rows
 from recurrent_bart.prefix_attention import attend, gated_read
-from recurrent_bart.prefix_recurrence import KeyValue, PrefixRecurrence, Weights
+from recurrent_bart.prefix_recurrence import PrefixRecurrence, Weights
 from recurrent_bart.stacked_layers import StackedLayers
+
+if TYPE_CHECKING:
+    from recurrent_bart.kernels.heads import Heads
 
 
 def can_fuse(config: RecurrentBartConfig, stream: Tensor) -> bool:
@@ -51,21 +56,27 @@ def fused_cell(
         Slots and tokens that leave the layers, and their new states.
     """
     # else a processor without Triton could not import this
-    from recurrent_bart.kernels.bias_gelu import bias_gelu
+    from recurrent_bart.kernels.bias_activation import bias_gelu
+    from recurrent_bart.kernels.heads import split_heads
     from recurrent_bart.kernels.residual_norm import residual_norm, residual_norm_and_slots
 
     shared, weights = layers.shared, layers.weights
     n_layers, n_documents, _, width = stream_EBSD.shape
     dropout = shared.dropout if shared.training else 0.0
-    memory_EMD = memory_EBPD.reshape(n_layers, -1, width)
 
     def norm_of(hidden: str, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
         biases = weights[f"{hidden}_bias"], weights[f"{name}_bias"]
         return biases[0], weights[name], biases[1], getattr(shared, name).eps, dropout
 
-    prefix = recurrence.project(memory_EBPD, weights, layers.key_value)
+    prefix, prefix_bias, memory_EMD = _project(recurrence, weights, memory_EBPD.reshape(n_layers, -1, width))
     qkv, stream_EMD = linear_and_rows(stream_EBSD.flatten(1, 2), weights["query_key_value"])
-    read_RSD = _attention(layers, qkv.view(-1, stream_EBSD.shape[2], 3 * width), prefix, visible)
+    qkv_RSX = qkv.view(n_layers * n_documents, -1, 3 * width)
+    prefix_dropout = recurrence.dropout.p if recurrence.training else 0.0
+    heads = split_heads(
+        qkv_RSX, weights["query_key_value_bias"], prefix, prefix_bias,
+        recurrence.n_heads, "prefix_gate" in weights, prefix_dropout,
+    )  # fmt: skip
+    read_RSD = _attend(shared.self_attn, heads, visible, weights.get("prefix_gate"))
     read = linear(read_RSD.view_as(stream_EMD), weights["out_proj"])
     stream_EMD = residual_norm(stream_EMD, read, *norm_of("out_proj", "self_attn_layer_norm"))
     hidden, stream_EMD = linear_and_rows(stream_EMD, weights["fc1"])
@@ -78,22 +89,30 @@ def fused_cell(
     return stream_EMD.view_as(stream_EBSD), memory_EBPD
 
 
-def _attention(layers: StackedLayers, qkv_RSX: Tensor, prefix: KeyValue, visible: Visibility) -> Tensor:
+def _project(recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values `(E, M, 2 * D)` of the prefix without their bias, the bias, and the states again."""
+    from recurrent_bart.kernels.bias_activation import bias_tanh
+
+    if not recurrence.has_projection:
+        columns = slice(memory_EMD.shape[-1], None)
+        both, memory_EMD = linear_and_rows(memory_EMD, weights["query_key_value"], columns)
+        return both, weights["query_key_value_bias"][..., columns], memory_EMD
+    inside, memory_EMD = linear_and_rows(memory_EMD, weights["projection_in"])
+    inside = bias_tanh(inside, weights["projection_in_bias"])
+    return linear(inside, weights["projection_out"]), weights["projection_out_bias"], memory_EMD
+
+
+def _attend(attention: BartAttention, heads: "Heads", visible: Visibility, gate_EH: Tensor | None) -> Tensor:
     """What slots and tokens read, `(R, S, D)`."""
     from recurrent_bart.kernels.gated_prefix import add_prefix_read
-    from recurrent_bart.kernels.heads import split_heads
 
-    weights, attention = layers.weights, layers.shared.self_attn
-    gate_EH = weights.get("prefix_gate")
-    prefix = prefix[0].flatten(0, 1), prefix[1].flatten(0, 1)
-    heads = split_heads(qkv_RSX, weights["query_key_value_bias"], *prefix, gate_EH is not None)
     slots_read, _ = attend(attention, heads.slots_query, (heads.slots_key, heads.slots_value), visible.slots)
     tokens_read, _ = attend(attention, heads.tokens_query, (heads.tokens_key, heads.tokens_value), visible.tokens)
     if gate_EH is not None:
-        gate_RH = gate_EH.repeat_interleave(len(qkv_RSX) // len(gate_EH), dim=0)
         if not (attention.dropout and attention.training):
-            return add_prefix_read(slots_read, tokens_read, *heads[6:], gate_RH, attention.scaling)
+            return add_prefix_read(slots_read, tokens_read, *heads[6:], gate_EH, attention.scaling)
         prefix_read = attend(attention, heads.prefix_query, (heads.prefix_key, heads.prefix_value), None)
+        gate_RH = gate_EH.repeat_interleave(len(slots_read) // len(gate_EH), dim=0)
         tokens_read, _ = gated_read((tokens_read, None), prefix_read, gate_RH)
     return torch.cat([slots_read, tokens_read], dim=1).flatten(2)
 

@@ -3,8 +3,8 @@
 A cell's keys are `slots, prefix, tokens`, one behind the other, so that slots see all of them, and tokens and the
 prefix's own softmax a part, without a copy.
 
-Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, S = slots and tokens of a segment, P prefix
-length (= slots), A attended length, H heads, K head width, D model width.
+Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, M = documents * slots, S = slots and tokens
+of a segment, P prefix length (= slots), A attended length, H heads, K head width, D model width.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-from recurrent_bart.kernels.programs import n_chunks
+from recurrent_bart.kernels.programs import draw_seed, drop, n_chunks
 
 
 class Heads(NamedTuple):
@@ -36,35 +36,49 @@ class Heads(NamedTuple):
     prefix_value: Tensor | None = None
 
 
-def split_heads(qkv_RSX: Tensor, bias: Tensor, prefix_key: Tensor, prefix_value: Tensor, is_gated: bool) -> Heads:
-    """Add the bias and lay out heads.
+def split_heads(
+    qkv_RSX: Tensor, bias: Tensor, prefix_EMX: Tensor, prefix_bias: Tensor, n_heads: int, is_gated: bool, p: float
+) -> Heads:
+    """Add biases, drop out of the prefix, and lay out heads.
 
     Args:
         qkv_RSX: Queries, keys and values `(R, S, 3 * D)` without their bias, slots in front of tokens.
         bias: Of each layer, `(E, 1, 3 * D)`.
-        prefix_key: `(R, H, P, K)`.
-        prefix_value: Likewise.
+        prefix_EMX: Keys and values `(E, M, 2 * D)` of the prefix without theirs.
+        prefix_bias: Of each layer, `(E, 1, 2 * D)`.
+        n_heads: Number of heads.
         is_gated: Whether the prefix has a softmax of its own.
+        p: Probability with which the prefix's numbers are dropped.
     """
-    return Heads(*_SplitHeads.apply(qkv_RSX, bias, prefix_key, prefix_value, is_gated))
+    return Heads(*_SplitHeads.apply(qkv_RSX, bias, prefix_EMX, prefix_bias, n_heads, is_gated, p))
 
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, bias: Tensor, prefix_key: Tensor, prefix_value: Tensor, is_gated: bool
+        ctx: Any,
+        qkv: Tensor,
+        bias: Tensor,
+        prefix: Tensor,
+        prefix_bias: Tensor,
+        n_heads: int,
+        is_gated: bool,
+        p: float,
     ) -> tuple[Tensor, ...]:
         n_rows, n_positions, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        _, n_heads, n_slots, head_dim = prefix_key.shape
-        query = qkv.new_empty(n_rows, n_positions, n_heads, head_dim)
-        key, value = qkv.new_empty(2, n_rows, n_positions + n_slots, n_heads, head_dim)
-        _split[(n_rows, n_positions)](
-            qkv.contiguous(), bias, query, key, value,
-            n_rows // len(bias), n_positions, n_slots, width, BLOCK=triton.next_power_of_2(width),
+        n_slots = prefix.shape[0] * prefix.shape[1] // n_rows
+        query = qkv.new_empty(n_rows, n_positions, n_heads, width // n_heads)
+        key, value = qkv.new_empty(2, n_rows, n_positions + n_slots, n_heads, width // n_heads)
+        seed = draw_seed(qkv.device) if p else qkv
+        prefix_bias = prefix_bias.contiguous()
+        _split[(n_rows, n_positions + n_slots)](
+            qkv.contiguous(), bias, prefix.contiguous(), prefix_bias, seed, query, key, value,
+            n_rows // len(bias), n_positions, n_slots, width, p,
+            HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        for all_parts, prefix in ((key, prefix_key), (value, prefix_value)):
-            all_parts[:, n_slots : 2 * n_slots].copy_(prefix.transpose(1, 2))
-        ctx.is_gated, ctx.n_slots, ctx.bias, ctx.width = is_gated, n_slots, (bias.shape, bias.dtype), width
+        ctx.save_for_backward(seed if p else None)
+        ctx.is_gated, ctx.n_slots, ctx.p, ctx.width = is_gated, n_slots, p, width
+        ctx.n_layers, ctx.dtypes = len(bias), (bias.dtype, prefix_bias.dtype)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         tokens_see = 2 * n_slots if is_gated else n_slots
         parts = [
@@ -79,87 +93,120 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        n_slots, is_gated, (bias_shape, dtype) = ctx.n_slots, ctx.is_gated, ctx.bias
+        n_slots, n_layers, width = ctx.n_slots, ctx.n_layers, ctx.width
         parts = [part if part.stride(-1) == 1 else part.contiguous() for part in gradients]
         slots, tokens, prefix = parts[:3], parts[3:6], parts[6:]
         n_rows, _, _, head_dim = slots[0].shape
-        n_positions, n_layers = n_slots + tokens[0].shape[2], bias_shape[0]
-        into_qkv = slots[0].new_empty(n_rows, n_positions, 3 * ctx.width)
-        rows = n_rows // n_layers * n_positions
-        chunks = n_chunks(n_layers, rows, into_qkv.device)
-        sums = into_qkv.new_empty(chunks, n_layers, 3 * ctx.width, dtype=torch.float32)
+        n_positions = n_slots + tokens[0].shape[2]
+        into_qkv = slots[0].new_empty(n_rows, n_positions, 3 * width)
+        into_prefix = slots[0].new_empty(n_layers, n_rows // n_layers * n_slots, 2 * width)
+        chunks = n_chunks(n_layers, n_rows // n_layers * n_positions, into_qkv.device)
+        # of both biases, one behind the other
+        sums = into_qkv.new_empty(chunks, n_layers * 5 * width, dtype=torch.float32)
         for number in range(3):
-            own, others = slots[number], [tokens[number]]
-            # keys of tokens stand behind slots and prefix, and, with one softmax, behind the prefix
-            skipped, skipped_too = (0, 0) if number == 0 else (n_slots, 0 if is_gated else n_slots)
-            others += [prefix[0] if number == 0 and is_gated else tokens[number]]
+            three = slots[number], tokens[number], prefix[number] if ctx.is_gated else tokens[number]
             _gather[(n_layers * chunks,)](
-                own, *own.stride()[:3], others[0], *others[0].stride()[:3], others[1], *others[1].stride()[:3],
-                into_qkv, sums, n_layers, rows, chunks, n_positions, n_slots, skipped, skipped_too,
-                number, ctx.width, head_dim,
-                IS_QUERY=number == 0, IS_GATED=is_gated, BLOCK=triton.next_power_of_2(ctx.width),
+                *(given for part in three for given in (part, *part.stride()[:3])),
+                ctx.saved_tensors[0] if ctx.p else sums, into_qkv, into_prefix, sums,
+                n_layers, n_rows // n_layers, chunks, n_positions, n_slots, number, width, head_dim, ctx.p,
+                IS_QUERY=number == 0, IS_GATED=ctx.is_gated, HAS_DROPOUT=ctx.p > 0,
+                BLOCK=triton.next_power_of_2(width),
             )  # fmt: skip
-        into_prefix = [
-            all_parts[:, :, n_slots : 2 * n_slots] + (prefix[number] if is_gated else tokens[number][:, :, :n_slots])
-            for number, all_parts in enumerate(slots)
-            if number
-        ]
-        return into_qkv, sums.sum(dim=0).view(bias_shape).to(dtype), *into_prefix, None
+        into_biases = sums.sum(dim=0).split((n_layers * 3 * width, n_layers * 2 * width))
+        into_bias, into_prefix_bias = (
+            it.view(n_layers, 1, -1).to(dtype) for it, dtype in zip(into_biases, ctx.dtypes, strict=True)
+        )
+        return into_qkv, into_bias, into_prefix, into_prefix_bias, None, None, None
 
 
 @triton.jit
 def _split(
-    qkv, bias, query, key, value, n_documents, n_positions, n_slots, width, BLOCK: tl.constexpr
+    qkv, bias, prefix, prefix_bias, seed, query, key, value, n_documents, n_positions, n_slots, width, p,
+    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, position = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # place among the keys: behind the slots stands the prefix
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    source = (row * n_positions + position) * 3 * width + column
-    own = (row // n_documents) * 3 * width + column
-    # behind the slots stands the prefix
-    behind = tl.where(position < n_slots, position, position + n_slots)
-    target = (row * (n_positions + n_slots) + behind) * width + column
-    for number in tl.static_range(3):
-        summed = tl.load(qkv + source + number * width, inside, 0.0).to(tl.float32)
-        summed += tl.load(bias + own + number * width, inside, 0.0).to(tl.float32)
-        summed = summed.to(query.dtype.element_ty)
-        if number == 0:
-            tl.store(query + (row * n_positions + position) * width + column, summed, inside)
-        if number == 1:
-            tl.store(key + target, summed, inside)
-        if number == 2:
-            tl.store(value + target, summed, inside)
+    layer = row // n_documents
+    target = (row * (n_positions + n_slots) + place) * width + column
+    if (place >= n_slots) & (place < 2 * n_slots):
+        source = (row * n_slots + place - n_slots) * 2
+        for number in tl.static_range(2):
+            summed = tl.load(prefix + (source + number) * width + column, inside, 0.0).to(tl.float32)
+            summed += tl.load(prefix_bias + (layer * 2 + number) * width + column, inside, 0.0).to(tl.float32)
+            if HAS_DROPOUT:
+                summed = drop(summed, seed, source + number, p, BLOCK)
+            if number == 0:
+                tl.store(key + target, summed.to(key.dtype.element_ty), inside)
+            else:
+                tl.store(value + target, summed.to(value.dtype.element_ty), inside)
+    else:
+        position = tl.where(place < n_slots, place, place - n_slots)
+        source = (row * n_positions + position) * 3
+        for number in tl.static_range(3):
+            summed = tl.load(qkv + (source + number) * width + column, inside, 0.0).to(tl.float32)
+            summed += tl.load(bias + (layer * 3 + number) * width + column, inside, 0.0).to(tl.float32)
+            if number == 0:
+                own = (row * n_positions + position) * width + column
+                tl.store(query + own, summed.to(query.dtype.element_ty), inside)
+            if number == 1:
+                tl.store(key + target, summed.to(key.dtype.element_ty), inside)
+            if number == 2:
+                tl.store(value + target, summed.to(value.dtype.element_ty), inside)
 
 
 @triton.jit
 def _gather(
-    slots, slots_row, slots_head, slots_position, tokens, tokens_row, tokens_head, tokens_position,
-    prefix, prefix_row, prefix_head, prefix_position, into_qkv, sums,
-    n_layers, n_rows, n_chunks, n_positions, n_slots, skipped, skipped_too, number, width, head_dim,
-    IS_QUERY: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr,
+    slots, slots_row, slots_head, slots_place, tokens, tokens_row, tokens_head, tokens_place,
+    prefix, prefix_row, prefix_head, prefix_place, seed, into_qkv, into_prefix, sums,
+    n_layers, n_documents, n_chunks, n_positions, n_slots, number, width, head_dim, p,
+    IS_QUERY: tl.constexpr, IS_GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     column = tl.arange(0, BLOCK)
     inside = column < width
     head, within = column // head_dim, column % head_dim
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for own_row in range(chunk, n_rows, n_chunks):
-        place = layer.to(tl.int64) * n_rows + own_row
-        row, position = place // n_positions, place % n_positions
-        if position < n_slots:
-            here = slots + row * slots_row + position * slots_position + head * slots_head + within
-            leaving = tl.load(here, inside, 0.0).to(tl.float32)
+    prefix_total = tl.zeros([BLOCK], dtype=tl.float32)
+    slots += head * slots_head + within
+    tokens += head * tokens_head + within
+    prefix += head * prefix_head + within
+    # where the gradients of tokens begin
+    n_places, first = n_positions, n_slots
+    if not IS_QUERY:
+        n_places = n_positions + n_slots
+        if IS_GATED:
+            first = 2 * n_slots
+    for own in range(chunk, n_documents * n_places, n_chunks):
+        row, place = layer.to(tl.int64) * n_documents + own // n_places, own % n_places
+        is_prefix = (place >= n_slots) & (place < 2 * n_slots)
+        of_tokens = tokens + row * tokens_row + (place - first) * tokens_place
+        leaving = tl.load(of_tokens, inside & (place >= first), 0.0).to(tl.float32)
+        of_slots = slots + row * slots_row + place * slots_place
+        of_prefix = prefix + row * prefix_row + (place - n_slots) * prefix_place
+        if IS_QUERY:
+            leaving += tl.load(of_slots, inside & (place < n_slots), 0.0).to(tl.float32)
+            if IS_GATED:
+                leaving += tl.load(of_prefix, inside & (place >= n_slots), 0.0).to(tl.float32)
+            target = (row * n_positions + place) * 3
+            tl.store(into_qkv + target * width + column, leaving.to(into_qkv.dtype.element_ty), inside)
+            total += leaving
         else:
-            token = position - n_slots
-            here = tokens + row * tokens_row + (token + skipped_too) * tokens_position + head * tokens_head + within
-            leaving = tl.load(here, inside, 0.0).to(tl.float32)
-            if not IS_QUERY:
-                here = slots + row * slots_row + (position + skipped) * slots_position + head * slots_head + within
-                leaving += tl.load(here, inside, 0.0).to(tl.float32)
-            elif IS_GATED:
-                here = prefix + row * prefix_row + token * prefix_position + head * prefix_head + within
-                leaving += tl.load(here, inside, 0.0).to(tl.float32)
-        total += leaving
-        target = into_qkv + (place * 3 + number) * width + column
-        tl.store(target, leaving.to(into_qkv.dtype.element_ty), inside)
-    tl.store(sums + (chunk * n_layers + layer) * 3 * width + number * width + column, total, inside)
+            leaving += tl.load(of_slots, inside, 0.0).to(tl.float32)
+            if IS_GATED:
+                leaving += tl.load(of_prefix, inside & is_prefix, 0.0).to(tl.float32)
+            if is_prefix:
+                target = (row * n_slots + place - n_slots) * 2 + number - 1
+                if HAS_DROPOUT:
+                    leaving = drop(leaving, seed, target, p, BLOCK)
+                tl.store(into_prefix + target * width + column, leaving.to(into_prefix.dtype.element_ty), inside)
+                prefix_total += leaving
+            else:
+                target = (row * n_positions + tl.where(place < n_slots, place, place - n_slots)) * 3 + number
+                tl.store(into_qkv + target * width + column, leaving.to(into_qkv.dtype.element_ty), inside)
+                total += leaving
+    sums += chunk * n_layers * 5 * width + column
+    tl.store(sums + (layer * 3 + number) * width, total, inside)
+    if not IS_QUERY:
+        tl.store(sums + ((n_layers * 3 + layer * 2) + number - 1) * width, prefix_total, inside)

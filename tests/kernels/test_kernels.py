@@ -81,10 +81,86 @@ def test_residual_norm(dtype, sizes, has_slots):
 
 @every_type
 @every_size
-def test_bias_gelu(dtype, sizes):
-    from recurrent_bart.kernels.bias_gelu import bias_gelu
+@pytest.mark.parametrize("activation", [gelu, torch.tanh])
+def test_bias_activation(dtype, sizes, activation):
+    from recurrent_bart.kernels.bias_activation import bias_gelu, bias_tanh
 
     n_layers, n_documents, n_positions, _, width = sizes
     inputs = randoms(dtype, (n_layers, n_documents * n_positions, 5 * width), (n_layers, 1, 5 * width))
     inputs = [part.detach().contiguous().requires_grad_() for part in inputs]
-    check(lambda *given: [bias_gelu(*given)], lambda hidden, bias: [gelu(hidden + bias)], inputs)
+    fused = bias_gelu if activation is gelu else bias_tanh
+    check(lambda *given: [fused(*given)], lambda hidden, bias: [activation(hidden + bias)], inputs)
+
+
+def plain_heads(n_documents, n_slots, n_heads, is_gated):
+    """`split_heads` by plain operations."""
+
+    def plain(qkv, bias, prefix, prefix_bias):
+        qkv = qkv + bias.repeat_interleave(n_documents, dim=0)
+        three = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
+        prefix = (prefix + prefix_bias).view(len(qkv), n_slots, 2, n_heads, -1).permute(2, 0, 3, 1, 4)
+        query, *both = [(part[:, :, :n_slots], part[:, :, n_slots:]) for part in three]
+        slots_see = [torch.cat([slots, own, tokens], 2) for (slots, tokens), own in zip(both, prefix, strict=True)]
+        if is_gated:
+            return [query[0], *slots_see, query[1], *(tokens for _, tokens in both), query[1], *prefix]
+        tokens_see = [torch.cat([own, tokens], 2) for (_, tokens), own in zip(both, prefix, strict=True)]
+        return [query[0], *slots_see, query[1], *tokens_see]
+
+    return plain
+
+
+@every_type
+@every_size
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_split_heads(dtype, sizes, is_gated):
+    from recurrent_bart.kernels.heads import split_heads
+
+    n_layers, n_documents, n_positions, n_slots, width = sizes
+    n_heads = 2 if width % 3 else 3
+    shapes = [(n_layers * n_documents, n_positions, 3 * width), (n_layers, 1, 3 * width)]
+    shapes += [(n_layers, n_documents * n_slots, 2 * width), (n_layers, 1, 2 * width)]
+    qkv, bias, *prefix = randoms(dtype, *shapes)
+    bias = bias.detach().contiguous().requires_grad_()
+    check(
+        lambda *inputs: [part for part in split_heads(*inputs, n_heads, is_gated, 0.0) if part is not None],
+        plain_heads(n_documents, n_slots, n_heads, is_gated),
+        [qkv, bias, *prefix],
+    )
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_the_same_numbers_of_a_prefix_are_dropped_in_the_backward_pass(is_gated):
+    """A gradient is zero where a number is, and as much larger as that elsewhere."""
+    from recurrent_bart.kernels.heads import split_heads
+
+    torch.manual_seed(0)
+    prefix = torch.ones(2, 3 * 4, 2 * 48, requires_grad=True)
+    nothing = torch.zeros(6, 9, 3 * 48), torch.zeros(2, 1, 3 * 48)
+    heads = split_heads(*nothing, prefix, torch.zeros(2, 1, 2 * 48), 3, is_gated, 0.3)
+    kept = torch.stack([heads.slots_key, heads.slots_value])[:, :, :, 4:8].permute(1, 3, 0, 2, 4).reshape(prefix.shape)
+    assert (kept == 0).float().mean() == pytest.approx(0.3, abs=0.05)
+    (heads.slots_key.sum() + heads.slots_value.sum()).backward()
+    torch.testing.assert_close(prefix.grad, kept)
+    again = split_heads(*nothing, prefix, torch.zeros(2, 1, 2 * 48), 3, is_gated, 0.3)
+    assert not torch.equal(again.slots_key, heads.slots_key)
+
+
+# the interpreter multiplies the bits of bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 3, 70, 3, 48), (1, 1, 1, 1, 16), (3, 2, 21, 5, 20)], ids=str)
+def test_add_prefix_read(dtype, sizes):
+    """Sums of 64 tokens at once, and a few more."""
+    from recurrent_bart.kernels.gated_prefix import add_prefix_read
+
+    n_layers, n_documents, n_tokens, n_slots, width = sizes
+    n_rows, n_heads = n_layers * n_documents, 2
+    slots, tokens = (n_rows, n_slots, n_heads, width), (n_rows, n_tokens, n_heads, width)
+    query, prefix = (n_rows, n_heads, n_tokens, width), (n_rows, n_heads, n_slots, width)
+
+    def plain(slots, tokens, query, key, value, gate):
+        read = torch.softmax(query @ key.mT * 0.3, dim=-1) @ value
+        opening = gate.tanh().repeat_interleave(n_documents, dim=0)[:, None, :, None]
+        return [torch.cat([slots, tokens + opening * read.transpose(1, 2)], dim=1).flatten(2)]
+
+    inputs = randoms(dtype, slots, tokens, query, prefix, prefix, (n_layers, n_heads))
+    check(lambda *given: [add_prefix_read(*given, 0.3)], plain, inputs)
