@@ -41,6 +41,7 @@ def fused_cell(
     memory_EBPD: Tensor,
     visible: Visibility,
     is_read_EB: Tensor | None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `diagonal_step`, whose numbers it gives but for rounding.
 
@@ -51,6 +52,7 @@ def fused_cell(
         memory_EBPD: Their states.
         visible: What the rows `(E * B)` see.
         is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
+        into: Where to leave both, without a graph.
 
     Returns:
         Slots and tokens that leave the layers, and their new states.
@@ -82,10 +84,12 @@ def fused_cell(
     hidden, stream_EMD = linear_and_rows(stream_EMD, weights["fc1"])
     hidden = bias_gelu(hidden, weights["fc1_bias"])
     hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
+    hidden, affine = linear(hidden, weights["fc2"]), norm_of("fc2", "final_layer_norm")
+    into_stream, into_memory = (None, None) if into is None else (place.flatten(1, 2) for place in into)
     stream_EMD, slots_EBPD = residual_norm_and_slots(
-        stream_EMD, linear(hidden, weights["fc2"]), *norm_of("fc2", "final_layer_norm"), n_documents, visible.n_slots
+        stream_EMD, hidden, *affine, n_documents, visible.n_slots, into_stream
     )
-    memory_EBPD = _next_memory(recurrence, weights, memory_EMD, slots_EBPD, is_read_EB)
+    memory_EBPD = _next_memory(recurrence, weights, memory_EMD, slots_EBPD, is_read_EB, into_memory)
     return stream_EMD.view_as(stream_EBSD), memory_EBPD
 
 
@@ -118,12 +122,18 @@ def _attend(attention: BartAttention, heads: "Heads", visible: Visibility, gate_
 
 
 def _next_memory(
-    recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor | None
+    recurrence: PrefixRecurrence,
+    weights: Weights,
+    memory_EMD: Tensor,
+    slots_EBPD: Tensor,
+    is_read_EB: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     from recurrent_bart.kernels.gated_update import gated_update
 
     if not recurrence.has_update_gate:
-        return recurrence.next_memory(memory_EMD.view_as(slots_EBPD), slots_EBPD, is_read_EB, weights)
+        new = recurrence.next_memory(memory_EMD.view_as(slots_EBPD), slots_EBPD, is_read_EB, weights)
+        return new if out is None else out.view_as(new).copy_(new)
     both = torch.cat([memory_EMD, slots_EBPD.flatten(1, 2)], dim=-1)
     gate, both = linear_and_rows(both, weights["update_gate"])
-    return gated_update(gate, weights["update_gate_bias"], both, is_read_EB).view_as(slots_EBPD)
+    return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, out).view_as(slots_EBPD)

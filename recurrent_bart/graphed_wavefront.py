@@ -54,8 +54,11 @@ class GraphedWavefront(Wavefront):
 
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """As Wavefront's; with a graph, the states that it gives but for the last are those of the last layer alone."""
+    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """As Wavefront's; the states that it gives but for the last are those of the last layer alone.
+
+        Without a graph they hold until the next ones are asked for.
+        """
         assert memory_EBPD is not None
         assert self.recurrence is not None
         tokens_BLD = segments[0]()
@@ -76,7 +79,7 @@ class GraphedWavefront(Wavefront):
 
     def _read(
         self, recorder: "Recorder", diagonals: list[Diagonal], memory_EBPD: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Forward passes alone; outside training, what comes for the first time is not worth a recording."""
         assert self.recurrence is not None
         again = diagonals if self.layer.training else [it for it in diagonals if recorder.was_seen(it)]
@@ -88,7 +91,9 @@ class GraphedWavefront(Wavefront):
                 recorder.stream[0].copy_(self.embed(diagonal.segment(), slots))
             recorder.read(diagonal)
             if diagonal.stop == self.config.encoder_layers:
-                yield recorder.top.clone(), recorder.memory.clone()
+                is_last = diagonal is diagonals[-1]
+                tokens_BLD = recorder.top.clone() if self._gives_tokens(diagonal) else None
+                yield tokens_BLD, recorder.memory.clone() if is_last else recorder.memory[-1:]
 
     def _recorder(self, weights: Weights, tokens_BLD: Tensor) -> "Recorder":
         """Recordings for batches of this shape."""
@@ -200,9 +205,8 @@ class Recorder:
     @torch.no_grad()
     def _forward(self, diagonal: Diagonal) -> None:
         first, stop = diagonal.first, diagonal.stop
-        stream, memory = self._step(diagonal, dict(self.weights), self.stream[first:stop], self.memory[first:stop])
-        self.stream[first + 1 : stop + 1].copy_(stream)
-        self.memory[first:stop].copy_(memory)
+        stream, memory = self.stream[first:stop], self.memory[first:stop]
+        self._step(diagonal, dict(self.weights), stream, memory, (self.stream[first + 1 : stop + 1], memory))
 
     def _backward(self, diagonal: Diagonal) -> None:
         span = slice(diagonal.first, diagonal.stop)
@@ -220,7 +224,12 @@ class Recorder:
         self.into_memory[span].copy_(into_memory)
 
     def _step(
-        self, diagonal: Diagonal, stacks: dict[str, Tensor], stream: Tensor, memory: Tensor
+        self,
+        diagonal: Diagonal,
+        stacks: dict[str, Tensor],
+        stream: Tensor,
+        memory: Tensor,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         n_layers, n_rows = stream.shape[0], stream.shape[0] * stream.shape[1]
         has_padding = diagonal.visible.slots is not None
@@ -228,7 +237,7 @@ class Recorder:
         visible = Visibility(tokens, slots, self.n_slots, slots_read_prefix=True)
         is_read = None if diagonal.is_read is None else self.is_read[:n_layers]
         weights = take_span(stacks, diagonal.first, diagonal.stop)
-        return diagonal_step(weights, self.layer(), self.recurrence(), stream, memory, visible, is_read)
+        return diagonal_step(weights, self.layer(), self.recurrence(), stream, memory, visible, is_read, into)
 
     def begin_backward(self, into_memory: Tensor) -> None:
         """Make ready for the backward pass of the last diagonal."""

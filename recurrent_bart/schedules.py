@@ -55,7 +55,7 @@ class Kept:
 class SegmentOutput:
     """What one segment gives: token streams `(B, L, D)` below and above every layer, if wanted, and weights."""
 
-    tokens: Tensor
+    tokens: Tensor | None
     memory: Tensor | None
     hidden_states: list[Tensor] = field(default_factory=list)
     attentions: list[Tensor] = field(default_factory=list)
@@ -195,7 +195,8 @@ class Grid:
             if self.config.schedule == "auto" and can_graph(self.config, weights, segments[0](), checkpointing)
             else Wavefront
         )
-        wavefront = kind(self.config, layer, self.recurrence, self.embed, checkpointing)
+        gives_all_tokens = kept.every_segment or kept.tokens
+        wavefront = kind(self.config, layer, self.recurrence, self.embed, checkpointing, gives_all_tokens)
         for top, memory in wavefront.run(weights, segments, mask_BNL, memory_EBPD):
             yield SegmentOutput(top, memory)
 

@@ -59,6 +59,7 @@ class Wavefront:
         checkpointing: What is recomputed in the backward pass, so that of the diagonals before it only streams and
             states are kept: `"layer"`: each diagonal for itself; `"segment"`: as many together as makes the whole
             smallest; `"none"`.
+        gives_all_tokens: Whether tokens are wanted of every segment, not of the last one alone.
     """
 
     config: RecurrentBartConfig
@@ -66,6 +67,7 @@ class Wavefront:
     recurrence: PrefixRecurrence | None
     embed: Callable[[Tensor, Tensor | None], Tensor]
     checkpointing: str
+    gives_all_tokens: bool = True
 
     @property
     def n_slots(self) -> int:
@@ -74,8 +76,8 @@ class Wavefront:
 
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """After each segment, the last layer's tokens `(B, L, D)` and the states `(E, B, P, D)`.
+    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """After each segment, the last layer's tokens `(B, L, D)`, if wanted, and the states `(E, B, P, D)`.
 
         Lower layers' states are of later segments already; behind the last segment all are of that.
 
@@ -98,17 +100,22 @@ class Wavefront:
 
     def _chunk(
         self, diagonals: list[Diagonal], weights: Weights, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
-    ) -> tuple[Weights, Tensor | None, Tensor | None, list[tuple[Tensor, Tensor | None]]]:
+    ) -> tuple[Weights, Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
         """Diagonals one after the other: stacks and streams for the next one, states, and what `run` gives."""
         outputs, stacks = [], dict(weights)
         for diagonal in diagonals:
             stream_EBSD = self._entering(diagonal, frontier_EBSD, memory_EBPD)
             frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, stacks, stream_EBSD, memory_EBPD)
             if diagonal.stop == self.config.encoder_layers:
-                # not a view, which would keep the streams of all layers
                 frontier_EBSD, top_1BSD = frontier_EBSD.split((len(frontier_EBSD) - 1, 1))
-                outputs.append((top_1BSD[0, :, self.n_slots :].clone(), memory_EBPD))
+                # not a view, which would keep the streams of all layers
+                tokens_BLD = top_1BSD[0, :, self.n_slots :].clone() if self._gives_tokens(diagonal) else None
+                outputs.append((tokens_BLD, memory_EBPD))
         return stacks, frontier_EBSD, memory_EBPD, outputs
+
+    def _gives_tokens(self, diagonal: Diagonal) -> bool:
+        """Whether tokens that leave the last layer are wanted; those of the last segment do so in the last diagonal."""
+        return self.gives_all_tokens or diagonal.first == self.config.encoder_layers - 1
 
     def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:
         """The stream below each layer of a diagonal: a new segment's below the first, if there is one."""
@@ -162,6 +169,7 @@ def diagonal_step(
     memory_EBPD: Tensor | None,
     visible: Visibility,
     is_read_EB: Tensor | None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One cell of each of several layers.
 
@@ -173,6 +181,7 @@ def diagonal_step(
         memory_EBPD: Their states.
         visible: What the rows `(E * B)` see.
         is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
+        into: Where to leave both, without a graph; may be where they came from.
 
     Returns:
         Slots and tokens that leave the layers, and their new states.
@@ -180,7 +189,7 @@ def diagonal_step(
     layers, prefix, gate_RH = StackedLayers(weights, layer), None, None
     if recurrence is not None and memory_EBPD is not None:
         if visible.n_slots and can_fuse(layer.self_attn.config, stream_EBSD):
-            return fused_cell(layers, recurrence, stream_EBSD, memory_EBPD, visible, is_read_EB)
+            return fused_cell(layers, recurrence, stream_EBSD, memory_EBPD, visible, is_read_EB, into)
         key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
         prefix = key.flatten(0, 1), value.flatten(0, 1)
         if "prefix_gate" in weights:
@@ -190,6 +199,9 @@ def diagonal_step(
     if recurrence is not None and memory_EBPD is not None:
         slots_EBPD = stream_EBSD[:, :, : visible.n_slots]
         memory_EBPD = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_EB, weights)
+    if into is not None:
+        assert memory_EBPD is not None
+        stream_EBSD, memory_EBPD = into[0].copy_(stream_EBSD), into[1].copy_(memory_EBPD)
     return stream_EBSD, memory_EBPD
 
 

@@ -305,7 +305,7 @@ def test_diagonals_recomputed_together_change_no_number(make_model, monkeypatch)
 
 
 def test_what_is_kept_of_a_segment_holds_no_other_layers_streams(make_model, monkeypatch):
-    _, model = both(make_model)
+    _, model = both(make_model, decoder_context="all")
     sizes = []
     keep = schedules.Grid._keep
 

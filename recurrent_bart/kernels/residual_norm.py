@@ -22,7 +22,8 @@ def residual_norm(
 
     Sums are in float32, what leaves is in the stream's type.
     """
-    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, 1, 0)
+    is_kept = torch.is_grad_enabled()
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, 1, 0, None, is_kept)
 
 
 def residual_norm_and_slots(
@@ -35,9 +36,16 @@ def residual_norm_and_slots(
     p: float,
     n_documents: int,
     n_slots: int,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `residual_norm`, and the slots `(E, B, P, D)` in front of each document, with a gradient of their own."""
-    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, n_documents, n_slots)
+    """As `residual_norm`, and the slots `(E, B, P, D)` in front of each document, with a gradient of their own.
+
+    Without a graph, `out` is where to leave the stream.
+    """
+    is_kept = torch.is_grad_enabled()
+    return _ResidualNorm.apply(
+        stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, n_documents, n_slots, out, is_kept
+    )
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -53,15 +61,19 @@ class _ResidualNorm(torch.autograd.Function):
         p: float,
         n_documents: int,
         n_slots: int,
+        out: Tensor | None,
+        is_kept: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         n_layers, n_rows, width = stream.shape
         stream, hidden = stream.contiguous(), hidden.contiguous()
-        total, out = torch.empty_like(stream), torch.empty_like(stream)
-        mean, scale = stream.new_empty(2, n_layers * n_rows, dtype=torch.float32)
+        out = torch.empty_like(stream) if out is None else out
+        # for the backward pass
+        total = torch.empty_like(stream) if is_kept else out
+        mean, scale = stream.new_empty(2, n_layers * n_rows if is_kept else 0, dtype=torch.float32)
         seed = draw_seed(stream.device) if p else mean
         _forward[(n_layers * n_rows,)](
             stream, hidden, hidden_bias, weight, bias, seed, total, out, mean, scale,
-            n_rows, width, epsilon, p, HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
+            n_rows, width, epsilon, p, IS_KEPT=is_kept, HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         ctx.save_for_backward(total, weight, mean, scale, seed)
         ctx.p, ctx.n_positions, ctx.n_slots = p, n_rows // n_documents, n_slots
@@ -87,13 +99,13 @@ class _ResidualNorm(torch.autograd.Function):
             HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         into_bias, into_weight, into_hidden_bias = sums.sum(dim=1, keepdim=True).transpose(1, 2).to(weight.dtype)
-        return into_stream, into_hidden, into_hidden_bias, into_weight, into_bias, None, None, None, None
+        return into_stream, into_hidden, into_hidden_bias, into_weight, into_bias, *([None] * 6)
 
 
 @triton.jit
 def _forward(
     stream, hidden, hidden_bias, weight, bias, seed, total, out, mean, scale,
-    n_rows, width, epsilon, p, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    n_rows, width, epsilon, p, IS_KEPT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -104,13 +116,15 @@ def _forward(
         added = drop(added, seed, row, p, BLOCK)
     # as the backward pass will read it
     summed = (tl.load(stream + place, inside, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
-    tl.store(total + place, summed, inside)
+    if IS_KEPT:
+        tl.store(total + place, summed, inside)
     summed = summed.to(tl.float32)
     average = tl.sum(summed, axis=0) / width
     centred = tl.where(inside, summed - average, 0.0)
     factor = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + epsilon)
-    tl.store(mean + row, average)
-    tl.store(scale + row, factor)
+    if IS_KEPT:
+        tl.store(mean + row, average)
+        tl.store(scale + row, factor)
     normed = centred * factor * tl.load(weight + own, inside, 0.0).to(tl.float32)
     normed += tl.load(bias + own, inside, 0.0).to(tl.float32)
     tl.store(out + place, normed.to(out.dtype.element_ty), inside)

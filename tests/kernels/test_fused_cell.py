@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from counted_calls import OperationsCalled, count_calls
-from recurrent_bart import wavefront
+from played_graphs import play_graphs
+from recurrent_bart import graphed_wavefront, schedules, wavefront
 from tiny import random_ids, tiny_model
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -40,9 +41,13 @@ def documents(task):
     return {"input_ids": random_ids(3, 4, 8), "attention_mask": mask, "labels": labels}
 
 
-def results(schedule, inputs, **fields):
+def build(schedule, **fields):
     torch.manual_seed(0)
-    model = tiny_model(schedule=schedule, **SHAPE | fields).train()
+    return tiny_model(schedule=schedule, **SHAPE | fields).train()
+
+
+def results(schedule, inputs, **fields):
+    model = build(schedule, **fields)
     output = model(**inputs)
     output.loss.backward()
     return output.loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -59,6 +64,24 @@ def test_values_and_gradients_are_the_plain_ones(interpreted, monkeypatch, field
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_replayed_ones_too(interpreted, monkeypatch, fields):
+    """Of those the forward passes leave what they give where the next ones read it."""
+    monkeypatch.setattr(schedules, "is_faster_by_diagonals", lambda segments: True)
+    monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
+    play_graphs(monkeypatch, graphed_wavefront)
+    model = {schedule: build(schedule, **fields).eval() for schedule in ("sequential", "auto")}
+    inputs = documents("document")
+    inputs.pop("labels")
+    with torch.no_grad():
+        expected = model["sequential"].model.encode(**inputs)
+        for _ in range(2):
+            found = model["auto"].model.encode(**inputs)
+            torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.state.memory, expected.state.memory, rtol=1e-4, atol=1e-5)
+    assert interpreted
 
 
 def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
@@ -78,8 +101,7 @@ def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
 @pytest.mark.parametrize(("fields", "n_maps"), [("gated", 7), ("concat", 7), ("own projection", 5)])
 def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fields, n_maps):
     """Four of a layer, two of the projection and the gate, or the keys' and values' of the layer again; 6 diagonals."""
-    torch.manual_seed(0)
-    model = tiny_model(schedule="wavefront", **SHAPE | FIELDS[fields]).train()
+    model = build("wavefront", **FIELDS[fields])
     loss = model(**documents("document")).loss
     layer, recurrence = model.model.encoder.layers[0], model.model.encoder.recurrence.by_layer()
     sizes = [weight.numel() for weight in layer.parameters() if weight.dim() == 2]

@@ -79,6 +79,29 @@ def test_residual_norm(dtype, sizes, has_slots):
     check(fused, plain, [stream, hidden, *own])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_without_a_graph_results_are_left_in_their_places(p):
+    """The same ones; the stream's place may be where it came from."""
+    from recurrent_bart.kernels.gated_update import gated_update
+    from recurrent_bart.kernels.residual_norm import residual_norm_and_slots
+
+    stream, hidden = randoms(torch.float32, (2, 33, 48), (2, 33, 48))
+    affine = [part.contiguous() for part in randoms(torch.float32, *[(2, 1, 48)] * 3)]
+    torch.manual_seed(1)
+    expected = residual_norm_and_slots(stream, hidden, *affine, 1e-5, p, 3, 4)
+    place = stream.detach().contiguous()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        found = residual_norm_and_slots(place, hidden, *affine, 1e-5, p, 3, 4, place)
+    assert all(part.data_ptr() == place.data_ptr() for part in found)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+    gate, bias, both = (part.detach() for part in randoms(torch.float32, (2, 12, 48), (2, 1, 48), (2, 12, 96)))
+    place = torch.empty(2, 12, 48)
+    assert gated_update(gate, bias, both, None, place).data_ptr() == place.data_ptr()
+    assert torch.equal(place, gated_update(gate, bias, both, None))
+
+
 @every_type
 @every_size
 @pytest.mark.parametrize("activation", [gelu, torch.tanh])
