@@ -31,6 +31,8 @@ from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 MOST_TOKENS = 1_536
 # shapes of batches whose recordings are kept, the last used ones
 MOST_SHAPES = 16
+# segments whose streams are embedded together in reading, for one is too small to keep a GPU busy
+EMBEDDED_TOGETHER = 8
 _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, "Recorder"]] = weakref.WeakKeyDictionary()
 
 
@@ -60,7 +62,6 @@ class GraphedWavefront(Wavefront):
         Without a graph they hold until the next ones are asked for.
         """
         assert memory_EBPD is not None
-        assert self.recurrence is not None
         tokens_BLD = segments[0]()
         diagonals = self._diagonals(segments, tokens_BLD, mask_BNL)
         recorder = self._recorder(weights, tokens_BLD)
@@ -68,8 +69,7 @@ class GraphedWavefront(Wavefront):
         if not torch.is_grad_enabled():
             yield from self._read(recorder, diagonals, memory_EBPD)
             return
-        slots = self.recurrence.slots(memory_EBPD).repeat(len(segments), 1, 1)
-        streams = self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
+        streams = self._embed_segments(segments, memory_EBPD)
         recorder.record(diagonals, with_backward=True)
         tops, memories, memory = _Replayed.apply(
             recorder, diagonals, list(weights), streams, memory_EBPD, *weights.values()
@@ -81,19 +81,27 @@ class GraphedWavefront(Wavefront):
         self, recorder: "Recorder", diagonals: list[Diagonal], memory_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Forward passes alone; outside training, what comes for the first time is not worth a recording."""
-        assert self.recurrence is not None
         again = diagonals if self.layer.training else [it for it in diagonals if recorder.was_seen(it)]
         recorder.record(again, with_backward=False)
         recorder.memory.copy_(memory_EBPD)
-        slots = self.recurrence.slots(memory_EBPD)
-        for diagonal in diagonals:
+        for number, diagonal in enumerate(diagonals):
             if diagonal.segment is not None:
-                recorder.stream[0].copy_(self.embed(diagonal.segment(), slots))
+                place = number % EMBEDDED_TOGETHER
+                if place == 0:
+                    next_ones = diagonals[number : number + EMBEDDED_TOGETHER]
+                    streams = self._embed_segments([it.segment for it in next_ones if it.segment], memory_EBPD)
+                recorder.stream[0].copy_(streams[place])
             recorder.read(diagonal)
             if diagonal.stop == self.config.encoder_layers:
                 is_last = diagonal is diagonals[-1]
                 tokens_BLD = recorder.top.clone() if self._gives_tokens(diagonal) else None
                 yield tokens_BLD, recorder.memory.clone() if is_last else recorder.memory[-1:]
+
+    def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
+        """Streams `(N, B, S, D)` that enter below the first layer."""
+        assert self.recurrence is not None
+        slots = self.recurrence.slots(memory_EBPD).repeat(len(segments), 1, 1)
+        return self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
 
     def _recorder(self, weights: Weights, tokens_BLD: Tensor) -> "Recorder":
         """Recordings for batches of this shape."""
