@@ -85,11 +85,13 @@ def fused_cell(
     hidden = bias_gelu(hidden, weights["fc1_bias"])
     hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
     hidden, affine = linear(hidden, weights["fc2"]), norm_of("fc2", "final_layer_norm")
-    into_stream, into_memory = (None, None) if into is None else (place.flatten(1, 2) for place in into)
-    stream_EMD, slots_EBPD = residual_norm_and_slots(
-        stream_EMD, hidden, *affine, n_documents, visible.n_slots, into_stream
+    into_stream, into_memory = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
+    memory_beside = memory_EMD if recurrence.has_update_gate else None
+    stream_EMD, slots = residual_norm_and_slots(
+        stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, into_stream
     )
-    memory_EBPD = _next_memory(recurrence, weights, memory_EMD, slots_EBPD, is_read_EB, into_memory)
+    memory_EBPD = memory_EMD.view_as(memory_EBPD)
+    memory_EBPD = _next_memory(recurrence, weights, memory_EBPD, slots, is_read_EB, into_memory)
     return stream_EMD.view_as(stream_EBSD), memory_EBPD
 
 
@@ -124,16 +126,17 @@ def _attend(attention: BartAttention, heads: "Heads", visible: Visibility, gate_
 def _next_memory(
     recurrence: PrefixRecurrence,
     weights: Weights,
-    memory_EMD: Tensor,
-    slots_EBPD: Tensor,
+    memory_EBPD: Tensor,
+    slots: Tensor,
     is_read_EB: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
+    """The states after the segment, from `slots` as `residual_norm_and_slots` gives them."""
     from recurrent_bart.kernels.gated_update import gated_update
 
-    if not recurrence.has_update_gate:
-        new = recurrence.next_memory(memory_EMD.view_as(slots_EBPD), slots_EBPD, is_read_EB, weights)
-        return new if out is None else out.view_as(new).copy_(new)
-    both = torch.cat([memory_EMD, slots_EBPD.flatten(1, 2)], dim=-1)
-    gate, both = linear_and_rows(both, weights["update_gate"])
-    return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, out).view_as(slots_EBPD)
+    if recurrence.has_update_gate:
+        gate, both = linear_and_rows(slots, weights["update_gate"])
+        place = None if out is None else out.flatten(1, 2)
+        return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, place).view_as(memory_EBPD)
+    new = recurrence.next_memory(memory_EBPD, slots, is_read_EB, weights)
+    return new if out is None else out.copy_(new)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-from recurrent_bart.kernels.programs import n_chunks
+from recurrent_bart.kernels.programs import add_up, n_chunks
 
 # of a program's tile
 ROWS, COLUMNS = 8, 256
@@ -46,13 +46,13 @@ class _BiasActivation(torch.autograd.Function):
         n_layers, n_rows, width = hidden.shape
         chunks = n_chunks(n_layers, triton.cdiv(n_rows, ROWS), hidden.device)
         into_hidden = torch.empty_like(hidden)
-        sums = hidden.new_empty(chunks, n_layers, width, dtype=torch.float32)
+        sums = hidden.new_empty(chunks, n_layers, 1, width, dtype=torch.float32)
         grid = (n_layers * chunks, triton.cdiv(width, COLUMNS))
         _backward[grid](
             gradient.contiguous(), hidden, bias, into_hidden, sums,
             n_layers, n_rows, chunks, width, IS_TANH=ctx.is_tanh, ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
-        return into_hidden, sums.sum(dim=0).unsqueeze(1).to(bias.dtype), None
+        return into_hidden, add_up(sums, bias.dtype), None
 
 
 @triton.jit

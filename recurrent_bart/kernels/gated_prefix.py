@@ -73,7 +73,8 @@ class _AddPrefixRead(torch.autograd.Function):
             n_rows // len(gate), n_heads, n_tokens, n_slots, head_dim, ctx.scaling, **_sizes(key),
         )  # fmt: skip
         into_query, into_key, into_value = (part.transpose(1, 2) for part in (into_query, into_key, into_value))
-        return into_slots, into_tokens, into_query, into_key, into_value, into_gate.sum(dim=1), None
+        into_gate = into_gate.sum(dim=1) if into_gate.shape[1] > 1 else into_gate[:, 0]
+        return into_slots, into_tokens, into_query, into_key, into_value, into_gate, None
 
 
 def _sizes(key: Tensor) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-from recurrent_bart.kernels.programs import n_chunks
+from recurrent_bart.kernels.programs import add_up, n_chunks
 
 
 def gated_update(
@@ -55,13 +55,13 @@ class _GatedUpdate(torch.autograd.Function):
         n_layers, n_rows, width = gate.shape
         chunks = n_chunks(n_layers, n_rows, gate.device)
         into_gate, into_both = torch.empty_like(gate), torch.empty_like(both)
-        sums = gate.new_empty(chunks, n_layers, width, dtype=torch.float32)
+        sums = gate.new_empty(chunks, n_layers, 1, width, dtype=torch.float32)
         _backward[(n_layers * chunks,)](
             gradient.contiguous(), gate, gate_bias, both, is_read, into_gate, into_both, sums,
             n_layers, n_rows, chunks, ctx.n_slots, width,
             MAY_REST=ctx.n_slots > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        return into_gate, sums.sum(dim=0).unsqueeze(1).to(gate_bias.dtype), into_both, None, None
+        return into_gate, add_up(sums, gate_bias.dtype), into_both, None, None
 
 
 @triton.jit

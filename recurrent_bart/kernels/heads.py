@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-from recurrent_bart.kernels.programs import draw_seed, drop, n_chunks
+from recurrent_bart.kernels.programs import add_up, draw_seed, drop, n_chunks
 
 
 class Heads(NamedTuple):
@@ -78,7 +78,7 @@ class _SplitHeads(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(seed if p else None)
         ctx.is_gated, ctx.n_slots, ctx.p, ctx.width = is_gated, n_slots, p, width
-        ctx.n_layers, ctx.dtypes = len(bias), (bias.dtype, prefix_bias.dtype)
+        ctx.n_layers, ctx.bias_type = len(bias), bias.dtype
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         tokens_see = 2 * n_slots if is_gated else n_slots
         parts = [
@@ -112,10 +112,8 @@ class _SplitHeads(torch.autograd.Function):
                 IS_QUERY=number == 0, IS_GATED=ctx.is_gated, HAS_DROPOUT=ctx.p > 0,
                 BLOCK=triton.next_power_of_2(width),
             )  # fmt: skip
-        into_biases = sums.sum(dim=0).split((n_layers * 3 * width, n_layers * 2 * width))
-        into_bias, into_prefix_bias = (
-            it.view(n_layers, 1, -1).to(dtype) for it, dtype in zip(into_biases, ctx.dtypes, strict=True)
-        )
+        into_biases = add_up(sums, ctx.bias_type).split((n_layers * 3 * width, n_layers * 2 * width))
+        into_bias, into_prefix_bias = (part.view(n_layers, 1, -1) for part in into_biases)
         return into_qkv, into_bias, into_prefix, into_prefix_bias, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""What kernels share: how work is divided, and dropout.
+"""What kernels share: how work is divided and put together again, and dropout.
 
 Shape suffixes: E encoder layers (of a diagonal), W width of a row.
 """
@@ -10,6 +10,8 @@ from triton import language as tl
 
 # of each processor, for kernels that add up over rows
 PROGRAMS_PER_PROCESSOR = 4
+# of a program's tile where sums of several programs are added up
+CHUNKS, COLUMNS = 16, 128
 
 
 def n_chunks(n_layers: int, n_rows: int, device: torch.device) -> int:
@@ -18,9 +20,28 @@ def n_chunks(n_layers: int, n_rows: int, device: torch.device) -> int:
     return max(1, min(n_rows, PROGRAMS_PER_PROCESSOR * n_processors // n_layers))
 
 
+def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, of one for each chunk, in another type; in one pass, and in a fixed order."""
+    out = sums.new_empty(sums.shape[1:], dtype=dtype)
+    _add_up[(triton.cdiv(out.numel(), COLUMNS),)](
+        sums, out, len(sums), out.numel(), CHUNKS=CHUNKS, COLUMNS=COLUMNS
+    )  # fmt: skip
+    return out
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """Seed of one dropout, of the device's own generator: `(1,)`."""
     return torch.randint(2**31 - 1, (1,), device=device)
+
+
+@triton.jit
+def _add_up(sums, out, n_chunks, width, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([CHUNKS, COLUMNS], dtype=tl.float32)
+    for first in range(0, n_chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)[:, None]
+        total += tl.load(sums + chunk * width + column, (chunk < n_chunks) & (column < width), 0.0)
+    tl.store(out + column, tl.sum(total, axis=0)[None, :].to(out.dtype.element_ty), column < width)
 
 
 @triton.jit

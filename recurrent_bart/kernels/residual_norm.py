@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-from recurrent_bart.kernels.programs import draw_seed, drop, n_chunks
+from recurrent_bart.kernels.programs import add_up, draw_seed, drop, n_chunks
 
 
 def residual_norm(
@@ -23,7 +23,8 @@ def residual_norm(
     Sums are in float32, what leaves is in the stream's type.
     """
     is_kept = torch.is_grad_enabled()
-    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, 1, 0, None, is_kept)
+    place = 1, 0, None, None
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept)
 
 
 def residual_norm_and_slots(
@@ -36,16 +37,17 @@ def residual_norm_and_slots(
     p: float,
     n_documents: int,
     n_slots: int,
+    memory: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `residual_norm`, and the slots `(E, B, P, D)` in front of each document, with a gradient of their own.
+    """As `residual_norm`, and the slots in front of each document, with a gradient of their own.
 
+    Slots are `(E, B, P, D)`; where `memory` `(E, B * P, D)` is given, both beside each other, `(E, B * P, 2 * D)`.
     Without a graph, `out` is where to leave the stream.
     """
     is_kept = torch.is_grad_enabled()
-    return _ResidualNorm.apply(
-        stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, n_documents, n_slots, out, is_kept
-    )
+    place = n_documents, n_slots, memory, out
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -61,6 +63,7 @@ class _ResidualNorm(torch.autograd.Function):
         p: float,
         n_documents: int,
         n_slots: int,
+        memory: Tensor | None,
         out: Tensor | None,
         is_kept: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,15 +74,18 @@ class _ResidualNorm(torch.autograd.Function):
         total = torch.empty_like(stream) if is_kept else out
         mean, scale = stream.new_empty(2, n_layers * n_rows if is_kept else 0, dtype=torch.float32)
         seed = draw_seed(stream.device) if p else mean
+        has_memory, n_positions = memory is not None, n_rows // n_documents
+        both = stream.new_empty(n_layers, n_documents * n_slots, 2 * width) if has_memory else out
         _forward[(n_layers * n_rows,)](
-            stream, hidden, hidden_bias, weight, bias, seed, total, out, mean, scale,
-            n_rows, width, epsilon, p, IS_KEPT=is_kept, HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
+            stream, hidden, hidden_bias, weight, bias, seed, memory.contiguous() if has_memory else out,
+            total, out, both, mean, scale, n_rows, n_positions, n_slots, width, epsilon, p,
+            IS_KEPT=is_kept, HAS_MEMORY=has_memory, HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         ctx.save_for_backward(total, weight, mean, scale, seed)
-        ctx.p, ctx.n_positions, ctx.n_slots = p, n_rows // n_documents, n_slots
+        ctx.p, ctx.n_documents, ctx.n_slots, ctx.has_memory = p, n_documents, n_slots, has_memory
         if not n_slots:
             return out
-        return out, out.unflatten(1, (n_documents, -1))[:, :, :n_slots].detach()
+        return out, both if has_memory else out.unflatten(1, (n_documents, -1))[:, :, :n_slots].detach()
 
     @staticmethod
     @once_differentiable
@@ -90,22 +96,40 @@ class _ResidualNorm(torch.autograd.Function):
         into_stream = torch.empty_like(total)
         into_hidden = torch.empty_like(total) if ctx.p else into_stream
         # of bias, weight and the hidden's bias
-        sums = total.new_empty(3, chunks, n_layers, width, dtype=torch.float32)
-        slots = mean.view(1, 1, 1, -1) if slots_gradient is None else slots_gradient
+        sums = total.new_empty(chunks, 3, n_layers, 1, width, dtype=torch.float32)
+        into_memory, slots = None, total.unsqueeze(1) if slots_gradient is None else slots_gradient
         slots = slots if slots.stride(-1) == 1 else slots.contiguous()
+        if ctx.has_memory:
+            into_memory, slots = slots.chunk(2, dim=-1)
+            slots = slots.unflatten(1, (ctx.n_documents, -1))
         _backward[(n_layers * chunks,)](
             gradient.contiguous(), slots, *slots.stride()[:3], total, weight, mean, scale, seed,
-            into_stream, into_hidden, sums, n_layers, n_rows, chunks, ctx.n_positions, ctx.n_slots, width, ctx.p,
+            into_stream, into_hidden, sums,
+            n_layers, n_rows, chunks, n_rows // ctx.n_documents, ctx.n_slots, width, ctx.p,
             HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        into_bias, into_weight, into_hidden_bias = sums.sum(dim=1, keepdim=True).transpose(1, 2).to(weight.dtype)
-        return into_stream, into_hidden, into_hidden_bias, into_weight, into_bias, *([None] * 6)
+        into_bias, into_weight, into_hidden_bias = add_up(sums, weight.dtype)
+        return (
+            into_stream,
+            into_hidden,
+            into_hidden_bias,
+            into_weight,
+            into_bias,
+            None,
+            None,
+            None,
+            None,
+            into_memory,
+            None,
+            None,
+        )
 
 
 @triton.jit
 def _forward(
-    stream, hidden, hidden_bias, weight, bias, seed, total, out, mean, scale,
-    n_rows, width, epsilon, p, IS_KEPT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    stream, hidden, hidden_bias, weight, bias, seed, memory, total, out, both, mean, scale,
+    n_rows, n_positions, n_slots, width, epsilon, p,
+    IS_KEPT: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -128,6 +152,11 @@ def _forward(
     normed = centred * factor * tl.load(weight + own, inside, 0.0).to(tl.float32)
     normed += tl.load(bias + own, inside, 0.0).to(tl.float32)
     tl.store(out + place, normed.to(out.dtype.element_ty), inside)
+    if HAS_MEMORY:
+        slot = row // n_positions * n_slots + row % n_positions
+        is_slot = inside & (row % n_positions < n_slots)
+        tl.store(both + slot * 2 * width + column, tl.load(memory + slot * width + column, is_slot, 0.0), is_slot)
+        tl.store(both + (slot * 2 + 1) * width + column, normed.to(both.dtype.element_ty), is_slot)
 
 
 @triton.jit
@@ -164,8 +193,8 @@ def _backward(
             leaving = drop(leaving, seed, row, p, BLOCK)
             tl.store(into_hidden + place, leaving.to(into_hidden.dtype.element_ty), inside)
         hidden_sum += leaving
-    place = (chunk * n_layers + layer) * width + column
-    stride = n_chunks * n_layers * width
+    place = (chunk * 3 * n_layers + layer) * width + column
+    stride = n_layers * width
     tl.store(sums + place, bias_sum, inside)
     tl.store(sums + stride + place, weight_sum, inside)
     tl.store(sums + 2 * stride + place, hidden_sum, inside)

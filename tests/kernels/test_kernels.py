@@ -58,25 +58,32 @@ def test_gated_update(dtype, sizes, may_rest):
 
 @every_type
 @every_size
-@pytest.mark.parametrize("has_slots", [False, True])
-def test_residual_norm(dtype, sizes, has_slots):
+@pytest.mark.parametrize("gives", ["stream", "slots", "memory and slots"])
+def test_residual_norm(dtype, sizes, gives):
     from recurrent_bart.kernels.residual_norm import residual_norm, residual_norm_and_slots
 
     n_layers, n_documents, n_positions, n_slots, width = sizes
     rows, affine = (n_layers, n_documents * n_positions, width), (n_layers, 1, width)
 
-    def plain(stream, hidden, hidden_bias, weight, bias):
+    def plain(stream, hidden, memory, hidden_bias, weight, bias):
         normed = layer_norm(stream + hidden + hidden_bias, (width,), eps=1e-5) * weight + bias
-        return [normed, normed.unflatten(1, (n_documents, -1))[:, :, :n_slots]][: 1 + has_slots]
+        slots = normed.unflatten(1, (n_documents, -1))[:, :, :n_slots]
+        if gives == "memory and slots":
+            return [normed, torch.cat([memory, slots.flatten(1, 2)], dim=-1)]
+        return [normed + 0 * memory.sum(), slots][: 1 + (gives == "slots")]
 
-    def fused(*inputs):
-        if has_slots:
-            return residual_norm_and_slots(*inputs, 1e-5, 0.0, n_documents, n_slots)
-        return [residual_norm(*inputs, 1e-5, 0.0)]
+    def fused(stream, hidden, memory, *affine):
+        if gives == "memory and slots":
+            return residual_norm_and_slots(stream, hidden, *affine, 1e-5, 0.0, n_documents, n_slots, memory)
+        stream = stream + 0 * memory.sum()
+        if gives == "slots":
+            return residual_norm_and_slots(stream, hidden, *affine, 1e-5, 0.0, n_documents, n_slots)
+        return [residual_norm(stream, hidden, *affine, 1e-5, 0.0)]
 
-    stream, hidden, *own = randoms(dtype, rows, rows, affine, affine, affine)
+    memory = n_layers, n_documents * n_slots, width
+    stream, hidden, memory, *own = randoms(dtype, rows, rows, memory, affine, affine, affine)
     own = [part.detach().contiguous().requires_grad_() for part in own]
-    check(fused, plain, [stream, hidden, *own])
+    check(fused, plain, [stream, hidden, memory, *own])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -87,13 +94,14 @@ def test_without_a_graph_results_are_left_in_their_places(p):
 
     stream, hidden = randoms(torch.float32, (2, 33, 48), (2, 33, 48))
     affine = [part.contiguous() for part in randoms(torch.float32, *[(2, 1, 48)] * 3)]
+    memory = torch.randn(2, 12, 48)
     torch.manual_seed(1)
-    expected = residual_norm_and_slots(stream, hidden, *affine, 1e-5, p, 3, 4)
+    expected = residual_norm_and_slots(stream, hidden, *affine, 1e-5, p, 3, 4, memory)
     place = stream.detach().contiguous()
     torch.manual_seed(1)
     with torch.no_grad():
-        found = residual_norm_and_slots(place, hidden, *affine, 1e-5, p, 3, 4, place)
-    assert all(part.data_ptr() == place.data_ptr() for part in found)
+        found = residual_norm_and_slots(place, hidden, *affine, 1e-5, p, 3, 4, memory, place)
+    assert found[0].data_ptr() == place.data_ptr()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     gate, bias, both = (part.detach() for part in randoms(torch.float32, (2, 12, 48), (2, 1, 48), (2, 12, 96)))
