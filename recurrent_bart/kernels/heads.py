@@ -94,10 +94,9 @@ class _SplitHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         n_slots, n_layers, width = ctx.n_slots, ctx.n_layers, ctx.width
-        parts = [part if part.stride(-1) == 1 else part.contiguous() for part in gradients]
+        parts = [_without_heads(part) for part in gradients]
         slots, tokens, prefix = parts[:3], parts[3:6], parts[6:]
-        n_rows, _, _, head_dim = slots[0].shape
-        n_positions = n_slots + tokens[0].shape[2]
+        n_rows, n_positions = len(slots[0]), n_slots + tokens[0].shape[1]
         into_qkv = slots[0].new_empty(n_rows, n_positions, 3 * width)
         into_prefix = slots[0].new_empty(n_layers, n_rows // n_layers * n_slots, 2 * width)
         chunks = n_chunks(n_layers, n_rows // n_layers * n_positions, into_qkv.device)
@@ -106,15 +105,21 @@ class _SplitHeads(torch.autograd.Function):
         for number in range(3):
             three = slots[number], tokens[number], prefix[number] if ctx.is_gated else tokens[number]
             _gather[(n_layers * chunks,)](
-                *(given for part in three for given in (part, *part.stride()[:3])),
+                *(given for part in three for given in (part, *part.stride()[:2])),
                 ctx.saved_tensors[0] if ctx.p else sums, into_qkv, into_prefix, sums,
-                n_layers, n_rows // n_layers, chunks, n_positions, n_slots, number, width, head_dim, ctx.p,
+                n_layers, n_rows // n_layers, chunks, n_positions, n_slots, number, width, ctx.p,
                 IS_QUERY=number == 0, IS_GATED=ctx.is_gated, HAS_DROPOUT=ctx.p > 0,
                 BLOCK=triton.next_power_of_2(width),
             )  # fmt: skip
         into_biases = add_up(sums, ctx.bias_type).split((n_layers * 3 * width, n_layers * 2 * width))
         into_bias, into_prefix_bias = (part.view(n_layers, 1, -1) for part in into_biases)
         return into_qkv, into_bias, into_prefix, into_prefix_bias, None, None, None
+
+
+def _without_heads(gradient: Tensor) -> Tensor:
+    """`(R, H, A, K)` as `(R, A, D)`: a view where heads stand beside each other, as attention on a GPU has it."""
+    rows = gradient.transpose(1, 2).flatten(2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 @triton.jit
@@ -156,20 +161,15 @@ def _split(
 
 @triton.jit
 def _gather(
-    slots, slots_row, slots_head, slots_place, tokens, tokens_row, tokens_head, tokens_place,
-    prefix, prefix_row, prefix_head, prefix_place, seed, into_qkv, into_prefix, sums,
-    n_layers, n_documents, n_chunks, n_positions, n_slots, number, width, head_dim, p,
+    slots, slots_row, slots_place, tokens, tokens_row, tokens_place, prefix, prefix_row, prefix_place,
+    seed, into_qkv, into_prefix, sums, n_layers, n_documents, n_chunks, n_positions, n_slots, number, width, p,
     IS_QUERY: tl.constexpr, IS_GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     column = tl.arange(0, BLOCK)
     inside = column < width
-    head, within = column // head_dim, column % head_dim
     total = tl.zeros([BLOCK], dtype=tl.float32)
     prefix_total = tl.zeros([BLOCK], dtype=tl.float32)
-    slots += head * slots_head + within
-    tokens += head * tokens_head + within
-    prefix += head * prefix_head + within
     # where the gradients of tokens begin
     n_places, first = n_positions, n_slots
     if not IS_QUERY:
@@ -179,10 +179,10 @@ def _gather(
     for own in range(chunk, n_documents * n_places, n_chunks):
         row, place = layer.to(tl.int64) * n_documents + own // n_places, own % n_places
         is_prefix = (place >= n_slots) & (place < 2 * n_slots)
-        of_tokens = tokens + row * tokens_row + (place - first) * tokens_place
+        of_tokens = tokens + row * tokens_row + (place - first) * tokens_place + column
         leaving = tl.load(of_tokens, inside & (place >= first), 0.0).to(tl.float32)
-        of_slots = slots + row * slots_row + place * slots_place
-        of_prefix = prefix + row * prefix_row + (place - n_slots) * prefix_place
+        of_slots = slots + row * slots_row + place * slots_place + column
+        of_prefix = prefix + row * prefix_row + (place - n_slots) * prefix_place + column
         if IS_QUERY:
             leaving += tl.load(of_slots, inside & (place < n_slots), 0.0).to(tl.float32)
             if IS_GATED:
