@@ -192,9 +192,10 @@ def decoded_twice(lengths, decode, is_interleaved, **fields):
         decoder.zero_grad()
         hidden.grad = None
         torch.manual_seed(2)
-        out = []
-        for length in lengths:
-            out.append(decode(decoder, random_ids(2, length).cuda(), hidden))
+        # all before the first pass: one that is launched draws numbers of the host's too
+        inputs, out = [random_ids(2, length).cuda() for length in lengths], []
+        for ids in inputs:
+            out.append(decode(decoder, ids, hidden))
             if not is_interleaved:
                 out[-1].square().mean().backward()
         if is_interleaved:
