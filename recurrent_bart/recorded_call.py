@@ -163,7 +163,12 @@ class RecordedCall:
         self.shared.n_writes += 1
         self.into_out.copy_(into_out)
         self._backward.replay()
-        return [part.clone() if is_used else None for part, is_used in zip(self.gradients, self.is_used, strict=True)]
+        used = list(itertools.compress(self.gradients, self.is_used))
+        # some hundred weights in few kernels
+        given = [torch.empty_like(part) for part in used]
+        torch._foreach_copy_(given, used)
+        rest = iter(given)
+        return [next(rest) if is_used else None for is_used in self.is_used]
 
 
 def record(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
