@@ -39,6 +39,9 @@ class RecurrentBartConfig(BartConfig):
             at zero, so that a converted BART checkpoint still gives BART's logits. `"concat"`: one softmax over
             prefix and tokens.
         update_gate: Carry the state over through a learned gate (True) or replace it (False).
+        associative_memory: Beside the slots each layer keeps a matrix per head, written with its tokens' keys and
+            values by the delta rule and read with their queries, through a gate per head that starts at zero (see
+            `associative_memory.py`). With `recurrence="layerwise"` alone.
         decoder_context: What the decoder attends to. `"last"`: the final state and the tokens of the last segment.
             `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and the
             tokens of all segments (fusion-in-decoder, arXiv 2007.01282).
@@ -64,6 +67,7 @@ class RecurrentBartConfig(BartConfig):
     recurrence: str = RECURRENCES[0]
     prefix_attention: str = PREFIX_ATTENTIONS[0]
     update_gate: bool = True
+    associative_memory: bool = False
     decoder_context: str = DECODER_CONTEXTS[0]
     schedule: str = SCHEDULES[0]
 
@@ -123,6 +127,11 @@ class RecurrentBartConfig(BartConfig):
                 f'decoder_context="memory" needs a state to attend to: pre_seq_len={self.pre_seq_len}, '
                 f"recurrence={self.recurrence!r} has none"
             )
+        if self.associative_memory and not (self.has_state and self.recurrence == "layerwise"):
+            raise ValueError(
+                f"associative_memory needs a state of each layer: pre_seq_len={self.pre_seq_len}, "
+                f"recurrence={self.recurrence!r} has none"
+            )
         if self.encoder_layerdrop:
             raise ValueError(
                 f"encoder_layerdrop={self.encoder_layerdrop}: must be 0, for a dropped layer would lose its state"
@@ -132,6 +141,11 @@ class RecurrentBartConfig(BartConfig):
     def has_state(self) -> bool:
         """Whether anything is carried from segment to segment."""
         return self.pre_seq_len > 0 and self.recurrence != "none"
+
+    @property
+    def n_state_rows(self) -> int:
+        """Rows of a layer's state: slots, and of an associative memory as many as a head is wide."""
+        return self.pre_seq_len + self.associative_memory * (self.d_model // self.encoder_attention_heads)
 
     @property
     def bptt_window(self) -> int | None:

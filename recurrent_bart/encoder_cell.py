@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bart.modeling_bart import BartEncoderLayer
 
+from recurrent_bart.associative_memory import Matrix
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.prefix_attention import attend, concat_keys, gated_read, split_heads
 from recurrent_bart.prefix_recurrence import KeyValue
@@ -27,12 +28,14 @@ class Visibility:
         slots: Of slots: prefix, slots and tokens, or slots and tokens.
         n_slots: Number of slots in front of the stream.
         slots_read_prefix: Whether slots see the prefix.
+        is_token: False at padding, `(B, L)`, where an associative memory is not to be written.
     """
 
     tokens: Tensor | None
     slots: Tensor | None
     n_slots: int
     slots_read_prefix: bool
+    is_token: Tensor | None = None
 
     @classmethod
     def build(
@@ -60,12 +63,14 @@ class Visibility:
         query = stream_BLD.new_empty(len(mask_BL), 1, 1, device=mask_BL.device)
         masks = [create_bidirectional_mask(config, query, seen) for seen in (tokens_see, slots_see)]
         tokens, slots = (mask.to(stream_BLD.device, non_blocking=True) for mask in masks)
-        return cls(tokens, slots if n_slots else None, n_slots, slots_read_prefix)
+        is_token = mask_BL.to(stream_BLD.device, non_blocking=True) if config.associative_memory else None
+        return cls(tokens, slots if n_slots else None, n_slots, slots_read_prefix, is_token)
 
     def rows(self, rows: slice, has_padding: bool) -> "Visibility":
         """Of some rows; without padding in them all is seen, for which back-ends are faster."""
-        tokens, slots = (None if mask is None or not has_padding else mask[rows] for mask in (self.tokens, self.slots))
-        return dataclasses.replace(self, tokens=tokens, slots=slots)
+        masks = self.tokens, self.slots, self.is_token
+        tokens, slots, is_token = (None if mask is None or not has_padding else mask[rows] for mask in masks)
+        return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
 
 
 class CellLayer(Protocol):
@@ -112,18 +117,28 @@ class SingleLayer:
 
 
 def run_cell(
-    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_BH: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    layer: BartEncoderLayer,
+    stream_BLD: Tensor,
+    visible: Visibility,
+    prefix: KeyValue | None,
+    gate_BH: Tensor | None,
+    matrix: Matrix | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One cell; recomputed in the backward pass where gradient checkpointing is on for this layer."""
-    cell = SingleLayer(layer)
+    inputs = SingleLayer(layer), stream_BLD, visible, prefix, gate_BH, matrix
     if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(encoder_cell, cell, stream_BLD, visible, prefix, gate_BH)
-    return encoder_cell(cell, stream_BLD, visible, prefix, gate_BH)
+        return layer._gradient_checkpointing_func(encoder_cell, *inputs)
+    return encoder_cell(*inputs)
 
 
 def encoder_cell(
-    layer: CellLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_BH: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    layer: CellLayer,
+    stream_BLD: Tensor,
+    visible: Visibility,
+    prefix: KeyValue | None,
+    gate_BH: Tensor | None,
+    matrix: Matrix | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One layer over one segment. Identical to BartEncoderLayer except: its attention.
 
     Args:
@@ -132,24 +147,31 @@ def encoder_cell(
         visible: What slots and tokens see.
         prefix: Keys and values `(B, H, P, K)` of the layer's state; None switches the recurrence off.
         gate_BH: Gate of each head on the prefix, which then has a softmax of its own; None: one softmax over all.
+        matrix: The layer's associative memory, if it has one.
 
     Returns:
-        The stream above the layer and, from the eager back-end, the tokens' weights `(B, H, L, A)`.
+        The stream above the layer; from the eager back-end, the tokens' weights `(B, H, L, A)`; and the values of the
+        matrix after the segment.
     """
     shared, dropout = layer.shared, nn.functional.dropout
-    read, weights = cell_attention(layer, stream_BLD, visible, prefix, gate_BH)
+    read, weights, written = cell_attention(layer, stream_BLD, visible, prefix, gate_BH, matrix)
     read = dropout(layer.out_proj(read), p=shared.dropout, training=shared.training)
     stream_BLD = layer.self_attn_layer_norm(stream_BLD + read)
     hidden = shared.activation_fn(layer.fc1(stream_BLD))
     hidden = dropout(hidden, p=shared.activation_dropout, training=shared.training)
     hidden = dropout(layer.fc2(hidden), p=shared.dropout, training=shared.training)
-    return layer.final_layer_norm(stream_BLD + hidden), weights
+    return layer.final_layer_norm(stream_BLD + hidden), weights, written
 
 
 def cell_attention(
-    layer: CellLayer, stream_BLD: Tensor, visible: Visibility, prefix: KeyValue | None, gate_BH: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """What slots and tokens read, `(B, P + L, D)`, and the tokens' weights: tokens never see slots."""
+    layer: CellLayer,
+    stream_BLD: Tensor,
+    visible: Visibility,
+    prefix: KeyValue | None,
+    gate_BH: Tensor | None,
+    matrix: Matrix | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What slots and tokens read, `(B, P + L, D)`, the tokens' weights and the matrix: tokens never see slots."""
     attention, n_slots = layer.shared.self_attn, visible.n_slots
     # split, not sliced: backward passes of slices would each write the whole
     parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(stream_BLD)]
@@ -159,8 +181,11 @@ def cell_attention(
     if gate_BH is not None:
         prefix_read = attend(attention, token_query, prefix, None)
         read, weights = gated_read((read, weights), prefix_read, gate_BH)
+    written = None
+    if matrix is not None:
+        read, written = read + matrix.read(token_query), matrix.written(*tokens)
     if n_slots:
         slots_see = concat_keys(prefix, slots, tokens) if visible.slots_read_prefix else concat_keys(slots, tokens)
         slots_read, _ = attend(attention, slots_query, slots_see, visible.slots)
         read = torch.cat([slots_read, read], dim=1)
-    return read.flatten(2), weights
+    return read.flatten(2), weights, written

@@ -28,6 +28,7 @@ def can_fuse(config: RecurrentBartConfig, stream: Tensor) -> bool:
         stream.is_cuda
         and importlib.util.find_spec("triton") is not None
         and config.has_state
+        and not config.associative_memory
         and config.activation_function == "gelu"
         and stream.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not torch.is_autocast_enabled("cuda")

@@ -37,6 +37,7 @@ STATE_FIELDS = (
     "prefix_attention",
     "prefix_projection",
     "update_gate",
+    "associative_memory",
     "decoder_context",
     "segment_size",
     "input_size",

@@ -1,7 +1,7 @@
 """The core: a state, its projection to each layer's key/value prefix, its update from the slots.
 
 Shape suffixes: B documents, P prefix length (= slots), E encoder layers (of a state: 1 with `recurrence="top"`),
-A attended length, H heads, K head width, D model width.
+A attended length, H heads, K head width, D model width, S = slots and tokens of a segment, R = layers * documents.
 """
 
 import functools
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from recurrent_bart.associative_memory import Matrix, as_rows, from_rows
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.layer_spans import Span, linear
 
@@ -29,7 +30,8 @@ class RecurrentState:
 
     Attributes:
         position: `(B,)`, number of segments read; a document at 0 begins with the learned first state.
-        memory: `(B, E, P, D)`, the state of every layer; None where nothing is carried.
+        memory: `(B, E, P, D)`, the state of every layer; None where nothing is carried. With `associative_memory`
+            its matrices are further rows, `(B, E, P + K, D)`.
         context: `(B, A, D)`, what the decoder attends to of segments before the last, with `decoder_context` other
             than `"last"`.
         context_mask: `(B, A)`, 1 where that is something.
@@ -48,7 +50,7 @@ class RecurrentState:
         memory = None
         if config.has_state:
             n_states = config.encoder_layers if config.recurrence == "layerwise" else 1
-            memory = torch.zeros(n_documents, n_states, config.pre_seq_len, config.d_model, device=device)
+            memory = torch.zeros(n_documents, n_states, config.n_state_rows, config.d_model, device=device)
         return cls(torch.zeros(n_documents, dtype=torch.long, device=device), memory)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -110,6 +112,11 @@ class PrefixRecurrence(nn.Module):
             self.update_gate_bias = nn.Parameter(torch.empty(n_states, 1, width))
         if config.prefix_attention == "gated":
             self.prefix_gate = nn.Parameter(torch.empty(n_layers, self.n_heads))
+        self.n_matrix_rows = config.n_state_rows - config.pre_seq_len
+        if self.n_matrix_rows:
+            self.matrix_gate = nn.Parameter(torch.empty(n_layers, self.n_heads))
+            self.write_strength = nn.Parameter(torch.empty(n_layers, width, self.n_heads))
+            self.write_strength_bias = nn.Parameter(torch.empty(n_layers, 1, self.n_heads))
         self._build_slots(config)
 
     def n_states(self, config: RecurrentBartConfig) -> int:
@@ -120,16 +127,17 @@ class PrefixRecurrence(nn.Module):
         self.slot_embedding = nn.Parameter(torch.empty(config.pre_seq_len, config.d_model))
 
     def init_weights(self, std: float) -> None:
-        """Embedding scale for weights, zero for biases and for the gate that opens the prefix."""
+        """Embedding scale for weights, zero for biases and for the gates on what is read of the state."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or name == "prefix_gate":
+            if name.endswith("bias") or name in ("prefix_gate", "matrix_gate"):
                 init.zeros_(parameter)
             else:
                 init.normal_(parameter, mean=0.0, std=std)
 
     def first_memory(self, n_documents: int) -> Tensor:
-        """The learned state `(E, B, P, D)` before the first segment."""
-        return self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
+        """The learned state `(E, B, P, D)` before the first segment, without anything in a matrix."""
+        first_EBPD = self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
+        return nn.functional.pad(first_EBPD, (0, 0, 0, self.n_matrix_rows)) if self.n_matrix_rows else first_EBPD
 
     def slots(self, memory_EBPD: Tensor) -> Tensor:
         """Slots `(B, P, D)` that enter below the first layer."""
@@ -153,6 +161,7 @@ class PrefixRecurrence(nn.Module):
             weights: What `by_layer` gives of them.
             own: The layers' own projections to keys and values `(E, B, P, D)`.
         """
+        memory_EBPD = self.without_matrix(memory_EBPD)
         if self.has_projection:
             hidden = torch.tanh(per_layer(memory_EBPD, weights["projection_in"], weights["projection_in_bias"]))
             both = per_layer(hidden, weights["projection_out"], weights["projection_out_bias"])
@@ -161,8 +170,38 @@ class PrefixRecurrence(nn.Module):
             key, value = own(memory_EBPD)
         return self._heads(self.dropout(key)), self._heads(self.dropout(value))
 
+    def without_matrix(self, memory_EBPD: Tensor) -> Tensor:
+        """Of a state what slots have written."""
+        return memory_EBPD[:, :, : -self.n_matrix_rows] if self.n_matrix_rows else memory_EBPD
+
+    def matrix(
+        self, memory_EBPD: Tensor, stream_EBSD: Tensor, is_token_RL: Tensor | None, weights: Weights
+    ) -> Matrix | None:
+        """The associative memory of the layers that have these states, for a segment; None: there is none.
+
+        Args:
+            memory_EBPD: Their states.
+            stream_EBSD: Slots and tokens that enter them.
+            is_token_RL: False at padding; None: nowhere.
+            weights: What `by_layer` gives of them.
+        """
+        if not self.n_matrix_rows:
+            return None
+        tokens_EBLD = stream_EBSD[:, :, self.n_slots :]
+        strength_EBLH = per_layer(tokens_EBLD, weights["write_strength"], weights["write_strength_bias"])
+        strength_RLH = torch.sigmoid(strength_EBLH).flatten(0, 1)
+        if is_token_RL is not None:
+            strength_RLH = strength_RLH * is_token_RL.unsqueeze(-1)
+        gate_RH = weights["matrix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
+        return Matrix(from_rows(memory_EBPD[:, :, -self.n_matrix_rows :]), gate_RH, strength_RLH)
+
     def next_memory(
-        self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor | None, weights: Weights
+        self,
+        memory_EBPD: Tensor,
+        slots_EBPD: Tensor,
+        is_read_EB: Tensor | None,
+        weights: Weights,
+        written_RHKK: Tensor | None = None,
     ) -> Tensor:
         """State after a segment; a document that has no text in it keeps its state unchanged.
 
@@ -171,12 +210,15 @@ class PrefixRecurrence(nn.Module):
             slots_EBPD: Slots that leave each layer.
             is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
             weights: What `by_layer` gives of these layers.
+            written_RHKK: Matrices after the segment, of an associative memory.
         """
-        new = slots_EBPD
+        new, old_EBPD = slots_EBPD, self.without_matrix(memory_EBPD)
         if self.has_update_gate:
-            both = torch.cat([memory_EBPD, slots_EBPD], dim=-1)
+            both = torch.cat([old_EBPD, slots_EBPD], dim=-1)
             gate = torch.sigmoid(per_layer(both, weights["update_gate"], weights["update_gate_bias"]))
-            new = memory_EBPD + gate * (slots_EBPD - memory_EBPD)
+            new = old_EBPD + gate * (slots_EBPD - old_EBPD)
+        if written_RHKK is not None:
+            new = torch.cat([new, as_rows(written_RHKK, len(new)).to(new.dtype)], dim=2)
         return new if is_read_EB is None else torch.where(is_read_EB[:, :, None, None], new, memory_EBPD)
 
     def _heads(self, hidden_EBPD: Tensor) -> Tensor:
@@ -231,7 +273,12 @@ class StaticPrefix(PrefixRecurrence):
         return memory_EBPD[0, :, :0]
 
     def next_memory(
-        self, memory_EBPD: Tensor, slots_EBPD: Tensor, is_read_EB: Tensor | None, weights: Weights
+        self,
+        memory_EBPD: Tensor,
+        slots_EBPD: Tensor,
+        is_read_EB: Tensor | None,
+        weights: Weights,
+        written_RHKK: Tensor | None = None,
     ) -> Tensor:
         """The same prefix again."""
         return memory_EBPD

@@ -174,7 +174,7 @@ class Grid:
             output.tokens.append(segment.tokens)
         if self.config.has_state and (kept.every_segment or kept.memories or is_last):
             # not a view, which would keep the states of all layers
-            output.memories.append(segment.memory[-1].clone())
+            output.memories.append(self.recurrence.without_matrix(segment.memory)[-1].clone())
         if kept.hidden_states:
             output.hidden_states.append(segment.hidden_states)
         if kept.attentions:
@@ -221,12 +221,18 @@ class Grid:
         visible = Visibility.build(config, stream, mask_BL, n_slots, bool(recurrence and recurrence.slots_read_prefix))
         read_prefix = recurrence.prefix_reader(memory_EBPD, self.layers) if recurrence else None
         gate_EH = recurrence.prefix_gate if recurrence and config.prefix_attention == "gated" else None
-        slots, hidden_states, attentions = [], [stream[:, n_slots:]], []
+        shared = recurrence.by_layer() if recurrence else {}
+        slots, matrices, hidden_states, attentions = [], [], [stream[:, n_slots:]], []
         for layer_idx, layer in enumerate(self.layers):
             prefix = read_prefix(layer_idx, stream[:, :n_slots]) if read_prefix else None
-            gate_1H = None if gate_EH is None else gate_EH[layer_idx : layer_idx + 1]
-            stream, weights = run_cell(layer, stream, visible, prefix, gate_1H)
+            own, matrix = slice(layer_idx, layer_idx + 1), None
+            gate_1H = None if gate_EH is None else gate_EH[own]
+            if recurrence and recurrence.n_matrix_rows:
+                own_weights = {name: weight[own] for name, weight in shared.items()}
+                matrix = recurrence.matrix(memory_EBPD[own], stream.unsqueeze(0), visible.is_token, own_weights)
+            stream, weights, written = run_cell(layer, stream, visible, prefix, gate_1H, matrix)
             slots.append(stream[:, :n_slots])
+            matrices.append(written)
             if kept.hidden_states:
                 hidden_states.append(stream[:, n_slots:])
             if kept.attentions:
@@ -236,7 +242,8 @@ class Grid:
             slots_EBPD = torch.stack(slots[-len(memory_EBPD) :])
             is_read_B = mask_BL.bool().any(dim=-1)
             is_read_1B = None if is_read_B.all() else on_device(is_read_B, stream.device).unsqueeze(0)
-            memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, recurrence.by_layer())
+            written = torch.cat(matrices) if recurrence.n_matrix_rows else None
+            memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, shared, written)
         return SegmentOutput(stream[:, n_slots:], memory, hidden_states, attentions)
 
 

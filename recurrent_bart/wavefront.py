@@ -186,7 +186,7 @@ def diagonal_step(
     Returns:
         Slots and tokens that leave the layers, and their new states.
     """
-    layers, prefix, gate_RH = StackedLayers(weights, layer), None, None
+    layers, prefix, gate_RH, matrix = StackedLayers(weights, layer), None, None, None
     if recurrence is not None and memory_EBPD is not None:
         if visible.n_slots and can_fuse(layer.self_attn.config, stream_EBSD):
             return fused_cell(layers, recurrence, stream_EBSD, memory_EBPD, visible, is_read_EB, into)
@@ -194,11 +194,12 @@ def diagonal_step(
         prefix = key.flatten(0, 1), value.flatten(0, 1)
         if "prefix_gate" in weights:
             gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
-    stream_RSD, _ = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH)
+        matrix = recurrence.matrix(memory_EBPD, stream_EBSD, visible.is_token, weights)
+    stream_RSD, _, written = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH, matrix)
     stream_EBSD = stream_RSD.view_as(stream_EBSD)
     if recurrence is not None and memory_EBPD is not None:
         slots_EBPD = stream_EBSD[:, :, : visible.n_slots]
-        memory_EBPD = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_EB, weights)
+        memory_EBPD = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_EB, weights, written)
     if into is not None:
         assert memory_EBPD is not None
         stream_EBSD, memory_EBPD = into[0].copy_(stream_EBSD), into[1].copy_(memory_EBPD)

@@ -11,11 +11,16 @@ def encode(model, segments):
     """Read one document's segments, lists of ids.
 
     Returns:
-        After each segment, the last layer's state `(P, D)` and token stream `(L, D)`; and all layers' final state.
+        After each segment, the last layer's state `(P, D)` and token stream `(L, D)`; and all layers' final state, with
+        the rows of an associative memory.
     """
     encoder, config = model.model.encoder, model.config
     core = encoder.recurrence
     states = list(core.initial_memory) if core else []
+    n_heads = config.encoder_attention_heads
+    width = config.d_model // n_heads
+    matrices = torch.zeros(len(encoder.layers), n_heads, width, width, dtype=encoder.embed_tokens.weight.dtype)
+    matrices = list(matrices) if config.associative_memory else []
     after = []
     for ids in segments:
         tokens = encoder.embed_tokens(torch.tensor([ids]))[0] + encoder.embed_positions(torch.tensor([ids]))[0]
@@ -26,12 +31,19 @@ def encode(model, segments):
         for e, layer in enumerate(encoder.layers):
             read = slots if config.recurrence == "top" else states[e] if core else None
             prefix = project(core, layer, read, e, config) if core else None
-            tokens, slots = cell(layer, tokens, slots, prefix, core, e, config)
+            matrix = matrices[e] if matrices else None
+            if matrices:
+                matrices[e] = written(layer.self_attn, tokens, matrix, core, e)
+            tokens, slots = cell(layer, tokens, slots, prefix, core, e, config, matrix)
             if config.has_state and config.recurrence == "layerwise":
                 states[e] = update(core, states[e], slots, e, config)
         if config.recurrence == "top" and core:
             states[0] = update(core, states[0], slots, 0, config)
         after.append((states[-1] if config.has_state else tokens[:0], tokens))
+    if matrices:
+        # row i: of all heads what the i-th number of a key gives
+        rows = [matrix.transpose(0, 1).reshape(width, -1) for matrix in matrices]
+        states = [torch.cat(both) for both in zip(states, rows, strict=True)]
     return after, states if config.has_state else []
 
 
@@ -61,7 +73,28 @@ def update(core, state, slots, e, config):
     return state + gate * (slots - state)
 
 
-def cell(layer, tokens, slots, prefix, core, e, config):
+def written(attention, tokens, matrix, core, e):
+    """The matrix of each head after tokens, one by one, by the delta rule."""
+    strength = torch.sigmoid(tokens @ core.write_strength[e] + core.write_strength_bias[e])
+    key, value = attention.k_proj(tokens), attention.v_proj(tokens)
+    heads = []
+    for h, values in enumerate(matrix):
+        part = slice(h * len(values), (h + 1) * len(values))
+        for t in range(len(tokens)):
+            unit = key[t, part] / key[t, part].norm()
+            values = values + strength[t, h] * torch.outer(unit, value[t, part] - unit @ values)
+        heads.append(values)
+    return torch.stack(heads)
+
+
+def read_matrix(attention, rows, matrix, gate):
+    """What rows find in it."""
+    heads = attention.q_proj(rows).unflatten(1, (len(matrix), -1)).transpose(0, 1)
+    found = torch.tanh(gate)[:, None, None] * (heads / heads.norm(dim=-1, keepdim=True)) @ matrix
+    return found.transpose(0, 1).flatten(1)
+
+
+def cell(layer, tokens, slots, prefix, core, e, config, matrix=None):
     """New tokens and new slots of a layer."""
     attention = layer.self_attn
 
@@ -78,6 +111,8 @@ def cell(layer, tokens, slots, prefix, core, e, config):
         token_read = attend(attention, tokens, project_both(tokens)) + attend(attention, tokens, prefix, gate)
     if not config.has_state:
         return feed_forward(layer, tokens, token_read), slots
+    if matrix is not None:
+        token_read = token_read + read_matrix(attention, tokens, matrix, core.matrix_gate[e])
     own = join(project_both(slots), project_both(tokens))
     slot_read = attend(attention, slots, own if config.recurrence == "top" else join(prefix, own))
     return feed_forward(layer, tokens, token_read), feed_forward(layer, slots, slot_read)

@@ -13,6 +13,8 @@ VARIANTS = {
     "static": {"recurrence": "none", "decoder_context": "all"},
     "memory": {"decoder_context": "memory"},
     "wavefront": {"schedule": "wavefront"},
+    "associative": {"associative_memory": True},
+    "associative wavefront": {"associative_memory": True, "schedule": "wavefront"},
     "concat windows wavefront": {"prefix_attention": "concat", "bptt_depth": 1, "schedule": "wavefront"},
 }
 

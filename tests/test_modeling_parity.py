@@ -83,18 +83,22 @@ def test_parity_of_generate(bart, bart_folder, fields, how):
     )
 
 
-@pytest.mark.parametrize("prefix_projection", [True, False])
-@pytest.mark.parametrize("update_gate", [True, False])
-def test_parity_of_a_converted_checkpoint_with_closed_gates(bart, bart_folder, prefix_projection, update_gate):
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"prefix_projection": False}, {"update_gate": False}, {"associative_memory": True}],
+    ids=lambda fields: "-".join(fields) or "default",
+)
+def test_parity_of_a_converted_checkpoint_with_closed_gates(bart, bart_folder, fields):
     """The recurrence is there, but what it reads is not let in before training opens the gates."""
-    ours = load(bart_folder, pre_seq_len=3, prefix_projection=prefix_projection, update_gate=update_gate)
+    ours = load(bart_folder, pre_seq_len=3, **fields)
     inputs = document((12, 7)) | {"labels": labels()}
     torch.testing.assert_close(ours(**inputs).logits, bart(**inputs).logits, rtol=0, atol=1e-5)
 
 
-def test_parity_of_a_converted_checkpoint_on_its_last_segment(bart, bart_folder):
+@pytest.mark.parametrize("associative_memory", [False, True])
+def test_parity_of_a_converted_checkpoint_on_its_last_segment(bart, bart_folder, associative_memory):
     """With closed gates a long document is its last segment to the decoder."""
-    ours = load(bart_folder, pre_seq_len=3)
+    ours = load(bart_folder, pre_seq_len=3, associative_memory=associative_memory)
     ids, targets = random_ids(2, 3, 16), labels()
     expected = bart(input_ids=ids[:, -1], labels=targets).logits
     torch.testing.assert_close(ours(input_ids=ids, labels=targets).logits, expected, rtol=0, atol=1e-5)

@@ -118,8 +118,9 @@ def test_row_order_changes_nothing(make_model, documents):
     torch.testing.assert_close(flipped.flip(0), logits, rtol=0, atol=1e-12)
 
 
-def test_a_state_continues_to_the_same_numbers(make_model):
-    model, ids, labels = make_model(), random_ids(2, 5, LENGTH), random_ids(2, 4)
+@pytest.mark.parametrize("associative_memory", [False, True])
+def test_a_state_continues_to_the_same_numbers(make_model, associative_memory):
+    model, ids, labels = make_model(associative_memory=associative_memory), random_ids(2, 5, LENGTH), random_ids(2, 4)
     whole = model(input_ids=ids, labels=labels)
     first = model.model.encoder(ids[:, :2]).state
     second = model(input_ids=ids[:, 2:], labels=labels, state=first.detach())

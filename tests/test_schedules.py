@@ -16,7 +16,8 @@ VARIANTS = [
     {"recurrence": "none", "prefix_attention": attention, "prefix_projection": projection}
     for attention, projection in itertools.product(("gated", "concat"), (True, False))
 ]
-VARIANTS += [variant | {"schedule": "wavefront"} for variant in VARIANTS if variant["recurrence"] != "top"]
+VARIANTS += [{"associative_memory": True, "prefix_attention": attention} for attention in ("gated", "concat")]
+VARIANTS += [variant | {"schedule": "wavefront"} for variant in VARIANTS if variant.get("recurrence") != "top"]
 # lengths of the segments of each document
 DOCUMENTS = {
     "one": [[8]],

@@ -18,6 +18,8 @@ FIELDS = {
     "no horizon": {},
     "concat": {"prefix_attention": "concat"},
     "own projection": {"prefix_projection": False, "update_gate": False},
+    "associative": {"associative_memory": True, "bptt_depth": 1},
+    "associative concat": {"associative_memory": True, "prefix_attention": "concat", "decoder_context": "memory"},
     "every segment alone": {"bptt_depth": 0},
     "windows": {"bptt_depth": 1},
     "overlap": {"input_size": 12},

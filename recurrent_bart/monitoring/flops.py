@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recurrent_bart.associative_memory import CHUNK
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.targets import IGNORED
 
@@ -103,6 +104,11 @@ class Arithmetic:
         weights = 8 * width**2 + 4 * width * config.encoder_ffn_dim
         attended = n_pairs + n_prefix * n_tokens + n_slots * (n_segments * n_seen_by_slots + n_tokens)
         layer = weights * (n_tokens + n_segments * n_slots) + 4 * width * attended
+        if config.associative_memory:
+            n_heads = config.encoder_attention_heads
+            n_equations = float((lengths_M // CHUNK * CHUNK**2 + (lengths_M % CHUNK) ** 2).sum())
+            # strength, what is read, what a key gives and what is added; and each token's of those before it
+            layer += 2 * width * (n_tokens * (n_heads + 3 * width // n_heads) + n_equations)
         return config.encoder_layers * layer + n_segments * self._recurrence()
 
     def _recurrence(self) -> float:

@@ -64,7 +64,7 @@ def _read(
     """Tables by layer and segment of one document."""
     recurrence = model.model.encoder.recurrence
     state = RecurrentState.unread(model.config, 1, ids_BNL.device)
-    old_EPD = recurrence.first_memory(1)[:, 0].float()
+    old_EPD = recurrence.without_matrix(recurrence.first_memory(1))[:, 0].float()
     columns: dict[str, list[Tensor]] = {"prefix_mass": [], "prefix_size": []}
     for t in range(ids_BNL.shape[1]):
         with _recorded_gates(recurrence) as gates:
@@ -74,7 +74,7 @@ def _read(
         columns["prefix_mass"].append(reads.mass)
         columns["prefix_size"].append(reads.size.mean(dim=1))
         if state.memory is not None:
-            new_EPD = state.memory[0].float()
+            new_EPD = recurrence.without_matrix(state.memory)[0].float()
             columns.setdefault("state_norm", []).append(new_EPD.norm(dim=-1).mean(dim=-1))
             change_E = (new_EPD - old_EPD).flatten(1).norm(dim=1) / old_EPD.flatten(1).norm(dim=1)
             columns.setdefault("state_change", []).append(change_E)
@@ -94,7 +94,8 @@ def _recorded_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
     next_memory = recurrence.next_memory
 
     def record(memory_EBPD: Tensor, slots_EBPD: Tensor, *others: Any) -> Tensor:
-        both = torch.cat([memory_EBPD.to(slots_EBPD.dtype), slots_EBPD], dim=-1)
+        old_EBPD = recurrence.without_matrix(memory_EBPD)
+        both = torch.cat([old_EBPD.to(slots_EBPD.dtype), slots_EBPD], dim=-1)
         gate = torch.sigmoid(per_layer(both, recurrence.update_gate, recurrence.update_gate_bias))
         gates.append(gate.float().mean(dim=(1, 2, 3)))
         return next_memory(memory_EBPD, slots_EBPD, *others)

@@ -113,6 +113,8 @@ ALTERNATIVES: dict[str, Fields] = {
 }
 LAYERWISE = "layerwise gated projection update-gate"
 ESSENTIALS = {name: ALTERNATIVES[name] for name in (LAYERWISE, "top update-gate (RMT)", "BART, one window")}
+# what slots do not hold: by which key a value is found
+ASSOCIATIVE: dict[str, Fields] = {f"{LAYERWISE}, associative memory": {"model": {"associative_memory": True}}}
 # what it is learnt with, one thing at a time
 LESSONS: dict[str, Fields] = {
     f"{LAYERWISE}, no loss of the encoder": {"encoder_loss": 0.0},
@@ -139,7 +141,7 @@ STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
     "depth": ((COPY, RECALL), DEPTHS),
     "width": ((COPY, RECALL), WIDTHS),
     "context": (SYMBOLS, CONTEXTS),
-    "retrieval": ((RETRIEVAL, DENOISING), ESSENTIALS | LESSONS),
+    "retrieval": ((RETRIEVAL, DENOISING), ESSENTIALS | ASSOCIATIVE | LESSONS),
     "babi": (None, ALTERNATIVES),
 }
 

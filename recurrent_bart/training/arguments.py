@@ -59,6 +59,7 @@ class ModelArguments:
     prefix_attention: str | None = flag(None, "gated or concat")
     decoder_context: str | None = flag(None, "what the decoder sees of the segments before: last, memory or all")
     update_gate: bool | None = flag(None, "carry the state over through a learned gate")
+    associative_memory: bool | None = flag(None, "beside the slots, a matrix per head from tokens' keys to values")
     schedule: str | None = flag(None, "order of computation: sequential, wavefront (by diagonals) or auto, the faster")
     dropout: float | None = flag(None, "BART's dropout")
     train: str = flag("all", "all: every parameter; prefix: the recurrence's alone, the rest stays as it is")

@@ -14,6 +14,7 @@ CASES = [
     {"prefix_attention": "concat"},
     {"prefix_projection": False},
     {"update_gate": False},
+    {"associative_memory": True},
     {"recurrence": "top"},
     {"recurrence": "none"},
     {"pre_seq_len": 0},
@@ -43,7 +44,9 @@ def test_it_is_what_a_model_does(changes, task):
         model.config.bptt_depth = -1
     expected = counted(model, ids, labels)
     found = Arithmetic(model.config).training(torch.ones_like(ids), labels)
-    assert found == pytest.approx(expected, rel=0.001 if is_exact else 0.15)
+    # of equations PyTorch counts what their backward pass multiplies, and we nothing
+    tolerance = 0.02 if model.config.associative_memory else 0.001
+    assert found == pytest.approx(expected, rel=tolerance if is_exact else 0.15)
     assert found <= expected
 
 
