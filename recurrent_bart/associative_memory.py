@@ -1,9 +1,8 @@
 """A matrix of each head beside the slots, which gives back a token's value for its key.
 
-A slot is written by the attention that a layer's tokens use, which hands on what is asked for and not what it is found
-by, so that slots hold values without their keys (RESULTS.md). The matrix is written with the tokens' own keys and
-values, token by token by the delta rule (arXiv 2102.11174, 2406.06484), and read with their queries, as in
-Infini-attention (arXiv 2404.07143) and ARMT (arXiv 2407.04841).
+Where pairs are to be carried, slots alone gave what values without their keys give (RESULTS.md). The matrix is written
+with the tokens' own keys and values, token by token by the delta rule (arXiv 2102.11174, 2406.06484), and read with
+their queries, as in Infini-attention (arXiv 2404.07143) and ARMT (arXiv 2407.04841).
 
 Shape suffixes: R = layers * documents, L tokens in a segment, H heads, K head width, B documents, E encoder layers,
 D model width.
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# tokens written at once: as many equations as there are of them, each with those before it
+# tokens written at once, by one system of as many equations
 CHUNK = 64
 
 

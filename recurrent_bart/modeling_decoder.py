@@ -15,8 +15,8 @@ from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention
 from recurrent_bart.recorded_call import call_recorded, can_record
 
-# positions of all targets, padding among them. On an H100, BART-large's decoder and loss on 1,024 of them took 55 ms,
-# forward and backward, launched one by one, of which the kernels are about 15; more than 1,024 was not measured
+# positions of all targets, padding among them. On an H200, BART-large's decoder and loss on 1,024 of them took 55 ms,
+# forward and backward, launched one by one, all of it the processor's time; more than 1,024 was not measured
 MOST_TARGETS = 4_096
 # where it is checkpointed, for what a recorded decoder keeps is not computed again
 MOST_CHECKPOINTED_TARGETS = 1_024

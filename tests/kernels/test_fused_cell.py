@@ -1,7 +1,5 @@
 """Fused cells give the numbers of plain ones; kernels run by Triton's interpreter, on a processor."""
 
-import os
-
 import pytest
 import torch
 
@@ -9,10 +7,6 @@ from counted_calls import OperationsCalled, count_calls
 from played_graphs import play_graphs
 from recurrent_bart import graphed_wavefront, schedules, wavefront
 from tiny import random_ids, tiny_model
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 from the beginning, as make test has it", allow_module_level=True)
-pytest.importorskip("triton", reason="needs triton, which torch brings along where it has CUDA")
 
 # a width that is no power of two
 SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "gelu"}

@@ -139,6 +139,19 @@ def test_what_a_model_does_not_have_is_left_out(make_model, changes, names):
     assert recurrence_metrics(make_model(**changes), [document()]).keys() == names
 
 
+def test_figures_of_a_state_are_of_its_slots(make_model):
+    """Before a gate opens, an associative memory changes nothing but its own rows."""
+    model, beside = make_model(), make_model(associative_memory=True)
+    beside.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        beside.model.encoder.recurrence.matrix_gate.zero_()
+    ids = document()
+    found, expected = (recurrence_metrics(each, [ids]) for each in (beside, model))
+    assert found.keys() == expected.keys()
+    for name, figures in expected.items():
+        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(figures), msg=name)
+
+
 def test_looking_changes_nothing(make_model):
     model, documents = make_model(bptt_depth=1), [document()]
     config, generator = model.config.to_dict(), torch.get_rng_state()
