@@ -73,21 +73,6 @@ class Visibility:
         return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
 
 
-@dataclass(frozen=True)
-class Carried:
-    """What a cell has of the segments before.
-
-    Attributes:
-        prefix: Keys and values `(B, H, P, K)` of the layer's state; None: there is no recurrence.
-        gate: Of each head on the prefix, `(B, H)`, which then has a softmax of its own; None: one softmax over all.
-        matrix: The layer's associative memory, if it has one.
-    """
-
-    prefix: KeyValue | None = None
-    gate: Tensor | None = None
-    matrix: Matrix | None = None
-
-
 class CellLayer(Protocol):
     """The parts of a layer that a cell is made of; one layer's, or several layers' at once.
 
@@ -132,17 +117,27 @@ class SingleLayer:
 
 
 def run_cell(
-    layer: BartEncoderLayer, stream_BLD: Tensor, visible: Visibility, carried: Carried
+    layer: BartEncoderLayer,
+    stream_BLD: Tensor,
+    visible: Visibility,
+    prefix: KeyValue | None,
+    gate_BH: Tensor | None,
+    matrix: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One cell; recomputed in the backward pass where gradient checkpointing is on for this layer."""
-    inputs = SingleLayer(layer), stream_BLD, visible, carried
+    inputs = SingleLayer(layer), stream_BLD, visible, prefix, gate_BH, matrix
     if layer.gradient_checkpointing and layer.training:
         return layer._gradient_checkpointing_func(encoder_cell, *inputs)
     return encoder_cell(*inputs)
 
 
 def encoder_cell(
-    layer: CellLayer, stream_BLD: Tensor, visible: Visibility, carried: Carried
+    layer: CellLayer,
+    stream_BLD: Tensor,
+    visible: Visibility,
+    prefix: KeyValue | None,
+    gate_BH: Tensor | None,
+    matrix: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One layer over one segment. Identical to BartEncoderLayer except: its attention.
 
@@ -150,14 +145,16 @@ def encoder_cell(
         layer: The layer; of several at once, B counts the documents of each.
         stream_BLD: `(B, P + L, D)`, slots in front of tokens.
         visible: What slots and tokens see.
-        carried: What it has of the segments before.
+        prefix: Keys and values `(B, H, P, K)` of the layer's state; None switches the recurrence off.
+        gate_BH: Gate of each head on the prefix, which then has a softmax of its own; None: one softmax over all.
+        matrix: The layer's associative memory, if it has one.
 
     Returns:
         The stream above the layer; from the eager back-end, the tokens' weights `(B, H, L, A)`; and the values of the
         matrix after the segment.
     """
     shared, dropout = layer.shared, nn.functional.dropout
-    read, weights, written = cell_attention(layer, stream_BLD, visible, carried)
+    read, weights, written = cell_attention(layer, stream_BLD, visible, prefix, gate_BH, matrix)
     read = dropout(layer.out_proj(read), p=shared.dropout, training=shared.training)
     stream_BLD = layer.self_attn_layer_norm(stream_BLD + read)
     hidden = shared.activation_fn(layer.fc1(stream_BLD))
@@ -167,11 +164,15 @@ def encoder_cell(
 
 
 def cell_attention(
-    layer: CellLayer, stream_BLD: Tensor, visible: Visibility, carried: Carried
+    layer: CellLayer,
+    stream_BLD: Tensor,
+    visible: Visibility,
+    prefix: KeyValue | None,
+    gate_BH: Tensor | None,
+    matrix: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What slots and tokens read, `(B, P + L, D)`, the tokens' weights and the matrix: tokens never see slots."""
     attention, n_slots = layer.shared.self_attn, visible.n_slots
-    prefix, gate_BH, matrix = carried.prefix, carried.gate, carried.matrix
     # split, not sliced: backward passes of slices would each write the whole
     parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(stream_BLD)]
     (slots_query, *slots), (token_query, *tokens) = zip(*parts, strict=True)

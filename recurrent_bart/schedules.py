@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.encoder_cell import Carried, Visibility, run_cell
+from recurrent_bart.encoder_cell import Visibility, run_cell
 from recurrent_bart.graphed_wavefront import GraphedWavefront, can_graph
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.segmentation import Segment, on_device
@@ -230,7 +230,7 @@ class Grid:
             if recurrence and recurrence.n_matrix_rows:
                 own_weights = {name: weight[own] for name, weight in shared.items()}
                 matrix = recurrence.matrix(memory_EBPD[own], stream.unsqueeze(0), visible.is_token, own_weights)
-            stream, weights, written = run_cell(layer, stream, visible, Carried(prefix, gate_1H, matrix))
+            stream, weights, written = run_cell(layer, stream, visible, prefix, gate_1H, matrix)
             slots.append(stream[:, :n_slots])
             matrices.append(written)
             if kept.hidden_states:

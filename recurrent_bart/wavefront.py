@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.bart.modeling_bart import BartEncoderLayer
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.encoder_cell import Carried, Visibility, encoder_cell
+from recurrent_bart.encoder_cell import Visibility, encoder_cell
 from recurrent_bart.fused_cell import can_fuse, fused_cell
 from recurrent_bart.layer_spans import take_span
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, Weights
@@ -195,8 +195,7 @@ def diagonal_step(
         if "prefix_gate" in weights:
             gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
         matrix = recurrence.matrix(memory_EBPD, stream_EBSD, visible.is_token, weights)
-    carried = Carried(prefix, gate_RH, matrix)
-    stream_RSD, _, written = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, carried)
+    stream_RSD, _, written = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH, matrix)
     stream_EBSD = stream_RSD.view_as(stream_EBSD)
     if recurrence is not None and memory_EBPD is not None:
         slots_EBPD = stream_EBSD[:, :, : visible.n_slots]
