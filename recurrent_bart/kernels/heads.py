@@ -94,6 +94,8 @@ class _SplitHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         n_slots, n_layers, width = ctx.n_slots, ctx.n_layers, ctx.width
+        # once: checkpointing gives what was saved back a single time
+        (seed,) = ctx.saved_tensors
         parts = [_without_heads(part) for part in gradients]
         slots, tokens, prefix = parts[:3], parts[3:6], parts[6:]
         n_rows, n_positions = len(slots[0]), n_slots + tokens[0].shape[1]
@@ -106,7 +108,7 @@ class _SplitHeads(torch.autograd.Function):
             three = slots[number], tokens[number], prefix[number] if ctx.is_gated else tokens[number]
             _gather[(n_layers * chunks,)](
                 *(given for part in three for given in (part, *part.stride()[:2])),
-                ctx.saved_tensors[0] if ctx.p else sums, into_qkv, into_prefix, sums,
+                seed if ctx.p else sums, into_qkv, into_prefix, sums,
                 n_layers, n_rows // n_layers, chunks, n_positions, n_slots, number, width, ctx.p,
                 IS_QUERY=number == 0, IS_GATED=ctx.is_gated, HAS_DROPOUT=ctx.p > 0,
                 BLOCK=triton.next_power_of_2(width),

@@ -24,15 +24,15 @@ def interpreted(monkeypatch):
     return count_calls(monkeypatch, wavefront, "fused_cell")
 
 
-def documents(task):
+def documents(task, n_documents=2, n_segments=3):
     """Ragged ones: padding inside a segment and segments that are not there."""
     torch.manual_seed(1)
-    mask = torch.ones(3, 4, 8, dtype=torch.long)
-    mask[1, 3:], mask[1, 2, 5:], mask[2, 1:] = 0, 0, 0
-    labels = random_ids(3, 4, 4)
+    mask = torch.ones(n_documents, n_segments, 8, dtype=torch.long)
+    mask[1, -1], mask[1, -2, 5:] = 0, 0
+    labels = random_ids(n_documents, n_segments, 4)
     labels[~mask.bool().any(-1)] = -100
     labels = labels if task == "sections" else labels[:, 0]
-    return {"input_ids": random_ids(3, 4, 8), "attention_mask": mask, "labels": labels}
+    return {"input_ids": random_ids(n_documents, n_segments, 8), "attention_mask": mask, "labels": labels}
 
 
 def build(schedule, **fields):
@@ -40,8 +40,9 @@ def build(schedule, **fields):
     return tiny_model(schedule=schedule, **SHAPE | fields).train()
 
 
-def results(schedule, inputs, **fields):
+def results(schedule, inputs, checkpointing="none", **fields):
     model = build(schedule, **fields)
+    model.set_gradient_checkpointing(checkpointing)
     output = model(**inputs)
     output.loss.backward()
     return output.loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -58,6 +59,18 @@ def test_values_and_gradients_are_the_plain_ones(interpreted, monkeypatch, field
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", ["layer", "segment"])
+def test_checkpointing_changes_no_number(interpreted, checkpointing):
+    """With dropout, whose seeds are kept for the backward pass."""
+    inputs, dropout = documents("document"), {"dropout": 0.2, "hidden_dropout_prob": 0.2}
+    expected_loss, expected = results("wavefront", inputs, **dropout)
+    loss, gradients = results("wavefront", inputs, checkpointing, **dropout)
+    assert interpreted
+    assert loss == expected_loss
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
@@ -96,7 +109,7 @@ def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
 def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fields, n_maps):
     """Four of a layer, two of the projection and the gate, or the keys' and values' of the layer again; 6 diagonals."""
     model = build("wavefront", **FIELDS[fields])
-    loss = model(**documents("document")).loss
+    loss = model(**documents("document", 3, 4)).loss
     layer, recurrence = model.model.encoder.layers[0], model.model.encoder.recurrence.by_layer()
     sizes = [weight.numel() for weight in layer.parameters() if weight.dim() == 2]
     sizes += [3 * 48 * 48, 2 * 48 * 48, *(weight[0].numel() for weight in recurrence.values())]
