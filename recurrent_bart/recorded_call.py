@@ -7,6 +7,7 @@ is computed again, so that memory is that of one call, whatever the number of ca
 
 import contextlib
 import functools
+import gc
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -197,9 +198,22 @@ def capture(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None
     """
     graph = torch.cuda.CUDAGraph()
     # other threads may copy batches meanwhile
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+    with collecting_no_garbage(), torch.cuda.graph(graph, **how):
         result = work()
     return result, graph
+
+
+@contextlib.contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """Graphs of models that are no longer there, freed in the middle of a recording, would make an end of it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Replayed(torch.autograd.Function):
