@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     """Parse, check, measure, print."""
     try:
         if argv[:1] == [WORKER]:
-            return measure_loop_here(argv[1], int(argv[2]), argv[3:])
+            return measure_here(argv[1], Path(argv[2]), int(argv[3]), argv[4:])
         own, given = build_parser().parse_known_args(argv)
         with handling_signals(leave):
             return measure_all(own, given, argv)
@@ -84,17 +84,20 @@ def leave(number: int, _: Any) -> None:
     raise SystemExit(ExitCode.STOPPED)
 
 
-def measure_loop_here(file: str, n_rounds: int, flags: Sequence[str]) -> int:
-    """Measure the loop as one of several processes, the first of which writes what was found to a file."""
+def measure_here(part: str, file: Path, n_rounds: int, flags: Sequence[str]) -> int:
+    """Be one of several processes: do a run's steps, or measure the loop, of which the first one writes a file."""
     # what trains is not needed where processes are only started
-    from recurrent_bart.benchmarks.loop_cost import measure_loop
+    from recurrent_bart.benchmarks.loop_cost import measure_loop, run_steps
     from recurrent_bart.training.environment import start_processes
 
     arguments = parse_arguments(flags)
     environment = start_processes(arguments.run.timeout_minutes)
-    found = measure_loop(arguments, environment, n_rounds)
-    if environment.rank == 0:
-        replace_file(Path(file), json.dumps(asdict(found)))
+    if part == "runs":
+        run_steps(arguments, environment)
+    else:
+        found = measure_loop(arguments, environment, n_rounds)
+        if environment.rank == 0:
+            replace_file(file, json.dumps(asdict(found)))
     barrier()
     return ExitCode.DONE
 
@@ -164,8 +167,8 @@ def find_shardings(files: Sequence[Path]) -> Sequence[Path]:
 def command_of(launch: Launch, flags: Sequence[str], file: Path, n_rounds: int, n_threads: int) -> list[str]:
     """Command that starts several processes, on a free port."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={launch.n_processes}"]
-    script = ["train.py"] if launch.part == "runs" else [Path(__file__).name, WORKER, str(file), str(n_rounds)]
-    return ["env", f"OMP_NUM_THREADS={n_threads}", *torchrun, str(SCRIPTS / script[0]), *script[1:], *flags]
+    worker = [str(Path(__file__).absolute()), WORKER, launch.part, str(file), str(n_rounds)]
+    return ["env", f"OMP_NUM_THREADS={n_threads}", *torchrun, *worker, *flags]
 
 
 def describe(argv: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the training loop costs of a step: its own steps and bare ones of the same engine, in turns."""
+"""What is measured of training: its steps, and what its loop costs beside bare ones of the same engine."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +19,8 @@ from recurrent_bart.training.windows import has_windows
 N_BATCHES = 4
 
 
-class LoopSession(Session):
-    """Identical to Session except: it measures its loop, on batches that it keeps, and neither evaluates nor saves."""
+class StepsAlone(Session):
+    """Identical to Session except: it neither evaluates nor saves, which takes a large model minutes."""
 
     def evaluate(self) -> bool:
         """Does nothing; training is to go on."""
@@ -28,6 +28,10 @@ class LoopSession(Session):
 
     def save(self, figures: dict[str, float]) -> None:
         """Does nothing."""
+
+
+class LoopSession(StepsAlone):
+    """Identical to StepsAlone except: it measures its loop, on batches that it keeps."""
 
     def measure(self, n_rounds: int) -> LoopCost:
         """Seconds of a step of both loops, each a mean over the `--log_every` steps of a turn; the first is left out.
@@ -61,6 +65,16 @@ class LoopSession(Session):
         batches = list(itertools.islice(read, N_BATCHES))
         read.close()
         return batches
+
+
+def run_steps(arguments: Arguments, environment: Environment) -> None:
+    """Do the steps of a run, which its log tells of.
+
+    Raises:
+        ValueError: Something is wrong with the arguments or the documents.
+    """
+    with open_session(arguments, environment, StepsAlone) as session:
+        session.train()
 
 
 def measure_loop(arguments: Arguments, environment: Environment, n_rounds: int) -> LoopCost:

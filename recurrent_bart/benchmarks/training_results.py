@@ -15,7 +15,7 @@ class Launch:
     """One start of several processes.
 
     Attributes:
-        part: One of `PARTS`: a run of `launch/train.py`, or its loop beside bare steps.
+        part: One of `PARTS`: the steps of a run, or their loop beside bare steps.
         n_processes: All of one machine.
         sharding: DeepSpeed configuration.
     """

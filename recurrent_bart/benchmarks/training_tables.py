@@ -27,7 +27,7 @@ def training_tables(results: Results) -> list[Table]:
     tables = []
     if runs:
         columns = [column.format(first=first_sharding(results)) for column in RUNS]
-        tables.append(_table("runs of launch/train.py", columns, runs, results))
+        tables.append(_table("steps of a run of launch/train.py", columns, runs, results))
     if loops:
         tables.append(_table("the loop of training beside bare steps", LOOP, loops, results))
     return tables

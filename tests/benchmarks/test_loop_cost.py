@@ -57,7 +57,7 @@ def test_both_loops_make_as_many_steps_on_one_sharded_engine(tmp_path, flags, mo
     count(Trainer, "train_step", "trainer")
     count(loop_cost.LoopSession, "log", "logged")
     script, file = load_script("training_speed"), tmp_path / "found.json"
-    assert script.main([script.WORKER, str(file), "3", *flags()]) == 0
+    assert script.main([script.WORKER, "loop", str(file), "3", *flags()]) == 0
     found = json.loads(file.read_text())
     assert found["outcome"] == "measured"
     # a round before those that count
