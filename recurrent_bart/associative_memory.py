@@ -23,7 +23,7 @@ class Matrix:
 
     Attributes:
         values: `(R, H, K, K)`, a row for each number of a key.
-        gate: Of each head on what is read, `(R, H)`; the recurrence begins with 0.
+        gate: Of each head on what is read, `(R, H)`; it begins with `matrix_gate_init`.
         strength: Of each token's writing, between 0 and 1, `(R, L, H)`; 0 at padding.
     """
 

@@ -40,8 +40,10 @@ class RecurrentBartConfig(BartConfig):
             prefix and tokens.
         update_gate: Carry the state over through a learned gate (True) or replace it (False).
         associative_memory: Beside the slots each layer keeps a matrix per head, written with its tokens' keys and
-            values by the delta rule and read with their queries, through a gate per head that starts at zero (see
-            `associative_memory.py`). With `recurrence="layerwise"` alone.
+            values by the delta rule and read with their queries, through a gate per head (see `associative_memory.py`).
+            With `recurrence="layerwise"` alone.
+        matrix_gate_init: What that gate's tanh is first taken of. 0: closed, so that a converted BART checkpoint still
+            gives BART's logits. From scratch a closed one was not learnt to be opened, one of 1 was (RESULTS.md).
         decoder_context: What the decoder attends to. `"last"`: the final state and the tokens of the last segment.
             `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and the
             tokens of all segments (fusion-in-decoder, arXiv 2007.01282).
@@ -68,6 +70,7 @@ class RecurrentBartConfig(BartConfig):
     prefix_attention: str = PREFIX_ATTENTIONS[0]
     update_gate: bool = True
     associative_memory: bool = False
+    matrix_gate_init: float | int = 0.0
     decoder_context: str = DECODER_CONTEXTS[0]
     schedule: str = SCHEDULES[0]
 

@@ -31,7 +31,7 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PrefixRecurrence):
-            module.init_weights(self.config.init_std)
+            module.init_weights(self.config.init_std, self.config.matrix_gate_init)
         if isinstance(module, GatedCrossAttention):
             init.zeros_(module.memory_gate)
 

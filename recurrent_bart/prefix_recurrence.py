@@ -126,10 +126,12 @@ class PrefixRecurrence(nn.Module):
     def _build_slots(self, config: RecurrentBartConfig) -> None:
         self.slot_embedding = nn.Parameter(torch.empty(config.pre_seq_len, config.d_model))
 
-    def init_weights(self, std: float) -> None:
-        """Embedding scale for weights, zero for biases and for the gates on what is read of the state."""
+    def init_weights(self, std: float, matrix_gate: float = 0.0) -> None:
+        """Embedding scale for weights, zero for biases and for the gates on the prefix; those on matrices are given."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or name in ("prefix_gate", "matrix_gate"):
+            if name == "matrix_gate":
+                init.constant_(parameter, matrix_gate)
+            elif name.endswith("bias") or name == "prefix_gate":
                 init.zeros_(parameter)
             else:
                 init.normal_(parameter, mean=0.0, std=std)

@@ -60,6 +60,7 @@ class ModelArguments:
     decoder_context: str | None = flag(None, "what the decoder sees of the segments before: last, memory or all")
     update_gate: bool | None = flag(None, "carry the state over through a learned gate")
     associative_memory: bool | None = flag(None, "beside the slots, a matrix per head from tokens' keys to values")
+    matrix_gate_init: float | None = flag(None, "its gates before training; 0: closed, 1: open, from scratch")
     schedule: str | None = flag(None, "order of computation: sequential, wavefront (by diagonals) or auto, the faster")
     dropout: float | None = flag(None, "BART's dropout")
     train: str = flag("all", "all: every parameter; prefix: the recurrence's alone, the rest stays as it is")

@@ -22,16 +22,17 @@ def test_every_run_has_a_model_and_documents_to_train_and_test_on(name):
             task.batch(torch.Generator().manual_seed(0), 1, n_segments, run.segment_size)
         for easier in run.easier:
             changes = dict(easier)
-            segment_size = changes.pop("segment_size")
-            run.build_tasks(**changes)[0].batch(torch.Generator().manual_seed(0), 1, 1, segment_size)
+            segment_size, most = changes.pop("segment_size"), changes.pop("n_segments", 1)
+            for n_segments in {1, most}:
+                run.build_tasks(**changes)[0].batch(torch.Generator().manual_seed(0), 1, n_segments, segment_size)
 
 
 def test_the_recurrence_is_compared_with_every_alternative_on_every_task():
     runs = build_study("recurrence", Texts(), seeds=[5])
     assert {run.seed for run in runs} == {5}
-    assert len(runs) == 3 * (8 + 2 + 1 + 2)
+    assert len(runs) == 3 * (8 + 2 + 1 + 2 + 1)
     models = {tuple(sorted(run.model.items())) for run in runs if run.window == "segments"}
-    assert len(models) == 8 + 2 + 1
+    assert len(models) == 8 + 2 + 1 + 1
     assert {run.window for run in runs} == {"segments", "all", "last"}
 
 
