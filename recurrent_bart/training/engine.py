@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from recurrent_bart.distributed import is_first
 from recurrent_bart.modeling_encoder import RecurrentBartEncoder
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartModel
+from recurrent_bart.training.gradients_together import look_at_gradients_together
 
 
 def build_engine(
@@ -35,6 +36,7 @@ def build_engine(
             _take_embedding_out(owner)
     # a file of its own is not needed: the engine only writes into it
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config))
+    look_at_gradients_together(engine.optimizer)
     engine.train()
     return engine
 

@@ -1,7 +1,11 @@
 """The engine: the whole model out of it, frozen parameters, bf16."""
 
+import math
+
 import pytest
 import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation
 from tiny import BUCKET, random_ids, tiny_model
@@ -96,6 +100,30 @@ def test_bf16_computes_its_loss_in_float32_and_keeps_master_weights(alone, stage
     weight = after["model.shared.weight"]
     assert not torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, before["model.shared.weight"])
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
+def test_gradients_are_looked_at_together(alone, kind, monkeypatch):
+    """DeepSpeed is given one norm of them all, and finds the one that is not finite without asking each."""
+    lengths, norm_of_each = [], kind.get_grad_norm_direct
+
+    def counted(self, gradients, parameters, norm_type=2):
+        lengths.append(len(gradients))
+        return norm_of_each(self, gradients, parameters, norm_type)
+
+    monkeypatch.setattr(kind, "get_grad_norm_direct", counted)
+    monkeypatch.setattr(kind, "_has_inf_or_nan", None)
+    engine = build(tiny_model(), 3 if kind is DeepSpeedZeroOptimizer_Stage3 else 2, bf16=True)
+    before = full_state_dict(engine)
+    for is_poisoned in (True, False):
+        engine.backward(engine(**inputs()).loss)
+        if is_poisoned:
+            engine.optimizer.averaged_gradients[0][3].view(-1)[0] = math.inf
+        engine.step()
+        assert engine.was_step_applied() is not is_poisoned
+        after = full_state_dict(engine)
+        assert is_poisoned == all(torch.equal(after[name], before[name]) for name in before)
+    assert set(lengths) == {1}
 
 
 @STAGES
