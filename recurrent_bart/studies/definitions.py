@@ -20,7 +20,6 @@ RECALL: Fields = {
     "stages": (8,),
     "test_segments": (1, 2, 4, 8),
     "learning_rate": 3e-4,
-    "max_steps": 6000,
 }
 # a key must be bound to its value before either can be carried: within a segment first, then over as many as there will
 # be, of few tokens and pairs (RESULTS.md)
