@@ -4,8 +4,9 @@ Shape suffixes: B documents, H heads, K head width, A attended length, M memory 
 D model width.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,29 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Ten
     # flash attention's alone has two dimensions
     if mask is not None and mask.dim() == 2:
         return _attend_packed(read, query_BHQK, key_value, mask.bool()), None
-    return read(query_BHQK, *key_value, mask)
+    with finite_backward(key_value[0].shape[2], mask is not None):
+        return read(query_BHQK, *key_value, mask)
+
+
+@contextlib.contextmanager
+def finite_backward(n_keys: int, has_mask: bool = True) -> Iterator[None]:
+    """Attention of PyTorch without cuDNN where gradients of that could be NaN.
+
+    With a mask, and keys that fill half of its last tile of 128, those of queries are where a query's scores are all
+    below -88 (https://github.com/pytorch/pytorch/issues/196678): models that train well get there. Which kernel the
+    backward pass has is decided in the forward pass.
+
+    Args:
+        n_keys: Of the attention that follows.
+        has_mask: Whether it is given a mask.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    fails = has_mask and n_keys % 128 == 64
+    torch.backends.cuda.enable_cudnn_sdp(was_enabled and not fails)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def _attend_packed(

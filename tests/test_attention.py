@@ -11,6 +11,8 @@ from transformers import modeling_utils
 
 from tiny import random_ids
 
+# cuDNN's backward pass gives NaN where a mask is given and keys fill half of a tile of 128
+BAD, GOOD = 64, 65
 FIELDS = {
     "gated": {},
     "concat": {"prefix_attention": "concat"},
@@ -151,3 +153,28 @@ def test_flex_attention_is_refused(make_model):
         make_model().set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match=r"does not support.*flex"):
         make_model(attn_implementation="flex_attention")
+
+
+@pytest.mark.parametrize("n_tokens", [BAD, GOOD])
+@pytest.mark.parametrize("n_targets", [BAD, GOOD])
+@pytest.mark.parametrize("fields", [{}, {"pre_seq_len": 0}], ids=["gated", "no recurrence"])
+def test_cudnn_is_not_used_where_its_gradients_could_be_nan(make_model, monkeypatch, fields, n_targets, n_tokens):
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask=None, **kwargs):
+        calls.append((key.shape[2], attn_mask is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = make_model(segment_size=n_tokens, max_position_embeddings=70, **fields)
+    mask = torch.ones(2, 2, n_tokens, dtype=torch.long)
+    mask[0, :, 5:] = 0
+    model(input_ids=random_ids(2, 2, n_tokens), attention_mask=mask, labels=random_ids(2, n_targets)).loss.backward()
+    at_risk = [is_enabled for n_keys, has_mask, is_enabled in calls if has_mask and n_keys % 128 == BAD]
+    assert not any(at_risk)
+    assert bool(at_risk) == (n_tokens == BAD)
+    # elsewhere it stays as it was
+    assert n_targets == BAD or all(is_enabled for n_keys, _, is_enabled in calls if n_keys % 128 != BAD)
+    assert n_targets == GOOD or not all(is_enabled for n_keys, *_, is_enabled in calls if n_keys == BAD)
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -12,6 +12,7 @@ from recurrent_bart.benchmarks.measure import Measurement, measure
 from recurrent_bart.benchmarks.subjects import Place
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
+from recurrent_bart.prefix_attention import attend
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import Documents
@@ -205,3 +206,16 @@ def test_a_recorded_training_step_is_the_step_itself(schedule, task):
     assert float(step()) == pytest.approx(found_loss, rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("n_keys", [64, 192, 448])
+def test_gradients_are_finite_where_all_scores_are_far_below_zero(n_keys):
+    """With a mask and half a tile of keys cuDNN's are not (https://github.com/pytorch/pytorch/issues/196678)."""
+    torch.manual_seed(0)
+    attention = tiny_model(d_model=256, encoder_attention_heads=4).model.encoder.layers[0].self_attn.eval()
+    query, key, value = (0.1 * torch.randn(1, 4, n_keys, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    query[..., 0], key[..., 0] = 1.0, -120 / attention.scaling
+    parts = [part.requires_grad_() for part in (query, key, value)]
+    mask = torch.ones(1, 1, n_keys, n_keys, dtype=torch.bool, device="cuda").tril()
+    read, _ = attend(attention, query, (key, value), mask)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(read.square().sum(), parts))
