@@ -61,12 +61,12 @@ def test_values_and_gradients_are_the_plain_ones(interpreted, monkeypatch, field
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("checkpointing", ["layer", "segment"])
-def test_checkpointing_changes_no_number(interpreted, checkpointing):
+def test_checkpointing_changes_no_number(interpreted):
     """With dropout, whose seeds are kept for the backward pass."""
-    inputs, dropout = documents("document"), {"dropout": 0.2, "hidden_dropout_prob": 0.2}
-    expected_loss, expected = results("wavefront", inputs, **dropout)
-    loss, gradients = results("wavefront", inputs, checkpointing, **dropout)
+    inputs = documents("document", n_segments=2)
+    fields = {"dropout": 0.2, "hidden_dropout_prob": 0.2, "encoder_layers": 1}
+    expected_loss, expected = results("wavefront", inputs, **fields)
+    loss, gradients = results("wavefront", inputs, "layer", **fields)
     assert interpreted
     assert loss == expected_loss
     for name, gradient in expected.items():
@@ -107,12 +107,12 @@ def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
 
 @pytest.mark.parametrize(("fields", "n_maps"), [("gated", 7), ("concat", 7), ("own projection", 5)])
 def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fields, n_maps):
-    """Four of a layer, two of the projection and the gate, or the keys' and values' of the layer again; 6 diagonals."""
+    """Four of a layer, two of the projection and the gate, or the keys' and values' of the layer again; 4 diagonals."""
     model = build("wavefront", **FIELDS[fields])
-    loss = model(**documents("document", 3, 4)).loss
+    loss = model(**documents("document", 3, 2)).loss
     layer, recurrence = model.model.encoder.layers[0], model.model.encoder.recurrence.by_layer()
     sizes = [weight.numel() for weight in layer.parameters() if weight.dim() == 2]
     sizes += [3 * 48 * 48, 2 * 48 * 48, *(weight[0].numel() for weight in recurrence.values())]
     with OperationsCalled({n_layers * size for n_layers in (1, 2, 3) for size in sizes}) as operations:
         loss.backward()
-    assert operations.found.count("baddbmm_.default") == 6 * n_maps
+    assert operations.found.count("baddbmm_.default") == 4 * n_maps
