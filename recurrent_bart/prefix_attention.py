@@ -44,8 +44,7 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Ten
         return read(query_BHQK, *key_value, mask)
 
 
-@contextlib.contextmanager
-def finite_backward(n_keys: int, has_mask: bool = True) -> Iterator[None]:
+def finite_backward(n_keys: int, has_mask: bool = True) -> contextlib.AbstractContextManager[None]:
     """Attention of PyTorch without cuDNN where gradients of that could be NaN.
 
     With a mask, and keys that fill half of its last tile of 128, those of queries are where a query's scores are all
@@ -56,9 +55,13 @@ def finite_backward(n_keys: int, has_mask: bool = True) -> Iterator[None]:
         n_keys: Of the attention that follows.
         has_mask: Whether it is given a mask.
     """
+    return _without_cudnn() if has_mask and n_keys % 128 == 64 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    fails = has_mask and n_keys % 128 == 64
-    torch.backends.cuda.enable_cudnn_sdp(was_enabled and not fails)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
