@@ -48,8 +48,8 @@ def finite_backward(n_keys: int, has_mask: bool = True) -> contextlib.AbstractCo
     """Attention of PyTorch without cuDNN where gradients of that could be NaN.
 
     With a mask, and keys that fill half of its last tile of 128, those of queries are where a query's scores are all
-    below -88 (https://github.com/pytorch/pytorch/issues/196678): models that train well get there. Which kernel the
-    backward pass has is decided in the forward pass.
+    below -88 (https://github.com/pytorch/pytorch/issues/196678). Which kernel the backward pass has is decided in the
+    forward pass.
 
     Args:
         n_keys: Of the attention that follows.

@@ -126,7 +126,7 @@ class PrefixRecurrence(nn.Module):
     def _build_slots(self, config: RecurrentBartConfig) -> None:
         self.slot_embedding = nn.Parameter(torch.empty(config.pre_seq_len, config.d_model))
 
-    def init_weights(self, std: float, matrix_gate: float = 0.0) -> None:
+    def init_weights(self, std: float, matrix_gate: float) -> None:
         """Embedding scale for weights, zero for biases and for the gates on the prefix; those on matrices are given."""
         for name, parameter in self.named_parameters():
             if name == "matrix_gate":
@@ -274,14 +274,7 @@ class StaticPrefix(PrefixRecurrence):
         """No slot."""
         return memory_EBPD[0, :, :0]
 
-    def next_memory(
-        self,
-        memory_EBPD: Tensor,
-        slots_EBPD: Tensor,
-        is_read_EB: Tensor | None,
-        weights: Weights,
-        written_RHKK: Tensor | None = None,
-    ) -> Tensor:
+    def next_memory(self, memory_EBPD: Tensor, *_: Any, **__: Any) -> Tensor:
         """The same prefix again."""
         return memory_EBPD
 

@@ -5,6 +5,8 @@ import torch
 
 from recurrent_bart import associative_memory
 from recurrent_bart.associative_memory import Matrix, as_rows, from_rows
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.modeling_encoder import RecurrentBartEncoder
 
 
 def tokens(n_tokens, dtype=torch.float64):
@@ -63,3 +65,11 @@ def test_matrices_are_rows_of_a_state():
     assert torch.equal(from_rows(rows), values)
     # row i: of all heads what the i-th number of a key gives
     assert torch.equal(rows[1, 0, 2, 5:10], values[2, 1, 2])
+
+
+@pytest.mark.parametrize(("fields", "expected"), [({}, 0.0), ({"matrix_gate_init": 1.0}, 1.0)])
+def test_gates_begin_as_open_as_they_are_asked_to(fields, expected):
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 16, "vocab_size": 20}
+    config = RecurrentBartConfig(**sizes, associative_memory=True, **fields)
+    gate = RecurrentBartEncoder(config).recurrence.matrix_gate
+    assert torch.equal(gate, torch.full((2, 4), expected))

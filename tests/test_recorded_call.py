@@ -1,5 +1,8 @@
 """A recorded decoder gives the numbers of a plain one; a graph is played by the work itself, on a processor."""
 
+import contextlib
+import gc
+
 import pytest
 import torch
 
@@ -124,3 +127,11 @@ def test_what_asks_for_more_than_states_is_not_recorded(recordings, make_model):
 def test_a_processor_records_nothing(make_model):
     model = make_model(schedule="auto")
     assert not recorded_call.can_record(model.model.decoder, [torch.zeros(1)])
+
+
+def test_no_garbage_is_collected_while_work_is_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    is_collected, _ = recorded_call.capture(gc.isenabled, stream=None)
+    assert not is_collected
+    assert gc.isenabled()

@@ -20,7 +20,7 @@ N_BATCHES = 4
 
 
 class StepsAlone(Session):
-    """Identical to Session except: it neither evaluates nor saves, which takes a large model minutes."""
+    """Identical to Session except: it neither evaluates nor saves."""
 
     def evaluate(self) -> bool:
         """Does nothing; training is to go on."""

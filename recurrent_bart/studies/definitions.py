@@ -161,7 +161,7 @@ STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
     "width": ((COPY, RECALL), WIDTHS),
     "context": (SYMBOLS, CONTEXTS),
     "retrieval": ((RETRIEVAL, DENOISING), ESSENTIALS | ASSOCIATIVE | LESSONS),
-    "babi": (None, ASSOCIATIVE | ALTERNATIVES),
+    "babi": (None, ALTERNATIVES | ASSOCIATIVE),
 }
 
 

@@ -1,7 +1,7 @@
 """Gradients looked at all together, where DeepSpeed looks at one after the other.
 
-ZeRO-2 asks each of BART-large's 532 whether it is finite and how long it is, in some ten kernels each: most of the
-103 ms that its update took of a step's 304, on an H100 with 8 documents of 8 segments (RESULTS.md).
+ZeRO-2 asks each of BART-large's 532 whether it is finite and how long it is. With that its update took 103 ms of a
+step's 304, on an H100 with 8 documents of 8 segments (RESULTS.md).
 """
 
 import functools
