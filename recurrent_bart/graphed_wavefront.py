@@ -2,7 +2,7 @@
 
 A small batch's kernels take less time than launching them one by one. Recorded once for each span of layers, whatever
 the number of segments, they are launched together. What a diagonal keeps for its backward pass is computed again there,
-so that nothing recorded has to outlive the next replay.
+so that nothing recorded has to outlive the next replay; without checkpointing, as much as there is room for is kept.
 
 Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
 segment, E encoder layers, D model width.
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility
 from recurrent_bart.fused_cell import can_fuse
+from recurrent_bart.kept_diagonals import MOST_KEPT, KeptDiagonals
 from recurrent_bart.layer_spans import take_span
 from recurrent_bart.prefix_recurrence import Weights
 from recurrent_bart.recorded_call import drawing_from, record
@@ -52,7 +53,7 @@ def can_graph(config: RecurrentBartConfig, weights: Weights, tokens_BLD: Tensor,
 
 @dataclass(frozen=True)
 class GraphedWavefront(Wavefront):
-    """Identical to Wavefront except: diagonals are replayed, and all of them are recomputed in the backward pass."""
+    """Identical to Wavefront except: diagonals are replayed, and recomputed in the backward pass unless kept."""
 
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
@@ -71,6 +72,8 @@ class GraphedWavefront(Wavefront):
             return
         streams = self._embed_segments(segments, memory_EBPD)
         recorder.record(diagonals, with_backward=True)
+        if self.checkpointing == "none":
+            recorder.keep(diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._kept_elsewhere(recorder))
         tops, memories, memory = _Replayed.apply(
             recorder, diagonals, list(weights), streams, memory_EBPD, *weights.values()
         )
@@ -97,6 +100,9 @@ class GraphedWavefront(Wavefront):
                 tokens_BLD = recorder.top.clone() if self._gives_tokens(diagonal) else None
                 yield tokens_BLD, recorder.memory.clone() if is_last else recorder.memory[-1:]
 
+    def _kept_elsewhere(self, recorder: "Recorder") -> int:
+        return sum(it.kept.n_bytes for it in _recorders[self.recurrence].values() if it is not recorder)
+
     def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
         """Streams `(N, B, S, D)` that enter below the first layer."""
         assert self.recurrence is not None
@@ -114,6 +120,11 @@ class GraphedWavefront(Wavefront):
         while len(kept) > MOST_SHAPES:
             del kept[next(iter(kept))]
         return recorder
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All that a device has."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 class Recorder:
@@ -143,7 +154,10 @@ class Recorder:
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._seen: set[tuple] = set()
         # what one recording gives back to the pool, another can take on the same stream alone
-        self.pool, self.recording = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.where = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.kept = KeptDiagonals(self)
+        # passes that have written where kept diagonals keep
+        self.n_passes = 0
         self.generator = torch.cuda.default_generators[tokens_BLD.device.index]
 
     @property
@@ -165,39 +179,52 @@ class Recorder:
         # the largest first: the others find room in its memory
         for diagonal in sorted(diagonals, key=lambda it: it.first - it.stop):
             for is_backward in (False, True)[: 1 + with_backward]:
-                if self._key(diagonal, is_backward) not in self.graphs:
-                    self._place(diagonal)
+                if self.key(diagonal, is_backward) not in self.graphs:
+                    self.place(diagonal)
                     work = self._backward if is_backward else self._forward
                     with torch.inference_mode(False):
-                        _, graph = record(functools.partial(work, diagonal), self.recording, self.pool)
-                    self.graphs[self._key(diagonal, is_backward)] = graph
+                        _, graph = record(functools.partial(work, diagonal), *self.where)
+                    self.graphs[self.key(diagonal, is_backward)] = graph
         self.generator.set_offset(offset)
 
-    def replay(self, diagonal: Diagonal, is_backward: bool = False) -> None:
-        """Compute a diagonal: from the streams and states that are there, those that it leaves; or their gradients."""
-        self._place(diagonal)
-        self.graphs[self._key(diagonal, is_backward)].replay()
+    def keep(self, diagonals: list[Diagonal], most_bytes: float) -> None:
+        """Record them as diagonals that keep what their backward passes need, where there is room."""
+        offset = self.generator.get_offset()
+        self.kept.record(diagonals, most_bytes)
+        self.generator.set_offset(offset)
+
+    def replay(self, diagonal: Diagonal, is_backward: bool = False, graph: torch.cuda.CUDAGraph | None = None) -> None:
+        """Compute a diagonal: from the streams and states that are there, those that it leaves; or their gradients.
+
+        Args:
+            diagonal: Of which kind.
+            is_backward: Whether gradients are wanted.
+            graph: One that does so; None: that which keeps nothing.
+        """
+        self.place(diagonal)
+        (graph or self.graphs[self.key(diagonal, is_backward)]).replay()
 
     def was_seen(self, diagonal: Diagonal) -> bool:
         """Whether one like this has been read."""
-        return self._key(diagonal, False) in self._seen
+        return self.key(diagonal, False) in self._seen
 
     def read(self, diagonal: Diagonal) -> None:
         """As `replay`, but computed as it is where it has no recording."""
-        key = self._key(diagonal, False)
+        key = self.key(diagonal, False)
         self._seen.add(key)
         if key in self.graphs:
             self.replay(diagonal)
         else:
-            self._place(diagonal)
+            self.place(diagonal)
             self._forward(diagonal)
 
-    def _key(self, diagonal: Diagonal, is_backward: bool) -> tuple:
+    def key(self, diagonal: Diagonal, is_backward: bool) -> tuple:
+        """What a recording depends on."""
         has_padding = diagonal.visible.slots is not None
         is_training = self.layer().training
         return diagonal.first, diagonal.stop, has_padding, diagonal.is_read is None, is_training, is_backward
 
-    def _place(self, diagonal: Diagonal) -> None:
+    def place(self, diagonal: Diagonal) -> None:
         """Put the masks where graphs read them."""
         for number, mask in enumerate((diagonal.visible.tokens, diagonal.visible.slots)):
             if mask is None:
@@ -218,15 +245,25 @@ class Recorder:
 
     def _backward(self, diagonal: Diagonal) -> None:
         span = slice(diagonal.first, diagonal.stop)
-        stacks = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
         inputs = [part[span].detach().requires_grad_() for part in (self.stream, self.memory)]
+        self.differentiate(span, *self.with_graph(diagonal, inputs))
+
+    @torch.enable_grad()
+    def with_graph(self, diagonal: Diagonal, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """A diagonal with its autograd graph: its sources, streams, states and weights; and what came of each."""
+        stacks = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
         given_on = dict(stacks)
-        with torch.enable_grad():
-            outputs = self._step(diagonal, given_on, inputs[0], inputs[1])
+        outputs = self._step(diagonal, given_on, inputs[0], inputs[1])
+        return [*inputs, *stacks.values()], [*outputs, *given_on.values()]
+
+    def differentiate(
+        self, span: slice, sources: list[Tensor], outputs: list[Tensor], retain_graph: bool = False
+    ) -> None:
+        """From gradients of what `with_graph` gave, where they arrive, those of its sources, where these are."""
         arriving = self.into_stream[span.start + 1 : span.stop + 1], self.into_memory[span]
         # gradients of weights are added to those of the diagonals behind, where they are
         into_stream, into_memory, *_ = torch.autograd.grad(
-            [*outputs, *given_on.values()], [*inputs, *stacks.values()], [*arriving, *self.into_weights.values()]
+            outputs, sources, [*arriving, *self.into_weights.values()], retain_graph=retain_graph
         )
         self.into_stream[span].copy_(into_stream)
         self.into_memory[span].copy_(into_memory)
@@ -241,9 +278,13 @@ class Recorder:
     ) -> tuple[Tensor, Tensor]:
         n_layers, n_rows = stream.shape[0], stream.shape[0] * stream.shape[1]
         has_padding = diagonal.visible.slots is not None
-        tokens, slots = (mask[:n_rows] if has_padding else None for mask in self.masks)
+        masks = [mask[:n_rows] if has_padding else None for mask in self.masks]
+        masks.append(None if diagonal.is_read is None else self.is_read[:n_layers])
+        if torch.is_grad_enabled():
+            # those of the next diagonal come to the same place
+            masks = [None if mask is None else mask.clone() for mask in masks]
+        tokens, slots, is_read = masks
         visible = Visibility(tokens, slots, self.n_slots, slots_read_prefix=True)
-        is_read = None if diagonal.is_read is None else self.is_read[:n_layers]
         weights = take_span(stacks, diagonal.first, diagonal.stop)
         return diagonal_step(weights, self.layer(), self.recurrence(), stream, memory, visible, is_read, into)
 
@@ -273,17 +314,20 @@ class _Replayed(torch.autograd.Function):
         tops = streams.new_empty(n_segments, *recorder.top.shape)
         memories = memory.new_empty(n_segments, *memory.shape[1:])
         recorder.memory.copy_(memory)
-        kept = []
-        for number, diagonal in enumerate(diagonals):
+        recorder.n_passes += 1
+        entered = []
+        for number, (diagonal, kept) in enumerate(zip(diagonals, recorder.kept.of(diagonals), strict=True)):
             span = slice(diagonal.first, diagonal.stop)
             if number < n_segments:
                 recorder.stream[0].copy_(streams[number])
-            kept.append((recorder.stream[span].clone(), recorder.memory[span].clone(), recorder.generator.get_offset()))
-            recorder.replay(diagonal)
+            here = recorder.stream[span].clone(), recorder.memory[span].clone(), recorder.generator.get_offset()
+            entered.append(here)
+            recorder.replay(diagonal, graph=kept.forward if kept else None)
             if diagonal.stop == n_layers:
                 tops[number - n_layers + 1].copy_(recorder.top)
                 memories[number - n_layers + 1].copy_(recorder.memory[-1])
-        ctx.recorder, ctx.diagonals, ctx.kept, ctx.names = recorder, diagonals, kept, names
+        ctx.recorder, ctx.diagonals, ctx.entered, ctx.names = recorder, diagonals, entered, names
+        ctx.n_passes = recorder.n_passes
         ctx.shape = streams.shape
         return tops, memories, recorder.memory.clone()
 
@@ -293,16 +337,20 @@ class _Replayed(torch.autograd.Function):
         recorder, n_layers = ctx.recorder, len(into_memory)
         into_streams = into_tops.new_empty(ctx.shape)
         recorder.begin_backward(into_memory)
+        kept = recorder.kept.of(ctx.diagonals)
         for number in reversed(range(len(ctx.diagonals))):
-            diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.kept[number]
-            span = slice(diagonal.first, diagonal.stop)
-            recorder.stream[span].copy_(stream)
-            recorder.memory[span].copy_(memory)
+            diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.entered[number]
+            # another pass keeps its own there now
+            own = kept[number] if ctx.n_passes == recorder.n_passes else None
+            if own is None:
+                span = slice(diagonal.first, diagonal.stop)
+                recorder.stream[span].copy_(stream)
+                recorder.memory[span].copy_(memory)
             if diagonal.stop == n_layers:
                 recorder.into_stream[-1][:, recorder.n_slots :].copy_(into_tops[number - n_layers + 1])
                 recorder.into_memory[-1].add_(into_memories[number - n_layers + 1])
             with drawing_from(recorder.generator, offset):
-                recorder.replay(diagonal, is_backward=True)
+                recorder.replay(diagonal, is_backward=True, graph=own.backward if own else None)
             if number < len(into_streams):
                 into_streams[number].copy_(recorder.into_stream[0])
         into_weights = [recorder.into_weights[name].clone() for name in ctx.names]

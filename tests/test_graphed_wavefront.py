@@ -4,18 +4,25 @@ import pytest
 import torch
 
 from played_graphs import play_graphs
-from recurrent_bart import graphed_wavefront, schedules
+from recurrent_bart import graphed_wavefront, kept_diagonals, schedules
 from tiny import DIAGONALS, random_ids, tiny_model, two_steps
 
 LENGTHS = [[8, 8, 3, 8, 7], [5], [8, 2, 1]]
 
 
 @pytest.fixture
-def recordings(monkeypatch):
+def device_bytes():
+    """Memory of the device; without any nothing is kept."""
+    return 0
+
+
+@pytest.fixture
+def recordings(monkeypatch, device_bytes):
     """Recordings on a processor; each as it is made."""
+    monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: device_bytes)
     monkeypatch.setattr(schedules, "is_faster_by_diagonals", lambda segments: True)
     monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
-    return play_graphs(monkeypatch, graphed_wavefront)
+    return play_graphs(monkeypatch, graphed_wavefront, kept_diagonals)
 
 
 def build(schedule, **fields):
@@ -23,6 +30,7 @@ def build(schedule, **fields):
     return tiny_model(schedule=schedule, **fields).double().train()
 
 
+@pytest.mark.parametrize("device_bytes", [0, 700_000, 2**40], ids=["none", "some", "all"])
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", DIAGONALS.values(), ids=DIAGONALS)
 def test_numbers_are_the_sequential_ones(recordings, fields, task):
@@ -54,3 +62,29 @@ def test_training_records_at_first_sight_also_what_has_no_graph(recordings):
     assert len(recordings) == 9
     model(input_ids=random_ids(2, 6, 8), labels=random_ids(2, 4)).loss.backward()
     assert len(recordings) == 9
+
+
+@pytest.mark.parametrize("device_bytes", [2**40])
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_pass_that_another_one_came_after_is_computed_again(recordings, order):
+    """What it kept is no longer there."""
+    gradients = []
+    for schedule in ("sequential", "auto"):
+        model = build(schedule)
+        torch.manual_seed(1)
+        losses = [model(input_ids=random_ids(2, 3, 8), labels=random_ids(2, 4)).loss for _ in range(2)]
+        for number in order:
+            losses[number].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("device_bytes", [2**40])
+def test_checkpointing_keeps_nothing(recordings):
+    """5 spans of 3 segments and 3 layers, forwards and backwards; kept, each has two more graphs."""
+    for checkpointing, n_made in (("layer", 10), ("none", 20)):
+        recordings.clear()
+        model = build("auto")
+        model.set_gradient_checkpointing(checkpointing)
+        model(input_ids=random_ids(2, 3, 8), labels=random_ids(2, 4)).loss.backward()
+        assert len(recordings) == n_made

@@ -106,6 +106,46 @@ def test_reading_gives_the_sequential_states(is_ragged, replays):
     assert len(replays) > n_before
 
 
+@pytest.mark.parametrize("n_bytes", [420_000, 2**40])
+@pytest.mark.parametrize("is_ragged", [False, True])
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_what_is_kept_is_what_would_be_computed_again(n_bytes, is_ragged, order, replays, monkeypatch):
+    """With dropout; beside diagonals that are computed again; and where another pass or a reading comes in between."""
+    monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: n_bytes / graphed_wavefront.MOST_KEPT)
+    found = []
+    for checkpointing in ("none", "layer"):
+        model, inputs = build("auto", dropout=0.3, hidden_dropout_prob=0.3), documents(is_ragged)
+        model.set_gradient_checkpointing(checkpointing)
+        results(model, inputs)
+        model.zero_grad()
+        torch.manual_seed(3)
+        losses = []
+        for _ in range(2):
+            losses.append(model(**inputs).loss)
+            with torch.no_grad():
+                model(**inputs)
+        for number in order:
+            losses[number].backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((torch.stack(losses).detach(), torch.zeros(()), gradients))
+    check_equal(*found)
+    (recorder,) = graphed_wavefront._recorders[model.model.encoder.recurrence].values()
+    # of the second model
+    assert not recorder.kept.n_bytes
+
+
+def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
+    """Of 5 segments and 3 layers 7 diagonals."""
+    kept = []
+    for n_bytes in (0, 2**40):
+        monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device, n_bytes=n_bytes: n_bytes)
+        model = build("auto")
+        results(model, documents(False))
+        (recorder,) = graphed_wavefront._recorders[model.model.encoder.recurrence].values()
+        kept.append(len(recorder.kept._kept))
+    assert kept == [0, 7]
+
+
 def test_the_same_dropout_is_drawn_again_in_the_backward_pass(replays):
     """The gradient is the slope of the loss along it, under the same masks."""
     model, inputs = build("auto", dropout=0.3, hidden_dropout_prob=0.3, attention_dropout=0.0), documents(False)
