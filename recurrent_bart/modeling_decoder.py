@@ -12,7 +12,7 @@ from transformers.models.bart.modeling_bart import BartDecoder
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
-from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention, finite_backward
+from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention, SelfAttention
 from recurrent_bart.recorded_call import call_recorded, can_record
 
 # positions of all targets, padding among them. On an H200, BART-large's decoder and loss on 1,024 of them took 55 ms,
@@ -30,16 +30,9 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         super().__init__(config)
         is_gated = config.has_state and config.prefix_attention == "gated"
         for layer_idx, layer in enumerate(self.layers):
+            layer.self_attn = SelfAttention(config, layer_idx, is_causal=True)
             layer.encoder_attn = (GatedCrossAttention if is_gated else CrossAttention)(config, layer_idx)
         self.post_init()
-
-    def forward(
-        self, input_ids: Tensor | None = None, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """As BartDecoder's, whose attention to its own inputs has a mask."""
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        with finite_backward(0 if inputs is None else inputs.shape[1]):
-            return super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def recorded(self, input_ids: Tensor, hidden: Tensor, mask: Tensor | None, n_memory: int | None) -> Tensor | None:
         """The last layer's states `(B, T, D)` by CUDA graphs, for targets that leave a GPU waiting; None: not possible.

@@ -111,18 +111,35 @@ def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
     return values, torch.cat([gate_BH1.unsqueeze(-1) * memory_read[1], read[1]], dim=-1)
 
 
-class CrossAttention(BartAttention):
-    """Identical to BartAttention except: flash attention reads contexts of different lengths rightly."""
+class DecoderAttention(BartAttention):
+    """Identical to BartAttention except: what it is made of is the configuration's."""
 
-    def __init__(self, config: RecurrentBartConfig, layer_idx: int):
+    def __init__(self, config: RecurrentBartConfig, layer_idx: int, is_causal: bool = False):
         super().__init__(
             embed_dim=config.d_model,
             num_heads=config.decoder_attention_heads,
             dropout=config.attention_dropout,
             is_decoder=True,
+            is_causal=is_causal,
             config=config,
             layer_idx=layer_idx,
         )
+
+
+class SelfAttention(DecoderAttention):
+    """Identical to BartAttention except: its gradients are finite.
+
+    Here and not around the decoder, for a checkpointed layer is computed again without what is around it.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As BartAttention's, whose attention to its own inputs has a mask."""
+        with finite_backward(hidden_states.shape[1]):
+            return super().forward(hidden_states, *args, **kwargs)
+
+
+class CrossAttention(DecoderAttention):
+    """Identical to BartAttention except: flash attention reads contexts of different lengths rightly."""
 
     def forward(
         self,

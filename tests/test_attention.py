@@ -158,16 +158,23 @@ def test_flex_attention_is_refused(make_model):
 @pytest.mark.parametrize("n_tokens", [BAD, GOOD])
 @pytest.mark.parametrize("n_targets", [BAD, GOOD])
 @pytest.mark.parametrize("fields", [{}, {"pre_seq_len": 0}], ids=["gated", "no recurrence"])
-def test_cudnn_is_not_used_where_its_gradients_could_be_nan(make_model, monkeypatch, fields, n_targets, n_tokens):
-    calls = []
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_cudnn_is_not_used_where_its_gradients_could_be_nan(
+    make_model, monkeypatch, checkpointing, fields, n_targets, n_tokens
+):
+    calls, own_calls = [], []
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def watched(query, key, value, attn_mask=None, **kwargs):
-        calls.append((key.shape[2], attn_mask is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        is_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+        calls.append((key.shape[2], attn_mask is not None, is_enabled))
+        if kwargs["is_causal"]:
+            own_calls.append(is_enabled)
         return attention(query, key, value, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model = make_model(segment_size=n_tokens, max_position_embeddings=70, **fields)
+    model.train().set_gradient_checkpointing(checkpointing)
     mask = torch.ones(2, 2, n_tokens, dtype=torch.long)
     mask[0, :, 5:] = 0
     model(input_ids=random_ids(2, 2, n_tokens), attention_mask=mask, labels=random_ids(2, n_targets)).loss.backward()
@@ -176,5 +183,7 @@ def test_cudnn_is_not_used_where_its_gradients_could_be_nan(make_model, monkeypa
     assert bool(at_risk) == (n_tokens == BAD)
     # elsewhere it stays as it was
     assert n_targets == BAD or all(is_enabled for n_keys, _, is_enabled in calls if n_keys % 128 != BAD)
-    assert n_targets == GOOD or not all(is_enabled for n_keys, *_, is_enabled in calls if n_keys == BAD)
+    # of the decoder's own, those that are computed again in the backward pass too
+    n_own = model.config.decoder_layers * (2 if checkpointing == "layer" else 1)
+    assert own_calls == [n_targets == GOOD] * n_own
     assert torch.backends.cuda.cudnn_sdp_enabled()
