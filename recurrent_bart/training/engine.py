@@ -14,6 +14,7 @@ from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.models.bart.modeling_bart import BartDecoderLayer
 
 from recurrent_bart.distributed import is_first
 from recurrent_bart.modeling_encoder import RecurrentBartEncoder
@@ -28,10 +29,11 @@ def build_engine(
 
     ZeRO-3 gathers parameters at each call of a module. The recurrence calls every layer once per segment, so the
     encoder is made a leaf, gathered once per forward pass as a whole; this also lets processes read different numbers
-    of segments in one step.
+    of segments in one step. Layers of the decoder are leaves too: hooks on each of their parts take the processor
+    longer than a GPU the parts.
     """
     if config["zero_optimization"]["stage"] == 3:
-        set_z3_leaf_modules(model, [RecurrentBartEncoder])
+        set_z3_leaf_modules(model, [RecurrentBartEncoder, BartDecoderLayer])
         for owner in [module for module in model.modules() if isinstance(module, RecurrentBartModel)]:
             _take_embedding_out(owner)
     # a file of its own is not needed: the engine only writes into it
