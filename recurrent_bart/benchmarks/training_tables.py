@@ -12,7 +12,7 @@ RUNS = ("tokens/s", "per process", "of 1 process", "of {first}", "step ms", "spr
 LOOP = ("trainer ms", "bare ms", "loop costs", "least", "most")
 LEGEND = (
     "tokens/s: of documents, median over the lines of the log after the warm-up; of 1 process: what a process reads, "
-    "over what one alone reads; spread: slowest over fastest step; waiting: share of the time that passes in waiting "
+    "over what one alone reads; spread: slowest over fastest line; waiting: share of the time that passes in waiting "
     "for data; peak MiB: of the process with the most (without a GPU, of all that it holds). trainer: a step of the "
     "training loop, its lines of the log included; bare: forward pass, backward pass and update alone, on the same "
     "engine and batches; loop costs: what the one takes beyond the other, median over rounds; least and most of them."

@@ -35,8 +35,9 @@ EVERYWHERE = {
     "timeout_minutes": 5,
     "step_timeout_seconds": 120,
 }
-# a run is looked at step by step; a loop costs what it costs with a line of the log as often as runs have one
-LOG_EVERY = {"runs": 1, "loop": 10}
+# a run is looked at often, but a line of the log waits for a GPU; a loop costs what it costs with a line as often as
+# runs have one
+LOG_EVERY = {"runs": {"cuda": 5, "cpu": 1}, "loop": {"cuda": 10, "cpu": 10}}
 # evaluations and checkpoints come before the first step and after the last
 NEVER = 10**9
 # read by the processes of a step, several times before they are read again
@@ -100,7 +101,7 @@ class Work:
         return EqualDocuments(N_STEPS_OF_DOCUMENTS * n_step, n_tokens, n_target, model.vocab_size)
 
     def _common(self, part: str) -> list[str]:
-        defaults = {**EVERYWHERE, **WORK[self.device], "log_every": LOG_EVERY[part]}
+        defaults = {**EVERYWHERE, **WORK[self.device], "log_every": LOG_EVERY[part][self.device]}
         return [*_as_flags(defaults), *self.given]
 
     def _own(self, place: Path, launch: Launch) -> dict[str, Any]:

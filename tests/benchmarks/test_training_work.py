@@ -27,6 +27,8 @@ def test_flags_that_are_given_hold_instead_of_the_defaults():
 
 def test_a_run_is_logged_step_by_step_and_a_loop_as_runs_are():
     assert work().arguments("runs").run.log_every == 1
+    # a GPU would be waited for at each line
+    assert work(device="cuda").arguments("runs").run.log_every > 1
     assert work().arguments("loop").run.log_every == parse_arguments([]).run.log_every
 
 
