@@ -28,8 +28,8 @@ from recurrent_bart.recorded_call import drawing_from, record
 from recurrent_bart.segmentation import Segment
 from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 
-# of all documents in a segment; at 2,048 computing a diagonal again took as long as launching it did
-MOST_TOKENS = 1_536
+# of all documents in a segment; at 8,192, for whose diagonals there was no room, replays took as long as launching did
+MOST_TOKENS = 4_096
 # shapes of batches whose recordings are kept, the last used ones
 MOST_SHAPES = 16
 # segments whose streams are embedded together in reading, for one is too small to keep a GPU busy
