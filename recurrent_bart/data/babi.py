@@ -12,7 +12,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from recurrent_bart.targets import IGNORED
 UNKNOWN = 3
 SPLITS = ("train", "validation")
 WORD = re.compile(r"\w+|[^\w\s]")
+Groups = tuple[tuple[str, ...], ...]
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
 
 
@@ -37,16 +38,12 @@ class Story:
     Attributes:
         facts: One sentence each, in order.
         question: What is asked after all of them.
-        answer: What is right.
+        answer: What is right; with subjects, first whom the supporting facts are about.
     """
 
     facts: list[list[str]]
     question: list[str]
     answer: list[str]
-
-    def words(self) -> Iterator[str]:
-        """All of them."""
-        return itertools.chain(*self.facts, self.question, self.answer)
 
     def length(self) -> int:
         """Words of a document without any other text."""
@@ -57,14 +54,14 @@ class Vocabulary:
     """Ids of words: all that stories use, and the most frequent of other text.
 
     Args:
-        stories: Stories to train on.
+        needed: Those that all stories use.
         sentences: Other text to train on.
         n_words: Words at most; there are more only where stories alone have more.
     """
 
-    def __init__(self, stories: list[Story], sentences: list[list[str]], n_words: int):
-        needed = Counter(word for story in stories for word in story.words())
+    def __init__(self, needed: Iterable[str], sentences: list[list[str]], n_words: int):
         frequent = Counter(itertools.chain.from_iterable(sentences)).most_common(n_words)
+        needed = dict.fromkeys(needed)
         words = [*needed, *(word for word, _ in frequent if word not in needed)][: max(n_words, len(needed))]
         self.ids = {word: number for number, word in enumerate(words, start=FIRST_SYMBOL)}
 
@@ -137,11 +134,14 @@ class Babi(MemoryTask):
     Args:
         tables: Stories to draw from and other text. Stories that are longer than a document are not drawn for it.
         vocabulary: Ids of words.
+        groups: Words that take each other's places, others in every document.
     """
 
-    def __init__(self, tables: Tables, vocabulary: Vocabulary):
+    def __init__(self, tables: Tables, vocabulary: Vocabulary, groups: Groups = ()):
         self.vocabulary = vocabulary
+        self.groups = [vocabulary.encode(word for word in group if word in vocabulary.ids) for group in groups]
         self.lengths, self.longest_answer = tables.lengths, tables.answers.shape[1]
+        self.has_equal_answers = bool((tables.answers != IGNORED).all())
         self.tables_on = functools.cache(tables.to)
 
     @property
@@ -164,11 +164,23 @@ class Babi(MemoryTask):
         tables = self.tables_on(generator.device)
         drawn_B = torch.randint(n_fitting, (batch_size,), generator=generator, device=generator.device)
         input_ids = _documents(tables, drawn_B, length, generator)
-        return input_ids.view(batch_size, n_segments, segment_size), tables.answers[drawn_B]
+        answers = tables.answers[drawn_B]
+        if self.groups:
+            input_ids, answers = self._renamed(generator, input_ids, answers)
+        return input_ids.view(batch_size, n_segments, segment_size), answers
 
     def answer_places(self, segment_size: int) -> slice | None:
-        """The end of the question, for an answer of one word."""
-        return slice(segment_size - 1, segment_size) if self.longest_answer == 1 else None
+        """The last words of the question, as many as every answer has."""
+        return slice(segment_size - self.longest_answer, segment_size) if self.has_equal_answers else None
+
+    def _renamed(self, generator: Generator, *texts: Tensor) -> list[Tensor]:
+        """Texts `(B, ...)` in which, document by document, the words of a group have changed places."""
+        device = generator.device
+        names_BV = torch.arange(self.vocab_size, device=device).repeat(len(texts[0]), 1)
+        for group in self.groups:
+            order = torch.rand(len(names_BV), len(group), generator=generator, device=device).argsort(dim=1)
+            names_BV[:, group.to(device)] = group.to(device)[order]
+        return [text.where(text == IGNORED, names_BV.gather(1, text.clamp(min=0))) for text in texts]
 
 
 def _documents(tables: Tables, drawn_B: Tensor, length: int, generator: Generator) -> Tensor:
@@ -204,23 +216,37 @@ def _passages(tables: Tables, drawn_B: Tensor, length: int, generator: Generator
 
 # read once, for it takes seconds, by all runs of a process
 @functools.cache
-def load_babi(task: str, facts: Path, filler: Path, n_words: int = 4096) -> dict[str, Babi]:
-    """A task to train on and one to test on, of other stories and other text, with the first one's vocabulary.
+def load_babi(
+    task: str, facts: Path, filler: Path, n_words: int = 4096, with_subjects: bool = False, renamed: Groups = ()
+) -> dict[str, Babi]:
+    """A task to train on and one to test on, of other stories and other text.
+
+    Their vocabulary is that of all tasks' stories to train on: a model may be trained on one task after another.
 
     Args:
         task: `"qa1"` to `"qa20"`.
         facts: Folder with `train.jsonl` and `validation.jsonl`, or `.jsonl.gz`, of records with `task`, `document`
-            (facts, one a line), `query` and `summary` (the answer).
+            (facts, one a line), `query`, `summary` (the answer), and `supporting_lines` (of the facts that it follows
+            from, counted from 0) where subjects are wanted.
         filler: Folder with such files, of records with `document`.
         n_words: Words of the vocabulary; other text has many more.
+        with_subjects: Answers begin with whom the supporting facts are about, unless the question says so: who has the
+            football, then where it is. Such an answer is right as a whole, which `Accuracy.exact_match` counts: under
+            teacher forcing its first words would give the last one away.
+        renamed: Groups of words that take each other's places, others in every document to train on: whom a story is
+            about does not tell which one it is.
 
     Raises:
         ValueError: A file is missing or unreadable, or has no such task.
     """
-    stories = {split: _stories(_file(facts, split), task) for split in SPLITS}
+    stories = {split: _stories(_file(facts, split), task, with_subjects) for split in SPLITS}
     sentences = {split: _sentences(_file(filler, split)) for split in SPLITS}
-    vocabulary = Vocabulary(stories["train"], sentences["train"], n_words)
-    return {split: Babi(Tables.build(stories[split], sentences[split], vocabulary), vocabulary) for split in SPLITS}
+    vocabulary = Vocabulary(_story_words(_file(facts, "train")), sentences["train"], n_words)
+    tables = {split: Tables.build(stories[split], sentences[split], vocabulary) for split in SPLITS}
+    return {
+        "train": Babi(tables["train"], vocabulary, renamed),
+        "validation": Babi(tables["validation"], vocabulary),
+    }
 
 
 def words_of(text: str) -> list[str]:
@@ -235,11 +261,11 @@ def _file(folder: Path, split: str) -> Path:
     raise ValueError(f"{folder}: there is no {split}.jsonl or {split}.jsonl.gz")
 
 
-def _stories(file: Path, task: str) -> list[Story]:
+def _stories(file: Path, task: str, with_subjects: bool) -> list[Story]:
     records = [record for _, record in jsonl_records(file) if record.get("task") == task]
     if not records:
         raise ValueError(f"{file}: no record of task {task!r}")
-    return [
+    stories = [
         Story(
             facts=[words_of(line) for line in record["document"].splitlines()],
             question=words_of(record["query"]),
@@ -247,6 +273,22 @@ def _stories(file: Path, task: str) -> list[Story]:
         )
         for record in records
     ]
+    if not with_subjects:
+        return stories
+    supports = [record["supporting_lines"] for record in records]
+    return [_with_subjects(story, numbers) for story, numbers in zip(stories, supports, strict=True)]
+
+
+def _story_words(file: Path) -> Iterator[str]:
+    for _, record in jsonl_records(file):
+        for field in ("document", "query", "summary") if "task" in record else ():
+            yield from words_of(record[field])
+
+
+def _with_subjects(story: Story, supporting: list[int]) -> Story:
+    """Subjects stand first in their facts, and each once in the answer."""
+    subjects = dict.fromkeys(story.facts[number][0] for number in supporting)
+    return replace(story, answer=[*(word for word in subjects if word not in story.question), *story.answer])
 
 
 def _sentences(file: Path) -> list[list[str]]:

@@ -64,7 +64,7 @@ class StudyRun:
 
     Attributes:
         name: What is compared; runs that differ in their seed alone share it.
-        task: `"name"` of a task and its fields; for `"babi"`: `task`, `facts`, `filler`.
+        task: `"name"` of a task and its fields; for `"babi"` what `load_babi` takes.
         model: Fields of RecurrentBartConfig that differ from `MODEL`. Dropout would make a run depend on those beside
             it in a process, for they share its random numbers.
         window: `"segments"`: one after another; `"all"`: all their tokens as one segment; `"last"`: the last alone.
@@ -155,7 +155,8 @@ class StudyRun:
         settings = self.task | changes
         name = settings.pop("name")
         if name == "babi":
-            splits = load_babi(**settings | {key: Path(settings[key]) for key in ("facts", "filler")})
+            settings |= {key: Path(settings[key]) for key in ("facts", "filler")}
+            splits = load_babi(**settings | {"renamed": tuple(map(tuple, settings.get("renamed", ())))})
             return splits["train"], splits["validation"]
         if name not in SYMBOL_TASKS:
             raise ValueError(f"task {name!r}: known are {', '.join(SYMBOL_TASKS)}, babi")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import torch
@@ -147,6 +148,37 @@ def test_an_answer_of_one_word_is_asked_for_at_the_end_of_the_question(facts, fi
     task = load_babi("qa1", facts, filler)["train"]
     asked = draw(task)[0][:, -1, task.answer_places(20)]
     assert (asked == task.vocabulary.ids["?"]).all()
+
+
+def test_an_answer_can_begin_with_whom_its_facts_are_about(tmp_path, filler):
+    asked = story("qa2", query="Where is the milk?", answer="home") | {"supporting_lines": [1, 2]}
+    # of whom the question speaks
+    known = story("qa2") | {"supporting_lines": [0]}
+    folder = write(tmp_path / "f", train=[asked], validation=[known])
+    tasks = load_babi("qa2", folder, filler, with_subjects=True)
+    (answer,), (known,) = ({in_words(task, row) for row in draw(task)[1]} for task in tasks.values())
+    assert (answer, known) == ("john home", "garden")
+    places = tasks["train"].answer_places(20)
+    assert {in_words(tasks["train"], row) for row in draw(tasks["train"])[0][:, -1, places]} == {"milk ?"}
+
+
+def test_words_of_a_group_change_places_in_documents_to_train_on(tmp_path, filler):
+    stories = [story(answer="garden"), story(n_facts=1, answer="milk,garden")]
+    folder = write(tmp_path / "f", train=stories, validation=stories)
+    tasks = load_babi("qa1", folder, filler, renamed=(("mary", "john", "nobody"), ("garden", "milk")))
+    for name, task in tasks.items():
+        seen = set()
+        for document, answer in zip(*draw(task, batch_size=64), strict=True):
+            text = in_words(task, document)
+            went, where = re.search(r"(mary|john) went to the (garden|milk) \.", text).groups()
+            other = {"mary": "john", "john": "mary", "garden": "milk", "milk": "garden"}
+            assert text.endswith(f"where is {went} ?")
+            assert other[went] not in text or f"{other[went]} took the {other[where]} ." in text
+            assert in_words(task, answer[answer >= 0]) in (where, f"{other[where]} , {where}")
+            seen.add((went, where))
+        assert seen == (
+            {(a, b) for a in ("mary", "john") for b in ("garden", "milk")} if name == "train" else {("mary", "garden")}
+        )
 
 
 def test_what_is_missing_is_named(tmp_path, facts, filler):

@@ -49,7 +49,8 @@ def test_babi_is_told_its_texts():
     assert {run.task["facts"] for run in runs} == {"facts"}
     assert all(run.segment_size * max(run.test_segments) >= 16_000 for run in runs)
     sizes = {run.task_name(): [stage["segment_size"] for stage in run.easier] for run in runs}
-    assert sizes == {"qa1": [24, 24, 24, 64, 128], "qa2": [48, 48, 48, 64, 128], "qa3": [192, 192, 192]}
+    assert sizes == {"qa1": [24, 24, 24, 64, 128], "qa2": [24, 192, 64, 128], "qa3": [24, 192, 64, 128]}
+    assert {run.task_name() for run in runs if "with_subjects" in run.task} == {"qa2", "qa3"}
     with pytest.raises(ValueError, match="--facts and --filler"):
         build_study("babi", Texts(facts="facts"))
 

@@ -39,6 +39,19 @@ def test_tasks_are_built_with_their_fields():
         short_run(task={"name": "recal"}).build_tasks()
 
 
+def test_stages_of_one_run_of_babi_are_of_several_tasks_with_words_in_common(tmp_path):
+    record = {"document": "Ann got milk.\nAnn went home.", "query": "Where is milk?", "summary": "home"}
+    for split in ("train", "validation"):
+        records = [record | {"task": task, "supporting_lines": [0, 1]} for task in ("qa1", "qa2")]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(it) + "\n" for it in records))
+    texts = {"facts": str(tmp_path), "filler": str(tmp_path)}
+    task = {"name": "babi", "task": "qa2", "with_subjects": True, "renamed": [["ann", "bob"]], **texts}
+    run = StudyRun.from_json(json.loads(json.dumps(asdict(short_run(task=task)))))
+    (first, _), (second, _) = run.build_tasks(task="qa1", with_subjects=False), run.build_tasks()
+    assert first.vocabulary.ids == second.vocabulary.ids
+    assert (first.target_length(1), second.target_length(1)) == (1, 2)
+
+
 def test_a_window_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="window='first'"):
         short_run(window="first")
