@@ -17,7 +17,7 @@ from recurrent_bart.recorded_call import capture
 from recurrent_bart.wavefront import STREAMS_PER_CELL, Diagonal
 
 if TYPE_CHECKING:
-    from recurrent_bart.graphed_wavefront import Recorder
+    from recurrent_bart.diagonal_recorder import Recorder
 
 # of a device's memory
 MOST_KEPT = 0.25

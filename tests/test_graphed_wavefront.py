@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from played_graphs import play_graphs
-from recurrent_bart import graphed_wavefront, kept_diagonals, schedules
+from recurrent_bart import diagonal_recorder, graphed_wavefront, kept_diagonals, schedules
 from tiny import DIAGONALS, random_ids, tiny_model, two_steps
 
 LENGTHS = [[8, 8, 3, 8, 7], [5], [8, 2, 1]]
@@ -22,7 +22,7 @@ def recordings(monkeypatch, device_bytes):
     monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: device_bytes)
     monkeypatch.setattr(schedules, "is_faster_by_diagonals", lambda segments: True)
     monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
-    return play_graphs(monkeypatch, graphed_wavefront, kept_diagonals)
+    return play_graphs(monkeypatch, diagonal_recorder, kept_diagonals)
 
 
 def build(schedule, **fields):
@@ -53,6 +53,24 @@ def test_reading_records_what_comes_back(recordings, without_graph):
         torch.testing.assert_close(found.state.memory, plain.state.memory, rtol=0, atol=1e-10)
         made.append(len(recordings))
     assert made == [0, 7, 7, 7, 8]
+
+
+@pytest.mark.parametrize("context", ["last", "all"])
+def test_many_segments_are_read_by_one_recording(recordings, context):
+    """2 layers: 29 diagonals of 28 segments, of them 3 times 8 with all layers; a last segment of fewer tokens."""
+    fields = {"encoder_layers": 2, "decoder_context": context}
+    expected, model = (build(schedule, **fields).eval() for schedule in ("sequential", "auto"))
+    made = []
+    for _ in range(3):
+        ids, mask = random_ids(2, 28, 8), torch.ones(2, 28, 8, dtype=torch.long)
+        mask[0, -1, 5:] = 0
+        with torch.inference_mode():
+            found, plain = (it.model.encode(ids, attention_mask=mask) for it in (model, expected))
+        torch.testing.assert_close(found.last_hidden_state, plain.last_hidden_state, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.state.memory, plain.state.memory, rtol=0, atol=1e-10)
+        made.append(len(recordings))
+    # one layer, both, both and one with a mask; both together
+    assert made == [0, 5, 5]
 
 
 def test_training_records_at_first_sight_also_what_has_no_graph(recordings):

@@ -6,7 +6,7 @@ from torch import nn
 
 from counted_calls import count_calls
 from played_graphs import ORDERS, call_in_order, call_plain, call_recorded
-from recurrent_bart import graphed_wavefront, modeling_decoder, schedules, wavefront
+from recurrent_bart import diagonal_recorder, graphed_wavefront, modeling_decoder, schedules, wavefront
 from tiny import DIAGONALS, random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,7 @@ def check_equal(found, expected):
 
 @pytest.fixture
 def replays(monkeypatch):
-    return count_calls(monkeypatch, graphed_wavefront.Recorder, "replay")
+    return count_calls(monkeypatch, diagonal_recorder.Recorder, "replay")
 
 
 @pytest.fixture
@@ -104,6 +104,19 @@ def test_reading_gives_the_sequential_states(is_ragged, replays):
         torch.testing.assert_close(found.last_hidden_state, read[0].last_hidden_state, rtol=1e-4, atol=1e-5)
     # the second time
     assert len(replays) > n_before
+
+
+def test_many_segments_are_read_by_one_recording(monkeypatch):
+    calls = count_calls(monkeypatch, diagonal_recorder.Recorder, "read_together")
+    torch.manual_seed(2)
+    ids, models = random_ids(3, 40, 8).cuda(), [build(schedule).eval() for schedule in ("auto", "sequential")]
+    for _ in range(4):
+        with torch.inference_mode():
+            found, expected = (model.model.encode(ids) for model in models)
+        torch.testing.assert_close(found.state.memory, expected.state.memory, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
+    # from the second time on; of 40 segments at least 3 times 8 are in diagonals of all layers
+    assert len(calls) >= 3 * 3
 
 
 @pytest.mark.parametrize("n_bytes", [420_000, 2**40])

@@ -5,7 +5,7 @@ import torch
 
 from counted_calls import OperationsCalled, count_calls
 from played_graphs import play_graphs
-from recurrent_bart import graphed_wavefront, schedules, wavefront
+from recurrent_bart import diagonal_recorder, schedules, wavefront
 from tiny import random_ids, tiny_model
 
 # a width that is no power of two
@@ -78,7 +78,7 @@ def test_replayed_ones_too(interpreted, monkeypatch, fields):
     """Of those the forward passes leave what they give where the next ones read it."""
     monkeypatch.setattr(schedules, "is_faster_by_diagonals", lambda segments: True)
     monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
-    play_graphs(monkeypatch, graphed_wavefront)
+    play_graphs(monkeypatch, diagonal_recorder)
     model = {schedule: build(schedule, **fields).eval() for schedule in ("sequential", "auto")}
     inputs = documents("document")
     inputs.pop("labels")

@@ -1,0 +1,244 @@
+"""Recordings of diagonals for one shape of batch: graphs, and the tensors that they read and write.
+
+Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
+segment, E encoder layers, D model width.
+"""
+
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from recurrent_bart.encoder_cell import Visibility
+from recurrent_bart.kept_diagonals import KeptDiagonals
+from recurrent_bart.layer_spans import take_span
+from recurrent_bart.prefix_recurrence import Weights
+from recurrent_bart.recorded_call import record
+from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
+
+# segments that are read together: one is too small to keep a GPU busy with its embedding, and what begins with each of
+# them is one recording, for between two of them a GPU waits
+READ_TOGETHER = 8
+
+
+class Recorder:
+    """Graphs of diagonals for one shape of batch, and the tensors that they read and write.
+
+    Args:
+        wavefront: Whose diagonals.
+        weights: Of all layers, stacked; any.
+        tokens_BLD: Token embeddings of a segment; any.
+    """
+
+    def __init__(self, wavefront: Wavefront, weights: Weights, tokens_BLD: Tensor):
+        # not the modules themselves, which this must not keep alive
+        self.layer, self.recurrence = weakref.ref(wavefront.layer), weakref.ref(wavefront.recurrence)
+        n_layers, self.n_slots = wavefront.config.encoder_layers, wavefront.n_slots
+        n_documents, n_tokens, width = tokens_BLD.shape
+        with torch.inference_mode(False):
+            # one more than there are layers: below the first and above the last; what leaves one enters the next
+            self.stream = tokens_BLD.new_zeros(n_layers + 1, n_documents, self.n_slots + n_tokens, width)
+            self.memory = tokens_BLD.new_zeros(n_layers, n_documents, self.n_slots, width)
+            self.weights = {name: torch.empty_like(weight, requires_grad=False) for name, weight in weights.items()}
+            self.is_read = torch.zeros(n_layers, n_documents, dtype=torch.bool, device=tokens_BLD.device)
+        self.masks: list[Tensor | None] = [None, None]
+        # gradients, made when they are first needed
+        self.into_stream = self.into_memory = torch.empty(0)
+        self.into_weights: dict[str, Tensor] = {}
+        # of diagonals that are read together: streams that enter below all layers, tokens and states above them
+        self.together: tuple[Tensor, ...] = ()
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._seen: set[tuple] = set()
+        # what one recording gives back to the pool, another can take on the same stream alone
+        self.where = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.kept = KeptDiagonals(self)
+        # passes that have written where kept diagonals keep
+        self.n_passes = 0
+        self.generator = torch.cuda.default_generators[tokens_BLD.device.index]
+
+    @property
+    def top(self) -> Tensor:
+        """Tokens `(B, L, D)` above the last layer."""
+        return self.stream[-1][:, self.n_slots :]
+
+    def load(self, weights: Weights) -> None:
+        """Take the weights of this pass."""
+        torch._foreach_copy_(list(self.weights.values()), [weights[name].detach() for name in self.weights])
+
+    def record(self, diagonals: list[Diagonal], with_backward: bool) -> None:
+        """Record what these diagonals need and has not been recorded; the random generator stays where it is."""
+        offset = self.generator.get_offset()
+        if with_backward and not self.into_weights:
+            with torch.inference_mode(False):
+                self.into_weights = {name: torch.empty_like(weight) for name, weight in self.weights.items()}
+                self.into_stream, self.into_memory = torch.zeros_like(self.stream), torch.empty_like(self.memory)
+        # the largest first: the others find room in its memory
+        for diagonal in sorted(diagonals, key=lambda it: it.first - it.stop):
+            for is_backward in (False, True)[: 1 + with_backward]:
+                if self.key(diagonal, is_backward) not in self.graphs:
+                    self.place(diagonal)
+                    work = self._backward if is_backward else self._forward
+                    with torch.inference_mode(False):
+                        _, graph = record(functools.partial(work, diagonal), *self.where)
+                    self.graphs[self.key(diagonal, is_backward)] = graph
+        self.generator.set_offset(offset)
+
+    def keep(self, diagonals: list[Diagonal], most_bytes: float) -> None:
+        """Record them as diagonals that keep what their backward passes need, where there is room."""
+        offset = self.generator.get_offset()
+        self.kept.record(diagonals, most_bytes)
+        self.generator.set_offset(offset)
+
+    def replay(self, diagonal: Diagonal, is_backward: bool = False, graph: torch.cuda.CUDAGraph | None = None) -> None:
+        """Compute a diagonal: from the streams and states that are there, those that it leaves; or their gradients.
+
+        Args:
+            diagonal: Of which kind.
+            is_backward: Whether gradients are wanted.
+            graph: One that does so; None: that which keeps nothing.
+        """
+        self.place(diagonal)
+        (graph or self.graphs[self.key(diagonal, is_backward)]).replay()
+
+    def was_seen(self, diagonal: Diagonal) -> bool:
+        """Whether one like this has been read."""
+        return self.key(diagonal, False) in self._seen
+
+    def read(self, diagonals: Sequence[Diagonal], streams: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Compute diagonals, replayed where they are recorded, and give what each leaves above the last layer.
+
+        Args:
+            diagonals: Some that follow one another.
+            streams: What enters below the first layer, `(N, B, S, D)`, for those of them that begin a segment.
+        """
+        for number, diagonal in enumerate(diagonals):
+            if diagonal.segment is not None and streams is not None:
+                self.stream[0].copy_(streams[number])
+            key = self.key(diagonal, False)
+            self._seen.add(key)
+            if key in self.graphs:
+                self.replay(diagonal)
+            else:
+                self.place(diagonal)
+                self._forward(diagonal)
+            yield self.top, self.memory[-1:]
+
+    def can_read_together(self, diagonals: Sequence[Diagonal]) -> bool:
+        """Whether these are one recording: as many as that has, with all layers and nothing masked, recorded before."""
+        keys = {self.key(diagonal, False) for diagonal in diagonals}
+        diagonal = diagonals[0]
+        return (
+            len(diagonals) == READ_TOGETHER
+            and len(keys) == 1
+            and keys <= self.graphs.keys()
+            and diagonal.stop - diagonal.first == len(self.memory)
+            and diagonal.segment is not None
+            and diagonal.visible.slots is None
+            and diagonal.is_read is None
+        )
+
+    def read_together(self, diagonals: Sequence[Diagonal], streams: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `read`, of diagonals that are one recording."""
+        assert streams is not None
+        key = ("together", *self.key(diagonals[0], False))
+        if key not in self.graphs:
+            offset = self.generator.get_offset()
+            stream, memory = self.stream.clone(), self.memory.clone()
+            with torch.inference_mode(False):
+                self.together = self.together or tuple(
+                    like.new_zeros(READ_TOGETHER, *like.shape) for like in (self.stream[0], self.top, self.memory[-1])
+                )
+                _, self.graphs[key] = record(functools.partial(self._read_together, diagonals[0]), *self.where)
+            # where they stood before it was done to be recorded
+            self.stream.copy_(stream)
+            self.memory.copy_(memory)
+            self.generator.set_offset(offset)
+        arriving, tops, memories = self.together
+        arriving.copy_(streams)
+        self.graphs[key].replay()
+        yield from zip(tops, memories.unsqueeze(1), strict=True)
+
+    @torch.no_grad()
+    def _read_together(self, diagonal: Diagonal) -> None:
+        for arriving, top, memory in zip(*self.together, strict=True):
+            self.stream[0].copy_(arriving)
+            self._forward(diagonal)
+            top.copy_(self.top)
+            memory.copy_(self.memory[-1])
+
+    def key(self, diagonal: Diagonal, is_backward: bool) -> tuple:
+        """What a recording depends on."""
+        has_padding = diagonal.visible.slots is not None
+        is_training = self.layer().training
+        return diagonal.first, diagonal.stop, has_padding, diagonal.is_read is None, is_training, is_backward
+
+    def place(self, diagonal: Diagonal) -> None:
+        """Put the masks where graphs read them."""
+        for number, mask in enumerate((diagonal.visible.tokens, diagonal.visible.slots)):
+            if mask is None:
+                continue
+            if self.masks[number] is None:
+                n_rows = self.is_read.numel()
+                with torch.inference_mode(False):
+                    self.masks[number] = torch.ones(n_rows, *mask.shape[1:], dtype=mask.dtype, device=mask.device)
+            self.masks[number][: len(mask)].copy_(mask)
+        if diagonal.is_read is not None:
+            self.is_read[: len(diagonal.is_read)].copy_(diagonal.is_read)
+
+    @torch.no_grad()
+    def _forward(self, diagonal: Diagonal) -> None:
+        first, stop = diagonal.first, diagonal.stop
+        stream, memory = self.stream[first:stop], self.memory[first:stop]
+        self._step(diagonal, dict(self.weights), stream, memory, (self.stream[first + 1 : stop + 1], memory))
+
+    def _backward(self, diagonal: Diagonal) -> None:
+        span = slice(diagonal.first, diagonal.stop)
+        inputs = [part[span].detach().requires_grad_() for part in (self.stream, self.memory)]
+        self.differentiate(span, *self.with_graph(diagonal, inputs))
+
+    @torch.enable_grad()
+    def with_graph(self, diagonal: Diagonal, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """A diagonal with its autograd graph: its sources, streams, states and weights; and what came of each."""
+        stacks = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+        given_on = dict(stacks)
+        outputs = self._step(diagonal, given_on, inputs[0], inputs[1])
+        return [*inputs, *stacks.values()], [*outputs, *given_on.values()]
+
+    def differentiate(
+        self, span: slice, sources: list[Tensor], outputs: list[Tensor], retain_graph: bool = False
+    ) -> None:
+        """From gradients of what `with_graph` gave, where they arrive, those of its sources, where these are."""
+        arriving = self.into_stream[span.start + 1 : span.stop + 1], self.into_memory[span]
+        # gradients of weights are added to those of the diagonals behind, where they are
+        into_stream, into_memory, *_ = torch.autograd.grad(
+            outputs, sources, [*arriving, *self.into_weights.values()], retain_graph=retain_graph
+        )
+        self.into_stream[span].copy_(into_stream)
+        self.into_memory[span].copy_(into_memory)
+
+    def _step(
+        self,
+        diagonal: Diagonal,
+        stacks: dict[str, Tensor],
+        stream: Tensor,
+        memory: Tensor,
+        into: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        n_layers, n_rows = stream.shape[0], stream.shape[0] * stream.shape[1]
+        has_padding = diagonal.visible.slots is not None
+        masks = [mask[:n_rows] if has_padding else None for mask in self.masks]
+        masks.append(None if diagonal.is_read is None else self.is_read[:n_layers])
+        if torch.is_grad_enabled():
+            # those of the next diagonal come to the same place
+            masks = [None if mask is None else mask.clone() for mask in masks]
+        tokens, slots, is_read = masks
+        visible = Visibility(tokens, slots, self.n_slots, slots_read_prefix=True)
+        weights = take_span(stacks, diagonal.first, diagonal.stop)
+        return diagonal_step(weights, self.layer(), self.recurrence(), stream, memory, visible, is_read, into)
+
+    def begin_backward(self, into_memory: Tensor) -> None:
+        """Make ready for the backward pass of the last diagonal."""
+        torch._foreach_zero_(list(self.into_weights.values()))
+        self.into_memory.copy_(into_memory)
