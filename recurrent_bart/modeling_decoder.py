@@ -30,7 +30,8 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         super().__init__(config)
         is_gated = config.has_state and config.prefix_attention == "gated"
         for layer_idx, layer in enumerate(self.layers):
-            layer.self_attn = SelfAttention(config, layer_idx, is_causal=True)
+            # the one that there is, for another would draw its weights first: the same seed would give another model
+            layer.self_attn.__class__ = SelfAttention
             layer.encoder_attn = (GatedCrossAttention if is_gated else CrossAttention)(config, layer_idx)
         self.post_init()
 

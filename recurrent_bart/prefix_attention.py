@@ -111,22 +111,7 @@ def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
     return values, torch.cat([gate_BH1.unsqueeze(-1) * memory_read[1], read[1]], dim=-1)
 
 
-class DecoderAttention(BartAttention):
-    """Identical to BartAttention except: what it is made of is the configuration's."""
-
-    def __init__(self, config: RecurrentBartConfig, layer_idx: int, is_causal: bool = False):
-        super().__init__(
-            embed_dim=config.d_model,
-            num_heads=config.decoder_attention_heads,
-            dropout=config.attention_dropout,
-            is_decoder=True,
-            is_causal=is_causal,
-            config=config,
-            layer_idx=layer_idx,
-        )
-
-
-class SelfAttention(DecoderAttention):
+class SelfAttention(BartAttention):
     """Identical to BartAttention except: its gradients are finite.
 
     Here and not around the decoder, for a checkpointed layer is computed again without what is around it.
@@ -138,8 +123,18 @@ class SelfAttention(DecoderAttention):
             return super().forward(hidden_states, *args, **kwargs)
 
 
-class CrossAttention(DecoderAttention):
+class CrossAttention(BartAttention):
     """Identical to BartAttention except: flash attention reads contexts of different lengths rightly."""
+
+    def __init__(self, config: RecurrentBartConfig, layer_idx: int):
+        super().__init__(
+            embed_dim=config.d_model,
+            num_heads=config.decoder_attention_heads,
+            dropout=config.attention_dropout,
+            is_decoder=True,
+            config=config,
+            layer_idx=layer_idx,
+        )
 
     def forward(
         self,
