@@ -68,13 +68,22 @@ def _advantage(group: dict[Case, Measurement], case: Case, measured: Measurement
 
 
 def draw(results: Results, segment_size: int, folder: Path) -> list[Path]:
-    """Draw speed and memory in training against the length of one document, a line for each model; gives the files."""
-    speed, memory = folder / "throughput.png", folder / "memory.png"
+    """Draw speed and memory in training against the length of one document, a line for each model of several lengths.
+
+    Gives the files; of what has no line there is none.
+    """
     timed = _lines(results, segment_size, lambda it: it.tokens_per_second() if it.step_seconds else None)
-    _draw(timed, "document tokens per second, training", EngFormatter(sep=" "), speed)
     taken = _lines(results, segment_size, lambda it: it.peak_bytes() / GIB)
-    _draw(taken, "peak memory, GiB, training", StrMethodFormatter("{x:g}"), memory)
-    return [speed, memory]
+    drawings = {
+        folder / "throughput.png": (timed, "document tokens per second, training", EngFormatter(sep=" ")),
+        folder / "memory.png": (taken, "peak memory, GiB, training", StrMethodFormatter("{x:g}")),
+    }
+    for path, (lines, title, numbers) in drawings.items():
+        # of an earlier run
+        path.unlink(missing_ok=True)
+        if lines:
+            _draw(lines, title, numbers, path)
+    return [path for path, (lines, *_) in drawings.items() if lines]
 
 
 def _lines(results: Results, segment_size: int, value: Callable[[Measurement], float | None]) -> Lines:
@@ -113,6 +122,5 @@ def _draw(lines: Lines, title: str, numbers: Formatter, path: Path) -> None:
     axes.set_xlabel("tokens of the document", fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if lines:
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=120, format="png")

@@ -127,5 +127,7 @@ def test_two_pictures_are_drawn_with_a_line_for_each_model(tmp_path, monkeypatch
         assert len({tuple(pixel) for row in matplotlib.image.imread(file)[::4, ::4] for pixel in row}) > 10
 
 
-def test_nothing_measured_can_be_drawn(tmp_path):
-    assert all(file.exists() for file in draw({"one": {OURS: Measurement()}}, 16, tmp_path))
+def test_of_one_length_there_is_no_picture_nor_that_of_an_earlier_run(tmp_path):
+    (tmp_path / "throughput.png").touch()
+    assert draw({"one": {OURS: found(5)}, "other": {LED: Measurement()}}, 16, tmp_path) == []
+    assert not list(tmp_path.iterdir())
