@@ -49,15 +49,15 @@ def can_graph(config: RecurrentBartConfig, weights: Weights, tokens_BLD: Tensor,
 
 @dataclass(frozen=True)
 class GraphedWavefront(Wavefront):
-    """Identical to Wavefront except: diagonals are replayed, and recomputed in the backward pass unless kept."""
+    """Identical to Wavefront except: diagonals are replayed, and recomputed in the backward pass unless kept.
+
+    They are so one by one, whatever is checkpointed. Of states but for the last it gives the last layer's alone.
+    """
 
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """As Wavefront's; the states that it gives but for the last are those of the last layer alone.
-
-        Without a graph they hold until the next ones are asked for.
-        """
+        """As Wavefront's; without a graph, states hold until the next ones are asked for."""
         assert memory_EBPD is not None
         tokens_BLD = segments[0]()
         diagonals = self._diagonals(segments, tokens_BLD, mask_BNL)

@@ -112,7 +112,7 @@ def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
 
 
 class SelfAttention(BartAttention):
-    """Identical to BartAttention except: its gradients are finite.
+    """Identical to BartAttention except: cuDNN's is not used where gradients could be NaN, see `finite_backward`.
 
     Here and not around the decoder, for a checkpointed layer is computed again without what is around it.
     """

@@ -6,6 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import z3_leaf_module
 
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation
 from tiny import BUCKET, random_ids, tiny_model
@@ -77,6 +78,11 @@ def test_frozen_parameters_stay_and_the_others_learn_as_in_plain_pytorch(alone, 
     moved = {name for name in expected if not torch.equal(found[name], before[name])}
     assert all(any(part in name for name in moved) for part in trained)
     assert all(any(part in name for part in trained) for name in moved)
+
+
+def test_encoder_and_layers_of_the_decoder_are_gathered_whole(alone):
+    model = build(tiny_model(), 3).module.model
+    assert all(z3_leaf_module(module) for module in (model.encoder, *model.decoder.layers))
 
 
 @STAGES
