@@ -1,5 +1,6 @@
 """Runs of studies on a GPU: recorded steps are the steps themselves, and runs beside each other what each is alone."""
 
+import itertools
 import math
 
 import pytest
@@ -118,7 +119,8 @@ def test_babis_documents_are_put_together_on_it(device):
         Story([["d"]], ["who", "is", "it", "?"], ["b", "c"]),
     ]
     sentences = [["one", "two", "."], ["three", "."]] * 20
-    vocabulary = Vocabulary(stories, sentences, 100)
+    needed = itertools.chain.from_iterable([*itertools.chain(*it.facts), *it.question, *it.answer] for it in stories)
+    vocabulary = Vocabulary(needed, sentences, 100)
     task = Babi(Tables.build(stories, sentences, vocabulary), vocabulary)
     words = {number: word for word, number in vocabulary.ids.items()}
     generator = torch.Generator(device).manual_seed(0)
