@@ -1,12 +1,13 @@
 """The decoder: it reads memory and tokens, behind masks for which it need not wait for the device."""
 
 import functools
-from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bart.modeling_bart import BartDecoder
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
@@ -35,50 +36,74 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
             layer.encoder_attn = (GatedCrossAttention if is_gated else CrossAttention)(config, layer_idx)
         self.post_init()
 
-    def recorded(self, input_ids: Tensor, hidden: Tensor, mask: Tensor | None, n_memory: int | None) -> Tensor | None:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple:
+        """As BartDecoder's, whose attention to its own inputs has a mask; by CUDA graphs where that is faster.
+
+        Args:
+            input_ids: See BartDecoder, for the others too.
+            return_dict: False: a plain tuple of all fields, also of those that are None.
+        """
+        wanted = {name for name, value in kwargs.items() if value is not None and value is not False}
+        decoded = None
+        if attention_mask is None and past_key_values is None and "use_cache" not in wanted:
+            if inputs_embeds is not None and encoder_hidden_states is not None and wanted <= {"n_memory"}:
+                inputs = [inputs_embeds, encoder_hidden_states, encoder_attention_mask]
+                decoded = self._recorded(inputs, kwargs.get("n_memory"))
+            attention_mask = self._causal_mask(input_ids if inputs_embeds is None else inputs_embeds)
+        if decoded is not None:
+            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=decoded)
+        else:
+            output = super().forward(
+                input_ids,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values,
+                inputs_embeds,
+                **kwargs,
+            )
+        return tuple(getattr(output, item.name) for item in fields(output)) if return_dict is False else output
+
+    def _recorded(self, inputs: list[Tensor | None], n_memory: int | None) -> Tensor | None:
         """The last layer's states `(B, T, D)` by CUDA graphs, for targets that leave a GPU waiting; None: not possible.
 
         Args:
-            input_ids: `(B, T)`.
-            hidden: What it attends to.
-            mask: As `context_mask` gives it.
-            n_memory: Leading positions of `hidden` that are state, where these have a gate.
+            inputs: Embeddings `(B, T, D)`, what is attended to, and where, as `context_mask` gives it.
+            n_memory: Leading positions of what is attended to that are state, where these have a gate.
         """
-        config, n_targets = self.config, input_ids.shape[1]
+        config, (embeds, *others) = self.config, [part for part in inputs if part is not None]
+        n_documents, n_targets, _ = embeds.shape
         # few lengths, each recorded once: positions behind the last one change nothing before them
         n_positions = -(-n_targets // TARGETS_STEP) * TARGETS_STEP
-        padded = nn.functional.pad(input_ids, (0, n_positions - n_targets), value=config.pad_token_id)
-        inputs = [padded, hidden] + ([] if mask is None else [mask])
         gives_more = config.output_attentions or config.output_hidden_states
         is_checkpointed = any(layer.gradient_checkpointing for layer in self.layers)
         most = MOST_CHECKPOINTED_TARGETS if is_checkpointed else MOST_TARGETS
-        is_short = padded.numel() <= most and n_positions <= config.max_position_embeddings
-        if config.schedule != "auto" or gives_more or not is_short or not can_record(self, inputs):
+        is_short = n_documents * n_positions <= most and n_positions <= config.max_position_embeddings
+        if config.schedule != "auto" or gives_more or not is_short or not can_record(self, [embeds, *others]):
             return None
-        return call_recorded(self, functools.partial(self._plain, n_memory), inputs, n_memory)[:, :n_targets]
+        padded = nn.functional.pad(embeds, (0, 0, 0, n_positions - n_targets))
+        decoded = call_recorded(self, functools.partial(self._plain, n_memory), [padded, *others], n_memory)
+        return decoded[:, :n_targets]
 
-    def _plain(
-        self,
-        n_memory: int | None,
-        call: Callable[..., Any],
-        input_ids: Tensor,
-        hidden: Tensor,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def _plain(self, n_memory: int | None, embeds: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Without checkpointing: of all recorded calls together, the last alone keeps anything."""
-        memory = {} if n_memory is None else {"n_memory": n_memory}
+        settings = {"use_cache": False} | ({} if n_memory is None else {"n_memory": n_memory})
         grains = [layer.gradient_checkpointing for layer in self.layers]
         try:
             for layer in self.layers:
                 layer.gradient_checkpointing = False
-            return call(
-                input_ids=input_ids,
-                attention_mask=self.own_mask(input_ids),
-                encoder_hidden_states=hidden,
-                encoder_attention_mask=mask,
-                use_cache=False,
-                **memory,
-            ).last_hidden_state
+            own_mask = self._causal_mask(embeds)
+            return super().forward(None, own_mask, hidden, mask, None, embeds, **settings).last_hidden_state
         finally:
             for layer, grain in zip(self.layers, grains, strict=True):
                 layer.gradient_checkpointing = grain
@@ -92,19 +117,9 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
             self.config, hidden[:, :1], encoder_outputs.context_mask, hidden, allow_is_bidirectional_skip=False
         )
 
-    def own_mask(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Tensor | None:
-        """What it sees of its own inputs, likewise: without a mask BartDecoder would make one and look at it."""
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        is_known = attention_mask is None and past_key_values is None and not use_cache
-        if not is_known or inputs.device.type == "cpu" or "flash" in self.config._attn_implementation:
-            return attention_mask
-        query = self.embed_tokens.weight.new_empty(1, inputs.shape[1], 1, device=inputs.device)
+    def _causal_mask(self, inputs: Tensor | None) -> Tensor | None:
+        """Likewise of its own inputs, ids or embeddings: without a mask BartDecoder would make one and look at it."""
+        if inputs is None or inputs.device.type == "cpu" or "flash" in self.config._attn_implementation:
+            return None
+        query = self.layernorm_embedding.weight.new_empty(1, inputs.shape[1], 1)
         return create_causal_mask(self.config, query, None, None, allow_is_causal_skip=False)

@@ -77,20 +77,26 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         return output if n_empty_B is None else output.shifted(-n_empty_B)
 
     def decode(
-        self, encoder_outputs: RecurrentEncoderOutput, **kwargs: Any
+        self,
+        encoder_outputs: RecurrentEncoderOutput,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Run the decoder on what the encoder gave."""
+        """Run the decoder on what the encoder gave.
+
+        From embeddings made outside it to a plain tuple, for the reason that `encode` has.
+        """
         hidden, mask = encoder_outputs.last_hidden_state, self.decoder.context_mask(encoder_outputs)
-        is_gated = self.config.has_state and self.config.prefix_attention == "gated"
-        n_memory = (encoder_outputs.n_memory or 0) if is_gated else None
-        if {name for name, value in kwargs.items() if value is not None and value is not False} == {"input_ids"}:
-            decoded = self.decoder.recorded(kwargs["input_ids"], hidden, mask, n_memory)
-            if decoded is not None:
-                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=decoded)
-        kwargs["attention_mask"] = self.decoder.own_mask(**kwargs)
-        # BartDecoder hands further arguments down to its attention, which alone knows this one
-        memory = {} if n_memory is None else {"n_memory": n_memory}
-        return self.decoder(encoder_hidden_states=hidden, encoder_attention_mask=mask, **memory, **kwargs)
+        if self.config.has_state and self.config.prefix_attention == "gated":
+            # BartDecoder hands further arguments down to its attention, which alone knows this one
+            kwargs["n_memory"] = encoder_outputs.n_memory or 0
+        if inputs_embeds is None:
+            inputs_embeds, input_ids = self.decoder.embed_tokens(input_ids), None
+        inputs = input_ids, attention_mask, hidden, mask, past_key_values, inputs_embeds
+        return BaseModelOutputWithPastAndCrossAttentions(*self.decoder(*inputs, return_dict=False, **kwargs))
 
     @can_return_tuple
     def forward(

@@ -26,7 +26,7 @@ _recorded: weakref.WeakKeyDictionary[nn.Module, "RecordedModule"] = weakref.Weak
 
 
 def can_record(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether a training step may replay a module: its weights stay where they are, and nobody listens to its parts."""
+    """Whether a training step may replay a module: its weights are there, and nobody listens to its parts."""
     parameters = list(module.parameters())
     return (
         torch.is_grad_enabled()
@@ -34,9 +34,13 @@ def can_record(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
         and all(part.is_cuda for part in (*inputs, *parameters))
         and not torch.cuda.is_current_stream_capturing()
         and not torch.is_autocast_enabled("cuda")
-        # ZeRO-3 gathers them elsewhere each time
-        and not is_sharded(module)
-        and not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in module.modules())
+        # ZeRO-3 may not have gathered them
+        and all(part.numel() == getattr(part, "ds_numel", part.numel()) for part in parameters)
+        and not any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+            for part in module.modules()
+            if part is not module
+        )
     )
 
 
@@ -47,14 +51,15 @@ def call_recorded(
 
     Args:
         module: Whose parameters it uses.
-        function: Gives one tensor from something that calls the module with keyword arguments, and the inputs; how it
-            works depends on their shapes, on `module.training` and on `settings` alone.
+        function: Gives one tensor from the inputs and the module's parameters; how it works depends on their shapes,
+            on `module.training` and on `settings` alone.
         inputs: On the device.
         settings: What else it depends on.
     """
     recorded = _recorded.get(module)
     if recorded is None or not recorded.is_of(module):
         recorded = _recorded[module] = RecordedModule(module)
+    recorded.load(module)
     shapes = tuple((part.shape, part.dtype, part.requires_grad) for part in inputs)
     call = recorded.call((shapes, settings, module.training), functools.partial(RecordedCall, module, function, inputs))
     return _Replayed.apply(call, len(inputs), *inputs, *(part for part in module.parameters() if part.requires_grad))
@@ -64,14 +69,18 @@ class RecordedModule:
     """Recordings of a module, which work in the same memory, one after the other.
 
     Attributes:
-        weights: The module's, the same numbers, but leaves of graphs that nobody else has made, on another stream.
+        weights: The module's, the same numbers, but leaves of graphs that nobody else has made, on another stream. They
+            lie where the module's lie; ZeRO-3 gathers these elsewhere each time, so there are copies of them.
         into_weights: Gradients of those that have some, of the last replay.
         undifferentiated: What was computed last, with its autograd graph, from which the backward pass is recorded.
         n_writes: So many times was the memory written over that a forward pass leaves to its backward pass.
     """
 
     def __init__(self, module: nn.Module):
-        self.weights = {name: it.detach().requires_grad_(it.requires_grad) for name, it in module.named_parameters()}
+        self.is_copied = is_sharded(module)
+        with torch.no_grad():
+            weights = {name: it.clone() if self.is_copied else it.detach() for name, it in module.named_parameters()}
+        self.weights = {name: weights[name].requires_grad_(it.requires_grad) for name, it in module.named_parameters()}
         with torch.no_grad():
             self.into_weights = [torch.zeros_like(part) for part in self.weights.values() if part.requires_grad]
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -81,9 +90,18 @@ class RecordedModule:
         self._places: dict[Hashable, Tensor] = {}
 
     def is_of(self, module: nn.Module) -> bool:
-        """Whether the module's parameters are still where they were."""
-        found = [(part.data_ptr(), part.requires_grad) for part in module.parameters()]
-        return found == [(part.data_ptr(), part.requires_grad) for part in self.weights.values()]
+        """Whether the module's parameters are still where they were, or of the shapes that copies have."""
+
+        def place(part: Tensor) -> tuple:
+            return part.shape if self.is_copied else part.data_ptr(), part.requires_grad
+
+        return [*map(place, module.parameters())] == [*map(place, self.weights.values())]
+
+    @torch.no_grad()
+    def load(self, module: nn.Module) -> None:
+        """Take the module's parameters, if these are copies."""
+        if self.is_copied:
+            torch._foreach_copy_(list(self.weights.values()), list(module.parameters()))
 
     def call(self, key: Hashable, build: Callable[["RecordedModule"], "RecordedCall"]) -> "RecordedCall":
         """The recording of a shape; the oldest is forgotten where there are too many."""
@@ -117,9 +135,8 @@ class RecordedCall:
         self.out = self.into_out = torch.empty(0)
         # of inputs and weights that require one; and whether they have one
         self.gradients, self.is_used = [*into_inputs, *shared.into_weights], [True]
-        compute = functools.partial(
-            self._compute, function, lambda **inputs: functional_call(module, shared.weights, kwargs=inputs)
-        )
+        weights = {f"module.{name}": weight for name, weight in shared.weights.items()}
+        compute = functools.partial(self._compute, functools.partial(functional_call, _Held(module, function), weights))
         self.generator = torch.cuda.default_generators[inputs[0].device.index]
         offset = self.generator.get_offset()
         self._load(inputs)
@@ -130,8 +147,8 @@ class RecordedCall:
         self.generator.set_offset(offset)
 
     @torch.enable_grad()
-    def _compute(self, function: Callable[..., Tensor], call: Callable[..., Any]) -> None:
-        out = self.shared.undifferentiated = function(call, *self.inputs)
+    def _compute(self, function: Callable[..., Tensor]) -> None:
+        out = self.shared.undifferentiated = function(tuple(self.inputs))
         if not self.out.numel():
             self.out, self.into_out = (self.shared.place(name, out) for name in ("out", "into out"))
         with torch.no_grad():
@@ -170,6 +187,19 @@ class RecordedCall:
         torch._foreach_copy_(given, used)
         rest = iter(given)
         return [next(rest) if is_used else None for is_used in self.is_used]
+
+
+class _Held(nn.Module):
+    """A function and the module whose parameters it uses, which can be exchanged for it."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor]):
+        super().__init__()
+        self.module = module
+        # no part of it, not even if it is the module itself
+        self.function = functools.partial(function)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
 
 
 def record(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:

@@ -14,9 +14,9 @@ from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers.models.bart.modeling_bart import BartDecoderLayer
 
 from recurrent_bart.distributed import is_first
+from recurrent_bart.modeling_decoder import RecurrentBartDecoder
 from recurrent_bart.modeling_encoder import RecurrentBartEncoder
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartModel
 from recurrent_bart.training.gradients_together import look_at_gradients_together
@@ -29,13 +29,14 @@ def build_engine(
 
     ZeRO-3 gathers parameters at each call of a module. The recurrence calls every layer once per segment, so the
     encoder is made a leaf, gathered once per forward pass as a whole; this also lets processes read different numbers
-    of segments in one step. Layers of the decoder are leaves too: hooks on each of their parts take the processor
-    longer than a GPU the parts.
+    of segments in one step. The decoder is a leaf too: hooks on each of its parts take the processor longer than a GPU
+    the parts, and a whole one can be replayed.
     """
     if config["zero_optimization"]["stage"] == 3:
-        set_z3_leaf_modules(model, [RecurrentBartEncoder, BartDecoderLayer])
+        set_z3_leaf_modules(model, [RecurrentBartEncoder, RecurrentBartDecoder])
         for owner in [module for module in model.modules() if isinstance(module, RecurrentBartModel)]:
-            _take_embedding_out(owner)
+            for part in ("encoder", "decoder"):
+                _take_embedding_out(owner, part)
     # a file of its own is not needed: the engine only writes into it
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config))
     look_at_gradients_together(engine.optimizer)
@@ -43,18 +44,19 @@ def build_engine(
     return engine
 
 
-def _take_embedding_out(model: RecurrentBartModel) -> None:
-    """Make the encoder's token embedding a child of the model, and a plain attribute of the encoder.
+def _take_embedding_out(model: RecurrentBartModel, name: str) -> None:
+    """Make a leaf's token embedding a child of the model, and a plain attribute of the leaf.
 
     It makes the leaf's input, so it is gathered for itself, and gets its gradient when the leaf's backward pass is done
     and the leaf's gradients are reduced: that of a part of the leaf would be lost in silence.
     """
-    embedding = model.encoder.embed_tokens
+    leaf = model.get_submodule(name)
+    embedding = leaf.get_submodule("embed_tokens")
     # a place without a module, for weights that are loaded have that name
-    model.encoder.embed_tokens = None
-    object.__setattr__(model.encoder, "embed_tokens", embedding)
+    leaf.embed_tokens = None
+    object.__setattr__(leaf, "embed_tokens", embedding)
     # which add_module would refuse for its dot
-    model._modules["encoder.embed_tokens"] = embedding
+    model._modules[f"{name}.embed_tokens"] = embedding
 
 
 @contextlib.contextmanager

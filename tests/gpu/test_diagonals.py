@@ -257,8 +257,12 @@ def decoded_twice(lengths, decode, is_interleaved, **fields):
     return [part.detach() for part in out] + [part.grad for part in (hidden, *decoder.parameters())]
 
 
+def decode_plain(decoder, ids, hidden):
+    return decoder._plain(3, decoder.embed_tokens(ids), hidden)
+
+
 def decode_recorded(decoder, ids, hidden):
-    return decoder.recorded(ids, hidden, None, 3)
+    return decoder._recorded([decoder.embed_tokens(ids), hidden], 3)
 
 
 def check_each(found, expected):
@@ -268,7 +272,7 @@ def check_each(found, expected):
 
 @LENGTHS
 def test_decoders_of_two_passes_draw_the_numbers_of_plain_ones(lengths):
-    expected = decoded_twice(lengths, lambda decoder, ids, hidden: decoder._plain(3, decoder, ids, hidden), True)
+    expected = decoded_twice(lengths, decode_plain, True)
     check_each(decoded_twice(lengths, decode_recorded, True), expected)
 
 

@@ -8,6 +8,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import z3_leaf_module
 
+from played_graphs import play_graphs
+from recurrent_bart import modeling_decoder, recorded_call
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation
 from tiny import BUCKET, random_ids, tiny_model
 
@@ -80,9 +82,27 @@ def test_frozen_parameters_stay_and_the_others_learn_as_in_plain_pytorch(alone, 
     assert all(any(part in name for part in trained) for name in moved)
 
 
-def test_encoder_and_layers_of_the_decoder_are_gathered_whole(alone):
+def test_encoder_and_decoder_are_gathered_whole(alone):
     model = build(tiny_model(), 3).module.model
-    assert all(z3_leaf_module(module) for module in (model.encoder, *model.decoder.layers))
+    assert all(z3_leaf_module(module) for module in (model.encoder, model.decoder))
+
+
+@STAGES
+def test_a_decoder_is_replayed_with_the_weights_of_each_step(alone, monkeypatch, stage):
+    monkeypatch.setattr(recorded_call, "can_record", lambda module, inputs: torch.is_grad_enabled())
+    monkeypatch.setattr(modeling_decoder, "can_record", recorded_call.can_record)
+    batches, found = [inputs() for _ in range(3)], []
+    for schedule in ("sequential", "auto"):
+        recordings = play_graphs(monkeypatch, recorded_call)
+        torch.manual_seed(1)
+        engine = build(tiny_model(init_std=0.15, schedule=schedule), stage)
+        for batch in batches:
+            engine.backward(engine(**batch).loss)
+            engine.step()
+        found.append(full_state_dict(engine))
+        # forward and backward, once for all steps
+        assert len(recordings) == (2 if schedule == "auto" else 0)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
 @STAGES
