@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from recurrent_bart.diagonal_recorder import Recorder
 
 # of a device's memory
-MOST_KEPT = 0.25
+MOST_KEPT = 0.4
 
 
 class KeptDiagonals:
