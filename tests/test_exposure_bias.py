@@ -53,13 +53,13 @@ def loss_and_gradients(model, batch, oracle, seed=1):
 
 
 def record_inputs(model):
-    """What the decoder is given at each call: ids, and whether a graph is made."""
+    """The ids that are embedded for the decoder at each of its calls, and whether a graph is made."""
     calls = []
 
-    def hook(module, args, kwargs):
-        calls.append((kwargs["input_ids"], torch.is_grad_enabled()))
+    def hook(module, args):
+        calls.append((args[0], torch.is_grad_enabled()))
 
-    model.model.decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    model.model.decoder.embed_tokens.register_forward_pre_hook(hook)
     return calls
 
 
