@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recurrent_bart.recorded_call import capture
+
 
 class Recorded:
     """Identical to a function of tensors except: on a GPU it is recorded, once for each shape of what it is given.
@@ -57,10 +59,8 @@ class _Recording:
     def __init__(self, work: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any):
         # not of the pool, which other recordings write to
         self.inputs = [tensor.clone() for tensor in inputs]
-        self.graph = torch.cuda.CUDAGraph()
         # on the stream of the first call: libraries keep their workspace by stream
-        with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.current_stream()):
-            self.output = work(*self.inputs)
+        self.output, self.graph = capture(lambda: work(*self.inputs), torch.cuda.current_stream(), pool)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
         for own, given in zip(self.inputs, inputs, strict=True):
