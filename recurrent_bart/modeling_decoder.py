@@ -25,8 +25,9 @@ TARGETS_STEP = 32
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
-    """Identical to BartDecoder except: `CrossAttention`, with `prefix_attention="gated"` of memory through a gate;
-    `SelfAttention`, always with a mask on a GPU; and replays of CUDA graphs where these are faster.
+    """Identical to BartDecoder except: `CrossAttention`, with `prefix_attention="gated"` of memory through a gate.
+
+    Also `SelfAttention`, and on a GPU a mask where none is given, and CUDA graphs where replaying them is faster.
     """
 
     def __init__(self, config: RecurrentBartConfig):
