@@ -19,6 +19,8 @@ from recurrent_bart.distributed import is_first
 from recurrent_bart.modeling_decoder import RecurrentBartDecoder
 from recurrent_bart.modeling_encoder import RecurrentBartEncoder
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartModel
+from recurrent_bart.training.accelerator_calls import shorten_accelerator_calls
+from recurrent_bart.training.gradient_buckets import reduce_buckets_whole
 from recurrent_bart.training.gradients_together import look_at_gradients_together
 
 
@@ -37,9 +39,12 @@ def build_engine(
         for owner in [module for module in model.modules() if isinstance(module, RecurrentBartModel)]:
             for part in ("encoder", "decoder"):
                 _take_embedding_out(owner, part)
+    shorten_accelerator_calls()
     # a file of its own is not needed: the engine only writes into it
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config))
     look_at_gradients_together(engine.optimizer)
+    if engine.zero_optimization_stage() == 3:
+        reduce_buckets_whole(engine.optimizer)
     engine.train()
     return engine
 

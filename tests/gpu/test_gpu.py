@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from launching import deepspeed
 from recurrent_bart.benchmarks.cases import Case
@@ -13,6 +14,7 @@ from recurrent_bart.benchmarks.subjects import Place
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
 from recurrent_bart.prefix_attention import attend
+from recurrent_bart.training.accelerator_calls import shorten_accelerator_calls
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import Documents
@@ -219,3 +221,21 @@ def test_gradients_are_finite_where_all_scores_are_far_below_zero(n_keys):
     mask = torch.ones(1, 1, n_keys, n_keys, dtype=torch.bool, device="cuda").tril()
     read, _ = attend(attention, query, (key, value), mask)
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(read.square().sum(), parts))
+
+
+def test_deepspeeds_streams_are_pytorchs():
+    """As with PyTorch's own `torch.cuda.stream`: within one another, where something fails, and without a stream."""
+    shorten_accelerator_calls()
+    accelerator, before = get_accelerator(), torch.cuda.current_stream()
+    outer, inner = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def fail():
+        with accelerator.stream(outer):
+            with accelerator.stream(inner), accelerator.stream(None), accelerator.stream(inner):
+                assert torch.cuda.current_stream() == accelerator.current_stream() == inner
+            assert torch.cuda.current_stream() == accelerator.current_stream() == outer
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.cuda.current_stream() == accelerator.current_stream() == before

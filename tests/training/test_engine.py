@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import z3_leaf_module
+from deepspeed.utils import nvtx, z3_leaf_module
 
 from played_graphs import play_graphs
 from recurrent_bart import modeling_decoder, recorded_call
@@ -153,6 +153,15 @@ def test_gradients_are_looked_at_together(alone, kind, monkeypatch):
         after = full_state_dict(engine)
         assert is_poisoned == all(torch.equal(after[name], before[name]) for name in before)
     assert set(lengths) == {1}
+
+
+@STAGES
+def test_a_step_marks_nothing_for_profilers(alone, monkeypatch, stage):
+    """At every parameter it would take the processor as long as what is marked."""
+    monkeypatch.setattr(nvtx, "_range_push", None)
+    engine = build(tiny_model(), stage)
+    engine.backward(engine(**inputs()).loss)
+    engine.step()
 
 
 @STAGES

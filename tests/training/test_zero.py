@@ -106,6 +106,15 @@ def test_a_step_that_one_process_spoils_is_skipped_by_all_and_said_by_each(resul
 
 @pytest.mark.distributed
 @pytest.mark.slow
+def test_zero3_reduces_each_bucket_to_the_bits_of_deepspeeds_own_code(results):
+    for name, result in results.items():
+        of_each_process = result["zero"]["have_same_bits"]
+        assert all(map(bool, of_each_process)) == ("zero3" in name), name
+        assert all(map(all, of_each_process)), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_zero_equals_one_process(results):
     wrong = []
     for name, result in results.items():

@@ -68,6 +68,23 @@ def trained_parameters(model):
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+def reduce_as_deepspeed_too(optimizer, have_same_bits):
+    """Of each bucket that ZeRO-3 reduces, note whether DeepSpeed's own code gives the same bits."""
+    name = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+    ours, theirs = getattr(optimizer, name), getattr(type(optimizer), name)
+    assert ours.func is not theirs
+
+    def reduce(parameters, dtype):
+        found = ours(parameters, dtype)
+        for part, expected in zip(found, theirs(optimizer, parameters, dtype), strict=True):
+            # a spoilt step's are not numbers, which are never equal
+            whole, rest = part.view(torch.int32).split([len(expected), len(part) - len(expected)])
+            have_same_bits.append(torch.equal(whole, expected.view(torch.int32)) and not rest.any())
+        return found
+
+    setattr(optimizer, name, reduce)
+
+
 def run_case(case, environment):
     """Under ZeRO, through the trainer's own step."""
     model, optimizer = build(case)
@@ -84,6 +101,9 @@ def run_case(case, environment):
         },
     }
     engine = build_engine(model, optimizer, None, config)
+    have_same_bits = []
+    if case["stage"] == 3:
+        reduce_as_deepspeed_too(engine.optimizer, have_same_bits)
     run = RunArguments(gradient_accumulation_steps=case["accumulation"])
     parts = [
         part
@@ -123,6 +143,7 @@ def run_case(case, environment):
         "losses": [line["loss"] for line in lines if "loss" in line],
         "norms": [line["gradient_norm"] for line in lines if "gradient_norm" in line],
         "skipped": gather_objects(skipped),
+        "have_same_bits": gather_objects(have_same_bits),
         "gradients": steps,
         "weights": full_state_dict(engine),
     }
