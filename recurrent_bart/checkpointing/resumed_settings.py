@@ -8,17 +8,19 @@ from deepspeed import DeepSpeedEngine
 
 @contextlib.contextmanager
 def keeping_settings(engine: DeepSpeedEngine) -> Iterator[None]:
-    """While a checkpoint is loaded: clipping, weight decay and highest learning rates are this run's afterwards.
+    """While a checkpoint is loaded: clipping, weight decay, betas and highest learning rates are this run's afterwards.
 
     DeepSpeed's universal format has those of one group of parameters for all of them.
     """
     optimizer, scheduler = engine.optimizer, engine.lr_scheduler
     clip, base_rates = optimizer.clip_grad, scheduler and scheduler.base_lrs
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    kept = [
+        {name: group[name] for name in ("weight_decay", "betas") if name in group} for group in optimizer.param_groups
+    ]
     yield
     optimizer.clip_grad = clip
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
     if scheduler:
         scheduler.base_lrs = base_rates
         factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]

@@ -53,9 +53,8 @@ class SingleRun:
         self.model = RecurrentBartForConditionalGeneration(build_config(run, self.documents.task)).to(device).train()
         # on the device, where a recorded step reads it
         self.learning_rate = torch.zeros((), device=device)
-        self.optimizer = build_optimizer(
-            self.model, LearningRates(self.learning_rate, self.learning_rate), run.weight_decay
-        )
+        rates = LearningRates(self.learning_rate, self.learning_rate)
+        self.optimizer = build_optimizer(self.model, rates, run.weight_decay, run.adam_beta2)
         self.learning_rate_factor = learning_rate_factor(run.lr_scheduler, run.warmup_steps, run.max_steps)
         easier = tuple(changes.get("n_segments", 1) for changes in run.easier)
         self.curriculum = Curriculum(easier + run.stages, run.stage_steps, run.seed)

@@ -82,6 +82,7 @@ class StudyRun:
         lr_scheduler: Decay after warm-up: linear, cosine or constant.
         warmup_steps: Steps over which the learning rate rises.
         weight_decay: Of matrices.
+        adam_beta2: Of the mean of squared gradients, what a step keeps.
         max_grad_norm: Gradients are clipped to this norm.
         encoder_loss: Weight of a second loss: of the answer as the token head finds it in what the encoder gives
             where it is asked for. Without it a decoder that sees all that was read learns to rule answers out.
@@ -107,6 +108,7 @@ class StudyRun:
     lr_scheduler: str = "linear"
     warmup_steps: int = 500
     weight_decay: float = 0.01
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     encoder_loss: float = 0.0
     bf16: bool = False

@@ -53,7 +53,7 @@ class TextTraining:
         has_memory = run.reads == "whole" or config.has_state
         self.reader = Reader(self.model, has_memory, device, use_bf16(arguments.run.precision, device))
         rates = learning_rates(arguments, config)
-        self.optimizer = build_optimizer(self.model, rates, arguments.run.weight_decay)
+        self.optimizer = build_optimizer(self.model, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
         self.scheduler = build_scheduler(self.optimizer, arguments.run)
         self.state = TrainerState()
         # whatever a model reads of them, documents come in the order of those that are read by segments

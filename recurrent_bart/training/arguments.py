@@ -133,6 +133,9 @@ class RunArguments:
     lr_scheduler: str = flag("linear", "decay after warm-up: linear, cosine or constant")
     warmup_steps: int | None = flag(None, "steps over which the learning rate rises from 0; default: a tenth of all")
     weight_decay: float = flag(0.01, "of matrices; biases, norms and gates have none")
+    adam_beta2: float = flag(
+        0.999, "what a step keeps of the mean of squared gradients; lower: a large one is sooner forgotten"
+    )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all")
     precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
     gradient_checkpointing: str = flag("none", "recompute each layer or segment in the backward pass; or none")
@@ -180,6 +183,9 @@ class RunArguments:
         )
         _check_at_least(self, 0, "save_every", "keep_every")
         _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
+        _check_at_least(self, 0, "adam_beta2")
+        if self.adam_beta2 >= 1:
+            raise ValueError(f"--adam_beta2 {self.adam_beta2}: must be below 1")
         # one may be half written when the next is due
         _check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)

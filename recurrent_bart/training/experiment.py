@@ -85,7 +85,7 @@ def open_session(arguments: Arguments, environment: Environment, kind: type[AnyS
     model = build_model(arguments.model, prepared.config, run.seed)
     choose_trained(model, arguments.model)
     rates = learning_rates(arguments, prepared.config)
-    optimizer = build_optimizer(model, rates, run.weight_decay)
+    optimizer = build_optimizer(model, rates, run.weight_decay, run.adam_beta2)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
     # from here on processes differ in their dropout
     torch.manual_seed(run.seed + 1 + environment.rank)

@@ -46,8 +46,10 @@ class LearningRates:
         return cls(backbone, recurrence)
 
 
-def build_optimizer(model: nn.Module, rates: LearningRates, weight_decay: float) -> Optimizer:
-    """AdamW with decay on matrices alone."""
+def build_optimizer(
+    model: nn.Module, rates: LearningRates, weight_decay: float, adam_beta2: float = 0.999
+) -> Optimizer:
+    """AdamW with decay on matrices alone; `adam_beta2`: of the mean of squared gradients, what a step keeps."""
     groups: dict[tuple[float | Tensor, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -56,6 +58,7 @@ def build_optimizer(model: nn.Module, rates: LearningRates, weight_decay: float)
             groups.setdefault((rate, weight_decay if _is_decayed(name, parameter) else 0.0), []).append(parameter)
     return AdamW(
         [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
+        betas=(0.9, adam_beta2),
         # one kernel over DeepSpeed's flat partition, instead of a temporary of its size for each operation
         fused=True,
         capturable=torch.is_tensor(rates.backbone),

@@ -28,10 +28,10 @@ STATE = TrainerState(
 FIGURES = {"loss": 1.1000000238418579, "n_targets": 7, "n_tokens": 90, "n_steps": 2, "seconds": 3.5}
 
 
-def make_engine(stage=2, clip=1.0, decay=0.1, rate=0.5, **changes):
+def make_engine(stage=2, clip=1.0, decay=0.1, rate=0.5, beta2=0.999, **changes):
     run = RunArguments(max_steps=10, warmup_steps=2)
     model = tiny_model(**changes).train()
-    optimizer = build_optimizer(model, LearningRates(rate, 2 * rate), decay)
+    optimizer = build_optimizer(model, LearningRates(rate, 2 * rate), decay, beta2)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -373,10 +373,11 @@ def test_settings_that_are_given_anew_hold(alone, tmp_path, stage):
     checkpoints = Checkpoints(tmp_path)
     engine = train(make_engine(stage))
     checkpoints.save(engine, STATE)
-    other = make_engine(stage, clip=0.25, decay=0.7, rate=5.0)
+    other = make_engine(stage, clip=0.25, decay=0.7, rate=5.0, beta2=0.9)
     checkpoints.load(other)
     assert other.optimizer.clip_grad == 0.25
     assert {group["weight_decay"] for group in other.optimizer.param_groups} == {0.0, 0.7}
+    assert {group["betas"] for group in other.optimizer.param_groups} == {(0.9, 0.9)}
     assert other.get_lr() == pytest.approx([10 * rate for rate in engine.get_lr()])
     train(engine, 1)
     train(other, 1)

@@ -105,6 +105,8 @@ def test_evaluations_are_a_tenth_of_the_run_apart_unless_told(argv, steps):
         ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1"),
         ("--warmup_steps 11 --max_steps 10", "--warmup_steps 11: must be at most --max_steps 10"),
         ("--dropout 1", "--dropout 1.0: must be below 1"),
+        ("--adam_beta2 1", "--adam_beta2 1.0: must be below 1"),
+        ("--adam_beta2 -1", "--adam_beta2 -1.0: must be at least 0"),
         ("--max_target_length 3", "--max_target_length 3: must be at least 4"),
         ("--task chapters", "--task chapters: allowed are document, sections"),
         ("--precision fp16", "--precision fp16: allowed are auto, bf16, fp32"),

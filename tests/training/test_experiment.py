@@ -48,12 +48,13 @@ def test_it_stops_when_the_loss_rises_and_keeps_the_best_model(documents, tmp_pa
 
     def evaluate_and_keep(session):
         weights[session.state.step] = full_state_dict(session.engine)
+        assert {group["betas"] for group in session.engine.optimizer.param_groups} == {(0.9, 0.8)}
         return evaluate(session)
 
     monkeypatch.setattr(Session, "evaluate", evaluate_and_keep)
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0])
     monkeypatch.setattr("recurrent_bart.evaluation.evaluator.Evaluator.loss", lambda *_: next(losses))
-    arguments = flags(documents, tmp_path / "run", eval_every=1, max_steps=9, patience=3)
+    arguments = flags(documents, tmp_path / "run", eval_every=1, max_steps=9, patience=3, adam_beta2=0.8)
     assert train_main(arguments) == 0
     evaluations = [record for record in read_metrics(tmp_path / "run") if "validation_loss" in record]
     assert [record["validation_loss"] for record in evaluations] == [5.0, 4.0, 3.0, 3.5, 3.2, 3.1]

@@ -60,6 +60,16 @@ def test_only_matrices_decay(changes):
     assert {0.0, 0.5} <= {decay for name, (_, decay) in found.items() if "recurrence." in name}
 
 
+def test_a_step_keeps_of_squared_gradients_what_is_asked_for():
+    """Of a gradient of 1, with a step of 0 behind it."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = build_optimizer(model, LearningRates(0.1, 0.1), 0.0, adam_beta2=0.75)
+    for gradient in (1.0, 0.0):
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        optimizer.step()
+    assert float(optimizer.state[model.weight]["exp_avg_sq"]) == pytest.approx(0.75 * 0.25)
+
+
 def test_frozen_parameters_are_left_out():
     model = tiny_model()
     for parameter in model.model.decoder.parameters():
