@@ -87,10 +87,13 @@ def work(arguments: argparse.Namespace) -> int:
         else:
             yield from execute(file, device, arguments.deadline)
 
-    in_time = itertools.takewhile(lambda _: time.time() < arguments.deadline, files)
+    is_over = False
+    in_time = itertools.takewhile(lambda _: not is_over and time.time() < arguments.deadline, files)
     for file, error in take_turns(in_time, begin, arguments.runs_at_once or 1, device):
         if error is not None:
             file.fail(error)
+        # it has ended early for its tests, and nothing that is begun now would get further
+        is_over = is_over or file.read().get("stopped") == "budget"
         print(f"{ENDED}{file.path}", flush=True)
     return 0
 

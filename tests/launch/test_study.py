@@ -10,6 +10,7 @@ import pytest
 
 from forked import run_script
 from launching import load_script, run
+from recurrent_bart.studies import single_run
 from recurrent_bart.studies.definitions import Texts
 from recurrent_bart.studies.pool import Ended
 from study_runs import begun, short_run
@@ -162,10 +163,13 @@ def test_a_process_takes_runs_in_turns_begins_others_when_they_end_and_tells_eac
     )
 
 
-def test_when_the_time_is_over_runs_in_progress_are_tested_and_no_others_begun(script, tmp_path, capsys):
+def test_when_the_time_is_over_runs_in_progress_are_tested_and_no_others_begun(script, tmp_path, capsys, monkeypatch):
+    # half of their time is left for tests, which need less: there would be time to begin another
+    monkeypatch.setattr(single_run, "SPARE", 1e9)
+    monkeypatch.setattr(single_run, "MOST_SPARE", 1.0)
     runs = [dataclasses.replace(short, eval_every=5) for short in script.build_study("quick", Texts(), range(2))]
     files = [file.path for file in begun(tmp_path, *runs)]
-    deadline = time.time() + 4.0
+    deadline = time.time() + 8.0
     flags = ["--runs_at_once=3", f"--deadline={deadline}", "--run", *map(str, files)]
     assert script.main(flags) == 0
     # how long tests take beside other processes is not known exactly
