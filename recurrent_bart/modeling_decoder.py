@@ -25,9 +25,10 @@ TARGETS_STEP = 32
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
-    """Identical to BartDecoder except: `CrossAttention`, with `prefix_attention="gated"` of memory through a gate.
+    """Identical to BartDecoder except: its attention and masks, and CUDA graphs where replaying them is faster.
 
-    Also `SelfAttention`, and on a GPU a mask where none is given, and CUDA graphs where replaying them is faster.
+    Attention is `SelfAttention` and `CrossAttention`, with `prefix_attention="gated"` to memory through a gate; on a
+    GPU it makes its own mask where none is given.
     """
 
     def __init__(self, config: RecurrentBartConfig):

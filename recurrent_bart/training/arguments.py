@@ -34,6 +34,12 @@ def _check_at_least(arguments: Any, least: float, *names: str) -> None:
             raise ValueError(f"--{name} {value}: must be at least {least:g}")
 
 
+def _check_below(arguments: Any, limit: float, name: str) -> None:
+    value = getattr(arguments, name)
+    if value is not None and value >= limit:
+        raise ValueError(f"--{name} {value}: must be below {limit:g}")
+
+
 def _check_choice(arguments: Any, name: str, allowed: tuple[str, ...]) -> None:
     if getattr(arguments, name) not in allowed:
         raise ValueError(f"--{name} {getattr(arguments, name)}: allowed are {', '.join(allowed)}")
@@ -69,8 +75,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         _check_at_least(self, 0, "dropout")
-        if self.dropout is not None and self.dropout >= 1:
-            raise ValueError(f"--dropout {self.dropout}: must be below 1")
+        _check_below(self, 1, "dropout")
         _check_choice(self, "train", TRAINED)
         _check_at_least(self, 0, "lora_r")
         _check_at_least(self, 1, "lora_alpha")
@@ -184,8 +189,7 @@ class RunArguments:
         _check_at_least(self, 0, "save_every", "keep_every")
         _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
         _check_at_least(self, 0, "adam_beta2")
-        if self.adam_beta2 >= 1:
-            raise ValueError(f"--adam_beta2 {self.adam_beta2}: must be below 1")
+        _check_below(self, 1, "adam_beta2")
         # one may be half written when the next is due
         _check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
