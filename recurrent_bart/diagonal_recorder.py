@@ -20,7 +20,7 @@ from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 
 # segments that are read together: one is too small to keep a GPU busy with its embedding, and what begins with each of
 # them is one recording, for between two of them a GPU waits
-READ_TOGETHER = 8
+READ_TOGETHER = 16
 
 
 class Recorder:

@@ -57,12 +57,12 @@ def test_reading_records_what_comes_back(recordings, without_graph):
 
 @pytest.mark.parametrize("context", ["last", "all"])
 def test_many_segments_are_read_by_one_recording(recordings, context):
-    """2 layers: 29 diagonals of 28 segments, of them 3 times 8 with all layers; a last segment of fewer tokens."""
+    """2 layers: 53 diagonals of 52 segments, of them twice 16 with all layers; a last segment of fewer tokens."""
     fields = {"encoder_layers": 2, "decoder_context": context}
     expected, model = (build(schedule, **fields).eval() for schedule in ("sequential", "auto"))
     made = []
     for _ in range(3):
-        ids, mask = random_ids(2, 28, 8), torch.ones(2, 28, 8, dtype=torch.long)
+        ids, mask = random_ids(2, 52, 8), torch.ones(2, 52, 8, dtype=torch.long)
         mask[0, -1, 5:] = 0
         with torch.inference_mode():
             found, plain = (it.model.encode(ids, attention_mask=mask) for it in (model, expected))
