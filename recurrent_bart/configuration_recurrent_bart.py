@@ -7,7 +7,7 @@ from transformers import BartConfig
 
 # What each choice may be; the first one is the default.
 RECURRENCES = ("layerwise", "top", "none")
-PREFIX_ATTENTIONS = ("gated", "concat")
+PREFIX_ATTENTIONS = ("concat", "gated")
 DECODER_CONTEXTS = ("last", "memory", "all")
 SCHEDULES = ("auto", "sequential", "wavefront")
 
@@ -35,9 +35,9 @@ class RecurrentBartConfig(BartConfig):
         recurrence: `"layerwise"`: every layer carries a state of its own. `"top"`: one state enters below the first
             layer, passes through all and leaves above the last (RMT, arXiv 2207.06881); layers read it as their prefix.
             `"none"`: no state, but a learned prefix, the same for every segment (P-tuning v2, arXiv 2110.07602).
-        prefix_attention: `"gated"`: a softmax of its own over the prefix, added through a gate per head that starts
-            at zero, so that a converted BART checkpoint still gives BART's logits. `"concat"`: one softmax over
-            prefix and tokens.
+        prefix_attention: `"concat"`: one softmax over prefix and tokens. `"gated"`: a softmax of its own over the
+            prefix, added through a gate per head that starts at zero, so that a converted BART checkpoint still gives
+            BART's logits; what is carried is then learnt later, or not at all (RESULTS.md).
         update_gate: Carry the state over through a learned gate (True) or replace it (False).
         associative_memory: Beside the slots each layer keeps a matrix per head, written with its tokens' keys and
             values by the delta rule and read with their queries, through a gate per head (see `associative_memory.py`).

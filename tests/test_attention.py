@@ -14,7 +14,7 @@ from tiny import random_ids
 # cuDNN's backward pass gives NaN where a mask is given and keys fill half of a tile of 128
 BAD, GOOD = 64, 65
 FIELDS = {
-    "gated": {},
+    "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
     "top": {"recurrence": "top", "prefix_projection": False},
     "static": {"recurrence": "none"},
@@ -136,7 +136,7 @@ def test_flash_attention_is_right_where_target_and_context_have_one_length(make_
     check_equal(results(model, inputs, "flash_attention_2"), results(model, inputs, "eager"), tolerance=1e-10)
 
 
-@pytest.mark.parametrize("fields", [{}, {"prefix_attention": "concat"}], ids=["gated", "concat"])
+@pytest.mark.parametrize("fields", [{"prefix_attention": "gated"}, {}], ids=["gated", "concat"])
 @pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 3}], ids=["greedy", "beam"])
 def test_flash_attention_generates_the_same_ids(make_model, documents, kernel_calls, fields, how):
     model = make_model(**fields)
@@ -157,7 +157,7 @@ def test_flex_attention_is_refused(make_model):
 
 @pytest.mark.parametrize("n_tokens", [BAD, GOOD])
 @pytest.mark.parametrize("n_targets", [BAD, GOOD])
-@pytest.mark.parametrize("fields", [{}, {"pre_seq_len": 0}], ids=["gated", "no recurrence"])
+@pytest.mark.parametrize("fields", [{"prefix_attention": "gated"}, {"pre_seq_len": 0}], ids=["gated", "no recurrence"])
 @pytest.mark.parametrize("checkpointing", ["none", "layer"])
 def test_cudnn_is_not_used_where_its_gradients_could_be_nan(
     make_model, monkeypatch, checkpointing, fields, n_targets, n_tokens

@@ -33,7 +33,7 @@ def test_sizes_follow_from_each_other(fields, segment_size, input_size):
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0"),
         ({"prefix_hidden_size": 0}, "prefix_hidden_size=0"),
         ({"recurrence": "sideways"}, "recurrence='sideways': allowed are 'layerwise'"),
-        ({"prefix_attention": "open"}, "allowed are 'gated', 'concat'"),
+        ({"prefix_attention": "open"}, "allowed are 'concat', 'gated'"),
         ({"encoder_layerdrop": 0.1}, "encoder_layerdrop=0.1"),
         ({"associative_memory": True, "recurrence": "top"}, "associative_memory needs a state of each layer"),
         ({"associative_memory": True, "pre_seq_len": 0}, "associative_memory needs a state of each layer"),

@@ -6,7 +6,7 @@ import torch
 from tiny import random_ids
 
 FIELDS = {
-    "gated": {},
+    "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
     "memory": {"decoder_context": "memory"},
     "all": {"decoder_context": "all"},

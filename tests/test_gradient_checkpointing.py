@@ -6,7 +6,7 @@ import torch
 from tiny import random_ids, tiny_model
 
 VARIANTS = {
-    "gated": {},
+    "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
     "windows": {"bptt_depth": 1},
     "top": {"recurrence": "top"},

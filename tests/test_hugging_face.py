@@ -14,7 +14,7 @@ from tiny import RECURRENT, TINY, open_gates, random_ids
 
 CLASSES = {"bare": RecurrentBartModel, "with a head": RecurrentBartForConditionalGeneration}
 FIELDS = {
-    "gated": {},
+    "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
     "no projection": {"prefix_projection": False},
     "top": {"recurrence": "top"},

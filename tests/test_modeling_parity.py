@@ -73,7 +73,9 @@ def test_parity_of_a_checkpoint_whose_stacks_have_embeddings_of_their_own(tmp_pa
     assert ours.model.shared.weight.grad is None
 
 
-@pytest.mark.parametrize("fields", [{"pre_seq_len": 0}, {"pre_seq_len": 3}], ids=["no recurrence", "gated"])
+@pytest.mark.parametrize(
+    "fields", [{"pre_seq_len": 0}, {"pre_seq_len": 3, "prefix_attention": "gated"}], ids=["no recurrence", "gated"]
+)
 @pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beam"])
 def test_parity_of_generate(bart, bart_folder, fields, how):
     inputs = document((12, 7))
@@ -90,7 +92,7 @@ def test_parity_of_generate(bart, bart_folder, fields, how):
 )
 def test_parity_of_a_converted_checkpoint_with_closed_gates(bart, bart_folder, fields):
     """The recurrence is there, but what it reads is not let in before training opens the gates."""
-    ours = load(bart_folder, pre_seq_len=3, **fields)
+    ours = load(bart_folder, pre_seq_len=3, prefix_attention="gated", **fields)
     inputs = document((12, 7)) | {"labels": labels()}
     torch.testing.assert_close(ours(**inputs).logits, bart(**inputs).logits, rtol=0, atol=1e-5)
 
@@ -98,7 +100,7 @@ def test_parity_of_a_converted_checkpoint_with_closed_gates(bart, bart_folder, f
 @pytest.mark.parametrize("associative_memory", [False, True])
 def test_parity_of_a_converted_checkpoint_on_its_last_segment(bart, bart_folder, associative_memory):
     """With closed gates a long document is its last segment to the decoder."""
-    ours = load(bart_folder, pre_seq_len=3, associative_memory=associative_memory)
+    ours = load(bart_folder, pre_seq_len=3, prefix_attention="gated", associative_memory=associative_memory)
     ids, targets = random_ids(2, 3, 16), labels()
     expected = bart(input_ids=ids[:, -1], labels=targets).logits
     torch.testing.assert_close(ours(input_ids=ids, labels=targets).logits, expected, rtol=0, atol=1e-5)
@@ -215,8 +217,9 @@ def test_save_and_load_round_trip_through_the_auto_classes(make_model, tmp_path)
 
 def test_new_parameters_are_initialised_alike_from_scratch_and_on_a_checkpoint(bart_folder):
     """Models are built on the meta device: a value given in __init__ alone would be lost."""
-    config = RecurrentBartConfig(**TINY | RECURRENT)
-    for model in (RecurrentBartForConditionalGeneration(config), load(bart_folder, pre_seq_len=3)):
+    config = RecurrentBartConfig(**TINY | RECURRENT, prefix_attention="gated")
+    converted = load(bart_folder, pre_seq_len=3, prefix_attention="gated")
+    for model in (RecurrentBartForConditionalGeneration(config), converted):
         core = model.model.encoder.recurrence
         assert 0.2 < core.initial_memory.std() < 0.4
         assert 0.2 < core.projection_out.std() < 0.4

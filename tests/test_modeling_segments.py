@@ -38,7 +38,7 @@ def test_first_segment_is_forgotten_without_recurrence(make_model, documents):
 
 def test_tokens_never_see_slots(make_model, documents):
     """With the prefix closed, the token stream is BART's whatever the slots hold."""
-    model = make_model()
+    model = make_model(prefix_attention="gated")
     core = model.model.encoder.recurrence
     torch.nn.init.zeros_(core.prefix_gate)
     before = model.model.encoder(documents).last_hidden_state[:, 3:]

@@ -7,10 +7,10 @@ from tiny import random_ids
 
 N_LAYERS, N_HEADS, WIDTH, N_SLOTS = 3, 4, 16, 3
 FIELDS = {
-    "gated": {},
+    "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
-    "top": {"recurrence": "top"},
-    "static": {"recurrence": "none"},
+    "top": {"prefix_attention": "gated", "recurrence": "top"},
+    "static": {"prefix_attention": "gated", "recurrence": "none"},
     "no recurrence": {"pre_seq_len": 0},
 }
 WANTED = {"output_attentions": True, "output_hidden_states": True}

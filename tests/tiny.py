@@ -29,7 +29,7 @@ RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bpt
 
 # what diagonals differ in
 DIAGONALS = {
-    "gated": {},
+    "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
     "own projection": {"prefix_projection": False, "update_gate": False},
     "windows": {"bptt_depth": 1},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.configuration_recurrent_bart import PREFIX_ATTENTIONS
 from recurrent_bart.studies.study_run import StudyRun
 from recurrent_bart.studies.text_run import READINGS, TextRun
 
@@ -14,12 +15,14 @@ Fields = dict[str, Any]
 # fields of StudyRun for each task
 COPY: Fields = {"task": {"name": "copy"}, "learning_rate": 1e-3}
 # its answer grows with the document, and positions of the decoder beyond those trained are random; after a stage of one
-# segment, what is read in the last one is all that is ever told (RESULTS.md)
+# segment, with gates what is read in the last one is all that is ever told (RESULTS.md)
 RECALL: Fields = {
     "task": {"name": "recall"},
     "stages": (8,),
     "test_segments": (1, 2, 4, 8),
     "learning_rate": 3e-4,
+    "adam_beta2": 0.98,
+    "max_steps": 7000,
 }
 # a key must be bound to its value before either can be carried: within a segment first, then over as many as there will
 # be, of few tokens and pairs (RESULTS.md)
@@ -128,7 +131,7 @@ class Texts:
 
 
 def _layerwise() -> dict[str, Fields]:
-    switches = itertools.product(("gated", "concat"), (True, False), (True, False))
+    switches = itertools.product(PREFIX_ATTENTIONS, (True, False), (True, False))
     return {
         f"layerwise {attention}{' projection' * projection}{' update-gate' * gate}": {
             "model": {"prefix_attention": attention, "prefix_projection": projection, "update_gate": gate}
@@ -137,20 +140,24 @@ def _layerwise() -> dict[str, Fields]:
     }
 
 
+# its layers attend over memory and tokens as over one text
+RMT: Fields = {"recurrence": "top", "prefix_attention": "concat", "prefix_projection": False}
 # every alternative to the recurrence; the windows are plain BART's
 ALTERNATIVES: dict[str, Fields] = {
     **_layerwise(),
-    "top update-gate (RMT)": {"model": {"recurrence": "top", "update_gate": True}},
-    "top (RMT)": {"model": {"recurrence": "top", "update_gate": False}},
+    "top update-gate (RMT)": {"model": RMT | {"update_gate": True}},
+    "top (RMT)": {"model": RMT | {"update_gate": False}},
     "none": {"model": {"recurrence": "none"}},
     "BART, one window": {"model": {"pre_seq_len": 0}, "window": "all"},
     "BART, last segment": {"model": {"pre_seq_len": 0}, "window": "last"},
 }
-LAYERWISE = "layerwise gated projection update-gate"
+LAYERWISE, GATED = (f"layerwise {attention} projection update-gate" for attention in PREFIX_ATTENTIONS)
 ESSENTIALS = {name: ALTERNATIVES[name] for name in (LAYERWISE, "top update-gate (RMT)", "BART, one window")}
 # what slots do not hold: by which key a value is found
 MATRIX: Fields = {"associative_memory": True, "matrix_gate_init": 1.0}
-ASSOCIATIVE: dict[str, Fields] = {f"{LAYERWISE}, associative memory": {"model": MATRIX}}
+ASSOCIATIVE: dict[str, Fields] = {
+    f"{name}, associative memory": {"model": ALTERNATIVES[name]["model"] | MATRIX} for name in (LAYERWISE, GATED)
+}
 # what it is learnt with, one thing at a time
 LESSONS: dict[str, Fields] = {
     f"{LAYERWISE}, no loss of the encoder": {"encoder_loss": 0.0},

@@ -11,7 +11,7 @@ from tiny import random_ids, tiny_model
 # a width that is no power of two
 SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "gelu"}
 FIELDS = {
-    "gated": {},
+    "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
     "own projection": {"prefix_projection": False, "update_gate": False},
 }

@@ -18,7 +18,7 @@ def document(n_tokens=20):
 
 @pytest.mark.parametrize("changes", [{}, {"recurrence": "top", "decoder_context": "memory"}, {"input_size": 10}])
 def test_each_segment_has_what_reading_it_gives(changes, make_model):
-    model, ids = make_model(**changes), document()
+    model, ids = make_model(prefix_attention="gated", **changes), document()
     found, summary = map_memory(model, ids, max_new_tokens=5)
     segments, masks = segment_documents(model.config, False, ids, None, None)
     state, n_read = RecurrentState.unread(model.config, 1), 0
@@ -49,11 +49,11 @@ def test_the_summary_is_the_model_s(make_model):
     assert summary.equal(model.generate(ids, max_new_tokens=6, num_beams=2)[0])
 
 
-@pytest.mark.parametrize("changes", [{"recurrence": "none"}, {"prefix_attention": "concat"}])
+@pytest.mark.parametrize("changes", [{"recurrence": "none", "prefix_attention": "gated"}, {}], ids=["static", "concat"])
 def test_what_a_model_does_not_have_is_left_out(changes, make_model, tmp_path):
     found, _ = map_memory(make_model(**changes), document(), max_new_tokens=4)
     assert (found.decoder == []) == ("recurrence" in changes)
-    assert (found.gate == []) == ("prefix_attention" in changes)
+    assert (found.gate == []) == ("prefix_attention" not in changes)
     draw_memory_map(found, tmp_path / "map.png")
     assert matplotlib.image.imread(tmp_path / "map.png").shape[1] == 988
     assert ("by the decoder" in as_text(found)) == bool(found.decoder)

@@ -61,7 +61,7 @@ def test_sizes_are_those_of_what_attention_reads(
 
 @torch.no_grad()
 def test_a_closed_gate_lets_nothing_be_read(make_model):
-    model = make_model()
+    model = make_model(prefix_attention="gated")
     model.model.encoder.recurrence.prefix_gate[1] = 0
     ids = random_ids(1, 1, 8)
     with plain_execution(model.config):

@@ -37,7 +37,7 @@ def set_gates(model, update=None, prefix=None):
 
 
 def test_gates_have_the_openings_that_they_were_given(make_model):
-    model = make_model()
+    model = make_model(prefix_attention="gated")
     set_gates(model, update=0.3, prefix=[0.0, 0.5, -0.25])
     figures = recurrence_metrics(model, [document()])
     assert figures["update_gate"] == pytest.approx([0.3] * N_LAYERS, rel=1e-5)
@@ -128,9 +128,12 @@ def test_no_more_than_the_first_segments_are_looked_at(make_model):
     ("changes", "names"),
     [
         ({"pre_seq_len": 0}, set()),
-        ({"recurrence": "none"}, {"prefix_gate", "prefix_mass", "prefix_size", "gradient_by_distance"}),
         (
-            {"update_gate": False, "prefix_attention": "concat"},
+            {"recurrence": "none", "prefix_attention": "gated"},
+            {"prefix_gate", "prefix_mass", "prefix_size", "gradient_by_distance"},
+        ),
+        (
+            {"update_gate": False},
             {"prefix_mass", "prefix_size", "state_norm", "state_change", "gradient_by_distance"},
         ),
     ],
@@ -153,7 +156,7 @@ def test_figures_of_a_state_are_of_its_slots(make_model):
 
 
 def test_looking_changes_nothing(make_model):
-    model, documents = make_model(bptt_depth=1), [document()]
+    model, documents = make_model(bptt_depth=1, prefix_attention="gated"), [document()]
     config, generator = model.config.to_dict(), torch.get_rng_state()
     attributes = set(vars(model.model.encoder.recurrence))
     figures = recurrence_metrics(model, documents)

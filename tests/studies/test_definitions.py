@@ -30,9 +30,9 @@ def test_every_run_has_a_model_and_documents_to_train_and_test_on(name):
 def test_the_recurrence_is_compared_with_every_alternative_on_every_task():
     runs = build_study("recurrence", Texts(), seeds=[5])
     assert {run.seed for run in runs} == {5}
-    assert len(runs) == 3 * (8 + 2 + 1 + 2 + 1)
+    assert len(runs) == 3 * (8 + 2 + 1 + 2 + 2)
     models = {tuple(sorted(run.model.items())) for run in runs if run.window == "segments"}
-    assert len(models) == 8 + 2 + 1 + 1
+    assert len(models) == 8 + 2 + 1 + 2
     assert {run.window for run in runs} == {"segments", "all", "last"}
 
 

@@ -21,7 +21,7 @@ def trained(model):
 
 
 def test_the_recurrence_alone_is_trained():
-    model = tiny_model()
+    model = tiny_model(prefix_attention="gated")
     choose_trained(model, ModelArguments(train="prefix"))
     assert trained(model) == {name for name, _ in model.named_parameters() if is_recurrence(name)}
     assert any("memory_gate" in name for name in trained(model))

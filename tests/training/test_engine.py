@@ -63,9 +63,9 @@ def test_frozen_parameters_stay_and_the_others_learn_as_in_plain_pytorch(alone, 
         return model
 
     torch.manual_seed(1)
-    plain = freeze(tiny_model(init_std=0.15)).train()
+    plain = freeze(tiny_model(init_std=0.15, prefix_attention="gated")).train()
     torch.manual_seed(1)
-    engine = build(freeze(tiny_model(init_std=0.15)), stage)
+    engine = build(freeze(tiny_model(init_std=0.15, prefix_attention="gated")), stage)
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     for _ in range(2):

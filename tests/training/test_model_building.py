@@ -93,7 +93,7 @@ def test_the_seed_decides_the_weights():
         ({"model_size": "huge"}, "--model_size huge: allowed are tiny, small, base, large"),
         ({"segment_size": 2000}, "segment_size=2000 .*does not fit the position table: max_position_embeddings=1024"),
         ({"pre_seq_len": -1}, "pre_seq_len=-1: must be at least 0"),
-        ({"prefix_attention": "none"}, "prefix_attention='none': allowed are 'gated', 'concat'"),
+        ({"prefix_attention": "none"}, "prefix_attention='none': allowed are 'concat', 'gated'"),
         ({"model_name_or_path": "no/such/folder"}, "--model_name_or_path no/such/folder: "),
     ],
 )

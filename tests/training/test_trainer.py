@@ -242,7 +242,7 @@ def test_warm_up_and_decay_reach_the_optimizer(alone, stage):
 
 def test_twenty_steps_give_the_losses_they_always_gave(alone):
     run = RunArguments(max_steps=20, warmup_steps=4, log_every=1, gradient_accumulation_steps=2)
-    model = tiny_model(dropout=0.1, hidden_dropout_prob=0.1).train()
+    model = tiny_model(dropout=0.1, hidden_dropout_prob=0.1, prefix_attention="gated").train()
     optimizer = build_optimizer(model, LearningRates(backbone=2e-3, recurrence=4e-3), weight_decay=0.1)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), engine_config(clip=0.5))
     lines = []
