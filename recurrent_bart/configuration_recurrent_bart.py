@@ -37,13 +37,13 @@ class RecurrentBartConfig(BartConfig):
             `"none"`: no state, but a learned prefix, the same for every segment (P-tuning v2, arXiv 2110.07602).
         prefix_attention: `"concat"`: one softmax over prefix and tokens. `"gated"`: a softmax of its own over the
             prefix, added through a gate per head that starts at zero, so that a converted BART checkpoint still gives
-            BART's logits; what is carried is then learnt later, or not at all (RESULTS.md).
+            BART's logits; what is carried was then learnt later, or not at all (RESULTS.md).
         update_gate: Carry the state over through a learned gate (True) or replace it (False).
         associative_memory: Beside the slots each layer keeps a matrix per head, written with its tokens' keys and
             values by the delta rule and read with their queries, through a gate per head (see `associative_memory.py`).
             With `recurrence="layerwise"` alone.
-        matrix_gate_init: What that gate's tanh is first taken of. 0: closed, so that a converted BART checkpoint still
-            gives BART's logits. From scratch a closed one was not learnt to be opened, one of 1 was (RESULTS.md).
+        matrix_gate_init: What that gate's tanh is first taken of. 0: closed, so that matrices change nothing in a
+            converted BART checkpoint. From scratch a closed one was not learnt to be opened, one of 1 was (RESULTS.md).
         decoder_context: What the decoder attends to. `"last"`: the final state and the tokens of the last segment.
             `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and the
             tokens of all segments (fusion-in-decoder, arXiv 2007.01282).
