@@ -25,10 +25,11 @@ TARGETS_STEP = 32
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
-    """Identical to BartDecoder except: its attention and masks, and CUDA graphs where replaying them is faster.
+    """Identical to BartDecoder except: its attention, its masks, plain tuples, and CUDA graphs of few targets.
 
-    Attention is `SelfAttention` and `CrossAttention`, with `prefix_attention="gated"` to memory through a gate; on a
-    GPU it makes its own mask where none is given.
+    Attention is `SelfAttention` and `CrossAttention`, with `prefix_attention="gated"` to memory through a gate. On a
+    GPU it makes its own mask where none is given, and with `schedule="auto"` whole targets of at most `MOST_TARGETS`
+    positions are recorded and replayed. A plain tuple has all fields, also those that are None.
     """
 
     def __init__(self, config: RecurrentBartConfig):
@@ -51,7 +52,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple:
-        """As BartDecoder's, whose attention to its own inputs has a mask; by CUDA graphs where that is faster.
+        """As BartDecoder's, whose attention to its own inputs has a mask; by CUDA graphs of few targets.
 
         Args:
             input_ids: See BartDecoder, for the others too.
@@ -63,7 +64,8 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
             if inputs_embeds is not None and encoder_hidden_states is not None and wanted <= {"n_memory"}:
                 inputs = [inputs_embeds, encoder_hidden_states, encoder_attention_mask]
                 decoded = self._recorded(inputs, kwargs.get("n_memory"))
-            attention_mask = self._causal_mask(input_ids if inputs_embeds is None else inputs_embeds)
+            if decoded is None:
+                attention_mask = self._causal_mask(input_ids if inputs_embeds is None else inputs_embeds)
         if decoded is not None:
             output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=decoded)
         else:

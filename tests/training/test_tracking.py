@@ -21,9 +21,15 @@ from runs import flags
 
 WORKER = Path(__file__).with_name("tracking_worker.py")
 # of documents of one to three sections, two segments are read of those that have more
-RUN = {"max_steps": 4, "eval_every": 2, "wandb_mode": "offline", "max_n_segments": 2, "tensorboard": True}
-# a model that has all figures
-RUN |= {"prefix_attention": "gated"}
+RUN = {
+    "max_steps": 4,
+    "eval_every": 2,
+    "wandb_mode": "offline",
+    "max_n_segments": 2,
+    "tensorboard": True,
+    # which has all figures
+    "prefix_attention": "gated",
+}
 
 
 def read_metrics(folder):
