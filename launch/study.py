@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from recurrent_bart.graphed_wavefront import share_device
 from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
 from recurrent_bart.studies.pool import ENDED, Ended, run_side_by_side
 from recurrent_bart.studies.report import draw, read_results, report
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
 def work(arguments: argparse.Namespace) -> int:
     """Do some runs of a study; each says in its file what came of it, and a line is printed when it has ended."""
     torch.set_num_threads(arguments.threads)
+    share_device(arguments.processes_per_device)
     device = torch.device(arguments.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -170,6 +172,7 @@ def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) ->
     flags = {
         "runs_at_once": runs_at_once,
         "deadline": deadline,
+        "processes_per_device": arguments.processes_per_device,
         "threads": 1 if places[0] != "cpu" else max(1, (os.cpu_count() or 1) // len(places)),
     }
     n_failed = 0

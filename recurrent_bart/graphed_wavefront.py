@@ -30,6 +30,8 @@ from recurrent_bart.wavefront import Diagonal, Wavefront
 MOST_TOKENS = 8_192
 # shapes of batches whose recordings are kept, the last used ones
 MOST_SHAPES = 16
+# each keeps its part of what there is room for; `share_device` says how many there are
+processes_per_device = 1
 _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Recorder]] = weakref.WeakKeyDictionary()
 
 
@@ -118,9 +120,15 @@ class GraphedWavefront(Wavefront):
         return recorder
 
 
+def share_device(n_processes: int) -> None:
+    """Keep no more of a pass than leaves as much for each of so many processes on one device."""
+    global processes_per_device
+    processes_per_device = n_processes
+
+
 def memory_bytes(device: torch.device) -> int:
-    """All that a device has."""
-    return torch.cuda.get_device_properties(device).total_memory
+    """All that a device has for this process."""
+    return torch.cuda.get_device_properties(device).total_memory // processes_per_device
 
 
 class _Replayed(torch.autograd.Function):

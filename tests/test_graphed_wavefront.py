@@ -1,5 +1,7 @@
 """Replayed diagonals give the numbers of the sequential schedule; a graph is the work itself, on a processor."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -106,3 +108,11 @@ def test_checkpointing_keeps_nothing(recordings):
         model.set_gradient_checkpointing(checkpointing)
         model(input_ids=random_ids(2, 3, 8), labels=random_ids(2, 4)).loss.backward()
         assert len(recordings) == n_made
+
+
+def test_processes_of_one_device_share_what_they_keep(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=90))
+    assert graphed_wavefront.memory_bytes(torch.device("cuda")) == 90
+    monkeypatch.setattr(graphed_wavefront, "processes_per_device", 1)
+    graphed_wavefront.share_device(3)
+    assert graphed_wavefront.memory_bytes(torch.device("cuda")) == 30

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recurrent_bart.data.jsonl import jsonl_records
 from recurrent_bart.data.memory_tasks import FIRST_SYMBOL, MemoryTask
+from recurrent_bart.data.words import SENTENCE_END
 from recurrent_bart.targets import IGNORED
 
 # takes the place of marks, which are not used here
@@ -28,7 +29,6 @@ UNKNOWN = 3
 SPLITS = ("train", "validation")
 WORD = re.compile(r"\w+|[^\w\s]")
 Groups = tuple[tuple[str, ...], ...]
-SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
+from recurrent_bart.data.gap_sentences import made_rows
 from recurrent_bart.data.jsonl import ENCODING, jsonl_records
 from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse, split_of
 from recurrent_bart.data.stdlib import library_root, stdlib_rows
@@ -28,6 +29,7 @@ class Source:
         split: Which of `SPLITS` this is.
         held_out: The place has training documents alone; whether one is held out is found from its name.
         skips_bad: Pass over documents that are unusable.
+        n_made: Rows behind each document that are made of its own sentences.
     """
 
     kind: str
@@ -35,18 +37,22 @@ class Source:
     split: str
     held_out: bool = False
     skips_bad: bool = False
+    n_made: int = 0
 
     def identity(self) -> list[Any]:
         """What changes when the documents do, as far as that can be seen without reading them."""
         if self.kind == "hub":
             builder = load_dataset_builder(self.place)
-            return [self.kind, self.place, self.split, str(builder.info.version), builder.hash, self.skips_bad]
+            return [self.kind, self.place, self.split, str(builder.info.version), builder.hash, *self._choices()]
         if self.kind == "file":
             files = [Path(self.place)]
         else:
             files = sorted(Path(self.place).rglob("*.py" if self.kind == EMBEDDED else "*.txt"))
         stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return [self.kind, self.split, self.held_out, stamps, self.skips_bad]
+        return [self.kind, self.split, self.held_out, stamps, *self._choices()]
+
+    def _choices(self) -> list[Any]:
+        return [self.skips_bad, self.n_made]
 
     def rows(
         self, task: str, columns: Columns, on_skip: Callable[[ValueError], None] = lambda error: None
@@ -68,6 +74,7 @@ class Source:
                 continue
             is_empty = False
             yield row
+            yield from made_rows(row, self.n_made, task)
         if is_empty:
             raise ValueError(f"{self.place}: no documents with a target for --task {task} in split {self.split!r}")
 

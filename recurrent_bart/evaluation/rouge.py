@@ -1,18 +1,14 @@
 """ROUGE of summaries (Lin 2004), by the rouge-score package."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 from rouge_score import rouge_scorer, tokenizers
 
+from recurrent_bart.data.words import SENTENCE_END, WORD
 from recurrent_bart.evaluation.bootstrap import Interval, interval, resampled_means
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-# scripts written without spaces: kana, Chinese characters, Thai
-UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f"
-WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
 class RougeTokenizer(tokenizers.Tokenizer):

@@ -198,17 +198,33 @@ TEXT: Fields = {
     "bptt_depth": -1,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
+    "learning_rate": 5e-4,
+    "adam_beta2": 0.98,
     "lr_scheduler": "constant",
     "warmup_steps": 200,
     "max_steps": 1_000_000,
     "eval_every": 100,
     "eval_documents": 64,
     "dataloader_num_workers": 1,
+    # under autocast nothing is fused or replayed, and so small a model waits for the processor
+    "precision": "fp32",
+}
+# and beside those of each kind of target. So few summaries teach no model to read; sentences of the documents do
+# (RESULTS.md)
+OWN_TEXT: dict[str, Fields] = {
+    "document": {},
+    "sections": {
+        "gap_sentences": 3,
+        "per_device_train_batch_size": 16,
+        "max_n_segments": 16,
+        "max_target_length": 192,
+        "vocab_size": 8192,
+    },
 }
 PLAIN: Fields = {"flags": {"pre_seq_len": 0}}
 RECURRENCES: dict[str, Fields] = {
     "layerwise": {},
-    "top (RMT)": {"flags": {"recurrence": "top"}},
+    "top (RMT)": {"flags": RMT},
     "none": {"flags": {"recurrence": "none"}},
 }
 # fields of TextRun for each kind of target; differences are to the first
@@ -239,7 +255,7 @@ def build_text_study(
         seconds: Of training.
         changes: Flags of all runs that are others than the study's own.
     """
-    flags = TEXT | {"dataset": texts.dataset, "task": task} | changes
+    flags = TEXT | OWN_TEXT[task] | {"dataset": texts.dataset, "task": task} | changes
     # a run that is cut short warms up all its time
     flags["warmup_steps"] = min(int(flags["warmup_steps"]), int(flags["max_steps"]))
     documents = f"{Path(texts.dataset).name} {task}"

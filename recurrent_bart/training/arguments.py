@@ -107,6 +107,9 @@ class DataArguments:
     summary_column: str = flag(Columns.summary, "column of the target")
     sections_column: str = flag(Columns.sections, "column of the list of texts")
     summaries_column: str = flag(Columns.summaries, "column of the list of targets")
+    gap_sentences: int = flag(
+        0, "times each training document comes again, with targets of its own sentences, kept or taken out (PEGASUS)"
+    )
     max_target_length: int = flag(128, "tokens of a target; longer ones are cut, and generation stops there")
     skip_bad_samples: bool = flag(False, "pass over documents that are unreadable or empty, and count them")
     cache_dir: str = flag("~/.cache/recurrent_bart", "folder of tokenised documents and trained tokenizers")
@@ -114,6 +117,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         _check_choice(self, "task", TASKS)
         _check_at_least(self, 4, "max_target_length")
+        _check_at_least(self, 0, "gap_sentences")
 
     def columns(self) -> Columns:
         """Names of the fields to read."""

@@ -17,11 +17,11 @@ def _size(d_model: int, n_layers: int, n_heads: int) -> dict[str, int]:
     return {"d_model": d_model, **sides}
 
 
-# base and large have the dimensions of facebook/bart-base and facebook/bart-large; tiny is for a processor, and with
-# BART's init_std of 0.02 its narrow layers would stand still for the few steps it is trained
+# base and large have the dimensions of facebook/bart-base and facebook/bart-large; tiny is for a processor. With BART's
+# init_std of 0.02 the narrow layers of the others would stand still for the few steps they are trained
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": _size(d_model=128, n_layers=2, n_heads=4) | {"segment_size": 256, "init_std": 0.06},
-    "small": _size(d_model=256, n_layers=4, n_heads=4),
+    "small": _size(d_model=256, n_layers=4, n_heads=4) | {"init_std": 0.06},
     "base": _size(d_model=768, n_layers=6, n_heads=12),
     "large": _size(d_model=1024, n_layers=12, n_heads=16),
 }

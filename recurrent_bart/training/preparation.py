@@ -101,7 +101,7 @@ def find_training_sources(data: DataArguments) -> dict[str, Source]:
     sources = sources_of(data)
     if "train" not in sources:
         raise ValueError(f"--dataset {data.dataset}: no training split; there are {', '.join(sources) or 'none'}")
-    return sources
+    return sources | {"train": replace(sources["train"], n_made=data.gap_sentences)}
 
 
 def sources_of(data: DataArguments) -> dict[str, Source]:
@@ -117,6 +117,8 @@ def find_tokenizer(
     name = saved or model.tokenizer_name or model.model_name_or_path
     if name:
         return load_tokenizer(str(name))
+    # the same words, in the same numbers
+    train = replace(train, n_made=0)
     key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()))
     folder = Path(data.cache_dir).expanduser() / "tokenizers" / key
     if not folder.exists():

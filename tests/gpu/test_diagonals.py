@@ -13,6 +13,8 @@ pytestmark = pytest.mark.gpu
 
 FIELDS = DIAGONALS | {"all": {"decoder_context": "all"}}
 SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_layers": 3}
+# of weights as large as TINY's a model this wide makes of float32's rounding what a check would have to let pass
+SHAPE |= {"init_std": 0.15}
 
 
 def build(schedule, seed=0, **fields):

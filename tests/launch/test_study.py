@@ -201,6 +201,22 @@ def test_a_study_of_documents_trains_every_model_and_compares_them(documents, tm
     assert all(record["run"]["seconds"] == 300 and record["texts"] for record in records)
 
 
+def test_processes_of_one_device_are_told_how_many_they_are(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(script.torch, "set_num_threads", lambda number: None)
+    told, commands = [], []
+    monkeypatch.setattr(script, "share_device", told.append)
+
+    def start(groups, places, command, deadline):
+        commands.extend(command(files, "cpu") for files in groups)
+        return iter(())
+
+    monkeypatch.setattr(script, "run_side_by_side", start)
+    assert script.main([*SHORT, "--output_dir", str(tmp_path), "--processes_per_device", "3"]) == 1
+    # with no time left it does nothing else
+    assert script.main([*commands[0][2:], "--deadline=0"]) == 0
+    assert told == [3]
+
+
 def test_documents_are_made_ready_before_runs_that_start_together(script, monkeypatch, started, tmp_path):
     prepared = []
     monkeypatch.setattr("recurrent_bart.studies.text_training.prepare_documents", prepared.append)

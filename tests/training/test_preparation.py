@@ -70,6 +70,23 @@ def test_tokenizer_and_documents_come_from_the_cache_the_second_time(prepare_run
     assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
 
 
+def test_training_documents_come_again_with_sentences_of_their_own_as_targets(prepare_run, tmp_path, capsys):
+    sentences = [f"sentence {number} of this text says what the others say of it" for number in range(40)]
+    write(tmp_path / "train.jsonl", [record | {"document": ". ".join(sentences) + "."} for record in RECORDS])
+    plain = prepare_run()
+    capsys.readouterr()
+    again = prepare_run(gap_sentences=2)
+    # of the words that there are without them; and what is validated on stays as it is
+    assert capsys.readouterr().out.count("tokenis") == 1
+    assert again.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+    train, validation = (again.splits[split].corpus for split in ("train", "validation"))
+    assert len(train) == 3 * len(plain.splits["train"].corpus)
+    assert validation["id"] == plain.splits["validation"].corpus["id"]
+    assert train["id"][:3] == [train["id"][0], f"{train['id'][0]} (0)", f"{train['id'][0]} (1)"]
+    assert train["summary_texts"][0] == plain.splits["train"].corpus["summary_texts"][0]
+    assert train["summary_texts"][1][0].startswith("sentence")
+
+
 def test_a_pretrained_models_own_tokenizer_is_used(prepare_run, bart, tmp_path):
     prepared = prepare_run()
     model = tmp_path / "bart"

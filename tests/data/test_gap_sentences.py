@@ -1,0 +1,96 @@
+"""Targets made of a document's own sentences: the most telling ones, in order, kept in the text or taken out of it."""
+
+import pytest
+
+from recurrent_bart.data.gap_sentences import GAP, KEPT, MOST_PIECES, PIECE_WORDS, TAKEN, made_rows
+from recurrent_bart.data.rows import Row
+
+# of these the second of each paragraph has its words elsewhere too, the others have none
+TELLING = "the {0} of the pump and the {0} of the motor are what this report is about"
+OTHER = "{0}one {0}two {0}three {0}four {0}five {0}six {0}seven {0}eight {0}nine {0}ten"
+
+
+def section(name, n_paragraphs):
+    """Sentences of 10 and of 17 words, with all that may stand between two of them."""
+    texts = [OTHER.format(f"{name}{number}") + ". " + TELLING.format(name) + "!\n" for number in range(n_paragraphs)]
+    return "".join(texts)
+
+
+@pytest.fixture
+def row():
+    return Row("d", [section("speed", 60), section("noise", 12)], ["first", "last"])
+
+
+def without_asking(text):
+    return text.removeprefix(KEPT).removeprefix(TAKEN)
+
+
+def test_whole_sections_keep_what_they_are_asked_for(row):
+    (made,) = made_rows(row, 1, "sections")
+    assert made.sections == [KEPT + text for text in row.sections]
+    for text, target in zip(row.sections, made.summaries, strict=True):
+        lines = target.split("\n")
+        assert len(set(lines)) == 1
+        assert lines[0] in text
+        # until there are 60 words
+        assert [len(line.split()) for line in lines] == [17] * 4
+
+
+def test_pieces_are_less_than_a_segment_and_some_have_gaps(row):
+    texts, n_gaps = [], 0
+    for made in list(made_rows(row, 9, "sections"))[1::3]:
+        assert len(made.sections) <= MOST_PIECES
+        for text, target in zip(made.sections, made.summaries, strict=True):
+            assert text.startswith((KEPT, TAKEN))
+            assert len(without_asking(text).split()) <= PIECE_WORDS[1]
+            # no piece has some of two sections
+            assert ("speed" in text) != ("noise" in text)
+            n_taken = len(target.split("\n"))
+            if text.startswith(TAKEN):
+                assert text.count(GAP) == n_taken
+                n_gaps += 1
+            else:
+                assert GAP not in text
+                assert target.split("\n")[0] in text
+        texts += made.sections
+    assert 0 < n_gaps < len(texts)
+
+
+def test_a_filled_gap_gives_the_document_back():
+    text = section("speed", 12)
+    row = Row("d", [text], ["summary"])
+    found = set()
+    for made in made_rows(row, 20, "document"):
+        (asked,), (target,) = made.sections, made.summaries
+        found.add(asked.split(" ")[0])
+        for line in target.split("\n"):
+            asked = asked.replace(GAP, line, 1)
+        assert without_asking(asked) == text
+    assert found == {KEPT.strip(), TAKEN.strip()}
+
+
+def test_rows_are_the_same_whenever_they_are_made_and_differ_from_each_other(row):
+    made = list(made_rows(row, 6, "sections"))
+    assert list(made_rows(row, 6, "sections")) == made
+    assert made[:4] == list(made_rows(row, 4, "sections"))
+    assert len({one.id for one in made} | {row.id}) == 7
+    # whole ones have the same sentences to choose from, pieces begin elsewhere
+    assert len({tuple(one.sections) for one in made}) == 5
+
+
+def test_scripts_without_spaces_have_sentences_too():
+    names = "温度", "圧力", "速度", "重量", "価格"
+    sentences = [f"この装置の{name}は報告書の本文で説明されている。" for name in names]
+    (made,) = made_rows(Row("d", ["".join(sentences) * 3], ["要約"]), 1, "document")
+    assert made.summaries[0].count("。") == made.summaries[0].count("この装置") > 1
+    assert made.summaries[0].endswith("。")
+
+
+@pytest.mark.parametrize("text", ["too short. to be told.", "", OTHER.format("x") + ". " + OTHER.format("y") + "."])
+def test_documents_without_a_telling_sentence_make_none(text):
+    assert not list(made_rows(Row("d", [text], ["summary"]), 3, "sections"))
+
+
+def test_gaps_leave_at_least_as_much_as_they_take():
+    short = TELLING.format("speed") + ". " + OTHER.format("x") + "."
+    assert not list(made_rows(Row("d", [short], ["summary"]), 20, "document"))
