@@ -169,7 +169,9 @@ def _device_bytes(device: torch.device) -> int:
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a step, with all that it queued on a GPU."""
+    """Seconds of a step, with all that it queued on a GPU and nothing that was queued before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     step()
     if device.type == "cuda":

@@ -44,6 +44,14 @@ def test_memory_of_full_backpropagation_grows_less_with_checkpointing():
     assert growth["none"] > 3 * growth["layer"] > 3 * growth["segment"] > 0
 
 
+def test_a_step_is_timed_without_what_was_queued_before_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("waited"))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: seen.append("clock") or float(len(seen)))
+    assert module.timed(lambda: seen.append("step"), torch.device("cuda")) == 3
+    assert seen == ["waited", "clock", "step", "waited", "clock"]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_figures_of_every_model_belong_together(model):
     found = measured(Case(model, 3, batch_size=2), n_passes=2)
