@@ -206,8 +206,6 @@ TEXT: Fields = {
     "eval_every": 100,
     "eval_documents": 64,
     "dataloader_num_workers": 1,
-    # under autocast nothing is fused or replayed, and so small a model waits for the processor
-    "precision": "fp32",
 }
 # and beside those of each kind of target. So few summaries teach no model to read; sentences of the documents do
 # (RESULTS.md)

@@ -96,13 +96,11 @@ class Reader:
         model: What takes batches and gives a loss, or logits.
         has_memory: Whether it needs what stands before the segment that has a target.
         device: Where it is.
-        is_bf16: Compute in bfloat16, by autocast.
     """
 
     model: Any
     has_memory: bool
     device: torch.device
-    is_bf16: bool
 
     def needed(self, batch: Batch) -> Batch:
         """What it reads of a batch."""
@@ -110,21 +108,15 @@ class Reader:
 
     def loss(self, batch: Batch, n_targets: int) -> Tensor:
         """Of what is needed of a batch: summed over targets, and divided by so many."""
-        with self.precision():
-            inputs = batch.model_inputs(self.device)
-            return self.model(**inputs, num_items_in_batch=n_targets, return_logits=False).loss
+        inputs = batch.model_inputs(self.device)
+        return self.model(**inputs, num_items_in_batch=n_targets, return_logits=False).loss
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:
         """Of a batch: summed over the tokens of each target, `(M,)`."""
         batch = self.needed(batch)
         has_target = (batch.labels != IGNORED).any(dim=-1)
-        with self.precision():
-            logits = self.model(**batch.model_inputs(self.device)).logits
+        logits = self.model(**batch.model_inputs(self.device)).logits
         logits_MVT = logits[has_target.to(self.device)].float().mT
         labels_MT = batch.labels[has_target].to(self.device)
         return nn.functional.cross_entropy(logits_MVT, labels_MT, ignore_index=IGNORED, reduction="none").sum(dim=-1)
-
-    def precision(self) -> torch.autocast:
-        """In which it computes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16)

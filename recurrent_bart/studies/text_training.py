@@ -16,6 +16,7 @@ from recurrent_bart.data.batches import Collator
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
 from recurrent_bart.evaluation.rouge import rouge_of_each
 from recurrent_bart.monitoring.run_folder import git_commit, versions
+from recurrent_bart.studies.master_weights import MasterWeights
 from recurrent_bart.studies.study_run import RunFile, describe_device
 from recurrent_bart.studies.text_readers import Reader, build_reader, collate_as
 from recurrent_bart.studies.text_run import TextRun
@@ -49,11 +50,13 @@ class TextTraining:
         by_segments = splits["train"].collator
         collator = collate_as(run.reads, by_segments)
         train, validation = (replace(splits[name], collator=collator) for name in ("train", "validation"))
-        self.model = build_reader(run, arguments, config, by_segments.sizes).to(device)
-        has_memory = run.reads == "whole" or config.has_state
-        self.reader = Reader(self.model, has_memory, device, use_bf16(arguments.run.precision, device))
+        self.is_bf16 = use_bf16(arguments.run.precision, device)
+        built = build_reader(run, arguments, config, by_segments.sizes).to(device)
+        self.weights = MasterWeights(built, self.is_bf16)
+        self.model = self.weights.model
+        self.reader = Reader(self.model, run.reads == "whole" or config.has_state, device)
         rates = learning_rates(arguments, config)
-        self.optimizer = build_optimizer(self.model, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
+        self.optimizer = build_optimizer(built, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
         self.scheduler = build_scheduler(self.optimizer, arguments.run)
         self.state = TrainerState()
         # whatever a model reads of them, documents come in the order of those that are read by segments
@@ -102,12 +105,14 @@ class TextTraining:
         for batch in batches:
             loss = self.reader.loss(batch, n_targets)
             loss.backward()
+            self.weights.collect_gradients()
             losses.append(loss.detach())
             self.n_tokens += batch.n_tokens()
         if run.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), run.max_grad_norm)
+            nn.utils.clip_grad_norm_(self.weights.master.parameters(), run.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.weights.round()
         self.scheduler.step()
         self.state.step += 1
         return torch.stack(losses).sum()
@@ -131,8 +136,7 @@ class TextTraining:
         run = self.arguments.run
         how = Generation(self.arguments.data.max_target_length, run.num_beams, run.eval_documents)
         writer = replace(self.evaluator, batch_size=run.per_device_eval_batch_size or self.evaluator.batch_size)
-        with self.reader.precision():
-            samples = writer.summarise(self.reader.model, how)
+        samples = writer.summarise(self.model, how)
         scores = rouge_of_each([sample.generated for sample in samples], [sample.target for sample in samples])
         figures = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
         # of the first documents, so the first targets
@@ -147,7 +151,7 @@ class TextTraining:
         return {
             "run": asdict(self.run),
             "device": describe_device(str(self.device)),
-            "precision": "bf16" if self.reader.is_bf16 else "fp32",
+            "precision": "bf16" if self.is_bf16 else "fp32",
             "n_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if is_cuda else None,
             "targets": self.targets,

@@ -45,23 +45,16 @@ def test_nothing_is_left_of_padding_and_of_segments_without_a_target():
 
 def test_with_a_state_everything_is_read():
     batch = make_batch("document")
-    assert Reader(None, True, CPU, False).needed(batch) is batch
-    assert Reader(None, False, CPU, False).needed(batch).n_tokens() < batch.n_tokens()
+    assert Reader(None, True, CPU).needed(batch) is batch
+    assert Reader(None, False, CPU).needed(batch).n_tokens() < batch.n_tokens()
 
 
 @pytest.mark.parametrize("task", ["document", "sections"])
 def test_losses_of_targets_add_up_to_the_loss(task):
-    reader, batch = Reader(tiny_model().eval(), True, CPU, False), make_batch(task)
+    reader, batch = Reader(tiny_model().eval(), True, CPU), make_batch(task)
     losses = reader.target_losses(batch)
     assert losses.shape == ((batch.labels != -100).any(-1).sum(),)
     torch.testing.assert_close(losses.sum(), reader.loss(batch, 1).detach())
-
-
-def test_bf16_is_computed_in_where_it_is_asked_for():
-    model, batch = tiny_model().eval(), make_batch("sections")
-    precise, rough = (Reader(model, True, CPU, is_bf16).target_losses(batch) for is_bf16 in (False, True))
-    assert not torch.equal(rough, precise)
-    torch.testing.assert_close(rough, precise, rtol=0.1, atol=0.5)
 
 
 def test_a_head_is_two_segments_long_and_has_the_targets_that_others_have():

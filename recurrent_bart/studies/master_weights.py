@@ -1,0 +1,45 @@
+"""Weights in bfloat16 to compute with, beside those in float32 that are trained, as DeepSpeed has them."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MasterWeights:
+    """A model's weights twice, or once where it computes in float32.
+
+    Attributes:
+        master: The model as it was given, whose parameters an optimizer changes.
+        model: What computes and gets gradients; in float32 the same.
+
+    Args:
+        master: A model in float32.
+        is_bf16: Compute in bfloat16.
+    """
+
+    def __init__(self, master: nn.Module, is_bf16: bool):
+        self.master: Any = master
+        self.model: Any = copy.deepcopy(master).bfloat16() if is_bf16 else master
+        # tied weights are one parameter in both
+        both = zip(self.model.parameters(), master.parameters(), strict=True)
+        self._pairs = [(own, precise) for own, precise in both if own is not precise]
+        with torch.no_grad():
+            for own, precise in self._pairs:
+                # rounded at first, as DeepSpeed's are
+                precise.copy_(own)
+
+    def collect_gradients(self) -> None:
+        """Add what a backward pass gave to the gradients of the weights that are trained."""
+        for own, precise in self._pairs:
+            if own.grad is not None:
+                gradient = own.grad.float()
+                precise.grad = gradient if precise.grad is None else precise.grad.add_(gradient)
+                own.grad = None
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Compute with the weights as they have been trained."""
+        for own, precise in self._pairs:
+            own.copy_(precise)
