@@ -74,7 +74,8 @@ class Source:
                 continue
             is_empty = False
             yield row
-            yield from made_rows(row, self.n_made, task)
+            if self.n_made:
+                yield from made_rows(row, self.n_made, task)
         if is_empty:
             raise ValueError(f"{self.place}: no documents with a target for --task {task} in split {self.split!r}")
 

@@ -207,7 +207,7 @@ TEXT: Fields = {
     "eval_documents": 64,
     "dataloader_num_workers": 1,
 }
-# and beside those of each kind of target. So few summaries teach no model to read; sentences of the documents do
+# and beside those of each kind of target. From a thousand summaries alone no model learnt to use what it reads
 # (RESULTS.md)
 OWN_TEXT: dict[str, Fields] = {
     "document": {},
