@@ -28,8 +28,12 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
     """Identical to BartDecoder except: its attention, its masks, plain tuples, and CUDA graphs of few targets.
 
     Attention is `SelfAttention` and `CrossAttention`, with `prefix_attention="gated"` to memory through a gate. On a
-    GPU it makes its own mask where none is given, and with `schedule="auto"` whole targets of at most `MOST_TARGETS`
-    positions are recorded and replayed. A plain tuple has all fields, also those that are None.
+    GPU it makes its own mask where none is given. A plain tuple has all fields, also those that are None.
+
+    In training with `schedule="auto"`, whole targets of at most `MOST_TARGETS` positions, or of
+    `MOST_CHECKPOINTED_TARGETS` where it is checkpointed, are recorded and replayed. They are not computed again, give a
+    cache only where `use_cache=True` asks for one, and drop the layers that were dropped when they were recorded: leave
+    `decoder_layerdrop` at 0 there.
     """
 
     def __init__(self, config: RecurrentBartConfig):

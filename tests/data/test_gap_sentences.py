@@ -78,6 +78,12 @@ def test_rows_are_the_same_whenever_they_are_made_and_differ_from_each_other(row
     assert len({tuple(one.sections) for one in made}) == 5
 
 
+def test_another_time_others_of_the_best_sentences_are_taken():
+    words = [f"the flow in pipe {number} is what the flow in this report is about" for number in range(30)]
+    rows = made_rows(Row("d", [". ".join(words) + "."], ["summary"]), 8, "document")
+    assert len({made.summaries[0] for made in rows}) == 8
+
+
 def test_scripts_without_spaces_have_sentences_too():
     names = "温度", "圧力", "速度", "重量", "価格"
     sentences = [f"この装置の{name}は報告書の本文で説明されている。" for name in names]

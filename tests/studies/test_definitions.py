@@ -66,6 +66,10 @@ def test_every_run_on_documents_has_flags_that_training_takes(task):
         # no more than one run may decide how fast the learning rate falls
         assert (arguments.run.lr_scheduler, arguments.run.warmup_steps) == ("constant", 200)
         assert run.task_name() == f"papers {task}"
+        # which are there for documents of many texts and few targets
+        assert arguments.data.gap_sentences == (3 if task == "sections" else 0)
+        is_published_rmt = (arguments.model.prefix_attention, arguments.model.prefix_projection) == ("concat", False)
+        assert is_published_rmt == (run.name == "top (RMT)")
 
 
 def test_models_on_documents_differ_in_what_they_are_said_to():
