@@ -31,9 +31,8 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
     GPU it makes its own mask where none is given. A plain tuple has all fields, also those that are None.
 
     In training with `schedule="auto"`, whole targets of at most `MOST_TARGETS` positions, or of
-    `MOST_CHECKPOINTED_TARGETS` where it is checkpointed, are recorded and replayed. They are not computed again, give a
-    cache only where `use_cache=True` asks for one, and drop the layers that were dropped when they were recorded: leave
-    `decoder_layerdrop` at 0 there.
+    `MOST_CHECKPOINTED_TARGETS` where it is checkpointed, are recorded and replayed, unless layers are dropped. They are
+    not computed again, and give a cache only where `use_cache=True` asks for one.
     """
 
     def __init__(self, config: RecurrentBartConfig):
@@ -99,7 +98,10 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         is_checkpointed = any(layer.gradient_checkpointing for layer in self.layers)
         most = MOST_CHECKPOINTED_TARGETS if is_checkpointed else MOST_TARGETS
         is_short = n_documents * n_positions <= most and n_positions <= config.max_position_embeddings
-        if config.schedule != "auto" or gives_more or not is_short or not can_record(self, [embeds, *others]):
+        # others each time
+        drops_layers = self.training and self.layerdrop > 0
+        is_plain = config.schedule != "auto" or gives_more or drops_layers or not is_short
+        if is_plain or not can_record(self, [embeds, *others]):
             return None
         padded = nn.functional.pad(embeds, (0, 0, 0, n_positions - n_targets))
         decoded = call_recorded(self, functools.partial(self._plain, n_memory), [padded, *others], n_memory)

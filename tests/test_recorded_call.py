@@ -124,6 +124,16 @@ def test_what_asks_for_more_than_states_is_not_recorded(recordings, make_model):
     assert not recordings
 
 
+def test_layers_are_dropped_anew_each_time(recordings, make_model):
+    model = make_model(schedule="auto", decoder_layers=4, decoder_layerdrop=0.5).train()
+    inputs = {"input_ids": random_ids(1, 2, 8), "labels": random_ids(1, 4)}
+    assert len({model(**inputs).loss.item() for _ in range(12)}) > 2
+    assert not recordings
+    # in evaluation mode none are dropped
+    model.eval()(**inputs)
+    assert recordings
+
+
 def test_a_processor_records_nothing(make_model):
     model = make_model(schedule="auto")
     assert not recorded_call.can_record(model.model.decoder, [torch.zeros(1)])

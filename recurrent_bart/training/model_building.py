@@ -31,7 +31,8 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     """Architecture of a model from scratch, or of a pretrained one with what was given changed.
 
     Raises:
-        ValueError: A size is unknown, a field is out of range, or the vocabulary is smaller than the tokenizer's.
+        ValueError: A size is unknown, a field is out of range, layers would be dropped, or the vocabulary is smaller
+            than the tokenizer's.
     """
     try:
         if arguments.model_name_or_path is None:
@@ -40,6 +41,12 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     except (OSError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"--model_name_or_path {arguments.model_name_or_path}: {text}") from error
+    if config.decoder_layerdrop:
+        # ZeRO-3 would wait for processes that drop other layers, and take the gradients of a step before
+        raise ValueError(
+            f"--model_name_or_path {arguments.model_name_or_path}: decoder_layerdrop is {config.decoder_layerdrop} in its "
+            "config.json, and must be 0 to be trained"
+        )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} ids, {arguments.model_name_or_path} only {config.vocab_size}"

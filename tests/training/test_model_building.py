@@ -114,6 +114,13 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(pretrained):
         build_config(ModelArguments(model_name_or_path=pretrained), Tokenizer(61))
 
 
+def test_a_pretrained_model_that_drops_layers_is_refused(bart, tmp_path):
+    bart.config.decoder_layerdrop = 0.1
+    bart.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"decoder_layerdrop is 0.1 in its config.json, and must be 0"):
+        build_config(ModelArguments(model_name_or_path=str(tmp_path)), Tokenizer(60))
+
+
 def test_a_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ValueError, match="type 't5' was given"):
