@@ -53,8 +53,7 @@ class TextTraining:
         self.is_bf16 = use_bf16(arguments.run.precision, device)
         built = build_reader(run, arguments, config, by_segments.sizes).to(device)
         self.weights = MasterWeights(built, self.is_bf16)
-        self.model = self.weights.model
-        self.reader = Reader(self.model, run.reads == "whole" or config.has_state, device)
+        self.reader = Reader(self.weights.model, run.reads == "whole" or config.has_state, device)
         rates = learning_rates(arguments, config)
         self.optimizer = build_optimizer(built, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
         self.scheduler = build_scheduler(self.optimizer, arguments.run)
@@ -119,24 +118,24 @@ class TextTraining:
 
     def evaluate(self, loss: float) -> None:
         """Add a point to the curve; keep the weights if none were better."""
-        self.model.eval()
+        self.reader.model.eval()
         found = self.evaluator.target_losses(self.reader.target_losses)
-        self.model.train()
+        self.reader.model.train()
         by_target = [round(value, 4) for index in sorted(found) for value in found[index]]
         point = {"step": self.state.step, "seconds": self.seconds, "n_tokens": self.n_tokens, "loss": loss}
         validation_loss = sum(by_target) / sum(target["n_tokens"] for target in self.targets)
         if all(validation_loss < other["validation_loss"] for other in self.curve):
-            self.best = copy.deepcopy(self.model.state_dict())
+            self.best = copy.deepcopy(self.reader.model.state_dict())
         self.curve.append(point | {"validation_loss": validation_loss, "target_losses": by_target})
 
     def texts(self) -> list[dict[str, Any]]:
         """What the best weights generate for the first `--eval_documents` documents, scored."""
-        self.model.load_state_dict(self.best)
-        self.model.eval()
+        self.reader.model.load_state_dict(self.best)
+        self.reader.model.eval()
         run = self.arguments.run
         how = Generation(self.arguments.data.max_target_length, run.num_beams, run.eval_documents)
         writer = replace(self.evaluator, batch_size=run.per_device_eval_batch_size or self.evaluator.batch_size)
-        samples = writer.summarise(self.model, how)
+        samples = writer.summarise(self.reader.model, how)
         scores = rouge_of_each([sample.generated for sample in samples], [sample.target for sample in samples])
         figures = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
         # of the first documents, so the first targets
@@ -152,7 +151,7 @@ class TextTraining:
             "run": asdict(self.run),
             "device": describe_device(str(self.device)),
             "precision": "bf16" if self.is_bf16 else "fp32",
-            "n_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "n_parameters": sum(parameter.numel() for parameter in self.reader.model.parameters()),
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if is_cuda else None,
             "targets": self.targets,
             "curve": self.curve,

@@ -94,10 +94,10 @@ def test_texts_are_scored_against_their_targets_by_the_best_weights(make_run):
     training.train()
     best = {name: value.clone() for name, value in training.best.items()}
     with torch.no_grad():
-        for parameter in training.model.parameters():
+        for parameter in training.reader.model.parameters():
             parameter.zero_()
     texts = training.texts()
-    assert all(value.equal(best[name]) for name, value in training.model.state_dict().items())
+    assert all(value.equal(best[name]) for name, value in training.reader.model.state_dict().items())
     target = {row["id"]: row["summary_texts"][0] for row in training.evaluator.corpus}
     for text in texts:
         assert text["rouge1"] == pytest.approx(rouge([text["generated"]], [target[text["document"]]])["rouge1"].mean)
