@@ -55,11 +55,16 @@ def finite_backward(n_keys: int, has_mask: bool = True) -> contextlib.AbstractCo
         n_keys: Of the attention that follows.
         has_mask: Whether it is given a mask.
     """
-    return _without_cudnn() if has_mask and n_keys % 128 == 64 else contextlib.nullcontext()
+    return without_cudnn() if has_mask and n_keys % 128 == 64 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _without_cudnn() -> Iterator[None]:
+def without_cudnn() -> Iterator[None]:
+    """Attention of PyTorch without cuDNN, which takes a tenth of a second to plan for each shape that is new to it.
+
+    On an H100 60 ms forward and as much backward (torch 2.11), of the processor's time. Where the number of rows or
+    their length is another in each step, the plans take most of it.
+    """
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -112,19 +117,19 @@ def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
 
 
 class SelfAttention(BartAttention):
-    """Identical to BartAttention except: cuDNN's is not used where gradients could be NaN, see `finite_backward`.
+    """Identical to BartAttention except: it is never cuDNN's, for targets have other lengths in each step.
 
     Here and not around the decoder, for a checkpointed layer is computed again without what is around it.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As BartAttention's, whose attention to its own inputs has a mask."""
-        with finite_backward(hidden_states.shape[1]):
+        """As BartAttention's."""
+        with without_cudnn():
             return super().forward(hidden_states, *args, **kwargs)
 
 
 class CrossAttention(BartAttention):
-    """Identical to BartAttention except: flash attention reads contexts of different lengths rightly."""
+    """Identical to BartAttention except: flash attention reads contexts of different lengths rightly; never cuDNN's."""
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):
         super().__init__(
@@ -148,7 +153,8 @@ class CrossAttention(BartAttention):
         """As BartAttention's; `n_memory` is the number M of memory positions at the head of `key_value_states`."""
         query = split_heads(self, self.q_proj(hidden_states))
         key_value = self._cached_key_value(key_value_states, past_key_values)
-        values, weights = self._read(query, key_value, attention_mask, n_memory)
+        with without_cudnn():
+            values, weights = self._read(query, key_value, attention_mask, n_memory)
         return self.out_proj(values.flatten(2)), weights
 
     def _read(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, n_memory: int) -> Read:

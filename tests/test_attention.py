@@ -155,35 +155,53 @@ def test_flex_attention_is_refused(make_model):
         make_model(attn_implementation="flex_attention")
 
 
-@pytest.mark.parametrize("n_tokens", [BAD, GOOD])
-@pytest.mark.parametrize("n_targets", [BAD, GOOD])
-@pytest.mark.parametrize("fields", [{"prefix_attention": "gated"}, {"pre_seq_len": 0}], ids=["gated", "no recurrence"])
-@pytest.mark.parametrize("checkpointing", ["none", "layer"])
-def test_cudnn_is_not_used_where_its_gradients_could_be_nan(
-    make_model, monkeypatch, checkpointing, fields, n_targets, n_tokens
-):
-    calls, own_calls = [], []
+@pytest.fixture
+def cudnn_calls(monkeypatch):
+    """Of PyTorch's attention: number of keys, whether there is a mask, and whether cuDNN may compute it."""
+    calls = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def watched(query, key, value, attn_mask=None, **kwargs):
-        is_enabled = torch.backends.cuda.cudnn_sdp_enabled()
-        calls.append((key.shape[2], attn_mask is not None, is_enabled))
-        if kwargs["is_causal"]:
-            own_calls.append(is_enabled)
+        calls.append((key.shape[2], attn_mask is not None, torch.backends.cuda.cudnn_sdp_enabled()))
         return attention(query, key, value, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    model = make_model(segment_size=n_tokens, max_position_embeddings=70, **fields)
-    model.train().set_gradient_checkpointing(checkpointing)
+    yield calls
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+ENCODERS = {"gated": {"prefix_attention": "gated"}, "no recurrence": {"pre_seq_len": 0}}
+
+
+@pytest.mark.parametrize("n_tokens", [BAD, GOOD])
+@pytest.mark.parametrize("fields", ENCODERS.values(), ids=ENCODERS)
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_the_encoders_is_not_cudnns_where_gradients_could_be_nan(
+    make_model, cudnn_calls, checkpointing, fields, n_tokens
+):
+    model = make_model(segment_size=n_tokens, max_position_embeddings=70, **fields).train()
+    model.set_gradient_checkpointing(checkpointing)
     mask = torch.ones(2, 2, n_tokens, dtype=torch.long)
     mask[0, :, 5:] = 0
-    model(input_ids=random_ids(2, 2, n_tokens), attention_mask=mask, labels=random_ids(2, n_targets)).loss.backward()
-    at_risk = [is_enabled for n_keys, has_mask, is_enabled in calls if has_mask and n_keys % 128 == BAD]
-    assert not any(at_risk)
+    model.model.encode(random_ids(2, 2, n_tokens), mask).last_hidden_state.sum().backward()
+    at_risk = [is_enabled for n_keys, has_mask, is_enabled in cudnn_calls if has_mask and n_keys % 128 == BAD]
     assert bool(at_risk) == (n_tokens == BAD)
+    assert not any(at_risk)
     # elsewhere it stays as it was
-    assert n_targets == BAD or all(is_enabled for n_keys, _, is_enabled in calls if n_keys % 128 != BAD)
-    # of the decoder's own, those that are computed again in the backward pass too
-    n_own = model.config.decoder_layers * (2 if checkpointing == "layer" else 1)
-    assert own_calls == [n_targets == GOOD] * n_own
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert all(is_enabled for n_keys, _, is_enabled in cudnn_calls if n_keys % 128 != BAD)
+
+
+@pytest.mark.parametrize("fields", ENCODERS.values(), ids=ENCODERS)
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_the_decoders_is_never_cudnns_which_plans_for_each_shape(make_model, cudnn_calls, checkpointing, fields):
+    model = make_model(**fields).train()
+    model.set_gradient_checkpointing(checkpointing)
+    read = model.model.encode(random_ids(2, 2, 8))
+    cudnn_calls.clear()
+    model(encoder_outputs=read, labels=random_ids(2, 5)).loss.backward()
+    # to itself and to what was read, there from memory too; computed again in the backward pass where checkpointed
+    of_layer = 3 if "prefix_attention" in fields else 2
+    n_calls = model.config.decoder_layers * of_layer * (2 if checkpointing == "layer" else 1)
+    # the encoder's own, computed again, are not counted
+    assert [is_enabled for *_, is_enabled in cudnn_calls][: n_calls // 2] == [False] * (n_calls // 2)
+    assert sum(not is_enabled for *_, is_enabled in cudnn_calls) == n_calls

@@ -4,6 +4,7 @@ Shape suffixes: B documents, N segments, M segments that have a target, L tokens
 V vocabulary.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch, Collator, SegmentSizes
+from recurrent_bart.prefix_attention import without_cudnn
 from recurrent_bart.studies.text_run import TextRun
 from recurrent_bart.studies.whole_document_led import WholeDocumentLed
 from recurrent_bart.targets import IGNORED
@@ -109,14 +111,20 @@ class Reader:
     def loss(self, batch: Batch, n_targets: int) -> Tensor:
         """Of what is needed of a batch: summed over targets, and divided by so many."""
         inputs = batch.model_inputs(self.device)
-        return self.model(**inputs, num_items_in_batch=n_targets, return_logits=False).loss
+        with self._attention():
+            return self.model(**inputs, num_items_in_batch=n_targets, return_logits=False).loss
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:
         """Of a batch: summed over the tokens of each target, `(M,)`."""
         batch = self.needed(batch)
         has_target = (batch.labels != IGNORED).any(dim=-1)
-        logits = self.model(**batch.model_inputs(self.device)).logits
+        with self._attention():
+            logits = self.model(**batch.model_inputs(self.device)).logits
         logits_MVT = logits[has_target.to(self.device)].float().mT
         labels_MT = batch.labels[has_target].to(self.device)
         return nn.functional.cross_entropy(logits_MVT, labels_MT, ignore_index=IGNORED, reduction="none").sum(dim=-1)
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        # without a memory the number of segments that are read is another in each step
+        return contextlib.nullcontext() if self.has_memory else without_cudnn()

@@ -57,6 +57,17 @@ def test_losses_of_targets_add_up_to_the_loss(task):
     torch.testing.assert_close(losses.sum(), reader.loss(batch, 1).detach())
 
 
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_cudnn_plans_no_attention_of_which_each_step_has_another_shape(has_memory):
+    model, allowed = tiny_model(pre_seq_len=0).train(), []
+    model.model.encoder.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    reader, batch = Reader(model, has_memory, CPU), make_batch("sections")
+    reader.loss(batch, 1)
+    reader.target_losses(batch)
+    assert allowed == [has_memory] * 2
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_head_is_two_segments_long_and_has_the_targets_that_others_have():
     by_segments = Collator("sections", SIZES, [0], [2], 1, 12)
     row = make_row([30, 3, 40, 5], [2, 0, 3, 4])
