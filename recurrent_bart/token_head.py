@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from recurrent_bart.targets import IGNORED
 
-# positions whose scores are in memory at a time: 100 MB in float32 of BART's vocabulary
-CHUNK = 512
+# scores that are in memory at a time, 100 MB in float32: of 512 positions with BART's vocabulary
+CHUNK_SCORES = 512 * 50_265
 
 
 class TokenHead(nn.Linear):
@@ -50,7 +50,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_1V: Tensor, labels_M: Tensor) -> Tensor:
         total = hidden_MD.new_zeros((), dtype=_precise(hidden_MD))
         normalisers = []
-        for hidden_CD, labels_C in _chunks(hidden_MD, labels_M):
+        for hidden_CD, labels_C in _chunks(len(weight_VD), hidden_MD, labels_M):
             scores_CV = _scores(hidden_CD, weight_VD, bias_1V)
             normalisers.append(scores_CV.logsumexp(dim=-1))
             own_C = scores_CV.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -63,7 +63,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD, bias_1V, labels_M, normaliser_M = ctx.saved_tensors
         by_hidden, by_weight = [], None
-        for hidden_CD, labels_C, normaliser_C in _chunks(hidden_MD, labels_M, normaliser_M):
+        for hidden_CD, labels_C, normaliser_C in _chunks(len(weight_VD), hidden_MD, labels_M, normaliser_M):
             scores_CV = _scores(hidden_CD, weight_VD, bias_1V)
             by_score_CV = scores_CV.sub_(normaliser_C.unsqueeze(1)).exp_()
             # of cross-entropy: probabilities, less one at the target
@@ -79,8 +79,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return torch.cat(by_hidden), None if by_weight is None else by_weight.to(weight_VD.dtype), None, None
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
+def _chunks(vocab_size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(max(1, CHUNK_SCORES // vocab_size)) for tensor in tensors), strict=True)
 
 
 def _scores(hidden_CD: Tensor, weight_VD: Tensor, bias_1V: Tensor) -> Tensor:

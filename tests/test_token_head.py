@@ -9,7 +9,7 @@ from recurrent_bart import token_head
 from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.monitoring.memory import peak_bytes
 from recurrent_bart.token_head import TokenHead
-from tiny import batch_of, random_ids, tiny_model
+from tiny import TINY, batch_of, random_ids, tiny_model
 
 LENGTHS = [[8, 8, 8], [8, 5], [3]]
 VARIANTS = {
@@ -40,7 +40,7 @@ def loss_and_gradients(model, inputs, **options):
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_loss_and_gradients_are_those_with_logits(monkeypatch, fields, per_segment):
     # several chunks, the last one smaller
-    monkeypatch.setattr(token_head, "CHUNK", 4)
+    monkeypatch.setattr(token_head, "CHUNK_SCORES", 4 * TINY["vocab_size"])
     fields = dict(fields)
     options = {name: fields.pop(name) for name in ("num_items_in_batch", "oracle") if name in fields}
     model, inputs = tiny_model(**fields).double().train(), documents(per_segment)
@@ -55,7 +55,7 @@ def test_loss_and_gradients_are_those_with_logits(monkeypatch, fields, per_segme
 
 
 def test_bfloat16_gradients_are_added_up_in_float32(monkeypatch):
-    monkeypatch.setattr(token_head, "CHUNK", 4)
+    monkeypatch.setattr(token_head, "CHUNK_SCORES", 4 * 20)
     hidden, labels, bias = torch.randn(1, 4000, 8).bfloat16(), torch.randint(20, (1, 4000)), torch.zeros(1, 20)
     head = TokenHead(8, 20, bias=False).bfloat16()
     precise = copy.deepcopy(head).float()
@@ -81,7 +81,8 @@ def test_a_resized_model_has_the_loss_too():
     torch.testing.assert_close(loss, model(**inputs).loss)
 
 
-def test_scores_of_all_targets_are_never_in_memory_together():
+def test_scores_of_all_targets_are_never_in_memory_together(monkeypatch):
+    monkeypatch.setattr(token_head, "CHUNK_SCORES", 512 * 8000)
     head, labels = TokenHead(16, 8000, bias=False), torch.randint(8000, (8, 512))
     hidden, bias = torch.randn(8, 512, 16, requires_grad=True), torch.zeros(1, 8000)
 
