@@ -25,21 +25,25 @@ class MasterWeights:
         # tied weights are one parameter in both
         both = zip(self.model.parameters(), master.parameters(), strict=True)
         self._pairs = [(own, precise) for own, precise in both if own is not precise]
-        with torch.no_grad():
-            for own, precise in self._pairs:
-                # rounded at first, as DeepSpeed's are
-                precise.copy_(own)
+        # rounded at first, as DeepSpeed's are
+        self._copy([precise for _, precise in self._pairs], [own for own, _ in self._pairs])
 
     def collect_gradients(self) -> None:
         """Add what a backward pass gave to the gradients of the weights that are trained."""
-        for own, precise in self._pairs:
-            if own.grad is not None:
-                gradient = own.grad.float()
-                precise.grad = gradient if precise.grad is None else precise.grad.add_(gradient)
-                own.grad = None
+        used = [(own, precise) for own, precise in self._pairs if own.grad is not None]
+        gradients = [torch.empty_like(precise) for _, precise in used]
+        self._copy(gradients, [own.grad for own, _ in used])
+        for (own, precise), gradient in zip(used, gradients, strict=True):
+            precise.grad = gradient if precise.grad is None else precise.grad.add_(gradient)
+            own.grad = None
 
-    @torch.no_grad()
     def round(self) -> None:
         """Compute with the weights as they have been trained."""
-        for own, precise in self._pairs:
-            own.copy_(precise)
+        self._copy([own for own, _ in self._pairs], [precise for _, precise in self._pairs])
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(into: list[Any], given: list[Any]) -> None:
+        # some hundred weights in few kernels
+        if into:
+            torch._foreach_copy_(into, given)
