@@ -25,23 +25,33 @@ class SegmentGeneration(GenerationMixin):
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        every_segment: bool = False,
+        every_segment: bool | Tensor = False,
         **kwargs: Any,
     ) -> Any:
-        """As GenerationMixin's, also of documents `(B, N, L)`, from a `state`, and after each segment.
+        """As GenerationMixin's, also of documents `(B, N, L)`, from a `state`, and after each segment or chosen ones.
+
+        Args:
+            inputs: See GenerationMixin, for `generation_config` and the others too.
+            generation_config: Likewise.
+            every_segment: True: a text after each segment. `(B, N)` booleans: after those of the segments that are
+                read, of documents `(B, N, L)`.
 
         Returns:
-            Ids `(B, T)`, or with `every_segment=True` `(B, N, T)`, pad where a document has no such segment. With
-            `num_return_sequences`, a document's texts stand one behind the other, so there are more rows. With
-            `return_dict_in_generate`, these are the `sequences`; of all else with `every_segment=True` there is a row
-            for each segment that was read, document by document.
+            Ids `(B, T)`, or after segments `(B, N, T)`, pad where there is no text. With `num_return_sequences`, a
+            document's texts stand one behind the other, so there are more rows. With `return_dict_in_generate`, these
+            are the `sequences`; of all else after segments there is a row for each text, document by document.
+
+        Raises:
+            ValueError: No segment that is read is chosen.
         """
+        chosen = every_segment if isinstance(every_segment, Tensor) else None
+        every_segment = chosen is not None or bool(every_segment)
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
         if encoded is None:
             encoded = self._read_to_generate(input_ids, every_segment, generation_config, kwargs)
         if every_segment:
-            return self._generate_segments(encoded, generation_config, **kwargs)
+            return self._generate_segments(encoded, chosen, generation_config, **kwargs)
         is_flat = input_ids is not None and input_ids.dim() == 2
         # GenerationMixin takes what outputs call `state` for a cache
         stateless = dataclasses.replace(encoded, state=None)
@@ -66,16 +76,24 @@ class SegmentGeneration(GenerationMixin):
         return self.model.encode(input_ids, every_segment=every_segment, **reading)
 
     def _generate_segments(
-        self, encoded: RecurrentEncoderOutput, generation_config: GenerationConfig | None, **kwargs: Any
+        self,
+        encoded: RecurrentEncoderOutput,
+        chosen_BN: Tensor | None,
+        generation_config: GenerationConfig | None,
+        **kwargs: Any,
     ) -> Tensor | ModelOutput:
-        is_read_BN = encoded.is_read
-        assert is_read_BN is not None
-        found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_read_BN), **kwargs)
+        is_told_BN = encoded.is_read
+        assert is_told_BN is not None
+        if chosen_BN is not None:
+            is_told_BN = is_told_BN & chosen_BN.to(is_told_BN.device)
+            if not is_told_BN.any():
+                raise ValueError("every_segment: no segment that is read is chosen")
+        found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_told_BN), **kwargs)
         texts = found.sequences if isinstance(found, ModelOutput) else found
         # of each segment, as many texts as num_return_sequences says
-        texts_MST = texts.unflatten(0, (int(is_read_BN.sum()), -1))
-        texts_BNST = texts.new_full((*is_read_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
-        texts_BNST[is_read_BN] = texts_MST
+        texts_MST = texts.unflatten(0, (int(is_told_BN.sum()), -1))
+        texts_BNST = texts.new_full((*is_told_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
+        texts_BNST[is_told_BN] = texts_MST
         texts = texts_BNST.transpose(1, 2).flatten(0, 1)
         if not isinstance(found, ModelOutput):
             return texts

@@ -151,6 +151,23 @@ def test_after_every_segment_stands_what_reading_so_far_gives(make_model, docume
     assert (texts_BNT[~documents["attention_mask"].bool().any(-1)] == model.config.pad_token_id).all()
 
 
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beam"])
+def test_after_chosen_segments_stands_what_stands_there_after_every_one(make_model, documents, how):
+    """Also where one is chosen that a document does not have."""
+    model = make_model()
+    chosen = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1]]).bool()
+    n_texts = how.get("num_return_sequences", 1)
+    expected = generate(model, documents, **how, every_segment=True)
+    found = generate(model, documents, **how, every_segment=chosen)
+    is_told = (chosen & documents["attention_mask"].bool().any(-1)).repeat_interleave(n_texts, dim=0)
+    assert is_told.sum() == 3 * n_texts
+    length = found.shape[2]
+    assert torch.equal(found[is_told], expected[is_told][:, :length])
+    assert (found[~is_told] == model.config.pad_token_id).all()
+    with pytest.raises(ValueError, match="no segment that is read is chosen"):
+        generate(model, documents, every_segment=torch.zeros(3, 3).bool())
+
+
 def test_several_sequences_after_every_segment(make_model, documents):
     """Rows are documents times sequences, as without segments."""
     model = make_model()

@@ -106,10 +106,11 @@ class Evaluator:
 
     def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
         """Ids generated for each document, `(T,)` or, for sections, `(N, T)`."""
+        has_target = (batch.labels != IGNORED).any(dim=-1)
         ids = model.generate(
             batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask.to(self.device),
-            every_segment=self.collator.task == "sections",
+            every_segment=has_target if self.collator.task == "sections" else False,
             max_new_tokens=how.max_new_tokens,
             num_beams=how.num_beams,
         )

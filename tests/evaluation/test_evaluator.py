@@ -131,6 +131,18 @@ def test_a_generated_text_belongs_to_its_section(model):
     assert [sample.generated for sample in alone] == [s.generated for s in samples if s.id.startswith("c")]
 
 
+def test_nothing_is_generated_after_segments_that_have_no_target(model, monkeypatch):
+    chosen, generate = [], model.generate
+
+    def watched(*inputs, every_segment, **how):
+        chosen.append(every_segment.tolist())
+        return generate(*inputs, every_segment=every_segment, **how)
+
+    monkeypatch.setattr(model, "generate", watched)
+    make_evaluator([make_row("a", [3, 20, 4], [1, 1, 0])], "sections").summarise(model, Generation(max_new_tokens=2))
+    assert chosen == [[[True, False, False, False, True, False]]]
+
+
 def test_a_target_of_0_tokens_does_not_move_the_others(model):
     row = make_row("a", [3, 4], [0, 2])
     row["summary_texts"][0] = "\u200b"
