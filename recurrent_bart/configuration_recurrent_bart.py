@@ -8,7 +8,7 @@ from transformers import BartConfig
 # What each choice may be; the first one is the default.
 RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("concat", "gated")
-DECODER_CONTEXTS = ("last", "memory", "all")
+DECODER_CONTEXTS = ("last", "memory", "section", "all")
 SCHEDULES = ("auto", "sequential", "wavefront")
 
 
@@ -46,7 +46,8 @@ class RecurrentBartConfig(BartConfig):
             converted BART checkpoint. From scratch a closed one was not learnt to be opened, one of 1 was (RESULTS.md).
         decoder_context: What the decoder attends to. `"last"`: the final state and the tokens of the last segment.
             `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and the
-            tokens of all segments (fusion-in-decoder, arXiv 2007.01282).
+            tokens of all segments (fusion-in-decoder, arXiv 2007.01282). `"section"`: the final state and the tokens of
+            all segments since the last target before; with one target per document as `"all"`.
         schedule: In which order cells (segment, layer) are computed; the numbers are the same. `"sequential"`:
             segment after segment, layer after layer. `"wavefront"`: by diagonals, all cells that need nothing of each
             other at once; not with `recurrence="top"`. `"auto"`: by diagonals where that is possible and faster: on a

@@ -17,7 +17,7 @@ from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.prefix_recurrence import RecurrentState, build_recurrence
 from recurrent_bart.schedules import Grid, Kept
-from recurrent_bart.segmentation import Segment, align_at_end, look_up_when_read, segment_documents
+from recurrent_bart.segmentation import Segment, align_at_end, align_marks, look_up_when_read, segment_documents
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +37,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         state: RecurrentState | None = None,
-        every_segment: bool = False,
+        every_segment: bool | Tensor = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -52,7 +52,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
                 have. None: all are tokens.
             inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
             state: What was read before. With one, a document may have nothing more to read.
-            every_segment: Give the decoder's context after each segment.
+            every_segment: Give the decoder's context after each segment. `(B, N)` booleans: likewise, and with
+                `decoder_context="section"` say after which ones sections end; True: after each.
             output_attentions: Give what tokens attend to in every layer; the eager back-end alone can.
             output_hidden_states: Give the token streams of every layer.
             return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
@@ -60,13 +61,16 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
                 all of them, and documents end at the last one.
 
         Raises:
-            ValueError: Ids and embeddings are both given or both missing, a document has no token, or a segment is
-                longer than `config.input_size`.
+            ValueError: Ids and embeddings are both given or both missing, a document has no token, a segment is
+                longer than `config.input_size`, or `every_segment` is of other segments.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
         segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
+        ends_BN = None
+        if isinstance(every_segment, Tensor):
+            ends_BN, every_segment = align_marks(every_segment, mask, n_empty_B), True
         if inputs_embeds is None:
             segments, earlier = self.embed_segments(segments, every_segment)
         grid = Grid(
@@ -74,13 +78,13 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         )
         kept = Kept(
             every_segment=every_segment,
-            tokens=self.config.decoder_context == "all",
+            tokens=self.config.decoder_context in ("section", "all"),
             memories=self.config.decoder_context == "memory",
             attentions=self._gives_attentions(output_attentions),
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         outputs = grid.run(segments, mask, state, kept, earlier)
-        output = encoder_output(self.config, outputs, mask, state, every_segment).shifted(-n_empty_B)
+        output = encoder_output(self.config, outputs, mask, state, every_segment, ends_BN).shifted(-n_empty_B)
         return output.as_tuple() if return_dict is False else output
 
     def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:

@@ -34,7 +34,7 @@ from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.oracle_inputs import OracleInputs
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segment_generation import SegmentGeneration
-from recurrent_bart.segmentation import align_at_end, segment_documents
+from recurrent_bart.segmentation import align_at_end, align_marks, segment_documents
 from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, on_host, per_target, token_loss
 from recurrent_bart.token_head import TokenHead
 
@@ -68,7 +68,10 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         if inputs_embeds is None and input_ids is not None:
             segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, None)
             segments, attention_mask, n_empty_B = align_at_end(segments, mask, kwargs.get("state") is not None)
-            inputs_embeds, kwargs["earlier"] = self.encoder.embed_segments(segments, kwargs.get("every_segment", False))
+            every_segment = kwargs.get("every_segment", False)
+            if isinstance(every_segment, Tensor):
+                kwargs["every_segment"], every_segment = align_marks(every_segment, attention_mask, n_empty_B), True
+            inputs_embeds, kwargs["earlier"] = self.encoder.embed_segments(segments, every_segment)
         if torch.is_grad_enabled() and inputs_embeds is not None and not inputs_embeds.requires_grad:
             inputs_embeds = inputs_embeds.detach().requires_grad_()
         output = RecurrentEncoderOutput.from_tuple(
@@ -195,8 +198,14 @@ class RecurrentBartForConditionalGeneration(
         """
         if labels is not None and labels.dim() == 3:
             reading = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-            encoded = self.model.encode(**reading, state=state, every_segment=True, **kwargs)
-            return self._decode_segments(encoded, labels, num_items_in_batch, oracle, return_logits)
+            known = on_host(labels)
+            # what the host does not know is everywhere
+            has_target = torch.ones(labels.shape[:2], dtype=torch.bool)
+            if known is not None:
+                has_target = (known != IGNORED).any(dim=-1)
+                check_labels(known[has_target], self.config.vocab_size, every_row=False)
+            encoded = self.model.encode(**reading, state=state, every_segment=has_target, **kwargs)
+            return self._decode_segments(encoded, labels, has_target, num_items_in_batch, oracle, return_logits)
         if labels is not None:
             use_cache = False
             known = on_host(labels)
@@ -257,23 +266,15 @@ class RecurrentBartForConditionalGeneration(
         self,
         encoded: RecurrentEncoderOutput,
         labels_BNT: Tensor,
+        has_target: Tensor,
         num_items_in_batch: Tensor | int | None,
         oracle: Oracle | None,
         return_logits: bool,
     ) -> RecurrentBartLMOutput:
         """Targets per segment: all segments that have one are decoded as one batch."""
-        if labels_BNT.shape[:2] != encoded.last_hidden_state.shape[:2]:
-            raise ValueError(
-                f"labels for {tuple(labels_BNT.shape[:2])} documents and segments: there are "
-                f"{tuple(encoded.last_hidden_state.shape[:2])}"
-            )
-        has_target = torch.ones(labels_BNT.shape[:2], dtype=torch.bool)
-        known = on_host(labels_BNT)
-        if known is not None:
-            has_target = (known != IGNORED).any(dim=-1)
-            # without any target one segment is decoded all the same, so that every parameter takes part on every rank
-            has_target[0, -1] |= ~has_target.any()
-            check_labels(known[has_target], self.config.vocab_size, every_row=False)
+        # without any target one segment is decoded all the same, so that every parameter takes part on every rank
+        has_target = has_target.clone()
+        has_target[0, -1] |= ~has_target.any()
         labels = take(labels_BNT.to(self.final_logits_bias.device, non_blocking=True), has_target)
         read, decoder_input_ids = encoded.rows(has_target), self.prepare_decoder_input_ids_from_labels(labels)
         if oracle is not None:

@@ -34,7 +34,7 @@ class SegmentGeneration(GenerationMixin):
             inputs: See GenerationMixin, for `generation_config` and the others too.
             generation_config: Likewise.
             every_segment: True: a text after each segment. `(B, N)` booleans: after those of the segments that are
-                read, of documents `(B, N, L)`.
+                read; see RecurrentBartEncoder.
 
         Returns:
             Ids `(B, T)`, or after segments `(B, N, T)`, pad where there is no text. With `num_return_sequences`, a
@@ -45,12 +45,11 @@ class SegmentGeneration(GenerationMixin):
             ValueError: No segment that is read is chosen.
         """
         chosen = every_segment if isinstance(every_segment, Tensor) else None
-        every_segment = chosen is not None or bool(every_segment)
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
         if encoded is None:
             encoded = self._read_to_generate(input_ids, every_segment, generation_config, kwargs)
-        if every_segment:
+        if chosen is not None or every_segment:
             return self._generate_segments(encoded, chosen, generation_config, **kwargs)
         is_flat = input_ids is not None and input_ids.dim() == 2
         # GenerationMixin takes what outputs call `state` for a cache
@@ -61,7 +60,7 @@ class SegmentGeneration(GenerationMixin):
     def _read_to_generate(
         self,
         input_ids: Tensor | None,
-        every_segment: bool,
+        every_segment: bool | Tensor,
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
     ) -> RecurrentEncoderOutput:

@@ -180,6 +180,20 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
     return shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B), n_empty_B
 
 
+def align_marks(marked_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tensor:
+    """Booleans of segments, on the host and moved as `align_at_end` has moved these.
+
+    Raises:
+        ValueError: They are of other documents or segments than there are.
+    """
+    if marked_BN.shape != mask_BNL.shape[:2]:
+        raise ValueError(
+            f"labels or every_segment for {tuple(marked_BN.shape)} documents and segments: there are "
+            f"{tuple(mask_BNL.shape[:2])}"
+        )
+    return shift_segments(marked_BN.cpu(), n_empty_B)
+
+
 def look_up_when_read(embed: nn.Module, ids_BNL: Tensor, vocab_size: int) -> list[Segment]:
     """Token embeddings of segments, made as each is read; no gradient reaches them.
 

@@ -47,13 +47,14 @@ def encode(model, segments):
     return after, states if config.has_state else []
 
 
-def context(config, after, t):
-    """What the decoder attends to after segment t, `(A, D)`."""
+def context(config, after, t, ends=()):
+    """What the decoder attends to after segment t, `(A, D)`; sections end after the segments of these numbers."""
     memory, tokens = after[t]
     memories, streams = zip(*after[: t + 1], strict=True)
     return {
         "last": lambda: torch.cat([memory, tokens]),
         "memory": lambda: torch.cat([*memories, tokens]),
+        "section": lambda: torch.cat([memory, *streams[max((end + 1 for end in ends if end < t), default=0) :]]),
         "all": lambda: torch.cat([memory, *streams]),
     }[config.decoder_context]()
 

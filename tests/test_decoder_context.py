@@ -16,6 +16,8 @@ CONTEXTS = {
     "memory of top": {"decoder_context": "memory", "recurrence": "top"},
     "all without state": {"decoder_context": "all", "recurrence": "none"},
     "all without recurrence": {"decoder_context": "all", "pre_seq_len": 0},
+    "section": {"decoder_context": "section"},
+    "section without state": {"decoder_context": "section", "recurrence": "none"},
     "all in one softmax": {"decoder_context": "all", "prefix_attention": "concat"},
 }
 of_every_context = pytest.mark.parametrize("fields", CONTEXTS.values(), ids=CONTEXTS)
@@ -47,9 +49,87 @@ def test_reference_after_every_segment(make_model, fields):
         after, _ = encode(model, document)
         for t in range(len(document)):
             seen = output.context_mask[row, t].bool()
-            torch.testing.assert_close(
-                output.last_hidden_state[row, t, seen], context(model.config, after, t), rtol=0, atol=1e-10
-            )
+            expected = context(model.config, after, t, ends=range(len(document)))
+            torch.testing.assert_close(output.last_hidden_state[row, t, seen], expected, rtol=0, atol=1e-10)
+
+
+SECTIONS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]).bool()
+SIZES = [[8, 8, 3, 8, 2], [5, 8, 8], [8, 2, 8, 4, 1], [8, 7]]
+
+
+def of_sections():
+    """Documents whose sections end in other places, and labels at the ends."""
+    documents, input_ids, mask = batch_of(SIZES)
+    labels = random_ids(4, 5, 6).masked_fill(~SECTIONS.unsqueeze(-1), -100)
+    return documents, {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("fields", [CONTEXTS["section"], CONTEXTS["section without state"]], ids=["state", "none"])
+def test_the_decoder_sees_the_tokens_of_the_section_that_a_target_is_of(make_model, fields):
+    model, (documents, inputs) = make_model(**fields), of_sections()
+    output = model.model.encode(inputs["input_ids"], inputs["attention_mask"], every_segment=SECTIONS)
+    for row, t in SECTIONS.nonzero().tolist():
+        after, _ = encode(model, documents[row])
+        expected = context(model.config, after, t, ends=SECTIONS[row].nonzero().flatten().tolist())
+        seen = output.context_mask[row, t].bool()
+        torch.testing.assert_close(output.last_hidden_state[row, t, seen], expected, rtol=0, atol=1e-10)
+    # no more than the longest section, four segments, is there for any
+    assert output.last_hidden_state.shape[2] == (output.n_memory or 0) + 4 * 8
+
+
+def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model):
+    """By labels and by marks; each target as a document that ends there, whose sections before are forgotten."""
+    model, (_, inputs) = make_model(decoder_context="section").double(), of_sections()
+    logits = model(**inputs).logits
+    told = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], every_segment=SECTIONS,
+                          max_new_tokens=6)  # fmt: skip
+    for row, t in SECTIONS.nonzero().tolist():
+        ids, mask = (inputs[name][row : row + 1] for name in ("input_ids", "attention_mask"))
+        first = max((end + 1 for end in SECTIONS[row].nonzero().flatten().tolist() if end < t), default=0)
+        part = slice(first, t + 1)
+        state = None
+        if first:
+            read = model.model.encode(ids[:, :first], mask[:, :first])
+            state = RecurrentState(read.state.position, read.state.memory)
+        own = {"input_ids": ids[:, part], "attention_mask": mask[:, part], "state": state}
+        alone = model(**own, labels=inputs["labels"][row, t].unsqueeze(0)).logits
+        torch.testing.assert_close(logits[row, t], alone[0], rtol=0, atol=1e-12)
+        single = model.generate(**own, max_new_tokens=6)[0]
+        assert torch.equal(told[row, t, : len(single)], single)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_a_section_goes_on_in_the_next_window(make_model, cut):
+    """Where the first part has no target at all, too; what is behind a section's end is not carried on."""
+    model, (_, inputs) = make_model(decoder_context="section").double(), of_sections()
+    ids, mask, labels = (inputs[name][[0, 2]] for name in ("input_ids", "attention_mask", "labels"))
+    whole = model(input_ids=ids, attention_mask=mask, labels=labels)
+    first = model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], labels=labels[:, :cut])
+    rest = {"input_ids": ids[:, cut:], "attention_mask": mask[:, cut:], "labels": labels[:, cut:]}
+    second = model(**rest, state=first.state)
+    is_first = (labels[:, :cut] != -100).any(-1)
+    torch.testing.assert_close(
+        torch.cat([first.logits * is_first[..., None, None], second.logits], dim=1), whole.logits, rtol=0, atol=1e-12
+    )
+    for row in range(2):
+        begin = max((end + 1 for end in is_first[row].nonzero().flatten().tolist()), default=0)
+        assert first.state.context_mask[row].sum() == mask[row, begin:cut].sum()
+
+
+def test_a_state_of_sections_stays_as_small_as_they_are(make_model):
+    model, ids = make_model(decoder_context="section"), random_ids(1, 9, 8)
+    ends = torch.zeros(1, 9, dtype=torch.bool)
+    ends[0, [3, 6]] = True
+    assert model.model.encode(ids, every_segment=ends).state.context.shape == (1, 2 * 8, 16)
+    ends[0, 8] = True
+    assert model.model.encode(ids, every_segment=ends).state.context.shape == (1, 0, 16)
+    # nobody said where they end
+    assert model.model.encode(ids).state.context.shape == (1, 9 * 8, 16)
+
+
+def test_marks_of_other_segments_are_refused(make_model):
+    with pytest.raises(ValueError, match=r"every_segment for \(1, 2\) documents and segments: there are \(1, 3\)"):
+        make_model().model.encode(random_ids(1, 3, 8), every_segment=torch.ones(1, 2).bool())
 
 
 @of_every_context
@@ -97,7 +177,7 @@ def test_bptt_gradient_through_the_context_reaches_as_far_as_through_the_state(m
         assert reached.tolist() == [s <= t and from_end[s] == from_end[t] for s in range(n_segments)]
 
 
-@pytest.mark.parametrize("context_name", ["last", "memory", "all"])
+@pytest.mark.parametrize("context_name", ["last", "memory", "section", "all"])
 def test_a_batch_with_nothing_to_read_is_finite_and_touches_every_parameter(make_model, context_name):
     """Some processes may have nothing in a window of gradient in which others do."""
     model = make_model(decoder_context=context_name)

@@ -20,6 +20,7 @@ VARIANTS = {
     "no gradient between segments": {"bptt_depth": 0},
     "top": {"recurrence": "top"},
     "memory": {"decoder_context": "memory"},
+    "section": {"decoder_context": "section"},
     "all, static": {"decoder_context": "all", "recurrence": "none"},
     "no recurrence": {"pre_seq_len": 0},
 }

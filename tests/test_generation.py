@@ -10,6 +10,7 @@ FIELDS = {
     "concat": {"prefix_attention": "concat"},
     "memory": {"decoder_context": "memory"},
     "all": {"decoder_context": "all"},
+    "section": {"decoder_context": "section"},
     "no recurrence": {"pre_seq_len": 0},
 }
 HOW = {

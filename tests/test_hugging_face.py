@@ -22,6 +22,7 @@ FIELDS = {
     "no recurrence": {"pre_seq_len": 0},
     "memory": {"decoder_context": "memory"},
     "all": {"decoder_context": "all"},
+    "section": {"decoder_context": "section"},
 }
 SHARED = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 

@@ -135,6 +135,7 @@ def test_streamed_segments_of_every_length_have_their_overlap(n_words, unigram, 
         {"prefix_attention": "concat"},
         {"decoder_context": "memory"},
         {"decoder_context": "all"},
+        {"decoder_context": "section"},
     ],
     ids=str,
 )

@@ -25,6 +25,7 @@ FIELDS = {
     "overlap": {"input_size": 12},
     "memory": {"decoder_context": "memory", "bptt_depth": 1},
     "all": {"decoder_context": "all", "bptt_depth": 2},
+    "section": {"decoder_context": "section", "bptt_depth": 2},
     "static": {"recurrence": "none", "decoder_context": "all"},
     "no recurrence": {"pre_seq_len": 0, "decoder_context": "all"},
 }

@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurrent_bart.associative_memory import CHUNK
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.decoder_context import first_of_section
 from recurrent_bart.targets import IGNORED
 
 # makers' figures for dense matrix products, FLOP/s in bf16 and in fp32 (without TF32), by what a device's name
@@ -85,7 +86,7 @@ class Arithmetic:
         distance_BN = n_read_B1 - 1 - torch.arange(lengths_BN.shape[1])
         is_run_BN, has_graph_BN = lengths_BN > 0, lengths_BN > 0
         if labels.dim() == 2:
-            if not self.config.has_state and self.config.decoder_context != "all":
+            if not self.config.has_state and self.config.decoder_context not in ("section", "all"):
                 is_run_BN = distance_BN == 0
             if self.config.bptt_window is not None:
                 has_graph_BN = distance_BN < self.config.bptt_window
@@ -130,17 +131,21 @@ class Arithmetic:
 
     def _decoder_of(self, lengths_BN: Tensor, labels: Tensor) -> float:
         n_targets = (labels != IGNORED).sum(dim=-1)
-        n_context_BN = self._context(lengths_BN)
+        n_context_BN = self._context(lengths_BN, n_targets > 0 if labels.dim() == 3 else None)
         if labels.dim() == 3:
             return self.decoder(n_targets[n_targets > 0], n_context_BN[n_targets > 0])
         last_B1 = (lengths_BN > 0).sum(dim=1, keepdim=True) - 1
         return self.decoder(n_targets, n_context_BN.gather(1, last_B1).squeeze(1))
 
-    def _context(self, lengths_BN: Tensor) -> Tensor:
-        """Positions that the decoder attends to after each segment."""
+    def _context(self, lengths_BN: Tensor, ends_BN: Tensor | None) -> Tensor:
+        """Positions that the decoder attends to after each segment; sections end where booleans say so, or nowhere."""
         n_state = self.config.pre_seq_len if self.config.has_state else 0
-        if self.config.decoder_context == "all":
-            return n_state + lengths_BN.cumsum(dim=1)
+        if self.config.decoder_context in ("section", "all"):
+            n_read_BN = nn.functional.pad(lengths_BN.cumsum(dim=1), (1, 0))
+            n_context_BN = n_state + n_read_BN[:, 1:]
+            if self.config.decoder_context == "all" or ends_BN is None:
+                return n_context_BN
+            return n_context_BN - n_read_BN.gather(1, first_of_section(ends_BN)[:, :-1])
         if self.config.decoder_context == "memory":
             return lengths_BN + n_state * (1 + torch.arange(lengths_BN.shape[1]))
         return lengths_BN + n_state

@@ -235,6 +235,9 @@ TEXT_STUDIES: dict[str, dict[str, Fields]] = {
     },
     "sections": {
         **RECURRENCES,
+        "layerwise, states of all segments": {"flags": {"decoder_context": "memory"}},
+        "layerwise, tokens of the section": {"flags": {"decoder_context": "section"}},
+        "layerwise, tokens of all segments": {"flags": {"decoder_context": "all"}},
         "BART, first 1,024 tokens of each section": PLAIN | {"reads": "heads"},
         "BART, last segment of each section": PLAIN,
     },

@@ -63,7 +63,7 @@ class ModelArguments:
     hidden_dropout_prob: float | None = flag(None, "dropout on the projected prefix")
     recurrence: str | None = flag(None, "layerwise: a state per layer; top: one, from the top to the bottom; none")
     prefix_attention: str | None = flag(None, "gated or concat")
-    decoder_context: str | None = flag(None, "what the decoder sees of the segments before: last, memory or all")
+    decoder_context: str | None = flag(None, "what the decoder sees: last, memory, section or all segments")
     update_gate: bool | None = flag(None, "carry the state over through a learned gate")
     associative_memory: bool | None = flag(None, "beside the slots, a matrix per head from tokens' keys to values")
     matrix_gate_init: float | None = flag(None, "its gates before training; 0: closed, 1: open, from scratch")

@@ -44,8 +44,8 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     if config.decoder_layerdrop:
         # ZeRO-3 would wait for processes that drop other layers, and take the gradients of a step before
         raise ValueError(
-            f"--model_name_or_path {arguments.model_name_or_path}: decoder_layerdrop is {config.decoder_layerdrop} in its "
-            "config.json, and must be 0 to be trained"
+            f"--model_name_or_path {arguments.model_name_or_path}: decoder_layerdrop is {config.decoder_layerdrop} in "
+            "its config.json, and must be 0 to be trained"
         )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

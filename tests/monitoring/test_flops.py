@@ -20,6 +20,7 @@ CASES = [
     {"pre_seq_len": 0},
     {"decoder_context": "memory"},
     {"decoder_context": "all"},
+    {"decoder_context": "section"},
     {"bptt_depth": 1},
 ]
 

@@ -37,7 +37,7 @@ def test_no_logits_are_made(make_model, batch, monkeypatch, depth):
 
 
 @pytest.mark.parametrize("extra", [0, 2], ids=["", "waiting for others"])
-@pytest.mark.parametrize("context", ["last", "memory", "all"])
+@pytest.mark.parametrize("context", ["last", "memory", "section", "all"])
 @pytest.mark.parametrize("recurrence", ["layerwise", "top"])
 @pytest.mark.parametrize("depth", [0, 1, 2, 6, 8])
 def test_bptt_windows_give_the_loss_and_gradient_of_one_pass(make_model, batch, depth, recurrence, context, extra):
