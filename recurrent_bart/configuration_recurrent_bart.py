@@ -48,6 +48,8 @@ class RecurrentBartConfig(BartConfig):
             `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and the
             tokens of all segments (fusion-in-decoder, arXiv 2007.01282). `"section"`: the final state and the tokens of
             all segments since the last target before; with one target per document as `"all"`.
+        context_segments: Of these segments, of which `"memory"`, `"section"` and `"all"` show states or tokens, the
+            last so many; -1: all.
         schedule: In which order cells (segment, layer) are computed; the numbers are the same. `"sequential"`:
             segment after segment, layer after layer. `"wavefront"`: by diagonals, all cells that need nothing of each
             other at once; not with `recurrence="top"`. `"auto"`: by diagonals where that is possible and faster: on a
@@ -73,6 +75,7 @@ class RecurrentBartConfig(BartConfig):
     associative_memory: bool = False
     matrix_gate_init: float | int = 0.0
     decoder_context: str = DECODER_CONTEXTS[0]
+    context_segments: int = -1
     schedule: str = SCHEDULES[0]
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -112,8 +115,9 @@ class RecurrentBartConfig(BartConfig):
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.max_n_segments != -1 and self.max_n_segments < 1:
-            raise ValueError(f"max_n_segments={self.max_n_segments}: must be at least 1, or -1 for no cap")
+        for name in ("max_n_segments", "context_segments"):
+            if getattr(self, name) != -1 and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or -1 for no cap")
         if not 0 <= self.hidden_dropout_prob < 1:
             raise ValueError(f"hidden_dropout_prob={self.hidden_dropout_prob}: must be at least 0 and below 1")
         if self.input_size < self.segment_size:

@@ -13,6 +13,7 @@ from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.schedules import GridOutput
 from recurrent_bart.segmentation import on_device
 
+# what is attended to, and where that is something, or of which segment, by its number; 0: nothing
 Block = tuple[Tensor, Tensor]
 
 
@@ -49,13 +50,16 @@ def encoder_output(
             ends_BN = torch.zeros_like(is_read_BN)
         elif ends_BN is None:
             ends_BN = torch.ones_like(is_read_BN)
-        first_BN = first_of_section(ends_BN)
-        past = _read_so_far(blocks[place], state, first_BN[:, -1])
+        number_BN = _numbers(is_read_BN, state)
+        own = blocks[place][0], blocks[place][1] * number_BN[:, :-1].unsqueeze(2)
+        least_BN = _least_seen(number_BN, ends_BN, config.context_segments)
+        past = _read_so_far(own, state, least_BN[:, -1])
         if every_segment:
-            n_back = _longest_section(first_BN[:, :-1], ends_BN if config.decoder_context == "section" else None)
-            blocks[place] = _history(blocks[place], state, config.bptt_window, first_BN[:, :-1], n_back)
+            n_back = _longest_seen(number_BN, least_BN, ends_BN if config.decoder_context == "section" else None)
+            hidden, seen = _history(own, state, config.bptt_window, least_BN[:, :-1], n_back)
         else:
-            blocks[place] = past[0].unsqueeze(1), past[1].unsqueeze(1)
+            hidden, seen = (part.unsqueeze(1) for part in _read_so_far(own, state, least_BN[:, -2]))
+        blocks[place] = hidden, seen > 0
     hidden, mask = _join([block if every_segment else (block[0][:, -1:], block[1][:, -1:]) for block in blocks])
     is_read_BN, is_seen = (on_device(known, hidden.device) for known in (is_read_BN, mask))
     position_B = is_read_BN.sum(dim=1) + (0 if state is None else state.position)
@@ -81,49 +85,74 @@ def first_of_section(ends_BN: Tensor) -> Tensor:
     return nn.functional.pad(ends_BN * behind_BN, (1, 0)).cummax(dim=1).values
 
 
-def _longest_section(first_BN: Tensor, ends_BN: Tensor | None) -> int:
-    """Segments of the longest section that ends somewhere; None: any may be the end."""
-    lengths_BN = torch.arange(1, first_BN.shape[1] + 1) - first_BN
-    return max(1, int((lengths_BN if ends_BN is None else lengths_BN * ends_BN).max()))
+def _numbers(is_read_BN: Tensor, state: RecurrentState | None) -> Tensor:
+    """Of each segment and of one behind them, which one of its document it is, counted from 1: `(B, N + 1)`."""
+    number_BN = is_read_BN.cumsum(dim=1)
+    if state is not None:
+        number_BN = number_BN + state.position.cpu().unsqueeze(1)
+    return torch.cat([number_BN, number_BN[:, -1:] + 1], dim=1)
 
 
-def _read_so_far(own: Block, state: RecurrentState | None, first_B: Tensor) -> Block:
-    """What all segments up to the last add to the context, without those in front of the first: `(B, Y + N * X, D)`."""
-    n_gone, n_segments = int(first_B.min()), own[0].shape[1]
-    is_in_BN = torch.arange(n_gone, n_segments) >= first_B.unsqueeze(1)
-    own_BAD = own[0][:, n_gone:].flatten(1, 2)
-    mask_BA = (own[1][:, n_gone:] & is_in_BN.unsqueeze(-1)).flatten(1, 2)
-    if state is None or state.context is None or n_gone:
-        return own_BAD, mask_BA
-    past_mask_BY = state.context_mask.cpu() & (first_B == 0).unsqueeze(1)
-    return torch.cat([state.context.to(own_BAD.dtype), own_BAD], dim=1), torch.cat([past_mask_BY, mask_BA], dim=1)
-
-
-def _history(own: Block, state: RecurrentState | None, window: int | None, first_BN: Tensor, n_back: int) -> Block:
-    """After each segment, what it and those before it in its section add: `(B, N, Y + K * X, D)`.
+def _least_seen(number_BN: Tensor, ends_BN: Tensor, most: int) -> Tensor:
+    """The first segment, by number, that the decoder sees after each of those of `_numbers`.
 
     Args:
-        own: What each segment adds.
+        number_BN: From `_numbers`.
+        ends_BN: Where sections end; what is in front of one is not seen behind it.
+        most: Segments that are seen at most; -1: all.
+    """
+    first_BN = first_of_section(ends_BN)
+    # a section that has begun before
+    least_BN = number_BN.gather(1, first_BN).masked_fill(first_BN == 0, 1)
+    return least_BN if most == -1 else torch.maximum(least_BN, number_BN - most + 1)
+
+
+def _longest_seen(number_BN: Tensor, least_BN: Tensor, wanted_BN: Tensor | None) -> int:
+    """Most of these segments that are seen after one of them, or one of those that are wanted."""
+    lengths_BN = (number_BN - least_BN + 1)[:, :-1]
+    if wanted_BN is not None:
+        lengths_BN = lengths_BN * wanted_BN
+    return min(max(1, int(lengths_BN.max())), lengths_BN.shape[1])
+
+
+def _read_so_far(own: Block, state: RecurrentState | None, least_B: Tensor) -> Block:
+    """What all segments add to the context, from the least one on, and of which each is: `(B, Y + N * X, ...)`."""
+    hidden_BAD, number_BA = own[0].flatten(1, 2), own[1].flatten(1, 2)
+    if state is not None and state.context is not None:
+        assert state.context_number is not None
+        hidden_BAD = torch.cat([state.context.to(hidden_BAD.dtype), hidden_BAD], dim=1)
+        number_BA = torch.cat([state.context_number.cpu(), number_BA], dim=1)
+    number_BA = number_BA * (number_BA >= least_B.unsqueeze(1))
+    # what nobody sees any more, in front
+    n_gone = int((number_BA.amax(dim=0) > 0).long().cumsum(dim=0).eq(0).sum())
+    return hidden_BAD[:, n_gone:], number_BA[:, n_gone:]
+
+
+def _history(own: Block, state: RecurrentState | None, window: int | None, least_BN: Tensor, n_back: int) -> Block:
+    """After each segment, what it and those before it add, from the least one on: `(B, N, Y + K * X, ...)`.
+
+    Args:
+        own: What each segment adds, and which one it is.
         state: What was read before.
         window: Segments of a window that gradient does not leave.
-        first_BN: The first segment of each one's section.
+        least_BN: From `_least_seen`.
         n_back: K, segments up to each one that are looked at.
     """
-    hidden_BNKXD, mask_BNKX = (_up_to_each(part, n_back) for part in own)
-    n_segments, device = first_BN.shape[1], hidden_BNKXD.device
-    number_NK = torch.arange(n_segments).unsqueeze(1) + torch.arange(1 - n_back, 1)
+    hidden_BNKXD, number_BNKX = (_up_to_each(part, n_back) for part in own)
+    n_segments, device = least_BN.shape[1], hidden_BNKXD.device
     if window is not None:
         # gradient goes no further back than the state's does
-        windows_NK = (n_segments - 1 - number_NK) // window
+        place_NK = torch.arange(n_segments).unsqueeze(1) + torch.arange(1 - n_back, 1)
+        windows_NK = (n_segments - 1 - place_NK) // window
         is_same_NK = (windows_NK == windows_NK[:, -1:]).to(device, non_blocking=True)
         hidden_BNKXD = torch.where(is_same_NK[..., None, None], hidden_BNKXD, hidden_BNKXD.detach())
-    mask_BNKX = mask_BNKX & (number_NK >= first_BN.unsqueeze(2)).unsqueeze(-1)
-    hidden, mask = hidden_BNKXD.flatten(2, 3), mask_BNKX.flatten(2, 3)
-    if state is None or state.context is None:
-        return hidden, mask
-    past_BNYD = state.context.to(hidden.dtype).unsqueeze(1).expand(-1, n_segments, -1, -1)
-    past_mask_BNY = state.context_mask.cpu().unsqueeze(1) & (first_BN == 0).unsqueeze(2)
-    return torch.cat([past_BNYD, hidden], dim=2), torch.cat([past_mask_BNY, mask], dim=2)
+    hidden, number = hidden_BNKXD.flatten(2, 3), number_BNKX.flatten(2, 3)
+    if state is not None and state.context is not None:
+        assert state.context_number is not None
+        past_BNYD = state.context.to(hidden.dtype).unsqueeze(1).expand(-1, n_segments, -1, -1)
+        past_number_BNY = state.context_number.cpu().unsqueeze(1).expand(-1, n_segments, -1)
+        hidden, number = torch.cat([past_BNYD, hidden], dim=2), torch.cat([past_number_BNY, number], dim=2)
+    return hidden, number * (number >= least_BN.unsqueeze(2))
 
 
 def _up_to_each(part_BNX: Tensor, n_back: int) -> Tensor:

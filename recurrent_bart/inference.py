@@ -27,7 +27,7 @@ from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segmentation import pad_segments
 
 # raised when what a saved reading holds changes
-FORMAT = "recurrent_bart reading 1"
+FORMAT = "recurrent_bart reading 2"
 # what a state's numbers depend on beside the weights
 STATE_FIELDS = (
     "pre_seq_len",
@@ -39,6 +39,7 @@ STATE_FIELDS = (
     "update_gate",
     "associative_memory",
     "decoder_context",
+    "context_segments",
     "segment_size",
     "input_size",
 )
@@ -75,7 +76,7 @@ class TextReader:
     """Reads a text as it comes: segments and numbers are those of the whole text read at once.
 
     What is kept is the state, the text of some segments, and nothing of what was read before. (With `decoder_context`
-    other than `"last"` the state itself grows with every segment.)
+    other than `"last"`, and no limit by `context_segments`, the state itself grows with every segment.)
 
     Args:
         model: In evaluation mode.

@@ -32,15 +32,15 @@ class RecurrentState:
         position: `(B,)`, number of segments read; a document at 0 begins with the learned first state.
         memory: `(B, E, P, D)`, the state of every layer; None where nothing is carried. With `associative_memory`
             its matrices are further rows, `(B, E, P + K, D)`.
-        context: `(B, A, D)`, what the decoder attends to of segments before the last, with `decoder_context` other
+        context: `(B, A, D)`, what the decoder attends to of segments before the next, with `decoder_context` other
             than `"last"`.
-        context_mask: `(B, A)`, 1 where that is something.
+        context_number: `(B, A)`, which segment of its document that is of, counted from 1; 0: nothing.
     """
 
     position: Tensor
     memory: Tensor | None = None
     context: Tensor | None = None
-    context_mask: Tensor | None = None
+    context_number: Tensor | None = None
 
     @classmethod
     def unread(

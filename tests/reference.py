@@ -50,12 +50,14 @@ def encode(model, segments):
 def context(config, after, t, ends=()):
     """What the decoder attends to after segment t, `(A, D)`; sections end after the segments of these numbers."""
     memory, tokens = after[t]
+    most = t + 1 if config.context_segments == -1 else config.context_segments
+    begin, first = max((end + 1 for end in ends if end < t), default=0), max(0, t + 1 - most)
     memories, streams = zip(*after[: t + 1], strict=True)
     return {
         "last": lambda: torch.cat([memory, tokens]),
-        "memory": lambda: torch.cat([*memories, tokens]),
-        "section": lambda: torch.cat([memory, *streams[max((end + 1 for end in ends if end < t), default=0) :]]),
-        "all": lambda: torch.cat([memory, *streams]),
+        "memory": lambda: torch.cat([*memories[first:], tokens]),
+        "section": lambda: torch.cat([memory, *streams[max(begin, first) :]]),
+        "all": lambda: torch.cat([memory, *streams[first:]]),
     }[config.decoder_context]()
 
 

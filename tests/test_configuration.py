@@ -35,6 +35,7 @@ def test_sizes_follow_from_each_other(fields, segment_size, input_size):
         ({"recurrence": "sideways"}, "recurrence='sideways': allowed are 'layerwise'"),
         ({"prefix_attention": "open"}, "allowed are 'concat', 'gated'"),
         ({"encoder_layerdrop": 0.1}, "encoder_layerdrop=0.1"),
+        ({"context_segments": 0}, "context_segments=0: must be at least 1, or -1 for no cap"),
         ({"associative_memory": True, "recurrence": "top"}, "associative_memory needs a state of each layer"),
         ({"associative_memory": True, "pre_seq_len": 0}, "associative_memory needs a state of each layer"),
         ({"schedule": "wavefront", "recurrence": "top"}, 'schedule="wavefront" with recurrence="top"'),

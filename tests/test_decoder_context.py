@@ -17,6 +17,10 @@ CONTEXTS = {
     "all without state": {"decoder_context": "all", "recurrence": "none"},
     "all without recurrence": {"decoder_context": "all", "pre_seq_len": 0},
     "section": {"decoder_context": "section"},
+    "two of memory": {"decoder_context": "memory", "context_segments": 2},
+    "two of a section": {"decoder_context": "section", "context_segments": 2},
+    "two of all": {"decoder_context": "all", "context_segments": 2},
+    "one of all": {"decoder_context": "all", "context_segments": 1},
     "section without state": {"decoder_context": "section", "recurrence": "none"},
     "all in one softmax": {"decoder_context": "all", "prefix_attention": "concat"},
 }
@@ -64,8 +68,12 @@ def of_sections():
     return documents, {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("fields", [CONTEXTS["section"], CONTEXTS["section without state"]], ids=["state", "none"])
-def test_the_decoder_sees_the_tokens_of_the_section_that_a_target_is_of(make_model, fields):
+@pytest.mark.parametrize(
+    ("fields", "n_most"),
+    [(CONTEXTS["section"], 4), (CONTEXTS["section without state"], 4), (CONTEXTS["two of a section"], 2)],
+    ids=["state", "none", "two"],
+)
+def test_the_decoder_sees_the_tokens_of_the_section_that_a_target_is_of(make_model, fields, n_most):
     model, (documents, inputs) = make_model(**fields), of_sections()
     output = model.model.encode(inputs["input_ids"], inputs["attention_mask"], every_segment=SECTIONS)
     for row, t in SECTIONS.nonzero().tolist():
@@ -73,8 +81,8 @@ def test_the_decoder_sees_the_tokens_of_the_section_that_a_target_is_of(make_mod
         expected = context(model.config, after, t, ends=SECTIONS[row].nonzero().flatten().tolist())
         seen = output.context_mask[row, t].bool()
         torch.testing.assert_close(output.last_hidden_state[row, t, seen], expected, rtol=0, atol=1e-10)
-    # no more than the longest section, four segments, is there for any
-    assert output.last_hidden_state.shape[2] == (output.n_memory or 0) + 4 * 8
+    # no more than the longest section is there for any
+    assert output.last_hidden_state.shape[2] == (output.n_memory or 0) + n_most * 8
 
 
 def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model):
@@ -98,10 +106,12 @@ def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model)
         assert torch.equal(told[row, t, : len(single)], single)
 
 
+@pytest.mark.parametrize("most", [-1, 2])
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
-def test_a_section_goes_on_in_the_next_window(make_model, cut):
+def test_a_section_goes_on_in_the_next_window(make_model, cut, most):
     """Where the first part has no target at all, too; what is behind a section's end is not carried on."""
-    model, (_, inputs) = make_model(decoder_context="section").double(), of_sections()
+    model = make_model(decoder_context="section", context_segments=most).double()
+    _, inputs = of_sections()
     ids, mask, labels = (inputs[name][[0, 2]] for name in ("input_ids", "attention_mask", "labels"))
     whole = model(input_ids=ids, attention_mask=mask, labels=labels)
     first = model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], labels=labels[:, :cut])
@@ -113,7 +123,8 @@ def test_a_section_goes_on_in_the_next_window(make_model, cut):
     )
     for row in range(2):
         begin = max((end + 1 for end in is_first[row].nonzero().flatten().tolist()), default=0)
-        assert first.state.context_mask[row].sum() == mask[row, begin:cut].sum()
+        begin = begin if most == -1 else max(begin, cut + 1 - most)
+        assert (first.state.context_number[row] > 0).sum() == mask[row, begin:cut].sum()
 
 
 def test_a_state_of_sections_stays_as_small_as_they_are(make_model):
@@ -125,6 +136,16 @@ def test_a_state_of_sections_stays_as_small_as_they_are(make_model):
     assert model.model.encode(ids, every_segment=ends).state.context.shape == (1, 0, 16)
     # nobody said where they end
     assert model.model.encode(ids).state.context.shape == (1, 9 * 8, 16)
+
+
+@pytest.mark.parametrize("name", ["memory", "all"])
+def test_a_state_of_the_last_segments_does_not_grow(make_model, name):
+    model, state, ids = make_model(decoder_context=name, context_segments=3), None, random_ids(2, 9, 8)
+    for t in range(9):
+        state = model.model.encode(ids[:, t : t + 1], state=state).state
+        # the next segment is the third
+        assert state.context.shape == (2, min(2, t + 1) * (3 if name == "memory" else 8), 16)
+    assert state.context_number.amax(dim=1).tolist() == [9, 9]
 
 
 def test_marks_of_other_segments_are_refused(make_model):

@@ -236,6 +236,7 @@ TEXT_STUDIES: dict[str, dict[str, Fields]] = {
     "sections": {
         **RECURRENCES,
         "layerwise, states of all segments": {"flags": {"decoder_context": "memory"}},
+        "layerwise, last two segments of the section": {"flags": {"decoder_context": "section", "context_segments": 2}},
         "layerwise, tokens of the section": {"flags": {"decoder_context": "section"}},
         "layerwise, tokens of all segments": {"flags": {"decoder_context": "all"}},
         "BART, first 1,024 tokens of each section": PLAIN | {"reads": "heads"},

@@ -31,7 +31,7 @@ VARIANTS = {
     "windows": {"bptt_depth": 1},
     "top": {"recurrence": "top"},
     "memory": {"decoder_context": "memory"},
-    "section": {"decoder_context": "section"},
+    "section": {"decoder_context": "section", "context_segments": 2},
     "all static": {"decoder_context": "all", "recurrence": "none"},
 }
 CONFIGS = Path(__file__).parents[2] / "ds_configs"

@@ -21,6 +21,8 @@ CASES = [
     {"decoder_context": "memory"},
     {"decoder_context": "all"},
     {"decoder_context": "section"},
+    {"decoder_context": "memory", "context_segments": 2},
+    {"decoder_context": "all", "context_segments": 2},
     {"bptt_depth": 1},
 ]
 

@@ -10,6 +10,8 @@ from recurrent_bart.training.windows import bptt_windows, count_windows, window_
 from tiny import random_ids
 
 CPU = torch.device("cpu")
+# and segments of it at most
+CONTEXTS = [("last", -1), ("memory", -1), ("memory", 2), ("section", -1), ("all", -1), ("all", 3)]
 
 
 @pytest.fixture
@@ -37,11 +39,12 @@ def test_no_logits_are_made(make_model, batch, monkeypatch, depth):
 
 
 @pytest.mark.parametrize("extra", [0, 2], ids=["", "waiting for others"])
-@pytest.mark.parametrize("context", ["last", "memory", "section", "all"])
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("recurrence", ["layerwise", "top"])
 @pytest.mark.parametrize("depth", [0, 1, 2, 6, 8])
 def test_bptt_windows_give_the_loss_and_gradient_of_one_pass(make_model, batch, depth, recurrence, context, extra):
-    model = make_model(bptt_depth=depth, recurrence=recurrence, decoder_context=context).train()
+    fields = dict(zip(("decoder_context", "context_segments"), context, strict=True))
+    model = make_model(bptt_depth=depth, recurrence=recurrence, **fields).train()
     n_items = batch.n_targets()
     loss = model(**batch.model_inputs(CPU), num_items_in_batch=n_items).loss
     loss.backward()

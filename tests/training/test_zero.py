@@ -63,7 +63,7 @@ CASES = {
         ),
         "zero3-windows-by-segment": case(3, task="sections", bptt_depth=0, checkpointing="segment", bucket=500),
         "zero3-windows-memory": case(3, task="sections", bptt_depth=1, decoder_context="memory"),
-        "zero3-windows-section": case(3, task="sections", bptt_depth=1, decoder_context="section"),
+        "zero3-windows-section": case(3, task="sections", bptt_depth=1, decoder_context="section", context_segments=3),
         "zero3-document-all-top": case(3, bptt_depth=1, decoder_context="all", recurrence="top"),
         "zero3-wavefront-accumulated": case(3, accumulation=2, schedule="wavefront", bucket=500),
         # without a graph up to the window, of which one process's documents have nothing
