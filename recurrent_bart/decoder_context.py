@@ -1,14 +1,15 @@
 """What the decoder attends to: states and tokens, after the last segment or after each.
 
-Shape suffixes: B documents, N segments, K segments up to one of them, X positions that one segment adds, Y positions of
-segments read before, P prefix length, L tokens in a segment, A attended length, D model width.
+Shape suffixes: B documents, N segments, M segments after which there is a context, K segments up to one of them,
+X positions that one segment adds, Y positions of segments read before, P prefix length, L tokens in a segment,
+A attended length, D model width.
 """
 
 import torch
 from torch import Tensor, nn
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.modeling_outputs import RecurrentEncoderOutput, take
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.schedules import GridOutput
 from recurrent_bart.segmentation import on_device
@@ -23,7 +24,7 @@ def encoder_output(
     mask_BNL: Tensor,
     state: RecurrentState | None,
     every_segment: bool,
-    ends_BN: Tensor | None = None,
+    marked_BN: Tensor | None = None,
 ) -> RecurrentEncoderOutput:
     """The decoder's context and the state, from the grid's outputs.
 
@@ -33,8 +34,8 @@ def encoder_output(
         mask_BNL: 1 at tokens, on the host, where the masks are put together.
         state: What was read before.
         every_segment: Give the context after each segment, `(B, N, A, D)`.
-        ends_BN: Booleans on the host, True where a section ends; None: after each segment, or with a context after the
-            last one alone, nowhere.
+        marked_BN: Booleans on the host, with `every_segment`: give the context after those that are marked, where
+            sections end, `(M, A, D)`, or if none is after the last one of the first document; None: after each.
     """
     is_read_BN = mask_BNL.bool().any(dim=-1)
     tokens = torch.stack(grid.tokens, dim=1), mask_BNL[:, -len(grid.tokens) :].bool()
@@ -43,36 +44,56 @@ def encoder_output(
         memory_BNPD = torch.stack(grid.memories, dim=1)
         read_BNP = is_read_BN[:, -len(grid.memories) :].unsqueeze(-1).expand(memory_BNPD.shape[:3])
         blocks.insert(0, (memory_BNPD, read_BNP))
-    past = None
+    wanted_BN = torch.full_like(is_read_BN, every_segment)
+    wanted_BN[:, -1] = True
+    if marked_BN is not None:
+        wanted_BN = marked_or_last(marked_BN)
+    earlier, past = None, None
     if config.decoder_context != "last":
-        place = 0 if config.decoder_context == "memory" else -1
-        if config.decoder_context != "section" or not every_segment:
-            ends_BN = torch.zeros_like(is_read_BN)
-        elif ends_BN is None:
-            ends_BN = torch.ones_like(is_read_BN)
+        earlier = blocks.pop(0 if config.decoder_context == "memory" else -1)
+        ends_BN = torch.zeros_like(is_read_BN)
+        if config.decoder_context == "section" and every_segment:
+            ends_BN = wanted_BN if marked_BN is None else marked_BN
         number_BN = _numbers(is_read_BN, state)
-        own = blocks[place][0], blocks[place][1] * number_BN[:, :-1].unsqueeze(2)
+        own = earlier[0], earlier[1] * number_BN[:, :-1].unsqueeze(2)
         least_BN = _least_seen(number_BN, ends_BN, config.context_segments)
         past = _read_so_far(own, state, least_BN[:, -1])
         if every_segment:
-            n_back = _longest_seen(number_BN, least_BN, ends_BN if config.decoder_context == "section" else None)
-            hidden, seen = _history(own, state, config.bptt_window, least_BN[:, :-1], n_back)
+            seen = _history(own, state, config.bptt_window, number_BN, least_BN, wanted_BN)
         else:
-            hidden, seen = (part.unsqueeze(1) for part in _read_so_far(own, state, least_BN[:, -2]))
-        blocks[place] = hidden, seen > 0
-    hidden, mask = _join([block if every_segment else (block[0][:, -1:], block[1][:, -1:]) for block in blocks])
+            seen = _read_so_far(own, state, least_BN[:, -2])
+        earlier = seen[0], seen[1] > 0
+    # of as many segments as were kept
+    contexts = [_at(block, wanted_BN[:, -block[0].shape[1] :]) for block in blocks]
+    if earlier is not None:
+        contexts.insert(0 if config.decoder_context == "memory" else len(contexts), earlier)
+    hidden, mask = _join(contexts)
+    if every_segment and marked_BN is None:
+        hidden, mask = (part.unflatten(0, wanted_BN.shape) for part in (hidden, mask))
     is_read_BN, is_seen = (on_device(known, hidden.device) for known in (is_read_BN, mask))
     position_B = is_read_BN.sum(dim=1) + (0 if state is None else state.position)
     return RecurrentEncoderOutput(
-        last_hidden_state=hidden if every_segment else hidden.squeeze(1),
-        context_mask=(is_seen if every_segment else is_seen.squeeze(1)).to(mask_BNL.dtype),
+        last_hidden_state=hidden,
+        context_mask=is_seen.to(mask_BNL.dtype),
         has_padding=not mask.all(),
         hidden_states=_by_layer(grid.hidden_states),
         attentions=_by_layer(grid.attentions),
         is_read=is_read_BN,
-        n_memory=blocks[0][0].shape[2] if grid.memories else 0,
+        n_memory=contexts[0][0].shape[1] if grid.memories else 0,
         state=RecurrentState(position_B, None if grid.memory is None else grid.memory.transpose(0, 1), *(past or ())),
     )
+
+
+def marked_or_last(marked_BN: Tensor) -> Tensor:
+    """Booleans with at least one that is true: so many contexts as are wanted, and never none."""
+    marked_BN = marked_BN.clone()
+    marked_BN[0, -1] |= ~marked_BN.any()
+    return marked_BN
+
+
+def _at(block: Block, wanted_BN: Tensor) -> Block:
+    """What segments add themselves, of those that are wanted: `(M, X, ...)`."""
+    return take(block[0], wanted_BN), block[1][wanted_BN]
 
 
 def first_of_section(ends_BN: Tensor) -> Tensor:
@@ -107,14 +128,6 @@ def _least_seen(number_BN: Tensor, ends_BN: Tensor, most: int) -> Tensor:
     return least_BN if most == -1 else torch.maximum(least_BN, number_BN - most + 1)
 
 
-def _longest_seen(number_BN: Tensor, least_BN: Tensor, wanted_BN: Tensor | None) -> int:
-    """Most of these segments that are seen after one of them, or one of those that are wanted."""
-    lengths_BN = (number_BN - least_BN + 1)[:, :-1]
-    if wanted_BN is not None:
-        lengths_BN = lengths_BN * wanted_BN
-    return min(max(1, int(lengths_BN.max())), lengths_BN.shape[1])
-
-
 def _read_so_far(own: Block, state: RecurrentState | None, least_B: Tensor) -> Block:
     """What all segments add to the context, from the least one on, and of which each is: `(B, Y + N * X, ...)`."""
     hidden_BAD, number_BA = own[0].flatten(1, 2), own[1].flatten(1, 2)
@@ -128,47 +141,50 @@ def _read_so_far(own: Block, state: RecurrentState | None, least_B: Tensor) -> B
     return hidden_BAD[:, n_gone:], number_BA[:, n_gone:]
 
 
-def _history(own: Block, state: RecurrentState | None, window: int | None, least_BN: Tensor, n_back: int) -> Block:
-    """After each segment, what it and those before it add, from the least one on: `(B, N, Y + K * X, ...)`.
+def _history(
+    own: Block, state: RecurrentState | None, window: int | None, number_BN: Tensor, least_BN: Tensor, wanted_BN: Tensor
+) -> Block:
+    """After segments that are wanted, what they and those before them add, from the least: `(M, Y + K * X, ...)`.
 
     Args:
         own: What each segment adds, and which one it is.
         state: What was read before.
         window: Segments of a window that gradient does not leave.
+        number_BN: From `_numbers`.
         least_BN: From `_least_seen`.
-        n_back: K, segments up to each one that are looked at.
+        wanted_BN: After which segments.
     """
-    hidden_BNKXD, number_BNKX = (_up_to_each(part, n_back) for part in own)
-    n_segments, device = least_BN.shape[1], hidden_BNKXD.device
+    n_segments, device = wanted_BN.shape[1], own[0].device
+    row_M, place_M = wanted_BN.nonzero(as_tuple=True)
+    least_M = least_BN[row_M, place_M]
+    # K, segments up to each one that are looked at
+    n_back = min(max(1, int((number_BN[row_M, place_M] - least_M).max()) + 1), n_segments)
+    place_MK = place_M.unsqueeze(1) + torch.arange(1 - n_back, 1)
+    chosen_MK = row_M.unsqueeze(1), place_MK.clamp(min=0)
+    number_MKX = own[1][chosen_MK] * (place_MK >= 0).unsqueeze(2)
+    hidden_MKXD = own[0][tuple(part.to(device, non_blocking=True) for part in chosen_MK)]
     if window is not None:
         # gradient goes no further back than the state's does
-        place_NK = torch.arange(n_segments).unsqueeze(1) + torch.arange(1 - n_back, 1)
-        windows_NK = (n_segments - 1 - place_NK) // window
-        is_same_NK = (windows_NK == windows_NK[:, -1:]).to(device, non_blocking=True)
-        hidden_BNKXD = torch.where(is_same_NK[..., None, None], hidden_BNKXD, hidden_BNKXD.detach())
-    hidden, number = hidden_BNKXD.flatten(2, 3), number_BNKX.flatten(2, 3)
+        windows_MK = (n_segments - 1 - place_MK) // window
+        is_same_MK = (windows_MK == windows_MK[:, -1:]).to(device, non_blocking=True)
+        hidden_MKXD = torch.where(is_same_MK[..., None, None], hidden_MKXD, hidden_MKXD.detach())
+    hidden, number = hidden_MKXD.flatten(1, 2), number_MKX.flatten(1, 2)
     if state is not None and state.context is not None:
         assert state.context_number is not None
-        past_BNYD = state.context.to(hidden.dtype).unsqueeze(1).expand(-1, n_segments, -1, -1)
-        past_number_BNY = state.context_number.cpu().unsqueeze(1).expand(-1, n_segments, -1)
-        hidden, number = torch.cat([past_BNYD, hidden], dim=2), torch.cat([past_number_BNY, number], dim=2)
-    return hidden, number * (number >= least_BN.unsqueeze(2))
-
-
-def _up_to_each(part_BNX: Tensor, n_back: int) -> Tensor:
-    """Of each segment the last K up to it, zero where there is none: `(B, N, K, X, ...)`."""
-    padded = nn.functional.pad(part_BNX, (*[0, 0] * (part_BNX.dim() - 2), n_back - 1, 0))
-    return padded.unfold(1, n_back, 1).movedim(-1, 2)
+        past_MYD = state.context.to(hidden.dtype)[row_M.to(device, non_blocking=True)]
+        hidden = torch.cat([past_MYD, hidden], dim=1)
+        number = torch.cat([state.context_number.cpu()[row_M], number], dim=1)
+    return hidden, number * (number >= least_M.unsqueeze(1))
 
 
 def _join(blocks: list[Block]) -> Block:
-    """States and tokens as one context `(B, N, A, D)`.
+    """States and tokens as one context `(M, A, D)`.
 
     A block with nothing in it is of a segment that its document does not have. It is seen as it is: nobody reads what
     comes out, and a softmax over nothing would not be finite.
     """
     masks = [mask | ~mask.any(dim=-1, keepdim=True) for _, mask in blocks]
-    return torch.cat([hidden for hidden, _ in blocks], dim=2), torch.cat(masks, dim=2)
+    return torch.cat([hidden for hidden, _ in blocks], dim=1), torch.cat(masks, dim=1)
 
 
 def _by_layer(segments: list[list[Tensor]]) -> tuple[Tensor, ...] | None:

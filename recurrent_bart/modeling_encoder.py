@@ -52,8 +52,9 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
                 have. None: all are tokens.
             inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
             state: What was read before. With one, a document may have nothing more to read.
-            every_segment: Give the decoder's context after each segment. `(B, N)` booleans: likewise, and with
-                `decoder_context="section"` say after which ones sections end; True: after each.
+            every_segment: Give the decoder's context after each segment. `(B, N)` booleans: after those that are
+                marked, as rows, or if none is after one all the same; with `decoder_context="section"` sections end
+                there.
             output_attentions: Give what tokens attend to in every layer; the eager back-end alone can.
             output_hidden_states: Give the token streams of every layer.
             return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
@@ -68,9 +69,10 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
         segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
-        ends_BN = None
+        marked_BN = aligned_BN = None
         if isinstance(every_segment, Tensor):
-            ends_BN, every_segment = align_marks(every_segment, mask, n_empty_B), True
+            marked_BN, every_segment = every_segment.cpu(), True
+            aligned_BN = align_marks(marked_BN, mask, n_empty_B)
         if inputs_embeds is None:
             segments, earlier = self.embed_segments(segments, every_segment)
         grid = Grid(
@@ -84,7 +86,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         outputs = grid.run(segments, mask, state, kept, earlier)
-        output = encoder_output(self.config, outputs, mask, state, every_segment, ends_BN).shifted(-n_empty_B)
+        output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN)
+        output = output.shifted(-n_empty_B, marked_BN)
         return output.as_tuple() if return_dict is False else output
 
     def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:

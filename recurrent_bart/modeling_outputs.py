@@ -4,6 +4,7 @@ Shape suffixes: B documents, N segments, L tokens in a segment, A attended lengt
 D model width, V vocabulary.
 """
 
+import dataclasses
 from dataclasses import dataclass, fields
 
 import torch
@@ -32,6 +33,12 @@ def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
     return whole
 
 
+def _order(marked_BN: Tensor, n_segments_B: Tensor) -> Tensor:
+    """Numbers of rows in the order of marked segments, from that which these had before `shift_segments` moved them."""
+    number_BN = shift_segments(torch.arange(marked_BN.numel()).view(marked_BN.shape), -n_segments_B)
+    return number_BN[shift_segments(marked_BN, -n_segments_B)].argsort()
+
+
 def _places(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     """Numbers of what is chosen, on a device that is not waited for."""
     return tuple(place.to(device, non_blocking=True) for place in chosen.nonzero(as_tuple=True))
@@ -43,7 +50,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
 
     Attributes:
         last_hidden_state: `(B, A, D)`: states, then tokens, as `config.decoder_context` has it. With
-            `every_segment=True` `(B, N, A, D)`: the same after each segment.
+            `every_segment=True` `(B, N, A, D)`: the same after each segment; of marked ones as rows `(M, A, D)`,
+            document by document.
         hidden_states: Token streams below and above every layer, each `(B, N, L, D)`.
         attentions: What tokens attend to in every layer, each `(B, N, H, L, A)`, prefix in front.
         context_mask: `(B, A)` or `(B, N, A)`, 1 where there is something to attend to.
@@ -71,8 +79,14 @@ class RecurrentEncoderOutput(BaseModelOutput):
         *plain, state = values
         return cls(*plain, state=state and RecurrentState(*state))
 
-    def shifted(self, n_segments_B: Tensor) -> "RecurrentEncoderOutput":
-        """With what there is of each segment moved by `shift_segments`."""
+    def shifted(self, n_segments_B: Tensor, marked_BN: Tensor | None = None) -> "RecurrentEncoderOutput":
+        """With what there is of each segment moved by `shift_segments`; rows are of these marked ones behind it."""
+        order_M = torch.empty(0) if marked_BN is None else _order(marked_BN, n_segments_B)
+        # others than they are in only where segments without text are marked
+        if (order_M.diff() < 0).any():
+            order_M = order_M.to(self.last_hidden_state.device, non_blocking=True)
+            hidden, mask = (take(part, order_M) for part in (self.last_hidden_state, self.context_mask))
+            return dataclasses.replace(self, last_hidden_state=hidden, context_mask=mask).shifted(n_segments_B)
         every_segment = self.last_hidden_state.dim() == 4
 
         def shift(tensor: Tensor) -> Tensor:

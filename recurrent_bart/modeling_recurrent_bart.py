@@ -20,6 +20,7 @@ from transformers.models.bart.modeling_bart import (
 from transformers.utils.generic import can_return_tuple
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.decoder_context import marked_or_last
 from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.modeling_decoder import RecurrentBartDecoder
 from recurrent_bart.modeling_encoder import RecurrentBartEncoder
@@ -64,20 +65,21 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         require a gradient, as ids never do; and of outputs those in a tuple. Without them the encoder's gradient
         would be lost in silence.
         """
-        n_empty_B = None
+        n_empty_B, marked_BN = None, None
         if inputs_embeds is None and input_ids is not None:
             segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, None)
             segments, attention_mask, n_empty_B = align_at_end(segments, mask, kwargs.get("state") is not None)
             every_segment = kwargs.get("every_segment", False)
             if isinstance(every_segment, Tensor):
-                kwargs["every_segment"], every_segment = align_marks(every_segment, attention_mask, n_empty_B), True
+                marked_BN, every_segment = every_segment.cpu(), True
+                kwargs["every_segment"] = align_marks(marked_BN, attention_mask, n_empty_B)
             inputs_embeds, kwargs["earlier"] = self.encoder.embed_segments(segments, every_segment)
         if torch.is_grad_enabled() and inputs_embeds is not None and not inputs_embeds.requires_grad:
             inputs_embeds = inputs_embeds.detach().requires_grad_()
         output = RecurrentEncoderOutput.from_tuple(
             self.encoder(None, attention_mask, inputs_embeds, return_dict=False, **kwargs)
         )
-        return output if n_empty_B is None else output.shifted(-n_empty_B)
+        return output if n_empty_B is None else output.shifted(-n_empty_B, marked_BN)
 
     def decode(
         self,
@@ -273,13 +275,12 @@ class RecurrentBartForConditionalGeneration(
     ) -> RecurrentBartLMOutput:
         """Targets per segment: all segments that have one are decoded as one batch."""
         # without any target one segment is decoded all the same, so that every parameter takes part on every rank
-        has_target = has_target.clone()
-        has_target[0, -1] |= ~has_target.any()
+        has_target = marked_or_last(has_target)
         labels = take(labels_BNT.to(self.final_logits_bias.device, non_blocking=True), has_target)
-        read, decoder_input_ids = encoded.rows(has_target), self.prepare_decoder_input_ids_from_labels(labels)
+        decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if oracle is not None:
-            decoder_input_ids = self._mixed_inputs(oracle, read, decoder_input_ids, labels)
-        decoded = self.model.decode(read, input_ids=decoder_input_ids, use_cache=False)
+            decoder_input_ids = self._mixed_inputs(oracle, encoded, decoder_input_ids, labels)
+        decoded = self.model.decode(encoded, input_ids=decoder_input_ids, use_cache=False)
         loss, logits = self._score(decoded.last_hidden_state, labels, num_items_in_batch, return_logits)
         return RecurrentBartLMOutput(
             loss=loss,

@@ -81,13 +81,17 @@ class SegmentGeneration(GenerationMixin):
         generation_config: GenerationConfig | None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
-        is_told_BN = encoded.is_read
-        assert is_told_BN is not None
-        if chosen_BN is not None:
-            is_told_BN = is_told_BN & chosen_BN.to(is_told_BN.device)
+        is_told_BN = is_read_BN = encoded.is_read
+        assert is_read_BN is not None
+        if chosen_BN is None:
+            encoded = encoded.rows(is_read_BN)
+        else:
+            chosen_BN = chosen_BN.to(is_read_BN.device)
+            is_told_BN = is_read_BN & chosen_BN
             if not is_told_BN.any():
                 raise ValueError("every_segment: no segment that is read is chosen")
-        found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_told_BN), **kwargs)
+            encoded = encoded.rows(is_read_BN[chosen_BN].nonzero().squeeze(1))
+        found = super().generate(None, generation_config, encoder_outputs=encoded, **kwargs)
         texts = found.sequences if isinstance(found, ModelOutput) else found
         # of each segment, as many texts as num_return_sequences says
         texts_MST = texts.unflatten(0, (int(is_told_BN.sum()), -1))

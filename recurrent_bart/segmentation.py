@@ -181,7 +181,7 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
 
 
 def align_marks(marked_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tensor:
-    """Booleans of segments, on the host and moved as `align_at_end` has moved these.
+    """Booleans of segments moved as `align_at_end` has moved these.
 
     Raises:
         ValueError: They are of other documents or segments than there are.
@@ -191,7 +191,7 @@ def align_marks(marked_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tenso
             f"labels or every_segment for {tuple(marked_BN.shape)} documents and segments: there are "
             f"{tuple(mask_BNL.shape[:2])}"
         )
-    return shift_segments(marked_BN.cpu(), n_empty_B)
+    return shift_segments(marked_BN, n_empty_B)
 
 
 def look_up_when_read(embed: nn.Module, ids_BNL: Tensor, vocab_size: int) -> list[Segment]:

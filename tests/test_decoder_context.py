@@ -76,13 +76,13 @@ def of_sections():
 def test_the_decoder_sees_the_tokens_of_the_section_that_a_target_is_of(make_model, fields, n_most):
     model, (documents, inputs) = make_model(**fields), of_sections()
     output = model.model.encode(inputs["input_ids"], inputs["attention_mask"], every_segment=SECTIONS)
-    for row, t in SECTIONS.nonzero().tolist():
+    for number, (row, t) in enumerate(SECTIONS.nonzero().tolist()):
         after, _ = encode(model, documents[row])
         expected = context(model.config, after, t, ends=SECTIONS[row].nonzero().flatten().tolist())
-        seen = output.context_mask[row, t].bool()
-        torch.testing.assert_close(output.last_hidden_state[row, t, seen], expected, rtol=0, atol=1e-10)
+        seen = output.context_mask[number].bool()
+        torch.testing.assert_close(output.last_hidden_state[number, seen], expected, rtol=0, atol=1e-10)
     # no more than the longest section is there for any
-    assert output.last_hidden_state.shape[2] == (output.n_memory or 0) + n_most * 8
+    assert output.last_hidden_state.shape[:2] == (SECTIONS.sum(), (output.n_memory or 0) + n_most * 8)
 
 
 def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model):
@@ -146,6 +146,26 @@ def test_a_state_of_the_last_segments_does_not_grow(make_model, name):
         # the next segment is the third
         assert state.context.shape == (2, min(2, t + 1) * (3 if name == "memory" else 8), 16)
     assert state.context_number.amax(dim=1).tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("fields", [{}, CONTEXTS["memory"], CONTEXTS["two of all"]], ids=["last", "memory", "all"])
+def test_rows_of_marked_segments_are_what_stands_after_every_one(make_model, fields):
+    """Document by document, also of segments that have no text; with none marked, of one all the same."""
+    model, marked = make_model(**fields), torch.tensor([[1, 0, 1], [1, 0, 1], [0, 1, 1]]).bool()
+    _, ids, mask = batch_of(RAGGED)
+    whole = model.model.encode(ids, mask, every_segment=True)
+    rows = model.model.encode(ids, mask, every_segment=marked)
+    assert torch.equal(rows.is_read, whole.is_read)
+    is_read = whole.is_read[marked]
+    assert is_read.tolist() == [True, True, True, False, True, False]
+    for number, (row, t) in enumerate(marked.nonzero().tolist()):
+        if is_read[number]:
+            pairs = (
+                (it.last_hidden_state[at], it.context_mask[at].bool()) for it, at in ((rows, number), (whole, (row, t)))
+            )
+            found, expected = (hidden[seen] for hidden, seen in pairs)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert len(model.model.encode(ids, mask, every_segment=torch.zeros(3, 3).bool()).last_hidden_state) == 1
 
 
 def test_marks_of_other_segments_are_refused(make_model):
