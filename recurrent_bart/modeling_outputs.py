@@ -4,7 +4,6 @@ Shape suffixes: B documents, N segments, L tokens in a segment, A attended lengt
 D model width, V vocabulary.
 """
 
-import dataclasses
 from dataclasses import dataclass, fields
 
 import torch
@@ -81,22 +80,22 @@ class RecurrentEncoderOutput(BaseModelOutput):
 
     def shifted(self, n_segments_B: Tensor, marked_BN: Tensor | None = None) -> "RecurrentEncoderOutput":
         """With what there is of each segment moved by `shift_segments`; rows are of these marked ones behind it."""
-        order_M = torch.empty(0) if marked_BN is None else _order(marked_BN, n_segments_B)
-        # others than they are in only where segments without text are marked
-        if (order_M.diff() < 0).any():
-            order_M = order_M.to(self.last_hidden_state.device, non_blocking=True)
-            hidden, mask = (take(part, order_M) for part in (self.last_hidden_state, self.context_mask))
-            return dataclasses.replace(self, last_hidden_state=hidden, context_mask=mask).shifted(n_segments_B)
-        every_segment = self.last_hidden_state.dim() == 4
 
         def shift(tensor: Tensor) -> Tensor:
             return shift_segments(tensor, n_segments_B)
 
+        hidden, mask = self.last_hidden_state, self.context_mask
+        order_M = torch.empty(0) if marked_BN is None else _order(marked_BN, n_segments_B)
+        if hidden.dim() == 4:
+            hidden, mask = shift(hidden), shift(mask)
+        # rows have another order only where segments without text are marked
+        elif (order_M.diff() < 0).any():
+            hidden, mask = (take(part, order_M.to(part.device, non_blocking=True)) for part in (hidden, mask))
         return RecurrentEncoderOutput(
-            last_hidden_state=shift(self.last_hidden_state) if every_segment else self.last_hidden_state,
+            last_hidden_state=hidden,
             hidden_states=self.hidden_states and tuple(map(shift, self.hidden_states)),
             attentions=self.attentions and tuple(map(shift, self.attentions)),
-            context_mask=shift(self.context_mask) if every_segment else self.context_mask,
+            context_mask=mask,
             is_read=shift(self.is_read),
             n_memory=self.n_memory,
             has_padding=self.has_padding,

@@ -81,17 +81,15 @@ class SegmentGeneration(GenerationMixin):
         generation_config: GenerationConfig | None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
-        is_told_BN = is_read_BN = encoded.is_read
+        is_read_BN = encoded.is_read
         assert is_read_BN is not None
-        if chosen_BN is None:
-            encoded = encoded.rows(is_read_BN)
-        else:
-            chosen_BN = chosen_BN.to(is_read_BN.device)
-            is_told_BN = is_read_BN & chosen_BN
-            if not is_told_BN.any():
-                raise ValueError("every_segment: no segment that is read is chosen")
-            encoded = encoded.rows(is_read_BN[chosen_BN].nonzero().squeeze(1))
-        found = super().generate(None, generation_config, encoder_outputs=encoded, **kwargs)
+        chosen_BN = torch.ones_like(is_read_BN) if chosen_BN is None else chosen_BN.to(is_read_BN.device)
+        is_told_BN = is_read_BN & chosen_BN
+        if not is_told_BN.any():
+            raise ValueError("every_segment: no segment that is read is chosen")
+        # there are rows of all that is chosen, or contexts of everything
+        is_told = is_told_BN if encoded.last_hidden_state.dim() == 4 else is_read_BN[chosen_BN].nonzero().squeeze(1)
+        found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_told), **kwargs)
         texts = found.sequences if isinstance(found, ModelOutput) else found
         # of each segment, as many texts as num_return_sequences says
         texts_MST = texts.unflatten(0, (int(is_told_BN.sum()), -1))

@@ -165,6 +165,8 @@ def test_after_chosen_segments_stands_what_stands_there_after_every_one(make_mod
     length = found.shape[2]
     assert torch.equal(found[is_told], expected[is_told][:, :length])
     assert (found[~is_told] == model.config.pad_token_id).all()
+    read = model.model.encode(**documents, every_segment=True)
+    assert torch.equal(found, generate(model, {"encoder_outputs": read}, **how, every_segment=chosen))
     with pytest.raises(ValueError, match="no segment that is read is chosen"):
         generate(model, documents, every_segment=torch.zeros(3, 3).bool())
 
