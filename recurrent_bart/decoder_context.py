@@ -48,25 +48,16 @@ def encoder_output(
     wanted_BN[:, -1] = True
     if marked_BN is not None:
         wanted_BN = marked_or_last(marked_BN)
-    earlier, past = None, None
-    if config.decoder_context != "last":
-        earlier = blocks.pop(0 if config.decoder_context == "memory" else -1)
-        ends_BN = torch.zeros_like(is_read_BN)
-        if config.decoder_context == "section" and every_segment:
-            ends_BN = wanted_BN if marked_BN is None else marked_BN
-        number_BN = _numbers(is_read_BN, state)
-        own = earlier[0], earlier[1] * number_BN[:, :-1].unsqueeze(2)
-        least_BN = _least_seen(number_BN, ends_BN, config.context_segments)
-        past = _read_so_far(own, state, least_BN[:, -1])
-        if every_segment:
-            seen = _history(own, state, config.bptt_window, number_BN, least_BN, wanted_BN)
+    grows = {"last": None, "memory": 0}.get(config.decoder_context, len(blocks) - 1)
+    contexts, past = [], None
+    for number, block in enumerate(blocks):
+        if number == grows:
+            ends_BN = marked_BN if marked_BN is not None else wanted_BN & every_segment
+            context, past = _of_several(config, block, is_read_BN, state, ends_BN, wanted_BN if every_segment else None)
+            contexts.append(context)
         else:
-            seen = _read_so_far(own, state, least_BN[:, -2])
-        earlier = seen[0], seen[1] > 0
-    # of as many segments as were kept
-    contexts = [_at(block, wanted_BN[:, -block[0].shape[1] :]) for block in blocks]
-    if earlier is not None:
-        contexts.insert(0 if config.decoder_context == "memory" else len(contexts), earlier)
+            # of as many segments as were kept
+            contexts.append(_at(block, wanted_BN[:, -block[0].shape[1] :]))
     hidden, mask = _join(contexts)
     if every_segment and marked_BN is None:
         hidden, mask = (part.unflatten(0, wanted_BN.shape) for part in (hidden, mask))
@@ -94,6 +85,35 @@ def marked_or_last(marked_BN: Tensor) -> Tensor:
 def _at(block: Block, wanted_BN: Tensor) -> Block:
     """What segments add themselves, of those that are wanted: `(M, X, ...)`."""
     return take(block[0], wanted_BN), block[1][wanted_BN]
+
+
+def _of_several(
+    config: RecurrentBartConfig,
+    block: Block,
+    is_read_BN: Tensor,
+    state: RecurrentState | None,
+    ends_BN: Tensor,
+    wanted_BN: Tensor | None,
+) -> tuple[Block, Block]:
+    """What the decoder sees of several segments, and for the state, what of it will still be seen after another one.
+
+    Args:
+        config: The architecture.
+        block: What each segment adds.
+        is_read_BN: False where a document has no such segment.
+        state: What was read before.
+        ends_BN: Where sections end.
+        wanted_BN: After which segments it is seen; None: after the last one.
+    """
+    number_BN = _numbers(is_read_BN, state)
+    own = block[0], block[1] * number_BN[:, :-1].unsqueeze(2)
+    is_cut = config.decoder_context == "section"
+    least_BN = _least_seen(number_BN, ends_BN if is_cut else torch.zeros_like(ends_BN), config.context_segments)
+    if wanted_BN is None:
+        hidden, number = _read_so_far(own, state, least_BN[:, -2])
+    else:
+        hidden, number = _history(own, state, config.bptt_window, number_BN, least_BN, wanted_BN)
+    return (hidden, number > 0), _read_so_far(own, state, least_BN[:, -1])
 
 
 def first_of_section(ends_BN: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ class RecurrentBartModelOutput(Seq2SeqModelOutput):
 class RecurrentBartLMOutput(Seq2SeqLMOutput):
     """`Seq2SeqLMOutput` and the `state` after the last segment.
 
-    With `labels` `(B, N, T)`, `logits` are `(B, N, T, V)`, zero for segments that have no target.
+    With `labels` `(B, N, T)`, `logits` are `(B, N, T, V)`, zero for segments that have no target, and
+    `encoder_last_hidden_state` has a row for each that has one.
     """
 
     state: RecurrentState | None = None
