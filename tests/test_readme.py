@@ -100,7 +100,7 @@ def shortened(line, folder):
         line += " --budget_seconds 0"
     if "study.py sections" in line:
         # each model is a process that loads everything
-        line += " --only layerwise"
+        line += " --only layerwise-seed0"
     return line
 
 
