@@ -124,7 +124,7 @@ class RecurrentBartLMOutput(Seq2SeqLMOutput):
     """`Seq2SeqLMOutput` and the `state` after the last segment.
 
     With `labels` `(B, N, T)`, `logits` are `(B, N, T, V)`, zero for segments that have no target, and
-    `encoder_last_hidden_state` has a row for each that has one.
+    `encoder_last_hidden_state` is None, for what the decoder attends to has a row for each target, not each document.
     """
 
     state: RecurrentState | None = None

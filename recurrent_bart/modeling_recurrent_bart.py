@@ -285,7 +285,6 @@ class RecurrentBartForConditionalGeneration(
         return RecurrentBartLMOutput(
             loss=loss,
             logits=None if logits is None else put_back(logits, has_target),
-            encoder_last_hidden_state=encoded.last_hidden_state,
             state=encoded.state,
         )
 
