@@ -100,7 +100,7 @@ def shortened(line, folder):
         line += " --budget_seconds 0"
     if "study.py sections" in line:
         # each model is a process that loads everything
-        line += " --only layerwise-seed0"
+        line += " --only layerwise-seed0 --set model_size=tiny segment_size=64 max_n_segments=3 max_target_length=8"
     return line
 
 
