@@ -109,11 +109,15 @@ def _of_several(
     own = block[0], block[1] * number_BN[:, :-1].unsqueeze(2)
     is_cut = config.decoder_context == "section"
     least_BN = _least_seen(number_BN, ends_BN if is_cut else torch.zeros_like(ends_BN), config.context_segments)
-    if wanted_BN is None:
-        hidden, number = _read_so_far(own, state, least_BN[:, -2])
-    else:
+    past = _read_so_far(own, state, least_BN[:, -1])
+    if wanted_BN is not None:
         hidden, number = _history(own, state, config.bptt_window, number_BN, least_BN, wanted_BN)
-    return (hidden, number > 0), _read_so_far(own, state, least_BN[:, -1])
+    elif torch.equal(least_BN[:, -2], least_BN[:, -1]):
+        # nothing is left behind, and all that was read is not put together twice
+        hidden, number = past
+    else:
+        hidden, number = _read_so_far(own, state, least_BN[:, -2])
+    return (hidden, number > 0), past
 
 
 def first_of_section(ends_BN: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Ten
         return read(query_BHQK, *key_value, mask)
 
 
-def finite_backward(n_keys: int, has_mask: bool = True) -> contextlib.AbstractContextManager[None]:
+def finite_backward(n_keys: int, has_mask: bool) -> contextlib.AbstractContextManager[None]:
     """Attention of PyTorch without cuDNN where gradients of that could be NaN.
 
     With a mask, and keys that fill half of its last tile of 128, those of queries are where a query's scores are all
@@ -60,10 +60,10 @@ def finite_backward(n_keys: int, has_mask: bool = True) -> contextlib.AbstractCo
 
 @contextlib.contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Attention of PyTorch without cuDNN, which takes a tenth of a second to plan for each shape that is new to it.
+    """Attention of PyTorch without cuDNN, which plans for each shape that is new to it.
 
-    On an H100 60 ms forward and as much backward (torch 2.11), of the processor's time. Where the number of rows or
-    their length is another in each step, the plans take most of it.
+    On an H100 with torch 2.11 a plan took 47 to 78 ms forward and 55 to 89 backward, of the processor's time
+    (RESULTS.md): more than a step, where the number of rows or their length often is another.
     """
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -117,7 +117,7 @@ def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
 
 
 class SelfAttention(BartAttention):
-    """Identical to BartAttention except: it is never cuDNN's, for targets have other lengths in each step.
+    """Identical to BartAttention except: PyTorch computes it `without_cudnn`.
 
     Here and not around the decoder, for a checkpointed layer is computed again without what is around it.
     """
@@ -129,7 +129,10 @@ class SelfAttention(BartAttention):
 
 
 class CrossAttention(BartAttention):
-    """Identical to BartAttention except: flash attention reads contexts of different lengths rightly; never cuDNN's."""
+    """Identical to BartAttention except: flash attention reads contexts of different lengths rightly.
+
+    Like the decoder's own it is computed `without_cudnn`.
+    """
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):
         super().__init__(

@@ -13,17 +13,6 @@ from launching import load_script
 from runs import write_documents
 from tiny import PLAIN, tiny_model
 
-# of a module, what takes up to two minutes to make: once, by the process that has all tests that use it
-LONG_FIXTURES = {"results", "two_processes", "two_nodes"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Have `--dist loadgroup` give tests to one process that share such a fixture."""
-    for item in items:
-        if LONG_FIXTURES & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -88,7 +88,10 @@ def test_the_decoder_sees_the_tokens_of_the_section_that_a_target_is_of(make_mod
 def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model):
     """By labels and by marks; each target as a document that ends there, whose sections before are forgotten."""
     model, (_, inputs) = make_model(decoder_context="section").double(), of_sections()
-    logits = model(**inputs).logits
+    output = model(**inputs)
+    logits = output.logits
+    # rows of targets are no batch of documents
+    assert output.encoder_last_hidden_state is None
     told = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], every_segment=SECTIONS,
                           max_new_tokens=6)  # fmt: skip
     for row, t in SECTIONS.nonzero().tolist():
