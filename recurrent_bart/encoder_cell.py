@@ -17,6 +17,7 @@ from recurrent_bart.associative_memory import Matrix
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.prefix_attention import attend, concat_keys, gated_read, split_heads
 from recurrent_bart.prefix_recurrence import KeyValue
+from recurrent_bart.segmentation import to_device
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Visibility:
         tokens_see = mask_BL if config.prefix_attention == "gated" else torch.cat([prefix_BP, mask_BL], dim=1)
         query = stream_BLD.new_empty(len(mask_BL), 1, 1, device=mask_BL.device)
         masks = [create_bidirectional_mask(config, query, seen) for seen in (tokens_see, slots_see)]
-        tokens, slots = (mask.to(stream_BLD.device, non_blocking=True) for mask in masks)
-        is_token = mask_BL.to(stream_BLD.device, non_blocking=True) if config.associative_memory else None
+        tokens, slots = (to_device(mask, stream_BLD.device) for mask in masks)
+        is_token = to_device(mask_BL, stream_BLD.device) if config.associative_memory else None
         return cls(tokens, slots if n_slots else None, n_slots, slots_read_prefix, is_token)
 
     def rows(self, rows: slice, has_padding: bool) -> "Visibility":

@@ -102,7 +102,7 @@ def pad_segments(rows: list[list[list[int]]], padding: int) -> list[list[list[in
 
 def gather_segments(flat: Tensor, positions_BNL: Tensor, fill: float) -> Tensor:
     """Take `(B, N, L, ...)` out of `(B, n, ...)` at the positions of `segment_positions`; `fill` at padding."""
-    positions_BNL = positions_BNL.to(flat.device, non_blocking=True)
+    positions_BNL = to_device(positions_BNL, flat.device)
     rows = torch.arange(len(flat), device=flat.device).view(-1, 1, 1)
     taken = flat[rows, positions_BNL.clamp(min=0)]
     is_padding = (positions_BNL < 0).view(*positions_BNL.shape, *[1] * (flat.dim() - 2))
@@ -121,7 +121,7 @@ def shift_segments(segments: Tensor, n_segments_B: Tensor) -> Tensor:
     """
     if not n_segments_B.any():
         return segments
-    n_segments, n_segments_B = segments.shape[1], n_segments_B.to(segments.device, non_blocking=True)
+    n_segments, n_segments_B = segments.shape[1], to_device(n_segments_B, segments.device)
     rows = torch.arange(segments.shape[0], device=segments.device).unsqueeze(1)
     columns = torch.arange(n_segments, device=segments.device) - n_segments_B.unsqueeze(1)
     return segments[rows, columns % n_segments]
@@ -218,5 +218,14 @@ def is_sharded(module: nn.Module) -> bool:
 def on_device(known: Tensor, device: torch.device) -> Tensor:
     """Booleans that the host knows, on a device that is not waited for; nothing is copied where all are the same."""
     if known.device.type == device.type or (known.any() and not known.all()):
-        return known.to(device, non_blocking=True)
+        return to_device(known, device)
     return torch.full_like(known, bool(known.any()), device=device)
+
+
+def to_device(known: Tensor, device: torch.device) -> Tensor:
+    """What the host knows, on a device that is not waited for.
+
+    From pinned memory: of any other CUDA takes more than 64 KB only when all that it was given before is done.
+    """
+    is_pinned_first = device.type == "cuda" and known.device.type == "cpu"
+    return (known.pin_memory() if is_pinned_first else known).to(device, non_blocking=True)

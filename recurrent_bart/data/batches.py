@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recurrent_bart.data.rows import TASKS
-from recurrent_bart.segmentation import pad_segments, split_into_segments
+from recurrent_bart.segmentation import pad_segments, split_into_segments, to_device
 from recurrent_bart.targets import IGNORED
 
 
@@ -48,7 +48,7 @@ class Batch:
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Arguments of the model's forward; what it decides by stays on the host, so that it waits for no device."""
-        ids = self.input_ids.to(device, non_blocking=True)
+        ids = to_device(self.input_ids, device)
         return {"input_ids": ids, "attention_mask": self.attention_mask, "labels": self.labels}
 
     def pin_memory(self) -> "Batch":
