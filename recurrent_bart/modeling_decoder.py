@@ -124,10 +124,16 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         """What the decoder sees, in the back-end's form: BartDecoder would wait for the device to see if it is all."""
         if encoder_outputs.has_padding is False:
             return None
-        hidden = encoder_outputs.last_hidden_state
-        return create_bidirectional_mask(
-            self.config, hidden[:, :1], encoder_outputs.context_mask, hidden, allow_is_bidirectional_skip=False
-        )
+        return self._bidirectional_mask(encoder_outputs.last_hidden_state, encoder_outputs.context_mask)
+
+    def packed_masks(self, encoder_outputs: RecurrentEncoderOutput) -> list[Tensor]:
+        """Likewise of each group of contexts that are packed."""
+        packing, seen = encoder_outputs.packing, (encoder_outputs.last_hidden_state, encoder_outputs.context_mask)
+        hidden, mask = ([part.squeeze(0) for part in packing.unpack(packed, dim=1)] for packed in seen)
+        return [*map(self._bidirectional_mask, hidden, mask)]
+
+    def _bidirectional_mask(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return create_bidirectional_mask(self.config, hidden[:, :1], mask, hidden, allow_is_bidirectional_skip=False)
 
     def _causal_mask(self, inputs: Tensor | None) -> Tensor | None:
         """Likewise of its own inputs, ids or embeddings: without a mask BartDecoder would make one and look at it."""

@@ -42,6 +42,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         earlier: Sequence[Segment] = (),
+        may_pack: bool = False,
         **kwargs: Any,
     ) -> RecurrentEncoderOutput | tuple:
         """Read documents.
@@ -60,6 +61,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
             earlier: From `embed_segments`, beside its embeddings: segments in front of those. `attention_mask` is of
                 all of them, and documents end at the last one.
+            may_pack: Contexts of marked segments may be packed, where many would be padded to the longest.
 
         Raises:
             ValueError: Ids and embeddings are both given or both missing, a document has no token, a segment is
@@ -86,7 +88,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         outputs = grid.run(segments, mask, state, kept, earlier)
-        output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN)
+        output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN, may_pack)
         output = output.shifted(-n_empty_B, marked_BN)
         return output.as_tuple() if return_dict is False else output
 

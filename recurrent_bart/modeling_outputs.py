@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 
 from recurrent_bart.prefix_recurrence import RecurrentState
-from recurrent_bart.segmentation import shift_segments
+from recurrent_bart.segmentation import shift_segments, to_device
 
 
 def take(tensor: Tensor, chosen: Tensor) -> Tensor:
@@ -40,7 +40,25 @@ def _order(marked_BN: Tensor, n_segments_B: Tensor) -> Tensor:
 
 def _places(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     """Numbers of what is chosen, on a device that is not waited for."""
-    return tuple(place.to(device, non_blocking=True) for place in chosen.nonzero(as_tuple=True))
+    return tuple(to_device(place, device) for place in chosen.nonzero(as_tuple=True))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How contexts that differ in their length lie one behind the other, by groups of similar ones.
+
+    Attributes:
+        sizes: Of each group the number of contexts and of positions, to which they are padded.
+        order: `(M,)`, which one each of them is, on the host.
+    """
+
+    sizes: list[tuple[int, int]]
+    order: Tensor
+
+    def unpack(self, packed: Tensor, dim: int) -> list[Tensor]:
+        """Of each group `(..., m, A, ...)`, which lie behind each other in a dimension."""
+        parts = packed.split([n_rows * n_positions for n_rows, n_positions in self.sizes], dim)
+        return [part.unflatten(dim, size) for part, size in zip(parts, self.sizes, strict=True)]
 
 
 @dataclass
@@ -50,7 +68,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
     Attributes:
         last_hidden_state: `(B, A, D)`: states, then tokens, as `config.decoder_context` has it. With
             `every_segment=True` `(B, N, A, D)`: the same after each segment; of marked ones as rows `(M, A, D)`,
-            document by document.
+            document by document, or packed, `(1, A, D)`.
         hidden_states: Token streams below and above every layer, each `(B, N, L, D)`.
         attentions: What tokens attend to in every layer, each `(B, N, H, L, A)`, prefix in front.
         context_mask: `(B, A)` or `(B, N, A)`, 1 where there is something to attend to.
@@ -58,6 +76,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         n_memory: Leading positions of `last_hidden_state` that are state.
         has_padding: Whether `context_mask` has a 0, so that nobody must look; None: unknown.
         state: The state after the last segment.
+        packing: How the contexts of marked segments are packed; None: they are rows.
     """
 
     context_mask: Tensor | None = None
@@ -65,18 +84,20 @@ class RecurrentEncoderOutput(BaseModelOutput):
     n_memory: int | None = None
     has_padding: bool | None = None
     state: RecurrentState | None = None
+    packing: Packing | None = None
 
     def as_tuple(self) -> tuple:
         """The same as a plain tuple: hooks on modules look for tensors in nothing else."""
         state = self.state and tuple(getattr(self.state, item.name) for item in fields(RecurrentState))
         plain = self.last_hidden_state, self.hidden_states, self.attentions, self.context_mask, self.is_read
-        return *plain, self.n_memory, self.has_padding, state
+        packing = self.packing and tuple(getattr(self.packing, item.name) for item in fields(Packing))
+        return *plain, self.n_memory, self.has_padding, state, packing
 
     @classmethod
     def from_tuple(cls, values: tuple) -> "RecurrentEncoderOutput":
         """What `as_tuple` gave."""
-        *plain, state = values
-        return cls(*plain, state=state and RecurrentState(*state))
+        *plain, state, packing = values
+        return cls(*plain, state=state and RecurrentState(*state), packing=packing and Packing(*packing))
 
     def shifted(self, n_segments_B: Tensor, marked_BN: Tensor | None = None) -> "RecurrentEncoderOutput":
         """With what there is of each segment moved by `shift_segments`; rows are of these marked ones behind it."""
@@ -84,13 +105,15 @@ class RecurrentEncoderOutput(BaseModelOutput):
         def shift(tensor: Tensor) -> Tensor:
             return shift_segments(tensor, n_segments_B)
 
-        hidden, mask = self.last_hidden_state, self.context_mask
+        hidden, mask, packing = self.last_hidden_state, self.context_mask, self.packing
         order_M = torch.empty(0) if marked_BN is None else _order(marked_BN, n_segments_B)
         if hidden.dim() == 4:
             hidden, mask = shift(hidden), shift(mask)
         # rows have another order only where segments without text are marked
+        elif (order_M.diff() < 0).any() and packing is not None:
+            packing = Packing(packing.sizes, order_M.argsort()[packing.order])
         elif (order_M.diff() < 0).any():
-            hidden, mask = (take(part, order_M.to(part.device, non_blocking=True)) for part in (hidden, mask))
+            hidden, mask = (take(part, to_device(order_M, part.device)) for part in (hidden, mask))
         return RecurrentEncoderOutput(
             last_hidden_state=hidden,
             hidden_states=self.hidden_states and tuple(map(shift, self.hidden_states)),
@@ -100,6 +123,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
             n_memory=self.n_memory,
             has_padding=self.has_padding,
             state=self.state,
+            packing=packing,
         )
 
     def rows(self, chosen: Tensor) -> "RecurrentEncoderOutput":

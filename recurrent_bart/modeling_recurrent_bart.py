@@ -35,7 +35,7 @@ from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.oracle_inputs import OracleInputs
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segment_generation import SegmentGeneration
-from recurrent_bart.segmentation import align_at_end, align_marks, segment_documents
+from recurrent_bart.segmentation import align_at_end, align_marks, segment_documents, to_device
 from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, on_host, per_target, token_loss
 from recurrent_bart.token_head import TokenHead
 
@@ -94,14 +94,23 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
 
         From embeddings made outside it to a plain tuple, for the reason that `encode` has.
         """
-        hidden, mask = encoder_outputs.last_hidden_state, self.decoder.context_mask(encoder_outputs)
+        hidden, packing, mask = encoder_outputs.last_hidden_state, encoder_outputs.packing, None
+        if packing is None:
+            mask = self.decoder.context_mask(encoder_outputs)
+        else:
+            kwargs["packed"] = packing, self.decoder.packed_masks(encoder_outputs)
         if self.config.has_state and self.config.prefix_attention == "gated":
             # BartDecoder hands further arguments down to its attention, which alone knows this one
             kwargs["n_memory"] = encoder_outputs.n_memory or 0
         if inputs_embeds is None:
             inputs_embeds, input_ids = self.decoder.embed_tokens(input_ids), None
+        if packing is not None:
+            inputs_embeds = inputs_embeds[to_device(packing.order, inputs_embeds.device)]
         inputs = input_ids, attention_mask, hidden, mask, past_key_values, inputs_embeds
-        return BaseModelOutputWithPastAndCrossAttentions(*self.decoder(*inputs, return_dict=False, **kwargs))
+        output = BaseModelOutputWithPastAndCrossAttentions(*self.decoder(*inputs, return_dict=False, **kwargs))
+        if packing is not None:
+            output.last_hidden_state = output.last_hidden_state[to_device(packing.order.argsort(), hidden.device)]
+        return output
 
     @can_return_tuple
     def forward(
@@ -206,14 +215,16 @@ class RecurrentBartForConditionalGeneration(
             if known is not None:
                 has_target = (known != IGNORED).any(dim=-1)
                 check_labels(known[has_target], self.config.vocab_size, every_row=False)
-            encoded = self.model.encode(**reading, state=state, every_segment=has_target, **kwargs)
+            # an oracle takes rows of them
+            marks = {"every_segment": has_target, "may_pack": oracle is None}
+            encoded = self.model.encode(**reading, state=state, **marks, **kwargs)
             return self._decode_segments(encoded, labels, has_target, num_items_in_batch, oracle, return_logits)
         if labels is not None:
             use_cache = False
             known = on_host(labels)
             if known is not None:
                 check_labels(known, self.config.vocab_size, every_row=True)
-            labels = labels.to(self.final_logits_bias.device, non_blocking=True)
+            labels = to_device(labels, self.final_logits_bias.device)
             if decoder_input_ids is not None:
                 check_decoder_start(decoder_input_ids, self.config.decoder_start_token_id)
             elif decoder_inputs_embeds is None:
@@ -276,7 +287,7 @@ class RecurrentBartForConditionalGeneration(
         """Targets per segment: all segments that have one are decoded as one batch."""
         # without any target one segment is decoded all the same, so that every parameter takes part on every rank
         has_target = marked_or_last(has_target)
-        labels = take(labels_BNT.to(self.final_logits_bias.device, non_blocking=True), has_target)
+        labels = take(to_device(labels_BNT, self.final_logits_bias.device), has_target)
         decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if oracle is not None:
             decoder_input_ids = self._mixed_inputs(oracle, encoded, decoder_input_ids, labels)

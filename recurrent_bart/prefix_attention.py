@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bart.modeling_bart import BartAttention, eager_attention_forward
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.modeling_outputs import Packing
 from recurrent_bart.prefix_recurrence import KeyValue
 
 # what was read (B, Q, H, K) and, from the eager back-end, the weights (B, H, Q, A)
@@ -151,14 +152,34 @@ class CrossAttention(BartAttention):
         past_key_values: EncoderDecoderCache | None = None,
         attention_mask: Tensor | None = None,
         n_memory: int = 0,
+        packed: tuple[Packing, Sequence[Tensor]] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As BartAttention's; `n_memory` is the number M of memory positions at the head of `key_value_states`."""
+        """As BartAttention's.
+
+        Args:
+            hidden_states: See BartAttention, for the others too.
+            n_memory: Number M of memory positions at the head of each context.
+            packed: How `key_value_states` are packed, and masks of the groups; weights are not given then.
+        """
         query = split_heads(self, self.q_proj(hidden_states))
         key_value = self._cached_key_value(key_value_states, past_key_values)
         with without_cudnn():
-            values, weights = self._read(query, key_value, attention_mask, n_memory)
+            if packed is None:
+                values, weights = self._read(query, key_value, attention_mask, n_memory)
+            else:
+                values, weights = self._read_groups(query, key_value, *packed, n_memory), None
         return self.out_proj(values.flatten(2)), weights
+
+    def _read_groups(
+        self, query: Tensor, key_value: KeyValue, packing: Packing, masks: Sequence[Tensor], n_memory: int
+    ) -> Tensor:
+        """What is read of contexts that are packed, by queries in their order."""
+        queries = query.split([n_rows for n_rows, _ in packing.sizes])
+        # (1, H, m, A, K) of each group
+        keys, values = ([it.squeeze(0).transpose(0, 1) for it in packing.unpack(part, dim=2)] for part in key_value)
+        groups = zip(queries, zip(keys, values, strict=True), masks, strict=True)
+        return torch.cat([self._read(*group, n_memory)[0] for group in groups])
 
     def _read(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, n_memory: int) -> Read:
         return attend(self, query, key_value, mask)

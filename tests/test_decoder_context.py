@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recurrent_bart import RecurrentBartConfig
+from recurrent_bart import RecurrentBartConfig, decoder_context
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segmentation import pad_segments
 from reference import context, encode
@@ -169,6 +169,86 @@ def test_rows_of_marked_segments_are_what_stands_after_every_one(make_model, fie
             found, expected = (hidden[seen] for hidden, seen in pairs)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert len(model.model.encode(ids, mask, every_segment=torch.zeros(3, 3).bool()).last_hidden_state) == 1
+
+
+PACKED = {
+    "section": {"decoder_context": "section"},
+    "gated": {"decoder_context": "section", "prefix_attention": "gated"},
+    "concat": {"decoder_context": "section", "prefix_attention": "concat"},
+    "all": {"decoder_context": "all"},
+    "five of all": {"decoder_context": "all", "context_segments": 5},
+    "without state": {"decoder_context": "section", "recurrence": "none"},
+    "windows": {"decoder_context": "section", "bptt_depth": 1},
+}
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("fields", PACKED.values(), ids=PACKED)
+def test_packed_contexts_give_the_numbers_and_gradients_of_rows(make_model, monkeypatch, fields, back_end):
+    """Also where sections began in what was read before, behind whose end some targets stand and some do not."""
+    model, (_, inputs) = make_model(**fields).double(), of_sections()
+    model.set_attn_implementation(back_end)
+    model.gradient_checkpointing_enable()
+    model.train()
+    state = model.model.encode(random_ids(4, 2, 8)).state.detach()
+    found = []
+    for saving in (0, 100):
+        monkeypatch.setattr(decoder_context, "LEAST_SAVING", saving)
+        model.zero_grad()
+        output = model(**inputs, state=state)
+        output.loss.backward()
+        found.append([output.logits, *(p.grad for p in model.parameters())])
+    for packed, row in zip(*found, strict=True):
+        torch.testing.assert_close(packed, row, rtol=0, atol=1e-12)
+
+
+def test_contexts_are_padded_to_at_most_four_times_their_segments(make_model):
+    model, ids = make_model(decoder_context="section"), random_ids(1, 16, 8)
+    ends = torch.zeros(1, 16, dtype=torch.bool)
+    # sections of 1, 1, 1, 2, 3, 8 segments
+    ends[0, [0, 1, 2, 4, 7, 15]] = True
+    packed = model.model.encode(ids, every_segment=ends, may_pack=True)
+    n_slots = packed.n_memory
+    sizes = [(3, n_slots + 8), (2, n_slots + 24), (1, n_slots + 64)]
+    assert packed.packing.sizes == sizes
+    assert packed.packing.order.tolist() == [0, 1, 2, 3, 4, 5]
+    assert packed.last_hidden_state.shape == (1, sum(rows * positions for rows, positions in sizes), 16)
+    rows = model.model.encode(ids, every_segment=ends)
+    assert rows.packing is None
+    assert rows.last_hidden_state.shape == (6, n_slots + 64, 16)
+
+
+def test_contexts_that_are_about_as_long_are_not_packed(make_model, monkeypatch):
+    """Half of what there is may be padding."""
+    model, ids = make_model(decoder_context="section"), random_ids(2, 4, 8)
+    ends = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 1]]).bool()
+    assert model.model.encode(ids, every_segment=ends, may_pack=True).packing is None
+    # and of states there are few
+    monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
+    assert model.model.encode(ids, every_segment=ends, may_pack=True).packing is not None
+    model = make_model(decoder_context="memory")
+    assert model.model.encode(ids, every_segment=ends, may_pack=True).packing is None
+
+
+def test_packed_contexts_are_in_the_order_of_marks_also_of_segments_without_text(make_model, monkeypatch):
+    monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
+    model = make_model(decoder_context="section")
+    marked = torch.tensor([[1, 0, 1], [1, 0, 1], [0, 1, 1]]).bool()
+    _, ids, mask = batch_of(RAGGED)
+    rows = model.model.encode(ids, mask, every_segment=marked)
+    packed = model.model.encode(ids, mask, every_segment=marked, may_pack=True)
+    hidden, seen = (packed.packing.unpack(part, 1) for part in (packed.last_hidden_state, packed.context_mask))
+    found = [
+        part[is_seen.bool()]
+        for group, mask in zip(hidden, seen, strict=True)
+        for part, is_seen in zip(group[0], mask[0], strict=True)
+    ]
+    is_read = rows.is_read[marked]
+    assert len(found) == 6
+    for part, number in zip(found, packed.packing.order.tolist(), strict=True):
+        if is_read[number]:
+            expected = rows.last_hidden_state[number, rows.context_mask[number].bool()]
+            torch.testing.assert_close(part, expected, rtol=0, atol=1e-12)
 
 
 def test_marks_of_other_segments_are_refused(make_model):
