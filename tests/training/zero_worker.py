@@ -7,6 +7,7 @@ import deepspeed.comm
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from recurrent_bart import decoder_context
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import gather_objects
@@ -21,6 +22,8 @@ N_STEPS, N_DOCUMENTS, N_SEGMENTS, LENGTH = 3, 4, 5, 8
 RATE, CLIP = 0.5, 0.7
 # step, counted from 0, in which the last process's loss is not finite
 SPOILT = 1
+# contexts of sections are packed wherever they differ, by one process into more groups than by another
+decoder_context.LEAST_SAVING = 0
 
 
 def make_batches(task):
@@ -32,6 +35,8 @@ def make_batches(task):
             mask[row, n_segments + 1 :] = 0
         labels = torch.randint(4, 60, (N_DOCUMENTS, N_SEGMENTS, 6), generator=random)
         labels[torch.rand(labels.shape, generator=random) < 0.3] = -100
+        # sections of several segments
+        labels[torch.rand(labels.shape[:2], generator=random) < 0.4] = -100
         labels[:, 0, 0] = 5
         labels[~mask.bool().any(-1)] = -100
         ids = torch.randint(4, 60, mask.shape, generator=random)
