@@ -13,10 +13,9 @@ SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 train: $(INSTALLED)
 	deepspeed launch/train.py --deepspeed ds_configs/zero3.json
 
-# one thread a process: more of them would only wait for each other; a module is run by one of them, for its tests share
-# runs of a minute; kernels for GPUs by Triton's interpreter
+# one thread a process: more of them would only wait for each other; kernels for GPUs by Triton's interpreter
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 pytest -n 2
 
 # a cluster is started for it, by root; skipped with the reason elsewhere
 test-slurm: $(INSTALLED)
