@@ -133,6 +133,7 @@ class _SeveralSegments:
         is_cut = config.decoder_context == "section"
         ends_BN = ends_BN if is_cut else torch.zeros_like(ends_BN)
         self.least_BN = _least_seen(self.number_BN, ends_BN, config.context_segments)
+        self.n_seen_BN = (self.number_BN - self.least_BN + 1)[:, :-1]
         self.past = self._read_so_far(self.least_BN[:, -1])
 
     def after_all(self) -> Block:
@@ -149,7 +150,7 @@ class _SeveralSegments:
         row_M, place_M = wanted_BN.nonzero(as_tuple=True)
         least_M1 = self.least_BN[row_M, place_M].unsqueeze(1)
         # K, segments up to each one that are looked at
-        n_back = min(max(1, int((self.number_BN[row_M, place_M] - least_M1.squeeze(1)).max()) + 1), n_segments)
+        n_back = min(max(1, int(self.n_seen_BN[wanted_BN].max())), n_segments)
         place_MK = place_M.unsqueeze(1) + torch.arange(1 - n_back, 1)
         chosen_MK = row_M.unsqueeze(1), place_MK.clamp(min=0)
         is_seen_MK = (place_MK >= 0) & (self.number_BN[chosen_MK] >= least_M1)
@@ -174,13 +175,12 @@ class _SeveralSegments:
         Or as one group, if that is no more than `LEAST_SAVING` times as much: a group costs each layer of the decoder
         some kernels.
         """
-        n_seen_BN = (self.number_BN - self.least_BN + 1)[:, :-1]
         # exponents of the powers of 2 that are not less
-        exponent_BN = (n_seen_BN - 1).double().frexp().exponent
+        exponent_BN = (self.n_seen_BN - 1).double().frexp().exponent
         group_BN = (exponent_BN + 1) // 2
         groups_BN = [wanted_BN & (group_BN == group) for group in group_BN[wanted_BN].unique()]
         as_one, as_groups = (
-            sum(len(n_seen) * int(n_seen.max()) for n_seen in (n_seen_BN[chosen_BN] for chosen_BN in groups))
+            sum(len(n_seen) * int(n_seen.max()) for n_seen in (self.n_seen_BN[chosen_BN] for chosen_BN in groups))
             for groups in ([wanted_BN], groups_BN)
         )
         return groups_BN if as_one > LEAST_SAVING * as_groups else [wanted_BN]

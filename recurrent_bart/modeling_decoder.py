@@ -31,8 +31,8 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
     GPU it makes its own mask where none is given. A plain tuple has all fields, also those that are None.
 
     In training with `schedule="auto"`, whole targets of at most `MOST_TARGETS` positions, or of
-    `MOST_CHECKPOINTED_TARGETS` where it is checkpointed, are recorded and replayed, unless layers are dropped. They are
-    not computed again, and give a cache only where `use_cache=True` asks for one.
+    `MOST_CHECKPOINTED_TARGETS` where it is checkpointed, are recorded and replayed, unless layers are dropped or
+    contexts packed. They are not computed again, and give a cache only where `use_cache=True` asks for one.
     """
 
     def __init__(self, config: RecurrentBartConfig):

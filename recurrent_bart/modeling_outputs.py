@@ -110,10 +110,10 @@ class RecurrentEncoderOutput(BaseModelOutput):
         if hidden.dim() == 4:
             hidden, mask = shift(hidden), shift(mask)
         # rows have another order only where segments without text are marked
-        elif (order_M.diff() < 0).any() and packing is not None:
-            packing = Packing(packing.sizes, order_M.argsort()[packing.order])
-        elif (order_M.diff() < 0).any():
+        elif (order_M.diff() < 0).any() and packing is None:
             hidden, mask = (take(part, to_device(order_M, part.device)) for part in (hidden, mask))
+        elif packing is not None:
+            packing = Packing(packing.sizes, order_M.argsort()[packing.order])
         return RecurrentEncoderOutput(
             last_hidden_state=hidden,
             hidden_states=self.hidden_states and tuple(map(shift, self.hidden_states)),

@@ -95,12 +95,12 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         From embeddings made outside it to a plain tuple, for the reason that `encode` has.
         """
         hidden, packing, mask = encoder_outputs.last_hidden_state, encoder_outputs.packing, None
+        # BartDecoder hands further arguments down to its attention, which alone knows those that are added here
         if packing is None:
             mask = self.decoder.context_mask(encoder_outputs)
         else:
             kwargs["packed"] = packing, self.decoder.packed_masks(encoder_outputs)
         if self.config.has_state and self.config.prefix_attention == "gated":
-            # BartDecoder hands further arguments down to its attention, which alone knows this one
             kwargs["n_memory"] = encoder_outputs.n_memory or 0
         if inputs_embeds is None:
             inputs_embeds, input_ids = self.decoder.embed_tokens(input_ids), None

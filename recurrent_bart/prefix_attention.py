@@ -130,9 +130,9 @@ class SelfAttention(BartAttention):
 
 
 class CrossAttention(BartAttention):
-    """Identical to BartAttention except: flash attention reads contexts of different lengths rightly.
+    """Identical to BartAttention except: contexts may be packed.
 
-    Like the decoder's own it is computed `without_cudnn`.
+    Flash attention reads contexts of different lengths rightly. Like `SelfAttention` it is computed `without_cudnn`.
     """
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):

@@ -225,7 +225,8 @@ def on_device(known: Tensor, device: torch.device) -> Tensor:
 def to_device(known: Tensor, device: torch.device) -> Tensor:
     """What the host knows, on a device that is not waited for.
 
-    From pinned memory: of any other CUDA takes more than 64 KB only when all that it was given before is done.
+    From pinned memory: a copy of any other may wait for what the stream was given before ("API synchronization
+    behavior" of the CUDA runtime).
     """
     is_pinned_first = device.type == "cuda" and known.device.type == "cpu"
     return (known.pin_memory() if is_pinned_first else known).to(device, non_blocking=True)

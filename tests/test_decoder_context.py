@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recurrent_bart import RecurrentBartConfig, decoder_context
+from recurrent_bart.exposure_bias import Oracle
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segmentation import pad_segments
 from reference import context, encode
@@ -191,15 +192,25 @@ def test_packed_contexts_give_the_numbers_and_gradients_of_rows(make_model, monk
     model.gradient_checkpointing_enable()
     model.train()
     state = model.model.encode(random_ids(4, 2, 8)).state.detach()
-    found = []
+    found, n_packed, pack = [], [], decoder_context._pack
+    monkeypatch.setattr(decoder_context, "_pack", lambda *parts: n_packed.append(len(found)) or pack(*parts))
     for saving in (0, 100):
         monkeypatch.setattr(decoder_context, "LEAST_SAVING", saving)
         model.zero_grad()
         output = model(**inputs, state=state)
         output.loss.backward()
         found.append([output.logits, *(p.grad for p in model.parameters())])
+    assert n_packed == [0]
     for packed, row in zip(*found, strict=True):
         torch.testing.assert_close(packed, row, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["word", "sentence"])
+def test_an_oracle_takes_rows(make_model, monkeypatch, kind):
+    monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
+    monkeypatch.setattr(decoder_context, "_pack", None)
+    model, (_, inputs) = make_model(decoder_context="section").train(), of_sections()
+    assert model(**inputs, oracle=Oracle(kind, gold_probability=0.5, n_steps=6)).loss.isfinite()
 
 
 def test_contexts_are_padded_to_at_most_four_times_their_segments(make_model):

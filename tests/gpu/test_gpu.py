@@ -164,7 +164,7 @@ def test_a_training_step_waits_for_nothing(schedule, task):
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_what_the_host_knows_is_copied_from_pinned_memory(fields):
-    """CUDA would end all that it was given before, for more than 64 KB, which is no error to it."""
+    """A copy of any other may wait, which PyTorch's mode that finds waiting does not look for."""
     inputs = ragged("sections")
     inputs["input_ids"] = inputs["input_ids"].to("cuda")
     model = tiny_model(**fields).to("cuda").train()
