@@ -131,9 +131,11 @@ class _SeveralSegments:
         self.block, self.state, self.window = block, state, config.bptt_window
         self.number_BN = _numbers(is_read_BN, state)
         is_cut = config.decoder_context == "section"
-        ends_BN = ends_BN if is_cut else torch.zeros_like(ends_BN)
+        # a segment that its document does not have ends nothing
+        ends_BN = ends_BN & is_read_BN if is_cut else torch.zeros_like(ends_BN)
         self.least_BN = _least_seen(self.number_BN, ends_BN, config.context_segments)
-        self.n_seen_BN = (self.number_BN - self.least_BN + 1)[:, :-1]
+        # such a one sees something too, which nobody reads
+        self.n_seen_BN = (self.number_BN - self.least_BN + 1)[:, :-1].clamp(min=1)
         self.past = self._read_so_far(self.least_BN[:, -1])
 
     def after_all(self) -> Block:
@@ -150,7 +152,7 @@ class _SeveralSegments:
         row_M, place_M = wanted_BN.nonzero(as_tuple=True)
         least_M1 = self.least_BN[row_M, place_M].unsqueeze(1)
         # K, segments up to each one that are looked at
-        n_back = min(max(1, int(self.n_seen_BN[wanted_BN].max())), n_segments)
+        n_back = min(int(self.n_seen_BN[wanted_BN].max()), n_segments)
         place_MK = place_M.unsqueeze(1) + torch.arange(1 - n_back, 1)
         chosen_MK = row_M.unsqueeze(1), place_MK.clamp(min=0)
         is_seen_MK = (place_MK >= 0) & (self.number_BN[chosen_MK] >= least_M1)

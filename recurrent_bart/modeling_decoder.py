@@ -128,9 +128,8 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
 
     def packed_masks(self, encoder_outputs: RecurrentEncoderOutput) -> list[Tensor]:
         """Likewise of each group of contexts that are packed."""
-        packing, seen = encoder_outputs.packing, (encoder_outputs.last_hidden_state, encoder_outputs.context_mask)
-        hidden, mask = ([part.squeeze(0) for part in packing.unpack(packed, dim=1)] for packed in seen)
-        return [*map(self._bidirectional_mask, hidden, mask)]
+        groups = encoder_outputs.groups()
+        return [self._bidirectional_mask(group.last_hidden_state, group.context_mask) for group, _ in groups]
 
     def _bidirectional_mask(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         return create_bidirectional_mask(self.config, hidden[:, :1], mask, hidden, allow_is_bidirectional_skip=False)

@@ -126,6 +126,17 @@ class RecurrentEncoderOutput(BaseModelOutput):
             packing=packing,
         )
 
+    def groups(self) -> list[tuple["RecurrentEncoderOutput", Tensor]]:
+        """Contexts that are packed as rows `(m, A, D)`, group by group, and which ones these are, on the host."""
+        assert self.packing is not None
+        packed = self.last_hidden_state, self.context_mask
+        unpacked = ([part.squeeze(0) for part in self.packing.unpack(whole, dim=1)] for whole in packed)
+        order = self.packing.order.split([n_rows for n_rows, _ in self.packing.sizes])
+        return [
+            (RecurrentEncoderOutput(last_hidden_state=hidden, context_mask=mask, n_memory=self.n_memory), number)
+            for hidden, mask, number in zip(*unpacked, order, strict=True)
+        ]
+
     def rows(self, chosen: Tensor) -> "RecurrentEncoderOutput":
         """The contexts of chosen rows by number, or after chosen segments `(B, N)`, as one batch `(M, A, D)`."""
         return RecurrentEncoderOutput(

@@ -1,13 +1,14 @@
 """Generation from documents and states, after the last segment or after each.
 
-Shape suffixes: B documents, N segments, M chosen segments, S sequences returned of each, T target length.
+Shape suffixes: B documents, N segments, M chosen segments, m of them in a group, S sequences returned of each, T target
+length.
 """
 
 import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
@@ -26,6 +27,7 @@ class SegmentGeneration(GenerationMixin):
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         every_segment: bool | Tensor = False,
+        may_pack: bool = False,
         **kwargs: Any,
     ) -> Any:
         """As GenerationMixin's, also of documents `(B, N, L)`, from a `state`, and after each segment or chosen ones.
@@ -35,6 +37,10 @@ class SegmentGeneration(GenerationMixin):
             generation_config: Likewise.
             every_segment: True: a text after each segment. `(B, N)` booleans: after those of the segments that are
                 read; see RecurrentBartEncoder.
+            may_pack: Where chosen segments show contexts of very different lengths, generate from those of similar
+                length, then from others, instead of padding all to the longest. The ids are the same unless they are
+                drawn. Not where more than ids is wanted or `decoder_input_ids` are given, nor for processes that
+                must call the model equally often.
 
         Returns:
             Ids `(B, T)`, or after segments `(B, N, T)`, pad where there is no text. With `num_return_sequences`, a
@@ -48,6 +54,9 @@ class SegmentGeneration(GenerationMixin):
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
         if encoded is None:
+            gives_more = self._setting("return_dict_in_generate", generation_config, kwargs)
+            takes_more = kwargs.get("decoder_input_ids") is not None
+            kwargs["may_pack"] = may_pack and chosen is not None and not gives_more and not takes_more
             encoded = self._read_to_generate(input_ids, every_segment, generation_config, kwargs)
         if chosen is not None or every_segment:
             return self._generate_segments(encoded, chosen, generation_config, **kwargs)
@@ -65,14 +74,17 @@ class SegmentGeneration(GenerationMixin):
         kwargs: dict[str, Any],
     ) -> RecurrentEncoderOutput:
         """Run the encoder as `forward` does, which `GenerationMixin` would call on its own; takes its arguments."""
-        reading = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "state")}
+        reading = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "state", "may_pack")}
         for name in ("output_attentions", "output_hidden_states"):
             # the decoder is asked for them too
-            reading[name] = kwargs.get(name, getattr(generation_config or self.generation_config, name))
+            reading[name] = self._setting(name, generation_config, kwargs)
         pad_token_id = self.config.pad_token_id
         if reading["attention_mask"] is None and input_ids is not None and (input_ids == pad_token_id).any():
             reading["attention_mask"] = input_ids.ne(pad_token_id).long()
         return self.model.encode(input_ids, every_segment=every_segment, **reading)
+
+    def _setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+        return kwargs.get(name, getattr(generation_config or self.generation_config, name))
 
     def _generate_segments(
         self,
@@ -87,9 +99,13 @@ class SegmentGeneration(GenerationMixin):
         is_told_BN = is_read_BN & chosen_BN
         if not is_told_BN.any():
             raise ValueError("every_segment: no segment that is read is chosen")
-        # there are rows of all that is chosen, or contexts of everything
-        is_told = is_told_BN if encoded.last_hidden_state.dim() == 4 else is_read_BN[chosen_BN].nonzero().squeeze(1)
-        found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_told), **kwargs)
+        if encoded.packing is not None:
+            found = self._generate_groups(encoded, is_read_BN[chosen_BN].cpu(), generation_config, **kwargs)
+        else:
+            # there are rows of all that is chosen, or contexts of everything
+            is_rows = encoded.last_hidden_state.dim() == 3
+            is_told = is_read_BN[chosen_BN].nonzero().squeeze(1) if is_rows else is_told_BN
+            found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_told), **kwargs)
         texts = found.sequences if isinstance(found, ModelOutput) else found
         # of each segment, as many texts as num_return_sequences says
         texts_MST = texts.unflatten(0, (int(is_told_BN.sum()), -1))
@@ -100,3 +116,27 @@ class SegmentGeneration(GenerationMixin):
             return texts
         found.sequences = texts
         return found
+
+    def _generate_groups(
+        self,
+        encoded: RecurrentEncoderOutput,
+        is_read_M: Tensor,
+        generation_config: GenerationConfig | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Ids `(M * S, T)` from contexts that are packed, of those that are read, in the order of marks."""
+        parts, numbers = [], []
+        for group, number_m in encoded.groups():
+            is_told_m = is_read_M[number_m]
+            if is_told_m.any():
+                rows = group.rows(is_told_m)
+                parts.append(super().generate(None, generation_config, encoder_outputs=rows, **kwargs))
+                numbers.append(number_m[is_told_m])
+        most, pad = max(part.shape[1] for part in parts), self.config.pad_token_id
+        texts_MST = torch.cat(
+            [
+                nn.functional.pad(part, (0, most - part.shape[1]), value=pad).unflatten(0, (len(number_m), -1))
+                for part, number_m in zip(parts, numbers, strict=True)
+            ]
+        )
+        return texts_MST[torch.cat(numbers).argsort()].flatten(0, 1)

@@ -333,3 +333,20 @@ def test_memory_without_a_state_is_refused():
     for fields in ({"recurrence": "none"}, {"pre_seq_len": 0}):
         with pytest.raises(ValueError, match='decoder_context="memory" needs a state'):
             RecurrentBartConfig(decoder_context="memory", **fields)
+
+
+def test_a_segment_that_a_document_does_not_have_ends_no_section(make_model):
+    """Marks there are in front of what is read once documents end together, and the section began before that."""
+    model = make_model(decoder_context="section")
+    state = model.model.encode(random_ids(2, 2, 8)).state
+    mask = torch.ones(2, 4, 8, dtype=torch.long)
+    mask[1, 1:] = 0
+    documents = {"input_ids": random_ids(2, 4, 8), "attention_mask": mask, "state": state}
+    marked = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 0]]).bool()
+    expected = model.model.encode(**documents, every_segment=marked)
+    marked[1, 2] = True
+    found = model.model.encode(**documents, every_segment=marked)
+    torch.testing.assert_close(found.rows(torch.tensor([0, 1])).last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(found.rows(torch.tensor([0, 1])).context_mask, expected.context_mask)
+    # the state's two segments and its own
+    assert expected.context_mask[1].sum() == expected.n_memory + 3 * 8

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
+from recurrent_bart import decoder_context
 from tiny import random_ids
 
 FIELDS = {
@@ -169,6 +171,37 @@ def test_after_chosen_segments_stands_what_stands_there_after_every_one(make_mod
     assert torch.equal(found, generate(model, {"encoder_outputs": read}, **how, every_segment=chosen))
     with pytest.raises(ValueError, match="no segment that is read is chosen"):
         generate(model, documents, every_segment=torch.zeros(3, 3).bool())
+
+
+@pytest.mark.parametrize("fields", [{}, {"prefix_attention": "gated"}, {"recurrence": "none"}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beam"])
+def test_sections_of_similar_length_together_give_the_same_ids(make_model, monkeypatch, how, fields):
+    """Texts of several lengths in each group, and one is chosen that a document does not have."""
+    monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
+    model = make_model(decoder_context="section", **fields)
+    mask = torch.ones(3, 6, 8, dtype=torch.long)
+    mask[1, 4:] = mask[2, 1:] = mask[0, 5, 5:] = 0
+    documents = {"input_ids": random_ids(3, 6, 8), "attention_mask": mask}
+    chosen = torch.tensor([[1, 0, 0, 1, 0, 1], [0, 0, 0, 1, 0, 0], [1, 0, 1, 0, 0, 0]]).bool()
+    contexts, generate_rows = [], GenerationMixin.generate
+
+    def recorded(model, *inputs, encoder_outputs, **settings):
+        contexts.append(encoder_outputs.last_hidden_state.shape[:2])
+        return generate_rows(model, *inputs, encoder_outputs=encoder_outputs, **settings)
+
+    monkeypatch.setattr(GenerationMixin, "generate", recorded)
+    rows = generate(model, documents, **how, every_segment=chosen)
+    packed = generate(model, documents, **how, every_segment=chosen, may_pack=True)
+    n_slots = contexts[0][1] - 4 * 8
+    assert contexts == [(5, n_slots + 32), (2, n_slots + 8), (3, n_slots + 32)]
+    assert torch.equal(packed, rows)
+    assert len(rows.unique(dim=1)) > 1
+    # of which there is a row for each text
+    more = generate(model, documents, **how, every_segment=chosen, may_pack=True, return_dict_in_generate=True)
+    assert torch.equal(more.sequences, rows)
+    begun = torch.full((5, 1), 2)
+    generate(model, documents, every_segment=chosen, may_pack=True, decoder_input_ids=begun)
+    assert [size[0] for size in contexts[3:]] == [5, 5]
 
 
 def test_several_sequences_after_every_segment(make_model, documents):

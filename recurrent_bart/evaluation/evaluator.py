@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -106,13 +107,16 @@ class Evaluator:
 
     def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
         """Ids generated for each document, `(T,)` or, for sections, `(N, T)`."""
-        has_target = (batch.labels != IGNORED).any(dim=-1)
+        marks: dict[str, Any] = {}
+        if self.collator.task == "sections":
+            # sections may be of very different lengths
+            marks = {"every_segment": (batch.labels != IGNORED).any(dim=-1), "may_pack": True}
         ids = model.generate(
             batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask.to(self.device),
-            every_segment=has_target if self.collator.task == "sections" else False,
             max_new_tokens=how.max_new_tokens,
             num_beams=how.num_beams,
+            **marks,
         )
         return list(ids.cpu())
 

@@ -58,9 +58,8 @@ class WholeDocumentLed(nn.Module):
         loss = token_loss(logits_BTV, labels_BT, num_items_in_batch)
         return Seq2SeqLMOutput(loss=loss, logits=logits_BTV if return_logits else None)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, every_segment: bool, **how: Any) -> Tensor:
-        """Ids `(B, T)`; there is no text but that of the whole document."""
-        assert not every_segment
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **how: Any) -> Tensor:
+        """Ids `(B, T)`."""
         return self.led.generate(**self._document(input_ids, attention_mask), **how)
 
     def _document(self, input_ids_BNL: Tensor, mask_BNL: Tensor) -> dict[str, Tensor]:

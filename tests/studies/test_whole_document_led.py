@@ -53,8 +53,8 @@ def test_the_first_token_is_seen_beyond_the_window(led, batch):
 
 
 def test_texts_are_generated(led, batch):
-    ids = led.generate(batch["input_ids"], batch["attention_mask"], every_segment=False, max_new_tokens=4)
+    ids = led.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=4)
     assert ids.shape[0] == 2
     assert ids.shape[1] <= 5
-    alone = led.generate(batch["input_ids"][1:, :, :25], batch["attention_mask"][1:, :, :25], False, max_new_tokens=4)
+    alone = led.generate(batch["input_ids"][1:, :, :25], batch["attention_mask"][1:, :, :25], max_new_tokens=4)
     assert alone[0].tolist() == ids[1, : alone.shape[1]].tolist()
