@@ -212,6 +212,8 @@ TEXT: Fields = {
 OWN_TEXT: dict[str, Fields] = {
     "document": {},
     "sections": {
+        # but where something else is compared
+        "decoder_context": "last",
         "gap_sentences": 3,
         "per_device_train_batch_size": 16,
         "max_n_segments": 16,

@@ -63,7 +63,9 @@ class ModelArguments:
     hidden_dropout_prob: float | None = flag(None, "dropout on the projected prefix")
     recurrence: str | None = flag(None, "layerwise: a state per layer; top: one, from the top to the bottom; none")
     prefix_attention: str | None = flag(None, "gated or concat")
-    decoder_context: str | None = flag(None, "what the decoder sees: last, memory, section or all segments")
+    decoder_context: str | None = flag(
+        None, "what the decoder sees: last, memory, section or all segments; of a new model section for --task sections"
+    )
     context_segments: int | None = flag(None, "segments that memory, section and all show, the last ones; -1: all")
     update_gate: bool | None = flag(None, "carry the state over through a learned gate")
     associative_memory: bool | None = flag(None, "beside the slots, a matrix per head from tokens' keys to values")

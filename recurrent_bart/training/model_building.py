@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.rows import TASKS
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.training.arguments import ModelArguments
 
@@ -26,18 +27,36 @@ SIZES: dict[str, dict[str, Any]] = {
     "large": _size(d_model=1024, n_layers=12, n_heads=16),
 }
 
+# fields of a model that is not yet Recurrent BART. Texts of sections are better if the decoder sees them (RESULTS.md)
+IF_NEW: dict[str, dict[str, Any]] = {"document": {}, "sections": {"decoder_context": "section"}}
 
-def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> RecurrentBartConfig:
+
+def build_config(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, task: str = TASKS[0]
+) -> RecurrentBartConfig:
     """Architecture of a model from scratch, or of a pretrained one with what was given changed.
+
+    With a target per section, the decoder of a model that is not yet Recurrent BART sees the section, unless something
+    else was given.
+
+    Args:
+        arguments: What was given.
+        tokenizer: Whose ids it must have.
+        task: One of `TASKS`.
 
     Raises:
         ValueError: A size is unknown, a field is out of range, layers would be dropped, or the vocabulary is smaller
             than the tokenizer's.
     """
+    given, new = arguments.config_fields(), IF_NEW[task]
     try:
         if arguments.model_name_or_path is None:
-            return RecurrentBartConfig(**_from_scratch(arguments, tokenizer) | arguments.config_fields())
-        config = RecurrentBartConfig.from_pretrained(arguments.model_name_or_path, **arguments.config_fields())
+            return RecurrentBartConfig(**_from_scratch(arguments, tokenizer) | new | given)
+        saved, _ = RecurrentBartConfig.get_config_dict(arguments.model_name_or_path)
+        # that of plain BART has no type there
+        config = RecurrentBartConfig.from_pretrained(
+            arguments.model_name_or_path, **given if "model_type" in saved else new | given
+        )
     except (OSError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"--model_name_or_path {arguments.model_name_or_path}: {text}") from error

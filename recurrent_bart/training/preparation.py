@@ -84,7 +84,7 @@ def open_splits(
     """
     sources = find_training_sources(data)
     tokenizer = find_tokenizer(model, data, sources["train"], saved)
-    config = build_config(model, tokenizer)
+    config = build_config(model, tokenizer, data.task)
     splits = {
         split: open_documents(sources[split], data, config, tokenizer, config.max_n_segments)
         for split in ("train", "validation")

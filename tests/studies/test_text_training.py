@@ -39,9 +39,13 @@ def test_losses_are_those_of_launch_train(make_run, documents, tmp_path, train_m
     training = TextTraining(make_run(**same), CPU)
     losses = [float(training.train_step()) for _ in range(3)]
     training.evaluate(losses[-1])
-    assert losses == pytest.approx([record["loss"] for record in records if "loss" in record], rel=1e-4)
+    expected = [record["loss"] for record in records if "loss" in record]
+    assert losses[:2] == pytest.approx(expected[:2], rel=1e-6)
+    # then weights next to the middle between two bf16 numbers are rounded to one or to the other
+    closeness = {"fp32": 1e-5, "bf16": 1e-3}[precision]
+    assert losses == pytest.approx(expected, rel=closeness)
     evaluated = [record["validation_loss"] for record in records if "validation_loss" in record]
-    assert training.curve[-1]["validation_loss"] == pytest.approx(evaluated[-1], rel=1e-4)
+    assert training.curve[-1]["validation_loss"] == pytest.approx(evaluated[-1], rel=closeness)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.data.rows import TASKS
 from recurrent_bart.data.tokenizer import train_tokenizer
 from recurrent_bart.training.arguments import ModelArguments
 from recurrent_bart.training.model_building import SIZES, build_config, build_model
@@ -60,6 +61,27 @@ def test_flags_change_the_size_and_a_pretrained_model(pretrained):
     for name, value in changes.items():
         assert getattr(scratch, name) == getattr(converted, name) == value
     assert converted.d_model == 16
+
+
+def test_the_decoder_of_a_new_model_sees_the_section_that_it_writes_of(pretrained, tmp_path):
+    given = {"decoder_context": "memory"}
+    saved = str(tmp_path / "ours")
+    build_config(ModelArguments(**given), Tokenizer(60)).save_pretrained(saved)
+    for start, expected in ((None, "section"), (pretrained, "section"), (saved, "memory")):
+        arguments = ModelArguments(model_name_or_path=start)
+        assert build_config(arguments, Tokenizer(60), "sections").decoder_context == expected
+    for start in (None, pretrained):
+        assert build_config(ModelArguments(model_name_or_path=start), Tokenizer(60)).decoder_context == "last"
+        changed = ModelArguments(model_name_or_path=start, **given)
+        assert build_config(changed, Tokenizer(60), "sections").decoder_context == "memory"
+
+
+@pytest.mark.parametrize("context", ["last", "section"])
+def test_one_that_was_saved_sees_what_it_saw(tmp_path, context):
+    build_config(ModelArguments(decoder_context=context), Tokenizer(60)).save_pretrained(tmp_path)
+    for task in TASKS:
+        arguments = ModelArguments(model_name_or_path=str(tmp_path))
+        assert build_config(arguments, Tokenizer(60), task).decoder_context == context
 
 
 def test_a_pretrained_model_keeps_its_weights_and_trains_in_float32(pretrained, bart):
