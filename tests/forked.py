@@ -107,14 +107,16 @@ def _end(process):
 
 @contextlib.contextmanager
 def _environment():
-    """What the fork server is started with, and hands on."""
-    before = dict(os.environ)
+    """What the fork server is started with and hands on, and where a process finds the modules of tests."""
+    before, path = dict(os.environ), sys.path[:]
+    sys.path.append(str(launching.TESTS.parent))
     os.environ.update(launching.environment())
     for name in launching.LAUNCHED:
         os.environ.pop(name, None)
     try:
         yield
     finally:
+        sys.path[:] = path
         os.environ.clear()
         os.environ.update(before)
 

@@ -1,9 +1,7 @@
 """Runs a function in several processes of one group."""
 
 import os
-import sys
 import traceback
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -12,8 +10,6 @@ from forked import SERVER, start
 
 def run_in_processes(function, n_processes, folder):
     """What `function(rank)` returned on each of them, which must be picklable; they meet in a file of the folder."""
-    # the modules of tests are found from here, in those processes too
-    sys.path.append(str(Path(__file__).parents[1]))
     results = SERVER.Queue()
     workers = [
         start(_work, function, rank, n_processes, f"file://{folder}/meeting", results) for rank in range(n_processes)
