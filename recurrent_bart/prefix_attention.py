@@ -40,7 +40,7 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Ten
     )
     # flash attention's alone has two dimensions
     if mask is not None and mask.dim() == 2:
-        return _attend_packed(read, query_BHQK, key_value, mask.bool()), None
+        return _attend_unpadded(read, query_BHQK, key_value, mask.bool()), None
     with finite_backward(key_value[0].shape[2], mask is not None):
         return read(query_BHQK, *key_value, mask)
 
@@ -74,10 +74,10 @@ def without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
-def _attend_packed(
+def _attend_unpadded(
     read: Callable[..., Read], query_BHQK: Tensor, key_value: Sequence[Tensor], mask_BA: Tensor
 ) -> Tensor:
-    """Flash attention over keys of different number in each row, packed one row behind the other.
+    """Flash attention over keys of different number in each row, without their padding, one row behind the other.
 
     Hugging Face would take the last Q columns of the mask for the queries' own, which is right neither for slots nor
     for cross-attention. Here every query is answered.
@@ -130,9 +130,10 @@ class SelfAttention(BartAttention):
 
 
 class CrossAttention(BartAttention):
-    """Identical to BartAttention except: contexts may be packed.
+    """Identical to BartAttention except: contexts of different lengths, padded or packed, and `without_cudnn`.
 
-    Flash attention reads contexts of different lengths rightly. Like `SelfAttention` it is computed `without_cudnn`.
+    Padded ones flash attention reads rightly too. Of packed ones (see `Packing`) keys and values are projected together
+    and each group is read by itself.
     """
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):

@@ -212,7 +212,7 @@ TEXT: Fields = {
 OWN_TEXT: dict[str, Fields] = {
     "document": {},
     "sections": {
-        # but where something else is compared
+        # where a model names nothing else
         "decoder_context": "last",
         "gap_sentences": 3,
         "per_device_train_batch_size": 16,

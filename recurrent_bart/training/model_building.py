@@ -27,7 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "large": _size(d_model=1024, n_layers=12, n_heads=16),
 }
 
-# fields of a model that is not yet Recurrent BART. Texts of sections are better if the decoder sees them (RESULTS.md)
+# fields of a model that is not yet Recurrent BART. ROUGE of sections is higher if the decoder sees them (RESULTS.md)
 IF_NEW: dict[str, dict[str, Any]] = {"document": {}, "sections": {"decoder_context": "section"}}
 
 
@@ -54,9 +54,7 @@ def build_config(
             return RecurrentBartConfig(**_from_scratch(arguments, tokenizer) | new | given)
         saved, _ = RecurrentBartConfig.get_config_dict(arguments.model_name_or_path)
         # that of plain BART has no type there
-        config = RecurrentBartConfig.from_pretrained(
-            arguments.model_name_or_path, **given if "model_type" in saved else new | given
-        )
+        config = RecurrentBartConfig.from_dict(saved, **given if "model_type" in saved else new | given)
     except (OSError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"--model_name_or_path {arguments.model_name_or_path}: {text}") from error

@@ -132,11 +132,13 @@ def test_a_generated_text_belongs_to_its_section(model):
 
 
 def test_nothing_is_generated_after_segments_that_have_no_target(model, monkeypatch):
+    """And those that have one may be generated from in groups."""
     chosen, generate = [], model.generate
 
-    def watched(*inputs, every_segment, **how):
+    def watched(*inputs, every_segment, may_pack, **how):
         chosen.append(every_segment.tolist())
-        return generate(*inputs, every_segment=every_segment, **how)
+        assert may_pack
+        return generate(*inputs, every_segment=every_segment, may_pack=may_pack, **how)
 
     monkeypatch.setattr(model, "generate", watched)
     make_evaluator([make_row("a", [3, 20, 4], [1, 1, 0])], "sections").summarise(model, Generation(max_new_tokens=2))

@@ -150,7 +150,7 @@ def test_torchrun_trains_a_pretrained_bart_on_sections(documents, pretrained, tm
     found, expected = model.state_dict(), BartForConditionalGeneration.from_pretrained(pretrained).state_dict()
     assert expected.keys() < found.keys()
     assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-5) for name in expected)
-    assert model.config.pre_seq_len == 3
+    assert (model.config.pre_seq_len, model.config.decoder_context) == (3, "section")
     assert summarise(folder / "model")
     # a sample for each section, by its place in the document
     assert "validation-0\\[0\\]" in (folder / "samples.md").read_text()

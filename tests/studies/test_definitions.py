@@ -87,6 +87,18 @@ def test_models_on_documents_differ_in_what_they_are_said_to():
     }
 
 
+def test_models_on_sections_name_what_their_decoder_sees():
+    """Where none is named launch/train.py chooses, and plain BART would read one segment as a section of several."""
+    told = {run.name: run.flags["decoder_context"] for run in build_text_study("sections", Texts(), seeds=[0])}
+    several = {
+        "layerwise, states of all segments": "memory",
+        "layerwise, last two segments of the section": "section",
+        "layerwise, tokens of the section": "section",
+        "layerwise, tokens of all segments": "all",
+    }
+    assert told == dict.fromkeys(told, "last") | several
+
+
 def test_a_run_that_is_cut_short_warms_up_no_longer_than_it_lasts():
     run = build_text_study("document", Texts(), max_steps=4)[0]
     assert parse_run(run).run.warmup_steps == 4
