@@ -18,6 +18,8 @@ from recurrent_bart.monitoring.run_folder import replace_file
 from recurrent_bart.monitoring.tracker import Record, Warn, curves_of
 
 WANDB_MODES = ("online", "offline", "disabled")
+# further modes of wandb, and what they come to here: whether machines share a run follows from their number
+WANDB_MODE_ALIASES = {"dryrun": "offline", "run": "online", "shared": "online"}
 # seconds that the service may take to answer, and to take what is left when a run ends
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 120.0
@@ -42,8 +44,11 @@ class WandbRun:
         group: Shown together.
         entity: Whose; None: the user's own.
         project: Where.
+        job_type: Kind of run, shown beside it.
         tags: To find it by.
+        notes: Text about it; None: none.
         config: Settings of the run; see `without_secrets`.
+        given: Names of the settings that the user gave wandb, which defaults of ours leave alone.
     """
 
     id: str
@@ -56,8 +61,11 @@ class WandbRun:
     group: str
     entity: str | None = None
     project: str | None = None
+    job_type: str = "train"
     tags: Sequence[str] = ()
+    notes: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
 
     @property
     def is_shared(self) -> bool:
@@ -74,8 +82,9 @@ class WandbRun:
             "entity": self.entity,
             "project": self.project,
             "group": self.group,
-            "job_type": "train",
+            "job_type": self.job_type,
             "tags": list(self.tags),
+            "notes": self.notes,
             "config": without_secrets(self.config),
             # shared is a mode of the settings alone
             "mode": None if self.is_shared else "online" if self.is_online else "offline",
@@ -83,8 +92,9 @@ class WandbRun:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What `wandb.Settings` is given."""
-        settings = {**QUIET, "init_timeout": INIT_TIMEOUT, "finish_timeout": FINISH_TIMEOUT}
+        """Return the arguments of `wandb.Settings`."""
+        defaults = {**QUIET, "init_timeout": INIT_TIMEOUT, "finish_timeout": FINISH_TIMEOUT}
+        settings = {name: value for name, value in defaults.items() if name not in self.given}
         if self.n_nodes > 1:
             settings["x_label"] = f"node-{self.node}-{self.host}"
         if self.is_shared:
@@ -177,12 +187,26 @@ def _stop_service() -> None:
     wandb.teardown()
 
 
-def run_id(folder: Path) -> str:
-    """The id in `RUN/wandb`, or a new one written there."""
+def parse_wandb_mode(text: str) -> str:
+    """Return online, offline or disabled for a mode that wandb was told, in capitals or not.
+
+    Raises:
+        ValueError: There is no such mode.
+    """
+    mode = text.strip().lower()
+    mode = WANDB_MODE_ALIASES.get(mode, mode)
+    if mode not in WANDB_MODES:
+        allowed = ", ".join((*WANDB_MODES, *WANDB_MODE_ALIASES))
+        raise ValueError(f"WANDB_MODE {text} (or mode in a settings file of wandb): allowed are {allowed}")
+    return mode
+
+
+def run_id(folder: Path, wanted: str | None = None) -> str:
+    """Return the id in `RUN/wandb`; a run without one gets `wanted`, or a new id, written there."""
     file = folder / "run.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps({"id": secrets.token_hex(4)}))
+        replace_file(file, json.dumps({"id": wanted or secrets.token_hex(4)}))
     return json.loads(file.read_text())["id"]
 
 

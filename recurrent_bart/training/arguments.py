@@ -230,19 +230,28 @@ class RunArguments:
 class TrackingArguments:
     """Where the figures of a run go beside its folder."""
 
-    wandb_mode: str = flag("auto", "online, offline, disabled; auto: online where there is a key, else offline")
-    wandb_entity: str | None = flag(None, "user or team there; default: the key's")
-    wandb_project: str = flag("recurrent-bart", "project there")
-    wandb_group: str | None = flag(None, "runs shown together; default: the name of the run folder")
-    wandb_tags: str = flag("", "tags there, with commas between them")
+    wandb_mode: str = flag(
+        "auto", "online, offline or disabled; auto: as WANDB_MODE says, else online if there is a key, else offline"
+    )
+    wandb_entity: str | None = flag(None, "wandb user or team; default: WANDB_ENTITY, else the owner of the key")
+    wandb_project: str | None = flag(None, "wandb project; default: WANDB_PROJECT, else recurrent-bart")
+    wandb_group: str | None = flag(
+        None, "runs that wandb shows together; default: WANDB_RUN_GROUP, else the name of the run folder"
+    )
+    wandb_tags: str = flag("", "wandb tags, separated by commas; default: WANDB_TAGS")
     tensorboard: bool = flag(False, "write curves for TensorBoard too (needs tensorboardX)")
 
     def __post_init__(self) -> None:
         _check_choice(self, "wandb_mode", ("auto", *WANDB_MODES))
 
     def tags(self) -> list[str]:
-        """Each of `wandb_tags`."""
-        return [tag.strip() for tag in self.wandb_tags.split(",") if tag.strip()]
+        """Return each tag of `wandb_tags`."""
+        return split_tags(self.wandb_tags)
+
+
+def split_tags(text: str) -> list[str]:
+    """Return the tags of a text that separates them by commas."""
+    return [tag.strip() for tag in text.split(",") if tag.strip()]
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """The process that we are in: its rank, its device, its process group. The one place that reads `os.environ`."""
 
+import configparser
 import logging
 import netrc
 import os
 import socket
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +18,15 @@ import deepspeed.ops
 import torch
 import transformers
 
-from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
+from recurrent_bart.monitoring.wandb_tracker import parse_wandb_mode
 
 # what a launcher tells each process
 GIVEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # what wandb keeps beside its runs
 WANDB_FOLDERS = ("CACHE", "CONFIG", "DATA")
+WANDB_SERVICE = "https://api.wandb.ai"
+TRUE_VALUES = ("1", "on", "yes", "true")
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,20 @@ def is_batch_job() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
-def place_wandb(folder: Path) -> None:
-    """Let wandb write into a run's folder alone; before it is imported, for then it looks.
+def place_wandb(folder: Path, given: Mapping[str, str]) -> None:
+    """Let wandb write into the folder of a run only. Call it before wandb is imported.
+
+    wandb then no longer finds its own settings file, so its settings are handed on as environment variables.
+
+    Args:
+        folder: Folder of the run.
+        given: Settings of `wandb_settings`.
 
     Raises:
         OSError: The folder cannot be written.
     """
+    for name, value in given.items():
+        os.environ.setdefault(f"WANDB_{name.upper()}", value)
     own = (folder / "wandb").absolute()
     places = {"WANDB_DIR": own.parent, **{f"WANDB_{kind}_DIR": own / kind.lower() for kind in WANDB_FOLDERS}}
     for name, place in places.items():
@@ -127,24 +139,60 @@ def place_wandb(folder: Path) -> None:
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())
     # one that was inherited still holds on to the id of a run that was killed in it
     os.environ.pop("WANDB_SERVICE", None)
+    # the mode is an argument of wandb.init; wandb refuses to start if this one is not spelt as it spells it
+    os.environ.pop("WANDB_MODE", None)
 
 
-def wandb_mode(asked: str) -> str:
-    """online, offline or disabled; where it is not said, as WANDB_MODE says, or online where there is a key."""
+def wandb_settings() -> dict[str, str]:
+    """Return the settings that the user gave wandb itself, by name: `project` for the variable WANDB_PROJECT.
+
+    Variables take precedence over the settings files that `wandb offline` and `wandb login --host` write.
+    """
+    system = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    workspace = Path(os.environ.get("WANDB_DIR", ".")).expanduser()
+    files = configparser.ConfigParser(interpolation=None)
+    try:
+        files.read([system / "settings", workspace / "wandb" / "settings"], encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        # wandb, too, takes a damaged file for an empty one
+        files.clear()
+    saved = dict(files["default"]) if files.has_section("default") else {}
+    prefix = "WANDB_"
+    variables = {name[len(prefix) :].lower(): text for name, text in os.environ.items() if name.startswith(prefix)}
+    return {name: text for name, text in (saved | variables).items() if text.strip()}
+
+
+def wandb_mode(asked: str, given: Mapping[str, str]) -> str:
+    """Return online, offline or disabled: the flag, else what the user told wandb, else online if there is a key.
+
+    Args:
+        asked: The flag `--wandb_mode`.
+        given: Settings of `wandb_settings`.
+
+    Raises:
+        ValueError: wandb was told a mode that does not exist.
+    """
     if asked != "auto":
         return asked
-    given = os.environ.get("WANDB_MODE", "")
-    return given if given in WANDB_MODES else "online" if has_wandb_key() else "offline"
+    if given.get("disabled", "").strip().lower() in TRUE_VALUES:
+        return "disabled"
+    if "mode" in given:
+        return parse_wandb_mode(given["mode"])
+    return "online" if has_wandb_key(given) else "offline"
 
 
-def has_wandb_key() -> bool:
-    """Whether wandb will find a key, in the environment or where `wandb login` puts it."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+def has_wandb_key(given: Mapping[str, str]) -> bool:
+    """Return True if wandb will find an API key, in the environment or where `wandb login` puts it.
+
+    Args:
+        given: Settings of `wandb_settings`.
+    """
+    host = urlsplit(given.get("base_url", WANDB_SERVICE)).hostname
     try:
         known = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
         known = {}
-    return bool(os.environ.get("WANDB_API_KEY")) or host in known
+    return "api_key" in given or host in known
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from recurrent_bart.monitoring.progress import say
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.training.arguments import Arguments, DataArguments, ModelArguments
 from recurrent_bart.training.deepspeed_config import load_deepspeed_config
-from recurrent_bart.training.environment import Environment, use_bf16
+from recurrent_bart.training.environment import Environment, use_bf16, wandb_mode, wandb_settings
 from recurrent_bart.training.model_building import build_config
 
 # of documents that are passed over
@@ -56,6 +56,8 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
     folder = RunFolder(Path(run.output_dir))
     if not run.resume:
         folder.check_new()
+    # a mode that does not exist is refused here, before anything is written
+    wandb_mode(arguments.tracking.wandb_mode, wandb_settings())
     deepspeed = load_deepspeed_config(
         run.deepspeed or DEFAULT_DEEPSPEED,
         run.per_device_train_batch_size,

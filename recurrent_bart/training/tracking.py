@@ -1,7 +1,10 @@
 """Starts the trackers that a run's arguments ask for."""
 
+import functools
 import socket
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from recurrent_bart.distributed import from_first, is_first, rank
 from recurrent_bart.monitoring.progress import say
@@ -10,8 +13,11 @@ from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.monitoring.tensorboard_tracker import TensorBoardTracker
 from recurrent_bart.monitoring.tracker import Guarded, MetricsFile, Tracker, Trackers
 from recurrent_bart.monitoring.wandb_tracker import WandbRun, WandbTracker, run_id, start_wandb
-from recurrent_bart.training.arguments import TrackingArguments
-from recurrent_bart.training.environment import Environment, has_wandb_key, place_wandb, wandb_mode
+from recurrent_bart.training.arguments import TrackingArguments, split_tags
+from recurrent_bart.training.environment import Environment, has_wandb_key, place_wandb, wandb_mode, wandb_settings
+
+# of runs for which neither a flag nor WANDB_PROJECT names another one
+PROJECT = "recurrent-bart"
 
 
 def start_trackers(
@@ -27,10 +33,14 @@ def start_trackers(
     if is_first() and arguments.tensorboard:
         place = folder.path / "tensorboard"
         trackers.append(Guarded("TensorBoard", lambda: TensorBoardTracker(place, folder.read_metrics()), warn))
-    if wandb_mode(arguments.wandb_mode) != "disabled":
-        identity, problem = from_first(_first_id(folder) if is_first() else None)
-        if environment.local_rank == 0:
-            trackers.append(Guarded("wandb", lambda: _start_wandb(identity, problem, arguments, folder, places), warn))
+    given = wandb_settings()
+    mode = wandb_mode(arguments.wandb_mode, given)
+    # sent in any case: machines may have been told different modes, and none may wait for the others
+    first = from_first(_first_id(folder, given.get("run_id")) if is_first() and mode != "disabled" else None)
+    if first is not None and mode != "disabled" and environment.local_rank == 0:
+        identity, problem = first
+        start = functools.partial(_start_wandb, identity, problem, mode, arguments, given, folder, places)
+        trackers.append(Guarded("wandb", start, warn))
     return Trackers(trackers)
 
 
@@ -42,25 +52,33 @@ def warn(text: str) -> None:
         print(f"warning: {text} ({socket.gethostname()}, rank {rank()})", file=sys.stderr, flush=True)
 
 
-def _first_id(folder: RunFolder) -> tuple[str, str]:
-    """The run's id, and why there is none: no process may be left waiting for it."""
+def _first_id(folder: RunFolder, wanted: str | None) -> tuple[str, str]:
+    """Return the id of the run and why there is none: no process may be left waiting for it."""
     try:
-        return run_id(folder.path / "wandb"), ""
+        identity = run_id(folder.path / "wandb", wanted)
     except OSError as error:
         return "", str(error)
+    if wanted not in (None, identity):
+        warn(f"WANDB_RUN_ID {wanted} is not used: this run has begun as {identity} in wandb")
+    return identity, ""
 
 
 def _start_wandb(
-    identity: str, problem: str, arguments: TrackingArguments, folder: RunFolder, places: Places
+    identity: str,
+    problem: str,
+    mode: str,
+    arguments: TrackingArguments,
+    given: Mapping[str, str],
+    folder: RunFolder,
+    places: Places,
 ) -> WandbTracker:
     if problem:
         raise OSError(problem)
-    place_wandb(folder.path)
-    is_online = wandb_mode(arguments.wandb_mode) == "online"
-    if is_online and not has_wandb_key():
+    is_online = mode == "online"
+    if is_online and not has_wandb_key(given):
         warn("wandb: no API key is set (WANDB_API_KEY, or wandb login); it goes on offline")
         is_online = False
-    name = folder.path.name
+    place_wandb(folder.path, given)
     run = WandbRun(
         id=identity,
         folder=(folder.path / "wandb").absolute(),
@@ -68,11 +86,21 @@ def _start_wandb(
         node=places.node,
         n_nodes=places.n_nodes,
         host=places.hosts[rank()],
-        name=name,
-        group=arguments.wandb_group or name,
-        entity=arguments.wandb_entity,
-        project=arguments.wandb_project,
-        tags=arguments.tags(),
         config=folder.read_config(),
+        given=frozenset(given),
+        **_shown(arguments, given, folder.path.name),
     )
     return start_wandb(run, folder.read_metrics(), warn)
+
+
+def _shown(arguments: TrackingArguments, given: Mapping[str, str], name: str) -> dict[str, Any]:
+    """Return the names a run has in wandb: by flag, else as the user told wandb, else by the run folder."""
+    return {
+        "name": given.get("name", name),
+        "group": arguments.wandb_group or given.get("run_group", name),
+        "entity": arguments.wandb_entity or given.get("entity"),
+        "project": arguments.wandb_project or given.get("project", PROJECT),
+        "job_type": given.get("job_type", WandbRun.job_type),
+        "tags": arguments.tags() or split_tags(given.get("tags", "")),
+        "notes": given.get("notes"),
+    }

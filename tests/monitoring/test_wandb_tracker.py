@@ -188,6 +188,15 @@ def test_the_id_stays_in_the_folder(tmp_path):
     assert len(found) == 8
     assert run_id(tmp_path / "wandb") == found
     assert json.loads((tmp_path / "wandb" / "run.json").read_text()) == {"id": found}
+    assert run_id(tmp_path / "wandb", wanted="other") == found
+    assert run_id(tmp_path / "second", wanted="mine") == run_id(tmp_path / "second") == "mine"
+
+
+def test_settings_that_the_user_gave_wandb_are_left_alone(tmp_path):
+    run = make_run(tmp_path, is_online=True)
+    assert {"silent", "console", "init_timeout"} <= run.settings().keys()
+    kept = {"console", "init_timeout", "project"}
+    assert run.settings().keys() - make_run(tmp_path, given=frozenset(kept)).settings().keys() == kept - {"project"}
 
 
 def test_settings_are_sent_without_secrets():

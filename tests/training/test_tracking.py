@@ -1,10 +1,13 @@
 """A run as its trackers saw it: on two machines, cut off and resumed, and with everything out of order."""
 
+import contextlib
 import json
 import math
 import os
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,33 @@ def _fresh_wandb():
     wandb.teardown()
 
 
+@contextlib.contextmanager
+def asked_service():
+    """A server in place of wandb's, which refuses everything: its address, and the requests that it got."""
+    requests = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self):
+            requests.append(self.path)
+            self.send_error(500)
+
+        def do_GET(self):
+            self.do_POST()
+
+        def log_message(self, *_):
+            """Print nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 def warnings_of(printed):
     return [line for line in printed.splitlines() if line.startswith("warning")]
 
@@ -194,6 +224,47 @@ class TestOutOfOrder:
         assert written.project == "recurrent-bart"
         assert config["arguments"]["run"]["max_steps"] == 2
         assert config["model"]["segment_size"] == 16
+
+    def test_what_the_user_told_wandb_holds_over_our_defaults(self, documents, tmp_path, train_main, monkeypatch):
+        said = {"PROJECT": "minutes", "RUN_GROUP": "spring", "ENTITY": "us", "NAME": "first", "TAGS": "a, b"}
+        for name, value in (said | {"NOTES": "a note", "RUN_ID": "mine", "JOB_TYPE": "try"}).items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        run = tmp_path / "run"
+        assert train_main(flags(documents, run, max_steps=2, wandb_mode="offline")) == 0
+        (file,) = wandb_files(run)
+        written, _ = wandb_run(file)
+        assert (written.project, written.run_group, written.entity) == ("minutes", "spring", "us")
+        assert (written.display_name, list(written.tags), written.notes) == ("first", ["a", "b"], "a note")
+        assert (written.run_id, written.job_type) == ("mine", "try")
+
+    def test_a_flag_holds_over_what_the_user_told_wandb(self, documents, tmp_path, train_main, monkeypatch):
+        for name in ("PROJECT", "RUN_GROUP", "ENTITY", "TAGS"):
+            monkeypatch.setenv(f"WANDB_{name}", "variable")
+        given = {"wandb_project": "p", "wandb_group": "g", "wandb_entity": "e", "wandb_tags": "t"}
+        run = tmp_path / "run"
+        assert train_main(flags(documents, run, max_steps=2, wandb_mode="offline", **given)) == 0
+        written, _ = wandb_run(wandb_files(run)[0])
+        assert (written.project, written.run_group, written.entity, list(written.tags)) == ("p", "g", "e", ["t"])
+
+    @pytest.mark.parametrize("mode", ["dryrun", "OFFLINE"])
+    def test_with_a_key_and_an_offline_mode_nothing_is_sent(self, documents, tmp_path, train_main, monkeypatch, mode):
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        monkeypatch.setenv("WANDB_MODE", mode)
+        with asked_service() as (address, requests):
+            monkeypatch.setenv("WANDB_BASE_URL", address)
+            run = tmp_path / "run"
+            assert train_main(flags(documents, run, max_steps=2, wandb_mode="auto")) == 0
+        assert requests == []
+        assert len(wandb_rows(wandb_files(run)[0])) == len(read_metrics(run))
+
+    def test_an_unknown_mode_ends_in_one_line_and_leaves_nothing(
+        self, documents, tmp_path, train_main, monkeypatch, capsys
+    ):
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        monkeypatch.setenv("WANDB_MODE", "of-line")
+        assert train_main(flags(documents, tmp_path / "run", wandb_mode="auto")) == 2
+        assert "error: WANDB_MODE of-line" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
     def test_a_skipped_step_and_the_end_are_told(self, documents, tmp_path, train_main, monkeypatch):
         step = Trainer.train_step
