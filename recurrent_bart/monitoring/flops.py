@@ -29,6 +29,8 @@ PEAKS = {
     "RTX 4090": (165e12, 83e12),
     "RTX 3090": (71e12, 36e12),
 }
+# long enough to find a moment in which other processes leave the device alone
+MEASURED_SECONDS = 0.2
 
 
 def peak_flops(device: torch.device, is_bf16: bool) -> float:
@@ -42,11 +44,11 @@ def peak_flops(device: torch.device, is_bf16: bool) -> float:
 
 
 def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Of the best of a few products; on a processor with the threads that it has now."""
+    """Return the FLOP/s of the fastest of many matrix products; on a CPU with the threads that this process has."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
+    best, end = float("inf"), time.perf_counter() + MEASURED_SECONDS
+    while time.perf_counter() < end or best == float("inf"):
         started = time.perf_counter()
         product = matrix @ matrix
         # waits for it

@@ -1,21 +1,35 @@
 """What is shown on the terminal while a run goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from recurrent_bart.distributed import is_first
 
 # share of a step in which it waits for data, below which nobody would do anything about it
 LEAST_WAITING = 0.05
+# between two metrics
+SEPARATOR = "  "
+
+
+class RunProgress(Progress):
+    """A bar with the step and the time left, and the metrics in lines below it, so that none of them is cut off."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the bar, then the metrics in as many lines as the width of the terminal needs."""
+        yield from super().get_renderables()
+        for task in self.tasks:
+            for line in fill_lines(task.fields["metrics"], self.console.width):
+                yield Text(line, no_wrap=True, overflow="ellipsis")
 
 
 class ProgressDisplay:
-    """A bar with loss, throughput and time left; plain lines where the output is not a terminal.
+    """A bar with metrics and time left; plain lines where the output is not a terminal.
 
-    Only the first process's shows anything.
+    Only the display of the first process shows anything.
 
     Args:
         first_step: Steps that are done.
@@ -27,17 +41,19 @@ class ProgressDisplay:
     def __init__(self, first_step: int, max_steps: int, console: Console | None = None, is_plain: bool = False):
         self.console = console or Console()
         self.console.quiet = not is_first()
-        self.bar = Progress(
+        self.bar = RunProgress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[status]}"),
+            # as wide as the others leave it
+            BarColumn(bar_width=None),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
             disable=self.console.quiet or is_plain or not self.console.is_terminal,
+            # the mean of the last steps, although one may take minutes
+            speed_estimate_period=3600,
         )
-        self.task = self.bar.add_task("train", total=max_steps, completed=first_step, status="")
+        self.task = self.bar.add_task("train", total=max_steps, completed=first_step, metrics=[])
         self.max_steps = max_steps
         self.evaluation = ""
 
@@ -53,23 +69,34 @@ class ProgressDisplay:
         self.bar.update(self.task, completed=step)
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show figures that were logged, with the last evaluation's."""
+        """Show the metrics of a log line, with the last validation loss."""
         if "validation_loss" in record:
             self.evaluation = f"validation {record['validation_loss']:.3f}"
         if "loss" not in record:
             return
-        status = "  ".join(filter(None, [*_figures(record), self.evaluation]))
-        self.bar.update(self.task, status=status)
+        metrics = [metric for metric in (*_metrics(record), self.evaluation) if metric]
+        self.bar.update(self.task, metrics=metrics)
         if self.bar.disable:
-            left = clock(record["seconds_left"])
-            self.say(f"step {record['step']}/{self.max_steps}  {status}  left {left}")
+            left = f"left {clock(record['seconds_left'])}"
+            self.say(SEPARATOR.join([f"step {record['step']}/{self.max_steps}", *metrics, left]))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         say(text, self.console)
 
 
-def _figures(record: dict[str, Any]) -> Iterator[str]:
+def fill_lines(metrics: Sequence[str], width: int) -> list[str]:
+    """Return the metrics in as few lines as a width allows; a line ends between two of them."""
+    lines: list[str] = []
+    for metric in metrics:
+        if lines and len(lines[-1] + SEPARATOR + metric) <= width:
+            lines[-1] += SEPARATOR + metric
+        else:
+            lines.append(metric)
+    return lines
+
+
+def _metrics(record: dict[str, Any]) -> Iterator[str]:
     yield f"loss {record['loss']:.3f}"
     yield f"{record['tokens_per_second']:,.0f} tokens/s"
     if "model_flops_share" in record:

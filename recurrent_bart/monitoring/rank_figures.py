@@ -126,7 +126,7 @@ def summarise(ranks: Sequence[RankFigures], places: Places, n_steps: int) -> dic
         "gradient_norm_recurrence": math.sqrt(_sum(ranks, "recurrence_square")),
         "tokens_per_second": n_tokens / seconds,
         "tokens_per_second_per_device": n_tokens / seconds / len(ranks),
-        "model_flops_share": _sum(ranks, "n_flops") / seconds / sum(places.peaks),
+        "model_flops_share": _share_of_peak(_sum(ranks, "n_flops") / seconds, sum(places.peaks)),
         "step_seconds": seconds / n_steps,
         **{name: _mean(ranks, name) / n_steps for name in ("data_seconds", "forward_seconds", "backward_seconds")},
         "optimizer_seconds": _mean(ranks, "optimizer_seconds") / n_steps,
@@ -150,6 +150,12 @@ def _sum(ranks: Sequence[RankFigures], name: str) -> float:
 
 def _mean(ranks: Sequence[RankFigures], name: str) -> float:
     return _sum(ranks, name) / len(ranks)
+
+
+def _share_of_peak(flops_per_second: float, peak: float) -> float:
+    """Return NaN for more than all: the peak was then measured while other processes used the device."""
+    share = flops_per_second / peak
+    return share if share <= 1 else math.nan
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,5 +1,7 @@
 """The arithmetic counted from the architecture is what PyTorch counts while a model runs."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -89,6 +91,13 @@ def test_the_peak_of_a_known_device_is_its_makers(monkeypatch, name, is_bf16, ex
 def test_the_peak_of_a_processor_is_measured():
     found = peak_flops(torch.device("cpu"), is_bf16=False)
     assert 1e8 < found < 1e14
+
+
+def test_a_moment_in_which_others_use_the_device_does_not_lower_its_peak(monkeypatch):
+    """All products but one in the middle take a hundred times as long as they would alone."""
+    clock = itertools.accumulate([0.0, *[0.005] * 23, 0.00005, *[0.005] * 100])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    assert module._measured_peak(torch.device("cpu"), torch.float32) == pytest.approx(2 * 512**3 / 0.00005)
 
 
 def test_the_peak_of_an_unknown_gpu_is_measured(monkeypatch):

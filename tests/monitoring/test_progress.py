@@ -1,6 +1,7 @@
 """The terminal shows how far a run is; a file gets plain lines; other processes are silent."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -46,6 +47,27 @@ def test_waiting_for_data_is_told_where_it_is_worth_a_remedy(seconds, is_told, m
     monkeypatch.setitem(RECORD, "step_seconds", 1.0)
     monkeypatch.setitem(RECORD, "data_seconds", seconds)
     assert ("12,346 tokens/s  35 % of peak  6 % waiting for data  1.5 GiB" in run()) == is_told
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+def test_nothing_vanishes_however_narrow_the_terminal_is(width):
+    record = {**RECORD, "step_seconds": 1.0, "data_seconds": 0.5}
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=width, color_system=None, legacy_windows=False)
+    with ProgressDisplay(0, 12_345, console) as display:
+        display.show({"step": 20, "validation_loss": 3.0})
+        display.show(record)
+        display.step(6172)
+        display.bar.refresh()
+    # what is on the screen at last; what stood there before was written over
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue().split("\r")[-1])
+    screen = [line.rstrip() for line in text.splitlines()]
+    assert all(len(line) <= width for line in screen)
+    (bar,) = [line for line in screen if "6172/12345" in line]
+    assert "━━━━" in bar
+    assert re.search(r"left [-\d:]+$", bar)
+    metrics = [*STATUS.split("  "), "50 % waiting for data", "validation 3.000"]
+    assert all(any(metric in line for line in screen) for metric in metrics)
 
 
 def test_a_resumed_run_begins_where_it_was():

@@ -86,6 +86,15 @@ def test_where_all_steps_were_skipped_there_is_no_loss():
     assert all(math.isnan(record[name]) for name in ("loss", "loss_max", "gradient_norm_backbone"))
 
 
+def test_a_share_of_more_than_the_peak_is_not_known():
+    figures = [RankFigures(loss=1.0, n_targets=1.0, seconds=2.0, n_flops=6.0)]
+    shares = [
+        summarise(figures, Places(["a"], [0], [peak]), n_steps=1)["model_flops_share"] for peak in (4.0, 3.0, 2.9)
+    ]
+    assert shares[:2] == [0.75, 1.0]
+    assert math.isnan(shares[2])
+
+
 def test_a_processor_has_the_memory_of_its_process():
     figures = RankFigures()
     figures.read_memory(torch.device("cpu"))
