@@ -15,12 +15,13 @@ from recurrent_bart.benchmarks.checks import find_faults
 from recurrent_bart.benchmarks.session import Effort, run_groups, write_results
 from recurrent_bart.benchmarks.subjects import Place
 from recurrent_bart.benchmarks.tables import LEGEND, draw, group_table
+from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.model_building import SIZES
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Parser of all flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--suite", choices=SUITES, default="quick", help="what is measured")
     parser.add_argument("--groups", nargs="+", help="parts of the suite, by the names in its tables; default: all")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models, all unless given")
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Parse, check, measure, print."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_flags(argv)
     try:
         groups = chosen_groups(arguments)
     except ValueError as error:

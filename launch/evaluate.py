@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from recurrent_bart.data.batches import DocumentPlan
@@ -20,6 +19,7 @@ from recurrent_bart.inference import load_model, run_flags
 from recurrent_bart.monitoring.run_folder import replace_file
 from recurrent_bart.training.arguments import PRECISIONS, DataArguments, flag
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
+from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.preparation import open_documents, sources_of
 
 # where documents are; given one of them, those of the run do not count
@@ -83,11 +83,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
     """Read a command line; data flags that are not given are as in the run that the model came from.
 
     Raises:
-        ValueError: A flag is out of range, or the run's configuration is unreadable.
+        ValueError: A flag is unknown or out of range, or the run's configuration is unreadable.
     """
     description = "Validation loss and ROUGE of a model. Data flags default to those of its run."
-    parser = HfArgumentParser([EvaluationArguments, DataArguments], description=description)
-    saved = run_flags(parser.parse_known_args(argv)[0].model).get("data", {})
+    parser = DataclassFlagParser([EvaluationArguments, DataArguments], description)
+    saved = run_flags(parser.parse_flags(argv).model).get("data", {})
     names = {item.name for item in fields(DataArguments)}
     if _given_places(argv):
         names -= set(PLACES)
@@ -97,9 +97,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
 
 
 def _given_places(argv: Sequence[str]) -> list[str]:
-    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name in PLACES:
-        parser.add_argument(f"--{name}")
+        # a flag may be written with hyphens too
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     return list(vars(parser.parse_known_args(argv)[0]))
 
 

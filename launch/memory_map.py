@@ -11,15 +11,16 @@ from recurrent_bart.data.jsonl import ENCODING
 from recurrent_bart.inference import load_model, run_flags
 from recurrent_bart.monitoring.memory_map import as_text, draw_memory_map, map_memory
 from recurrent_bart.training.arguments import DataArguments
+from recurrent_bart.training.flags import FlagParser
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Flags of this script."""
-    parser = argparse.ArgumentParser(description="Show what is read from memory where in one document.")
+    parser = FlagParser(description="Show what is read from memory where in one document.")
     parser.add_argument("file", type=Path, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
     parser.add_argument("--output", type=Path, metavar="PNG", help="the picture; default: FILE's name with .memory.png")
-    return parser.parse_args(argv)
+    return parser.parse_flags(argv)
 
 
 def read_text(file: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from recurrent_bart.training.environment import Meeting, launched_meeting
+from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.preflight import Report, collect, leave, look_at_node, measure_network, meet
 from recurrent_bart.training.preflight_verdict import Expectations, Node, by_node, judge
 
@@ -19,10 +20,10 @@ from recurrent_bart.training.preflight_verdict import Expectations, Node, by_nod
 RATES = {True: (50.0, 5.0), False: (0.0, 0.0)}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Parser of all flags."""
     within, between = RATES[torch.cuda.is_available()]
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="GPUs that each node must have")
     parser.add_argument("--per_node", type=int, default=1, help="processes of each node")
     parser.add_argument("--hosts", nargs="*", default=[], help="names of the nodes, for those that say nothing")
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Look, tell the first process, let it judge."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_flags(argv)
     meeting = launched_meeting()
     try:
         store = meet(meeting, arguments.wait)

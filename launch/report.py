@@ -10,6 +10,7 @@ from recurrent_bart.monitoring.report import write_report
 from recurrent_bart.monitoring.report_run import read_run
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.training.arguments import DataArguments, ModelArguments, RunArguments, TrackingArguments
+from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.spikes import SpikeWatch
 
 KINDS = (ModelArguments, DataArguments, RunArguments, TrackingArguments)
@@ -17,10 +18,10 @@ KINDS = (ModelArguments, DataArguments, RunArguments, TrackingArguments)
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Flags of this script."""
-    parser = argparse.ArgumentParser(description="Report on runs as one HTML page.")
+    parser = FlagParser(description="Report on runs as one HTML page.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several are compared")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page; default: report.html in the first RUN")
-    return parser.parse_args(argv)
+    return parser.parse_flags(argv)
 
 
 def default_flags() -> dict[str, Any]:

@@ -22,14 +22,15 @@ from recurrent_bart.studies.study_run import Run, RunFile
 from recurrent_bart.studies.text_report import draw_losses, text_report
 from recurrent_bart.studies.text_run import TextRun
 from recurrent_bart.studies.turns import Turns, take_turns
+from recurrent_bart.training.flags import FlagParser
 
 # of a GPU, as many as PyTorch has streams: CUDA's own 8 would make runs wait for each other
 QUEUES = 32
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Parser of all flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("name", nargs="?", help=f"study: {', '.join((*STUDIES, *TEXT_STUDIES))}")
     parser.add_argument("--output_dir", type=Path, help="folder of its runs and its report; default: runs/study-NAME")
     parser.add_argument("--devices", type=int, help="GPUs to use; default: all there are, or the processor")
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Parse, run, report."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_flags(argv)
     try:
         return work(arguments) if arguments.run else run_study(arguments)
     except ValueError as error:

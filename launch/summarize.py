@@ -19,6 +19,7 @@ from recurrent_bart.data.jsonl import ENCODING
 from recurrent_bart.inference import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
 from recurrent_bart.summaries import Summariser
 from recurrent_bart.training.arguments import DataArguments
+from recurrent_bart.training.flags import FlagParser
 
 # texts in memory at a time, of which those of like length are summarised together
 WINDOW = 256
@@ -29,7 +30,7 @@ BLOCK = 2**16
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Flags of this script."""
-    parser = argparse.ArgumentParser(description="Summarise texts of any length.")
+    parser = FlagParser(description="Summarise texts of any length.")
     parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 text; without one, standard input")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
     parser.add_argument("--num_beams", type=positive, help="beams of generation; default: as the model was saved with")
@@ -41,7 +42,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--save_state", type=Path, metavar="FILE", help="write what was read, to go on with more text")
     parser.add_argument("--load_state", type=Path, metavar="FILE", help="go on from there: the text is what follows")
-    return parser.parse_args(argv)
+    return parser.parse_flags(argv)
 
 
 def positive(text: str) -> int:

@@ -32,6 +32,7 @@ from recurrent_bart.benchmarks.training_work import Work
 from recurrent_bart.distributed import barrier
 from recurrent_bart.monitoring.run_folder import git_commit, replace_file, versions
 from recurrent_bart.training.arguments import parse_arguments
+from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.interruption import handling_signals
 from recurrent_bart.training.outcome import ExitCode
 
@@ -45,12 +46,11 @@ WORKER = "--as_worker"
 SHOWN = ("device", "torch", "transformers", "deepspeed", "git_commit")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Parser of this script's own flags."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description=__doc__,
         epilog="Further flags are those of launch/train.py: --model_size large, --wandb_mode offline and the like.",
-        allow_abbrev=False,
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4, ... GPUs; without one 1 and 2")

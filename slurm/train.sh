@@ -52,8 +52,8 @@ verb=--output_dir
 flags=()
 for ((i = 0; i < ${#given[@]}; i++)); do
     case ${given[i]} in
-        --output_dir=* | --resume=*) verb=${given[i]%%=*} folder=${given[i]#*=}${index:+/$index} ;;
-        --output_dir | --resume) verb=${given[i]} folder=${given[++i]:?is no folder}${index:+/$index} ;;
+        --output[_-]dir=* | --resume=*) verb=${given[i]%%=*} folder=${given[i]#*=}${index:+/$index} ;;
+        --output[_-]dir | --resume) verb=${given[i]} folder=${given[++i]:?is no folder}${index:+/$index} ;;
         *) flags+=("${given[i]}") ;;
     esac
 done

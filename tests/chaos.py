@@ -134,7 +134,7 @@ def logged_losses(folder):
 
 def main():
     """Run both, compare, report."""
-    parser = argparse.ArgumentParser(description="Kill a run again and again.")
+    parser = argparse.ArgumentParser(description="Kill a run again and again.", allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--max_steps", type=int, default=200)
     parser.add_argument("--n_processes", type=int, default=2)

@@ -14,8 +14,8 @@ STEPS = {
     "gradient_norm_recurrence": "the part of the recurrence's",
     "tokens_per_second": "document tokens read by all processes",
     "tokens_per_second_per_device": "by each",
-    "model_flops_share": "useful arithmetic over what the devices could do; recomputing is not useful. Left out if it is "
-    "more than 1: a peak that no maker states is measured, and too low while other processes use the device",
+    "model_flops_share": "useful arithmetic over what the devices could do; recomputing is not useful. Left out if "
+    "it is more than 1: a peak that no maker states is measured, and too low while other processes use the device",
     "step_seconds": "of a step, all in all",
     "data_seconds": "of a step, waiting for batches; mean over processes, as the next three",
     "forward_seconds": "of a step, in forward passes",

@@ -1,12 +1,9 @@
 """What a run is told on the command line. One dataclass for each concern; every field is a flag."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
-
-from transformers import HfArgumentParser
+from typing import Any
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.rows import TASKS, Columns
@@ -15,6 +12,7 @@ from recurrent_bart.modeling_pretrained import CHECKPOINTING_GRAINS
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
 from recurrent_bart.training.curriculum import Curriculum, parse_stages
+from recurrent_bart.training.flags import DataclassFlagParser
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -264,18 +262,10 @@ class Arguments:
     tracking: TrackingArguments
 
 
-class FlagParser(HfArgumentParser):
-    """Identical to HfArgumentParser except: a mistake is a ValueError, for the first process alone to report."""
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse, which would print the usage on every process and end it."""
-        raise ValueError(message)
-
-
-def build_parser() -> FlagParser:
-    """Parser of all flags."""
+def build_parser() -> DataclassFlagParser:
+    """Return the parser of all flags."""
     kinds = [ModelArguments, DataArguments, RunArguments, TrackingArguments]
-    return FlagParser(kinds, description="Train Recurrent BART.")
+    return DataclassFlagParser(kinds, description="Train Recurrent BART.")
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -285,9 +275,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         ValueError: A flag is unknown or out of range, or there is no run to resume.
     """
     parser = build_parser()
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]}{_hint(unknown[0], vars(given))}")
+    given = parser.parse_flags(argv)
     if given.resume:
         parser.set_defaults(**_flags_of_run(given.resume, vars(given)))
     arguments = Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
@@ -302,8 +290,3 @@ def _flags_of_run(folder: str, known: dict[str, Any]) -> dict[str, Any]:
     kept = known.keys() - {"trust_checkpoint"}
     flags = {name: value for group in saved.values() for name, value in group.items() if name in kept}
     return flags | {"resume": folder, "output_dir": folder}
-
-
-def _hint(argument: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(argument.split("=")[0], [f"--{name}" for name in names], n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,130 @@
+"""Parsers of command lines that take no abbreviation of a flag and suggest the right one for a wrong one."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import NoReturn
+
+from transformers import HfArgumentParser
+
+# flags of Hugging Face's Trainer and its example scripts, with the flags of ours that do the same
+HUGGING_FACE_FLAGS = {
+    "batch_size": ("per_device_train_batch_size",),
+    "bf16": ("precision",),
+    "checkpointing_steps": ("save_every",),
+    "config_name": ("model_name_or_path",),
+    "dataset_name": ("dataset",),
+    "early_stopping_patience": ("patience",),
+    "eval_accumulation_steps": ("per_device_eval_batch_size",),
+    "eval_steps": ("eval_every",),
+    "eval_strategy": ("eval_every",),
+    "evaluation_strategy": ("eval_every",),
+    "fp16": ("precision",),
+    "generation_max_length": ("max_target_length",),
+    "generation_num_beams": ("num_beams",),
+    "learning_rate_scheduler": ("lr_scheduler",),
+    "logging_steps": ("log_every",),
+    "lr": ("learning_rate",),
+    "lr_scheduler_type": ("lr_scheduler",),
+    "max_eval_samples": ("eval_documents", "limit"),
+    "max_length": ("max_target_length", "max_new_tokens"),
+    "max_predict_samples": ("limit",),
+    "max_source_length": ("max_n_segments", "segment_size"),
+    "model": ("model_name_or_path",),
+    "model_name_or_path": ("model",),
+    "num_epochs": ("max_steps",),
+    "num_train_epochs": ("max_steps",),
+    "num_train_steps": ("max_steps",),
+    "overwrite_output_dir": ("output_dir", "resume"),
+    "per_device_eval_batch_size": ("batch_size",),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
+    "preprocessing_num_workers": ("dataloader_num_workers",),
+    "report_to": ("wandb_mode", "tensorboard"),
+    "resume_from_checkpoint": ("resume",),
+    "run_name": ("output_dir", "wandb_group"),
+    "save_steps": ("save_every",),
+    "save_strategy": ("save_every",),
+    "save_total_limit": ("keep_last",),
+    "test_batch_size": ("batch_size",),
+    "train_batch_size": ("per_device_train_batch_size",),
+    "val_max_target_length": ("max_target_length",),
+    "warmup_ratio": ("warmup_steps",),
+}
+# what there is to know beside the names
+NOTES = {
+    "num_train_epochs": "which counts optimizer steps; the line `steps` of a run names the epochs they come to",
+    "overwrite_output_dir": "a run is never overwritten: name another folder, or go on with the run that is there",
+    "resume_from_checkpoint": "which takes the folder of the run and finds its last checkpoint",
+    "warmup_ratio": "which counts optimizer steps; its default is a tenth of all",
+}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Parser of a script. A mistake is one line on standard error, and exit code 2."""
+
+    def __init__(self, description: str | None, epilog: str | None = None):
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False)
+
+    def parse_flags(self, args: Sequence[str]) -> argparse.Namespace:
+        """Parse a command line, of which every flag must be known."""
+        problem = describe_unknown_flag(self, args)
+        if problem:
+            self.error(problem)
+        return self.parse_args(args)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake, without the usage that argparse puts before it, and exit."""
+        self.exit(2, f"error: {message}\n")
+
+
+class DataclassFlagParser(HfArgumentParser):
+    """Parser of dataclasses. A mistake is a ValueError, for the first process alone to report."""
+
+    def __init__(self, dataclass_types: Sequence[type], description: str):
+        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+
+    def parse_flags(self, args: Sequence[str]) -> argparse.Namespace:
+        """Parse a command line, of which every argument must be known.
+
+        Raises:
+            ValueError: An argument is unknown or has no usable value.
+        """
+        problem = describe_unknown_flag(self, args)
+        if problem:
+            raise ValueError(problem)
+        given, unknown = self.parse_known_args(args)
+        if unknown:
+            raise ValueError(f"unknown argument {unknown[0]}")
+        return given
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print on every process.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(message)
+
+
+def describe_unknown_flag(parser: argparse.ArgumentParser, args: Sequence[str]) -> str | None:
+    """Return what is wrong with the first flag that a parser does not know; None if it knows all."""
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    for argument in args:
+        if argument == "--":
+            return None
+        # argparse takes a text with a space in it for a value
+        if argument.startswith("--") and " " not in argument and argument.split("=")[0] not in known:
+            return f"unknown argument {argument}{suggest_flag(argument, known)}"
+    return None
+
+
+def suggest_flag(argument: str, known: Sequence[str]) -> str:
+    """Return the end of a message that names the known flags which an unknown one may mean; empty if there are none."""
+    name = argument.split("=")[0].removeprefix("--").replace("-", "_")
+    ours = [f"--{flag}" for flag in HUGGING_FACE_FLAGS.get(name, ()) if f"--{flag}" in known]
+    if ours:
+        note = f", {NOTES[name]}" if name in NOTES else ""
+        return f"; here it is {' and '.join(ours)}{note}"
+    begun = [flag for flag in known if flag.startswith(f"--{name}")]
+    close = begun[:1] or difflib.get_close_matches(f"--{name}", known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
