@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.corpus import tokenizer_identity
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
+from recurrent_bart.distributed import is_first
+from recurrent_bart.loading import load_pretrained
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.prefix_recurrence import RecurrentState
@@ -258,10 +261,15 @@ def load_model(
         raise ValueError(f"--model {folder}: no model there, a folder with config.json is needed (RUN/model)")
     tokenizer = load_tokenizer(folder)
     try:
-        model = RecurrentBartForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        model = load_pretrained(RecurrentBartForConditionalGeneration, folder, _warn, dtype=dtype)
     except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
         raise ValueError(f"--model {folder}: {' '.join(str(error).split())}") from error
     return model.to(device).eval(), tokenizer
+
+
+def _warn(text: str) -> None:
+    if is_first():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def run_flags(model_folder: str) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ import platform
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,16 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "recurrent-bart")
 
-MARKUP = re.compile(r"[\\`*_\[\]<>|~&]")
+SAMPLE_TEXTS = ("source", "target", "generated")
+# of each text of a sample, and of a line of it
+SAMPLE_CHARACTERS = 1200
+SAMPLE_WIDTH = 100
+# a title, the name of a sample, or one of its texts, which an empty line ends
+SAMPLE_PART = re.compile(
+    r"^## Step (?P<step>\d+)\n|^### (?P<fence>`+) (?P<id>.*) (?P=fence)\n"
+    rf"|^(?P<name>{'|'.join(SAMPLE_TEXTS)})\n\n(?P<block>(?:    .*\n)+)\n",
+    flags=re.MULTILINE,
+)
 
 
 class RunFolder:
@@ -120,27 +130,26 @@ class RunFolder:
             replace_file(self.samples_file, "".join(part for part in parts if _step_of(part) <= max(0, evaluated_step)))
 
     def append_samples(self, title: str, samples: Sequence[Any]) -> None:
-        """Add some samples under a title."""
-        lines = [f"## {title}\n"]
+        """Add some samples under a title, each of their texts on lines of its own, shortened if it is long."""
+        parts = [f"## {title}\n\n"]
         for sample in samples:
-            fields = [("source", sample.source), ("target", sample.target), ("generated", sample.generated)]
-            lines += [f"### {_table_cell(sample.id)}\n", "| | |", "|---|---|"]
-            lines += [f"| {name} | {_table_cell(text)} |" for name, text in fields] + [""]
+            parts.append(f"### {_code(sample.id)}\n\n")
+            parts += [f"{name}\n\n{_block(getattr(sample, name))}\n" for name in SAMPLE_TEXTS]
         with self.samples_file.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write("".join(parts))
 
     def read_samples(self) -> list[dict[str, Any]]:
-        """All of them, each with `step`, `id`, `source`, `target` and `generated`; cut off ones lack the last."""
+        """Return all samples, each with `step`, `id` and its texts as written. A text that is cut off is missing."""
         samples: list[dict[str, Any]] = []
         step = 0
         text = self.samples_file.read_text(encoding="utf-8") if self.samples_file.exists() else ""
-        for line in text.split("\n"):
-            step = _step_of(line) or step
-            if line.startswith("### "):
-                samples.append({"step": step, "id": _plain(line.removeprefix("### "))})
-            cell = re.fullmatch(r"\| (source|target|generated) \| (.*) \|", line)
-            if cell and samples:
-                samples[-1][cell[1]] = _plain(cell[2])
+        for part in SAMPLE_PART.finditer(text):
+            if part["step"]:
+                step = int(part["step"])
+            elif part["id"]:
+                samples.append({"step": step, "id": part["id"]})
+            elif samples:
+                samples[-1][part["name"]] = " ".join(part["block"].split())
         return samples
 
 
@@ -182,11 +191,19 @@ def _step_of(samples: str) -> int:
     return int(title[1]) if title else 0
 
 
-def _table_cell(text: str) -> str:
-    """The text on one line, with what Markdown would take for its own shown as it is."""
-    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+def _code(text: str) -> str:
+    """Return the text on one line as Markdown's inline code, which needs no escapes."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}"
 
 
-def _plain(cell: str) -> str:
-    """What `_table_cell` was given."""
-    return re.sub(r"\\(.)", r"\1", cell)
+def _block(text: str) -> str:
+    """Return the text as Markdown's indented code, which needs no escapes. A long text is shortened."""
+    line = " ".join(text.split())
+    if len(line) > SAMPLE_CHARACTERS:
+        head = line[:SAMPLE_CHARACTERS]
+        line = f"{head} [... {len(line) - len(head):,} characters more]"
+    # words are not broken, so that lines can be joined again
+    lines = textwrap.wrap(line, SAMPLE_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"    {part}\n" for part in lines) or "    \n"

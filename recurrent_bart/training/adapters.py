@@ -5,8 +5,9 @@ import importlib.util
 import torch
 from torch import Tensor, nn
 
+from recurrent_bart.loading import is_recurrence
 from recurrent_bart.training.arguments import ModelArguments
-from recurrent_bart.training.optimization import is_adapter, is_recurrence
+from recurrent_bart.training.optimization import is_adapter
 
 # as in the paper, arXiv 2106.09685, and in the field's usual settings
 ADAPTED = ("q_proj", "v_proj")

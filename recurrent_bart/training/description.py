@@ -1,20 +1,39 @@
 """What is about to be trained, in words and numbers."""
 
+from typing import Any
+
 from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import DocumentOrder
 from recurrent_bart.exposure_bias import Oracle, gold_probability
+from recurrent_bart.loading import is_recurrence
 from recurrent_bart.training.arguments import Arguments, RunArguments
 from recurrent_bart.training.document_order import describe_order
 from recurrent_bart.training.environment import Environment
-from recurrent_bart.training.optimization import LearningRates, is_recurrence
+from recurrent_bart.training.optimization import LearningRates
 from recurrent_bart.training.preparation import Preparation
 
 
 def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> LearningRates:
     """Highest learning rates of a run."""
     return LearningRates.of(arguments.run, arguments.model.model_name_or_path is not None, config.d_model)
+
+
+def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict[str, Any]:
+    """Return the values of flags whose default follows from other flags.
+
+    The flags themselves are saved as they were given: on `--resume`, their defaults follow from the flags given then.
+    """
+    run, rates = arguments.run, learning_rates(arguments, config)
+    curriculum = run.build_curriculum()
+    return {
+        "learning_rate": rates.backbone,
+        "recurrence_learning_rate": rates.recurrence,
+        "per_device_eval_batch_size": run.per_device_eval_batch_size or run.per_device_train_batch_size,
+        "curriculum_steps": curriculum.stage_steps if curriculum else None,
+        "lora_alpha": arguments.model.lora_strength() if arguments.model.lora_r else None,
+    }
 
 
 def oracle_at(run: RunArguments, order: DocumentOrder, step: int) -> Oracle | None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from recurrent_bart.monitoring.stall import StallWatch
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import Arguments
-from recurrent_bart.training.description import describe, learning_rates, oracle_at
+from recurrent_bart.training.description import describe, learning_rates, oracle_at, resolved_settings
 from recurrent_bart.training.document_order import build_order, keep_place
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
 from recurrent_bart.training.environment import Environment, is_batch_job
@@ -103,7 +104,12 @@ def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerStat
     folder.create()
     save_tokenizer(prepared.tokenizer, folder.tokenizer)
     # what makes it a run that can be resumed, so it comes last
-    folder.write_config(arguments=asdict(arguments), model=prepared.config.to_dict(), deepspeed=prepared.deepspeed)
+    folder.write_config(
+        arguments=asdict(arguments),
+        resolved=resolved_settings(arguments, prepared.config),
+        model=prepared.config.to_dict(),
+        deepspeed=prepared.deepspeed,
+    )
     folder.forget_after(state.step, state.evaluated_step)
 
 
@@ -135,10 +141,12 @@ class Session:
         self.places = Places.gather(environment.local_rank, peak)
         self.trackers = start_trackers(arguments.tracking, environment, self.folder, self.places)
         self.stall_watch = StallWatch(STALL_SECONDS, self._tell_of_stall)
-        self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes)
+        self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes, self._tell_of_signal)
         self.evaluator = self._evaluator(prepared.splits["validation"])
         self.spikes = SpikeWatch()
         self.saved = (state.step, state.evaluated_step)
+        # whose model is in the folder
+        self.model_step = state.best_step if math.isfinite(state.best_loss) else None
 
     def __enter__(self) -> Self:
         if is_first():
@@ -170,6 +178,8 @@ class Session:
                 self.checkpoints.wait()
                 self.display.say(f"stopped    after step {self.state.step}: {reason}")
                 raise
+            finally:
+                self._tell_of_model()
 
     def _trainer(self, batches: Iterator[Batch]) -> Trainer:
         return Trainer(
@@ -231,6 +241,17 @@ class Session:
         self.trackers.alert("run stalls", text)
         self.display.say(f"warning: {text}")
 
+    def _tell_of_signal(self, name: str) -> None:
+        self.display.say(
+            f"stopping   {name} received: this step, or a batch of an evaluation, is finished and saved first"
+        )
+
+    def _tell_of_model(self) -> None:
+        """Say which step's model is in the folder, which need not be that of the last step."""
+        if self.model_step is not None:
+            lowest = f"validation loss {self.state.best_loss:.4f}, the lowest"
+            self.display.say(f"saved      {self.folder.model}, the model after step {self.model_step}: {lowest}")
+
     def _finish_trackers(self, outcome: Outcome) -> None:
         code = ExitCode(outcome.code)
         self.trackers.alert(f"run {code.name.lower()}", f"after step {outcome.step}  {outcome.reason}".rstrip())
@@ -264,6 +285,7 @@ class Session:
             self._write_evaluation(record, samples)
         if is_best:
             self._export()
+            self.model_step = state.step
         patience = self.arguments.run.patience
         return bool(patience) and state.n_worse >= patience
 

@@ -7,7 +7,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from recurrent_bart.training.optimization import is_recurrence
+from recurrent_bart.loading import is_recurrence
 
 
 class GradientNorms:

@@ -1,7 +1,9 @@
 """How a run is asked to stop before its end: by a signal, by a file in its folder, or by the clock."""
 
 import contextlib
+import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,16 +33,28 @@ class Interruption:
     Attributes:
         stop_file: A file that asks to stop by being there; the first process looks.
         max_minutes: Minutes after the start of the process at which it is to stop.
+        on_signal: Called with the name of each signal at its first arrival, in a thread of its own.
         received: Signals received so far.
     """
 
     stop_file: Path | None = None
     max_minutes: float | None = None
+    on_signal: Callable[[str], None] = lambda name: None
     received: set[int] = field(default_factory=set)
+    # a signal may come in the middle of anything, of a print too; this queue may be used even then
+    _arrivals: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)
 
-    def watching(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
         """Take note of signals, which then end nothing by themselves, however many come."""
-        return handling_signals(self._receive)
+        announcer = threading.Thread(target=self._announce, daemon=True)
+        announcer.start()
+        try:
+            with handling_signals(self._receive):
+                yield
+        finally:
+            self._arrivals.put(None)
+            announcer.join()
 
     def votes(self) -> list[float]:
         """1 for each of the reasons to stop that this process knows of, 0 for the others."""
@@ -67,8 +81,15 @@ class Interruption:
         self.obey(sum_over_ranks(*self.votes(), device=device))
 
     def _receive(self, number: int, _: Any) -> None:
-        # it may come in the middle of anything, so it does no more
         self.received.add(number)
+        self._arrivals.put(number)
+
+    def _announce(self) -> None:
+        announced = set()
+        while (number := self._arrivals.get()) is not None:
+            if number not in announced:
+                announced.add(number)
+                self.on_signal(signal.Signals(number).name)
 
 
 @contextlib.contextmanager

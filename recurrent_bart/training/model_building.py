@@ -8,7 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.rows import TASKS
+from recurrent_bart.loading import load_pretrained
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.monitoring.progress import say
 from recurrent_bart.training.arguments import ModelArguments
 
 
@@ -82,8 +84,12 @@ def build_model(
     if arguments.model_name_or_path is None:
         model = RecurrentBartForConditionalGeneration(config)
     else:
-        model = RecurrentBartForConditionalGeneration.from_pretrained(
-            arguments.model_name_or_path, config=config, dtype=torch.float32
+        model = load_pretrained(
+            RecurrentBartForConditionalGeneration,
+            arguments.model_name_or_path,
+            lambda text: say(f"new        {text}"),
+            config=config,
+            dtype=torch.float32,
         )
     return model.train()
 

@@ -9,15 +9,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from recurrent_bart.loading import is_recurrence
 from recurrent_bart.training.arguments import RunArguments
-
-# names of the parameters that BART does not have
-RECURRENCE = ("recurrence.", "memory_gate")
-
-
-def is_recurrence(name: str) -> bool:
-    """Whether a parameter, by its name, is the recurrence's own."""
-    return any(part in name for part in RECURRENCE)
 
 
 def is_adapter(name: str) -> bool:

@@ -32,6 +32,10 @@ def test_a_signal_to_every_process_stops_them_once(run):
     ended = run.train(fault="signalled", ranks=[0, 1], moment="update", number=signal.SIGTERM, at=3)
     assert_stopped(run, ended, 3, "SIGTERM")
     assert run.steps() == [2, 3]
+    # at once, and by one process
+    assert ended.text().count("stopping   SIGTERM received") == 1
+    assert ended.printed[0].index("stopping   SIGTERM") < ended.printed[0].index("stopped    after step 3")
+    assert f"saved      {run.folder}/model, the model after step 2" in ended.printed[0]
 
 
 def test_a_signal_while_texts_are_generated_does_not_wait_for_the_last(run):

@@ -1,12 +1,12 @@
 """What a run writes down can be read again, whatever interrupted it."""
 
 import json
-import re
 import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from recurrent_bart.monitoring import run_folder as module
 from recurrent_bart.monitoring.run_folder import RunFolder
@@ -106,37 +106,56 @@ def test_without_a_log_there_is_nothing_to_forget(folder):
 
 
 def read_markdown(text):
-    """Rows of the tables, as a renderer shows them: backslashes taken off, bare markup refused."""
-    rows = [line for line in text.splitlines() if line.startswith("| ") and line != "| | |"]
-    for row in rows:
-        cells = re.split(r"(?<!\\)\|", row)
-        assert len(cells) == 4, row
-        assert not re.search(r"(?<!\\)[<>*_`\[\]]", row.replace("\\\\", "")), row
-        yield tuple(re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells[1:3])
+    """Return headings and blocks of code as a renderer shows them; all else in the file is plain words."""
+    for token in MarkdownIt().parse(text):
+        if token.type == "code_block":
+            yield " ".join(token.content.split())
+        elif token.type == "inline":
+            assert all(child.type in ("text", "code_inline") for child in token.children)
+            yield " ".join(child.content for child in token.children)
 
 
 def test_samples_are_shown_as_they_are(folder):
-    texts = ["def __init__(self): | x *= 2", "about <dig> of `a` [b] \\ 東京", "two\n lines\n\nand  spaces"]
-    sample = SimpleNamespace(id="m.__main__[0]", source=texts[0], target=texts[1], generated=texts[2])
+    texts = [
+        "def __init__(self): | x *= 2",
+        "about <dig> of `a` [b] \\ 東京 &amp; ```",
+        "two\n lines\n\n## and  spaces",
+    ]
+    sample = SimpleNamespace(id="m.__main__[0]`", source=texts[0], target=texts[1], generated=texts[2])
     folder.append_samples("Step 10", [sample])
     folder.append_samples("Step 20", [sample, sample])
+    shown = ["source", texts[0], "target", texts[1], "generated", "two lines ## and spaces"]
+    expected = [sample.id, *shown]
     text = folder.samples_file.read_text(encoding="utf-8")
-    expected = [("source", texts[0]), ("target", texts[1]), ("generated", "two lines and spaces")]
-    assert list(read_markdown(text)) == expected * 3
-    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Step 10", "## Step 20"]
-    # a table begins behind an empty line
-    assert text.count("\n\n| | |\n|---|---|\n") == 3
+    assert list(read_markdown(text)) == ["Step 10", *expected, "Step 20", *expected, *expected]
+    # in the file itself, too, nothing stands before a character
+    assert all(piece in text for piece in (*texts[:2], sample.id))
+
+
+def test_long_samples_are_shortened_and_fit_on_a_screen(folder):
+    sample = SimpleNamespace(id="m", source="a", target=" ".join(["word"] * 3600), generated="b" * 1200)
+    folder.append_samples("Step 10", [sample])
+    lines = folder.samples_file.read_text().splitlines()
+    assert sum(map(len, lines)) < 3000
+    assert all(len(line) <= 104 for line in lines if "b" not in line)
+    (found,) = folder.read_samples()
+    head = sample.target[:1200]
+    assert found["target"] == f"{head.strip()} [... 16,799 characters more]"
+    assert found["generated"] == sample.generated
 
 
 def test_samples_can_be_read_back(folder):
     texts = {"source": "def __init__(self): | x *= 2", "target": "about <dig> of `a` [b] \\ 東京", "generated": ""}
+    # whatever a text may look like
+    texts["source"] += " ## Step 10 ### ` m ` " + "target source generated " * 20 + "well-known " * 20
     assert folder.read_samples() == []
     for step in (10, 20):
         folder.append_samples(f"Step {step}", [SimpleNamespace(id="m.__main__[0]", **texts)])
     expected = [{"step": step, "id": "m.__main__[0]", **texts} for step in (10, 20)]
+    expected = [{**sample, "source": sample["source"].strip()} for sample in expected]
     assert folder.read_samples() == expected
-    # cut off within its last line
-    folder.samples_file.write_text(folder.samples_file.read_text(encoding="utf-8").rstrip(" |\n"), encoding="utf-8")
+    # cut off within its last text
+    folder.samples_file.write_text(folder.samples_file.read_text(encoding="utf-8")[:-1], encoding="utf-8")
     del expected[1]["generated"]
     assert folder.read_samples() == expected
 

@@ -9,9 +9,10 @@ from transformers import AutoModelForSeq2SeqLM
 
 from forked import launched, run_script
 from recurrent_bart.data.tokenizer import load_tokenizer
+from recurrent_bart.loading import is_recurrence
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import ModelArguments
-from recurrent_bart.training.optimization import is_adapter, is_recurrence
+from recurrent_bart.training.optimization import is_adapter
 from runs import flags
 from tiny import random_ids, tiny_model
 

@@ -42,7 +42,7 @@ def spoil(monkeypatch):
     return spoil_steps
 
 
-def test_it_stops_when_the_loss_rises_and_keeps_the_best_model(documents, tmp_path, train_main, monkeypatch):
+def test_it_stops_when_the_loss_rises_and_keeps_the_best_model(documents, tmp_path, train_main, monkeypatch, capsys):
     weights = {}
     evaluate = Session.evaluate
 
@@ -63,6 +63,8 @@ def test_it_stops_when_the_loss_rises_and_keeps_the_best_model(documents, tmp_pa
     assert all(saved[name].equal(weights[2][name]) for name in saved)
     assert not all(saved[name].equal(weights[5][name]) for name in saved)
     # the last two, and that of the lowest loss
+    lines = capsys.readouterr().out.splitlines()
+    assert f"saved      {tmp_path}/run/model, the model after step 2: validation loss 3.0000, the lowest" in lines
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints == ["step-00000002", "step-00000004", "step-00000005"]
 
@@ -105,6 +107,31 @@ def test_a_run_that_is_done_can_be_made_longer(documents, tmp_path, train_main):
     records = read_metrics(tmp_path / "run")
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
     assert records[-1]["step"] == 4
+
+
+def test_a_run_whose_model_was_not_written_does_not_say_that_it_was(
+    documents, tmp_path, train_main, monkeypatch, capsys
+):
+    monkeypatch.setattr(Session, "_export", lambda session: (_ for _ in ()).throw(OSError("no space left")))
+    assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 1
+    assert "saved " not in capsys.readouterr().out
+
+
+def test_the_configuration_has_the_values_that_follow_from_other_flags(documents, tmp_path, train_main):
+    run = tmp_path / "run"
+    given = {"max_steps": 2, "learning_rate": 0.25, "curriculum": "1,2", "lora_r": 2}
+    assert train_main(flags(documents, run, **given)) == 0
+    expected = {"learning_rate": 0.25, "recurrence_learning_rate": 0.25, "per_device_eval_batch_size": 2}
+    expected |= {"curriculum_steps": 1, "lora_alpha": 4}
+    assert json.loads((run / "config.json").read_text())["resolved"] == expected
+    # of a model from scratch with d_model 128; what follows from what is given on resuming follows anew
+    assert train_main(flags(documents, tmp_path / "second", max_steps=2)) == 0
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["resolved"]["learning_rate"] == config["resolved"]["recurrence_learning_rate"] == 3e-3
+    assert config["arguments"]["run"]["learning_rate"] is None
+    assert train_main(["--resume", str(tmp_path / "second"), "--learning_rate", "0.5", "--max_steps", "3"]) == 0
+    resolved = json.loads((tmp_path / "second" / "config.json").read_text())["resolved"]
+    assert resolved["recurrence_learning_rate"] == 0.5
 
 
 def test_the_bar_moves_with_every_step(documents, tmp_path, train_main, monkeypatch):

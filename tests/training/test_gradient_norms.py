@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from recurrent_bart.loading import is_recurrence
 from recurrent_bart.training.engine import build_engine
 from recurrent_bart.training.gradient_norms import GradientNorms
-from recurrent_bart.training.optimization import is_recurrence
 from tiny import BUCKET, random_ids, tiny_model
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

@@ -1,6 +1,7 @@
 """What asks a run to stop, and that one vote is enough."""
 
 import os
+import queue
 import signal
 
 import pytest
@@ -20,6 +21,19 @@ def test_a_signal_is_noted_and_handlers_are_put_back(number):
     assert signal.getsignal(number) == before
     with pytest.raises(Interrupted, match=f"^{number.name}$"):
         asked.obey(asked.votes())
+
+
+def test_a_signal_is_told_at_once_and_once():
+    """While the step goes on; `told` is read by the step itself."""
+    told = queue.Queue()
+    asked = Interruption(on_signal=told.put)
+    with asked.watching():
+        for number in [signal.SIGINT] * 10 + [signal.SIGTERM]:
+            os.kill(os.getpid(), number)
+        assert [told.get(timeout=10) for _ in range(2)] == ["SIGINT", "SIGTERM"]
+        # it asks to stop all the same
+        assert sum(asked.votes()) == 2
+    assert told.empty()
 
 
 def test_a_file_and_the_clock_ask_too(tmp_path, monkeypatch):

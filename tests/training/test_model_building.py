@@ -1,14 +1,17 @@
 """The model that the flags ask for."""
 
+import logging
+
 import pytest
 import torch
 
 from recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.data.rows import TASKS
 from recurrent_bart.data.tokenizer import train_tokenizer
+from recurrent_bart.inference import load_model
+from recurrent_bart.loading import is_recurrence
 from recurrent_bart.training.arguments import ModelArguments
 from recurrent_bart.training.model_building import SIZES, build_config, build_model
-from recurrent_bart.training.optimization import is_recurrence
 
 
 class Tokenizer:
@@ -92,6 +95,47 @@ def test_a_pretrained_model_keeps_its_weights_and_trains_in_float32(pretrained, 
         assert torch.equal(weights[name], weight), name
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert all(module.training for module in model.modules())
+
+
+@pytest.fixture
+def logged(caplog):
+    """The lines that transformers logs, which does not hand them on to the root."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_that_the_recurrence_is_new_is_said_in_one_line(pretrained, capsys, logged, tmp_path):
+    arguments = ModelArguments(model_name_or_path=pretrained)
+    model = build_model(arguments, build_config(arguments, Tokenizer(40)), seed=0)
+    size = sum(p.numel() for name, p in model.named_parameters() if is_recurrence(name)) / 1e6
+    line = f"new        the recurrence ({size:.1f} M parameters) is new and untrained: {pretrained} has none\n"
+    assert capsys.readouterr().out == line
+    assert not logged.records
+    # one that has been trained has nothing new
+    model.save_pretrained(tmp_path / "saved")
+    arguments = ModelArguments(model_name_or_path=str(tmp_path / "saved"))
+    build_model(arguments, build_config(arguments, Tokenizer(40)), seed=0)
+    assert capsys.readouterr().out == ""
+    assert not logged.records
+
+
+def test_other_weights_that_are_missing_are_still_told_of(bart, capsys, logged, tmp_path):
+    weights = {name: value for name, value in bart.state_dict().items() if "encoder.layers.0.fc1" not in name}
+    bart.save_pretrained(tmp_path / "bart", state_dict=weights)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path / "bart"))
+    build_model(arguments, build_config(arguments, Tokenizer(40)), seed=0)
+    assert capsys.readouterr().out == ""
+    (record,) = logged.records
+    assert "encoder.layers.0.fc1" in record.getMessage()
+
+
+def test_a_plain_bart_that_is_to_write_is_warned_of(pretrained, capsys, logged):
+    train_tokenizer(["a b c"], vocab_size=320).save_pretrained(pretrained)
+    load_model(pretrained, torch.device("cpu"), torch.float32)
+    assert capsys.readouterr().err.startswith("warning: the recurrence (")
+    assert not logged.records
 
 
 def test_a_checkpoint_in_half_precision_is_trained_in_float32(bart, tmp_path):
