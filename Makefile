@@ -11,7 +11,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
 # the embedded corpus, on whatever this machine has
 train: $(INSTALLED)
-	deepspeed launch/train.py --deepspeed ds_configs/zero3.json
+	deepspeed --quiet launch/train.py --deepspeed ds_configs/zero3.json
 
 # one thread a process: more of them would only wait for each other; kernels for GPUs by Triton's interpreter
 test: $(INSTALLED)
@@ -45,5 +45,6 @@ clean:
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or later is needed: PYTHON=...')"
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --use-pep517 --constraint constraints.txt --editable '.[dev]'
+	@echo "installing PyTorch, DeepSpeed and what else is needed into $(VENV): some minutes"
+	$(VENV)/bin/pip install --disable-pip-version-check --use-pep517 --constraint constraints.txt --editable '.[dev]'
 	touch $@

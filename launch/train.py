@@ -5,11 +5,9 @@ import signal
 import sys
 from typing import Any
 
-import deepspeed.comm
-
 from recurrent_bart.distributed import SharedError, let_first_speak
 from recurrent_bart.training.arguments import parse_arguments
-from recurrent_bart.training.environment import launched_rank, start_processes
+from recurrent_bart.training.environment import end_processes, launched_rank, start_processes
 from recurrent_bart.training.experiment import run_experiment
 from recurrent_bart.training.faults import describe_fault
 from recurrent_bart.training.interruption import Interrupted, handling_signals
@@ -64,8 +62,7 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     if code in (ExitCode.DONE, ExitCode.STOPPED):
         # a process that leaves while another one is still at work can look like a crash to it and to the launcher
-        deepspeed.comm.barrier()
-        deepspeed.comm.destroy_process_group()
+        end_processes()
         sys.exit(code)
     # at once: what else a process does before it ends may wait for the others, who wait for it
     sys.stdout.flush()

@@ -56,11 +56,16 @@ def checkout(tmp_path):
 
 def make(checkout, goal):
     """Return code, and the calls of programs, by name and arguments."""
+    return make_and_listen(checkout, goal)[:2]
+
+
+def make_and_listen(checkout, goal):
+    """As `make`, and the lines that are printed."""
     log = checkout / "log"
     log.write_text("")
     command = ["make", "--no-print-directory", goal, f"PYTHON={checkout / 'python3'}"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=60)
-    return done.returncode, log.read_text().splitlines()
+    return done.returncode, log.read_text().splitlines(), done.stdout.splitlines()
 
 
 def test_a_goal_sets_up_once_and_does_its_job(checkout):
@@ -70,7 +75,17 @@ def test_a_goal_sets_up_once_and_does_its_job(checkout):
     assert calls[2].startswith("pip install ")
     assert "--constraint constraints.txt --editable .[dev]" in calls[2]
     assert make(checkout, "test") == (0, calls[3:])
-    assert make(checkout, "train") == (0, ["deepspeed launch/train.py --deepspeed ds_configs/zero3.json"])
+    assert make(checkout, "train") == (0, ["deepspeed --quiet launch/train.py --deepspeed ds_configs/zero3.json"])
+
+
+def test_a_set_up_of_minutes_is_not_silent(checkout):
+    _, calls, printed = make_and_listen(checkout, "test")
+    (announced,) = [number for number, line in enumerate(printed) if line.startswith("installing ")]
+    # before it begins, and pip then says what it does
+    assert "pip install" in printed[announced + 1]
+    (install,) = [call for call in calls if call.startswith("pip install")]
+    assert not {"--quiet", "-q", "-qq"} & set(install.split())
+    assert not any(line.startswith("installing ") for line in make_and_listen(checkout, "test")[2])
 
 
 @pytest.mark.parametrize("name", ["setup.py", "constraints.txt"])

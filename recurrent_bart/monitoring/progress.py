@@ -55,7 +55,8 @@ class ProgressDisplay:
         )
         self.task = self.bar.add_task("train", total=max_steps, completed=first_step, metrics=[])
         self.max_steps = max_steps
-        self.evaluation = ""
+        self.metrics: list[str] = []
+        self.evaluation: list[str] = []
 
     def __enter__(self) -> "ProgressDisplay":
         self.bar.start()
@@ -71,12 +72,12 @@ class ProgressDisplay:
     def show(self, record: dict[str, Any]) -> None:
         """Show the metrics of a log line, with the last validation loss."""
         if "validation_loss" in record:
-            self.evaluation = f"validation {record['validation_loss']:.3f}"
-        if "loss" not in record:
-            return
-        metrics = [metric for metric in (*_metrics(record), self.evaluation) if metric]
+            self.evaluation = [f"validation {record['validation_loss']:.3f}"]
+        if "loss" in record:
+            self.metrics = list(_metrics(record))
+        metrics = [*self.metrics, *self.evaluation]
         self.bar.update(self.task, metrics=metrics)
-        if self.bar.disable:
+        if self.bar.disable and "loss" in record:
             left = f"left {clock(record['seconds_left'])}"
             self.say(SEPARATOR.join([f"step {record['step']}/{self.max_steps}", *metrics, left]))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import deepspeed
+import deepspeed.comm
 import deepspeed.ops
 import torch
 import transformers
@@ -107,6 +108,12 @@ def start_processes(timeout_minutes: int) -> Environment:
         place = f"{meeting.address}:{meeting.port}"
         raise ValueError(f"processes cannot meet at {place} ({error}); start with another --master_port") from error
     return Environment(meeting.rank, meeting.local_rank, meeting.world_size, device)
+
+
+def end_processes() -> None:
+    """Wait for all processes and leave their group."""
+    deepspeed.comm.barrier()
+    deepspeed.comm.destroy_process_group()
 
 
 def is_batch_job() -> bool:

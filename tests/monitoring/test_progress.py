@@ -102,6 +102,14 @@ def test_the_last_evaluation_stays_in_sight(is_terminal):
     assert f"{STATUS}  validation 2.500" in output.getvalue()
 
 
+def test_the_bar_shows_an_evaluation_that_no_step_follows():
+    output = io.StringIO()
+    with ProgressDisplay(0, 40, Console(file=output, force_terminal=True, width=160)) as display:
+        display.show(RECORD)
+        display.show({"step": 40, "validation_loss": 2.5})
+    assert f"{STATUS}  validation 2.500" in output.getvalue()
+
+
 def test_what_is_not_known_is_left_out():
     output = io.StringIO()
     unknown = {"model_flops_share", "memory_allocated_bytes"}

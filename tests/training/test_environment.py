@@ -72,3 +72,11 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="--precision bf16: this GPU does not have it, use fp32"):
         use_bf16("bf16", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_without_a_gpu_deepspeed_prints_nothing_before_us(script):
+    command = ["env", "-u", "DS_ACCELERATOR", sys.executable, f"launch/{script}.py", "--no_such_flag"]
+    code, printed = run(command, timeout=120)
+    assert code == 2
+    assert printed.splitlines() == ["error: unknown argument --no_such_flag"]
