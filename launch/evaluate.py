@@ -15,9 +15,16 @@ from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.distributed import SharedError, first_then_all, is_first, let_first_speak, only_first
 from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.generation_settings import (
+    change_settings,
+    contradictions,
+    describe_limit,
+    describe_settings,
+)
 from recurrent_bart.inference import load_model, run_flags
+from recurrent_bart.monitoring.progress import say
 from recurrent_bart.monitoring.run_folder import replace_file
-from recurrent_bart.training.arguments import PRECISIONS, DataArguments, flag
+from recurrent_bart.training.arguments import PRECISIONS, DataArguments, GenerationArguments, flag
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
 from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.preparation import open_documents, sources_of
@@ -26,8 +33,8 @@ from recurrent_bart.training.preparation import open_documents, sources_of
 PLACES = ("dataset", "train_file", "validation_file", "test_file")
 
 
-@dataclass
-class EvaluationArguments:
+@dataclass(kw_only=True)
+class EvaluationArguments(GenerationArguments):
     """What is evaluated, and how."""
 
     model: str = field(metadata={"help": "folder of the model: RUN/model"})
@@ -42,6 +49,7 @@ class EvaluationArguments:
     local_rank: int = flag(-1, "set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         allowed = {"split": SPLITS, "precision": PRECISIONS}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -121,8 +129,17 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
     evaluator = Evaluator(
         documents.corpus, plan, documents.collator, tokenizer, arguments.batch_size, environment.device
     )
+    generation, longest = model.generation_config, documents.collator.max_target_length
+    change_settings(generation, arguments.generation_settings(), longest, arguments.num_beams)
+    limits = describe_limit(model.config, data.max_target_length)
+    for line in [
+        *limits,
+        describe_settings(generation, longest, arguments.num_beams),
+        *contradictions(generation, documents.targets()),
+    ]:
+        say(str(line))
     loss = evaluator.loss(model)
-    samples = evaluator.summarise(model, Generation(data.max_target_length, arguments.num_beams))
+    samples = evaluator.summarise(model, Generation(longest, arguments.num_beams))
     return Results(len(plan.indices), len(samples), loss, score(samples))
 
 

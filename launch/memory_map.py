@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging
 
 from recurrent_bart.data.jsonl import ENCODING
+from recurrent_bart.generation_settings import longest_text
 from recurrent_bart.inference import load_model, run_flags
 from recurrent_bart.monitoring.memory_map import as_text, draw_memory_map, map_memory
 from recurrent_bart.training.arguments import DataArguments
@@ -47,7 +48,8 @@ def show(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(arguments.model, device, torch.float32)
-    length = run_flags(arguments.model).get("data", {}).get("max_target_length", DataArguments.max_target_length)
+    asked = run_flags(arguments.model).get("data", {}).get("max_target_length", DataArguments.max_target_length)
+    length = longest_text(model.config, asked)
     # verbose: a text longer than the position table is no mistake here
     ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], device=device)
     found, summary = map_memory(model, ids, max_new_tokens=length)

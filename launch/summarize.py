@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +17,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from recurrent_bart.data.jsonl import ENCODING
+from recurrent_bart.generation_settings import change_settings, describe_settings, longest_text
 from recurrent_bart.inference import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
 from recurrent_bart.summaries import Summariser
-from recurrent_bart.training.arguments import DataArguments
+from recurrent_bart.training.arguments import DataArguments, GenerationArguments
 from recurrent_bart.training.flags import FlagParser
 
 # texts in memory at a time, of which those of like length are summarised together
@@ -39,6 +41,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--each_line", action="store_true", help="each line is a text of its own")
     parser.add_argument(
         "--tokens_per_batch", type=positive, default=16_384, help="of several texts, tokens read together, with padding"
+    )
+    for item in fields(GenerationArguments):
+        kind = float if item.name == "length_penalty" else int
+        parser.add_argument(f"--{item.name}", type=kind, help=item.metadata["help"])
+    parser.add_argument(
+        "--skip_bad_samples", action="store_true", help="pass over texts that cannot be read: an empty line for each"
     )
     parser.add_argument("--save_state", type=Path, metavar="FILE", help="write what was read, to go on with more text")
     parser.add_argument("--load_state", type=Path, metavar="FILE", help="go on from there: the text is what follows")
@@ -74,6 +82,19 @@ def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
         raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
     if is_blank:
         raise ValueError(f"{name}: the text is empty")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One of several texts, with the file or line that it is from."""
+
+    name: str
+    content: str
+
+    @property
+    def is_passed_over(self) -> bool:
+        """True if there is nothing to read, which has been said."""
+        return not self.content.strip()
 
 
 class Progress:
@@ -112,10 +133,23 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     model, tokenizer = load_model(arguments.model, device, torch.bfloat16 if has_bf16 else torch.float32)
-    generation = {"max_new_tokens": arguments.max_new_tokens or target_length(arguments.model)}
+    longest = longest_text(model.config, arguments.max_new_tokens or target_length(arguments.model))
+    if (arguments.max_new_tokens or 0) > longest:
+        raise ValueError(
+            f"--max_new_tokens {arguments.max_new_tokens}: the decoder of this model has positions for {longest} tokens"
+        )
+    given = GenerationArguments(**{item.name: getattr(arguments, item.name) for item in fields(GenerationArguments)})
+    change_settings(model.generation_config, given.generation_settings(), longest, arguments.num_beams)
+    generation = {"max_new_tokens": longest}
     if arguments.num_beams:
         generation["num_beams"] = arguments.num_beams
     return model, tokenizer, generation
+
+
+def show_settings(model: Any, generation: dict[str, int]) -> None:
+    """Say on standard error how texts are generated."""
+    line = describe_settings(model.generation_config, generation["max_new_tokens"], generation.get("num_beams"))
+    print(line, file=sys.stderr, flush=True)
 
 
 def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
@@ -127,13 +161,18 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     save_state = arguments.save_state
     if save_state and not save_state.absolute().parent.is_dir():
         raise ValueError(f"--save_state {save_state}: no folder {save_state.parent}")
+    if arguments.skip_bad_samples:
+        raise ValueError("--skip_bad_samples: for several texts, not for one")
     model, tokenizer, generation = load(arguments)
     reader = TextReader(model, tokenizer, 1 if arguments.every_segment else SEGMENTS_PER_CALL)
     if arguments.load_state:
         reader.load(arguments.load_state)
     progress = Progress(reader, in_place=sys.stderr.isatty() and not arguments.every_segment)
-    output = None
+    output, is_shown = None, False
     for output in outputs(reader, text_pieces(file, name)):
+        if not is_shown:
+            show_settings(model, generation)
+            is_shown = True
         progress.show()
         if arguments.every_segment:
             print(summary_after(output, model, tokenizer, **generation), flush=True)
@@ -156,25 +195,75 @@ def summarize_all(arguments: argparse.Namespace) -> None:
     model, tokenizer, generation = load(arguments)
     summariser = Summariser(model, tokenizer, arguments.tokens_per_batch, **generation)
     texts = all_texts(arguments)
+    is_shown = False
     while window := list(itertools.islice(texts, WINDOW)):
-        for summary in summariser.summarise(window):
+        if not is_shown:
+            show_settings(model, generation)
+            is_shown = True
+        for summary in summarize_window(summariser, window, arguments.skip_bad_samples):
             print(" ".join(summary.split()), flush=True)
 
 
-def all_texts(arguments: argparse.Namespace) -> Iterator[str]:
-    """Every file's text, or every line's.
+def summarize_window(summariser: Summariser, window: list[Text], skips: bool) -> Iterator[str]:
+    """Yield the summary of each text, an empty one for those that are passed over.
 
     Raises:
-        ValueError: One cannot be read or is empty; the message names it.
+        ValueError: A text has no token; the message names it.
+    """
+    readable = [text for text in window if not text.is_passed_over]
+    try:
+        summaries = iter(summariser.summarise([text.content for text in readable]) if readable else [])
+    except ValueError:
+        # each by itself shows which one it is
+        summaries = (summarize_alone(summariser, text, skips) for text in readable)
+    for text in window:
+        yield "" if text.is_passed_over else next(summaries)
+
+
+def summarize_alone(summariser: Summariser, text: Text, skips: bool) -> str:
+    """Return the summary of one text, an empty one if it is passed over.
+
+    Raises:
+        ValueError: It has no token; the message names it.
+    """
+    try:
+        return summariser.summarise([text.content])[0]
+    except ValueError as error:
+        pass_over(ValueError(f"{text.name}: {error}"), skips)
+        return ""
+
+
+def all_texts(arguments: argparse.Namespace) -> Iterator[Text]:
+    """Yield every file's text, or every line's.
+
+    Raises:
+        ValueError: A text cannot be read or is empty; the message names it.
     """
     for name in arguments.files or [STANDARD_INPUT]:
-        with open_file(name) if arguments.files else sys.stdin.buffer as file:
-            text = "".join(text_pieces(file, name))
+        try:
+            with open_file(name) if arguments.files else sys.stdin.buffer as file:
+                text = "".join(text_pieces(file, name))
+        except ValueError as error:
+            pass_over(error, arguments.skip_bad_samples)
+            yield Text(name, "")
+            continue
         lines = text.removesuffix("\n").split("\n") if arguments.each_line else [text]
         for number, line in enumerate(lines, start=1):
+            place = f"{name}:{number}" if arguments.each_line else name
             if not line.strip():
-                raise ValueError(f"{name}:{number}: the text is empty")
-            yield line
+                pass_over(ValueError(f"{place}: the text is empty"), arguments.skip_bad_samples)
+            yield Text(place, line)
+
+
+def pass_over(error: ValueError, skips: bool) -> None:
+    """Warn of a text that is passed over.
+
+    Raises:
+        ValueError: Texts are not to be passed over.
+    """
+    if not skips:
+        raise ValueError(f"{error}; --skip_bad_samples passes over it") from error
+    print(f"warning: {error}; it is passed over", file=sys.stderr, flush=True)
 
 
 def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:
@@ -204,6 +293,10 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:
+        # a full disk behind standard output, say
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

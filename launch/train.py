@@ -1,6 +1,7 @@
 """Train Recurrent BART: `deepspeed launch/train.py --deepspeed ds_configs/zero3.json`."""
 
 import os
+import shlex
 import signal
 import sys
 from typing import Any
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> ExitCode:
             folder = run_experiment(arguments, start_processes(arguments.run.timeout_minutes))
     except Interrupted:
         if rank == 0:
-            print(f"go on with --resume {arguments.run.output_dir}")
+            print(f"go on with --resume {shlex.quote(str(arguments.run.output_dir))}")
         return ExitCode.STOPPED
     except SharedError:
         let_first_speak(seconds=1)

@@ -113,6 +113,25 @@ def first_then_all(make: Callable[[], Result]) -> Result:
     return result
 
 
+def all_together(make: Callable[[], Result]) -> Result:
+    """Let every process do something at the same time; a ValueError of one stops all, and the first one raises it.
+
+    Raises:
+        ValueError: A process met one; on all but the first process a SharedError.
+    """
+    error: ValueError | None = None
+    try:
+        result = make()
+    except ValueError as met:
+        error = met
+    texts = gather_objects(None if error is None else str(error))
+    if all(text is None for text in texts):
+        return result
+    number = next(number for number, text in enumerate(texts) if text is not None)
+    where = "" if None not in texts else f"process {number}: "
+    raise (ValueError if is_first() else SharedError)(f"{where}{texts[number]}") from error
+
+
 def only_first(act: Callable[[], Any]) -> None:
     """Let the first process alone do something; its ValueError stops all, as in `first_then_all`."""
     first_then_all(lambda: act() if is_first() else None)

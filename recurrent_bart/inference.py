@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +26,7 @@ from recurrent_bart.loading import load_pretrained
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.prefix_recurrence import RecurrentState
+from recurrent_bart.saved_models import check_model_place, reading_model
 from recurrent_bart.segmentation import pad_segments
 
 # raised when what a saved reading holds changes
@@ -257,13 +257,10 @@ def load_model(
     Raises:
         ValueError: There is none in the folder.
     """
-    if not Path(folder, "config.json").is_file():
-        raise ValueError(f"--model {folder}: no model there, a folder with config.json is needed (RUN/model)")
+    check_model_place("--model", folder)
     tokenizer = load_tokenizer(folder)
-    try:
+    with reading_model("--model", folder):
         model = load_pretrained(RecurrentBartForConditionalGeneration, folder, _warn, dtype=dtype)
-    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
-        raise ValueError(f"--model {folder}: {' '.join(str(error).split())}") from error
     return model.to(device).eval(), tokenizer
 
 

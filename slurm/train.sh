@@ -16,7 +16,7 @@
 # to go on from it. The run folder is runs/slurm-JOB, or --output_dir.
 #
 # In an array (`sbatch --array=1-5 slurm/train.sh`) each task has a folder of its own, and its number for a seed. With
-# @FILE among the flags, the line of FILE with its number is put there instead.
+# @FILE among the flags, the line of FILE with its number is put there instead, with quotes as a shell has them.
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?is not there: start with sbatch slurm/train.sh}"
@@ -30,17 +30,36 @@ mistake() {
     exit 2
 }
 
+# The flags in line NUMBER of FILE, one a line. The file may have Windows line ends, a byte order mark and quotes.
+flags_in_line() {
+    python - "$@" <<'END'
+import shlex, sys
+name, number = sys.argv[1], int(sys.argv[2])
+try:
+    lines = open(name, encoding="utf-8-sig").read().split("\n")
+    words = shlex.split(lines[number - 1]) if number <= len(lines) else []
+except OSError as error:
+    sys.exit(f"error: @{name}: cannot be read ({error.strerror})")
+except ValueError as error:
+    sys.exit(f"error: @{name}: line {number} cannot be read ({error})")
+if not words:
+    sys.exit(f"error: @{name}: there is no line {number}, or it is empty")
+# the mark behind them keeps an empty last one
+print(*words, "end", sep="\n")
+END
+}
+
 # each flag, the line of a file for one that is @FILE
 index=${SLURM_ARRAY_TASK_ID:-}
 given=()
-[[ -z $index || " $*" == *" @"* ]] || given=(--seed "$index")
+# a run that is resumed keeps its own seed
+[[ -z $index || " $*" == *" @"* || " $*" == *" --resume"* ]] || given=(--seed "$index")
 for flag; do
     if [[ $flag == @* ]]; then
         [[ -n $index ]] || mistake "$flag: which line, only an array says: sbatch --array=1-5 slurm/train.sh $flag"
-        line=$(sed -n "${index}p" "${flag#@}") || mistake "$flag: cannot be read"
-        [[ -n $line ]] || mistake "$flag: there is no line $index"
-        read -ra words <<<"$line"
-        given+=("${words[@]}")
+        lines=$(flags_in_line "${flag#@}" "$index") || exit 2
+        mapfile -t words <<<"$lines"
+        given+=("${words[@]::${#words[@]}-1}")
     else
         given+=("$flag")
     fi
@@ -62,8 +81,10 @@ if ((${SLURM_RESTART_COUNT:-0})) && [[ -e $folder/config.json ]]; then
     verb=--resume
 fi
 keep_caches_in "$folder/caches"
-# how the run ended before says nothing about this time
-rm -f "$folder/outcome.json"
+# how the run ended before says nothing about this time, but stays if the run cannot begin
+began=$folder/caches/began-$SLURM_JOB_ID
+touch "$began"
+outcome() { [[ ! $folder/outcome.json -nt $began ]] || cat "$folder/outcome.json"; }
 
 # srun hands the signal on to all processes
 is_asked=0
@@ -84,7 +105,7 @@ while
 do :; done
 
 # srun gives the code of the process that ended worst, which may be one that it ended itself; the run knows better
-said=$(sed -n 's/.*"code": \([0-9]*\).*/\1/p' "$folder/outcome.json" 2>/dev/null) || true
+said=$(outcome | sed -n 's/.*"code": \([0-9]*\).*/\1/p')
 code=${said:-$code}
 
 every_node_answers() {
@@ -96,7 +117,7 @@ goes_on() {
     case $code in
         0 | 2) return 1 ;;
         # whoever made a stop file does not want it to come back
-        75) ! grep -qs '"reason": "the stop file"' "$folder/outcome.json" ;;
+        75) ! outcome | grep -q '"reason": "the stop file"' ;;
         *) ((is_asked)) || ! every_node_answers ;;
     esac
 }

@@ -321,7 +321,10 @@ def _written_by(engine: DeepSpeedEngine) -> dict[str, Any]:
 def _check_model(path: Path, then: dict[str, Any], engine: DeepSpeedEngine) -> None:
     now = _written_by(engine)
     if then["model"] != now["model"]:
-        raise ValueError(f"{path}: cannot be continued with another model; {then['model']} then, {now['model']} now")
+        raise ValueError(
+            f"{path}: cannot be continued with another model: the names, shapes or trained parameters of this one are "
+            "not those of the checkpoint; is --model_name_or_path or the version of recurrent_bart another one?"
+        )
 
 
 def _continue_process(path: Path, n_processes: int, step: int) -> dict[str, float]:

@@ -8,15 +8,18 @@ RUN/tensorboard/     curves for TensorBoard, if asked for
 RUN/curves.png       loss, ROUGE, learning rate and throughput against steps
 RUN/checkpoints/     what a run is continued from
 RUN/model/           the best model so far, for from_pretrained
+RUN/lock             while a run goes on, which process trains; see run_lock.py
 RUN/tokenizer/       its tokenizer
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import tempfile
 import textwrap
@@ -59,7 +62,8 @@ class RunFolder:
             ValueError: It holds a run already, or cannot be written.
         """
         if self.config_file.exists():
-            raise ValueError(f"--output_dir {self.path}: a run is there already; continue it with --resume {self.path}")
+            again = shlex.quote(str(self.path))
+            raise ValueError(f"--output_dir {self.path}: a run is there already; continue it with --resume {again}")
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not existing.is_dir():
             raise ValueError(f"--output_dir {self.path}: {existing} is not a folder")
@@ -69,15 +73,27 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
 
-    def create(self) -> None:
-        """Make the folder if it is not there.
+    def create(self, exist_ok: bool = True) -> list[Path]:
+        """Make the folder.
+
+        Args:
+            exist_ok: Accept a folder that is there.
+
+        Returns:
+            The paths that were made, the innermost first.
 
         Raises:
+            FileExistsError: The folder is there, and `exist_ok` is False.
             ValueError: It cannot be made.
         """
+        whole = self.path.absolute()
+        missing = list(itertools.takewhile(lambda path: not path.exists(), (whole, *whole.parents)))
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=exist_ok)
+            return missing
         except OSError as error:
+            if isinstance(error, FileExistsError) and self.path.is_dir():
+                raise
             raise ValueError(f"--output_dir {self.path}: cannot be made ({error.strerror})") from error
 
     def write_config(self, **sections: Any) -> None:

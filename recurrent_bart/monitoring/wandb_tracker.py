@@ -8,6 +8,7 @@ RUN/wandb/offline-run-*      what `wandb sync` uploads
 import json
 import re
 import secrets
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ class WandbTracker:
         self.n_written = max(self.n_written, self.n_rows)
         if is_success:
             self._write_state()
-        return None if self.run.is_online else f"wandb sync {self.run.folder}/offline-run-*"
+        return None if self.run.is_online else f"wandb sync {shlex.quote(str(self.run.folder))}/offline-run-*"
 
     def _forget_cut_off(self) -> int:
         """Remove the offline run that was not closed; number of rows in those that were."""

@@ -1,18 +1,21 @@
 """What a run is told on the command line. One dataclass for each concern; every field is a flag."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.rows import TASKS, Columns
+from recurrent_bart.data.sources import EMBEDDED
 from recurrent_bart.exposure_bias import ORACLES
 from recurrent_bart.modeling_pretrained import CHECKPOINTING_GRAINS
 from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
 from recurrent_bart.training.curriculum import Curriculum, parse_stages
 from recurrent_bart.training.flags import DataclassFlagParser
+from recurrent_bart.training.resumed_flags import check_resumed
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -125,8 +128,29 @@ class DataArguments:
         return Columns(self.text_column, self.summary_column, self.sections_column, self.summaries_column)
 
 
+@dataclass(kw_only=True)
+class GenerationArguments:
+    """Settings of generation beside its length and beams; a setting that is not given is the model's."""
+
+    min_new_tokens: int | None = flag(None, "fewest tokens of a generated text, 0: any; default: as the model has it")
+    no_repeat_ngram_size: int | None = flag(
+        None, "no text has a sequence of this many tokens twice, 0: it may; default: as the model has it"
+    )
+    length_penalty: float | None = flag(
+        None, "exponent of the length in beam search, higher: longer texts; default: as the model has it"
+    )
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 0, "min_new_tokens", "no_repeat_ngram_size")
+
+    def generation_settings(self) -> dict[str, Any]:
+        """Return the settings that were given."""
+        values = {item.name: getattr(self, item.name) for item in fields(GenerationArguments)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 @dataclass
-class RunArguments:
+class RunArguments(GenerationArguments):
     """How it is trained."""
 
     output_dir: str | None = flag(None, "run folder; without it, a new one under runs/")
@@ -183,6 +207,7 @@ class RunArguments:
     local_rank: int = flag(-1, "set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
         _check_at_least(self, 1, *positive, "eval_documents", "num_beams", "timeout_minutes")
         _check_at_least(self, 0, "max_minutes", "max_loss_spikes")
@@ -272,21 +297,53 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read a command line. With `--resume RUN`, flags that are not given are as they were in that run.
 
     Raises:
-        ValueError: A flag is unknown or out of range, or there is no run to resume.
+        ValueError: A flag is unknown or out of range, there is no run to resume, or it cannot take a flag over.
     """
     parser = build_parser()
-    given = parser.parse_flags(argv)
-    if given.resume:
-        parser.set_defaults(**_flags_of_run(given.resume, vars(given)))
+    known = parser.parse_flags(argv)
+    given = given_flags(argv)
+    folder = given.get("resume")
+    if folder:
+        parser.set_defaults(**_flags_of_run(folder, vars(known).keys(), given))
     arguments = Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
-    if given.resume and Path(arguments.run.output_dir or "") != Path(given.resume):
-        raise ValueError(f"--output_dir {arguments.run.output_dir}: a run that is resumed goes on in its own folder")
+    _make_paths_absolute(arguments)
+    if folder:
+        if Path(arguments.run.output_dir or "").absolute() != Path(folder).absolute():
+            raise ValueError(
+                f"--output_dir {arguments.run.output_dir}: a run that is resumed goes on in its own folder"
+            )
+        check_resumed(asdict(arguments), RunFolder(Path(folder)).read_config())
     return arguments
 
 
-def _flags_of_run(folder: str, known: dict[str, Any]) -> dict[str, Any]:
-    """Flags that a run had, of those that there are still; trust is given anew each time."""
+def given_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the flags that a command line gives, without defaults."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_known_args(argv)[0])
+
+
+def _flags_of_run(folder: str, known: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags of a run that still exist; trust is given anew each time."""
     saved = RunFolder(Path(folder)).read_config().get("arguments", {})
-    kept = known.keys() - {"trust_checkpoint"}
+    kept = set(known) - {"trust_checkpoint"}
     flags = {name: value for group in saved.values() for name, value in group.items() if name in kept}
+    if "max_steps" in given and flags.get("warmup_steps") is not None:
+        # resolved when the run began, for a run that was longer
+        flags["warmup_steps"] = min(flags["warmup_steps"], given["max_steps"])
     return flags | {"resume": folder, "output_dir": folder}
+
+
+def _make_paths_absolute(arguments: Arguments) -> None:
+    """Make paths hold from every folder; names on the hub and paths that lead nowhere stay as they are."""
+    for group, names in (
+        (arguments.model, ("model_name_or_path", "tokenizer_name")),
+        (arguments.data, ("dataset", "train_file", "validation_file", "test_file", "cache_dir")),
+        (arguments.run, ("deepspeed",)),
+    ):
+        for name in names:
+            value = getattr(group, name)
+            # the cache is made where it is not there yet
+            if value not in (None, EMBEDDED) and (name == "cache_dir" or Path(value).expanduser().exists()):
+                setattr(group, name, str(Path(value).expanduser().absolute()))

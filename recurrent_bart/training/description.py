@@ -7,12 +7,14 @@ from deepspeed import DeepSpeedEngine
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import DocumentOrder
 from recurrent_bart.exposure_bias import Oracle, gold_probability
+from recurrent_bart.generation_settings import contradictions, describe_limit, describe_settings
 from recurrent_bart.loading import is_recurrence
 from recurrent_bart.training.arguments import Arguments, RunArguments
 from recurrent_bart.training.document_order import describe_order
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.optimization import LearningRates
 from recurrent_bart.training.preparation import Preparation
+from recurrent_bart.training.resumed_flags import describe_changes
 
 
 def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> LearningRates:
@@ -56,6 +58,7 @@ def describe(
     rates = learning_rates(arguments, config)
     lines = [
         f"run        {prepared.folder.path}",
+        *describe_changes(prepared.changes),
         f"model      {total / 1e6:.1f} M parameters, {own / 1e6:.1f} M of them the recurrence's; "
         f"{trained / 1e6:.1f} M trained ({100 * trained / total:.1f} %)",
         f"segments   {config.segment_size} tokens, {config.pre_seq_len} prefix positions, "
@@ -87,4 +90,14 @@ def describe(
                 f"cut        {plan.n_cut} {name} documents after {config.max_n_segments} segments; "
                 f"{plan.n_left_out} left out, with no target before the cut"
             )
-    return lines
+    return lines + _describe_generation(arguments, prepared, engine)
+
+
+def _describe_generation(arguments: Arguments, prepared: Preparation, engine: DeepSpeedEngine) -> list[str]:
+    """Return the settings that evaluations generate texts with, and what of the targets contradicts them."""
+    generation, validation = engine.module.generation_config, prepared.splits["validation"]
+    return [
+        *describe_limit(prepared.config, arguments.data.max_target_length),
+        describe_settings(generation, validation.collator.max_target_length, arguments.run.num_beams),
+        *map(str, contradictions(generation, validation.targets())),
+    ]

@@ -106,7 +106,10 @@ def start_processes(timeout_minutes: int) -> Environment:
         deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
     except torch.distributed.DistNetworkError as error:
         place = f"{meeting.address}:{meeting.port}"
-        raise ValueError(f"processes cannot meet at {place} ({error}); start with another --master_port") from error
+        raise ValueError(
+            f"processes cannot meet at {place} ({error}); give the launcher another port: `deepspeed --master_port "
+            "PORT launch/train.py ...`, or likewise `torchrun --master_port PORT`"
+        ) from error
     return Environment(meeting.rank, meeting.local_rank, meeting.world_size, device)
 
 
@@ -119,6 +122,11 @@ def end_processes() -> None:
 def is_batch_job() -> bool:
     """Whether SLURM runs this, whose output is a file."""
     return "SLURM_JOB_ID" in os.environ
+
+
+def batch_job() -> tuple[str, int]:
+    """Return the id of the batch job that runs this, empty if there is none, and how often it was requeued."""
+    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def place_wandb(folder: Path, given: Mapping[str, str]) -> None:

@@ -15,16 +15,27 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
+from recurrent_bart.checkpointing.process_state import draw_anew
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.data.corpus import half_written
 from recurrent_bart.data.tokenizer import save_tokenizer
-from recurrent_bart.distributed import first_then_all, from_first, is_first, only_first, set_timeout, stop_all
+from recurrent_bart.distributed import (
+    all_together,
+    first_then_all,
+    from_first,
+    is_first,
+    only_first,
+    set_timeout,
+    stop_all,
+)
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.generation_settings import change_settings
 from recurrent_bart.monitoring.curves import draw_curves
 from recurrent_bart.monitoring.flops import peak_flops
-from recurrent_bart.monitoring.progress import ProgressDisplay
+from recurrent_bart.monitoring.progress import ProgressDisplay, say
 from recurrent_bart.monitoring.rank_figures import Places
-from recurrent_bart.monitoring.run_folder import replace_file
+from recurrent_bart.monitoring.run_folder import RunFolder, replace_file
+from recurrent_bart.monitoring.run_lock import Holder, RunLock
 from recurrent_bart.monitoring.stall import StallWatch
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.training.adapters import choose_trained, merged
@@ -32,12 +43,13 @@ from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.description import describe, learning_rates, oracle_at, resolved_settings
 from recurrent_bart.training.document_order import build_order, keep_place
 from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
-from recurrent_bart.training.environment import Environment, is_batch_job
+from recurrent_bart.training.environment import Environment, batch_job, is_batch_job
+from recurrent_bart.training.faults import telling_of_disk
 from recurrent_bart.training.interruption import Interrupted, Interruption
 from recurrent_bart.training.model_building import build_model
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.outcome import ExitCode, Outcome
-from recurrent_bart.training.preparation import Documents, Preparation, default_output_dir, prepare
+from recurrent_bart.training.preparation import Documents, Preparation, make_run_folder, prepare
 from recurrent_bart.training.probing import look_at_recurrence
 from recurrent_bart.training.spikes import SpikeWatch
 from recurrent_bart.training.tally import Tally
@@ -68,23 +80,53 @@ def run_experiment(arguments: Arguments, environment: Environment) -> Path:
 
 
 def open_session(arguments: Arguments, environment: Environment, kind: type[AnySession]) -> AnySession:
-    """All that a run needs, from its documents to its sharded model, as it begins or goes on.
+    """Lock the run folder and prepare a run, from its documents to its sharded model, to begin or to go on.
 
     Args:
-        arguments: Of the run.
-        environment: Which process this is.
-        kind: What it is to be; it is entered by whoever asks for it.
+        arguments: The run's arguments.
+        environment: The calling process.
+        kind: Class of the session, which the caller enters.
 
     Raises:
-        ValueError: Something is wrong with the arguments or the documents.
+        ValueError: Something is wrong with the arguments or the documents, or a run is going on in the folder.
     """
+    lock = lock_folder(arguments)
+    try:
+        return _open_locked(arguments, environment, kind, lock)
+    except BaseException:
+        lock.abandon()
+        raise
+
+
+def lock_folder(arguments: Arguments) -> RunLock:
+    """Make the run folder and lock it, on the first process; every process then has its name in `output_dir`.
+
+    Raises:
+        ValueError: A run is in the folder or is going on there, or it cannot be written.
+    """
+    run, holder = arguments.run, Holder.here(*batch_job())
+    locks: list[RunLock] = []
+
+    def lock() -> None:
+        folder, made = (RunFolder(Path(run.resume)), []) if run.resume else make_run_folder(arguments)
+        locks.append(RunLock(folder.path, holder, made, say))
+        try:
+            locks[0].acquire()
+        except ValueError:
+            locks[0].abandon()
+            raise
+
+    only_first(lock)
+    run.output_dir = from_first(str(locks[0].folder) if locks else None)
+    return locks[0] if locks else RunLock(Path(run.output_dir or ""), holder)
+
+
+def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnySession], lock: RunLock) -> AnySession:
     run = arguments.run
-    if run.resume:
-        only_first(functools.partial(forget_how_it_ended, Path(run.resume)))
-    run.output_dir = from_first(run.output_dir or default_output_dir(arguments))
     prepared = first_then_all(lambda: prepare(arguments, environment))
-    model = build_model(arguments.model, prepared.config, run.seed)
+    model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
     choose_trained(model, arguments.model)
+    change_settings(model.generation_config, run.generation_settings(), _longest(prepared), run.num_beams)
     rates = learning_rates(arguments, prepared.config)
     optimizer = build_optimizer(model, rates, run.weight_decay, run.adam_beta2)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
@@ -95,13 +137,27 @@ def open_session(arguments: Arguments, environment: Environment, kind: type[AnyS
         prepared.folder.checkpoints, run.keep_last, run.keep_every, run.async_save, run.trust_checkpoint
     )
     resumed = checkpoints.load(engine) if run.resume else Resumed()
-    only_first(lambda: _open_folder(prepared, arguments, resumed.state))
-    return kind(arguments, environment, prepared, engine, checkpoints, resumed)
+    if resumed.state.step > run.max_steps:
+        stop_all(
+            f"--max_steps {run.max_steps}: the run has done {resumed.state.step} steps; --max_steps counts these too"
+        )
+    if "seed" in prepared.changes:
+        # the checkpoint's random states are those of the seed before
+        torch.manual_seed(run.seed + 1 + environment.rank)
+        draw_anew(resumed.state.step)
+    return kind(arguments, environment, prepared, engine, checkpoints, resumed, lock)
+
+
+def _longest(prepared: Preparation) -> int:
+    """Return the most tokens of a generated text, which are those of a target."""
+    return prepared.splits["validation"].collator.max_target_length
 
 
 def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
     folder = prepared.folder
-    folder.create()
+    # nothing of an earlier end was touched while the run could still be refused
+    for name in (STOP_FILE, OUTCOME_FILE):
+        (folder.path / name).unlink(missing_ok=True)
     save_tokenizer(prepared.tokenizer, folder.tokenizer)
     # what makes it a run that can be resumed, so it comes last
     folder.write_config(
@@ -111,12 +167,6 @@ def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerStat
         deepspeed=prepared.deepspeed,
     )
     folder.forget_after(state.step, state.evaluated_step)
-
-
-def forget_how_it_ended(folder: Path) -> None:
-    """A run that is resumed is not asked to stop by what stopped it before."""
-    for name in (STOP_FILE, OUTCOME_FILE):
-        (folder / name).unlink(missing_ok=True)
 
 
 class Session:
@@ -130,11 +180,14 @@ class Session:
         engine: DeepSpeedEngine,
         checkpoints: Checkpoints,
         resumed: Resumed,
+        lock: RunLock,
     ):
         self.arguments, self.environment, self.prepared = arguments, environment, prepared
-        self.engine, self.checkpoints, self.resumed = engine, checkpoints, resumed
+        self.engine, self.checkpoints, self.resumed, self.lock = engine, checkpoints, resumed, lock
         self.state = state = resumed.state
         self.order = build_order(arguments, prepared, environment.world_size, state)
+        # nothing that could still be refused comes after it
+        only_first(lambda: _open_folder(prepared, arguments, state))
         self.folder = prepared.folder
         self.display = ProgressDisplay(state.step, arguments.run.max_steps, is_plain=is_batch_job())
         peak = peak_flops(environment.device, engine.bfloat16_enabled())
@@ -162,9 +215,12 @@ class Session:
         self._finish_trackers(outcome)
         if is_first():
             self.display.__exit__()
+            self.lock.renew()
+        if is_first() and not self.lock.is_lost:
             # a full disk may be what ends it
             with contextlib.suppress(OSError):
                 replace_file(self.folder.path / OUTCOME_FILE, json.dumps(outcome.fields()) + "\n")
+        self.lock.release()
 
     def train(self) -> None:
         """Run the loop."""
@@ -222,12 +278,15 @@ class Session:
 
     def step(self, step: int) -> None:
         """Show that a step is done; what the first one takes long for, no other does."""
+        self.lock.check()
         self.stall_watch.beat()
         self.display.step(step)
         set_timeout(timedelta(seconds=self.arguments.run.step_timeout_seconds))
 
     def wait_longer(self) -> None:
         """Let the others take their time, as long as at the start."""
+        self.lock.renew()
+        self.lock.check()
         set_timeout(timedelta(minutes=self.arguments.run.timeout_minutes))
 
     def skip(self, reason: str) -> None:
@@ -282,7 +341,8 @@ class Session:
         self.trackers.log(from_first(record))
         self.display.show(record)
         if is_first():
-            self._write_evaluation(record, samples)
+            with telling_of_disk(self.folder.samples_file):
+                self._write_evaluation(record, samples)
         if is_best:
             self._export()
             self.model_step = state.step
@@ -311,13 +371,13 @@ class Session:
         """Write the model as it is now to RUN/model, for from_pretrained."""
         weights = full_state_dict(self.engine)
         if is_first():
-            with half_written(self.folder.model, replaces=True) as draft:
+            with telling_of_disk(self.folder.model), half_written(self.folder.model, replaces=True) as draft:
                 save_model(self.engine, merged(weights, self.arguments.model), draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
 
     def _generation(self) -> Generation:
         run = self.arguments.run
-        return Generation(self.arguments.data.max_target_length, run.num_beams, run.eval_documents)
+        return Generation(_longest(self.prepared), run.num_beams, run.eval_documents)
 
     def _evaluator(self, documents: Documents) -> Evaluator:
         run = self.arguments.run

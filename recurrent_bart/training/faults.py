@@ -1,17 +1,25 @@
 """What goes wrong while a run trains, told so that somebody can act on it."""
 
 import contextlib
+import errno
+import shutil
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from recurrent_bart.checkpointing.checkpoints import CheckpointError
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import rank
+from recurrent_bart.monitoring.run_lock import RunLockLostError
 
 # what gloo and NCCL say where another process ended, or does not answer
 LOST_CONTACT = ("connection closed by peer", "connection reset", "timed out", "broken pipe", "nccl", "socket closed")
+
+# what a full disk or a used-up quota is told as
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Fault(RuntimeError):  # noqa: N818, named as its exit code is
@@ -39,6 +47,25 @@ def telling_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def telling_of_disk(path: Path) -> Iterator[None]:
+    """Say what could not be written, and that the run can go on.
+
+    Raises:
+        Fault: A file could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, ValueError) and not isinstance(error.__cause__, OSError):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise Fault(
+            f"{path} cannot be written ({_first_line(error)}; {free:,} bytes are free); what stood there before is "
+            "whole, and --resume goes on from the last checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
 def telling_of_batches() -> Iterator[None]:
     """Say what another process met that makes batches, without what lies between it and this one.
 
@@ -53,8 +80,10 @@ def telling_of_batches() -> Iterator[None]:
 
 def describe_fault(error: Exception) -> str:
     """What to print of an error that ended this process: a line where that says all, else where it came from."""
-    if isinstance(error, (Fault, CheckpointError)):
+    if isinstance(error, (Fault, CheckpointError, RunLockLostError)):
         return str(error)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"the disk is full: {error}; make room, and --resume where a run has begun"
     # raised wherever this process was just then
     if str(error).startswith("DataLoader worker"):
         return (

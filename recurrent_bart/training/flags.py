@@ -110,6 +110,8 @@ def describe_unknown_flag(parser: argparse.ArgumentParser, args: Sequence[str]) 
     """Return what is wrong with the first flag that a parser does not know; None if it knows all."""
     known = [name for name in parser._option_string_actions if name.startswith("--")]
     for argument in args:
+        if "\r" in argument:
+            return f"argument {argument!r}: it holds a carriage return, as of a file with Windows line ends"
         if argument == "--":
             return None
         # argparse takes a text with a space in it for a value

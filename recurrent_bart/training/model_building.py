@@ -11,6 +11,7 @@ from recurrent_bart.data.rows import TASKS
 from recurrent_bart.loading import load_pretrained
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.monitoring.progress import say
+from recurrent_bart.saved_models import reading_model
 from recurrent_bart.training.arguments import ModelArguments
 
 
@@ -79,18 +80,22 @@ def build_model(
     """The model in float32 and in training mode, with the same weights on every process.
 
     `from_pretrained` gives one in evaluation mode, without dropout, and DeepSpeed leaves it so.
+
+    Raises:
+        ValueError: The weights cannot be read.
     """
     torch.manual_seed(seed)
     if arguments.model_name_or_path is None:
         model = RecurrentBartForConditionalGeneration(config)
     else:
-        model = load_pretrained(
-            RecurrentBartForConditionalGeneration,
-            arguments.model_name_or_path,
-            lambda text: say(f"new        {text}"),
-            config=config,
-            dtype=torch.float32,
-        )
+        with reading_model("--model_name_or_path", arguments.model_name_or_path):
+            model = load_pretrained(
+                RecurrentBartForConditionalGeneration,
+                arguments.model_name_or_path,
+                lambda text: say(f"new        {text}"),
+                config=config,
+                dtype=torch.float32,
+            )
     return model.train()
 
 

@@ -1,7 +1,9 @@
 """All that a run needs before a model is built; whatever a user can get wrong is found here."""
 
+import contextlib
+import itertools
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, pl
 from recurrent_bart.data.corpus import fingerprint, half_written, load_corpus, texts_of
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
+from recurrent_bart.generation_settings import longest_text
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.saved_models import check_model_place
 from recurrent_bart.training.arguments import Arguments, DataArguments, ModelArguments
 from recurrent_bart.training.deepspeed_config import load_deepspeed_config
 from recurrent_bart.training.environment import Environment, use_bf16, wandb_mode, wandb_settings
 from recurrent_bart.training.model_building import build_config
+from recurrent_bart.training.resumed_flags import changed_flags
 
 # of documents that are passed over
 N_TOLD = 5
@@ -34,16 +39,26 @@ class Documents:
     collator: Collator
     skipped: list[str] = field(default_factory=list)
 
+    def targets(self, n_documents: int = 256) -> list[list[int]]:
+        """Return the labels of the first documents, target by target."""
+        rows = (self.corpus[index] for index in self.plan.indices[:n_documents])
+        return [self.collator.target(summary) for row in rows for summary in row["summaries"] if summary]
+
 
 @dataclass
 class Preparation:
-    """What a run starts from."""
+    """What a run starts from.
+
+    Attributes:
+        changes: Flags of a resumed run that are not what they were, each with the value before and now.
+    """
 
     folder: RunFolder
     deepspeed: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     config: RecurrentBartConfig
     splits: dict[str, Documents]
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
 def prepare(arguments: Arguments, environment: Environment) -> Preparation:
@@ -68,7 +83,8 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
     tokenizer, config, splits = open_splits(arguments.model, arguments.data, saved)
     if run.tokens_per_batch is not None and run.tokens_per_batch < config.input_size:
         raise ValueError(f"--tokens_per_batch {run.tokens_per_batch}: a segment has up to {config.input_size} tokens")
-    return Preparation(folder, deepspeed, tokenizer, config, splits)
+    changes = changed_flags(asdict(arguments), folder.read_config()) if run.resume else {}
+    return Preparation(folder, deepspeed, tokenizer, config, splits, changes)
 
 
 def open_splits(
@@ -117,6 +133,8 @@ def find_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The saved one, the one named, the pretrained model's, or one trained on the training documents and cached."""
     name = saved or model.tokenizer_name or model.model_name_or_path
+    if model.model_name_or_path:
+        check_model_place("--model_name_or_path", model.model_name_or_path, may_be_on_hub=True)
     if name:
         return load_tokenizer(str(name))
     # the same words, in the same numbers
@@ -153,12 +171,35 @@ def open_documents(
     )
     if not plan.indices:
         raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments")
-    longest = min(data.max_target_length, config.max_position_embeddings)
+    longest = longest_text(config, data.max_target_length)
     return Documents(corpus, plan, Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest), skipped)
 
 
+def make_run_folder(arguments: Arguments) -> tuple[RunFolder, list[Path]]:
+    """Make the folder of a new run: `--output_dir`, or a folder under `runs/` that no other run has.
+
+    Returns:
+        The folder, and the paths that were made for it, the innermost first.
+
+    Raises:
+        ValueError: A run is in the folder already, or it cannot be made.
+    """
+    if arguments.run.output_dir:
+        folder = RunFolder(Path(arguments.run.output_dir))
+        folder.check_new()
+        return folder, folder.create()
+    first = Path(default_output_dir(arguments))
+    RunFolder(first).check_new()
+    for number in itertools.count(1):
+        # another run of the same second may have the name
+        folder = RunFolder(first if number == 1 else first.with_name(f"{first.name}-{number}"))
+        with contextlib.suppress(FileExistsError):
+            return folder, folder.create(exist_ok=False)
+    raise AssertionError("numbers do not end")
+
+
 def default_output_dir(arguments: Arguments) -> str:
-    """A new folder under `runs/`, named by what is trained and when."""
+    """Return the name of a new folder under `runs/`: when the run begins and what it trains."""
     data = arguments.data
     name = Path(data.train_file or data.dataset).name.split(".")[0]
     size = Path(arguments.model.model_name_or_path or arguments.model.model_size).name

@@ -7,6 +7,7 @@ import time
 
 import torch
 from deepspeed import DeepSpeedEngine
+from safetensors import SafetensorError
 
 from recurrent_bart.checkpointing import checkpoint_files
 from recurrent_bart.data.batches import Collator
@@ -183,6 +184,23 @@ def disk_full(from_checkpoint):
 
     before("save", fill, at=from_checkpoint)
     checkpoint_files.write_durably = patched
+
+
+def writing_fails(what, at):
+    """The `at`-th time that something is written beside the checkpoints, the disk is full."""
+    from recurrent_bart.training import experiment
+
+    write, times = getattr(experiment, what), [0]
+
+    def patched(*args, **options):
+        times[0] += 1
+        if times[0] < at:
+            return write(*args, **options)
+        # as the writer of weights tells of it
+        kind = SafetensorError if what == "save_model" else OSError
+        raise kind("I/O error: No space left on device (os error 28)")
+
+    setattr(experiment, what, patched)
 
 
 def disk_full_and_signalled():

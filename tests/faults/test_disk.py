@@ -1,7 +1,9 @@
 """A disk that is full, a folder that cannot be written, checkpoints that are damaged."""
 
 import pytest
+import torch
 
+from recurrent_bart.inference import load_model
 from recurrent_bart.training.outcome import ExitCode
 
 DONE, FAULT, MISTAKE = ExitCode.DONE, ExitCode.FAULT, ExitCode.MISTAKE
@@ -20,6 +22,24 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_whole(run, rank):
     ended = run.resume()
     assert ended.codes == [DONE, DONE], ended.text()
     assert run.steps() == [4, 6]
+
+
+@pytest.mark.parametrize("what", ["save_model", "save_tokenizer", "draw_curves"])
+def test_a_disk_that_is_full_while_the_model_is_written_leaves_the_one_before(run, what):
+    ended = run.train(fault="writing_fails", ranks=[0], what=what, at=3)
+    assert ended.codes == [FAULT, FAULT], ended.text()
+    (line,) = [line for line in ended.printed[0].splitlines() if line.startswith("fault on rank 0: ")]
+    written = run.folder / ("samples.md" if what == "draw_curves" else "model")
+    assert f"{written} cannot be written (" in line
+    assert "No space left on device" in line
+    assert "bytes are free); what stood there before is whole, and --resume goes on from the last checkpoint" in line
+    assert "Traceback" not in ended.text()
+    assert run.outcome()["code"] == FAULT
+    # nothing half written is left, and the model can be read
+    assert [path.name for path in run.folder.glob(".*")] == []
+    load_model(str(run.folder / "model"), torch.device("cpu"), torch.float32)
+    ended = run.resume()
+    assert ended.codes == [DONE, DONE], ended.text()
 
 
 def test_a_disk_that_is_full_when_a_run_is_asked_to_stop_is_a_fault(run):

@@ -38,6 +38,22 @@ def test_tables_summary_and_picture(script, run, tmp_path, monkeypatch, capsys):
     assert Path("other.png").read_bytes() == Path("paper.memory.png").read_bytes()
 
 
+def test_a_summary_ends_with_the_positions_of_the_decoder(script, tmp_path, monkeypatch, capsys):
+    run = write_run_with_model(tmp_path / "run", [TEXT], {"data": {"max_target_length": 1200}})
+    asked = []
+    map_memory = script.map_memory
+
+    def note(model, ids, max_new_tokens):
+        asked.append(max_new_tokens)
+        return map_memory(model, ids, max_new_tokens=4)
+
+    monkeypatch.setattr(script, "map_memory", note)
+    (tmp_path / "text.txt").write_text(TEXT[:200])
+    output = ["--output", str(tmp_path / "x.png")]
+    assert script.main(["--model", str(run.model), str(tmp_path / "text.txt"), *output]) == 0
+    assert asked == [64]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -59,5 +75,7 @@ def test_what_else_cannot_be_used_is_named_in_one_line(script, run, tmp_path, ca
     text.write_text(TEXT[:100])
     assert script.main(["--model", str(tmp_path / "missing"), str(text)]) == 2
     assert_one_error(capsys.readouterr(), "--model .*missing: no model there")
+    assert script.main(["--model", str(run.path), str(text)]) == 2
+    assert_one_error(capsys.readouterr(), "--model .*run: the folder of a run; give its model")
     assert script.main(["--model", str(run.model), str(text), "--output", str(tmp_path / "no" / "x.png")]) == 2
     assert_one_error(capsys.readouterr(), "x.png: cannot be written")

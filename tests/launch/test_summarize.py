@@ -1,8 +1,13 @@
 """`launch/summarize.py`: what it prints, where, and what it says of what it cannot read."""
 
+import errno
 import io
+import json
+import os
 import re
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +125,120 @@ def test_what_many_texts_cannot_have_is_named_in_one_line(script, run, tmp_path,
     assert_one_error(capsys.readouterr(), message)
 
 
+@pytest.fixture
+def mixed(tmp_path):
+    """Files of which the second to fourth cannot be read: empty, no UTF-8, not there."""
+    names = [str(tmp_path / f"{number}.txt") for number in range(5)]
+    for name, content in zip(names, (b"the list", b" \n", b"\xff", None, b"of numbers"), strict=True):
+        if content is not None:
+            Path(name).write_bytes(content)
+    return names
+
+
+def test_texts_that_cannot_be_read_are_passed_over_where_that_is_asked(script, run, summarize, mixed, capsys):
+    expected = [summarize(text)[0][0] for text in ("the list", "of numbers")]
+    assert script.main(["--model", str(run.model), "--skip_bad_samples", *mixed]) == 0
+    printed = capsys.readouterr()
+    # a line for each, so that lines belong to files
+    assert printed.out.split("\n") == [expected[0], "", "", "", expected[1], ""]
+    warnings = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3
+    for name, reason, line in zip(mixed[1:4], ("empty", "not a UTF-8 text", "cannot be read"), warnings, strict=True):
+        assert name in line
+        assert reason in line
+
+
+def test_so_are_blank_lines(script, run, summarize, tmp_path, capsys):
+    (tmp_path / "lines").write_text("the list\n \n\nof numbers\n\n")
+    expected = [summarize(text)[0][0] for text in ("the list", "of numbers")]
+    assert script.main(["--model", str(run.model), "--each_line", "--skip_bad_samples", str(tmp_path / "lines")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.split("\n") == [expected[0], "", "", expected[1], "", ""]
+    assert re.findall(r"lines:(\d): the text is empty; it is passed over", printed.err) == ["2", "3", "5"]
+
+
+def test_otherwise_they_end_it_with_what_passes_over_them(script, run, mixed, capsys):
+    assert script.main(["--model", str(run.model), *mixed]) == 2
+    assert_one_error(capsys.readouterr(), "1.txt: the text is empty; --skip_bad_samples passes over it")
+
+
+def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_path, capsys, monkeypatch):
+    class FakeSummariser:
+        def __init__(self, *_, **__):
+            pass
+
+        def summarise(self, texts):
+            if "soft hyphens" in texts:
+                raise ValueError("document 1 of 1: 0 tokens, there is nothing to read")
+            return [f"of {text}" for text in texts]
+
+    monkeypatch.setattr(script, "Summariser", FakeSummariser)
+    (tmp_path / "lines").write_text("the list\nsoft hyphens\nof numbers\n")
+    flags = ["--model", str(run.model), "--each_line", str(tmp_path / "lines")]
+    assert script.main([*flags, "--skip_bad_samples"]) == 0
+    assert capsys.readouterr().out == "of the list\n\nof of numbers\n"
+    assert script.main(flags) == 2
+    assert "error: " in (error := capsys.readouterr().err)
+    assert "lines:2: document 1 of 1: 0 tokens" in error
+
+
+def test_settings_in_force_are_shown_and_can_be_changed(script, run, summarize, tmp_path, capsys):
+    model = shutil.copytree(run.model, tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"min_length": 5, "no_repeat_ngram_size": 1}))
+    _, said = summarize(TEXT)
+    assert "generation up to 6 tokens; greedy" in said
+    _, said = summarize(
+        TEXT, "--num_beams", 2, "--min_new_tokens", 3, "--no_repeat_ngram_size", 2, "--length_penalty", 0.5
+    )
+    (line,) = (line for line in said if line.startswith("generation"))
+    for part in ("2 beams", "min_new_tokens 3", "no_repeat_ngram_size 2", "length_penalty 0.5"):
+        assert part in line
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert script.main(["--model", str(model), str(tmp_path / "text.txt"), str(tmp_path / "text.txt")]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("generation"))
+    assert "of the model: " in line
+    assert "min_length 5" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--min_new_tokens", "7"], "--min_new_tokens 7: a text has at most 6 tokens"),
+        (["--min_new_tokens", "-1"], "--min_new_tokens -1: must be at least 0"),
+        (["--max_new_tokens", "65"], "--max_new_tokens 65: the decoder of this model has positions for 64 tokens"),
+        (["--length_penalty", "2"], "--length_penalty: it has no effect without beam search; set --num_beams"),
+        (["--skip_bad_samples"], "--skip_bad_samples: for several texts, not for one"),
+    ],
+)
+def test_settings_that_cannot_hold_are_named_in_one_line(script, run, tmp_path, capsys, flags, message):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert script.main(["--model", str(run.model), str(tmp_path / "text.txt"), *flags]) == 2
+    assert_one_error(capsys.readouterr(), message)
+
+
+def test_a_model_whose_run_had_longer_targets_than_it_has_positions_for_ends_its_texts_there(script, tmp_path, capsys):
+    run = write_run_with_model(
+        tmp_path / "run", [TEXT], {"data": {"max_target_length": 1200}}, forced_eos_token_id=None
+    )
+    (tmp_path / "text.txt").write_text(TEXT)
+    # the end is out of reach
+    flags = ["--min_new_tokens", "64"]
+    assert script.main(["--model", str(run.model), str(tmp_path / "text.txt"), *flags]) == 0
+    assert "generation up to 64 tokens" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_told_in_one_line(script, run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(script, "summarize", full)
+    assert script.main(["--model", str(run.model), str(tmp_path / "text.txt")]) == 1
+    assert_one_error(capsys.readouterr(), "No space left on device")
+
+
 def test_every_segment_has_its_summary(summarize, tells_numbers):
     summaries, progress = summarize(TEXT, "--every_segment")
     assert len(summaries) == int(re.search(r"(\d+) segments", progress[-1])[1]) > 10
@@ -169,6 +288,13 @@ def test_what_is_no_model_is_named_in_one_line(script, run, tmp_path, capsys):
         (tmp_path / "broken" / file.name).write_bytes(b"{}" if "safetensors" in file.name else file.read_bytes())
     assert script.main(["--model", str(tmp_path / "broken"), str(text)]) == 2
     assert_one_error(capsys.readouterr(), "--model .*broken: ")
+    weights = (run.model / "model.safetensors").read_bytes()
+    for n_bytes in (0, 100, len(weights) - 1):
+        (tmp_path / "broken" / "model.safetensors").write_bytes(weights[:n_bytes])
+        assert script.main(["--model", str(tmp_path / "broken"), str(text)]) == 2
+        assert_one_error(capsys.readouterr(), "--model .*broken: the model cannot be read .*copy or download it again")
+    assert script.main(["--model", str(run.path), str(text)]) == 2
+    assert_one_error(capsys.readouterr(), "--model .*run: the folder of a run; give its model, .*run/model")
 
 
 def test_a_state_that_cannot_be_used_is_named_in_one_line(script, run, tmp_path, capsys):

@@ -138,6 +138,61 @@ def pretrained(tmp_path_factory):
     return folder
 
 
+def test_targets_and_generation_end_with_the_positions_of_the_decoder(
+    documents, pretrained, tmp_path, train_main, capsys
+):
+    changes = {"model_name_or_path": pretrained, "max_target_length": 1200, "min_new_tokens": 64, "max_steps": 2}
+    assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
+    printed = capsys.readouterr().out
+    assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in printed
+    assert "generation up to 64 tokens; greedy; of the model: " in printed
+    assert [record["step"] for record in read_metrics(tmp_path / "run") if "rouge1" in record] == [2]
+
+
+def test_settings_of_generation_are_told_held_against_the_targets_and_saved(
+    documents, pretrained, tmp_path, train_main, capsys
+):
+    model = shutil.copytree(pretrained, tmp_path / "bart")
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"min_length": 30, "length_penalty": 2.0}))
+    changes = {"model_name_or_path": model, "max_target_length": 40, "max_steps": 2}
+    assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
+    printed = capsys.readouterr().out
+    assert "generation up to 40 tokens; greedy; of the model: min_length 30\n" in printed
+    warning = "warning: 100 % of the targets could not be generated with min_length 30, which the model was saved with"
+    assert f"{warning}; --min_new_tokens 0 lifts it" in printed
+    assert train_main(flags(documents, tmp_path / "changed", **changes, min_new_tokens=0)) == 0
+    assert "could not be generated" not in capsys.readouterr().out
+    saved = json.loads((tmp_path / "changed" / "model" / "generation_config.json").read_text())
+    assert saved["min_new_tokens"] == 0
+    assert saved.get("min_length") is None
+
+
+def test_a_model_whose_weights_are_cut_off_is_named_in_one_line(documents, pretrained, tmp_path, train_main, capsys):
+    model = shutil.copytree(pretrained, tmp_path / "bart")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1])
+    assert train_main(flags(documents, tmp_path / "run", model_name_or_path=model)) == 2
+    assert_one_error(capsys.readouterr().err, f"--model_name_or_path {model}: the model cannot be read", "copy or")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+def test_so_it_is_where_one_of_two_processes_cannot_read_them(documents, pretrained, tmp_path):
+    def cannot_read():
+        from recurrent_bart.training import experiment
+
+        def refuse(*_):
+            raise ValueError("--model_name_or_path bart: the model cannot be read")
+
+        experiment.build_model = refuse
+
+    arguments = flags(documents, tmp_path / "run", model_name_or_path=pretrained)
+    ended = run_script(TRAIN, *arguments, environments=launched(2), firsts=[None, cannot_read], timeout=150)
+    assert ended.codes == [2, 2], ended.text()
+    assert_one_error(ended.text(), "error: process 1: --model_name_or_path bart: the model cannot be read")
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_torchrun_trains_a_pretrained_bart_on_sections(documents, pretrained, tmp_path):
@@ -223,7 +278,16 @@ def test_bad_documents_end_in_one_line(request, documents, tmp_path, train_main,
         ({"output_dir": "/proc/no/run"}, "--output_dir /proc/no/run: cannot be written"),
         ({"cache_dir": "/proc/no/cache"}, "/proc/no/cache"),
         ({"train_file": "/nowhere/train.jsonl"}, "/nowhere/train.jsonl"),
-        ({"model_name_or_path": "/nowhere/bart"}, "/nowhere/bart"),
+        (
+            {"model_name_or_path": "/nowhere/bart"},
+            "--model_name_or_path /nowhere/bart: no model there, there is no such",
+        ),
+        (
+            {"model_name_or_path": "runs/no/model"},
+            "--model_name_or_path runs/no/model: no model there, there is no such",
+        ),
+        ({"min_new_tokens": 9}, "--min_new_tokens 9: a text has at most 8 tokens"),
+        ({"length_penalty": 2}, "--length_penalty: it has no effect without beam search"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"max_setps": 3}, "--max_setps"),
         ({"deepspeed": "/nowhere/zero.json"}, "--deepspeed /nowhere/zero.json"),

@@ -13,6 +13,7 @@ from recurrent_bart.training.arguments import (
     build_parser,
     parse_arguments,
 )
+from recurrent_bart.training.resumed_flags import changed_flags, describe_changes
 
 GROUPS = (ModelArguments, DataArguments, RunArguments)
 
@@ -143,6 +144,118 @@ def test_flags_given_on_resuming_take_precedence(tmp_path):
     assert (resumed.run.max_steps, resumed.run.seed) == (20, 3)
 
 
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run on two files, with the architecture that was resolved."""
+    for name in ("train.jsonl", "other.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text("")
+    given = ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "validation.jsonl"]
+    arguments = parse_arguments([*map(str, given), "--max_steps", "50", "--pre_seq_len", "3"])
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    model = RecurrentBartConfig(**arguments.model.config_fields())
+    folder.write_config(arguments=asdict(arguments), model=model.to_dict())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "was"),
+    [
+        ("recurrence", "top", "with layerwise"),
+        ("pre_seq_len", "4", "with 3"),
+        ("prefix_attention", "gated", "with concat"),
+        ("model_size", "small", "with tiny"),
+        ("model_name_or_path", "facebook/bart-base", "without it"),
+        ("tokenizer_name", "facebook/bart-base", "without it"),
+        ("vocab_size", "99", "with 4096"),
+        ("train", "prefix", "with all"),
+        ("lora_r", "8", "with 0"),
+        ("matrix_gate_init", "1", "with 0"),
+        ("task", "sections", "with document"),
+        ("text_column", "body", "with document"),
+        ("gap_sentences", "2", "with 0"),
+        ("dataset", "qmsum", "with stdlib"),
+        ("train_file", "{folder}/other.jsonl", "with {folder}/train.jsonl"),
+        ("validation_file", "{folder}/other.jsonl", "with {folder}/validation.jsonl"),
+    ],
+)
+def test_a_flag_that_a_resumed_run_cannot_take_over_is_refused_by_name(run, tmp_path, flag, value, was):
+    value, was = (text.format(folder=tmp_path) for text in (value, was))
+    before = run.config_file.read_bytes()
+    with pytest.raises(
+        ValueError, match=f"--{flag} {value}.*: the run was begun {was}.*, and a resumed run keeps that"
+    ):
+        parse_arguments(["--resume", str(run.path), f"--{flag}", value])
+    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+    assert run.config_file.read_bytes() == before
+
+
+def test_a_flag_that_is_given_again_as_it_was_changes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to("train.jsonl")
+    # the first three were resolved from defaults, the last is another name of the same file
+    given = ["--recurrence", "layerwise", "--prefix_attention", "concat", "--warmup_steps", "5"]
+    resumed = parse_arguments(["--resume", str(run.path), *given, "--train_file", "link.jsonl"])
+    assert changed_flags(asdict(resumed), run.read_config()) == {}
+
+
+def test_flags_that_hold_are_told_and_those_that_change_what_is_validated_too(run):
+    given = ["--max_steps", "80", "--weight_decay", "0", "--max_target_length", "64"]
+    resumed = parse_arguments(["--resume", str(run.path), *given])
+    changes = changed_flags(asdict(resumed), run.read_config())
+    assert changes == {"max_steps": (50, 80), "weight_decay": (0.01, 0.0), "max_target_length": (128, 64)}
+    told, warning = describe_changes(changes)
+    assert "--max_steps 80 (before: 50)" in told
+    assert warning.startswith("warning: --max_target_length changed what validation losses are of")
+    assert describe_changes({"max_steps": (50, 80)}) == ["changed    --max_steps 80 (before: 50)"]
+    assert describe_changes({}) == []
+
+
+def test_documents_that_have_moved_may_be_named_by_their_new_place(run, tmp_path):
+    (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    resumed = parse_arguments(["--resume", str(run.path), "--train_file", str(tmp_path / "moved.jsonl")])
+    assert resumed.data.train_file == str(tmp_path / "moved.jsonl")
+
+
+def test_a_run_that_is_made_shorter_warms_up_in_the_steps_that_it_has(run):
+    resumed = parse_arguments(["--resume", str(run.path), "--max_steps", "3"])
+    assert (resumed.run.max_steps, resumed.run.warmup_steps) == (3, 3)
+    assert parse_arguments(["--resume", str(run.path), "--max_steps", "80"]).run.warmup_steps == 5
+    with pytest.raises(ValueError, match="--warmup_steps 4: must be at most --max_steps 3"):
+        parse_arguments(["--resume", str(run.path), "--max_steps", "3", "--warmup_steps", "4"])
+
+
+def test_paths_hold_from_every_folder_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("papers", "bart", "home/texts"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "zero.json").write_text("{}")
+    path = save_run(
+        tmp_path / "run",
+        [
+            *("--dataset", "papers", "--model_name_or_path", "./bart", "--tokenizer_name", "facebook/bart-base"),
+            *("--validation_file", "~/texts", "--deepspeed", "zero.json", "--cache_dir", "cache"),
+        ],
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resumed = parse_arguments(["--resume", path])
+    assert resumed.data.dataset == str(tmp_path / "papers")
+    assert resumed.data.validation_file == str(tmp_path / "home" / "texts")
+    assert resumed.data.cache_dir == str(tmp_path / "cache")
+    assert resumed.model.model_name_or_path == str(tmp_path / "bart")
+    assert resumed.model.tokenizer_name == "facebook/bart-base"
+    assert resumed.run.deepspeed == str(tmp_path / "zero.json")
+    assert parse_arguments([]).data.dataset == "stdlib"
+
+
+@pytest.mark.parametrize("argv", [["--lr_scheduler", "cosine\r"], ["--output_dir=runs/third\r"], ["\r"]])
+def test_a_carriage_return_that_no_terminal_shows_is_named(argv):
+    with pytest.raises(ValueError, match=r"argument '.*\\r': it holds a carriage return"):
+        parse_arguments(argv)
+
+
 def test_trust_in_a_checkpoint_is_given_anew_each_time(tmp_path):
     path = save_run(tmp_path / "run", ["--trust_checkpoint"])
     assert not parse_arguments(["--resume", path]).run.trust_checkpoint
@@ -160,10 +273,12 @@ def test_a_run_of_an_older_version_may_be_resumed(tmp_path):
     assert (resumed.run.seed, resumed.run.patience) == (3, 0)
 
 
-def test_a_resumed_run_stays_in_its_folder(tmp_path):
+def test_a_resumed_run_stays_in_its_folder(tmp_path, monkeypatch):
     path = save_run(tmp_path / "run", [])
     with pytest.raises(ValueError, match="a run that is resumed goes on in its own folder"):
         parse_arguments(["--resume", path, "--output_dir", str(tmp_path / "other")])
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments(["--resume", path, "--output_dir", "run"]).run.resume == path
     assert parse_arguments(["--resume", path, "--output_dir", path + "/"]).run.resume == path
 
 

@@ -2,11 +2,16 @@
 
 import json
 import math
+import subprocess
+from dataclasses import replace
 
+import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from recurrent_bart.monitoring.progress import ProgressDisplay
+from recurrent_bart.monitoring.run_lock import Holder, RunLock
 from recurrent_bart.training.engine import full_state_dict
 from recurrent_bart.training.experiment import Session
 from recurrent_bart.training.trainer import Trainer
@@ -134,6 +139,77 @@ def test_the_configuration_has_the_values_that_follow_from_other_flags(documents
     assert resolved["recurrence_learning_rate"] == 0.5
 
 
+@pytest.fixture
+def finished(documents, tmp_path, train_main):
+    """The folder of a run of two steps."""
+    assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--recurrence", "top"], "--recurrence top: the run was begun with layerwise"),
+        (["--dataset", "elsewhere"], "--dataset elsewhere: the run was begun with stdlib"),
+        (["--max_steps", "1"], "--max_steps 1: the run has done 2 steps"),
+        (["--tokens_per_batch", "80"], "--tokens_per_batch 80: a run that was begun without goes on without"),
+    ],
+    ids=lambda item: item[0] if isinstance(item, list) else "",
+)
+def test_a_flag_that_is_refused_leaves_a_finished_run_as_it_was(finished, train_main, capsys, changes, message):
+    before = contents(finished)
+    assert train_main(["--resume", str(finished), *changes]) == 2
+    assert message in capsys.readouterr().err
+    assert contents(finished) == before
+    assert json.loads((finished / "outcome.json").read_text())["code"] == 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    "changes", [{"weight_decay": 0}, {"recurrence_learning_rate": 0.5}, {"learning_rate": 0.25}, {"adam_beta2": 0.5}]
+)
+def test_settings_of_the_optimizer_that_are_given_on_resuming_hold(
+    documents, tmp_path, train_main, monkeypatch, stage, changes
+):
+    folder, groups = tmp_path / "run", []
+    arguments = flags(documents, folder, max_steps=2, deepspeed=f"ds_configs/zero{stage}.json", weight_decay=0.1)
+    assert train_main(arguments) == 0
+
+    def look(session):
+        names = ("weight_decay", "initial_lr", "betas")
+        groups.extend({name: group[name] for name in names} for group in session.engine.optimizer.param_groups)
+
+    monkeypatch.setattr(Session, "train", look)
+    given = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
+    assert train_main(["--resume", str(folder), "--max_steps", "4", *given]) == 0
+    decays, rates = ({group[name] for group in groups} for name in ("weight_decay", "initial_lr"))
+    assert decays == ({0.0} if "weight_decay" in changes else {0.0, 0.1})
+    own = changes.get("recurrence_learning_rate", changes.get("learning_rate"))
+    assert own is None or own in rates
+    assert {group["betas"][1] for group in groups} == {changes.get("adam_beta2", 0.999)}
+
+
+def test_another_seed_draws_other_numbers_from_there_on(finished, train_main, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Session, "train", lambda session: drawn.append(torch.rand(()).item()))
+    for seed in (42, 42, 43, 44):
+        assert train_main(["--resume", str(finished), "--max_steps", "4", "--seed", str(seed)]) == 0
+        # which has become the run's own
+        (finished / "config.json").write_text(
+            (finished / "config.json").read_text().replace(f'"seed": {seed}', '"seed": 42')
+        )
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
+def test_flags_that_hold_from_here_on_are_told(finished, train_main, capsys):
+    capsys.readouterr()
+    assert train_main(["--resume", str(finished), "--max_steps", "3", "--weight_decay", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "--max_steps 3 (before: 2)" in printed
+    assert "--weight_decay 0.5 (before: 0.01)" in printed
+
+
 def test_the_bar_moves_with_every_step(documents, tmp_path, train_main, monkeypatch):
     steps = []
     monkeypatch.setattr(ProgressDisplay, "step", lambda display, step: steps.append(step))
@@ -143,3 +219,56 @@ def test_the_bar_moves_with_every_step(documents, tmp_path, train_main, monkeypa
 
 def _interrupt(*_):
     raise KeyboardInterrupt
+
+
+@pytest.fixture
+def hold_lock(tmp_path):
+    """Lets another process hold the lock of the run's folder, once it is called."""
+    other = subprocess.Popen(["sleep", "100"])
+    (tmp_path / "run").mkdir(exist_ok=True)
+    lock = RunLock(tmp_path / "run", Holder.here("", 0))
+    lock.holder = replace(lock.holder, pid=other.pid, started=psutil.Process(other.pid).create_time())
+    yield lock.acquire
+    lock.release()
+    other.kill()
+    other.wait()
+
+
+def contents(folder):
+    """Every file of a folder, by its name."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_refused_where_one_goes_on_and_changes_nothing(documents, tmp_path, train_main, capsys, hold_lock):
+    arguments = flags(documents, tmp_path / "run", max_steps=2)
+    assert train_main(arguments) == 0
+    assert not (tmp_path / "run" / "lock").exists()
+    hold_lock()
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert train_main(["--resume", str(tmp_path / "run"), "--max_steps", "4"]) == 2
+    assert "a run is going on there (process" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_new_run_is_refused_where_one_begins(documents, tmp_path, train_main, capsys, hold_lock):
+    hold_lock()
+    assert train_main(flags(documents, tmp_path / "run")) == 2
+    assert "a run is going on there (process" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_run_whose_folder_was_taken_over_ends_and_writes_nothing_more(documents, tmp_path, train_main, capsys):
+    def take_over(session, step):
+        (tmp_path / "run" / "lock").write_text("{}")
+        session.lock.renew()
+        session.lock.check()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "step", take_over)
+        assert train_main(flags(documents, tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert "another run has taken it over" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run" / "outcome.json").exists()
+    assert (tmp_path / "run" / "lock").exists()

@@ -9,7 +9,7 @@ import torch
 
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import Environment
-from recurrent_bart.training.preparation import default_output_dir, open_documents, prepare
+from recurrent_bart.training.preparation import default_output_dir, make_run_folder, open_documents, prepare
 
 ALONE = Environment(0, 0, 1, torch.device("cpu"))
 RECORDS = [{"id": f"d{i}", "document": f"text number {i} " * 30, "summary": f"number {i}"} for i in range(30)]
@@ -185,3 +185,19 @@ def test_a_new_run_is_named_by_what_is_trained():
     assert folder.parent == Path("runs")
     assert folder.name.split("-", 2)[2] == "qmsum-sections-small"
     assert os.sep not in folder.name
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20261201-120000")
+    made = [make_run_folder(parse_arguments([])) for _ in range(3)]
+    name = "20261201-120000-stdlib-document-tiny"
+    assert [str(folder.path) for folder, _ in made] == [f"runs/{name}", f"runs/{name}-2", f"runs/{name}-3"]
+    assert [[path.name for path in paths] for _, paths in made] == [[name, "runs"], [f"{name}-2"], [f"{name}-3"]]
+
+
+def test_a_file_named_runs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("")
+    with pytest.raises(ValueError, match="runs is not a folder"):
+        make_run_folder(parse_arguments([]))

@@ -1,0 +1,293 @@
+"""The lock of a run folder: one run at a time trains in it.
+
+RUN/lock names the process that trains there. While the process lives, a thread of it renews the file's time. A lock
+whose process is gone is taken over: at once where that can be known, else after the time has stood still for a minute.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+LOCK_FILE = "lock"
+RENEWAL_SECONDS = 10.0
+# the process of another host is gone if it has not renewed its lock for this time
+STALE_SECONDS = 60.0
+# psutil computes the start of a process from the clock, which may be set
+CLOCK_TOLERANCE_SECONDS = 5.0
+
+
+class RunLockLostError(RuntimeError):
+    """Another run has taken over the folder of this one."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock.
+
+    Attributes:
+        host: Name of its host.
+        machine: Boot and process namespace; two process ids can be compared if theirs is the same.
+        pid: Its process id.
+        started: Seconds since the epoch at which it began, because process ids are used again.
+        job: Its batch job; empty: none.
+        n_restarts: How often that job was put back into the queue.
+        token: Random text, different for each lock.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: float
+    job: str
+    n_restarts: int
+    token: str
+
+    @classmethod
+    def here(cls, job: str, n_restarts: int) -> Self:
+        """Describe the calling process."""
+        process = psutil.Process()
+        return cls(
+            socket.gethostname(),
+            _machine(),
+            process.pid,
+            process.create_time(),
+            job,
+            n_restarts,
+            secrets.token_hex(8),
+        )
+
+    def is_gone(self, here: "Holder") -> bool | None:
+        """Return whether the process has ended; None if that cannot be known from here."""
+        if self.machine == here.machine:
+            return not _is_running(self.pid, self.started)
+        if self.job and self.job == here.job and self.n_restarts < here.n_restarts:
+            return True
+        return None
+
+    def __str__(self) -> str:
+        job = f", batch job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A lock file as it was read. `holder` is None where the file names none, because it was cut off."""
+
+    holder: Holder | None
+    renewed: float
+
+    @property
+    def token(self) -> str | None:
+        """Token of the holder."""
+        return self.holder and self.holder.token
+
+
+class RunLock:
+    """The lock of one run folder; does nothing until it is acquired.
+
+    Args:
+        folder: The run folder.
+        holder: The calling process.
+        made: Folders that were made for it, the innermost first.
+        say: Called with a line before something that takes long.
+    """
+
+    def __init__(
+        self, folder: Path, holder: Holder, made: Sequence[Path] = (), say: Callable[[str], None] = lambda text: None
+    ):
+        self.folder, self.file, self.holder, self.made, self.say = folder, folder / LOCK_FILE, holder, made, say
+        self.is_held = self.is_lost = False
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock, also from a process that is gone, and keep renewing it.
+
+        Raises:
+            ValueError: A run is going on in the folder, or the file cannot be written.
+        """
+        try:
+            while not self._take(seen := self._look()):
+                if seen:
+                    self._wait_until_gone(seen)
+                    if self._take_over(seen):
+                        break
+        except OSError as error:
+            raise ValueError(f"{self.file}: cannot be written ({error.strerror})") from error
+        self.is_held = True
+        threading.Thread(target=self._keep_renewing, name="run lock", daemon=True).start()
+
+    def renew(self) -> None:
+        """Renew the time of the file, and notice if another run has taken the lock over."""
+        if not self.is_held or self.is_lost:
+            return
+        # a file system that does not answer is no other run
+        with contextlib.suppress(OSError):
+            seen = self._look()
+            if seen is None:
+                self._take(None)
+            elif seen.token == self.holder.token:
+                os.utime(self.file)
+            else:
+                self.is_lost = True
+
+    def check(self) -> None:
+        """Refuse to go on in a folder that is another run's now.
+
+        Raises:
+            RunLockLostError: Another run has taken the lock over, because this one had not renewed it for long.
+        """
+        if self.is_lost:
+            raise RunLockLostError(
+                f"{self.folder}: another run has taken it over, because this one stood still for more than "
+                f"{STALE_SECONDS:.0f} s; this one ends and writes nothing more"
+            )
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._released.set()
+        self.renew()
+        if self.is_held and not self.is_lost:
+            with contextlib.suppress(OSError):
+                self.file.unlink()
+        self.is_held = False
+
+    def abandon(self) -> None:
+        """Release it for a run that has not begun, and remove the folders that were made for the run and are empty."""
+        self.release()
+        for folder in self.made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _look(self) -> Seen | None:
+        """Read the lock file; None if there is none. Opening it makes a network file system ask its server."""
+        try:
+            with self.file.open(encoding="utf-8") as file:
+                renewed, text = os.fstat(file.fileno()).st_mtime, file.read()
+        except FileNotFoundError:
+            return None
+        try:
+            return Seen(Holder(**json.loads(text)), renewed)
+        except (ValueError, TypeError):
+            return Seen(None, renewed)
+
+    def _take(self, seen: Seen | None) -> bool:
+        """Make the file if there is none; return whether it is ours."""
+        if seen is not None:
+            return False
+        with self._drafted() as draft:
+            try:
+                # the file has its content as soon as it has its name
+                os.link(draft, self.file)
+            except FileExistsError:
+                return False
+            except OSError:
+                return self._take_without_links()
+        return True
+
+    def _take_without_links(self) -> bool:
+        try:
+            with self.file.open("x", encoding="utf-8") as file:
+                file.write(self._content())
+        except FileExistsError:
+            return False
+        return True
+
+    def _content(self) -> str:
+        return json.dumps(asdict(self.holder))
+
+    @contextlib.contextmanager
+    def _drafted(self) -> Iterator[Path]:
+        draft = self.file.with_name(f".{LOCK_FILE}.{self.holder.token}")
+        try:
+            draft.write_text(self._content(), encoding="utf-8")
+            yield draft
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _take_over(self, seen: Seen) -> bool:
+        """Replace the file of a process that is gone; return whether it is ours and not a third process's."""
+        with _guarding(self.folder):
+            if self._look() != seen:
+                return False
+            with self._drafted() as draft:
+                draft.replace(self.file)
+        return True
+
+    def _wait_until_gone(self, seen: Seen) -> None:
+        """Wait until the holder is known to be gone, or the file has changed hands.
+
+        Raises:
+            ValueError: The holder lives.
+        """
+        is_gone = seen.holder and seen.holder.is_gone(self.holder)
+        if is_gone is False:
+            raise self._refusal(seen)
+        if is_gone:
+            return
+        left = STALE_SECONDS - (self._now() - seen.renewed)
+        if left > 0:
+            self.say(f"waiting    up to {left:.0f} s, to see whether {seen.holder or self.file} is still there")
+        end = time.monotonic() + left
+        while time.monotonic() < end:
+            time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+            now = self._look()
+            if now is None or now.token != seen.token:
+                return
+            if now.renewed != seen.renewed:
+                raise self._refusal(seen)
+
+    def _refusal(self, seen: Seen) -> ValueError:
+        return ValueError(
+            f"{self.folder}: a run is going on there ({seen.holder or 'an unknown process'}); wait for its end, or "
+            f"stop it by making a file {self.folder / 'stop'}; another run needs another --output_dir"
+        )
+
+    def _now(self) -> float:
+        """Return the time by the clock of the file system, with which the lock was renewed."""
+        with tempfile.TemporaryFile(dir=self.folder) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+
+    def _keep_renewing(self) -> None:
+        while not self._released.wait(RENEWAL_SECONDS):
+            self.renew()
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_running(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        is_same = abs(process.create_time() - started) < CLOCK_TOLERANCE_SECONDS
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextlib.contextmanager
+def _guarding(folder: Path) -> Iterator[None]:
+    """Let one process at a time take a lock over, where the file system has locks for folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

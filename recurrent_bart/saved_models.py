@@ -1,0 +1,90 @@
+"""Places that a model is loaded from: what is refused there, with what to give instead."""
+
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# raised by readers of weights, of configurations and of pickles that were cut off
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    StrictDataclassError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+def check_model_place(flag: str, place: str, may_be_on_hub: bool = False) -> None:
+    """Refuse a path where there is no model.
+
+    Args:
+        flag: The flag that names the path.
+        place: The path.
+        may_be_on_hub: Accept the name of a model on the Hugging Face hub.
+
+    Raises:
+        ValueError: There is no model; the message says what to give.
+    """
+    path = Path(place)
+    if may_be_on_hub and not path.exists() and HUB_NAME.fullmatch(place):
+        return
+    problem = _problem(path)
+    if problem:
+        raise ValueError(f"{flag} {place}: {problem}")
+
+
+@contextlib.contextmanager
+def reading_model(flag: str, place: str) -> Iterator[None]:
+    """Say in one line that a model cannot be read.
+
+    Raises:
+        ValueError: Its configuration or its weights cannot be read.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{flag} {place}: the model cannot be read ({text}); if a file is incomplete, copy or download it again"
+        ) from error
+
+
+def _problem(path: Path) -> str | None:
+    if path.is_file():
+        return f"a file; give the folder of the model, {path.parent}"
+    if not path.is_dir():
+        return "no model there, there is no such folder (RUN/model is one)"
+    if (path / "trainer.json").is_file():
+        return "a checkpoint, from which --resume RUN goes on; the model of a run is RUN/model"
+    config = _read_json(path / "config.json")
+    if config is None:
+        return "no model there, a folder with config.json is needed (RUN/model)"
+    if "arguments" not in config or "model_type" in config:
+        return None
+    if (path / "model" / "config.json").is_file():
+        return f"the folder of a run; give its model, {path / 'model'}"
+    return "the folder of a run that has saved no model yet; its first evaluation does"
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    # unreadable files are told of by the reader of models
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,31 @@
+"""Two runs in one folder: the second is refused by all its processes; what a killed run leaves stops nobody."""
+
+import pytest
+
+from recurrent_bart.monitoring.run_lock import Holder, RunLock
+from recurrent_bart.training.outcome import ExitCode
+
+DONE, MISTAKE, KILLED = ExitCode.DONE, ExitCode.MISTAKE, -9
+pytestmark = pytest.mark.distributed
+
+
+def test_all_processes_of_a_second_run_end_and_one_says_why(run):
+    run.folder.mkdir()
+    lock = RunLock(run.folder, Holder.here("", 0))
+    lock.acquire()
+    ended = run.train()
+    lock.release()
+    assert ended.codes == [MISTAKE, MISTAKE], ended.text()
+    assert ended.text().count("a run is going on there (process") == 1
+    assert not ended.printed[1]
+    assert list(run.folder.iterdir()) == []
+
+
+def test_a_run_that_was_killed_is_gone_on_with_at_once(run):
+    ended = run.train(fault="killed", ranks=[0, 1], moment="step", at=4)
+    assert ended.codes == [KILLED, KILLED], ended.text()
+    assert (run.folder / "lock").exists()
+    ended = run.resume(timeout=50)
+    assert ended.codes == [DONE, DONE], ended.text()
+    assert "resumed    after step 2" in ended.printed[0]
+    assert not (run.folder / "lock").exists()

@@ -1,0 +1,151 @@
+"""`slurm/train.sh` itself, with stand-ins for SLURM's commands: which flags it gives, how it reads the end of a run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launching
+
+# takes note of its command line, and does what a run would
+SRUN = """#!/usr/bin/env bash
+[[ $* == *--overlap* ]] && exit 0
+printf '%s\\0' "$@" > "$NOTES/srun"
+[[ -z ${WRITES:-} ]] || echo "$WRITES" > "${!#}/outcome.json"
+exit "${CODE:-0}"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then echo localhost; else echo "$@" >> "$NOTES/scontrol"; fi
+"""
+
+
+class Submitted:
+    """What a job did: exit code, what it printed, the flags of launch/train.py, whether it was put back."""
+
+    def __init__(self, notes, done):
+        self.code, self.printed = done.returncode, done.stdout + done.stderr
+        given = (notes / "srun").read_text().split("\0")[:-1] if (notes / "srun").exists() else []
+        self.flags = given[given.index("launch/train.py") + 1 :] if given else []
+        self.is_requeued = (notes / "scontrol").exists()
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Runs the script as a task of an array or, with `task=None`, as a job."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+
+    def call(*flags, task=2, **variables):
+        given = {
+            "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "SLURM_JOB_ID": "42",
+            "SLURM_SUBMIT_DIR": str(launching.TESTS.parent),
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_CPUS_ON_NODE": "1",
+            "SLURM_JOB_NODELIST": "localhost",
+            "VIRTUAL_ENV": "tests",
+            "NOTES": str(tmp_path),
+            **variables,
+        }
+        if task is not None:
+            given |= {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": str(task)}
+        command = ["bash", "slurm/train.sh", *map(str, flags)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | given
+        done = subprocess.run(
+            command, cwd=launching.TESTS.parent, env=environment, capture_output=True, text=True, timeout=60
+        )
+        return Submitted(tmp_path, done)
+
+    return call
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """A file of flags as Windows writes one, with quotes."""
+    file = tmp_path / "flags of a grid.txt"
+    texts = ["--seed 7", "--wandb_group 'my group' --wandb_tags \"\"", "--seed 9 --lr_scheduler cosine", "--tags 'open"]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode() + b"\r\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        (1, ["--seed", "7"]),
+        (2, ["--wandb_group", "my group", "--wandb_tags", ""]),
+        (3, ["--seed", "9", "--lr_scheduler", "cosine"]),
+    ],
+)
+def test_a_line_of_a_file_gives_its_flags_without_windows_line_ends(submit, lines, tmp_path, task, flags):
+    job = submit("--max_steps", 2, f"@{lines}", "--output_dir", tmp_path / "my runs", task=task)
+    assert job.code == 0, job.printed
+    assert job.flags == ["--max_steps", "2", *flags, "--output_dir", f"{tmp_path}/my runs/{task}"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (4, "line 4 cannot be read (No closing quotation)"),
+        (5, "there is no line 5, or it is empty"),
+        (9, "there is no line 9, or it is empty"),
+    ],
+)
+def test_a_line_that_gives_no_flags_ends_the_job(submit, lines, task, message):
+    job = submit(f"@{lines}", task=task)
+    assert job.code == 2
+    assert job.printed == f"error: @{lines}: {message}\n"
+    assert job.flags == []
+
+
+def test_a_file_that_is_not_there_ends_the_job(submit, tmp_path):
+    job = submit(f"@{tmp_path}/none.txt")
+    assert job.code == 2
+    assert job.printed == f"error: @{tmp_path}/none.txt: cannot be read (No such file or directory)\n"
+
+
+def test_the_number_of_a_task_is_the_seed_of_a_run_that_begins(submit, tmp_path):
+    folder = ["--output_dir", f"{tmp_path}/2"]
+    assert submit("--output_dir", tmp_path).flags == ["--seed", "2", *folder]
+    assert submit("--output_dir", tmp_path, task=None).flags == ["--output_dir", f"{tmp_path}"]
+    assert submit("--resume", tmp_path).flags == ["--resume", f"{tmp_path}/2"]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a run that was stopped by a file, and how it ended."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    content = json.dumps({"code": 75, "reason": "the stop file", "step": 3})
+    (folder / "outcome.json").write_text(content)
+    return folder, content
+
+
+def test_a_run_that_cannot_begin_leaves_how_it_had_ended(submit, finished):
+    folder, content = finished
+    job = submit("--resume", folder, task=None, CODE="2")
+    assert job.code == 2
+    assert not job.is_requeued
+    assert (folder / "outcome.json").read_text() == content
+
+
+def test_how_a_run_had_ended_says_nothing_about_this_time(submit, finished):
+    # 75 of a process that was stopped before training began, by the end of the job's time
+    job = submit("--resume", finished[0], task=None, CODE="75")
+    assert job.code == 75
+    assert job.is_requeued
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "is_requeued"), [(75, "SIGUSR1", True), (75, "the stop file", False), (2, "a mistake", False)]
+)
+def test_how_a_run_ends_this_time_says_what_follows(submit, finished, code, reason, is_requeued):
+    written = json.dumps({"code": code, "reason": reason, "step": 4})
+    # srun gives a code of its own
+    job = submit("--resume", finished[0], task=None, CODE="143", WRITES=written)
+    assert (job.code, job.is_requeued) == (code, is_requeued)
