@@ -141,7 +141,8 @@ class Grid:
                     is_begun_B = is_begun_B | on_device(is_read_BN[:, : part.start].any(dim=1), is_begun_B.device)
                     memory = _where_begun(is_begun_B, memory.detach(), learned)
                 for t, segment in enumerate(run(segments[part], mask_BNL[:, part], memory, kept), start=part.start):
-                    memory = segment.memory
+                    # a prefix that never changes is learned: what a window without a graph gives of it has no gradient
+                    memory = segment.memory if self.config.has_state else learned
                     self._keep(output, segment, kept, is_last=t == n_segments - 1)
         output.memory = memory if self.config.has_state else None
         return output

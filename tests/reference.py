@@ -7,8 +7,13 @@ import torch
 from torch.nn.functional import layer_norm, linear
 
 
-def encode(model, segments):
+def encode(model, segments, cuts=()):
     """Read one document's segments, lists of ids.
+
+    Args:
+        model: The model.
+        segments: Segments of the document.
+        cuts: Numbers of segments at whose beginning all states are detached.
 
     Returns:
         After each segment, the last layer's state `(P, D)` and token stream `(L, D)`; and all layers' final state, with
@@ -22,7 +27,9 @@ def encode(model, segments):
     matrices = torch.zeros(len(encoder.layers), n_heads, width, width, dtype=encoder.embed_tokens.weight.dtype)
     matrices = list(matrices) if config.associative_memory else []
     after = []
-    for ids in segments:
+    for number, ids in enumerate(segments):
+        if number in cuts and config.has_state:
+            states, matrices = ([part.detach() for part in parts] for parts in (states, matrices))
         tokens = encoder.embed_tokens(torch.tensor([ids]))[0] + encoder.embed_positions(torch.tensor([ids]))[0]
         tokens = encoder.layernorm_embedding(tokens)
         slots = tokens[:0]
@@ -59,6 +66,12 @@ def context(config, after, t, ends=()):
         "section": lambda: torch.cat([memory, *streams[max(begin, first) :]]),
         "all": lambda: torch.cat([memory, *streams[first:]]),
     }[config.decoder_context]()
+
+
+def detached_outside(after, first, stop):
+    """Return what `encode` gives after each segment, with gradient from segments `first` to `stop` alone."""
+    numbered = enumerate(after)
+    return [pair if first <= t < stop else tuple(part.detach() for part in pair) for t, pair in numbered]
 
 
 def project(core, layer, state, e, config):
