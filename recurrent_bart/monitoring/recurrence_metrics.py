@@ -27,11 +27,13 @@ Table = list[list[float]]
 def recurrence_metrics(
     model: RecurrentBartForConditionalGeneration, documents: Sequence[Document]
 ) -> dict[str, list[float] | Table]:
-    """Figures of the recurrence, averaged over documents; nothing where a model has none.
+    """Return metrics of the recurrence, averaged over documents; an empty dictionary for a model without recurrence.
+
+    `gradient_by_distance` is left out if no document has a target.
 
     Args:
-        model: Whole, in evaluation mode; parameters get no gradient.
-        documents: What it reads, of which the first few segments.
+        model: Whole model, in evaluation mode; its parameters get no gradient.
+        documents: Documents to read. Metrics of the state are of their first `MOST_SEGMENTS` segments.
     """
     recurrence = model.model.encoder.recurrence
     if recurrence is None:
@@ -40,27 +42,19 @@ def recurrence_metrics(
     if hasattr(recurrence, "prefix_gate"):
         figures["prefix_gate"] = torch.tanh(recurrence.prefix_gate.detach().float()).abs().mean(dim=1).tolist()
     with plain_execution(model.config):
-        read = [_read(model, *_head(document)) for document in documents]
-        distances = [_gradient_by_distance(model, *_head(document)) for document in documents]
+        read = [_read(model, ids[:, :MOST_SEGMENTS], mask[:, :MOST_SEGMENTS]) for ids, mask, _ in documents]
+        distances = [_gradient_by_distance(model, *document) for document in documents]
     for name in read[0]:
         figures[name] = _mean_table([tables[name] for tables in read])
     if "update_gate" in figures:
         figures["update_gate"] = [fmean(row) for row in figures["update_gate"]]
-    figures["gradient_by_distance"] = _mean_row(distances)
+    if any(distances):
+        figures["gradient_by_distance"] = _mean_row([row for row in distances if row])
     return figures
 
 
-def _head(document: Document) -> Document:
-    ids_BNL, mask_BNL, labels = document
-    if labels.dim() == 3:
-        labels = labels[:, :MOST_SEGMENTS]
-    return ids_BNL[:, :MOST_SEGMENTS], mask_BNL[:, :MOST_SEGMENTS], labels
-
-
 @torch.no_grad()
-def _read(
-    model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor, labels: Tensor
-) -> dict[str, Table]:
+def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor) -> dict[str, Table]:
     """Tables by layer and segment of one document."""
     recurrence = model.model.encoder.recurrence
     state = RecurrentState.unread(model.config, 1, ids_BNL.device)
@@ -112,14 +106,36 @@ def _recorded_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
 def _gradient_by_distance(
     model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor, labels: Tensor
 ) -> list[float]:
-    """Norm of the gradient of a document's last target by the embeddings of each segment, the nearest first."""
+    """Return the norms of a target's gradient with respect to the embeddings of each segment, the nearest first.
+
+    Segments are at most `MOST_SEGMENTS` that end with the target's; earlier ones are read without a graph.
+
+    Returns:
+        One norm for each segment; an empty list for a document without a target.
+    """
+    last = min(ids_BNL.shape[1], MOST_SEGMENTS) - 1
     if labels.dim() == 3:
-        last = int((labels[0] != IGNORED).any(dim=1).nonzero()[-1])
-        ids_BNL, mask_BNL, labels = ids_BNL[:, : last + 1], mask_BNL[:, : last + 1], labels[:, last]
-    embeddings_BNLD = model.model.encoder.embed_tokens(ids_BNL).detach().requires_grad_()
-    loss = model(inputs_embeds=embeddings_BNLD, attention_mask=mask_BNL, labels=labels).loss
+        last = _segment_of_target(labels)
+        labels = labels[:, max(last, 0)]
+    if last < 0:
+        return []
+    first = max(0, last + 1 - MOST_SEGMENTS)
+    state = None
+    if first:
+        with torch.no_grad():
+            state = model.model.encode(ids_BNL[:, :first], mask_BNL[:, :first]).state
+    near = slice(first, last + 1)
+    embeddings_BNLD = model.model.encoder.embed_tokens(ids_BNL[:, near]).detach().requires_grad_()
+    loss = model(inputs_embeds=embeddings_BNLD, attention_mask=mask_BNL[:, near], labels=labels, state=state).loss
     (gradient_BNLD,) = torch.autograd.grad(loss, embeddings_BNLD)
     return gradient_BNLD[0].float().flatten(1).norm(dim=1).flip(0).tolist()
+
+
+def _segment_of_target(labels_1NT: Tensor) -> int:
+    """Return the last segment with a target among the first `MOST_SEGMENTS`, or the first one behind them; -1: none."""
+    numbers = (labels_1NT[0] != IGNORED).any(dim=1).nonzero().flatten().tolist()
+    near = [number for number in numbers if number < MOST_SEGMENTS]
+    return near[-1] if near else next(iter(numbers), -1)
 
 
 def _mean_row(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -96,6 +96,32 @@ def test_a_section_without_a_target_behind_the_last_one_is_not_counted(make_mode
     assert len(recurrence_metrics(model, [(ids, mask, labels)])["gradient_by_distance"]) == 3
 
 
+@pytest.mark.parametrize("context", ["last", "all", "section"])
+def test_a_first_target_behind_the_first_segments_is_the_one_that_is_differentiated(make_model, context):
+    """The segments are as many as ever, and end with the target's."""
+    model = make_model(decoder_context=context)
+    ids, mask, labels = document(module.MOST_SEGMENTS + 4, task="sections")
+    last = module.MOST_SEGMENTS + 1
+    labels[:, :last] = -100
+    found = recurrence_metrics(model, [(ids, mask, labels)])["gradient_by_distance"]
+    embeddings = model.model.encoder.embed_tokens(ids[:, : last + 1]).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=labels[:, last]).loss.backward()
+    expected = [float(norm) for norm in embeddings.grad[0].flatten(1).norm(dim=1).flip(0)]
+    assert found == pytest.approx(expected[: module.MOST_SEGMENTS], rel=1e-5)
+    assert len(found) == module.MOST_SEGMENTS
+
+
+def test_documents_without_a_target_have_no_gradient_by_distance(make_model):
+    model = make_model()
+    told, untold = (document(3, task="sections") for _ in range(2))
+    untold[2].fill_(-100)
+    alone, both = recurrence_metrics(model, [told]), recurrence_metrics(model, [told, untold])
+    assert both["gradient_by_distance"] == alone["gradient_by_distance"]
+    none = recurrence_metrics(model, [untold])
+    assert none.keys() == alone.keys() - {"gradient_by_distance"}
+    assert "state_norm" in none
+
+
 def test_a_state_that_is_never_written_passes_no_gradient_on(make_model):
     model = make_model()
     set_gates(model, update=1e-9)
