@@ -1,4 +1,4 @@
-"""Recordings of diagonals for one shape of batch: graphs, and the tensors that they read and write.
+"""CUDA graphs of diagonals for one shape of batch, and the tensors that they read and write.
 
 Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
 segment, E encoder layers, D model width.
@@ -6,12 +6,13 @@ segment, E encoder layers, D model width.
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from recurrent_bart.encoder_cell import Visibility
+from recurrent_bart.graph_guards import graph_user
 from recurrent_bart.kept_diagonals import KeptDiagonals
 from recurrent_bart.layer_spans import take_span
 from recurrent_bart.prefix_recurrence import Weights
@@ -21,15 +22,34 @@ from recurrent_bart.wavefront import Diagonal, Wavefront, diagonal_step
 # segments that are read together: one is too small to keep a GPU busy with its embedding, and what begins with each of
 # them is one recording, for between two of them a GPU waits
 READ_TOGETHER = 16
+# settings of the layers and the recurrence whose graphs are kept, the last used ones; training and evaluation are two
+MOST_SETTINGS = 4
+
+
+class Captures:
+    """CUDA graphs that were captured under the same settings of the layers, the recurrence and PyTorch.
+
+    Attributes:
+        graphs: By what `Recorder.key` gives.
+        seen: Keys of the diagonals that have been read.
+        kept: Graphs that keep what their backward passes need.
+        masks: Masks that the graphs read, of tokens and of slots; their form depends on the attention implementation.
+    """
+
+    def __init__(self, recorder: "Recorder"):
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.seen: set[tuple] = set()
+        self.kept = KeptDiagonals(recorder)
+        self.masks: list[Tensor | None] = [None, None]
 
 
 class Recorder:
-    """Graphs of diagonals for one shape of batch, and the tensors that they read and write.
+    """CUDA graphs of diagonals for one shape of batch, and the tensors that they read and write.
 
     Args:
-        wavefront: Whose diagonals.
-        weights: Of all layers, stacked; any.
-        tokens_BLD: Token embeddings of a segment; any.
+        wavefront: Encoder whose diagonals are captured.
+        weights: Stacked weights of all layers; their values do not matter.
+        tokens_BLD: Token embeddings of a segment; their values do not matter.
     """
 
     def __init__(self, wavefront: Wavefront, weights: Weights, tokens_BLD: Tensor):
@@ -43,17 +63,16 @@ class Recorder:
             self.memory = tokens_BLD.new_zeros(n_layers, n_documents, self.n_slots, width)
             self.weights = {name: torch.empty_like(weight, requires_grad=False) for name, weight in weights.items()}
             self.is_read = torch.zeros(n_layers, n_documents, dtype=torch.bool, device=tokens_BLD.device)
-        self.masks: list[Tensor | None] = [None, None]
         # gradients, made when they are first needed
         self.into_stream = self.into_memory = torch.empty(0)
         self.into_weights: dict[str, Tensor] = {}
         # of diagonals that are read together: streams that enter below all layers, tokens and states above them
         self.together: tuple[Tensor, ...] = ()
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self._seen: set[tuple] = set()
         # what one recording gives back to the pool, another can take on the same stream alone
         self.where = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        self.kept = KeptDiagonals(self)
+        self.user = graph_user(wavefront.recurrence)
+        self.captures = Captures(self)
+        self._by_settings: dict[Hashable, Captures] = {}
         # passes that have written where kept diagonals keep
         self.n_passes = 0
         self.generator = torch.cuda.default_generators[tokens_BLD.device.index]
@@ -63,8 +82,22 @@ class Recorder:
         """Tokens `(B, L, D)` above the last layer."""
         return self.stream[-1][:, self.n_slots :]
 
-    def load(self, weights: Weights) -> None:
-        """Take the weights of this pass."""
+    @property
+    def kept(self) -> KeptDiagonals:
+        """Graphs of this pass that keep what their backward passes need."""
+        return self.captures.kept
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the graphs of all settings keep for their backward passes."""
+        return sum(captures.kept.n_bytes for captures in self._by_settings.values())
+
+    def begin(self, weights: Weights, settings: Hashable) -> None:
+        """Take the weights of this pass, and the graphs that were captured under its settings."""
+        self.captures = self._by_settings.pop(settings, None) or Captures(self)
+        self._by_settings[settings] = self.captures
+        if len(self._by_settings) > MOST_SETTINGS:
+            del self._by_settings[next(iter(self._by_settings))]
         torch._foreach_copy_(list(self.weights.values()), [weights[name].detach() for name in self.weights])
 
     def record(self, diagonals: list[Diagonal], with_backward: bool) -> None:
@@ -77,12 +110,12 @@ class Recorder:
         # the largest first: the others find room in its memory
         for diagonal in sorted(diagonals, key=lambda it: it.first - it.stop):
             for is_backward in (False, True)[: 1 + with_backward]:
-                if self.key(diagonal, is_backward) not in self.graphs:
+                if self.key(diagonal, is_backward) not in self.captures.graphs:
                     self.place(diagonal)
                     work = self._backward if is_backward else self._forward
                     with torch.inference_mode(False):
                         _, graph = record(functools.partial(work, diagonal), *self.where)
-                    self.graphs[self.key(diagonal, is_backward)] = graph
+                    self.captures.graphs[self.key(diagonal, is_backward)] = graph
         self.generator.set_offset(offset)
 
     def keep(self, diagonals: list[Diagonal], most_bytes: float) -> None:
@@ -100,11 +133,11 @@ class Recorder:
             graph: One that does so; None: that which keeps nothing.
         """
         self.place(diagonal)
-        (graph or self.graphs[self.key(diagonal, is_backward)]).replay()
+        (graph or self.captures.graphs[self.key(diagonal, is_backward)]).replay()
 
     def was_seen(self, diagonal: Diagonal) -> bool:
         """Whether one like this has been read."""
-        return self.key(diagonal, False) in self._seen
+        return self.key(diagonal, False) in self.captures.seen
 
     def read(self, diagonals: Sequence[Diagonal], streams: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Compute diagonals, replayed where they are recorded, and give what each leaves above the last layer.
@@ -117,8 +150,8 @@ class Recorder:
             if diagonal.segment is not None and streams is not None:
                 self.stream[0].copy_(streams[number])
             key = self.key(diagonal, False)
-            self._seen.add(key)
-            if key in self.graphs:
+            self.captures.seen.add(key)
+            if key in self.captures.graphs:
                 self.replay(diagonal)
             else:
                 self.place(diagonal)
@@ -132,7 +165,7 @@ class Recorder:
         return (
             len(diagonals) == READ_TOGETHER
             and len(keys) == 1
-            and keys <= self.graphs.keys()
+            and keys <= self.captures.graphs.keys()
             and diagonal.stop - diagonal.first == len(self.memory)
             and diagonal.segment is not None
             and diagonal.visible.slots is None
@@ -143,21 +176,21 @@ class Recorder:
         """As `read`, of diagonals that are one recording."""
         assert streams is not None
         key = ("together", *self.key(diagonals[0], False))
-        if key not in self.graphs:
+        if key not in self.captures.graphs:
             offset = self.generator.get_offset()
             stream, memory = self.stream.clone(), self.memory.clone()
             with torch.inference_mode(False):
                 self.together = self.together or tuple(
                     like.new_zeros(READ_TOGETHER, *like.shape) for like in (self.stream[0], self.top, self.memory[-1])
                 )
-                _, self.graphs[key] = record(functools.partial(self._read_together, diagonals[0]), *self.where)
+                _, self.captures.graphs[key] = record(functools.partial(self._read_together, diagonals[0]), *self.where)
             # where they stood before it was done to be recorded
             self.stream.copy_(stream)
             self.memory.copy_(memory)
             self.generator.set_offset(offset)
         arriving, tops, memories = self.together
         arriving.copy_(streams)
-        self.graphs[key].replay()
+        self.captures.graphs[key].replay()
         yield from zip(tops, memories.unsqueeze(1), strict=True)
 
     @torch.no_grad()
@@ -169,21 +202,21 @@ class Recorder:
             memory.copy_(self.memory[-1])
 
     def key(self, diagonal: Diagonal, is_backward: bool) -> tuple:
-        """What a recording depends on."""
+        """Return what a graph depends on, beside the settings and the shape of the batch."""
         has_padding = diagonal.visible.slots is not None
-        is_training = self.layer().training
-        return diagonal.first, diagonal.stop, has_padding, diagonal.is_read is None, is_training, is_backward
+        return diagonal.first, diagonal.stop, has_padding, diagonal.is_read is None, is_backward
 
     def place(self, diagonal: Diagonal) -> None:
         """Put the masks where graphs read them."""
+        places = self.captures.masks
         for number, mask in enumerate((diagonal.visible.tokens, diagonal.visible.slots)):
             if mask is None:
                 continue
-            if self.masks[number] is None:
+            if places[number] is None:
                 n_rows = self.is_read.numel()
                 with torch.inference_mode(False):
-                    self.masks[number] = torch.ones(n_rows, *mask.shape[1:], dtype=mask.dtype, device=mask.device)
-            self.masks[number][: len(mask)].copy_(mask)
+                    places[number] = torch.ones(n_rows, *mask.shape[1:], dtype=mask.dtype, device=mask.device)
+            places[number][: len(mask)].copy_(mask)
         if diagonal.is_read is not None:
             self.is_read[: len(diagonal.is_read)].copy_(diagonal.is_read)
 
@@ -228,7 +261,7 @@ class Recorder:
     ) -> tuple[Tensor, Tensor]:
         n_layers, n_rows = stream.shape[0], stream.shape[0] * stream.shape[1]
         has_padding = diagonal.visible.slots is not None
-        masks = [mask[:n_rows] if has_padding else None for mask in self.masks]
+        masks = [mask[:n_rows] if has_padding else None for mask in self.captures.masks]
         masks.append(None if diagonal.is_read is None else self.is_read[:n_layers])
         if torch.is_grad_enabled():
             # those of the next diagonal come to the same place

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bart.modeling_bart import BartAttention
+from transformers.activations import GELUActivation
+from transformers.models.bart.modeling_bart import BartAttention, BartEncoderLayer
 
-from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.encoder_cell import Visibility
 from recurrent_bart.layer_spans import linear, linear_and_rows
 from recurrent_bart.prefix_attention import attend, gated_read
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
     from recurrent_bart.kernels.heads import Heads
 
 
-def can_fuse(config: RecurrentBartConfig, stream: Tensor) -> bool:
-    """Whether there are kernels for such cells: on a GPU, of slots that read a prefix, in one type throughout."""
+def can_fuse(layer: BartEncoderLayer, stream: Tensor) -> bool:
+    """Return True if there are kernels for a layer's cells: on a GPU, with slots that read a prefix, in one type."""
+    config, activation = layer.self_attn.config, layer.activation_fn
     return (
         stream.is_cuda
         and importlib.util.find_spec("triton") is not None
         and config.has_state
         and not config.associative_memory
-        and config.activation_function == "gelu"
+        # the exact one
+        and isinstance(activation, GELUActivation)
+        and activation.act is nn.functional.gelu
         and stream.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not torch.is_autocast_enabled("cuda")
     )
@@ -74,7 +77,7 @@ def fused_cell(
     prefix, prefix_bias, memory_EMD = _project(recurrence, weights, memory_EBPD.reshape(n_layers, -1, width))
     qkv, stream_EMD = linear_and_rows(stream_EBSD.flatten(1, 2), weights["query_key_value"])
     qkv_RSX = qkv.view(n_layers * n_documents, -1, 3 * width)
-    prefix_dropout = recurrence.dropout.p if recurrence.training else 0.0
+    prefix_dropout = recurrence.dropout.p if recurrence.dropout.training else 0.0
     heads = split_heads(
         qkv_RSX, weights["query_key_value_bias"], prefix, prefix_bias,
         recurrence.n_heads, "prefix_gate" in weights, prefix_dropout,

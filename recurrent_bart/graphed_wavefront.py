@@ -9,18 +9,20 @@ segment, E encoder layers, D model width.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.models.bart.modeling_bart import BartEncoderLayer
 
-from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.diagonal_recorder import READ_TOGETHER, Recorder
 from recurrent_bart.fused_cell import can_fuse
+from recurrent_bart.graph_guards import graph_user
 from recurrent_bart.kept_diagonals import MOST_KEPT
+from recurrent_bart.module_settings import backend_settings, settings_of
 from recurrent_bart.prefix_recurrence import Weights
 from recurrent_bart.recorded_call import drawing_from
 from recurrent_bart.segmentation import Segment
@@ -35,16 +37,16 @@ processes_per_device = 1
 _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Recorder]] = weakref.WeakKeyDictionary()
 
 
-def can_graph(config: RecurrentBartConfig, weights: Weights, tokens_BLD: Tensor, checkpointing: str) -> bool:
-    """Whether such a batch is better replayed: its diagonals are fused, and too small to keep a GPU busy.
+def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, checkpointing: str) -> bool:
+    """Return True if replaying is faster for a batch: its diagonals are fused, and too small to keep a GPU busy.
 
     Where each diagonal is recomputed in any case, replays cost nothing, however large they are.
     """
     n_documents, n_tokens, _ = tokens_BLD.shape
     return (
         (n_documents * n_tokens <= MOST_TOKENS or (checkpointing == "layer" and torch.is_grad_enabled()))
-        and can_fuse(config, tokens_BLD)
-        and all(weight.dtype == tokens_BLD.dtype for weight in weights.values())
+        and can_fuse(layer, tokens_BLD)
+        and all((it.dtype, it.device) == (tokens_BLD.dtype, tokens_BLD.device) for it in weights.values())
         and not torch.cuda.is_current_stream_capturing()
     )
 
@@ -59,12 +61,23 @@ class GraphedWavefront(Wavefront):
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """As Wavefront's; without a graph, states hold until the next ones are asked for."""
+        """Compute what Wavefront's does; without autograd, states hold until the next ones are asked for.
+
+        Raises:
+            ValueError: Another thread runs the same encoder.
+        """
+        assert self.recurrence is not None
+        steps = self._run(weights, segments, mask_BNL, memory_EBPD)
+        yield from graph_user(self.recurrence).steps_of_pass(steps)
+
+    def _run(
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
+    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         assert memory_EBPD is not None
         tokens_BLD = segments[0]()
         diagonals = self._diagonals(segments, tokens_BLD, mask_BNL)
         recorder = self._recorder(weights, tokens_BLD)
-        recorder.load(weights)
+        recorder.begin(weights, self._settings())
         if not torch.is_grad_enabled():
             yield from self._read(recorder, diagonals, memory_EBPD)
             return
@@ -96,9 +109,14 @@ class GraphedWavefront(Wavefront):
                     tokens_BLD = top_BLD.clone() if self._gives_tokens(diagonal) else None
                     yield tokens_BLD, recorder.memory.clone() if is_last else memory_1BPD
 
+    def _settings(self) -> Hashable:
+        """Return the constants that a captured diagonal keeps; they are the same for all layers."""
+        assert self.recurrence is not None
+        return *settings_of(self.layer, self.recurrence), backend_settings()
+
     def _kept_elsewhere(self, recorder: Recorder) -> int:
         assert self.recurrence is not None
-        return sum(it.kept.n_bytes for it in _recorders[self.recurrence].values() if it is not recorder)
+        return sum(it.kept_bytes for it in _recorders[self.recurrence].values()) - recorder.kept.n_bytes
 
     def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
         """Streams `(N, B, S, D)` that enter below the first layer."""
@@ -164,31 +182,46 @@ class _Replayed(torch.autograd.Function):
                 tops[number - n_layers + 1].copy_(recorder.top)
                 memories[number - n_layers + 1].copy_(recorder.memory[-1])
         ctx.recorder, ctx.diagonals, ctx.entered, ctx.names = recorder, diagonals, entered, names
+        ctx.captures = recorder.captures
         ctx.n_passes = recorder.n_passes
         ctx.shape = streams.shape
         return tops, memories, recorder.memory.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, into_tops: Tensor, into_memories: Tensor, into_memory: Tensor) -> tuple[Tensor | None, ...]:
-        recorder, n_layers = ctx.recorder, len(into_memory)
-        into_streams = into_tops.new_empty(ctx.shape)
-        recorder.begin_backward(into_memory)
-        kept = recorder.kept.of(ctx.diagonals)
-        for number in reversed(range(len(ctx.diagonals))):
-            diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.entered[number]
-            # another pass keeps its own there now
-            own = kept[number] if ctx.n_passes == recorder.n_passes else None
-            if own is None:
-                span = slice(diagonal.first, diagonal.stop)
-                recorder.stream[span].copy_(stream)
-                recorder.memory[span].copy_(memory)
-            if diagonal.stop == n_layers:
-                recorder.into_stream[-1][:, recorder.n_slots :].copy_(into_tops[number - n_layers + 1])
-                recorder.into_memory[-1].add_(into_memories[number - n_layers + 1])
-            with drawing_from(recorder.generator, offset):
-                recorder.replay(diagonal, is_backward=True, graph=own.backward if own else None)
-            if number < len(into_streams):
-                into_streams[number].copy_(recorder.into_stream[0])
-        into_weights = [recorder.into_weights[name].clone() for name in ctx.names]
-        return None, None, None, into_streams, recorder.into_memory.clone(), *into_weights
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        recorder = ctx.recorder
+        with recorder.user.whole_pass():
+            # the settings may have changed since the forward pass
+            recorder.captures = ctx.captures
+            into_streams = _differentiate(ctx, *gradients)
+            into_weights = [recorder.into_weights[name].clone() for name in ctx.names]
+            return None, None, None, into_streams, recorder.into_memory.clone(), *into_weights
+
+
+def _differentiate(ctx: Any, into_tops: Tensor, into_memories: Tensor, into_memory: Tensor) -> Tensor:
+    """Replay the backward passes of all diagonals; gradients of weights and states lie in the recorder then.
+
+    Returns:
+        Gradients of the streams that entered below the first layer.
+    """
+    recorder, n_layers = ctx.recorder, len(into_memory)
+    into_streams = into_tops.new_empty(ctx.shape)
+    recorder.begin_backward(into_memory)
+    kept = recorder.kept.of(ctx.diagonals)
+    for number in reversed(range(len(ctx.diagonals))):
+        diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.entered[number]
+        # another pass keeps its own there now
+        own = kept[number] if ctx.n_passes == recorder.n_passes else None
+        if own is None:
+            span = slice(diagonal.first, diagonal.stop)
+            recorder.stream[span].copy_(stream)
+            recorder.memory[span].copy_(memory)
+        if diagonal.stop == n_layers:
+            recorder.into_stream[-1][:, recorder.n_slots :].copy_(into_tops[number - n_layers + 1])
+            recorder.into_memory[-1].add_(into_memories[number - n_layers + 1])
+        with drawing_from(recorder.generator, offset):
+            recorder.replay(diagonal, is_backward=True, graph=own.backward if own else None)
+        if number < len(into_streams):
+            into_streams[number].copy_(recorder.into_stream[0])
+    return into_streams

@@ -110,15 +110,16 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
     def _plain(self, n_memory: int | None, embeds: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Without checkpointing: of all recorded calls together, the last alone keeps anything."""
         settings = {"use_cache": False} | ({} if n_memory is None else {"n_memory": n_memory})
-        grains = [layer.gradient_checkpointing for layer in self.layers]
+        # no attribute is added to other layers: a graph's key holds them
+        checkpointed = [layer for layer in self.layers if layer.gradient_checkpointing]
         try:
-            for layer in self.layers:
+            for layer in checkpointed:
                 layer.gradient_checkpointing = False
             own_mask = self._causal_mask(embeds)
             return super().forward(None, own_mask, hidden, mask, None, embeds, **settings).last_hidden_state
         finally:
-            for layer, grain in zip(self.layers, grains, strict=True):
-                layer.gradient_checkpointing = grain
+            for layer in checkpointed:
+                layer.gradient_checkpointing = True
 
     def context_mask(self, encoder_outputs: RecurrentEncoderOutput) -> Tensor | None:
         """What the decoder sees, in the back-end's form: BartDecoder would wait for the device to see if it is all."""

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.decoder_context import encoder_output
+from recurrent_bart.graph_guards import device_guard
 from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.prefix_recurrence import RecurrentState, build_recurrence
@@ -87,7 +88,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             attentions=self._gives_attentions(output_attentions),
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
-        outputs = grid.run(segments, mask, state, kept, earlier)
+        with device_guard(segments.device):
+            outputs = grid.run(segments, mask, state, kept, earlier)
         output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN, may_pack)
         output = output.shifted(-n_empty_B, marked_BN)
         return output.as_tuple() if return_dict is False else output

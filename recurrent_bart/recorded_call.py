@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from recurrent_bart.graph_guards import device_guard, graph_user
+from recurrent_bart.module_settings import backend_settings, has_hooks, settings_of
 from recurrent_bart.segmentation import is_sharded
 
 # shapes whose recordings are kept of a module, the last used ones
@@ -26,43 +28,48 @@ _recorded: weakref.WeakKeyDictionary[nn.Module, "RecordedModule"] = weakref.Weak
 
 
 def can_record(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether a training step may replay a module: its weights are there, and nobody listens to its parts."""
+    """Return True if a training step may replay a module: its weights are on one GPU and its parts have no hooks."""
     parameters = list(module.parameters())
     return (
         torch.is_grad_enabled()
         and any(part.requires_grad for part in (*inputs, *parameters))
-        and all(part.is_cuda for part in (*inputs, *parameters))
+        and inputs[0].is_cuda
+        and all(part.device == inputs[0].device for part in (*inputs, *parameters))
         and not torch.cuda.is_current_stream_capturing()
         and not torch.is_autocast_enabled("cuda")
         # ZeRO-3 may not have gathered them
         and all(part.numel() == getattr(part, "ds_numel", part.numel()) for part in parameters)
-        and not any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-            for part in module.modules()
-            if part is not module
-        )
+        and not any(has_hooks(part) for part in module.modules() if part is not module)
     )
 
 
 def call_recorded(
     module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor], *settings: Hashable
 ) -> Tensor:
-    """What a function gives for these inputs, by a replay; it is recorded for each shape that inputs have.
+    """Return what a function gives for these inputs, by replaying a CUDA graph.
+
+    Everything that a graph depends on is in its key: shapes and types of the inputs, `settings`, the settings of the
+    module and those of PyTorch. A call with a new key captures a new graph.
 
     Args:
-        module: Whose parameters it uses.
-        function: Gives one tensor from the inputs and the module's parameters; how it works depends on their shapes,
-            on `module.training` and on `settings` alone.
-        inputs: On the device.
-        settings: What else it depends on.
+        module: Module whose parameters the function uses.
+        function: Gives one tensor from the inputs and the module's parameters.
+        inputs: Tensors on the module's device.
+        settings: Constants of the function that are not the module's.
+
+    Raises:
+        ValueError: Another thread uses the module's graphs.
     """
-    recorded = _recorded.get(module)
-    if recorded is None or not recorded.is_of(module):
-        recorded = _recorded[module] = RecordedModule(module)
-    recorded.load(module)
-    shapes = tuple((part.shape, part.dtype, part.requires_grad) for part in inputs)
-    call = recorded.call((shapes, settings, module.training), functools.partial(RecordedCall, module, function, inputs))
-    return _Replayed.apply(call, len(inputs), *inputs, *(part for part in module.parameters() if part.requires_grad))
+    with device_guard(inputs[0].device), graph_user(module).whole_pass():
+        recorded = _recorded.get(module)
+        if recorded is None or not recorded.is_of(module):
+            recorded = _recorded[module] = RecordedModule(module)
+        recorded.load(module)
+        shapes = tuple((part.shape, part.dtype, part.requires_grad) for part in inputs)
+        key = shapes, settings, *settings_of(module), backend_settings()
+        call = recorded.call(key, functools.partial(RecordedCall, module, function, inputs))
+        trained = (part for part in module.parameters() if part.requires_grad)
+        return _Replayed.apply(call, len(inputs), *inputs, *trained)
 
 
 class RecordedModule:
@@ -72,12 +79,13 @@ class RecordedModule:
         weights: The module's, the same numbers, but leaves of graphs that nobody else has made, on another stream. They
             lie where the module's lie; ZeRO-3 gathers these elsewhere each time, so there are copies of them.
         into_weights: Gradients of those that have some, of the last replay.
+        user: Guard of that memory.
         undifferentiated: What was computed last, with its autograd graph, from which the backward pass is recorded.
         n_writes: So many times was the memory written over that a forward pass leaves to its backward pass.
     """
 
     def __init__(self, module: nn.Module):
-        self.is_copied = is_sharded(module)
+        self.is_copied, self.user = is_sharded(module), graph_user(module)
         with torch.no_grad():
             weights = {name: it.clone() if self.is_copied else it.detach() for name, it in module.named_parameters()}
         self.weights = {name: weights[name].requires_grad_(it.requires_grad) for name, it in module.named_parameters()}
@@ -90,10 +98,11 @@ class RecordedModule:
         self._places: dict[Hashable, Tensor] = {}
 
     def is_of(self, module: nn.Module) -> bool:
-        """Whether the module's parameters are still where they were, or of the shapes that copies have."""
+        """Return True if the module's parameters still are where they were, or have the shapes of the copies."""
 
         def place(part: Tensor) -> tuple:
-            return part.shape if self.is_copied else part.data_ptr(), part.requires_grad
+            address = part.shape if self.is_copied else part.data_ptr()
+            return address, part.dtype, part.device, part.requires_grad
 
         return [*map(place, module.parameters())] == [*map(place, self.weights.values())]
 
@@ -259,11 +268,12 @@ class _Replayed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, into_out: Tensor) -> tuple[Tensor | None, ...]:
         recorded = ctx.recorded
-        # another call was made since, or this one's backward pass: both write over what it kept
-        if ctx.n_writes != recorded.shared.n_writes:
-            with drawing_from(recorded.generator, ctx.offset):
-                recorded.forward(ctx.saved_tensors)
-        gradients = iter(recorded.backward(into_out))
+        with recorded.shared.user.whole_pass():
+            # another call was made since, or this one's backward pass: both write over what it kept
+            if ctx.n_writes != recorded.shared.n_writes:
+                with drawing_from(recorded.generator, ctx.offset):
+                    recorded.forward(ctx.saved_tensors)
+            gradients = iter(recorded.backward(into_out))
         into_inputs = [next(gradients) if place.requires_grad else None for place in recorded.inputs]
         return None, None, *into_inputs, *gradients
 

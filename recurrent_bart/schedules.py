@@ -19,7 +19,7 @@ from recurrent_bart.encoder_cell import Visibility, run_cell
 from recurrent_bart.graphed_wavefront import GraphedWavefront, can_graph
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.segmentation import Segment, on_device
-from recurrent_bart.stacked_layers import can_stack, stack_layers
+from recurrent_bart.stacked_layers import stack_layers, why_not_stacked
 from recurrent_bart.wavefront import Wavefront
 
 # of all documents in a segment: an H100 was still 1.5 to 1.9 times as fast by diagonals at 8,192 (RESULTS.md); not
@@ -159,16 +159,20 @@ class Grid:
         return [(slice(start, stop), start >= first_with_graph) for start, stop in itertools.pairwise(borders)]
 
     def _is_by_diagonals(self, segments_BNLD: Tensor, kept: Kept) -> bool:
-        """Whether to run by diagonals; what every layer gives is handed out by the sequential schedule alone."""
+        """Return True if the wavefront schedule computes the segments.
+
+        The sequential schedule alone gives the hidden states and attention weights of every layer, and lets layers
+        differ in more than their parameters.
+        """
         schedule = self.config.schedule
         if schedule == "sequential" or kept.hidden_states or kept.attentions:
             return False
         if schedule == "auto" and (self.config.recurrence == "top" or not is_faster_by_diagonals(segments_BNLD)):
             return False
-        is_possible = can_stack(self.layers)
-        if not is_possible and schedule == "wavefront":
-            logger.warning_once("schedule='wavefront': layers hold adapters or other parts that cannot be stacked")
-        return is_possible
+        obstacle = why_not_stacked(self.layers)
+        if obstacle and schedule == "wavefront":
+            logger.warning_once(f"schedule='wavefront': segments are computed one after the other, because {obstacle}")
+        return not obstacle
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: Kept, is_last: bool) -> None:
         if kept.every_segment or kept.tokens or is_last:
@@ -193,7 +197,7 @@ class Grid:
         checkpointing = "segment" if self.checkpoints_segments else by_layer
         kind = (
             GraphedWavefront
-            if self.config.schedule == "auto" and can_graph(self.config, weights, segments[0](), checkpointing)
+            if self.config.schedule == "auto" and can_graph(layer, weights, segments[0](), checkpointing)
             else Wavefront
         )
         gives_all_tokens = kept.every_segment or kept.tokens

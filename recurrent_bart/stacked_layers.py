@@ -4,7 +4,6 @@ Shape suffixes: B documents, R = layers * documents, L tokens (slots included), 
 K head width, D model width.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartEncoderLayer
 
 from recurrent_bart.layer_spans import linear
+from recurrent_bart.module_settings import different_settings, has_hooks, settings_of
 from recurrent_bart.prefix_recurrence import KeyValue, Weights, per_layer
 
 LINEAR = {
@@ -21,12 +21,30 @@ LINEAR = {
     "fc2": ("fc2",),
 }
 NORMS = ("self_attn_layer_norm", "final_layer_norm")
+# all parts of a layer that hold parameters
+KINDS: dict[str, type[nn.Module]] = {name: nn.Linear for names in LINEAR.values() for name in names}
+KINDS |= dict.fromkeys(NORMS, nn.LayerNorm)
+PARAMETERS = {f"{name}.{part}" for name in KINDS for part in ("weight", "bias")}
 
 
-def can_stack(layers: Iterable[nn.Module]) -> bool:
-    """Whether these are layers whose maps are plain products; an adapter's are not."""
-    kinds = {name: nn.Linear for names in LINEAR.values() for name in names} | dict.fromkeys(NORMS, nn.LayerNorm)
-    return all(type(layer.get_submodule(name)) is kind for layer in layers for name, kind in kinds.items())
+def why_not_stacked(layers: nn.ModuleList) -> str:
+    """Return what keeps the layers from being computed at once; an empty string if nothing does.
+
+    Layers that are computed at once may differ in the values of their parameters alone.
+    """
+    shapes = [{name: (it.shape, it.dtype, it.device) for name, it in layer.named_parameters()} for layer in layers]
+    settings = settings_of(*layers)
+    for number, layer in enumerate(layers):
+        if any(type(layer.get_submodule(name)) is not kind for name, kind in KINDS.items()):
+            return f"encoder layer {number} holds adapters or other parts that cannot be stacked"
+        if any(map(has_hooks, layer.modules())):
+            return f"encoder layer {number} holds hooks"
+        if shapes[number].keys() != PARAMETERS or shapes[number] != shapes[0]:
+            return f"encoder layers 0 and {number} differ in the names, shapes, types or devices of their parameters"
+        if settings[number] != settings[0]:
+            names = different_settings(layers[0], layer)
+            return f"encoder layers 0 and {number} differ in {', '.join(names) or 'the order of their parts'}"
+    return ""
 
 
 def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:

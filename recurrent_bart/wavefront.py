@@ -188,7 +188,7 @@ def diagonal_step(
     """
     layers, prefix, gate_RH, matrix = StackedLayers(weights, layer), None, None, None
     if recurrence is not None and memory_EBPD is not None:
-        if visible.n_slots and can_fuse(layer.self_attn.config, stream_EBSD):
+        if visible.n_slots and can_fuse(layer, stream_EBSD):
             return fused_cell(layers, recurrence, stream_EBSD, memory_EBPD, visible, is_read_EB, into)
         key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
         prefix = key.flatten(0, 1), value.flatten(0, 1)

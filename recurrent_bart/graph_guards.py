@@ -1,0 +1,74 @@
+"""Guards of CUDA graphs: they are captured on their own device, and one pass at a time uses their memory."""
+
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+_users: weakref.WeakKeyDictionary[nn.Module, "GraphUser"] = weakref.WeakKeyDictionary()
+Step = TypeVar("Step")
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context that makes a GPU PyTorch's current one, which streams, captures and Triton's kernels use."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def graph_user(module: nn.Module) -> "GraphUser":
+    """Return the guard of the memory that all CUDA graphs of a module share."""
+    return _users.setdefault(module, GraphUser())
+
+
+class GraphUser:
+    """Guard of the memory that all CUDA graphs of a module share: one pass at a time uses it.
+
+    A second pass at the same time would change the numbers of the first one, so it is refused.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # the last pass that has begun
+        self._owner: object = None
+
+    def whole_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that holds the graphs for a whole pass.
+
+        Raises:
+            ValueError: Another thread holds them.
+        """
+        return self._part_of(object(), is_first=True)
+
+    def steps_of_pass(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Yield the steps of a pass, and hold the graphs while each step is computed.
+
+        Raises:
+            ValueError: Another thread holds them, or another pass has begun since the last step.
+        """
+        owner = object()
+        for number in itertools.count():
+            with self._part_of(owner, is_first=number == 0):
+                found = list(itertools.islice(steps, 1))
+            if not found:
+                return
+            yield found[0]
+
+    @contextlib.contextmanager
+    def _part_of(self, owner: object, is_first: bool) -> Iterator[None]:
+        is_free = self._lock.acquire(blocking=False)
+        try:
+            if not is_free or not (is_first or self._owner is owner):
+                raise ValueError(
+                    "two threads run one model with schedule='auto' at the same time, but its CUDA graphs share their "
+                    "memory: run one pass after the other, give each thread a copy of the model, or set "
+                    "config.schedule to 'wavefront' or 'sequential'"
+                )
+            self._owner = owner
+            yield
+        finally:
+            if is_free:
+                self._lock.release()

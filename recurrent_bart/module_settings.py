@@ -1,0 +1,97 @@
+"""Constants that a module computes with: everything besides its inputs, its parameters and random numbers.
+
+Python code reads them at each call. A CUDA graph keeps those of its capture, and a diagonal of the wavefront schedule
+has one value of each for all its layers.
+"""
+
+import functools
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# attributes of every module: its tensors, its parts and its hooks
+BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+# constants that are their own keys
+PLAIN = frozenset({bool, float, str, type(None)})
+
+
+def settings_of(*modules: nn.Module) -> list[tuple]:
+    """Return, for each module, the constants of the module and of all its parts, as a hashable key.
+
+    The constants are the parts' types, flags, rates, names (such as the active adapter's) and functions, the fields of
+    their configurations, and the addresses of their buffers. Integers are left out: sizes follow from the shapes of the
+    parameters, and libraries count calls in attributes.
+    """
+    # a configuration is an attribute of many parts
+    configs: dict[int, Hashable] = {}
+    return [tuple(constant for _, constant in _named_settings(module, configs)) for module in modules]
+
+
+def different_settings(module: nn.Module, other: nn.Module) -> list[str]:
+    """Return the names of the attributes in which two modules differ."""
+    one, another = (set(_named_settings(part, {})) for part in (module, other))
+    return sorted({name.lstrip(".") for name, _ in one ^ another})
+
+
+def _named_settings(module: nn.Module, configs: dict[int, Hashable]) -> Iterator[tuple[str, Hashable]]:
+    """Yield the name and the value of each constant; see `_constant` for `configs`."""
+    for prefix, part in module.named_modules():
+        yield prefix, type(part)
+        for attributes in (vars(part), part._buffers):
+            for name, value in attributes.items():
+                if name not in BOOKKEEPING and type(value) is not int:
+                    yield f"{prefix}.{name}", value if type(value) in PLAIN else _constant(configs, value)
+
+
+def backend_settings() -> tuple:
+    """Return PyTorch's global flags that choose kernels or their precision."""
+    cuda = torch.backends.cuda
+    return (
+        cuda.matmul.fp32_precision,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a call of the module would also call a hook."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _constant(configs: dict[int, Hashable], value: Any) -> Hashable:
+    """Return a key that is equal for values with which a module computes the same, and None for other values.
+
+    Args:
+        configs: Keys of configurations by their ids; this function adds to them.
+        value: Value of an attribute.
+    """
+    constant = functools.partial(_constant, configs)
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(map(constant, value))
+    if isinstance(value, dict):
+        return tuple((str(name), constant(part)) for name, part in value.items())
+    if isinstance(value, functools.partial):
+        return constant(value.func), constant(value.args), constant(value.keywords)
+    # ZeRO-3 gathers parameters elsewhere each time
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.data_ptr(), value.shape, value.dtype
+    if isinstance(value, PreTrainedConfig):
+        if id(value) not in configs:
+            configs[id(value)] = constant(vars(value)), ALL_ATTENTION_FUNCTIONS.get(value._attn_implementation)
+        return configs[id(value)]
+    # a bound method is another object each time
+    function = getattr(value, "__func__", value)
+    return function if callable(function) and not isinstance(function, type | nn.Module) else None
