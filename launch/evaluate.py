@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from recurrent_bart.data.batches import DocumentPlan
+from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.distributed import SharedError, first_then_all, is_first, let_first_speak, only_first
 from recurrent_bart.evaluation.bootstrap import Interval
@@ -24,7 +25,7 @@ from recurrent_bart.generation_settings import (
 from recurrent_bart.inference import load_model, run_flags
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.monitoring.run_folder import replace_file
-from recurrent_bart.training.arguments import PRECISIONS, DataArguments, GenerationArguments, flag
+from recurrent_bart.training.arguments import PRECISIONS, DataArguments, GenerationArguments, data_flags, flag
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
 from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.preparation import open_documents, sources_of
@@ -42,7 +43,8 @@ class EvaluationArguments(GenerationArguments):
     num_beams: int = flag(1, "beams of generation; 1: greedy")
     limit: int = flag(-1, "evaluate on the first so many documents; -1: all")
     batch_size: int = flag(8, "documents of a pass")
-    max_n_segments: int | None = flag(None, "segments read of a document, -1: all; default: as in training")
+    max_n_segments: int = flag(-1, "segments read of a document, -1: all, as launch/summarize.py reads")
+    trust_remote_code: bool = flag(False, "run the code that the tokenizer's folder brings along")
     json: str | None = flag(None, "file to write the results to")
     precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
     timeout_minutes: int = flag(60, "how long a process waits for another one before it gives up")
@@ -58,7 +60,7 @@ class EvaluationArguments(GenerationArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("limit", "max_n_segments"):
-            if getattr(self, name) is not None and getattr(self, name) < 1 and getattr(self, name) != -1:
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1, or -1 for all")
         if self.json and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: no folder {Path(self.json).parent}")
@@ -96,6 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
     description = "Validation loss and ROUGE of a model. Data flags default to those of its run."
     parser = DataclassFlagParser([EvaluationArguments, DataArguments], description)
     saved = run_flags(parser.parse_flags(argv).model).get("data", {})
+    saved = data_flags(saved) if saved else saved
     names = {item.name for item in fields(DataArguments)}
     if _given_places(argv):
         names -= set(PLACES)
@@ -119,12 +122,14 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
         ValueError: The model or the documents are not usable.
     """
     dtype = torch.bfloat16 if use_bf16(arguments.precision, environment.device) else torch.float32
-    model, tokenizer = load_model(arguments.model, environment.device, dtype)
+    model, tokenizer = load_model(arguments.model, environment.device, dtype, arguments.trust_remote_code)
     sources = sources_of(data)
     if arguments.split not in sources:
         raise ValueError(f"--split {arguments.split}: there are {', '.join(sources)}")
-    cap = model.config.max_n_segments if arguments.max_n_segments is None else arguments.max_n_segments
-    documents = first_then_all(lambda: open_documents(sources[arguments.split], data, model.config, tokenizer, cap))
+    source, cap = sources[arguments.split], arguments.max_n_segments
+    documents = first_then_all(lambda: open_documents(source, data, model.config, tokenizer, cap))
+    for line in describe_cuts(arguments.split, documents.plan, documents.collator):
+        say(line)
     plan = first_documents(documents.plan, arguments.limit)
     evaluator = Evaluator(
         documents.corpus, plan, documents.collator, tokenizer, arguments.batch_size, environment.device

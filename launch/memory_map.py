@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from recurrent_bart.data.jsonl import ENCODING
+from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.text_files import ENCODING
+from recurrent_bart.data.tokenizer import special_tokens_around
 from recurrent_bart.generation_settings import longest_text
 from recurrent_bart.inference import load_model, run_flags
 from recurrent_bart.monitoring.memory_map import as_text, draw_memory_map, map_memory
@@ -20,6 +22,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = FlagParser(description="Show what is read from memory where in one document.")
     parser.add_argument("file", type=Path, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the tokenizer brings along")
     parser.add_argument("--output", type=Path, metavar="PNG", help="the picture; default: FILE's name with .memory.png")
     return parser.parse_flags(argv)
 
@@ -47,11 +50,11 @@ def show(arguments: argparse.Namespace) -> None:
     """
     text = read_text(arguments.file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(arguments.model, device, torch.float32)
+    model, tokenizer = load_model(arguments.model, device, torch.float32, arguments.trust_remote_code)
     asked = run_flags(arguments.model).get("data", {}).get("max_target_length", DataArguments.max_target_length)
     length = longest_text(model.config, asked)
-    # verbose: a text longer than the position table is no mistake here
-    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], device=device)
+    leading, trailing = special_tokens_around(tokenizer)
+    ids = torch.tensor([[*leading, *TextEncoder(tokenizer)([text])[0], *trailing]], device=device)
     found, summary = map_memory(model, ids, max_new_tokens=length)
     picture = arguments.output or Path(f"{arguments.file.stem}.memory.png")
     try:

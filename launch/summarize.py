@@ -16,7 +16,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from recurrent_bart.data.jsonl import ENCODING
+from recurrent_bart.data.text_files import ENCODING
 from recurrent_bart.generation_settings import change_settings, describe_settings, longest_text
 from recurrent_bart.inference import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
 from recurrent_bart.summaries import Summariser
@@ -48,6 +48,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--skip_bad_samples", action="store_true", help="pass over texts that cannot be read: an empty line for each"
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the tokenizer brings along")
     parser.add_argument("--save_state", type=Path, metavar="FILE", help="write what was read, to go on with more text")
     parser.add_argument("--load_state", type=Path, metavar="FILE", help="go on from there: the text is what follows")
     return parser.parse_flags(argv)
@@ -132,7 +133,8 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    model, tokenizer = load_model(arguments.model, device, torch.bfloat16 if has_bf16 else torch.float32)
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    model, tokenizer = load_model(arguments.model, device, dtype, arguments.trust_remote_code)
     longest = longest_text(model.config, arguments.max_new_tokens or target_length(arguments.model))
     if (arguments.max_new_tokens or 0) > longest:
         raise ValueError(

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.corpus import tokenizer_identity
+from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.distributed import is_first
 from recurrent_bart.loading import load_pretrained
@@ -94,6 +95,7 @@ class TextReader:
         segments_per_call: int = SEGMENTS_PER_CALL,
     ):
         self.model, self.tokenizer, self.segments_per_call = model, tokenizer, segments_per_call
+        self.encoder = TextEncoder(tokenizer)
         self.leading, self.trailing = special_tokens_around(tokenizer)
         segment_size, input_size = model.config.segment_size, model.config.input_size
         # the configuration has filled them
@@ -185,8 +187,7 @@ class TextReader:
         return len(text) if len(text) > LONGEST_WORD else 0
 
     def _encode(self, text: str) -> list[int]:
-        # verbose: a text longer than the position table is no mistake here
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.encoder([text])[0]
 
     def _full_segments(self, mark: Bookmark) -> Iterator[BaseModelOutput]:
         # a segment that nothing has come after may be the last one
@@ -250,7 +251,7 @@ def summary_after(
 
 
 def load_model(
-    folder: str, device: torch.device, dtype: torch.dtype
+    folder: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[RecurrentBartForConditionalGeneration, PreTrainedTokenizerBase]:
     """A saved model in evaluation mode, and its tokenizer.
 
@@ -258,7 +259,7 @@ def load_model(
         ValueError: There is none in the folder.
     """
     check_model_place("--model", folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     with reading_model("--model", folder):
         model = load_pretrained(RecurrentBartForConditionalGeneration, folder, _warn, dtype=dtype)
     return model.to(device).eval(), tokenizer

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.data.batches import Collator, SegmentSizes
+from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.token_batches import group_by_segments
 from recurrent_bart.data.tokenizer import special_tokens_around
 from recurrent_bart.inference import TextReader, summary_after
@@ -35,6 +36,7 @@ class Summariser:
         **generation: Any,
     ):
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.encoder = TextEncoder(tokenizer)
         config, special = model.config, special_tokens_around(tokenizer)
         # the configuration has filled them
         assert config.segment_size is not None
@@ -52,8 +54,7 @@ class Summariser:
         Raises:
             ValueError: A text has no token.
         """
-        # verbose: a text longer than the position table is no mistake here
-        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.encoder(texts)
         if not all(ids):
             raise ValueError(f"document {ids.index([]) + 1} of {len(ids)}: 0 tokens, there is nothing to read")
         n_segments = [-(-len(document) // self.room) for document in ids]

@@ -5,6 +5,7 @@ Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 
 import hashlib
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -157,6 +158,9 @@ class DocumentPlan:
         n_least: Likewise, up to where it has its first target; cut before that, it would have none.
         n_cut: How many of them are longer than is read.
         n_left_out: Documents without a target in the part that is read.
+        n_targets: Targets of all documents, in any part of them.
+        n_unread_targets: Targets behind the part that is read.
+        n_cut_targets: Targets that are read, and are longer than a target may be.
     """
 
     indices: list[int]
@@ -164,18 +168,26 @@ class DocumentPlan:
     n_least: list[int]
     n_cut: int
     n_left_out: int
+    n_targets: int = 0
+    n_unread_targets: int = 0
+    n_cut_targets: int = 0
 
 
 def plan_documents(
-    section_lengths: Sequence[list[int]], summary_lengths: Sequence[list[int]], sizes: SegmentSizes, n_special: int
+    section_lengths: Sequence[list[int]],
+    summary_lengths: Sequence[list[int]],
+    sizes: SegmentSizes,
+    n_special: int,
+    max_target_length: int | None = None,
 ) -> DocumentPlan:
-    """Number of segments of each document, without making any.
+    """Count the segments and targets of each document, without making any.
 
     Args:
         section_lengths: Tokens of each section of each document, special ones not counted.
         summary_lengths: Likewise of each section's target; 0 where there is none.
         sizes: How documents are cut.
-        n_special: Special tokens of a segment.
+        n_special: Special tokens of a segment, and of a target.
+        max_target_length: Tokens after which a target is cut; None: it is not.
 
     Raises:
         ValueError: A segment has no room for text.
@@ -183,13 +195,18 @@ def plan_documents(
     room = sizes.segment_size - n_special
     if room < 1:
         raise ValueError(f"segment_size={sizes.segment_size} leaves no room beside {n_special} special tokens")
+    target_room = math.inf if max_target_length is None else max_target_length - n_special
     plan = DocumentPlan([], [], [], 0, 0)
     for index, (sections, summaries) in enumerate(zip(section_lengths, summary_lengths, strict=True)):
         counts = [-(-length // room) for length in sections]
         total = sum(counts)
         cap = total if sizes.max_n_segments == -1 else sizes.max_n_segments
         befores = itertools.accumulate(counts[:-1], initial=0)
-        with_target = [n for n, count, summary in zip(befores, counts, summaries, strict=True) if count and summary]
+        targets = [both for both in zip(befores, counts, summaries, strict=True) if both[1] and both[2]]
+        with_target = [before for before, _, _ in targets]
+        plan.n_targets += len(targets)
+        plan.n_unread_targets += sum(before >= cap for before in with_target)
+        plan.n_cut_targets += sum(before < cap and length > target_room for before, _, length in targets)
         if not with_target or with_target[0] >= cap:
             plan.n_left_out += 1
             continue

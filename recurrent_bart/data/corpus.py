@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from datasets import Dataset
@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recurrent_bart.data.rows import Columns, Row, refuse
 from recurrent_bart.data.sources import Source
+from recurrent_bart.data.text_encoder import TextEncoder
 
 # raised when what is written changes
-CACHE_VERSION = 2
-# why documents were passed over
-SKIPPED = "skipped.json"
+CACHE_VERSION = 3
+# the other fields of a Corpus
+ABOUT = "about.json"
 # documents tokenised in one call, in parallel by the tokenizer's own threads
 BATCH = 64
 SCHEMA = pa.schema(
@@ -35,6 +36,21 @@ SCHEMA = pa.schema(
 )
 
 
+class Corpus(NamedTuple):
+    """Tokenised documents of a source.
+
+    Attributes:
+        rows: Each with `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, and in tokens
+            `section_lengths` and `summary_lengths`.
+        skipped: Why other documents were passed over, if the source passes over any.
+        fingerprint: Hash of the texts and their order, whatever the tokenizer.
+    """
+
+    rows: Dataset
+    skipped: list[str]
+    fingerprint: str
+
+
 def load_corpus(
     source: Source,
     task: str,
@@ -42,8 +58,8 @@ def load_corpus(
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: Path,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[Dataset, list[str]]:
-    """The tokenised documents of a source, from the cache or made and put there.
+) -> Corpus:
+    """Return the tokenised documents of a source, from the cache or made and put there.
 
     Args:
         source: Documents of one split.
@@ -52,10 +68,6 @@ def load_corpus(
         tokenizer: What makes ids of texts.
         cache_dir: Folder of the cache.
         say: Told before something begins that may take long.
-
-    Returns:
-        Rows with `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, and in tokens
-        `section_lengths` and `summary_lengths`; and why others were passed over, where the source asks for that.
 
     Raises:
         ValueError: A document is unusable; the message says where it stands. Nothing is left in the cache then.
@@ -71,9 +83,10 @@ def load_corpus(
                 skipped.append(str(error))
 
             rows = source.rows(task, columns, skip)
-            write_corpus(rows, tokenizer, draft / "documents.arrow", skip if source.skips_bad else refuse)
-            (draft / SKIPPED).write_text(json.dumps(skipped))
-    return Dataset.from_file(str(folder / "documents.arrow")), json.loads((folder / SKIPPED).read_text())
+            on_bad = skip if source.skips_bad else refuse
+            texts = write_corpus(rows, tokenizer, draft / "documents.arrow", on_bad)
+            (draft / ABOUT).write_text(json.dumps({"skipped": skipped, "fingerprint": texts}))
+    return Corpus(Dataset.from_file(str(folder / "documents.arrow")), **json.loads((folder / ABOUT).read_text()))
 
 
 def write_corpus(
@@ -81,18 +94,21 @@ def write_corpus(
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
     on_bad: Callable[[ValueError], None] = refuse,
-) -> None:
-    """Tokenise documents into an Arrow file; unless `on_bad` raises, those without a token are passed over."""
-    rows = iter(rows)
+) -> str:
+    """Tokenise documents into an Arrow file, and return a hash of their texts.
+
+    If `on_bad` does not raise, documents without a token are passed over.
+    """
+    rows, encoder, texts = iter(rows), TextEncoder(tokenizer), hashlib.sha256()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(_tokenise(batch, tokenizer, on_bad), SCHEMA))
+            texts.update(json.dumps([[row.sections, row.summaries] for row in batch]).encode())
+            writer.write_batch(pa.RecordBatch.from_pylist(_tokenise(batch, encoder, on_bad), SCHEMA))
+    return texts.hexdigest()[:16]
 
 
-def _tokenise(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, on_bad: Callable[[ValueError], None]
-) -> list[dict[str, Any]]:
-    ids = iter(_encode([text for row in rows for text in (*row.sections, *row.summaries)], tokenizer))
+def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueError], None]) -> list[dict[str, Any]]:
+    ids = iter(encoder([text for row in rows for text in (*row.sections, *row.summaries)]))
     records = []
     for row in rows:
         sections = [next(ids) for _ in row.sections]
@@ -114,16 +130,21 @@ def _tokenise(
     return records
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # verbose: a document longer than the position table is no mistake here
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that decides which ids a text becomes."""
+    """Return a hash of all that decides which ids a text becomes, wherever the tokenizer's files are."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         return fingerprint(tokenizer.backend_tokenizer.to_str())
-    return fingerprint(type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()))
+    # files of vocabularies, by what they hold
+    files = [str(tokenizer.init_kwargs.get(name)) for name in sorted(tokenizer.vocab_files_names)]
+    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()]
+    settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if not _is_place(name, value)}
+    added = sorted((number, repr(token)) for number, token in tokenizer.added_tokens_decoder.items())
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return fingerprint(type(tokenizer).__name__, vocabulary, sorted(settings.items()), added, hashes)
+
+
+def _is_place(name: str, value: Any) -> bool:
+    return name == "name_or_path" or name.endswith("_file") or (isinstance(value, str) and Path(value).is_absolute())
 
 
 def fingerprint(*parts: Any) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from recurrent_bart.data.rows import Row
 from recurrent_bart.data.words import SENTENCE_END, WORD
 
-# BART's own, in the place of a sentence that was taken out
-GAP = "<mask>"
+# In the place of a sentence that was taken out, for the mask token. Half of a character, which no document holds: a
+# document may say "<mask>".
+GAP = "\ud800"
 # what a text begins with, for a summary of its own is wanted where it begins with neither
 KEPT, TAKEN = "extract: ", "gaps: "
 # of each text, a little more or less
@@ -56,7 +57,7 @@ def made_rows(row: Row, n_rows: int, task: str) -> Iterator[Row]:
     sections = _sentences(row.sections)
     for number in range(n_rows):
         # the same ones wherever and whenever they are made
-        draw = random.Random(f"{row.id} {number}")
+        draw = random.Random(f"{row.key()} {number}")
         if task == "document" or number % 3 == 0:
             # whole ones are asked for what they keep where there is a target for each section
             made = [_ask(texts, draw, is_kept=task == "sections" or draw.random() < 0.5) for texts in sections]

@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_bart.data.rows import refuse
-
-# spreadsheets put a byte order mark in front, which would become part of the first column's name
-ENCODING = "utf-8-sig"
+from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
 
 
-def jsonl_records(path: Path, on_bad: Callable[[ValueError], None] = refuse) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records, each with its file and line for messages.
+def jsonl_records(
+    path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the records, each with its file and line for messages.
 
     Args:
         path: The file.
-        on_bad: Told of a line that is no JSON object, with its number; unless it raises, the next one is read.
+        on_bad: Called for each line that is no JSON object. If it does not raise, the next line is read.
+        encoding: Of the file.
 
     Raises:
-        ValueError: There is one, or the file itself is damaged.
+        ValueError: A line is no JSON object, or the file is damaged.
     """
     number = 0
     try:
-        # bytes, for a line that cannot be decoded to be the one that is named
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_text(path, encoding) as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    record = _record(line)
+                    record = _record(line, encoding)
                 except ValueError as error:
                     on_bad(ValueError(f"{path}:{number}: unreadable line ({error})"))
                     continue
@@ -39,9 +39,11 @@ def jsonl_records(path: Path, on_bad: Callable[[ValueError], None] = refuse) -> 
         raise ValueError(f"{path}:{number or 1}: unreadable line ({error})") from error
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line holds; None if it is blank."""
-    text = line.decode(ENCODING)
+def _record(line: str, encoding: str) -> dict[str, Any] | None:
+    """Return the object of a line; None if the line is blank."""
+    check_decoded(line, encoding)
+    # files that were joined have a byte order mark in front of later lines too
+    text = line.lstrip("\ufeff")
     if not text.strip():
         return None
     record = json.loads(text)

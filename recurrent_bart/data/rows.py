@@ -15,27 +15,41 @@ HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Row:
-    """A document as it is read: sections in order, and what each is summarised by.
+    """A document as it is read: sections in order, and the summary of each.
 
     Attributes:
-        id: Name in messages and in outputs.
+        id: Name in messages and in outputs: the document's own, or its file and line.
         sections: Texts. For the document task there is one.
         summaries: Targets, one per section; empty where a section has none.
+        group: Documents of one group are all trained on, or all held out; None: the document is in no group.
+        is_named: The id is the document's own.
     """
 
     id: str
     sections: list[str]
     summaries: list[str]
+    group: str | None = None
+    is_named: bool = True
+
+    def digest(self) -> str:
+        """Return a hash of the text, whatever the white space in it."""
+        text = " ".join("\n".join(self.sections).split())
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def key(self) -> str:
+        """Return a name that does not depend on where the document stands: its own, or the hash of its text."""
+        return self.id if self.is_named else self.digest()
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the fields that a record is read by."""
+    """Names of the fields of a record. Documents with one value in the field `group` belong together."""
 
     text: str = "document"
     summary: str = "summary"
     sections: str = "sections"
     summaries: str = "summaries"
+    group: str | None = None
 
 
 def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) -> Row:
@@ -53,17 +67,20 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     Raises:
         ValueError: A field is missing, empty or of another type.
     """
-    name = record.get("id")
-    # the folder a file lies in is no part of a document's name: its split follows from that
-    name = Path(place).name if name is None or name == "" else str(name)
+    given = record.get("id")
+    is_named = given is not None and given != ""
+    name = str(given) if is_named else Path(place).name
+    group = name if is_named else None
+    if columns.group:
+        group = str(_field(record, columns.group, place))
     if task == "sections":
         sections, summaries = _texts(record, columns.sections, place), _texts(record, columns.summaries, place)
         if len(sections) != len(summaries):
             raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
-        return with_targets(Row(name, *_join_untargeted(sections, summaries)), place)
+        return with_targets(Row(name, *_join_untargeted(sections, summaries), group, is_named), place)
     text = _text(record, columns.text, columns.sections, place, joined_by="\n")
     summary = _text(record, columns.summary, columns.summaries, place, joined_by=" ")
-    return with_targets(Row(name, [text], [summary]), place)
+    return with_targets(Row(name, [text], [summary], group, is_named), place)
 
 
 def refuse(error: ValueError) -> None:

@@ -1,8 +1,10 @@
 """Where documents come from: the embedded corpus, files, folders of texts, data sets by name."""
 
 import csv
+import functools
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
+from recurrent_bart.data.csv_records import csv_records
+from recurrent_bart.data.folders import SPLIT_OF_NAME, find_splits, find_texts, kind_of, name_some
 from recurrent_bart.data.gap_sentences import made_rows
-from recurrent_bart.data.jsonl import ENCODING, jsonl_records
-from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse, split_of
+from recurrent_bart.data.held_out import HeldOut, held_out_texts, split_by_line
+from recurrent_bart.data.jsonl import jsonl_records
+from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse
 from recurrent_bart.data.stdlib import library_root, stdlib_rows
+from recurrent_bart.data.text_files import ENCODING, read_text
 
 EMBEDDED = "stdlib"
-SUMMARY_SUFFIX = ".summary.txt"
+OnBad = Callable[[ValueError], None]
+Records = Iterator[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -27,50 +34,64 @@ class Source:
         kind: `"stdlib"`, `"file"`, `"folder"` or `"hub"`.
         place: File, folder, or name of a data set.
         split: Which of `SPLITS` this is.
-        held_out: The place has training documents alone; whether one is held out is found from its name.
+        files: Files to read, one after the other.
+        hub_split: Name of the split in the data set.
+        held_out: How documents are held out, if the place has training documents alone.
         skips_bad: Pass over documents that are unusable.
-        n_made: Rows behind each document that are made of its own sentences.
+        n_made: Rows made of each document's own sentences, behind it.
+        encoding: Of text files.
+        notes: What the place holds and this source does not read, one line each.
     """
 
     kind: str
     place: str
     split: str
-    held_out: bool = False
+    files: tuple[Path, ...] = ()
+    hub_split: str = ""
+    held_out: HeldOut | None = None
     skips_bad: bool = False
     n_made: int = 0
+    encoding: str = ENCODING
+    notes: tuple[str, ...] = ()
 
     def identity(self) -> list[Any]:
-        """What changes when the documents do, as far as that can be seen without reading them."""
+        """Return what changes when the documents do, as far as that can be seen without reading them."""
         if self.kind == "hub":
             builder = load_dataset_builder(self.place)
-            return [self.kind, self.place, self.split, str(builder.info.version), builder.hash, *self._choices()]
-        if self.kind == "file":
-            files = [Path(self.place)]
-        else:
-            files = sorted(Path(self.place).rglob("*.py" if self.kind == EMBEDDED else "*.txt"))
-        stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return [self.kind, self.split, self.held_out, stamps, *self._choices()]
+            return [self.kind, self.place, self.hub_split, str(builder.info.version), builder.hash, *self._choices()]
+        return [self.kind, [_stamp(file) for file in self._read()], *self._choices()]
 
     def _choices(self) -> list[Any]:
-        return [self.skips_bad, self.n_made]
+        held_out = self.held_out and [self.held_out.share, self.held_out.rule]
+        return [self.split, held_out, self.skips_bad, self.n_made, self.encoding]
 
-    def rows(
-        self, task: str, columns: Columns, on_skip: Callable[[ValueError], None] = lambda error: None
-    ) -> Iterator[Row]:
-        """The documents in order.
+    def _read(self) -> list[Path]:
+        """List the files that the documents are in."""
+        if self.kind == EMBEDDED:
+            return sorted(Path(self.place).rglob("*.py"))
+        if self.kind == "folder":
+            pairs, _ = find_texts(Path(self.place))
+            return [file for pair in pairs for file in (pair.summary, pair.text) if file]
+        return list(self.files)
+
+    def rows(self, task: str, columns: Columns, on_skip: OnBad = lambda error: None) -> Iterator[Row]:
+        """Read the documents in order.
 
         Args:
             task: `"document"` or `"sections"`.
             columns: Which fields of a record are read.
-            on_skip: Told of those that are passed over, where that is wanted.
+            on_skip: Called for each document that is passed over, if the source passes over any.
 
         Raises:
             ValueError: A record is unreadable or has no text or no target, or there is none; the message gives the
                 file and line.
         """
         is_empty = True
-        for row in self._all_rows(task, columns, on_skip if self.skips_bad else refuse):
-            if self.held_out and _held_out_split(row) != self.split:
+        if self.held_out is None:
+            columns = replace(columns, group=None)
+        split = self._split_of_rows(task, columns)
+        for row in self._all_rows(task, columns, on_skip):
+            if split(row) != self.split:
                 continue
             is_empty = False
             yield row
@@ -79,10 +100,22 @@ class Source:
         if is_empty:
             raise ValueError(f"{self.place}: no documents with a target for --task {task} in split {self.split!r}")
 
-    def _all_rows(self, task: str, columns: Columns, on_bad: Callable[[ValueError], None]) -> Iterator[Row]:
+    def _split_of_rows(self, task: str, columns: Columns) -> Callable[[Row], str]:
+        """Return the function that gives the split of a document."""
+        if self.held_out is None:
+            return lambda row: self.split
+        if self.held_out.rule == "line":
+            return split_by_line
+        whole = replace(self, split="train", n_made=0)
+        held_out = _held_out_texts(whole, task, columns, json.dumps(whole.identity()))
+        return lambda row: "validation" if row.digest() in held_out else "train"
+
+    def _all_rows(self, task: str, columns: Columns, on_skip: OnBad) -> Iterator[Row]:
+        """Read the documents of all splits that the place has together."""
         if self.kind == EMBEDDED:
             yield from stdlib_rows(self.split, task)
             return
+        on_bad = on_skip if self.skips_bad else refuse
         readers = {"file": _file_records, "folder": _folder_records, "hub": _hub_records}
         for place, record in readers[self.kind](self, on_bad):
             try:
@@ -93,26 +126,45 @@ class Source:
             yield row
 
 
-def find_sources(
-    dataset: str, train_file: str | None = None, validation_file: str | None = None, test_file: str | None = None
-) -> dict[str, Source]:
-    """The sources of each split that there is.
+@functools.lru_cache(maxsize=4)
+def _held_out_texts(source: Source, task: str, columns: Columns, identity: str) -> frozenset[str]:
+    """Read all documents once, for the splits of one source; `identity` makes changed files be read again."""
+    assert source.held_out is not None
+    rows = source._all_rows(task, columns, lambda error: None)
+    return held_out_texts(rows, source.held_out.share, source.place)
 
-    A data set without a validation split has one held out, by a hash of each document's name.
+
+def _stamp(file: Path) -> list[Any]:
+    # a link that leads nowhere has a stamp of its own
+    stat = file.stat() if file.exists() else file.lstat()
+    return [str(file), stat.st_size, stat.st_mtime_ns]
+
+
+def find_sources(
+    dataset: str,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    test_file: str | None = None,
+    held_out: HeldOut | None = None,
+) -> dict[str, Source]:
+    """Find the sources of each split that there is.
+
+    Of a data set without a validation split, some training documents are held out.
 
     Args:
-        dataset: `"stdlib"`; a file; a folder with files or folders of texts named `train.*`, `validation.*`, `test.*`;
-            a folder of texts; or the name of a data set that `datasets` loads.
+        dataset: `"stdlib"`; a file; a folder with files or folders of texts named `train.*`, `validation.*`, `test.*`,
+            or by other names of these splits; a folder of texts; or the name of a data set that `datasets` loads.
         train_file: A file or folder of texts; it and the next two stand instead of `dataset`.
-        validation_file: Likewise.
-        test_file: Likewise.
+        validation_file: The same for validation.
+        test_file: The same for the test.
+        held_out: How documents are held out, if there is no validation split.
 
     Raises:
         ValueError: A file does not exist or is of no known kind, or there are no training documents.
     """
     given = {"train": train_file, "validation": validation_file, "test": test_file}
     if any(given.values()):
-        sources = {split: _path_source(Path(path), split) for split, path in given.items() if path}
+        sources = {split: _path_source((Path(path),), split) for split, path in given.items() if path}
     elif dataset == EMBEDDED:
         return {split: Source(EMBEDDED, str(library_root()), split) for split in SPLITS}
     elif Path(dataset).exists():
@@ -122,76 +174,83 @@ def find_sources(
     else:
         sources = _hub_sources(dataset)
     if "train" in sources and "validation" not in sources:
-        whole = sources["train"]
-        sources |= {s: Source(whole.kind, whole.place, s, held_out=True) for s in ("train", "validation")}
+        whole = replace(sources["train"], held_out=held_out or HeldOut())
+        sources |= {split: replace(whole, split=split) for split in ("train", "validation")}
     return sources
-
-
-def _held_out_split(row: Row) -> str:
-    split = split_of(row.id)
-    return "train" if split == "test" else split
 
 
 def _sources_at(place: Path) -> dict[str, Source]:
     if place.is_file():
-        return {"train": _path_source(place, "train")}
-    found = {}
-    for split in SPLITS:
-        matches = [path for path in sorted(place.glob(f"{split}*")) if path.name.split(".")[0] == split]
-        if len(matches) > 1:
-            raise ValueError(f"{place}: more than one place for split {split!r}: {', '.join(p.name for p in matches)}")
-        if matches:
-            found[split] = _path_source(matches[0], split)
-    return found or {"train": _path_source(place, "train")}
+        return {"train": _path_source((place,), "train")}
+    found, notes = find_splits(place)
+    if not found:
+        return {"train": _path_source((place,), "train")}
+    sources = {split: _path_source(found[split], split) for split in SPLITS if split in found}
+    return _with_notes(sources, notes)
 
 
-def _path_source(path: Path, split: str) -> Source:
+def _with_notes(sources: dict[str, Source], notes: tuple[str, ...]) -> dict[str, Source]:
+    """Add notes on a whole data set to its first source."""
+    first = next(iter(sources), None)
+    if first is None:
+        return sources
+    return sources | {first: replace(sources[first], notes=(*notes, *sources[first].notes))}
+
+
+def _path_source(paths: tuple[Path, ...], split: str) -> Source:
+    """Build the source of a folder of texts, or of one or several files."""
+    path = paths[0]
     if path.is_dir():
-        if not any(path.rglob(f"*{SUMMARY_SUFFIX}")):
-            raise ValueError(f"{path}: no train.* file and no texts NAME.txt with NAME{SUMMARY_SUFFIX}")
-        return Source("folder", str(path), split)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    _records_reader(path)
-    return Source("file", str(path), split)
+        pairs, notes = find_texts(path)
+        if not pairs:
+            raise ValueError(
+                f"{path}: no train.* file and no texts NAME.txt with NAME.summary.txt; there are "
+                f"{name_some(sorted(item.name for item in path.iterdir())) or 'no files'}"
+            )
+        return Source("folder", str(path), split, notes=notes)
+    for file in paths:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file")
+        _records_reader(file)
+    return Source("file", str(path), split, paths)
 
 
 def _hub_sources(name: str) -> dict[str, Source]:
     try:
-        splits = get_dataset_split_names(name)
+        there = get_dataset_split_names(name)
     except Exception as error:
         raise ValueError(f"--dataset {name}: neither a file or folder nor a data set that loads ({error})") from error
-    return {split: Source("hub", name, split) for split in SPLITS if split in splits}
+    found: dict[str, str] = {}
+    for hub_split in there:
+        split = SPLIT_OF_NAME.get(hub_split.lower())
+        # the split's own name goes before its other names
+        if split and (split not in found or hub_split == split):
+            found[split] = hub_split
+    left = [hub_split for hub_split in there if hub_split not in found.values()]
+    notes = (f"{name}: splits not read: {name_some(left)}",) if left else ()
+    sources = {split: Source("hub", name, split, hub_split=found[split]) for split in SPLITS if split in found}
+    return _with_notes(sources, notes)
 
 
-def _file_records(source: Source, on_bad: Callable[[ValueError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(source.place)
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    try:
-        read = _records_reader(path)
-        yield from read(path, on_bad) if read is jsonl_records else read(path)
-    except (pa.ArrowException, UnicodeDecodeError, csv.Error, OSError) as error:
-        raise ValueError(f"{path}: unreadable ({error})") from error
+def _file_records(source: Source, on_bad: OnBad) -> Records:
+    for path in source.files:
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: the file is empty")
+        try:
+            yield from _records_reader(path)(path, on_bad, source.encoding)
+        except (pa.ArrowException, csv.Error, OSError) as error:
+            raise ValueError(f"{path}: unreadable ({error})") from error
 
 
-def _records_reader(path: Path) -> Any:
-    suffixes = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]
-    readers = {".jsonl": jsonl_records, ".json": jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
-    if not suffixes or suffixes[0] not in readers or (path.suffix == ".gz" and suffixes[0] != ".jsonl"):
+def _records_reader(path: Path) -> Callable[[Path, OnBad, str], Records]:
+    readers = {".jsonl": jsonl_records, ".json": jsonl_records, ".csv": csv_records, ".parquet": _parquet_records}
+    kind = kind_of(path)
+    if kind is None:
         raise ValueError(f"{path}: unknown kind of file; known are .jsonl, .jsonl.gz, .csv and .parquet")
-    return readers[suffixes[0]]
+    return readers[kind]
 
 
-def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding=ENCODING, newline="") as file:
-        reader = csv.DictReader(file)
-        for record in reader:
-            yield f"{path}:{reader.line_num}", record
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_records(path: Path, on_bad: OnBad, encoding: str) -> Records:
     number = 0
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
         for record in batch.to_pylist():
@@ -199,22 +258,20 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{number}", record
 
 
-def _folder_records(source: Source, on_bad: Callable[[ValueError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for summary in sorted(Path(source.place).rglob(f"*{SUMMARY_SUFFIX}")):
-        text = summary.with_name(summary.name.removesuffix(SUMMARY_SUFFIX) + ".txt")
-        if not text.exists():
-            on_bad(ValueError(f"{summary}: there is no text {text.name} beside it"))
+def _folder_records(source: Source, on_bad: OnBad) -> Records:
+    pairs, _ = find_texts(Path(source.place))
+    for pair in pairs:
+        if pair.text is None:
+            on_bad(ValueError(f"{pair.summary}: there is no text {Path(pair.name).name}.txt beside it"))
             continue
-        name = str(text.relative_to(source.place).with_suffix(""))
         try:
-            document, target = text.read_text(ENCODING), summary.read_text(ENCODING)
-        except UnicodeDecodeError as error:
-            on_bad(ValueError(f"{text}: unreadable, or its summary ({error})"))
+            document, target = (read_text(file, source.encoding) for file in (pair.text, pair.summary))
+        except ValueError as error:
+            on_bad(error)
             continue
-        yield str(text), {"id": name, "document": document, "summary": target}
+        yield str(pair.text), {"id": pair.name, "document": document, "summary": target}
 
 
-def _hub_records(source: Source, on_bad: Callable[[ValueError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
-    split = "train" if source.held_out else source.split
-    for number, record in enumerate(load_dataset(source.place, split=split)):
+def _hub_records(source: Source, on_bad: OnBad) -> Records:
+    for number, record in enumerate(load_dataset(source.place, split=source.hub_split)):
         yield f"{source.place}[{number}]", record

@@ -18,19 +18,32 @@ LINE_LENGTH = 1000
 MAX_LINES = 20_000
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model or run.
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer saved with a model or run.
+
+    One that puts [CLS] in front of a text and [SEP] behind it, as BERT's do, has these as its bos and eos.
+
+    Args:
+        name_or_path: Folder, or name on the hub.
+        trust_remote_code: Run the code that comes with the tokenizer.
 
     Raises:
-        ValueError: There is none, or it lacks a special token that BART needs.
+        ValueError: There is none, it needs code that is not trusted, or it lacks a special token that BART needs.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name_or_path}: its tokenizer is code of its own; if you trust it, --trust_remote_code runs it"
+            ) from error
         raise ValueError(f"{name_or_path}: no tokenizer could be loaded ({_one_line(error)})") from error
     # of a folder with a model alone, Hugging Face makes a tokenizer that knows no words
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(f"{name_or_path}: no tokenizer could be loaded (there are no files of one)")
+    for name, instead in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, getattr(tokenizer, instead))
     missing = [name for name in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, name) is None]
     if missing:
         raise ValueError(f"{name_or_path}: its tokenizer has no {', '.join(missing)}")

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.held_out import SPLIT_RULES
 from recurrent_bart.data.rows import TASKS, Columns
 from recurrent_bart.data.sources import EMBEDDED
+from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.exposure_bias import ORACLES
 from recurrent_bart.modeling_pretrained import CHECKPOINTING_GRAINS
 from recurrent_bart.monitoring.run_folder import RunFolder
@@ -53,6 +55,7 @@ class ModelArguments:
     model_name_or_path: str | None = flag(None, "pretrained BART or Recurrent BART; without it, one from scratch")
     model_size: str = flag("tiny", "size of a model from scratch: tiny, small, base or large")
     tokenizer_name: str | None = flag(None, "tokenizer to use instead of the model's own")
+    trust_remote_code: bool = flag(False, "run the code that a tokenizer's folder or repository brings along")
     vocab_size: int = flag(4096, "ids of a tokenizer trained for a model from scratch")
     pre_seq_len: int | None = flag(None, "prefix positions and slots, the width of the state; 0: no recurrence")
     segment_size: int | None = flag(None, "tokens of a segment")
@@ -106,6 +109,10 @@ class DataArguments:
     train_file: str | None = flag(None, "JSON Lines (.gz), CSV, Parquet, or a folder of texts; instead of dataset")
     validation_file: str | None = flag(None, "likewise; without one, a tenth or so of the training documents")
     test_file: str | None = flag(None, "likewise")
+    group_column: str | None = flag(None, "column that documents of one group share; a group is never split")
+    validation_share: float = flag(0.1, "share of the training documents held out, if there is no validation split")
+    held_out_by: str = flag("content", "what decides that: the id or content, or the id or line as older runs did")
+    encoding: str = flag("utf-8", "encoding of JSON Lines, CSV and texts, by its name in Python")
     task: str = flag("document", "document: one target per document; sections: one per section")
     text_column: str = flag(Columns.text, "column of the text")
     summary_column: str = flag(Columns.summary, "column of the target")
@@ -120,12 +127,18 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         _check_choice(self, "task", TASKS)
+        _check_choice(self, "held_out_by", SPLIT_RULES)
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"--validation_share {self.validation_share}: must be above 0 and below 1")
+        check_encoding(self.encoding)
         _check_at_least(self, 4, "max_target_length")
         _check_at_least(self, 0, "gap_sentences")
 
     def columns(self) -> Columns:
         """Names of the fields to read."""
-        return Columns(self.text_column, self.summary_column, self.sections_column, self.summaries_column)
+        return Columns(
+            self.text_column, self.summary_column, self.sections_column, self.summaries_column, self.group_column
+        )
 
 
 @dataclass(kw_only=True)
@@ -327,7 +340,8 @@ def given_flags(argv: Sequence[str]) -> dict[str, Any]:
 def _flags_of_run(folder: str, known: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
     """Return the flags of a run that still exist; trust is given anew each time."""
     saved = RunFolder(Path(folder)).read_config().get("arguments", {})
-    kept = set(known) - {"trust_checkpoint"}
+    kept = set(known) - {"trust_checkpoint", "trust_remote_code"}
+    saved = {group: data_flags(values) if group == "data" else values for group, values in saved.items()}
     flags = {name: value for group in saved.values() for name, value in group.items() if name in kept}
     if "max_steps" in given and flags.get("warmup_steps") is not None:
         # resolved when the run began, for a run that was longer
@@ -347,3 +361,8 @@ def _make_paths_absolute(arguments: Arguments) -> None:
             # the cache is made where it is not there yet
             if value not in (None, EMBEDDED) and (name == "cache_dir" or Path(value).expanduser().exists()):
                 setattr(group, name, str(Path(value).expanduser().absolute()))
+
+
+def data_flags(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the data flags of a run; one that is older than `--held_out_by` held out by line."""
+    return {"held_out_by": "line"} | saved

@@ -6,6 +6,7 @@ from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import DocumentOrder
+from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.exposure_bias import Oracle, gold_probability
 from recurrent_bart.generation_settings import contradictions, describe_limit, describe_settings
 from recurrent_bart.loading import is_recurrence
@@ -84,12 +85,8 @@ def describe(
             f"oracle     {run.oracle}; of the words that the decoder reads {first.gold_probability:.2f} are the "
             f"target's at first, {last.gold_probability:.2f} at the end"
         )
-    for name, plan in (("training", train), ("validation", validation)):
-        if plan.n_cut or plan.n_left_out:
-            lines.append(
-                f"cut        {plan.n_cut} {name} documents after {config.max_n_segments} segments; "
-                f"{plan.n_left_out} left out, with no target before the cut"
-            )
+    for name, documents in prepared.splits.items():
+        lines += describe_cuts({"train": "training"}.get(name, name), documents.plan, documents.collator)
     return lines + _describe_generation(arguments, prepared, engine)
 
 

@@ -165,6 +165,7 @@ def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerStat
         resolved=resolved_settings(arguments, prepared.config),
         model=prepared.config.to_dict(),
         deepspeed=prepared.deepspeed,
+        documents=prepared.documents(),
     )
     folder.forget_after(state.step, state.evaluated_step)
 

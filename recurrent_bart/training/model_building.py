@@ -71,7 +71,30 @@ def build_config(
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} ids, {arguments.model_name_or_path} only {config.vocab_size}"
         )
+    _check_special_ids(arguments, config, tokenizer)
     return config
+
+
+def _check_special_ids(
+    arguments: ModelArguments, config: RecurrentBartConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Check that a pretrained model and the tokenizer have the same special ids.
+
+    Raises:
+        ValueError: One differs: the model would never see the end of a text, or would take text for padding.
+    """
+    names = ("bos_token_id", "pad_token_id", "eos_token_id")
+    differing = [
+        f"{name} {getattr(tokenizer, name)}, not {getattr(config, name)}"
+        for name in names
+        if getattr(tokenizer, name) != getattr(config, name)
+    ]
+    if differing:
+        whose = f"--tokenizer_name {arguments.tokenizer_name}" if arguments.tokenizer_name else "the tokenizer"
+        raise ValueError(
+            f"{whose} has other special ids than {arguments.model_name_or_path}: {'; '.join(differing)}. Give the "
+            "tokenizer that the model was trained with, or correct the ids in the model's config.json"
+        )
 
 
 def build_model(

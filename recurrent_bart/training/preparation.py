@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, plan_documents
 from recurrent_bart.data.corpus import fingerprint, half_written, load_corpus, texts_of
+from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.sources import Source, find_sources
+from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
 from recurrent_bart.generation_settings import longest_text
 from recurrent_bart.monitoring.progress import say
@@ -32,12 +34,21 @@ DEFAULT_DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
 
 @dataclass
 class Documents:
-    """Documents of a split, ready to be batched; `skipped` says why others were passed over."""
+    """Documents of a split, ready to be batched.
+
+    Attributes:
+        corpus: Rows of `load_corpus`.
+        plan: Which of them are read.
+        collator: How they are cut.
+        skipped: Why other documents were passed over.
+        fingerprint: Hash of the texts.
+    """
 
     corpus: Dataset
     plan: DocumentPlan
     collator: Collator
     skipped: list[str] = field(default_factory=list)
+    fingerprint: str = ""
 
     def targets(self, n_documents: int = 256) -> list[list[int]]:
         """Return the labels of the first documents, target by target."""
@@ -59,6 +70,13 @@ class Preparation:
     config: RecurrentBartConfig
     splits: dict[str, Documents]
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """Return what tells the documents of each split from others."""
+        return {
+            split: {"number": len(documents.corpus), "fingerprint": documents.fingerprint}
+            for split, documents in self.splits.items()
+        }
 
 
 def prepare(arguments: Arguments, environment: Environment) -> Preparation:
@@ -84,7 +102,29 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
     if run.tokens_per_batch is not None and run.tokens_per_batch < config.input_size:
         raise ValueError(f"--tokens_per_batch {run.tokens_per_batch}: a segment has up to {config.input_size} tokens")
     changes = changed_flags(asdict(arguments), folder.read_config()) if run.resume else {}
-    return Preparation(folder, deepspeed, tokenizer, config, splits, changes)
+    prepared = Preparation(folder, deepspeed, tokenizer, config, splits, changes)
+    if run.resume:
+        check_same_documents(folder, prepared.documents())
+    return prepared
+
+
+def check_same_documents(folder: RunFolder, now: dict[str, dict[str, Any]]) -> None:
+    """Check that a run that is resumed has the documents it was begun with.
+
+    Raises:
+        ValueError: It has others.
+    """
+    then = folder.read_config().get("documents")
+    if then is None:
+        say(f"warning: {folder.path} does not say which documents it was begun with, so they are not compared")
+        return
+    for split, documents in now.items():
+        if documents != then[split]:
+            raise ValueError(
+                f"--resume {folder.path}: the {split} documents are not those that the run was begun with "
+                f"({then[split]['number']} then, {documents['number']} now). To go on with other documents, begin a "
+                f"new run with --model_name_or_path {folder.model}"
+            )
 
 
 def open_splits(
@@ -123,9 +163,15 @@ def find_training_sources(data: DataArguments) -> dict[str, Source]:
 
 
 def sources_of(data: DataArguments) -> dict[str, Source]:
-    """Sources of the splits there are."""
-    sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file)
-    return {split: replace(source, skips_bad=data.skip_bad_samples) for split, source in sources.items()}
+    """Return the source of each split that there is, and say what else the data set holds."""
+    held_out = HeldOut(data.validation_share, data.held_out_by)
+    sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file, held_out)
+    for note in dict.fromkeys(note for source in sources.values() for note in source.notes):
+        say(f"warning: {note}")
+    encoding = check_encoding(data.encoding)
+    return {
+        split: replace(source, skips_bad=data.skip_bad_samples, encoding=encoding) for split, source in sources.items()
+    }
 
 
 def find_tokenizer(
@@ -136,7 +182,7 @@ def find_tokenizer(
     if model.model_name_or_path:
         check_model_place("--model_name_or_path", model.model_name_or_path, may_be_on_hub=True)
     if name:
-        return load_tokenizer(str(name))
+        return load_tokenizer(str(name), model.trust_remote_code)
     # the same words, in the same numbers
     train = replace(train, n_made=0)
     key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()))
@@ -161,18 +207,19 @@ def open_documents(
     Raises:
         ValueError: One is unusable, or none has a target in the part that is read.
     """
-    corpus, skipped = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
+    found = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
+    corpus, skipped = found.rows, found.skipped
     if skipped:
         say(f"warning: {len(skipped)} documents of {source.place} are passed over: {'; '.join(skipped[:N_TOLD])}")
     leading, trailing = special_tokens_around(tokenizer)
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
-    plan = plan_documents(
-        corpus["section_lengths"], corpus["summary_lengths"], sizes, n_special=len(leading) + len(trailing)
-    )
+    longest = longest_text(config, data.max_target_length)
+    n_special = len(leading) + len(trailing)
+    plan = plan_documents(corpus["section_lengths"], corpus["summary_lengths"], sizes, n_special, longest)
     if not plan.indices:
         raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments")
-    longest = longest_text(config, data.max_target_length)
-    return Documents(corpus, plan, Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest), skipped)
+    collator = Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest)
+    return Documents(corpus, plan, collator, skipped, found.fingerprint)
 
 
 def make_run_folder(arguments: Arguments) -> tuple[RunFolder, list[Path]]:

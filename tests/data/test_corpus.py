@@ -107,6 +107,10 @@ def test_an_unusable_document_is_refused_and_nothing_is_left_in_the_cache(path, 
 class SilentTokenizer:
     """Gives an id to each word, none to characters that do not print."""
 
+    unk_token_id = mask_token_id = None
+    all_special_ids = all_special_tokens = ()
+    init_kwargs, vocab_files_names, added_tokens_decoder = {}, {}, {}
+
     def __call__(self, texts, **_):
         return {"input_ids": [[len(word) for word in text.split() if word.isprintable()] for text in texts]}
 

@@ -60,14 +60,16 @@ def test_files_may_be_named_one_by_one(tmp_path):
 
 def test_sections_are_lists(tmp_path):
     record = {"sections": ["a", "b"], "summaries": ["A", "B"]}
+    other = {"sections": ["c"], "summaries": ["C"]}
     for name in ("x.jsonl", "x.parquet"):
-        source = find_sources(str(write(tmp_path / name, [record] * 40)))["train"]
+        path = write(tmp_path / name, [record, other])
+        source = find_sources("stdlib", train_file=str(path), validation_file=str(path))["train"]
         assert next(source.rows("sections", Columns())).sections == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["documents.jsonl", "folder"])
 def test_without_a_validation_split_some_documents_are_held_out(tmp_path, name):
-    records = [{"id": f"d{i}", "document": "text", "summary": "s"} for i in range(200)]
+    records = [{"id": f"d{i}", "document": f"text {i}", "summary": "s"} for i in range(200)]
     sources = find_sources(str(write(tmp_path / name, records)))
     train, validation = read(sources["train"]), read(sources["validation"])
     assert len(train) + len(validation) == 200
@@ -79,7 +81,7 @@ def test_a_data_set_by_name_is_loaded_by_datasets(tmp_path, monkeypatch):
     """To `datasets`, a folder is a data set as a repository of the hub is; ours must not see that it is a folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    held_out = RECORDS[0] | {"id": "d12"}
+    held_out = RECORDS[0] | {"id": "d12", "document": "held out"}
     write(tmp_path / "owner" / "name" / "data" / "train.parquet", [*RECORDS, held_out])
     write(tmp_path / "owner" / "name" / "data" / "test.parquet", RECORDS[:1])
     with monkeypatch.context() as patch:

@@ -1,10 +1,11 @@
 """A tokenizer trained here is one that Hugging Face loads, and cuts as sentencepiece does."""
 
+import json
 import unicodedata
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
 from recurrent_bart.data import tokenizer as module
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
@@ -112,3 +113,48 @@ def test_a_tokenizer_without_barts_special_tokens_is_refused(trained, tmp_path):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A folder with a tokenizer as fnlp/bart-base-chinese has: [CLS] and [SEP], neither bos nor eos."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"会议纪要"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_a_tokenizer_with_cls_and_sep_has_them_for_bos_and_eos(bert, tmp_path):
+    tokenizer = load_tokenizer(str(bert))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 3, 0)
+    assert special_tokens_around(tokenizer) == ([2], [3])
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    saved = load_tokenizer(str(tmp_path / "saved"))
+    assert (saved.bos_token_id, saved.eos_token_id) == (2, 3)
+    assert special_tokens_around(saved) == ([2], [3])
+
+
+@pytest.fixture
+def with_code(bert):
+    """A folder with a tokenizer that is code of its own, which writes a file when it runs."""
+    (bert / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import BertTokenizer\n"
+        f"Path({str(bert / 'ran')!r}).touch()\n"
+        "class OwnTokenizer(BertTokenizer):\n"
+        "    pass\n"
+    )
+    config = json.loads((bert / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (bert / "tokenizer_config.json").write_text(json.dumps(config))
+    return bert
+
+
+def test_code_that_comes_with_a_tokenizer_runs_only_if_it_is_trusted(with_code, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ValueError, match="its tokenizer is code of its own; if you trust it, --trust_remote_code"):
+        load_tokenizer(str(with_code))
+    assert not (with_code / "ran").exists()
+    tokenizer = load_tokenizer(str(with_code), trust_remote_code=True)
+    assert type(tokenizer).__name__ == "OwnTokenizer"
+    assert tokenizer.bos_token_id == 2

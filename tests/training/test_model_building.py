@@ -191,3 +191,21 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ValueError, match="type 't5' was given"):
         build_config(ModelArguments(model_name_or_path=str(tmp_path)), Tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ({"pad_token_id": 2}, "pad_token_id 2, not 1"),
+        ({"eos_token_id": 1, "pad_token_id": 2}, "pad_token_id 2, not 1; eos_token_id 1, not 2"),
+        ({"bos_token_id": 5}, "bos_token_id 5, not 0"),
+    ],
+)
+def test_a_tokenizer_with_other_special_ids_than_the_model_is_refused(pretrained, ids, message):
+    tokenizer = Tokenizer(60)
+    vars(tokenizer).update(ids)
+    with pytest.raises(ValueError, match=f"--tokenizer_name other has other special ids than .*bart: {message}"):
+        build_config(ModelArguments(model_name_or_path=pretrained, tokenizer_name="other"), tokenizer)
+    # a model from scratch has the tokenizer's
+    config = build_config(ModelArguments(), tokenizer)
+    assert all(getattr(config, name) == value for name, value in ids.items())

@@ -2,11 +2,13 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from recurrent_bart.data.rows import split_of
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import default_output_dir, make_run_folder, open_documents, prepare
@@ -72,7 +74,8 @@ def test_tokenizer_and_documents_come_from_the_cache_the_second_time(prepare_run
 
 def test_training_documents_come_again_with_sentences_of_their_own_as_targets(prepare_run, tmp_path, capsys):
     sentences = [f"sentence {number} of this text says what the others say of it" for number in range(40)]
-    write(tmp_path / "train.jsonl", [record | {"document": ". ".join(sentences) + "."} for record in RECORDS])
+    texts = [". ".join([*sentences, f"the last one is {number}"]) + "." for number in range(len(RECORDS))]
+    write(tmp_path / "train.jsonl", [record | {"document": text} for record, text in zip(RECORDS, texts, strict=True)])
     plain = prepare_run()
     capsys.readouterr()
     again = prepare_run(gap_sentences=2)
@@ -123,7 +126,7 @@ def sources_of(tmp_path):
 
 
 def no_target_before_the_cut():
-    return [{"id": f"d{i}", "sections": ["a " * 90, "b"], "summaries": ["", "B"]} for i in range(30)]
+    return [{"id": f"d{i}", "sections": ["a " * 90, f"b{i}"], "summaries": ["", "B"]} for i in range(30)]
 
 
 @pytest.mark.parametrize(
@@ -201,3 +204,75 @@ def test_a_file_named_runs_is_refused(tmp_path, monkeypatch):
     Path("runs").write_text("")
     with pytest.raises(ValueError, match="runs is not a folder"):
         make_run_folder(parse_arguments([]))
+
+
+def resume(tmp_path, **flags):
+    argv = [
+        "--resume",
+        str(tmp_path / "run"),
+        *(part for name, value in flags.items() for part in (f"--{name}", value)),
+    ]
+    return prepare(parse_arguments(argv), ALONE)
+
+
+@pytest.fixture
+def begun(prepare_run, tmp_path):
+    """The configuration of a run that was begun, and its tokenizer."""
+    write(tmp_path / "train.jsonl", [{name: record[name] for name in ("document", "summary")} for record in RECORDS])
+    prepared = prepare_run()
+    arguments = parse_arguments(["--dataset", str(tmp_path / "train.jsonl"), "--cache_dir", str(tmp_path / "cache")])
+    arguments.run.output_dir = str(tmp_path / "run")
+    config = {"arguments": asdict(arguments), "documents": prepared.documents()}
+    prepared.folder.create()
+    prepared.folder.write_config(**config)
+    prepared.tokenizer.save_pretrained(prepared.folder.tokenizer)
+    return prepared, config
+
+
+def test_a_resumed_run_has_the_documents_that_it_had(begun, tmp_path):
+    expected = begun[0].documents()
+    assert resume(tmp_path).documents() == expected
+    moved = (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    assert resume(tmp_path, dataset=str(moved)).documents() == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"validation_share": "0.4"}])
+def test_a_run_is_not_resumed_with_other_documents(begun, tmp_path, changes):
+    path = tmp_path / "train.jsonl"
+    if not changes:
+        path.write_text(json.dumps({"document": "a line on top", "summary": "s"}) + "\n" + path.read_text())
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"--resume .*run: the (train|validation) documents are not those .* new run"):
+        resume(tmp_path, **changes)
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+def test_a_run_of_an_older_version_keeps_its_split_and_says_that_documents_are_not_compared(begun, tmp_path, capsys):
+    prepared, config = begun
+    for name in ("held_out_by", "validation_share", "group_column", "encoding"):
+        del config["arguments"]["data"][name]
+    prepared.folder.write_config(arguments=config["arguments"])
+    capsys.readouterr()
+    held_out = resume(tmp_path).splits["validation"].corpus["id"]
+    assert "does not say which documents it was begun with" in capsys.readouterr().out
+    lines = [f"train.jsonl:{number + 1}" for number in range(len(RECORDS))]
+    assert held_out[:] == [line for line in lines if split_of(line) == "validation"]
+
+
+def test_what_a_data_set_holds_beside_its_splits_is_said(prepare_run, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", RECORDS)
+    write(folder / "dev.jsonl", RECORDS[:3])
+    write(folder / "more.jsonl", RECORDS)
+    prepared = prepare_run(dataset=folder)
+    assert len(prepared.splits["validation"].corpus) == 3
+    assert f"warning: {folder}: not read: more.jsonl" in capsys.readouterr().out
+
+
+def test_a_file_in_another_encoding_is_read(prepare_run, tmp_path):
+    text = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_bytes(text.encode("utf-16"))
+    assert len(prepare_run(encoding="utf-16").splits["train"].corpus)
+    with pytest.raises(ValueError, match="--encoding klingon: unknown encoding; examples are"):
+        prepare_run(encoding="klingon")

@@ -1,0 +1,123 @@
+"""Records of a CSV file, and a strict check that its rows are the rows that were meant."""
+
+import csv
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from recurrent_bart.data.rows import refuse
+from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
+
+# a comma with text on both sides and not within a number: in prose a space follows a comma
+TIGHT_COMMA = re.compile(r"(?<=[^\s,]),(?=[^\s,\d])|(?<=[^\s,\d]),(?=\d)")
+REMEDY = 'a field with a comma, quote or line end needs "..." around it, and each quote in it twice: ""'
+
+
+class CsvRows:
+    """The rows of a CSV file, with the lines that each row stands on.
+
+    Args:
+        lines: Lines of the file, with their ends.
+    """
+
+    def __init__(self, lines: Iterator[str]):
+        self._lines, self.raw = lines, list[str]()
+        # strict: text after a closing quote and a quote that never closes are errors
+        self.reader = csv.reader(self._taken(), strict=True)
+
+    @property
+    def line(self) -> int:
+        """First line of the last row, counted from 1."""
+        return self.reader.line_num - len(self.raw) + 1
+
+    def next_row(self) -> list[str] | None:
+        """Read a row that is not blank; None at the end of the file.
+
+        Raises:
+            csv.Error: The quotes of the row are wrong.
+        """
+        row: list[str] | None = []
+        while not row and row is not None:
+            self.raw.clear()
+            row = next(self.reader, None)
+        return row
+
+    def _taken(self) -> Iterator[str]:
+        for line in self._lines:
+            self.raw.append(line)
+            yield line
+
+
+def csv_records(
+    path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the records, each with its file and line for messages.
+
+    Args:
+        path: The file; its first row names the columns.
+        on_bad: Called for each row that can be skipped. If it does not raise, the next row is read.
+        encoding: Of the file.
+
+    Raises:
+        ValueError: A row does not have one field for each column, a quote is missing or in the wrong place, or two
+            columns have one name. A faulty row of several lines is always an error: nobody can tell where the next
+            row begins.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with open_text(path, encoding, newline="") as file:
+        rows = CsvRows(iter(file))
+        names = _row(rows, path, encoding, refuse)
+        _check_names(names or [], path)
+        while names:
+            row = _row(rows, path, encoding, on_bad, len(names))
+            if row is None:
+                return
+            if row:
+                yield f"{path}:{rows.line}", dict(zip(names, row, strict=True))
+
+
+def _row(
+    rows: CsvRows, path: Path, encoding: str, on_bad: Callable[[ValueError], None], n_columns: int | None = None
+) -> list[str] | None:
+    """Return the next row; an empty one if it was faulty and skipped, None at the end of the file."""
+    try:
+        row = rows.next_row()
+        if row is not None:
+            check_decoded("".join(rows.raw), encoding)
+            _check_row(row, rows.raw, n_columns or len(row))
+        return row
+    except (csv.Error, ValueError) as error:
+        last = rows.line + len(rows.raw) - 1
+        text = _explain(error, last) if isinstance(error, csv.Error) else str(error)
+        fault = ValueError(f"{path}:{rows.line}: {text}")
+        (on_bad if last == rows.line else refuse)(fault)
+        return []
+
+
+def _explain(error: csv.Error, line: int) -> str:
+    """Say what is wrong with the quotes of a row that ends on a line."""
+    if "unexpected end of data" in str(error):
+        return f"a quote is opened and never closed, up to line {line}; {REMEDY}"
+    return f"text follows the closing quote of a field, on line {line} ({error}); {REMEDY}"
+
+
+def _check_row(row: list[str], raw: list[str], n_columns: int) -> None:
+    if len(row) != n_columns:
+        raise ValueError(f"{len(row)} fields, but the first row names {n_columns} columns; {REMEDY}")
+    if len(raw) > 1 and n_columns > 1 and all(_is_row(line, n_columns) for line in raw):
+        raise ValueError(
+            f"a quoted field goes over {len(raw)} lines, each of which is a row of {n_columns} fields without the "
+            f"quotes: a quote seems to be missing; {REMEDY}. If none is, write the documents as .jsonl"
+        )
+
+
+def _is_row(line: str, n_columns: int) -> bool:
+    """Return True if a line without its quotes has as many fields as there are columns."""
+    return len(TIGHT_COMMA.findall(line.replace('"', ""))) == n_columns - 1
+
+
+def _check_names(names: list[str], path: Path) -> None:
+    twice = {name for name in names if name and names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{path}:1: two columns are named {', '.join(map(repr, sorted(twice)))}; rename one of them")

@@ -1,0 +1,28 @@
+"""What of a split's documents and targets is not read, for the user to see."""
+
+from collections.abc import Iterator
+
+from recurrent_bart.data.batches import Collator, DocumentPlan
+
+
+def describe_cuts(split: str, plan: DocumentPlan, collator: Collator) -> Iterator[str]:
+    """Yield a line for each kind of cut: how many documents or targets are cut, and the flag that changes it."""
+    cap = collator.sizes.max_n_segments
+    n_documents = len(plan.indices) + plan.n_left_out
+    if plan.n_cut:
+        yield f"cut        {_share(plan.n_cut, n_documents)} {split} documents after {cap} segments; --max_n_segments"
+    if plan.n_unread_targets:
+        yield (
+            f"cut        {_share(plan.n_unread_targets, plan.n_targets)} {split} targets with their sections, behind "
+            f"{cap} segments; {plan.n_left_out} documents have no other target; --max_n_segments"
+        )
+    if plan.n_cut_targets:
+        n_read = plan.n_targets - plan.n_unread_targets
+        yield (
+            f"cut        {_share(plan.n_cut_targets, n_read)} {split} targets after {collator.max_target_length} "
+            "tokens, special ones included; --max_target_length"
+        )
+
+
+def _share(n: int, total: int) -> str:
+    return f"{n} of {total} ({100 * n / total:.1f} %)"

@@ -1,0 +1,150 @@
+"""What a data set's folder holds: files and folders by split, and texts with their summaries."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# names of a split, in any case
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF_NAME = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+# such as train, train_2, train-00000-of-00002
+SPLIT_STEM = re.compile(rf"(?i)({'|'.join(SPLIT_OF_NAME)})(?:[-_ ]?(\d+)(?:-of-(\d+))?)?")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TEXT = re.compile(r"(?i)(.+?)(\.summary)?\.txt")
+# files that describe a data set
+ABOUT = re.compile(r"(?i)(readme|licen[cs]e|citation|dataset_infos?\b).*")
+# names in a message
+N_NAMED = 5
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the suffix that says how a file is read, in small letters; None if no reader knows it."""
+    name = path.name.lower()
+    if name.endswith(".jsonl.gz"):
+        return ".jsonl"
+    return path.suffix.lower() if path.suffix.lower() in SUFFIXES else None
+
+
+@dataclass(frozen=True)
+class SplitPath:
+    """A file or folder whose name says which split it is of.
+
+    Attributes:
+        path: Where it is.
+        name: Name of the split, as it is spelled there.
+        number: Of a file among several; -1 if it has none.
+        total: Number of files that the name gives.
+    """
+
+    path: Path
+    name: str
+    number: int
+    total: int | None
+
+    @classmethod
+    def parse(cls, path: Path) -> "SplitPath | None":
+        """Return what a path's name says; None if it names no split or if nothing reads the file."""
+        stem = SPLIT_STEM.fullmatch(path.name.split(".")[0])
+        if stem is None or not (path.is_dir() or kind_of(path)):
+            return None
+        return cls(path, stem[1].lower(), int(stem[2] or -1), int(stem[3]) if stem[3] else None)
+
+
+def find_splits(folder: Path) -> tuple[dict[str, tuple[Path, ...]], tuple[str, ...]]:
+    """Find the paths of each split in a folder, in order of their numbers, and the notes on what is not read.
+
+    Raises:
+        ValueError: A split has several paths that are not numbered files of one kind, or one of them is missing.
+    """
+    found: dict[str, list[SplitPath]] = {}
+    left = []
+    for path in sorted(folder.iterdir()):
+        part = SplitPath.parse(path)
+        if part:
+            found.setdefault(SPLIT_OF_NAME[part.name], []).append(part)
+        else:
+            left.append(path)
+    for split, parts in found.items():
+        parts.sort(key=lambda part: part.number)
+        _check_parts(folder, split, parts)
+    return {split: tuple(part.path for part in parts) for split, parts in found.items()}, tuple(_not_read(folder, left))
+
+
+def _check_parts(folder: Path, split: str, parts: list[SplitPath]) -> None:
+    files = ", ".join(part.path.name for part in parts)
+    has_folder = any(part.path.is_dir() for part in parts)
+    kinds = {(part.name, kind_of(part.path), part.total) for part in parts}
+    if len(parts) > 1 and (has_folder or len(kinds) > 1 or len({part.number for part in parts}) < len(parts)):
+        raise ValueError(f"{folder}: more than one place for split {split!r}: {files}")
+    if parts[0].total not in (None, len(parts)):
+        raise ValueError(f"{folder}: {len(parts)} of {parts[0].total} files of split {split!r} are there: {files}")
+
+
+def _not_read(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
+    names = [path.name for path in paths if not path.name.startswith(".") and not ABOUT.fullmatch(path.name)]
+    if names:
+        yield f"{folder}: not read: {name_some(names)}"
+
+
+def name_some(names: list[str]) -> str:
+    """Return the first names, and the number of all of them."""
+    more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
+    return ", ".join(names[:N_NAMED]) + more
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """A summary's file with the file of its text; None if there is no text."""
+
+    name: str
+    summary: Path
+    text: Path | None
+
+
+def find_texts(folder: Path) -> tuple[list[TextPair], tuple[str, ...]]:
+    """Find all texts with a summary in a folder and the folders in it, and the notes on what is not read.
+
+    Links to folders are followed; a folder that is reached twice is read once.
+    """
+    texts: dict[str, Path] = {}
+    summaries: dict[str, Path] = {}
+    others = []
+    for path in _files(folder):
+        name = str(path.relative_to(folder))
+        match = TEXT.fullmatch(name)
+        known = (summaries if match[2] else texts) if match else None
+        if match and known is not None and match[1] not in known:
+            known[match[1]] = path
+        elif not path.name.startswith("."):
+            others.append(name)
+    pairs = [TextPair(name, path, texts.get(name)) for name, path in sorted(summaries.items())]
+    return pairs, tuple(_left_out(folder, sorted(texts.keys() - summaries.keys()), sorted(others)))
+
+
+def _left_out(folder: Path, without_summary: list[str], others: list[str]) -> Iterator[str]:
+    if without_summary:
+        yield f"{folder}: not read: {len(without_summary)} texts without a summary: {name_some(without_summary)}"
+    if others:
+        yield f"{folder}: not read: {name_some(others)}"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """List all files, following links to folders."""
+    seen = set()
+    for root, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders.sort()
+        yield from (Path(root, name) for name in sorted(files))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,110 @@
+"""From texts to ids: whatever a text says, it never becomes a special token."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from recurrent_bart.data.gap_sentences import GAP
+
+# in front of the number of a special token; no text holds such a string of noncharacters
+UNSPEAKABLE = "\ufdd0\ufdd1\ufdd2"
+
+
+class TextEncoder:
+    """Encodes texts without special tokens; `"</s>"` or `"<pad>"` in a text become ids of ordinary pieces.
+
+    A gap that `made_rows` left in a text becomes the mask token.
+
+    Args:
+        tokenizer: Fast or slow; it is not changed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+        self._encode = _FastEncoder(tokenizer) if is_fast else _SlowEncoder(tokenizer)
+        self.mask_token_id = getattr(tokenizer, "mask_token_id", None)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
+        parts = [self._between_gaps(text) for text in texts]
+        encoded = iter(self._encode([part for own in parts for part in own]))
+        return [self._join([next(encoded) for _ in own]) for own in parts]
+
+    def _between_gaps(self, text: str) -> list[str]:
+        if self.mask_token_id is None:
+            return [text.replace(GAP, "<mask>")]
+        *before, last = text.split(GAP)
+        # BART's mask token takes the space in front of it in
+        return [*(part.rstrip() for part in before), last]
+
+    def _join(self, parts: list[list[int]]) -> list[int]:
+        ids = parts[0]
+        for part in parts[1:]:
+            ids = [*ids, self.mask_token_id, *part]
+        return ids
+
+
+class _FastEncoder:
+    """A copy of a fast tokenizer in which special tokens are spelled as no text spells them.
+
+    `split_special_tokens` is not enough: the vocabulary of a unigram model holds `</s>` as a piece like any other.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        special = {*tokenizer.all_special_tokens}
+        special |= {token["content"] for token in content["added_tokens"] if token["special"]}
+        spelling = {token: f"{UNSPEAKABLE}{number}" for number, token in enumerate(sorted(special))}
+        for token in content["added_tokens"]:
+            token["content"] = spelling.get(token["content"], token["content"])
+        content |= {"model": _respelled(content["model"], spelling), "post_processor": None}
+        content |= {"truncation": None, "padding": None}
+        self.backend = Tokenizer.from_str(json.dumps(content))
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _respelled(model: dict[str, Any], spelling: dict[str, str]) -> dict[str, Any]:
+    """Return a tokenizer's model with other names for some tokens of its vocabulary."""
+    if isinstance(model["vocab"], list):
+        return model | {"vocab": [[spelling.get(token, token), score] for token, score in model["vocab"]]}
+    changed = model | {"vocab": {spelling.get(token, token): number for token, number in model["vocab"].items()}}
+    if model.get("unk_token") in spelling:
+        changed["unk_token"] = spelling[model["unk_token"]]
+    if "merges" in model:
+        changed["merges"] = [merge for merge in model["merges"] if not _makes(merge, spelling)]
+    return changed
+
+
+def _makes(merge: str | list[str], tokens: dict[str, str]) -> bool:
+    """Return True if a merge of byte-pair encoding makes one of the tokens, or is made from one."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return bool(tokens.keys() & {first, second, first + second})
+
+
+class _SlowEncoder:
+    """A slow tokenizer, which encodes a text with a special token in it once more, in parts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.forbidden = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        # behind the first character of each special token
+        cuts = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokenizer.all_special_tokens]
+        self.cut = re.compile("|".join(cuts) or "(?!)")
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        encoded = self._tokenize(texts)
+        for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            if self.cut.search(text) or self.forbidden & {*ids}:
+                encoded[number] = [id for part in self._tokenize(self.cut.split(text)) for id in part]
+        return [[id for id in ids if id not in self.forbidden] for ids in encoded]
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        # verbose: a text longer than the position table is no mistake here
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,110 @@
+"""A CSV file gives the rows that were meant, or is refused with file and line."""
+
+import csv
+
+import pytest
+
+from recurrent_bart.data.csv_records import csv_records
+
+HEAD = "document,summary\n"
+
+
+def write(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def read(path, **options):
+    return [
+        (place.rsplit("/")[-1], record["document"], record["summary"]) for place, record in csv_records(path, **options)
+    ]
+
+
+FAULTS = {
+    "a field more than columns": ("The roof leaks, the council met.,Repair.\nb,c\n", "x.csv:2: 3 fields, .* 2 columns"),
+    "a field less than columns": ("a,b\nc\n", "x.csv:3: 1 fields, .* 2 columns"),
+    "an empty field more": ("a,b,\n", "x.csv:2: 3 fields"),
+    "text after a closing quote": ('"a" b,c\n', "x.csv:2: text follows the closing quote"),
+    "a space after a closing quote": ('"a" ,c\n', "x.csv:2: text follows the closing quote"),
+    "a backslash in front of a quote": ('"He said \\"no, never\\" to it","No."\n', "x.csv:2: text follows the closing"),
+    "a quote that closes in a later row": (
+        '"The roof leaks,Repair.\nThe bridge.,Review.\nShe said "yes",Agreed.\nd,e\n',
+        "x.csv:2: text follows the closing quote of a field, on line 4",
+    ),
+    "a quote that closes before a comma": (
+        '"The roof leaks,Repair.\nThe bridge.,Review.\nThe park.",Open.\nd,e\n',
+        "x.csv:2: a quoted field goes over 3 lines, .* a quote seems to be missing",
+    ),
+    "a last field that closes later": ('a,"b\nc,d"\n', "x.csv:2: a quoted field goes over 2 lines"),
+    "a quote that never closes": ('a,b\n"c,d\ne,f\n', "x.csv:3: a quote is opened and never closed, up to line 4"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_row_is_refused_with_file_and_line(tmp_path, name):
+    rows, message = FAULTS[name]
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path, HEAD + rows))
+
+
+@pytest.mark.parametrize("rows", ["a,b,c\n", '"a" b,c\n', "a\n", '"a\\"b","c"\n'])
+def test_a_faulty_row_of_one_line_may_be_skipped(tmp_path, rows):
+    path = write(tmp_path, HEAD + "first,one\n" + rows + "last,two\n")
+    errors = []
+    assert read(path, on_bad=errors.append) == [("x.csv:2", "first", "one"), ("x.csv:4", "last", "two")]
+    assert len(errors) == 1
+    assert f"{path}:3: " in str(errors[0])
+
+
+@pytest.mark.parametrize("name", ["a quote that closes in a later row", "a quote that never closes"])
+def test_a_faulty_row_of_several_lines_is_never_skipped(tmp_path, name):
+    rows, message = FAULTS[name]
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path, HEAD + rows), on_bad=lambda error: None)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = write(tmp_path, "document,document,summary\na,b,c\n")
+    with pytest.raises(ValueError, match=r"x.csv:1: two columns are named 'document'"):
+        read(path, on_bad=lambda error: None)
+    # a column without a name can be read by no flag
+    assert read(write(tmp_path, ",document,,summary\n0,a,,c\n")) == [("x.csv:2", "a", "c")]
+
+
+def test_fields_with_commas_quotes_and_lines_are_read_as_they_were_written(tmp_path):
+    fields = [
+        "one\ntwo, three",
+        'she said "yes"',
+        "a, b\nc, d",
+        "1,000\n2,000",
+        "\n\n",
+        "x\r\ny",
+        "foo(a, b)\n\nbar(c)",
+        "é",
+    ]
+    path = tmp_path / "x.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["document", "summary"])
+        writer.writerows(zip(fields, reversed(fields), strict=True))
+    assert [record[1:] for record in read(path)] == list(zip(fields, reversed(fields), strict=True))
+
+
+def test_the_line_of_a_record_is_its_first_one_and_blank_lines_are_passed_over(tmp_path):
+    path = write(tmp_path, HEAD + '"a\nb",c\n\n\nd,e\n')
+    assert read(path) == [("x.csv:2", "a\nb", "c"), ("x.csv:6", "d", "e")]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16", "shift_jis"])
+def test_a_file_is_read_in_its_encoding(tmp_path, encoding):
+    text = "日本語" if encoding == "shift_jis" else "café"
+    path = write(tmp_path, f"{HEAD}{text},s\n", encoding)
+    assert read(path, encoding=encoding) == [("x.csv:2", text, "s")]
+
+
+def test_a_byte_of_another_encoding_is_named_with_its_line_and_may_be_skipped(tmp_path):
+    path = write(tmp_path, f"{HEAD}a,b\ncafé,c\nd,e\n", "latin-1")
+    with pytest.raises(ValueError, match=r"x.csv:3: byte 0xe9 is not utf-8; --encoding names"):
+        read(path)
+    assert [place for place, *_ in read(path, on_bad=lambda error: None)] == ["x.csv:2", "x.csv:4"]

@@ -1,0 +1,146 @@
+"""A text never becomes a special token, whatever it says and whichever tokenizer encodes it."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AddedToken, BertJapaneseTokenizer, CanineTokenizer, PreTrainedTokenizerFast
+
+from recurrent_bart.data.corpus import load_corpus, tokenizer_identity
+from recurrent_bart.data.gap_sentences import GAP
+from recurrent_bart.data.rows import Columns
+from recurrent_bart.data.sources import find_sources
+from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.tokenizer import train_tokenizer
+
+PLAIN = ["every sentence closes with a mark", "  padding is added at the end\n", "naïve 東京 🙂", ""]
+NAMES = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+
+
+def unigram():
+    return train_tokenizer([f"{text} <s> </s><pad>" for text in PLAIN] * 20, vocab_size=360)
+
+
+def byte_pairs(**options):
+    """Byte-level BPE, in whose vocabulary the marks stand as merges make them too."""
+    tokenizer = Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(NAMES.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*PLAIN, "<s></s><pad>"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMES)
+
+
+def words():
+    """A vocabulary of whole words, of which the marks are some."""
+    vocabulary = {word: n for n, word in enumerate([*NAMES.values(), *sorted({w for t in PLAIN for w in t.split()})])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMES)
+
+
+def slow(tmp_path):
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz/<>[]", "marker"]
+    vocabulary += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    return BertJapaneseTokenizer(
+        str(tmp_path / "vocab.txt"), word_tokenizer_type="basic", subword_tokenizer_type="wordpiece"
+    )
+
+
+@pytest.fixture(params=["unigram", "bpe", "bpe ignoring merges", "words", "slow", "slow, by character"])
+def tokenizer(request, tmp_path):
+    makers = {
+        "unigram": unigram,
+        "bpe": byte_pairs,
+        "bpe ignoring merges": lambda: byte_pairs(ignore_merges=True),
+        "words": words,
+        "slow": lambda: slow(tmp_path),
+        "slow, by character": CanineTokenizer,
+    }
+    return makers[request.param]()
+
+
+def special_ids(tokenizer):
+    return {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+
+
+def test_special_tokens_in_a_text_are_ordinary_ids(tokenizer):
+    marks = [token for token in tokenizer.all_special_tokens if token]
+    texts = [*marks, "".join(marks), " ".join(f"a {mark} b" for mark in marks), f"x{''.join(marks)}y"]
+    encoded = TextEncoder(tokenizer)(texts)
+    assert all(not special_ids(tokenizer) & {*ids} for ids in encoded)
+    # a character that is itself a special token is left out
+    assert all(ids for mark, ids in zip(marks, encoded, strict=False) if len(mark) > 1)
+    assert encoded[-1]
+
+
+def test_texts_without_special_tokens_have_the_ids_that_they_had(tokenizer):
+    expected = tokenizer(PLAIN, add_special_tokens=False)["input_ids"]
+    assert TextEncoder(tokenizer)(PLAIN) == expected
+
+
+@pytest.mark.parametrize("make", [unigram, byte_pairs])
+def test_what_a_text_says_is_kept(make):
+    tokenizer = make()
+    text = "every <s>sentence</s> closes with </s> and <pad> or <mask><unk>"
+    (ids,) = TextEncoder(tokenizer)([text])
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_wide_characters_that_become_a_special_token_do_not(tmp_path):
+    tokenizer = unigram()
+    assert tokenizer.eos_token_id in tokenizer("a ＜／ｓ＞ b", add_special_tokens=False)["input_ids"]
+    (ids,) = TextEncoder(tokenizer)(["a ＜／ｓ＞ b"])
+    assert not special_ids(tokenizer) & {*ids}
+    assert tokenizer.decode(ids) == "a </s> b"
+
+
+def test_words_that_were_added_to_a_tokenizer_stay_tokens(tmp_path):
+    for tokenizer in (unigram(), byte_pairs()):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<speaker>"]})
+        tokenizer.add_tokens(["Bürgerantrag"])
+        added = tokenizer.convert_tokens_to_ids(["Bürgerantrag", "<speaker>"])
+        (ids,) = TextEncoder(tokenizer)(["<speaker> Bürgerantrag </s>"])
+        assert ids.count(added[0]) == 1
+        assert added[1] not in ids
+    tokenizer = slow(tmp_path)
+    tokenizer.add_tokens(["zwei"])
+    (ids,) = TextEncoder(tokenizer)(["a zwei [SEP]"])
+    assert tokenizer.convert_tokens_to_ids("zwei") in ids
+
+
+def test_a_gap_is_the_mask_token_and_a_text_that_says_mask_is_not(tokenizer):
+    mask = tokenizer.mask_token_id
+    encoder = TextEncoder(tokenizer)
+    first, second = encoder(["every one"])[0], encoder([" a mark"])[0]
+    assert encoder([f"every one {GAP} a mark"])[0] == [*first, mask, *second]
+    assert mask not in encoder([f"every one {tokenizer.mask_token} a mark"])[0]
+
+
+def test_sources_and_targets_of_a_corpus_hold_no_special_id(tmp_path):
+    tokenizer = unigram()
+    record = {"document": "<s>every</s> sentence <pad> <mask>", "summary": "closes </s> with <pad>"}
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    source = find_sources("stdlib", train_file=str(path), validation_file=str(path))["train"]
+    row = load_corpus(source, "document", Columns(), tokenizer, tmp_path)[0][0]
+    assert not {*tokenizer.all_special_ids} & {*row["sections"][0], *row["summaries"][0]}
+    assert tokenizer.decode(row["summaries"][0], skip_special_tokens=True) == record["summary"]
+
+
+def test_the_settings_of_a_slow_tokenizer_are_part_of_its_identity(tmp_path):
+    first, same, other, added = slow(tmp_path), slow(tmp_path), slow(tmp_path), slow(tmp_path)
+    other.init_kwargs["do_lower_case"] = True
+    added.add_tokens([AddedToken("zwei", lstrip=True)])
+    identities = [tokenizer_identity(tokenizer) for tokenizer in (first, same, other, added)]
+    assert identities[0] == identities[1]
+    assert len(set(identities)) == 3
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    assert tokenizer_identity(slow(moved)) == identities[0]
