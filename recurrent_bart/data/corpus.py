@@ -24,6 +24,23 @@ CACHE_VERSION = 3
 ABOUT = "about.json"
 # documents tokenised in one call, in parallel by the tokenizer's own threads
 BATCH = 64
+# arguments of slow tokenizers that change no id of a text
+NO_SETTINGS = {
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "auto_map",
+    "backend",
+    "extra_special_tokens",
+    "is_local",
+    "local_files_only",
+    "model_max_length",
+    "name_or_path",
+    "padding_side",
+    "processor_class",
+    "tokenizer_class",
+    "truncation_side",
+    "trust_remote_code",
+}
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -137,14 +154,16 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     # files of vocabularies, by what they hold
     files = [str(tokenizer.init_kwargs.get(name)) for name in sorted(tokenizer.vocab_files_names)]
     hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()]
-    settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if not _is_place(name, value)}
+    settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if _is_setting(name, value)}
     added = sorted((number, repr(token)) for number, token in tokenizer.added_tokens_decoder.items())
     vocabulary = sorted(tokenizer.get_vocab().items())
     return fingerprint(type(tokenizer).__name__, vocabulary, sorted(settings.items()), added, hashes)
 
 
-def _is_place(name: str, value: Any) -> bool:
-    return name == "name_or_path" or name.endswith("_file") or (isinstance(value, str) and Path(value).is_absolute())
+def _is_setting(name: str, value: Any) -> bool:
+    """Return True if an argument of a slow tokenizer decides ids, and is not where it was loaded from, or a token."""
+    is_path = name.endswith(("_file", "_path")) or (isinstance(value, str) and Path(value).is_absolute())
+    return value is not None and not is_path and name not in NO_SETTINGS and not name.endswith("_token")
 
 
 def fingerprint(*parts: Any) -> str:

@@ -43,10 +43,8 @@ class TextEncoder:
         return [*(part.rstrip() for part in before), last]
 
     def _join(self, parts: list[list[int]]) -> list[int]:
-        ids = parts[0]
-        for part in parts[1:]:
-            ids = [*ids, self.mask_token_id, *part]
-        return ids
+        mask = [] if self.mask_token_id is None else [self.mask_token_id]
+        return parts[0] + [id for part in parts[1:] for id in (*mask, *part)]
 
 
 class _FastEncoder:

@@ -30,7 +30,7 @@ def check_encoding(name: str) -> str:
 
 
 @contextmanager
-def open_text(path: Path, encoding: str = ENCODING, newline: str = "\n") -> Iterator[TextIO]:
+def open_text(path: Path, encoding: str = ENCODING, newline: str | None = "\n") -> Iterator[TextIO]:
     """Open a text file, or a text file that gzip compressed.
 
     `check_decoded` finds the bytes that the encoding cannot decode.

@@ -168,6 +168,9 @@ def sources_of(data: DataArguments) -> dict[str, Source]:
     sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file, held_out)
     for note in dict.fromkeys(note for source in sources.values() for note in source.notes):
         say(f"warning: {note}")
+    is_held_out = any(source.held_out for source in sources.values())
+    if not is_held_out and (data.group_column or data.validation_share != DataArguments.validation_share):
+        say("warning: --group_column and --validation_share change nothing: there is a validation split")
     encoding = check_encoding(data.encoding)
     return {
         split: replace(source, skips_bad=data.skip_bad_samples, encoding=encoding) for split, source in sources.items()

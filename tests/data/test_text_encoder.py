@@ -11,7 +11,7 @@ from recurrent_bart.data.gap_sentences import GAP
 from recurrent_bart.data.rows import Columns
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.data.text_encoder import TextEncoder
-from recurrent_bart.data.tokenizer import train_tokenizer
+from recurrent_bart.data.tokenizer import load_tokenizer, train_tokenizer
 
 PLAIN = ["every sentence closes with a mark", "  padding is added at the end\n", "naïve 東京 🙂", ""]
 NAMES = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
@@ -144,3 +144,5 @@ def test_the_settings_of_a_slow_tokenizer_are_part_of_its_identity(tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     assert tokenizer_identity(slow(moved)) == identities[0]
+    first.save_pretrained(moved / "saved")
+    assert tokenizer_identity(load_tokenizer(str(moved / "saved"))) == identities[0]

@@ -12,6 +12,7 @@ from launching import load_script
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.inference import load_model
+from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.preparation import open_documents
 from runs import flags, write_documents, write_run_with_model
@@ -53,7 +54,8 @@ def evaluated(folder, n_documents, max_n_segments, num_beams):
 
 
 def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path):
-    flags = ["--limit", 3, "--max_n_segments", -1, "--num_beams", 2]
+    # whole documents, though the model was trained on 3 segments of each
+    flags = ["--limit", 3, "--num_beams", 2]
     ended = run_script(SCRIPT, "--model", folder.model, "--json", tmp_path / "figures.json", *flags, timeout=120)
     assert ended.codes == [0], ended.text()
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -73,9 +75,33 @@ def test_two_processes_share_the_documents_and_print_once(folder, tmp_path):
     ended = run_script(SCRIPT, *flags, environments=launched(2))
     assert ended.codes == [0, 0], ended.text()
     figures = json.loads((tmp_path / "figures.json").read_text())
-    # cut after 3 segments, as in training
-    assert figures == evaluated(folder, n_documents=5, max_n_segments=3, num_beams=1)
+    assert figures == evaluated(folder, n_documents=5, max_n_segments=-1, num_beams=1)
     assert ended.text().count("rougeLsum") == 1
+
+
+def test_every_cut_is_said(folder, tmp_path):
+    flags = ["--model", folder.model, "--json", tmp_path / "figures.json", "--max_n_segments", 2]
+    ended = run_script(SCRIPT, *flags, "--max_target_length", 5, timeout=120)
+    assert ended.codes == [0], ended.text()
+    lines = re.findall(
+        r"^cut +(\d+) of (\d+) \([\d.]+ %\) validation (\w+) .*(--\w+)$", ended.text(), flags=re.MULTILINE
+    )
+    assert [line[2:] for line in lines] == [
+        ("documents", "--max_n_segments"),
+        ("targets", "--max_n_segments"),
+        ("targets", "--max_target_length"),
+    ]
+    # the targets that are left are those that were scored
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["n_texts"] == int(lines[1][1]) - int(lines[1][0]) == int(lines[2][1])
+
+
+def test_an_older_run_is_evaluated_on_the_documents_that_it_held_out(script, tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_config(arguments={"data": {"dataset": "x.jsonl"}})
+    assert script.parse_arguments(["--model", str(run.model)])[1].held_out_by == "line"
+    run.write_config(arguments={"data": {"dataset": "x.jsonl", "held_out_by": "content"}})
+    assert script.parse_arguments(["--model", str(run.model)])[1].held_out_by == "content"
 
 
 def test_data_flags_are_those_of_the_run_unless_given(script, folder):

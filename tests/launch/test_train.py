@@ -1,6 +1,7 @@
 """launch/train.py as users run it: every launcher, every DeepSpeed configuration, both tasks, and bad input."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -68,6 +69,14 @@ class TestTwoProcesses:
         assert sorted(path.name for path in folder.iterdir()) == FOLDERS
         assert "2 a device x 1 accumulated x 2 processes" in printed
         assert "ZeRO-3" in printed
+
+    def test_cut_targets_are_said(self, two_processes):
+        _, printed = two_processes
+        cut = re.search(
+            r"^cut +(\d+) of 24 \([\d.]+ %\) training targets after 8 tokens.*--max_target_length", printed, re.M
+        )
+        assert cut, printed
+        assert 0 < int(cut[1]) <= 24
 
     def test_one_process_speaks(self, two_processes):
         _, printed = two_processes
