@@ -37,7 +37,7 @@ def different_settings(module: nn.Module, other: nn.Module) -> list[str]:
     return sorted({name.lstrip(".") for name, _ in one ^ another})
 
 
-def _named_settings(module: nn.Module, configs: dict[int, Hashable]) -> Iterator[tuple[str, Hashable]]:
+def _named_settings(module: nn.Module, configs: dict[int, Hashable]) -> Iterator[tuple[str, Any]]:
     """Yield the name and the value of each constant; see `_constant` for `configs`."""
     for prefix, part in module.named_modules():
         yield prefix, type(part)

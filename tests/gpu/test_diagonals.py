@@ -335,3 +335,87 @@ def test_large_batches_are_not_recorded(monkeypatch, replays):
     results(build("auto"), documents(False))
     assert not replays
     assert schedules.is_faster_by_diagonals(torch.zeros(3, 5, 8, 48, device="cuda"))
+
+
+def of_layers(change):
+    """Change all layers of the encoder and of the decoder."""
+    return lambda model: [change(layer) for part in (model.model.encoder, model.model.decoder) for layer in part.layers]
+
+
+# a model's changes between two steps that its outputs show; dropout at rate 1 draws nothing
+CHANGES = {
+    "dropout": (of_layers(lambda layer: setattr(layer, "dropout", 0.0)), {"dropout": 1.0}),
+    "eval() of the layers": (of_layers(nn.Module.eval), {"activation_dropout": 1.0}),
+    "eval() of prefix dropout": (
+        lambda model: model.model.encoder.recurrence.dropout.eval(),
+        {"hidden_dropout_prob": 1 - 1e-7},
+    ),
+    "activation": (of_layers(lambda layer: setattr(layer, "activation_fn", nn.Tanh())), {}),
+    "activation of one layer": (
+        lambda model: setattr(model.model.encoder.layers[1], "activation_fn", nn.Tanh()),
+        {},
+    ),
+    "epsilon": (of_layers(lambda layer: setattr(layer.final_layer_norm, "eps", 0.5)), {}),
+    "one layer's activation in the decoder": (
+        lambda model: setattr(model.model.decoder.layers[1], "activation_fn", nn.Tanh()),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "fields"), CHANGES.values(), ids=CHANGES)
+def test_graphs_do_not_go_on_with_settings_that_were_changed(change, fields, replays, decoded):
+    inputs, model = documents(True), build("auto", **fields)
+    before = results(model, inputs)[0]
+    results(model, inputs)
+    change(model)
+    found = results(model, inputs)
+    plain = build("sequential", **fields)
+    change(plain)
+    check_equal(found, results(plain, inputs))
+    check_equal(results(model, inputs), found)
+    assert abs(float(found[0] - before)) > 1e-3
+    assert replays
+    assert decoded
+
+
+def test_a_backward_pass_has_the_settings_of_its_forward_pass(replays):
+    """Although the layers were put in evaluation mode in between."""
+    found = []
+    for schedule in ("sequential", "auto"):
+        model, inputs = build(schedule, activation_dropout=1.0), documents(False)
+        loss = model(**inputs).loss
+        model.eval()
+        model(**inputs)
+        loss.backward()
+        found.append((loss.detach(), torch.zeros(()), {name: p.grad for name, p in model.named_parameters()}))
+    check_equal(found[1], found[0])
+    assert replays
+
+
+def test_another_attention_implementation_is_captured_anew(replays, monkeypatch):
+    """The form of its masks is another one."""
+    inputs, model = documents(True), build("auto", attn_implementation="eager")
+    expected = results(model, inputs)
+    model.set_attn_implementation("sdpa")
+    captures = count_calls(monkeypatch, diagonal_recorder, "record")
+    check_equal(results(model, inputs), expected)
+    assert captures
+    assert replays
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("schedule", ["wavefront", "auto"])
+def test_a_model_on_another_device_than_the_current_one_computes_there(schedule, fused):
+    inputs = documents(True)
+    expected = results(build("sequential"), inputs)
+    model = build(schedule)
+    results(model, inputs)
+    model.to("cuda:1")
+    there = {name: value.to("cuda:1") if value.is_cuda else value for name, value in inputs.items()}
+    assert torch.cuda.current_device() == 0
+    for _ in range(2):
+        loss, state, gradients = results(model, there)
+        gradients = {name: gradient.to("cuda:0") for name, gradient in gradients.items()}
+        check_equal((loss.to("cuda:0"), state.to("cuda:0"), gradients), expected)
+    assert fused

@@ -1,11 +1,14 @@
 """Fused cells give the numbers of plain ones; kernels run by Triton's interpreter, on a processor."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from counted_calls import OperationsCalled, count_calls
 from played_graphs import play_graphs
-from recurrent_bart import diagonal_recorder, schedules, wavefront
+from recurrent_bart import diagonal_recorder, fused_cell, schedules, wavefront
 from tiny import random_ids, tiny_model
 
 # a width that is no power of two
@@ -89,6 +92,43 @@ def test_replayed_ones_too(interpreted, monkeypatch, fields):
             torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found.state.memory, expected.state.memory, rtol=1e-4, atol=1e-5)
     assert interpreted
+
+
+SETTINGS = {
+    "dropout": (lambda layer, _: setattr(layer, "dropout", 1.0), {}),
+    "activation dropout": (lambda layer, _: setattr(layer, "activation_dropout", 1.0), {}),
+    "eval() of the layers": (lambda layer, _: layer.eval(), {"dropout": 0.5, "activation_dropout": 0.5}),
+    "eval() of attention": (lambda layer, _: layer.self_attn.eval(), {"attention_dropout": 0.5}),
+    "eval() of prefix dropout": (lambda _, recurrence: recurrence.dropout.eval(), {"hidden_dropout_prob": 0.5}),
+    "epsilon": (lambda layer, _: setattr(layer.final_layer_norm, "eps", 0.5), {}),
+}
+
+
+@pytest.mark.parametrize(("change", "fields"), SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_layers_that_were_changed_hold(interpreted, change, fields):
+    """Under rates that draw nothing."""
+    found, inputs = [], documents("document")
+    inputs.pop("labels")
+    for schedule in ("sequential", "wavefront"):
+        model = build(schedule, **fields)
+        model.model.encoder.dropout = 0.0
+        for layer in model.model.encoder.layers:
+            change(layer, model.model.encoder.recurrence)
+        output = model.model.encode(**inputs)
+        found.append((output.last_hidden_state, output.state.memory))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert interpreted
+
+
+@pytest.mark.parametrize(("activation", "expected"), [("gelu", True), ("gelu_python", False), ("relu", False)])
+def test_cells_are_fused_of_layers_with_the_exact_gelu_alone(monkeypatch, activation, expected):
+    """The layers' own activation counts, not the configuration's."""
+    model = build("wavefront")
+    for layer in model.model.encoder.layers:
+        layer.activation_fn = ACT2FN[activation]
+    # CUDA alone is missing
+    stream = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert fused_cell.can_fuse(model.model.encoder.layers[0], stream) == expected
 
 
 def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
