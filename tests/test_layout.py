@@ -121,7 +121,7 @@ def test_parsers_are_given_their_command_line():
     for file in MODULES + SCRIPTS:
         for node in syntax_of(file):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                is_parse = node.func.attr.startswith(("parse_args", "parse_known_args"))
+                is_parse = node.func.attr.startswith(("parse_args", "parse_known_args", "parse_flags"))
                 assert not is_parse or node.args, f"{file}:{node.lineno}"
 
 

@@ -302,9 +302,7 @@ class Session:
         self.display.say(f"warning: {text}")
 
     def _tell_of_signal(self, name: str) -> None:
-        self.display.say(
-            f"stopping   {name} received: this step, or a batch of an evaluation, is finished and saved first"
-        )
+        self.display.say(f"stopping   {name} received: finishing this step (or batch of an evaluation), then saving")
 
     def _tell_of_model(self) -> None:
         """Say which step's model is in the folder, which need not be that of the last step."""
