@@ -70,13 +70,17 @@ def change_settings(
     if "length_penalty" in given:
         if num_beams == 1:
             raise ValueError("--length_penalty: it has no effect without beam search; set --num_beams")
-        # without beams it could not be saved
+        # what it was given for
         generation.num_beams = num_beams
     if "min_new_tokens" in given:
         # the older name of the same setting
         generation.min_length = None
     for name, value in given.items():
         setattr(generation, name, value)
+    if given:
+        # settings that have no effect, such as a length_penalty without beams, are an error when a changed one is
+        # saved, and a warning when one is saved as it was loaded; they were there before
+        generation._original_object_hash = hash(generation)
 
 
 def describe_settings(generation: GenerationConfig, max_new_tokens: int, num_beams: int | None = None) -> str:

@@ -125,6 +125,17 @@ def test_settings_that_were_given_are_saved_with_the_model(tmp_path):
     assert "min_length" not in line
 
 
+def test_a_changed_model_with_settings_that_have_no_effect_can_be_saved(tmp_path):
+    model = tiny_model()
+    GenerationConfig(**USUAL, num_beams=2, length_penalty=2.0).save_pretrained(tmp_path)
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    model.generation_config.num_beams = None
+    change_settings(model.generation_config, {"min_new_tokens": 3}, 20)
+    model.save_pretrained(tmp_path)
+    saved = RecurrentBartForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    assert (saved.min_new_tokens, saved.length_penalty) == (3, 2.0)
+
+
 def test_settings_that_cannot_hold_are_refused():
     generation = GenerationConfig(**USUAL)
     with pytest.raises(ValueError, match="--min_new_tokens 21: a text has at most 20 tokens"):

@@ -91,7 +91,7 @@ class Seen:
     @property
     def token(self) -> str | None:
         """Token of the holder."""
-        return self.holder and self.holder.token
+        return self.holder.token if self.holder else None
 
 
 class RunLock:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -143,3 +144,25 @@ def test_a_split_that_is_not_there_is_named_in_one_line(folder):
     assert ended.codes == [2]
     assert "error: --split test: there are train, validation\n" in ended.text()
     assert "Traceback" not in ended.text()
+
+
+def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path):
+    model = shutil.copytree(folder.model, tmp_path / "run" / "model")
+    shutil.copy(folder.config_file, tmp_path / "run")
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"min_length": 60}))
+    flags = ["--model", model, "--limit", 2, "--max_target_length", 1200]
+    ended = run_script(SCRIPT, *flags, timeout=120)
+    assert ended.codes == [0], ended.text()
+    assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in ended.text()
+    assert "generation up to 64 tokens; greedy; of the model: min_length 60" in ended.text()
+    assert "of the targets could not be generated with min_length 60" in ended.text()
+    ended = run_script(SCRIPT, *flags, "--min_new_tokens", 0, timeout=120)
+    assert ended.codes == [0], ended.text()
+    assert "could not be generated" not in ended.text()
+    assert "min_length" not in ended.text()
+
+
+def test_the_folder_of_a_run_is_no_model(script, folder, capsys):
+    assert script.main(["--model", str(folder.path)]) == 2
+    assert "the folder of a run; give its model, " in capsys.readouterr().err

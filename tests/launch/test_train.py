@@ -168,8 +168,8 @@ def test_settings_of_generation_are_told_held_against_the_targets_and_saved(
     assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
     printed = capsys.readouterr().out
     assert "generation up to 40 tokens; greedy; of the model: min_length 30\n" in printed
-    warning = "warning: 100 % of the targets could not be generated with min_length 30, which the model was saved with"
-    assert f"{warning}; --min_new_tokens 0 lifts it" in printed
+    warning = r"warning: \d+ % of the targets could not be generated with min_length 30, which the model was saved with"
+    assert re.search(f"{warning}; --min_new_tokens 0 lifts it", printed)
     assert train_main(flags(documents, tmp_path / "changed", **changes, min_new_tokens=0)) == 0
     assert "could not be generated" not in capsys.readouterr().out
     saved = json.loads((tmp_path / "changed" / "model" / "generation_config.json").read_text())
