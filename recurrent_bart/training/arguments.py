@@ -179,7 +179,7 @@ class RunArguments(GenerationArguments):
     recurrence_learning_rate: float | None = flag(None, "the recurrence's own; default: 10 times it where pretrained")
     lr_scheduler: str = flag("linear", "decay after warm-up: linear, cosine or constant")
     warmup_steps: int | None = flag(None, "steps over which the learning rate rises from 0; default: a tenth of all")
-    weight_decay: float = flag(0.01, "of matrices; biases, norms and gates have none")
+    weight_decay: float = flag(0.01, "of matrices; biases, norms and gates of attention heads have none")
     adam_beta2: float = flag(
         0.999, "what a step keeps of the mean of squared gradients; lower: a large one is sooner forgotten"
     )

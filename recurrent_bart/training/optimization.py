@@ -12,9 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from recurrent_bart.loading import is_recurrence
 from recurrent_bart.training.arguments import RunArguments
 
+# ends of the names of parameters that hold one vector a layer
+STACKED_VECTORS = ("_bias", "prefix_gate", "matrix_gate")
+
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter, by its name, is a low-rank adapter's."""
+    """Return True if a parameter with this name belongs to a low-rank adapter."""
     return ".lora_" in name
 
 
@@ -42,15 +45,32 @@ class LearningRates:
 def build_optimizer(
     model: nn.Module, rates: LearningRates, weight_decay: float, adam_beta2: float = 0.999
 ) -> Optimizer:
-    """AdamW with decay on matrices alone; `adam_beta2`: of the mean of squared gradients, what a step keeps."""
-    groups: dict[tuple[float | Tensor, float], list[nn.Parameter]] = {}
+    """Build AdamW over the trained parameters, in groups by kind.
+
+    The groups depend on names and shapes alone. A checkpoint therefore fits an optimizer with other learning rates or
+    another weight decay, even where two groups then have the same values.
+
+    Args:
+        model: Its trained parameters are optimized.
+        rates: Learning rate of each kind.
+        weight_decay: Decay of matrices; all other parameters have none.
+        adam_beta2: Share of the mean of squared gradients that a step keeps.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # adapters are as new as the recurrence
-            rate = rates.recurrence if is_recurrence(name) or is_adapter(name) else rates.backbone
-            groups.setdefault((rate, weight_decay if _is_decayed(name, parameter) else 0.0), []).append(parameter)
+            is_new = is_recurrence(name) or is_adapter(name)
+            groups.setdefault((is_new, is_matrix(name, parameter)), []).append(parameter)
     return AdamW(
-        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
+        [
+            {
+                "params": members,
+                "lr": rates.recurrence if is_new else rates.backbone,
+                "weight_decay": weight_decay if is_decayed else 0.0,
+            }
+            for (is_new, is_decayed), members in groups.items()
+        ],
         betas=(0.9, adam_beta2),
         # one kernel over DeepSpeed's flat partition, instead of a temporary of its size for each operation
         fused=True,
@@ -79,7 +99,10 @@ def learning_rate_factor(schedule: str, warmup_steps: int, max_steps: int) -> Ca
     return factor
 
 
-def _is_decayed(name: str, parameter: torch.Tensor) -> bool:
-    # stacked by layer, the recurrence's biases and gates have a dimension more than a vector
-    is_vector = parameter.dim() < 2 or name.endswith(("_bias", "prefix_gate"))
-    return not is_vector and "layernorm" not in name and "layer_norm" not in name
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Return True for a matrix or a stack of matrices, False for a bias, a norm's weight or a gate of attention heads.
+
+    The recurrence stacks the parameters of all layers in a first dimension. A stack of vectors has two dimensions or
+    more, so it is known by its name.
+    """
+    return parameter.dim() > 1 and not name.endswith(STACKED_VECTORS)

@@ -28,10 +28,10 @@ STATE = TrainerState(
 FIGURES = {"loss": 1.1000000238418579, "n_targets": 7, "n_tokens": 90, "n_steps": 2, "seconds": 3.5}
 
 
-def make_engine(stage=2, clip=1.0, decay=0.1, rate=0.5, beta2=0.999, **changes):
+def make_engine(stage=2, clip=1.0, decay=0.1, rate=0.5, beta2=0.999, recurrence_rate=None, **changes):
     run = RunArguments(max_steps=10, warmup_steps=2)
     model = tiny_model(**changes).train()
-    optimizer = build_optimizer(model, LearningRates(rate, 2 * rate), decay, beta2)
+    optimizer = build_optimizer(model, LearningRates(rate, recurrence_rate or 2 * rate), decay, beta2)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -382,3 +382,30 @@ def test_settings_that_are_given_anew_hold(alone, tmp_path, stage):
     train(engine, 1)
     train(other, 1)
     assert other.get_lr() == pytest.approx([10 * rate for rate in engine.get_lr()])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    "now", [{"decay": 0.0}, {"recurrence_rate": 0.5}, {"decay": 0.0, "recurrence_rate": 0.5}], ids=str
+)
+def test_flags_that_make_groups_alike_load_the_moments(alone, tmp_path, stage, now):
+    """No weight decay, or one learning rate for all, and back."""
+    checkpoints = Checkpoints(tmp_path)
+    engine = train(make_engine(stage))
+    checkpoints.save(engine, STATE)
+    for changes in (now, {}):
+        other = make_engine(stage, **changes)
+        checkpoints.load(other)
+        assert_same_moments(other, engine)
+        assert {group["weight_decay"] for group in other.optimizer.param_groups} == {0.0, changes.get("decay", 0.1)}
+        rates = (0.5, changes.get("recurrence_rate", 1.0))
+        assert set(other.lr_scheduler.base_lrs) == set(rates)
+        shutil.rmtree(tmp_path)
+        checkpoints.save(other, STATE)
+
+
+def assert_same_moments(found, expected):
+    states = zip(found.optimizer.optimizer.state.values(), expected.optimizer.optimizer.state.values(), strict=True)
+    for state, other in states:
+        assert state["exp_avg"].any()
+        assert all(torch.equal(state[name], other[name]) for name in ("exp_avg", "exp_avg_sq"))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recurrent_bart.training.arguments import RunArguments
+from recurrent_bart.training.adapters import choose_trained
+from recurrent_bart.training.arguments import ModelArguments, RunArguments
 from recurrent_bart.training.optimization import (
     LearningRates,
     build_optimizer,
@@ -13,12 +14,44 @@ from recurrent_bart.training.optimization import (
 )
 from tiny import tiny_model
 
+# every field that adds parameters or takes some away
 CASES = [
-    {"recurrence": "layerwise", "prefix_projection": True},
+    {"recurrence": "layerwise", "prefix_projection": True, "prefix_attention": "gated"},
     {"recurrence": "layerwise", "prefix_projection": False, "prefix_attention": "concat"},
-    {"recurrence": "top"},
-    {"recurrence": "none"},
+    {"recurrence": "layerwise", "update_gate": False},
+    {"recurrence": "top", "prefix_attention": "gated"},
+    {"recurrence": "top", "prefix_projection": False, "prefix_attention": "concat"},
+    {"recurrence": "none", "prefix_attention": "gated"},
+    {"recurrence": "none", "prefix_projection": False},
+    {"associative_memory": True, "prefix_attention": "gated"},
+    {"associative_memory": True, "prefix_projection": False, "update_gate": False, "prefix_attention": "concat"},
+    {"decoder_context": "memory"},
+    {"pre_seq_len": 1, "prefix_hidden_size": 1, "associative_memory": True},
+    {"pre_seq_len": 0},
+    {"tie_word_embeddings": False},
 ]
+# by the last part of the name: what decays, and what does not
+DECAYED = {
+    *("initial_memory", "slot_embedding", "projection_in", "projection_out", "update_gate", "write_strength"),
+    *("shared", "embed_tokens", "embed_positions", "lm_head", "k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2"),
+    *("lora_A", "lora_B"),
+}
+NOT_DECAYED = {
+    *("projection_in_bias", "projection_out_bias", "update_gate_bias", "write_strength_bias"),
+    *("prefix_gate", "matrix_gate", "memory_gate"),
+    *("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layernorm_embedding"),
+}
+
+
+def is_decayed(name):
+    """Return whether a parameter decays by the tables above; raise KeyError for a name that they do not have."""
+    *path, last = name.removesuffix(".default.weight").split(".")
+    if last == "bias":
+        return False
+    kind = path[-1] if last == "weight" else last
+    if kind not in DECAYED | NOT_DECAYED:
+        raise KeyError(name)
+    return kind in DECAYED
 
 
 def optimizer_of(model, backbone=0.1, recurrence=0.2, weight_decay=0.5):
@@ -44,20 +77,51 @@ def test_every_parameter_is_in_one_group(changes):
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_what_bart_does_not_have_is_the_recurrences_and_has_its_rate(changes, bart):
     _, found = optimizer_of(tiny_model(**changes))
-    in_bart = {name for name, _ in bart.named_parameters()}
+    # tied weights under every name
+    in_bart = set(bart.state_dict())
     for name, (rate, _) in found.items():
         assert is_recurrence(name) == (name not in in_bart), name
         assert rate == (0.1 if name in in_bart else 0.2), name
 
 
+@pytest.mark.parametrize("trained", [{}, {"train": "prefix"}, {"lora_r": 2}], ids=str)
 @pytest.mark.parametrize("changes", CASES, ids=str)
-def test_only_matrices_decay(changes):
-    """Not biases, norms and gates of heads; a stack of vectors, one a layer, has two dimensions and is none."""
-    _, found = optimizer_of(tiny_model(**changes))
-    for name, (_, decay) in found.items():
-        is_vector = any(part in name for part in ("bias", "norm", "prefix_gate", "memory_gate"))
-        assert decay == (0.0 if is_vector else 0.5), name
-    assert {0.0, 0.5} <= {decay for name, (_, decay) in found.items() if "recurrence." in name}
+def test_every_parameter_by_name_is_in_the_group_of_its_kind(changes, trained, bart):
+    """Biases, norms and gates of heads do not decay, although stacks of them have two dimensions or more."""
+    if changes.get("pre_seq_len") == 0 and trained.get("train") == "prefix":
+        pytest.skip("there is nothing to train")
+    model = tiny_model(**changes)
+    choose_trained(model, ModelArguments(**trained))
+    _, found = optimizer_of(model)
+    in_bart = set(bart.state_dict())
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, (rate, decay) in found.items():
+        assert rate == (0.1 if name in in_bart else 0.2), name
+        assert decay == (0.5 if is_decayed(name) else 0.0), name
+
+
+def test_the_tables_of_this_file_hold_the_names_of_models_alone():
+    """A name that no model has any more would hide that a new one is missing."""
+    last_parts = set()
+    for changes in CASES:
+        model = tiny_model(**changes)
+        choose_trained(model, ModelArguments(lora_r=2))
+        last_parts |= {part for name, _ in model.named_parameters() for part in name.split(".")[-4:]}
+    assert last_parts >= DECAYED | NOT_DECAYED
+
+
+@pytest.mark.parametrize(("backbone", "recurrence", "decay"), [(0.1, 0.1, 0.5), (0.1, 0.2, 0.0), (0.0, 0.0, 0.0)])
+def test_groups_are_the_same_whatever_their_values(backbone, recurrence, decay):
+    """Otherwise a checkpoint would not fit a run with other flags."""
+
+    def members(*values):
+        model = tiny_model(associative_memory=True)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        optimizer, _ = optimizer_of(model, *values)
+        return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+    assert len(members()) == 4
+    assert members(backbone, recurrence, decay) == members()
 
 
 def test_a_step_keeps_of_squared_gradients_what_is_asked_for():
