@@ -149,6 +149,13 @@ def test_ranges_admit_what_a_gpu_machine_may_have():
     assert not ranges["deepspeed"].contains("0.19.7")
 
 
+def test_every_library_has_an_upper_bound_below_its_next_major_version():
+    exact = constraints()
+    for requirement in required() + required("lora") + required("tensorboard"):
+        major = int(exact[canonicalize_name(requirement.name)].split(".")[0])
+        assert not requirement.specifier.contains(f"{major + 1}.0"), requirement
+
+
 def test_all_that_is_imported_is_required():
     given = required() + required("lora") + required("tensorboard")
     direct = {canonicalize_name(requirement.name) for requirement in given}

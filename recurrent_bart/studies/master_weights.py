@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from recurrent_bart.training.gradient_sums import add_gradients
+
 
 class MasterWeights:
     """A model's weights twice, or once where it computes in float32.
@@ -29,13 +31,10 @@ class MasterWeights:
         self._copy([precise for _, precise in self._pairs], [own for own, _ in self._pairs])
 
     def collect_gradients(self) -> None:
-        """Add what a backward pass gave to the gradients of the weights that are trained."""
-        used = [(own, precise) for own, precise in self._pairs if own.grad is not None]
-        gradients = [torch.empty_like(precise) for _, precise in used]
-        self._copy(gradients, [own.grad for own, _ in used])
-        for (own, precise), gradient in zip(used, gradients, strict=True):
-            precise.grad = gradient if precise.grad is None else precise.grad.add_(gradient)
-            own.grad = None
+        """Add the gradients of a backward pass to those of the trained weights, in float32, and free them."""
+        sums = add_gradients([precise.grad for _, precise in self._pairs], [own.grad for own, _ in self._pairs])
+        for (own, precise), total in zip(self._pairs, sums, strict=True):
+            own.grad, precise.grad = None, total
 
     def round(self) -> None:
         """Compute with the weights as they have been trained."""

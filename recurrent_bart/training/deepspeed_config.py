@@ -95,7 +95,10 @@ def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: flo
     except ValueError as error:
         raise ValueError(f"--deepspeed {path}: {error}") from error
     config = _without_auto(config)
+    # DeepSpeed's own default is the precision of the weights
+    types = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
     return config | {
+        "data_types": types,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,

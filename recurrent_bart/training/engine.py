@@ -19,9 +19,8 @@ from recurrent_bart.distributed import is_first
 from recurrent_bart.modeling_decoder import RecurrentBartDecoder
 from recurrent_bart.modeling_encoder import RecurrentBartEncoder
 from recurrent_bart.modeling_recurrent_bart import RecurrentBartModel
-from recurrent_bart.training.accelerator_calls import shorten_accelerator_calls
-from recurrent_bart.training.gradient_buckets import reduce_buckets_whole
-from recurrent_bart.training.gradients_together import look_at_gradients_together
+from recurrent_bart.training.deepspeed_patches import apply_patches, sum_in, without_bf16_optimizer
+from recurrent_bart.training.gradient_sums import StepGradients
 
 
 def build_engine(
@@ -30,21 +29,23 @@ def build_engine(
     """Shard a model and its optimizer.
 
     ZeRO-3 gathers parameters at each call of a module. The recurrence calls every layer once per segment, so the
-    encoder is made a leaf, gathered once per forward pass as a whole; this also lets processes read different numbers
-    of segments in one step. The decoder is a leaf too: hooks on each of its parts take the processor longer than a GPU
-    the parts, and a whole one can be replayed.
+    encoder is made a leaf: it is gathered once per forward pass, as a whole. Ranks may then read different numbers of
+    segments in one step. The decoder is a leaf too: hooks on each of its parts take more CPU time than the parts take
+    GPU time, and a whole decoder can be replayed as a CUDA graph.
+
+    Raises:
+        ValueError: The installed DeepSpeed lacks a name without which numbers would be wrong.
     """
     if config["zero_optimization"]["stage"] == 3:
         set_z3_leaf_modules(model, [RecurrentBartEncoder, RecurrentBartDecoder])
         for owner in [module for module in model.modules() if isinstance(module, RecurrentBartModel)]:
             for part in ("encoder", "decoder"):
                 _take_embedding_out(owner, part)
-    shorten_accelerator_calls()
-    # a file of its own is not needed: the engine only writes into it
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=dict(config))
-    look_at_gradients_together(engine.optimizer)
-    if engine.zero_optimization_stage() == 3:
-        reduce_buckets_whole(engine.optimizer)
+    # the engine writes into its configuration, so it gets a copy
+    sharding = without_bf16_optimizer(config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=sharding)
+    sum_in(engine.optimizer, config)
+    apply_patches(engine)
     engine.train()
     return engine
 
@@ -66,17 +67,23 @@ def _take_embedding_out(model: RecurrentBartModel, name: str) -> None:
 
 @contextlib.contextmanager
 def reducing_once(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Reduce the gradients of several passes together, at the end; not at all if one of them fails.
+    """Within this block, sum the gradients of all backward passes; reduce the sums over ranks once, at its end.
 
-    DeepSpeed reduces them there in any case. Where a pass has failed on one process the others are elsewhere, and it
-    would wait for them instead of ending with its error.
+    The sums are in `grad_accum_dtype` of the sharding configuration. Nothing is reduced if a pass fails: the other
+    ranks are elsewhere then, and this one would wait for them instead of ending with its error.
+
+    Raises:
+        RuntimeError: DeepSpeed did not reduce the gradients where this package expects it to.
     """
-    with engine.coalesce_grad_reduction():
+    gradients = StepGradients(engine)
+    with gradients.collected(), engine.coalesce_grad_reduction():
         try:
             yield
         except BaseException:
-            engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda optimizer: None
+            gradients.drop()
             raise
+    if not gradients.is_reduced:
+        raise RuntimeError(f"DeepSpeed {deepspeed.__version__} has not reduced the gradients of a step")
 
 
 @contextlib.contextmanager

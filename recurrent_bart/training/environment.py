@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 
 import deepspeed
 import deepspeed.comm
-import deepspeed.ops
 import torch
 import transformers
 
 from recurrent_bart.monitoring.wandb_tracker import parse_wandb_mode
+from recurrent_bart.training.deepspeed_patches import skip_shared_memory_operator
 
 # what a launcher tells each process
 GIVEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -99,8 +99,7 @@ def start_processes(timeout_minutes: int) -> Environment:
     if has_gpu:
         torch.cuda.set_device(device)
     else:
-        # a minute of compiling for an all-reduce that only inference uses
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_shared_memory_operator()
     timeout = timedelta(minutes=timeout_minutes)
     try:
         deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)

@@ -1,9 +1,9 @@
-"""Gradients under ZeRO-3 reduced and kept a bucket at a time, where DeepSpeed handles one parameter after another.
+"""Reduction of ZeRO-3 gradients a bucket at a time, with the bits of DeepSpeed's own.
 
-It slices, averages, converts and copies each of BART-large's 532 for itself, while GPUs wait (RESULTS.md).
+DeepSpeed slices, averages, converts and copies each of BART-large's 532 gradients for itself, while GPUs wait
+(RESULTS.md).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,33 +13,18 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn.functional import pad
 
-# DeepSpeed's own names for what is replaced
-_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
-
-
-def reduce_buckets_whole(optimizer: Any) -> None:
-    """Have a ZeRO-3 optimizer reduce and keep the gradients of a bucket in few operations.
-
-    Which those are, when it does and what comes out, to the last bit, stays as it is. Gradients that are kept on the
-    host or reduced in other ways are not touched.
-
-    Args:
-        optimizer: Of ZeRO-3.
-    """
-    if optimizer.offload_optimizer or optimizer.zenflow or optimizer.all2all_process_group is not None:
-        return
-    setattr(optimizer, f"{_PRIVATE}avg_scatter_grads", functools.partial(average_and_scatter, optimizer))
-    optimizer.partition_grads = functools.partial(keep_partitions, optimizer)
+# prefix of DeepSpeed's private names in its ZeRO-3 optimizer
+PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
 
 
 @torch.no_grad()
 def average_and_scatter(optimizer: Any, parameters: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
-    """As DeepSpeed's `__avg_scatter_grads`: this process's part of the mean gradient of each parameter.
+    """Return this rank's part of the mean gradient of each parameter, as DeepSpeed's `__avg_scatter_grads` does.
 
     Args:
-        optimizer: Of ZeRO-3.
-        parameters: Those of one bucket as DeepSpeed knows them, with whole gradients.
-        dtype: In which it is exchanged, and given.
+        optimizer: DeepSpeed's optimizer of ZeRO-3.
+        parameters: Parameters of one bucket, with whole gradients.
+        dtype: Data type in which they are exchanged and returned.
 
     Returns:
         `(ceil(n / n_processes),)` for a parameter of n entries; what is beyond them is 0.
@@ -59,8 +44,8 @@ def average_and_scatter(optimizer: Any, parameters: Sequence[Any], dtype: torch.
 
 @torch.no_grad()
 def keep_partitions(optimizer: Any, parameters: Sequence[Any], partitions: Sequence[Tensor]) -> list[Tensor]:
-    """As DeepSpeed's `partition_grads`: add parts to those of earlier passes of the step, and free whole gradients."""
-    kept = getattr(optimizer, f"{_PRIVATE}param_id_to_grad_partition")
+    """Add parts to those of earlier passes of the step and free whole gradients, as `partition_grads` does."""
+    kept = getattr(optimizer, f"{PRIVATE}param_id_to_grad_partition")
     own = [
         kept[parameter.ds_id][: partition.numel()] for parameter, partition in zip(parameters, partitions, strict=True)
     ]

@@ -15,8 +15,8 @@ from recurrent_bart.benchmarks.subjects import Place
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
 from recurrent_bart.prefix_attention import attend
-from recurrent_bart.training.accelerator_calls import shorten_accelerator_calls
 from recurrent_bart.training.arguments import RunArguments
+from recurrent_bart.training.deepspeed_patches import shorten_accelerator_calls
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import Documents
 from recurrent_bart.training.training_batches import TrainingBatches
