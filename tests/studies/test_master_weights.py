@@ -1,10 +1,20 @@
 """What computes in bfloat16 follows what is trained in float32, however small the steps."""
 
+import contextlib
+from pathlib import Path
+
+import pytest
 import torch
+from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 from recurrent_bart.studies.master_weights import MasterWeights
-from tiny import tiny_model
+from recurrent_bart.training.deepspeed_config import load_deepspeed_config
+from recurrent_bart.training.engine import build_engine, reducing_once
+from recurrent_bart.training.optimization import LearningRates, build_optimizer
+from tiny import BUCKET, random_ids, tiny_model
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
 def test_in_float32_there_is_one_model():
@@ -34,6 +44,31 @@ def test_gradients_of_several_passes_are_added_in_float32():
         weights.collect_gradients()
         assert weights.model.weight.grad is None
     assert weights.master.weight.grad.item() == 257.0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("n_passes", [1, 6])
+def test_gradients_are_those_of_the_trainers_own_loop(alone, stage, n_passes):
+    """To the last bit, over several passes too."""
+    config = load_deepspeed_config(CONFIGS / f"zero{stage}.json", 1, max_grad_norm=0.0, use_bf16=True)
+    config["zero_optimization"] |= BUCKET
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(tiny_model(init_std=0.1).float().train())
+    weights = MasterWeights(models[0], is_bf16=True)
+    engine = build_engine(models[1], build_optimizer(models[1], LearningRates(0.0, 0.0), 0.0), None, config)
+    batches = [(random_ids(2, 3, 8), random_ids(2, 5)) for _ in range(n_passes)]
+    for ids, labels in batches:
+        weights.model(ids, labels=labels, num_items_in_batch=60, return_logits=False).loss.backward()
+        weights.collect_gradients()
+    with reducing_once(engine) if n_passes > 1 else contextlib.nullcontext():
+        for ids, labels in batches:
+            engine.backward(engine(ids, labels=labels, num_items_in_batch=60, return_logits=False).loss)
+    expected = {name: parameter.grad for name, parameter in weights.master.named_parameters()}
+    for name, parameter in engine.module.named_parameters():
+        assert torch.equal(safe_get_full_grad(parameter).float(), expected[name]), name
+    engine.step()
 
 
 def test_steps_too_small_for_bfloat16_add_up():

@@ -30,9 +30,13 @@ def make_run(documents):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("task", "precision"), [("document", "fp32"), ("sections", "fp32"), ("sections", "bf16")])
-def test_losses_are_those_of_launch_train(make_run, documents, tmp_path, train_main, task, precision):
+@pytest.mark.parametrize(
+    ("task", "precision", "n_passes"),
+    [("document", "fp32", 1), ("sections", "fp32", 1), ("sections", "bf16", 1), ("sections", "bf16", 4)],
+)
+def test_losses_are_those_of_launch_train(make_run, documents, tmp_path, train_main, task, precision, n_passes):
     same = {"task": task, "precision": precision, "max_steps": 3, "eval_every": 3, "lr_scheduler": "constant"}
+    same |= {"gradient_accumulation_steps": n_passes}
     same |= {"bptt_depth": -1, "max_n_segments": 4, "dropout": 0.0, "hidden_dropout_prob": 0.0}
     assert train_main(flags(documents, tmp_path / "run", seed=5, **same)) == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
