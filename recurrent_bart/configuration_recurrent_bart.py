@@ -1,6 +1,6 @@
 """Configuration of Recurrent BART: BART's own fields and the recurrence's."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import BartConfig
@@ -60,6 +60,7 @@ class RecurrentBartConfig(BartConfig):
     """
 
     model_type = "recurrent_bart"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "state"]
 
     pre_seq_len: int = 20
     segment_size: int | None = None
@@ -142,7 +143,8 @@ class RecurrentBartConfig(BartConfig):
             )
         if self.encoder_layerdrop:
             raise ValueError(
-                f"encoder_layerdrop={self.encoder_layerdrop}: must be 0, for a dropped layer would lose its state"
+                f"encoder_layerdrop={self.encoder_layerdrop}: must be 0, for a dropped layer would lose its state. "
+                "from_pretrained(..., encoder_layerdrop=0.0) loads a checkpoint whose configuration has another value"
             )
 
     @property

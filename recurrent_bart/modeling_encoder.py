@@ -18,7 +18,14 @@ from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.prefix_recurrence import RecurrentState, build_recurrence
 from recurrent_bart.schedules import Grid, Kept
-from recurrent_bart.segmentation import Segment, align_at_end, align_marks, look_up_when_read, segment_documents
+from recurrent_bart.segmentation import (
+    Segment,
+    align_at_end,
+    align_marks,
+    has_barts_shapes,
+    look_up_when_read,
+    segment_documents,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -66,11 +73,15 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
 
         Raises:
             ValueError: Ids and embeddings are both given or both missing, a document has no token, a segment is
-                longer than `config.input_size`, or `every_segment` is of other segments.
+                longer than `config.input_size`, flat embeddings are of several segments, or `every_segment` or
+                `state` is of other segments or documents.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        is_flat = inputs_embeds.dim() == 3 if input_ids is None else input_ids.dim() == 2
         segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
+        if state is not None:
+            state.check(self.config, len(mask))
         segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
         marked_BN = aligned_BN = None
         if isinstance(every_segment, Tensor):
@@ -92,6 +103,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             outputs = grid.run(segments, mask, state, kept, earlier)
         output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN, may_pack)
         output = output.shifted(-n_empty_B, marked_BN)
+        if is_flat and has_barts_shapes(self.config, mask):
+            output = output.without_segments()
         return output.as_tuple() if return_dict is False else output
 
     def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.models.bart.modeling_bart import BartEncoder, BartPreTrainedModel
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.peft_adapters import save_recurrence, use_barts_targets
 from recurrent_bart.prefix_attention import GatedCrossAttention
 from recurrent_bart.prefix_recurrence import PrefixRecurrence
 
@@ -26,6 +27,27 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     _can_compile_fullgraph = False
     # its masks cannot be cut into memory's and tokens' part
     _supports_flex_attn = False
+
+    def __init__(self, config: RecurrentBartConfig):
+        super().__init__(config)
+        use_barts_targets()
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configurations of PEFT's adapters by name; missing where there are no adapters."""
+        if "_peft_config" not in self.__dict__:
+            raise AttributeError("peft_config: the model has no adapters")
+        return self.__dict__["_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        # PEFT sets it when adapters are in place
+        self.__dict__["_peft_config"] = configs
+        save_recurrence(self, configs)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_peft_config"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -58,11 +80,18 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        """Refuse the reentrant kind, on whatever way it was asked for.
+        """Choose non-reentrant checkpointing of each layer, or none; every way to ask for checkpointing ends here.
 
-        A layer is run once per segment, and reentrant checkpointing gives wrong gradients for modules used more than
-        once.
+        Raises:
+            ValueError: Reentrant checkpointing is asked for. A layer runs once per segment, and reentrant checkpointing
+                gives wrong gradients for modules that run more than once.
         """
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+        chosen = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and chosen.get("use_reentrant"):
             raise ValueError("use_reentrant=True: gradients of layers used once per segment would be wrong; use False")
+        if enable and chosen.get("use_reentrant") is None:
+            # without a choice torch.utils.checkpoint takes the reentrant kind
+            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for encoder in (module for module in self.modules() if isinstance(module, BartEncoder)):
+            encoder.checkpoints_segments = False

@@ -4,13 +4,14 @@ Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length 
 T target length, D model width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bart.modeling_bart import (
     BartForConditionalGeneration,
     BartModel,
@@ -28,6 +29,7 @@ from recurrent_bart.modeling_outputs import (
     RecurrentBartLMOutput,
     RecurrentBartModelOutput,
     RecurrentEncoderOutput,
+    given_on,
     put_back,
     take,
 )
@@ -35,8 +37,16 @@ from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.oracle_inputs import OracleInputs
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segment_generation import SegmentGeneration
-from recurrent_bart.segmentation import align_at_end, align_marks, segment_documents, to_device
-from recurrent_bart.targets import IGNORED, check_decoder_start, check_labels, on_host, per_target, token_loss
+from recurrent_bart.segmentation import align_at_end, align_marks, has_barts_shapes, segment_documents, to_device
+from recurrent_bart.targets import (
+    IGNORED,
+    check_decoder_start,
+    check_labels,
+    check_unused,
+    on_host,
+    per_target,
+    token_loss,
+)
 from recurrent_bart.token_head import TokenHead
 
 
@@ -65,10 +75,11 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         require a gradient, as ids never do; and of outputs those in a tuple. Without them the encoder's gradient
         would be lost in silence.
         """
-        n_empty_B, marked_BN = None, None
+        n_empty_B, marked_BN, is_barts = None, None, False
         if inputs_embeds is None and input_ids is not None:
             segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, None)
             segments, attention_mask, n_empty_B = align_at_end(segments, mask, kwargs.get("state") is not None)
+            is_barts = input_ids.dim() == 2 and has_barts_shapes(self.config, mask)
             every_segment = kwargs.get("every_segment", False)
             if isinstance(every_segment, Tensor):
                 marked_BN, every_segment = every_segment.cpu(), True
@@ -79,6 +90,8 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         output = RecurrentEncoderOutput.from_tuple(
             self.encoder(None, attention_mask, inputs_embeds, return_dict=False, **kwargs)
         )
+        if is_barts:
+            output = output.without_segments()
         return output if n_empty_B is None else output.shifted(-n_empty_B, marked_BN)
 
     def decode(
@@ -93,7 +106,11 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         """Run the decoder on what the encoder gave.
 
         From embeddings made outside it to a plain tuple, for the reason that `encode` has.
+
+        Raises:
+            ValueError: There are more positions than the table has.
         """
+        self._check_positions(input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
         hidden, packing, mask = encoder_outputs.last_hidden_state, encoder_outputs.packing, None
         # BartDecoder hands further arguments down to its attention, which alone knows those that are added here
         if packing is None:
@@ -112,6 +129,16 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
             output.last_hidden_state = output.last_hidden_state[to_device(packing.order.argsort(), hidden.device)]
         return output
 
+    def _check_positions(self, inputs: Tensor | None, past_key_values: Cache | None) -> None:
+        n_read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        most = self.config.max_position_embeddings
+        # of a static cache the number is a tensor, for which a device would be waited for
+        if inputs is not None and isinstance(n_read, int) and n_read + inputs.shape[1] > most:
+            raise ValueError(
+                f"decoder_input_ids or labels of {n_read + inputs.shape[1]} positions: max_position_embeddings is "
+                f"{most}. Where none are given, input_ids are shifted to stand for them"
+            )
+
     @can_return_tuple
     def forward(
         self,
@@ -119,7 +146,7 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: RecurrentEncoderOutput | None = None,
+        encoder_outputs: BaseModelOutput | Sequence | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
@@ -135,9 +162,12 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
                 input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
             )
         if encoder_outputs is None:
-            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
+            encoded = self.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
+        else:
+            encoded = RecurrentEncoderOutput.of(encoder_outputs, self.config, attention_mask)
+        encoded.check_one_context()
         decoder_outputs = self.decode(
-            encoder_outputs,
+            encoded,
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             past_key_values=past_key_values,
@@ -151,10 +181,10 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-            state=encoder_outputs.state,
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            state=given_on(state, encoded.state),
         )
 
 
@@ -183,7 +213,7 @@ class RecurrentBartForConditionalGeneration(
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: RecurrentEncoderOutput | None = None,
+        encoder_outputs: BaseModelOutput | Sequence | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
@@ -205,9 +235,18 @@ class RecurrentBartForConditionalGeneration(
             return_logits: False: with labels, the loss alone, for which the logits are never in memory together.
 
         Raises:
-            ValueError: Labels or decoder inputs are not usable; the message names the row.
+            ValueError: Labels or decoder inputs are not usable, and the message names the row; or they are given
+                with labels `(B, N, T)`, from which each segment's decoder inputs are made.
         """
         if labels is not None and labels.dim() == 3:
+            unused = {
+                "decoder_input_ids": decoder_input_ids,
+                "decoder_attention_mask": decoder_attention_mask,
+                "decoder_inputs_embeds": decoder_inputs_embeds,
+                "encoder_outputs": encoder_outputs,
+                "past_key_values": past_key_values,
+            }
+            check_unused(unused, "labels (B, N, T)")
             reading = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
             known = on_host(labels)
             # what the host does not know is everywhere
@@ -218,7 +257,9 @@ class RecurrentBartForConditionalGeneration(
             # an oracle takes rows of them
             marks = {"every_segment": has_target, "may_pack": oracle is None}
             encoded = self.model.encode(**reading, state=state, **marks, **kwargs)
-            return self._decode_segments(encoded, labels, has_target, num_items_in_batch, oracle, return_logits)
+            output = self._decode_segments(encoded, labels, has_target, num_items_in_batch, oracle, return_logits)
+            output.state = given_on(state, encoded.state)
+            return output
         if labels is not None:
             use_cache = False
             known = on_host(labels)
@@ -234,6 +275,7 @@ class RecurrentBartForConditionalGeneration(
                 raise ValueError("oracle: needs labels, and neither decoder_attention_mask nor decoder_inputs_embeds")
             if encoder_outputs is None:
                 encoder_outputs = self.model.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
+            encoder_outputs = RecurrentEncoderOutput.of(encoder_outputs, self.config, attention_mask)
             decoder_input_ids = self._mixed_inputs(oracle, encoder_outputs, decoder_input_ids, labels)
         outputs = self.model(
             input_ids,
@@ -296,7 +338,6 @@ class RecurrentBartForConditionalGeneration(
         return RecurrentBartLMOutput(
             loss=loss,
             logits=None if logits is None else put_back(logits, has_target),
-            state=encoded.state,
         )
 
 

@@ -6,12 +6,13 @@ A attended length, H heads, K head width, D model width, S = slots and tokens of
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils import ModelOutput
 
 from recurrent_bart.associative_memory import Matrix, as_rows, from_rows
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
@@ -25,8 +26,10 @@ PrefixReader = Callable[[int, Tensor], KeyValue]
 
 
 @dataclass
-class RecurrentState:
+class RecurrentState(ModelOutput):
     """What has been read so far; goes into `forward` and `generate` and comes out again.
+
+    A dictionary of tensors, each with a row per document: Hugging Face and accelerate can gather it over processes.
 
     Attributes:
         position: `(B,)`, number of segments read; a document at 0 begins with the learned first state.
@@ -47,21 +50,46 @@ class RecurrentState:
         cls, config: RecurrentBartConfig, n_documents: int, device: torch.device | str = "cpu"
     ) -> "RecurrentState":
         """The state before anything is read."""
-        memory = None
-        if config.has_state:
-            n_states = config.encoder_layers if config.recurrence == "layerwise" else 1
-            memory = torch.zeros(n_documents, n_states, config.n_state_rows, config.d_model, device=device)
+        shape = cls.memory_shape(config, n_documents)
+        memory = None if shape is None else torch.zeros(shape, device=device)
         return cls(torch.zeros(n_documents, dtype=torch.long, device=device), memory)
 
+    @staticmethod
+    def memory_shape(config: RecurrentBartConfig, n_documents: int) -> tuple[int, ...] | None:
+        """Return the shape of `memory`; None where nothing is carried."""
+        if not config.has_state:
+            return None
+        n_states = config.encoder_layers if config.recurrence == "layerwise" else 1
+        return n_documents, n_states, config.n_state_rows, config.d_model
+
     def tensors(self) -> dict[str, Tensor]:
-        """All there is, by name, to be written to a file."""
-        named = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        """Return all tensors by name, to be written to a file."""
+        return dict(self.items())
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "RecurrentState":
         """What `tensors` gave."""
         return cls(**tensors)
+
+    def carries_anything(self) -> bool:
+        """Return True if the next segment reads anything of the segments before it."""
+        return self.memory is not None or self.context is not None
+
+    def check(self, config: RecurrentBartConfig, n_documents: int) -> None:
+        """Refuse a state of another model or of another number of documents, which could broadcast.
+
+        Raises:
+            ValueError: A tensor has another shape; the message names the tensor.
+        """
+        for name, tensor in self.items():
+            if len(tensor) != n_documents:
+                raise ValueError(f"state: {name} is of {len(tensor)} documents, the batch has {n_documents}")
+        found, needed = (
+            self.memory if self.memory is None else tuple(self.memory.shape),
+            self.memory_shape(config, n_documents),
+        )
+        if found != needed:
+            raise ValueError(f"state: memory has shape {found}, this model's has shape {needed}")
 
     def detach(self) -> "RecurrentState":
         """The same numbers without their history."""

@@ -48,18 +48,22 @@ class SegmentGeneration(GenerationMixin):
             are the `sequences`; of all else after segments there is a row for each text, document by document.
 
         Raises:
-            ValueError: No segment that is read is chosen.
+            ValueError: No segment that is read is chosen, or `encoder_outputs` are given and have other contexts than
+                are decoded here.
         """
         chosen = every_segment if isinstance(every_segment, Tensor) else None
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
-        if encoded is None:
+        if encoded is not None:
+            encoded = RecurrentEncoderOutput.of(encoded, self.config, kwargs.get("attention_mask"))
+        else:
             gives_more = self._setting("return_dict_in_generate", generation_config, kwargs)
             takes_more = kwargs.get("decoder_input_ids") is not None
             kwargs["may_pack"] = may_pack and chosen is not None and not gives_more and not takes_more
             encoded = self._read_to_generate(input_ids, every_segment, generation_config, kwargs)
         if chosen is not None or every_segment:
             return self._generate_segments(encoded, chosen, generation_config, **kwargs)
+        encoded.check_one_context()
         is_flat = input_ids is not None and input_ids.dim() == 2
         # GenerationMixin takes what outputs call `state` for a cache
         stateless = dataclasses.replace(encoded, state=None)
@@ -93,9 +97,8 @@ class SegmentGeneration(GenerationMixin):
         generation_config: GenerationConfig | None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
-        is_read_BN = encoded.is_read
+        chosen_BN, is_read_BN = encoded.check_contexts(chosen_BN), encoded.is_read
         assert is_read_BN is not None
-        chosen_BN = torch.ones_like(is_read_BN) if chosen_BN is None else chosen_BN.to(is_read_BN.device)
         is_told_BN = is_read_BN & chosen_BN
         if not is_told_BN.any():
             raise ValueError("every_segment: no segment that is read is chosen")

@@ -58,13 +58,13 @@ def split_into_segments(
 
 
 def segment_positions(
-    attention_mask: Tensor, input_ids: Tensor | None, special: tuple[int, int], segment_size: int, input_size: int
+    attention_mask: Tensor, input_ids: Tensor, special: tuple[int, int], segment_size: int, input_size: int
 ) -> Tensor:
     """Where each token of each segment stands in its flat row.
 
     Args:
         attention_mask: `(B, n)`, 1 at the document's tokens.
-        input_ids: `(B, n)`, to see whether rows begin and end with the special tokens; None: they do not.
+        input_ids: `(B, n)`, to see whether rows begin and end with the special tokens.
         special: Ids that begin and end a document, `(bos, eos)`.
         segment_size: Length of a segment, special tokens included.
         input_size: Length of a segment with its overlap.
@@ -76,15 +76,13 @@ def segment_positions(
         ValueError: A row has no token; the message names it.
     """
     rows = []
-    input_ids = None if input_ids is None else input_ids.cpu()
+    input_ids = input_ids.cpu()
     for row, mask in enumerate(attention_mask.tolist()):
         positions = [i for i, is_token in enumerate(mask) if is_token]
         if not positions:
             raise ValueError(f"attention_mask: row {row} is a document of 0 tokens")
-        n_leading = n_trailing = 0
-        if input_ids is not None:
-            n_leading = int(input_ids[row, positions[0]] == special[0])
-            n_trailing = int(input_ids[row, positions[-1]] == special[1])
+        n_leading = int(input_ids[row, positions[0]] == special[0])
+        n_trailing = int(input_ids[row, positions[-1]] == special[1])
         rows.append(split_into_segments(positions, segment_size, input_size, n_leading, n_trailing))
     return torch.tensor(pad_segments(rows, padding=-1))
 
@@ -137,6 +135,9 @@ def segment_documents(
     """Ids or embeddings as `(B, N, L, ...)` with their mask, which is on the host.
 
     In training, documents are cut after `config.max_n_segments`.
+
+    Raises:
+        ValueError: A segment is longer than `config.input_size`, or flat embeddings are of several segments.
     """
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     is_flat = tokens.dim() == (2 if inputs_embeds is None else 3)
@@ -145,16 +146,25 @@ def segment_documents(
     if is_flat and shape[1] <= config.segment_size:
         # one segment: exactly as it came, as BART would see it
         return tokens.unsqueeze(1), mask.unsqueeze(1)
+    if is_flat and input_ids is None:
+        raise ValueError(
+            f"inputs_embeds of {shape[1]} positions: segment_size is {config.segment_size}, and embeddings do not show "
+            "which of them are the special tokens that every segment needs; give input_ids, or segments (B, N, L, D)"
+        )
     if is_flat:
         special = config.bos_token_id, config.eos_token_id
         positions = segment_positions(mask, input_ids, special, config.segment_size, config.input_size)
-        fill = config.pad_token_id if inputs_embeds is None else 0.0
-        tokens, mask = gather_segments(tokens, positions, fill), (positions >= 0).to(mask.dtype)
+        tokens, mask = gather_segments(tokens, positions, config.pad_token_id), (positions >= 0).to(mask.dtype)
     if tokens.shape[2] > config.input_size:
         raise ValueError(f"segments of {tokens.shape[2]} tokens: input_size is {config.input_size}")
     if is_training and config.max_n_segments != -1:
         tokens, mask = tokens[:, : config.max_n_segments], mask[:, : config.max_n_segments]
     return tokens, mask
+
+
+def has_barts_shapes(config: RecurrentBartConfig, mask_BNL: Tensor) -> bool:
+    """Return True if flat documents are read as BART reads them: without a prefix, as one segment."""
+    return not config.pre_seq_len and mask_BNL.shape[1] == 1
 
 
 def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,9 @@
 Shape suffixes: B documents, T target length, V vocabulary.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +58,21 @@ def check_decoder_start(decoder_input_ids: Tensor, decoder_start_token_id: int) 
         )
 
 
+def check_unused(arguments: Mapping[str, Any], cause: str) -> None:
+    """Refuse arguments that would be ignored.
+
+    Args:
+        arguments: Values by name; None is one that was not given.
+        cause: What makes them useless.
+
+    Raises:
+        ValueError: One is given; the message names it.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not used with {cause}, leave out")
+
+
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy, summed over targets and divided by their number.
 
@@ -63,11 +81,15 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor
         labels_BT: Ids, -100 where there is no target.
         num_items_in_batch: Number of targets in the whole optimizer step; None: those given here.
     """
+    return per_target(summed_loss(logits_BTV, labels_BT), labels_BT, num_items_in_batch)
+
+
+def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return the cross-entropy summed over targets, in float32 at least."""
     precise = torch.promote_types(logits_BTV.dtype, torch.float32)
-    total = nn.functional.cross_entropy(
+    return nn.functional.cross_entropy(
         logits_BTV.to(precise).flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    return per_target(total, labels_BT, num_items_in_batch)
 
 
 def per_target(total: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from recurrent_bart.targets import IGNORED
+from recurrent_bart.targets import IGNORED, summed_loss
 
 # scores that are in memory at a time, 100 MB in float32: of 512 positions with BART's vocabulary
 CHUNK_SCORES = 512 * 50_265
+# subclasses, such as a quantised weight, need not know the products of chunks
+PLAIN_WEIGHTS = (Tensor, nn.Parameter)
 
 
 class TokenHead(nn.Linear):
@@ -24,13 +26,15 @@ class TokenHead(nn.Linear):
 
     @classmethod
     def of(cls, plain: nn.Linear) -> "TokenHead":
-        """One that has a plain layer's weight."""
-        head = cls(plain.in_features, plain.out_features, bias=False, device="meta")
-        head.weight = plain.weight
-        return head
+        """Turn a plain layer into a head. It stays the same module: its weight counts as initialised if it did."""
+        plain.__class__ = cls
+        assert isinstance(plain, cls)
+        return plain
 
     def forward(self, hidden: Tensor, labels_BT: Tensor | None = None, bias_1V: Tensor | None = None) -> Tensor:
-        """Scores `(..., V)`; with labels the cross-entropy summed over targets, in float32 at least.
+        """Return scores `(..., V)`, or with labels the cross-entropy summed over targets, in float32 at least.
+
+        A quantised or sharded weight gives all scores at once: chunks are products with a plain weight.
 
         Args:
             hidden: `(..., D)`.
@@ -39,6 +43,9 @@ class TokenHead(nn.Linear):
         """
         if labels_BT is None:
             return super().forward(hidden)
+        if self.bias is not None or type(self.weight) not in PLAIN_WEIGHTS:
+            scores = super().forward(hidden) if bias_1V is None else super().forward(hidden) + bias_1V
+            return summed_loss(scores, labels_BT)
         with torch.autocast(hidden.device.type, enabled=False):
             return _ChunkedLoss.apply(hidden.flatten(0, -2), self.weight, bias_1V, labels_BT.flatten())
 

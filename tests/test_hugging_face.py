@@ -6,11 +6,19 @@ import inspect
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, BartForConditionalGeneration, BartModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BartModel,
+)
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration, RecurrentBartModel
-from tiny import RECURRENT, TINY, open_gates, random_ids
+from tiny import PLAIN, RECURRENT, TINY, open_gates, random_ids
 
 CLASSES = {"bare": RecurrentBartModel, "with a head": RecurrentBartForConditionalGeneration}
 FIELDS = {
@@ -178,8 +186,9 @@ def test_in_half_precision_all_stays_in_it_and_close(build, documents, tmp_path,
     model.save_pretrained(tmp_path)
     half = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     found, expected = half(**documents), model(**documents)
-    assert {tensor.dtype for tensor in (found.logits, *found.state.tensors().values())} >= {torch.bfloat16}
-    assert not any(tensor.dtype == torch.float32 for tensor in found.state.tensors().values())
+    carried = () if found.state is None else found.state.tensors().values()
+    assert {tensor.dtype for tensor in (found.logits, *carried)} >= {torch.bfloat16}
+    assert not any(tensor.dtype == torch.float32 for tensor in carried)
     torch.testing.assert_close(found.logits.float(), expected.logits, rtol=0.1, atol=0.1)
 
 
@@ -227,3 +236,190 @@ def test_encoder_and_decoder_can_be_had_alone(build, documents):
     found = model(encoder_outputs=encoded, decoder_input_ids=decoder_input_ids).logits
     torch.testing.assert_close(found, expected)
     assert model.get_decoder() is model.model.decoder
+
+
+@pytest.mark.parametrize("fields", [{}, {"decoder_context": "all"}, {"prefix_attention": "gated"}], ids=str)
+@pytest.mark.parametrize("form", ["plain tuple", "object", "tuple of one"])
+def test_encoder_outputs_are_taken_in_every_form(build, documents, fields, form):
+    model = build(RecurrentBartForConditionalGeneration, **fields)
+    decoder_input_ids = documents.pop("decoder_input_ids")
+    ours = model.get_encoder()(**documents)
+    given = {
+        "plain tuple": lambda: model.get_encoder()(**documents, return_dict=False),
+        "object": lambda: BaseModelOutput(ours.last_hidden_state),
+        "tuple of one": lambda: (ours.last_hidden_state,),
+    }[form]()
+    # BART's outputs have no mask
+    extra = {} if form == "plain tuple" else {"attention_mask": ours.context_mask}
+    expected = model(encoder_outputs=ours, decoder_input_ids=decoder_input_ids).logits
+    assert torch.equal(model(encoder_outputs=given, decoder_input_ids=decoder_input_ids, **extra).logits, expected)
+    texts = [model.generate(encoder_outputs=one, max_new_tokens=4, **extra) for one in (ours, given)]
+    assert torch.equal(*texts)
+
+
+def test_a_mask_of_tokens_stands_behind_the_state(build):
+    model, ids, mask = build(RecurrentBartForConditionalGeneration), random_ids(2, 8), torch.ones(2, 8)
+    mask[1, 5:] = 0
+    ours = model.get_encoder()(ids, mask)
+    inputs = {"decoder_input_ids": random_ids(2, 5), "attention_mask": mask}
+    found = model(encoder_outputs=BaseModelOutput(ours.last_hidden_state), **inputs).logits
+    assert torch.equal(found, model(input_ids=ids, **inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "message"),
+    [
+        ({}, lambda outputs, mask: ((*outputs, None, None, None), None), "a tuple of 4 values"),
+        ({}, lambda outputs, mask: (outputs, mask), "context_mask is missing"),
+        (
+            {"decoder_context": "memory", "prefix_attention": "gated"},
+            lambda outputs, mask: (outputs, None),
+            "n_memory is missing",
+        ),
+    ],
+    ids=["another tuple", "mask of the document", "memory behind a gate"],
+)
+def test_encoder_outputs_that_lack_something_are_refused(build, documents, fields, change, message):
+    model = build(RecurrentBartForConditionalGeneration, **fields)
+    mask, decoder_input_ids = documents["attention_mask"], documents.pop("decoder_input_ids")
+    given, mask = change((model.get_encoder()(**documents).last_hidden_state,), mask)
+    with pytest.raises(ValueError, match=message):
+        model(encoder_outputs=given, attention_mask=mask, decoder_input_ids=decoder_input_ids)
+
+
+@pytest.mark.parametrize("reading", [{}, {"every_segment": True}, {"every_segment": "chosen"}], ids=str)
+@pytest.mark.parametrize("told", [False, True, "chosen"], ids=str)
+def test_encoder_outputs_of_other_segments_are_refused(build, reading, told):
+    model, ids = build(RecurrentBartForConditionalGeneration), random_ids(2, 3, 8)
+    chosen = torch.tensor([[True, False, True], [False, False, True]])
+    marks = {"chosen": chosen}
+    encoded = model.get_encoder()(ids, **{name: marks.get(value, value) for name, value in reading.items()})
+
+    def generate():
+        return model.generate(encoder_outputs=encoded, every_segment=marks.get(told, told), max_new_tokens=4)
+
+    given = reading.get("every_segment", False)
+    # contexts after every segment hold those after the chosen ones
+    if given == told or (given is True and told == "chosen"):
+        assert generate().shape[:-1] == ((2,) if told is False else (2, 3))
+    elif not (given == "chosen" and told is False):
+        with pytest.raises(ValueError, match="encoder_outputs of shape"):
+            generate()
+
+
+@pytest.mark.parametrize(
+    "name", ["decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs"]
+)
+def test_what_targets_per_segment_do_not_use_is_refused(build, name):
+    model, ids = build(RecurrentBartForConditionalGeneration), random_ids(2, 3, 8)
+    with pytest.raises(ValueError, match=f"{name}: not used with labels"):
+        model(ids, labels=random_ids(2, 3, 4), **{name: random_ids(2, 3, 4)})
+
+
+@pytest.mark.parametrize("n_documents", [1, 3])
+@pytest.mark.parametrize("fields", [{}, {"pre_seq_len": 0, "decoder_context": "all"}], ids=str)
+def test_a_state_of_another_number_of_documents_is_refused(build, n_documents, fields):
+    model = build(RecurrentBartForConditionalGeneration, **fields)
+    state = model.get_encoder()(random_ids(n_documents, 20)).state
+    with pytest.raises(ValueError, match=f"position is of {n_documents} documents, the batch has 4"):
+        model(random_ids(4, 20), decoder_input_ids=random_ids(4, 3), state=state)
+
+
+@pytest.mark.parametrize("fields", [{"recurrence": "top"}, {"pre_seq_len": 1}, {"pre_seq_len": 0}], ids=str)
+def test_a_state_of_another_model_is_refused(build, fields):
+    state = build(RecurrentBartModel, **fields).encoder(random_ids(2, 20)).state
+    with pytest.raises(ValueError, match="state: memory has shape"):
+        build(RecurrentBartModel).encoder(random_ids(2, 20), state=state)
+
+
+def test_flat_embeddings_of_several_segments_are_refused(build):
+    model, ids = build(RecurrentBartForConditionalGeneration), random_ids(2, 20)
+    inputs = {"inputs_embeds": model.model.shared(ids), "decoder_input_ids": random_ids(2, 3)}
+    with pytest.raises(ValueError, match="give input_ids, or segments"):
+        model(**inputs)
+    short = {"inputs_embeds": model.model.shared(ids[:, :8]), "decoder_input_ids": inputs["decoder_input_ids"]}
+    expected = model(input_ids=ids[:, :8], decoder_input_ids=inputs["decoder_input_ids"]).logits
+    assert torch.equal(model(**short).logits, expected)
+
+
+def test_decoder_inputs_past_the_position_table_are_refused(build):
+    model, long = build(RecurrentBartForConditionalGeneration), random_ids(1, 65)
+    inputs = (
+        {"input_ids": long},
+        {"input_ids": long[:, :8], "decoder_input_ids": long},
+        {"input_ids": long[:, :8], "labels": long},
+        {"input_ids": long[:, :8].view(1, 1, 8), "labels": long.view(1, 1, 65)},
+    )
+    for given in inputs:
+        with pytest.raises(ValueError, match="65 positions: max_position_embeddings is 64"):
+            model(**given)
+    cache = model(long[:, :8], decoder_input_ids=long[:, :64], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="65 positions"):
+        model(long[:, :8], decoder_input_ids=long[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("build_head", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
+def test_a_resized_head_keeps_its_weight_when_initialised_again(build, build_head):
+    model = build(RecurrentBartForConditionalGeneration, **build_head)
+    model.resize_token_embeddings(70)
+    weight = model.lm_head.weight.clone()
+    model.post_init()
+    assert torch.equal(model.lm_head.weight, weight)
+
+
+@pytest.mark.parametrize(
+    "enable", [lambda m: m.gradient_checkpointing_enable({}), lambda m: m.activation_checkpointing_enable()]
+)
+def test_checkpointing_is_not_reentrant_unless_asked_and_can_be_switched_off(build, documents, enable):
+    model = build(RecurrentBartForConditionalGeneration).train()
+    documents.pop("decoder_input_ids")
+    inputs = {**documents, "labels": random_ids(2, 5)}
+    model(**inputs).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.set_gradient_checkpointing("segment")
+    enable(model)
+    assert not model.model.encoder.checkpoints_segments
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.set_gradient_checkpointing("segment")
+    model.gradient_checkpointing_disable()
+    assert not model.model.encoder.checkpoints_segments
+    assert not any(layer.gradient_checkpointing for layer in (*model.model.encoder.layers, *model.model.decoder.layers))
+
+
+class ProductsOnly(torch.Tensor):
+    """A weight as quantised ones are: `linear` knows it, and nothing else does."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            args = [part.as_subclass(torch.Tensor) if isinstance(part, cls) else part for part in args]
+            return function(*args, **kwargs or {})
+        if function.__name__ in ("matmul", "mT", "__matmul__"):
+            raise NotImplementedError(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_quantised_head_gives_the_loss_without_logits(build, documents):
+    model = build(RecurrentBartForConditionalGeneration, tie_word_embeddings=False)
+    documents.pop("decoder_input_ids")
+    inputs = {**documents, "labels": random_ids(2, 5)}
+    expected = model(**inputs, return_logits=False).loss
+    weight = model.lm_head.weight.detach().as_subclass(ProductsOnly)
+    del model.lm_head.weight
+    model.lm_head.weight = weight
+    found = model(**inputs, return_logits=False)
+    assert found.logits is None
+    torch.testing.assert_close(found.loss, expected)
+
+
+def test_encoder_layerdrop_of_a_checkpoint_can_be_switched_off_as_the_error_says(tmp_path):
+    BartForConditionalGeneration(BartConfig(**PLAIN, encoder_layerdrop=0.1)).save_pretrained(tmp_path)
+    load = RecurrentBartForConditionalGeneration.from_pretrained
+    with pytest.raises(ValueError, match=r"encoder_layerdrop=0\.0"):
+        load(tmp_path, segment_size=8)
+    assert load(tmp_path, segment_size=8, encoder_layerdrop=0.0).config.encoder_layerdrop == 0

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tiny import random_ids
+from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
+from tiny import TINY, random_ids
 
 N_LAYERS, N_HEADS, WIDTH, N_SLOTS = 3, 4, 16, 3
 FIELDS = {
@@ -178,3 +179,24 @@ def test_generate_takes_the_wish_from_its_configuration(make_eager, documents):
     output = model.generate(**documents, max_new_tokens=4)
     assert output.encoder_hidden_states[0].shape == (2, 3, 8, WIDTH)
     assert output.encoder_attentions is None
+
+
+@pytest.mark.parametrize("as_embeddings", [False, True], ids=["ids", "embeddings"])
+def test_without_recurrence_outputs_of_one_segment_are_barts(bart, as_embeddings):
+    """Names, shapes and values; documents that come in segments keep the dimension of segments."""
+    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY, pre_seq_len=0)).eval()
+    model.load_state_dict(bart.state_dict())
+    for one in (model, bart):
+        one.set_attn_implementation("eager")
+    ids, mask = random_ids(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = {"attention_mask": mask, "decoder_input_ids": random_ids(2, 5)}
+    inputs |= {"inputs_embeds": bart.model.shared(ids)} if as_embeddings else {"input_ids": ids}
+    found, expected = (one(**inputs, **WANTED) for one in (model, bart))
+    assert list(found) == list(expected)
+    for name in ("encoder_hidden_states", "encoder_attentions", "decoder_hidden_states", "cross_attentions"):
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(ours, theirs, msg=name)
+    encoded = model.get_encoder()(ids, mask, **WANTED)
+    assert encoded.hidden_states[0].shape == (2, 8, WIDTH)
+    assert model.get_encoder()(ids.view(2, 1, 8), **WANTED).hidden_states[0].shape == (2, 1, 8, WIDTH)

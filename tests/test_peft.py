@@ -2,11 +2,12 @@
 
 import copy
 
+import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
-from recurrent_bart import RecurrentBartForConditionalGeneration
-from tiny import random_ids, tiny_model
+from recurrent_bart import RecurrentBartForConditionalGeneration, peft_adapters
+from tiny import RECURRENT, random_ids, tiny_model
 
 
 def test_lora_trains_merges_and_loads_as_a_plain_model(tmp_path):
@@ -77,3 +78,88 @@ def test_adapters_train_under_checkpointing_as_without():
             torch.testing.assert_close(found[name], expected, msg=name)
     # A has none while B is zero
     assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if "lora_B" in name)
+
+
+@pytest.fixture
+def convert(bart, tmp_path):
+    """Converts one checkpoint of plain BART, whose recurrence is drawn anew each time."""
+    bart.save_pretrained(tmp_path / "bart")
+
+    def convert(**fields):
+        fields = RECURRENT | {"hidden_dropout_prob": 0.0} | fields
+        return RecurrentBartForConditionalGeneration.from_pretrained(tmp_path / "bart", **fields)
+
+    return convert
+
+
+def trained(model, inputs):
+    """The model after two large steps, in evaluation mode."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2),
+        LoraConfig(r=2, task_type="SEQ_2_SEQ_LM"),
+        LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["layernorm_embedding"]),
+        IA3Config(task_type="SEQ_2_SEQ_LM"),
+    ],
+    ids=["lora", "lora for seq2seq", "lora with other modules to save", "ia3"],
+)
+def test_adapters_are_saved_with_the_recurrence(convert, tmp_path, config):
+    inputs = {"input_ids": random_ids(2, 20), "labels": random_ids(2, 5)}
+    model = trained(get_peft_model(convert(), copy.deepcopy(config)), inputs)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(convert(), tmp_path / "adapter").eval()
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert not torch.equal(convert().eval()(**inputs).logits, model(**inputs).logits)
+
+
+def test_adapters_that_transformers_adds_are_saved_with_the_recurrence(convert, tmp_path):
+    inputs = {"input_ids": random_ids(2, 20), "labels": random_ids(2, 5)}
+    model = convert()
+    model.add_adapter(LoraConfig(r=2))
+    trained(model, inputs).save_pretrained(tmp_path / "adapter")
+    again = convert()
+    again.load_adapter(tmp_path / "adapter")
+    assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
+
+
+def test_default_target_modules_are_those_of_bart(bart, convert):
+    ours, theirs = (get_peft_model(model, LoraConfig(r=2)).targeted_module_names for model in (convert(), bart))
+    assert sorted(ours) == sorted(theirs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "config", "said"),
+    [
+        ({}, {"modules_to_save": []}, "is not saved with the adapter"),
+        ({"prefix_attention": "gated"}, {}, "memory_gate of the decoder is not trained"),
+        ({}, {}, None),
+        ({"pre_seq_len": 0}, {"modules_to_save": []}, None),
+    ],
+    ids=["left out", "gated", "saved", "no recurrence"],
+)
+def test_what_adapters_leave_untrained_is_said(convert, monkeypatch, fields, config, said):
+    warnings = []
+    monkeypatch.setattr(peft_adapters.logger, "warning", warnings.append)
+    get_peft_model(convert(**fields), LoraConfig(r=2, **config))
+    assert [said in text for text in warnings] == ([] if said is None else [True])
+
+
+def test_checkpointing_of_a_quantised_model_is_not_reentrant():
+    inputs = {"input_ids": random_ids(2, 20), "labels": random_ids(2, 5)}
+    model = tiny_model().train()
+    expected = model(**inputs).loss
+    prepare_model_for_kbit_training(model)
+    model = get_peft_model(model, LoraConfig(r=2))
+    loss = model(**inputs).loss
+    # reentrant checkpointing would go through the graph twice here
+    loss.backward()
+    assert torch.equal(loss, expected)

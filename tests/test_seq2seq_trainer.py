@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from accelerate.utils import gather, pad_across_processes
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_pt_utils import nested_concat, nested_detach, nested_numpify
 
+from processes import run_in_processes
 from tiny import random_ids, tiny_model
 
 N_DOCUMENTS, RATE = 8, 0.1
@@ -63,3 +66,52 @@ def test_loss_and_weights_are_those_of_plain_pytorch_whatever_the_accumulation(d
     assert loss == pytest.approx(expected_loss, abs=1e-3)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"pre_seq_len": 0}, {"decoder_context": "all"}, {"recurrence": "none"}],
+    ids=["state", "no recurrence", "all", "static"],
+)
+def test_predictions_and_metrics_are_of_logits_as_bart_gives_them(documents, tmp_path, fields):
+    """Without `predict_with_generate`, Hugging Face's trainer collects all outputs but those to be ignored."""
+    seen = []
+
+    def compute_metrics(predictions):
+        seen.append(predictions.predictions)
+        return {}
+
+    model = tiny_model(**fields)
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=3, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    trainer = Seq2SeqTrainer(model, arguments, data_collator=collate, compute_metrics=compute_metrics)
+    logits, encoded = trainer.predict(documents).predictions
+    assert len(seen) == 1
+    expected = model.eval()(**collate(documents[:3])).logits.detach()
+    found = torch.tensor(logits[:3, : expected.shape[1]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert len(encoded) == len(logits) == N_DOCUMENTS
+
+
+@pytest.mark.parametrize("fields", [{}, {"decoder_context": "all"}], ids=["last", "all"])
+def test_states_of_batches_can_be_put_together(documents, fields):
+    model = tiny_model(**fields).eval()
+    first, second = (nested_detach(model(**collate(documents[part])).state) for part in (slice(3), slice(3, 8)))
+    whole = nested_concat(first, second, padding_index=0)
+    assert torch.equal(whole.memory, torch.cat([first.memory, second.memory]))
+    assert {len(tensor) for tensor in whole.values()} == {N_DOCUMENTS}
+    assert torch.equal(torch.tensor(nested_numpify(first).memory), first.memory)
+
+
+def test_states_are_gathered_over_processes(tmp_path):
+    def work(rank):
+        torch.manual_seed(0)
+        model, ids = tiny_model(decoder_context="all").eval(), random_ids(4, 30)
+        with torch.no_grad():
+            whole = model(ids, labels=ids[:, :4]).state
+            own = model(ids[2 * rank : 2 * rank + 2], labels=ids[:2, :4]).state
+        gathered = gather(pad_across_processes(own, dim=1))
+        return all(torch.allclose(gathered[name], tensor, atol=1e-5) for name, tensor in whole.tensors().items())
+
+    assert run_in_processes(work, 2, tmp_path) == [True, True]

@@ -51,4 +51,5 @@ def _inject(model: nn.Module, arguments: ModelArguments) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_strength(), target_modules=list(ADAPTED))
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    # not the model itself: it would have PEFT train a copy of the recurrence, which is trained in place here
+    inject_adapter_in_model(config, nn.ModuleDict({"adapted": model}), adapter_name=ADAPTER)

@@ -47,7 +47,7 @@ def window_losses(
         inputs = window.model_inputs(device)
         output = model(**inputs, state=state, num_items_in_batch=n_items, oracle=oracle, return_logits=False)
         yield output.loss
-        state = output.state.detach()
+        state = output.state and output.state.detach()
 
 
 def has_windows(batch: Batch, config: RecurrentBartConfig) -> bool:
