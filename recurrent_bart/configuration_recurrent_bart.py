@@ -10,6 +10,13 @@ RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("concat", "gated")
 DECODER_CONTEXTS = ("last", "memory", "section", "all")
 SCHEDULES = ("auto", "sequential", "wavefront")
+# settings of old configurations, which transformers ignores: its BART has no other layout
+BARTS_LAYOUT = {
+    "normalize_before": False,
+    "add_final_layer_norm": False,
+    "normalize_embedding": True,
+    "static_position_embeddings": False,
+}
 
 
 @strict
@@ -164,7 +171,11 @@ class RecurrentBartConfig(BartConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """Read a configuration file; one of plain BART is taken for ours."""
+        """Read a configuration file; one of plain BART is taken for ours.
+
+        Raises:
+            ValueError: It is of another model type or of another layout of layers.
+        """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, BartConfig.model_type):
@@ -172,6 +183,12 @@ class RecurrentBartConfig(BartConfig):
                 f"{pretrained_model_name_or_path}: a checkpoint of type {model_type!r} was given, "
                 f"{BartConfig.model_type!r} or {cls.model_type!r} is needed"
             )
+        for name, value in BARTS_LAYOUT.items():
+            if config_dict.get(name, value) != value:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {name}={config_dict[name]!r} is of another architecture, such "
+                    f"as mBART; BART has {value!r}"
+                )
         if model_type == BartConfig.model_type:
             config_dict = {k: v for k, v in config_dict.items() if k not in ("model_type", "architectures")}
         return config_dict, kwargs

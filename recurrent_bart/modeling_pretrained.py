@@ -1,6 +1,7 @@
 """What all models here have in common: how their weights begin, and what is recomputed in the backward pass."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from recurrent_bart.prefix_attention import GatedCrossAttention
 from recurrent_bart.prefix_recurrence import PrefixRecurrence
 
 CHECKPOINTING_GRAINS = ("none", "layer", "segment")
+# weights of models that differ from BART in the order of norms and layers, and have the names of BART otherwise
+FINAL_NORM = re.compile(r"(^|\.)(encoder|decoder)\.layer_norm\.")
 
 
 class RecurrentBartPreTrainedModel(BartPreTrainedModel):
@@ -31,6 +34,22 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
         use_barts_targets()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a checkpoint of ours or of plain BART; see PreTrainedModel for the arguments.
+
+        Raises:
+            ValueError: The weights are of another architecture whose names are BART's, such as mBART.
+        """
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        norms = sorted(name for name in report["unexpected_keys"] if FINAL_NORM.search(name))
+        if norms:
+            raise ValueError(
+                f"the checkpoint has {', '.join(norms)}. BART has no norm above the last layer: these are weights of "
+                "mBART, or of another model with norms before each layer, whatever the configuration says"
+            )
+        return (model, report) if output_loading_info else model
 
     @property
     def peft_config(self) -> dict[str, Any]:

@@ -399,7 +399,7 @@ class ProductsOnly(torch.Tensor):
         if function is torch.nn.functional.linear:
             args = [part.as_subclass(torch.Tensor) if isinstance(part, cls) else part for part in args]
             return function(*args, **kwargs or {})
-        if function.__name__ in ("matmul", "mT", "__matmul__"):
+        if function in (torch.Tensor.mT.__get__, torch.Tensor.matmul, torch.Tensor.__matmul__):
             raise NotImplementedError(function.__name__)
         return super().__torch_function__(function, types, args, kwargs or {})
 
@@ -423,3 +423,45 @@ def test_encoder_layerdrop_of_a_checkpoint_can_be_switched_off_as_the_error_says
     with pytest.raises(ValueError, match=r"encoder_layerdrop=0\.0"):
         load(tmp_path, segment_size=8)
     assert load(tmp_path, segment_size=8, encoder_layerdrop=0.0).config.encoder_layerdrop == 0
+
+
+def prenorm_weights(bart):
+    """Weights of mBART's layout: a norm above each stack. Everything else has BART's names and shapes."""
+    norm = {"weight": torch.ones(16), "bias": torch.zeros(16)}
+    names = ("encoder.layer_norm", "decoder.layer_norm")
+    return bart.state_dict() | {f"model.{name}.{part}": norm[part].clone() for name in names for part in norm}
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize("form", ["one file", "shards", "bin"])
+def test_weights_of_mbart_under_the_name_of_bart_are_refused(bart, tmp_path, kind, form):
+    bart.save_pretrained(tmp_path)
+    weights = prenorm_weights(bart)
+    (tmp_path / "model.safetensors").unlink()
+    if form == "bin":
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    else:
+        bart.save_pretrained(tmp_path, state_dict=weights, max_shard_size="10KB" if form == "shards" else "1GB")
+        assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (form == "shards")
+    with pytest.raises(ValueError, match=r"layer_norm[^m]*BART has no norm"):
+        kind.from_pretrained(tmp_path, segment_size=8)
+
+
+def test_unexpected_weights_that_change_nothing_are_loaded_without(bart, tmp_path):
+    bart.save_pretrained(tmp_path, state_dict=bart.state_dict() | {"classification_head.dense.weight": torch.ones(2)})
+    model, report = RecurrentBartForConditionalGeneration.from_pretrained(
+        tmp_path, segment_size=8, pre_seq_len=0, output_loading_info=True
+    )
+    assert report["unexpected_keys"] == {"classification_head.dense.weight"}
+    assert torch.equal(model.model.shared.weight, bart.model.shared.weight)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"normalize_before": True}, {"add_final_layer_norm": True}, {"static_position_embeddings": True}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_configurations_of_bart_with_another_layer_layout_are_refused(tmp_path, setting):
+    BartConfig(**PLAIN, **setting).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        RecurrentBartConfig.from_pretrained(tmp_path)
