@@ -67,6 +67,12 @@ class Visibility:
         is_token = to_device(mask_BL, stream_BLD.device) if config.associative_memory else None
         return cls(tokens, slots if n_slots else None, n_slots, slots_read_prefix, is_token)
 
+    def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Visibility":
+        """Move the masks as `Tensor.to` does; accelerate calls it where layers are on several devices."""
+        masks = {"tokens": self.tokens, "slots": self.slots, "is_token": self.is_token}
+        moved = {name: mask.to(device, non_blocking=non_blocking) for name, mask in masks.items() if mask is not None}
+        return dataclasses.replace(self, **moved)
+
     def rows(self, rows: slice, has_padding: bool) -> "Visibility":
         """Of some rows; without padding in them all is seen, for which back-ends are faster."""
         masks = self.tokens, self.slots, self.is_token
@@ -115,21 +121,6 @@ class SingleLayer:
         own = self.shared.self_attn
         query, key, value = (split_heads(own, part(stream_BLD)) for part in (own.q_proj, own.k_proj, own.v_proj))
         return query, key, value
-
-
-def run_cell(
-    layer: BartEncoderLayer,
-    stream_BLD: Tensor,
-    visible: Visibility,
-    prefix: KeyValue | None,
-    gate_BH: Tensor | None,
-    matrix: Matrix | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One cell; recomputed in the backward pass where gradient checkpointing is on for this layer."""
-    inputs = SingleLayer(layer), stream_BLD, visible, prefix, gate_BH, matrix
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(encoder_cell, *inputs)
-    return encoder_cell(*inputs)
 
 
 def encoder_cell(

@@ -139,5 +139,5 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         """Likewise of its own inputs, ids or embeddings: without a mask BartDecoder would make one and look at it."""
         if inputs is None or inputs.device.type == "cpu" or "flash" in self.config._attn_implementation:
             return None
-        query = self.layernorm_embedding.weight.new_empty(1, inputs.shape[1], 1)
+        query = self.layernorm_embedding.weight.new_empty(1, inputs.shape[1], 1, device=inputs.device)
         return create_causal_mask(self.config, query, None, None, allow_is_causal_skip=False)

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.decoder_context import encoder_output
+from recurrent_bart.encoder_layer import RecurrentBartEncoderLayer
 from recurrent_bart.graph_guards import device_guard
 from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
@@ -35,6 +36,9 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
+        for layer in self.layers:
+            # the layer that there is: another one would draw its weights first, and a seed would give another model
+            layer.__class__ = RecurrentBartEncoderLayer
         self.recurrence = build_recurrence(config)
         self.checkpoints_segments = False
         self.post_init()
@@ -89,8 +93,9 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             aligned_BN = align_marks(marked_BN, mask, n_empty_B)
         if inputs_embeds is None:
             segments, earlier = self.embed_segments(segments, every_segment)
+        recurrence = self.recurrence and self.recurrence(segments.device)
         grid = Grid(
-            self.config, self.layers, self.recurrence, self._embed_segment, self.checkpoints_segments and self.training
+            self.config, self.layers, recurrence, self._embed_segment, self.checkpoints_segments and self.training
         )
         kept = Kept(
             every_segment=every_segment,

@@ -26,6 +26,8 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
     config_class = RecurrentBartConfig
     config: RecurrentBartConfig
+    # units for FSDP and for accelerate's device maps: the sequential schedule calls each layer as a module
+    _no_split_modules = ("RecurrentBartEncoderLayer", "BartDecoderLayer")
     # the prefix is read by matrix products around it, not by whole layers that a compiler could swallow
     _can_compile_fullgraph = False
     # its masks cannot be cut into memory's and tokens' part

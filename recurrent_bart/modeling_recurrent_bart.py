@@ -305,7 +305,8 @@ class RecurrentBartForConditionalGeneration(
         )
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden) + self.final_logits_bias
+        logits = self.lm_head(hidden)
+        return logits + self.final_logits_bias.to(logits.device)
 
     def _score(
         self, hidden: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None, return_logits: bool

@@ -4,6 +4,7 @@ Shape suffixes: B documents, P prefix length (= slots), E encoder layers (of a s
 A attended length, H heads, K head width, D model width, S = slots and tokens of a segment, R = layers * documents.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from recurrent_bart.layer_spans import Span, linear
 KeyValue = tuple[Tensor, Tensor]
 # tensors of several layers by name, stacked by layer; of a map also a `Span`
 Weights = Mapping[str, Any]
+# parameters of all layers together
+SHARED = ("initial_memory", "slot_embedding")
 # gives a layer's prefix by the layer's number and the slots (B, P, D) that enter it
 PrefixReader = Callable[[int, Tensor], KeyValue]
 
@@ -146,6 +149,19 @@ class PrefixRecurrence(nn.Module):
             self.write_strength = nn.Parameter(torch.empty(n_layers, width, self.n_heads))
             self.write_strength_bias = nn.Parameter(torch.empty(n_layers, 1, self.n_heads))
         self._build_slots(config)
+        # FSDP replaces parameters by other tensors
+        self.stacked_names = [name for name, _ in self.named_parameters() if name not in SHARED]
+
+    def forward(self, device: torch.device) -> "PrefixRecurrence":
+        """Return the recurrence with its parameters on a device, for use until the encoder's call ends.
+
+        accelerate brings offloaded parameters for a call of `forward` alone; all else here are other methods.
+        """
+        if not hasattr(self, "_hf_hook") and all(parameter.device == device for parameter in self.parameters()):
+            return self
+        there = copy.copy(self)
+        there.__dict__["_parameters"] = {name: parameter.to(device) for name, parameter in self.named_parameters()}
+        return there
 
     def n_states(self, config: RecurrentBartConfig) -> int:
         """Number of states carried."""
@@ -175,13 +191,25 @@ class PrefixRecurrence(nn.Module):
 
     def by_layer(self) -> Weights:
         """What every layer has of its own, stacked by layer."""
-        shared = ("initial_memory", "slot_embedding")
-        return {name: parameter for name, parameter in self.named_parameters() if name not in shared}
+        return {name: getattr(self, name) for name in self.stacked_names}
 
     def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
         """The prefix of each layer for one segment."""
-        key, value = self.project(memory_EBPD, self.by_layer(), functools.partial(_own_projection, layers))
-        return lambda layer_idx, slots_BPD: (key[layer_idx], value[layer_idx])
+        weights = self.by_layer()
+        if not self.has_projection:
+            # by a layer's own maps, and only while the layer runs: FSDP has its parameters no longer
+            return lambda layer_idx, slots_BPD: self._project_one(
+                layer_idx, memory_EBPD[layer_idx].to(slots_BPD.device), weights, layers
+            )
+        key, value = self.project(memory_EBPD, weights, functools.partial(_own_projection, layers))
+        return lambda layer_idx, slots_BPD: (key[layer_idx].to(slots_BPD.device), value[layer_idx].to(slots_BPD.device))
+
+    def _project_one(self, layer_idx: int, memory_BPD: Tensor, weights: Weights, layers: nn.ModuleList) -> KeyValue:
+        """Return keys and values `(B, H, P, K)` of one layer from the layer's state."""
+        own = slice(layer_idx, layer_idx + 1)
+        own_weights = {name: weight[own] for name, weight in weights.items()}
+        key, value = self.project(memory_BPD.unsqueeze(0), own_weights, functools.partial(_own_projection, layers[own]))
+        return key[0], value[0]
 
     def project(self, memory_EBPD: Tensor, weights: Weights, own: Callable[[Tensor], KeyValue]) -> KeyValue:
         """Keys and values `(E, B, H, P, K)` of the layers that have these states.
@@ -278,14 +306,7 @@ class TopRecurrence(PrefixRecurrence):
     def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
         """The prefix of each layer, made of the slots that have come up to it."""
         weights = self.by_layer()
-
-        def read(layer_idx: int, slots_BPD: Tensor) -> KeyValue:
-            span = slice(layer_idx, layer_idx + 1)
-            own = functools.partial(_own_projection, layers[span])
-            key, value = self.project(slots_BPD.unsqueeze(0), {n: w[span] for n, w in weights.items()}, own)
-            return key[0], value[0]
-
-        return read
+        return lambda layer_idx, slots_BPD: self._project_one(layer_idx, slots_BPD, weights, layers)
 
 
 class StaticPrefix(PrefixRecurrence):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.encoder_cell import Visibility, run_cell
+from recurrent_bart.encoder_cell import Visibility
 from recurrent_bart.graphed_wavefront import GraphedWavefront, can_graph
 from recurrent_bart.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.segmentation import Segment, on_device
@@ -131,7 +131,8 @@ class Grid:
         segments = [*earlier, *(_there_already(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
         stretches = self._stretches(n_segments, window, kept)
         run = self._sequential
-        if any(part.stop - part.start > 1 for part, _ in stretches) and self._is_by_diagonals(segments_BNLD, kept):
+        has_several = any(part.stop - part.start > 1 for part, _ in stretches)
+        if has_several and self._is_by_diagonals(segments_BNLD, kept) and not self._is_elsewhere(segments_BNLD.device):
             weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
             run = functools.partial(self._wavefront, weights)
         output = GridOutput()
@@ -173,6 +174,13 @@ class Grid:
         if obstacle and schedule == "wavefront":
             logger.warning_once(f"schedule='wavefront': segments are computed one after the other, because {obstacle}")
         return not obstacle
+
+    def _is_elsewhere(self, device: torch.device) -> bool:
+        """Return True if layers are offloaded or on another device: only their calls bring parameters and inputs."""
+        is_elsewhere = any(parameter.device != device for parameter in self.layers.parameters())
+        if is_elsewhere and self.config.schedule == "wavefront":
+            logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")
+        return is_elsewhere
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: Kept, is_last: bool) -> None:
         if kept.every_segment or kept.tokens or is_last:
@@ -229,14 +237,15 @@ class Grid:
         shared = recurrence.by_layer() if recurrence else {}
         slots, matrices, hidden_states, attentions = [], [], [stream[:, n_slots:]], []
         for layer_idx, layer in enumerate(self.layers):
-            prefix = read_prefix(layer_idx, stream[:, :n_slots]) if read_prefix else None
+            prefix = functools.partial(read_prefix, layer_idx) if read_prefix else None
             own, matrix = slice(layer_idx, layer_idx + 1), None
             gate_1H = None if gate_EH is None else gate_EH[own]
             if recurrence and recurrence.n_matrix_rows:
                 own_weights = {name: weight[own] for name, weight in shared.items()}
                 matrix = recurrence.matrix(memory_EBPD[own], stream.unsqueeze(0), visible.is_token, own_weights)
-            stream, weights, written = run_cell(layer, stream, visible, prefix, gate_1H, matrix)
-            slots.append(stream[:, :n_slots])
+            stream, weights, written = layer(stream, visible, prefix, gate_1H, matrix)
+            # layers may be on several devices
+            slots.append(stream[:, :n_slots].to(tokens_BLD.device))
             matrices.append(written)
             if kept.hidden_states:
                 hidden_states.append(stream[:, n_slots:])
@@ -246,10 +255,10 @@ class Grid:
         if recurrence:
             slots_EBPD = torch.stack(slots[-len(memory_EBPD) :])
             is_read_B = mask_BL.bool().any(dim=-1)
-            is_read_1B = None if is_read_B.all() else on_device(is_read_B, stream.device).unsqueeze(0)
+            is_read_1B = None if is_read_B.all() else on_device(is_read_B, tokens_BLD.device).unsqueeze(0)
             written = torch.cat(matrices) if recurrence.n_matrix_rows else None
             memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, shared, written)
-        return SegmentOutput(stream[:, n_slots:], memory, hidden_states, attentions)
+        return SegmentOutput(stream[:, n_slots:].to(tokens_BLD.device), memory, hidden_states, attentions)
 
 
 def _there_already(tokens_BLD: Tensor) -> Segment:

@@ -88,7 +88,10 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Return the cross-entropy summed over targets, in float32 at least."""
     precise = torch.promote_types(logits_BTV.dtype, torch.float32)
     return nn.functional.cross_entropy(
-        logits_BTV.to(precise).flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits_BTV.to(precise).flatten(0, 1),
+        labels_BT.flatten().to(logits_BTV.device),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
 
 
