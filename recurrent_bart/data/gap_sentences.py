@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from recurrent_bart.data.rows import Row
-from recurrent_bart.data.words import SENTENCE_END, WORD
+from recurrent_bart.data.words import SENTENCE_END, words
 
 # In the place of a sentence that was taken out, for the mask token. Half of a character, which no document holds: a
 # document may say "<mask>".
@@ -73,13 +73,13 @@ def made_rows(row: Row, n_rows: int, task: str) -> Iterator[Row]:
 
 def _sentences(sections: Sequence[str]) -> list[list[Sentence]]:
     texts = [_with_ends(section) for section in sections]
-    words = [[Counter(WORD.findall(text.lower())) for text in section] for section in texts]
+    counts = [[Counter(words(text)) for text in section] for section in texts]
     whole: Counter[str] = Counter()
-    for counted in itertools.chain.from_iterable(words):
+    for counted in itertools.chain.from_iterable(counts):
         whole += counted
     return [
         [Sentence(text, own.total(), _value(own, whole)) for text, own in zip(*both, strict=True)]
-        for both in zip(texts, words, strict=True)
+        for both in zip(texts, counts, strict=True)
     ]
 
 

@@ -1,9 +1,58 @@
-"""Words and sentences of texts in any script."""
+"""Words and sentences of a text in any script, in one Unicode form."""
 
-import re
+import unicodedata
 
-# scripts written without spaces: kana, Chinese characters, Thai
-UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f"
-# in unspaced scripts each character is one
-WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+import regex
+
+# scripts that put no space between two words
+UNSPACED_SCRIPTS = (
+    r"\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Bopomofo}\p{Yi}\p{Tangut}\p{Nushu}"
+    r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}"
+)
+UNSPACED = rf"[[\p{{L}}\p{{Nl}}]&&[{UNSPACED_SCRIPTS}]]"
+# these signs join the next consonant to the consonant before them (Myanmar, Khmer, Tai Tham)
+JOINERS = r"\u1039\u17d2\u1a60"
+WORD = regex.compile(
+    rf"""
+      {UNSPACED} \p{{M}}* (?: (?<=[{JOINERS}]) {UNSPACED} \p{{M}}* )*
+    | [[\p{{L}}\p{{N}}]--{UNSPACED}] [[\p{{L}}\p{{N}}\p{{M}}]--{UNSPACED}]*
+    """,
+    regex.VERSION1 | regex.VERBOSE,
+)
+# the zero-width space separates words
+IGNORABLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--\u200b]", regex.VERSION1)
+# in a script without spaces, no white space follows the end of a sentence
+SENTENCE_END = regex.compile(
+    rf"""
+      (?<=\p{{Sentence_Terminal}}) \s+
+    | (?<=[。｡！？]) (?![。｡！？])
+    | (?<={UNSPACED}\p{{M}}*[!?]+) (?![!?\s])
+    | (?<=[!?]) (?={UNSPACED})
+    | (?<={UNSPACED}\p{{M}}*[.．]) (?={UNSPACED})
+    | \n+
+    """,
+    regex.VERSION1 | regex.VERBOSE,
+)
+
+
+def normalise(text: str) -> str:
+    """Return the text in the form in which words are compared: Unicode's NFKC_Casefold.
+
+    Half-width kana, full-width letters, ligatures, decomposed accents and decomposed Hangul become the usual
+    characters. Case is folded. Characters that are not drawn, such as soft hyphens and joiners, are dropped.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return unicodedata.normalize("NFKC", IGNORABLE.sub("", folded))
+
+
+def words(text: str) -> list[str]:
+    """Return the normalised words of a text, each with its combining marks.
+
+    In a script without spaces between words, each character is a word.
+    """
+    return WORD.findall(normalise(text))
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text, without the white space between them."""
+    return [sentence for sentence in SENTENCE_END.split(text.strip()) if sentence]

@@ -92,6 +92,21 @@ def test_scripts_without_spaces_have_sentences_too():
     assert made.summaries[0].endswith("。")
 
 
+def test_words_of_hindi_are_counted_whole():
+    """Of sentences of twelve words five make sixty, which is what is asked for."""
+    sentence = "इस मशीन की गति और तापमान पूरे प्रतिवेदन में बताए गए हैं।"
+    assert len(sentence.split()) == 12
+    (made,) = made_rows(Row("d", [" ".join([sentence] * 20)], ["सार"]), 1, "document")
+    assert made.summaries == [" ".join([sentence] * 5)]
+
+
+def test_words_that_differ_in_their_vowel_signs_are_not_the_same():
+    """No sentence has a word of another, so none is telling."""
+    lines = [" ".join(consonant + vowel for consonant in "कखगघचछजझटठ") for vowel in "ािीुूेै"]
+    assert not list(made_rows(Row("d", ["\n".join(lines)], ["सार"]), 3, "document"))
+    assert list(made_rows(Row("d", ["\n".join(lines * 2)], ["सार"]), 3, "document"))
+
+
 @pytest.mark.parametrize("text", ["too short. to be told.", "", OTHER.format("x") + ". " + OTHER.format("y") + "."])
 def test_documents_without_a_telling_sentence_make_none(text):
     assert not list(made_rows(Row("d", [text], ["summary"]), 3, "sections"))
