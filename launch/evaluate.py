@@ -85,7 +85,7 @@ class Results:
     def lines(self) -> list[str]:
         """For a reader."""
         figures = {"documents": str(self.n_documents), "texts": str(self.n_texts), "loss": f"{self.loss:.4f}"}
-        scores = {name: f"{s.mean:.2f}  [{s.low:.2f}, {s.high:.2f}]" for name, s in self.rouge.items()}
+        scores = {name: f"{score:.2f}" for name, score in self.rouge.items()}
         return [f"{name:<10} {figure}" for name, figure in (figures | scores).items()]
 
 

@@ -22,12 +22,21 @@ HEAD = 100
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated text, what it should be, and the head of what it is of."""
+    """A generated text and its target.
+
+    Attributes:
+        id: Name of the document, and for sections the number of the target in it.
+        source: Beginning of the text that is summarised.
+        target: What the text should be.
+        generated: What the model wrote.
+        document: Row of the corpus. Documents may share a name, but not a row.
+    """
 
     id: str
     source: str
     target: str
     generated: str
+    document: int
 
 
 @dataclass(frozen=True)
@@ -124,23 +133,24 @@ class Evaluator:
         """A document's sample, or those of its sections that have a target."""
         row = self.corpus[index]
         if self.collator.task == "document":
-            return [self._sample(row["id"], row["sections"][0], row["summary_texts"][0], generated)]
+            return [self._sample(index, row["id"], row["sections"][0], row["summary_texts"][0], generated)]
         _, targets = self.collator.segments(row)
         places = [place for place, target in enumerate(targets) if target]
         parts = zip(row["sections"], row["summaries"], row["summary_texts"], strict=True)
         told = [(section, text) for section, summary, text in parts if section and summary]
         # sections behind the cut have a text but no place
         return [
-            self._sample(f"{row['id']}[{number}]", section, text, generated[place])
+            self._sample(index, f"{row['id']}[{number}]", section, text, generated[place])
             for number, (place, (section, text)) in enumerate(zip(places, told, strict=False))
         ]
 
-    def _sample(self, name: str, source: list[int], target: str, generated: Tensor) -> Sample:
+    def _sample(self, index: int, name: str, source: list[int], target: str, generated: Tensor) -> Sample:
         return Sample(
             id=name,
             source=self.tokenizer.decode(source[:HEAD], skip_special_tokens=True) + (" …" if source[HEAD:] else ""),
             target=target,
             generated=self.tokenizer.decode(generated, skip_special_tokens=True).strip(),
+            document=index,
         )
 
     def _batches(self, indices: list[int]) -> Iterator[Batch]:
@@ -156,5 +166,9 @@ class Evaluator:
 
 
 def score(samples: list[Sample]) -> dict[str, Interval]:
-    """ROUGE of samples."""
-    return rouge([sample.generated for sample in samples], [sample.target for sample in samples])
+    """Return the mean ROUGE of samples, each with its 95 % interval over documents."""
+    return rouge(
+        [sample.generated for sample in samples],
+        [sample.target for sample in samples],
+        [sample.document for sample in samples],
+    )

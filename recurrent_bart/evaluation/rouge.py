@@ -1,58 +1,73 @@
 """ROUGE of summaries (Lin 2004), by the rouge-score package."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from rouge_score import rouge_scorer, tokenizers
 
-from recurrent_bart.data.words import SENTENCE_END, WORD
-from recurrent_bart.evaluation.bootstrap import Interval, interval, resampled_means
+from recurrent_bart.data.words import sentences, words
+from recurrent_bart.evaluation.bootstrap import Interval, resample
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 class RougeTokenizer(tokenizers.Tokenizer):
-    """Identical to rouge-score's tokenizer on ASCII; in other scripts, which that one drops, words or characters."""
+    """Tokenizer that is identical to rouge-score's on ASCII text and keeps the words of all other scripts.
+
+    Words are normalised, so that a text and the same text in another Unicode form have the same words.
+    """
 
     def __init__(self) -> None:
         self.ascii = tokenizers.DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> list[str]:
-        """Words of a text; in unspaced scripts each character is one."""
+        """Return the words of a text; ASCII words are stemmed."""
         if text.isascii():
             return self.ascii.tokenize(text)
-        words: list[str] = []
-        for word in WORD.findall(text.lower()):
-            words += self.ascii.tokenize(word) if word.isascii() else [word]
-        return words
+        tokens: list[str] = []
+        for word in words(text):
+            tokens += self.ascii.tokenize(word) if word.isascii() else [word]
+        return tokens
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Interval]:
-    """Mean over texts of `rouge_of_each`, with its 95 % interval."""
-    scores = rouge_of_each(predictions, references)
-    return {name: interval(resampled_means(values[None], np.ones((1, len(values))))) for name, values in scores.items()}
-
-
-def rouge_of_each(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
-    """F-measure in percent of each text: ROUGE-1, -2, -L (whole text) and -Lsum (sentence by sentence).
+def rouge(
+    predictions: Sequence[str], references: Sequence[str], documents: Sequence[Hashable] | None = None
+) -> dict[str, Interval]:
+    """Return the mean of `rouge_of_each` over all texts, with its 95 % interval over documents.
 
     Args:
         predictions: Generated texts.
-        references: What they should be, in the same order.
+        references: Target texts, in the same order.
+        documents: Document of each text. The texts of one document are resampled together. None: each text has a
+            document of its own.
+    """
+    scores = rouge_of_each(predictions, references)
+    names = range(len(references)) if documents is None else documents
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    totals_MD, counts_MD = np.zeros((2, len(METRICS), len(numbers)))
+    for name, *values in zip(names, *scores.values(), strict=True):
+        totals_MD[:, numbers[name]] += values
+        counts_MD[:, numbers[name]] += 1
+    # the metrics take the place of seeds: all of them on the same draws
+    resamples = resample(totals_MD, counts_MD)
+    return {metric: resamples.of_seed(number).interval() for number, metric in enumerate(METRICS)}
+
+
+def rouge_of_each(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return ROUGE-1, -2, -L (whole text) and -Lsum (sentence by sentence) of each text, as F-measure in percent.
+
+    Args:
+        predictions: Generated texts.
+        references: Target texts, in the same order.
 
     Raises:
-        ValueError: There are none, or not as many of the one as of the other.
+        ValueError: There are no references, or the numbers of predictions and references differ.
     """
     if not references:
         raise ValueError("no references to score against")
     scorer = rouge_scorer.RougeScorer(list(METRICS), tokenizer=RougeTokenizer())
     scores = [
-        scorer.score(_lines(reference), _lines(prediction))
+        scorer.score("\n".join(sentences(reference)), "\n".join(sentences(prediction)))
         for prediction, reference in zip(predictions, references, strict=True)
     ]
     return {name: np.array([100.0 * score[name].fmeasure for score in scores]) for name in METRICS}
-
-
-def _lines(text: str) -> str:
-    """One sentence a line, which is what ROUGE-Lsum goes by."""
-    return "\n".join(sentence for sentence in SENTENCE_END.split(text.strip()) if sentence)

@@ -2,24 +2,23 @@
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from recurrent_bart.evaluation.bootstrap import Interval, interval, resampled_means
+from recurrent_bart.evaluation.bootstrap import Resamples, resample
 from recurrent_bart.studies.report import Groups, Records, markdown, origin
 
-# a document and the number of a target among its own
+# a document and the number of a target in it
 Target = tuple[str, int]
 # of each target a total and a count: a loss and its tokens, or a score of one text
 Figures = dict[Target, tuple[float, float]]
 # with each seed
 Models = dict[str, list[Figures]]
 Point = dict[str, Any]
-# a figure, and its difference to the first model's
-Compared = tuple[Interval, Interval | None]
 MIB = 2**20
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 # a run ends with the step in which its time is over
@@ -33,9 +32,25 @@ FORMS = {
     "n_tokens": lambda value: f"{value / 1e6:,.1f}",
 }
 LEGEND = (
-    "In brackets 95 % intervals, by bootstrap over documents and seeds. Differences are to the first model, paired by "
-    "document and seed. Every model is taken where its validation loss was lowest up to the limit."
+    "Brackets hold 95 % intervals for other documents and other seeds together: an interval over documents (bootstrap) "
+    "and an interval over seeds (Student's t on the means of the seeds), their distances from the mean added in "
+    "squares. The last table shows both alone. With one seed, an interval is over documents alone and says nothing "
+    "about another seed. Differences are to the first model, paired by document and seed. Every model is taken where "
+    "its validation loss was lowest up to the limit."
 )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of one model beside that of the first model.
+
+    Attributes:
+        value: Metric of the model.
+        difference: How far the metric is above that of the first model; None for the first model itself.
+    """
+
+    value: Resamples
+    difference: Resamples | None
 
 
 def text_report(groups: Groups) -> str:
@@ -53,6 +68,8 @@ def text_report(groups: Groups) -> str:
         "Loss at equal time by tokens of the document up to the end of what the target is of (targets); behind the "
         f"loss the difference\n\n{position_table(records, in_time)}",
         f"Texts generated greedily at the end, F-measure; behind it the difference\n\n{rouge_table(records)}",
+        "Intervals of the differences at equal time, over documents alone (bootstrap) and over seeds alone (paired t)"
+        f"\n\n{interval_table(records, in_time)}",
         f"Cost\n\n{cost_table(records)}",
         origin(groups),
     ]
@@ -60,7 +77,7 @@ def text_report(groups: Groups) -> str:
 
 
 def with_common_seeds(records: dict[str, Records]) -> dict[str, Records]:
-    """Of each model the runs with seeds that all have, in their order.
+    """Return the runs of each model with the seeds that every model has, in the order of the seeds.
 
     Raises:
         ValueError: There is no such seed.
@@ -68,7 +85,12 @@ def with_common_seeds(records: dict[str, Records]) -> dict[str, Records]:
     common = set.intersection(*({record["run"]["seed"] for record in own} for own in records.values()))
     if not common:
         raise ValueError("no seed with which every model came to its end: nothing can be compared")
-    return {name: [record for record in own if record["run"]["seed"] in common] for name, own in records.items()}
+    return {
+        name: sorted(
+            (record for record in own if record["run"]["seed"] in common), key=lambda record: record["run"]["seed"]
+        )
+        for name, own in records.items()
+    }
 
 
 def equal_seconds(records: dict[str, Records]) -> float:
@@ -91,8 +113,9 @@ def loss_table(records: dict[str, Records], points: dict[str, list[Point]]) -> s
             rows.append([name, str(len(own)), *[""] * 5])
             continue
         figures = [form(statistics.mean(point[key] for point in own)) for key, form in FORMS.items()]
-        value, difference = compared[name]
-        rows.append([name, str(len(own)), *figures, _cell(value, ".3f"), _cell(difference, "+.3f")])
+        comparison = compared[name]
+        cells = _cell(comparison.value, ".3f"), _cell(comparison.difference, "+.3f")
+        rows.append([name, str(len(own)), *figures, *cells])
     return markdown(["model", "seeds", "steps", "seconds", "M tokens read", "loss", "difference"], rows)
 
 
@@ -122,17 +145,26 @@ def place(position: int) -> int:
 
 
 def rouge_table(records: dict[str, Records]) -> str:
-    """Mean score of texts and difference of every model."""
-    tables = {}
-    for key, title in ROUGE.items():
-        scores = {
-            name: [{(t["document"], t["target"]): (t[key], 1.0) for t in record.get("texts", [])} for record in own]
-            for name, own in records.items()
-        }
-        tables[title] = compare(scores)
+    """Return the mean score and the difference of every model."""
+    scores = {title: _scores(records, key) for key, title in ROUGE.items()}
+    tables = {title: compare(models) for title, models in scores.items()}
     rows = [[name, *(_both(table.get(name), ".2f") for table in tables.values())] for name in records]
-    n_texts = len(_common(scores))
+    n_texts = len(_common(scores["ROUGE-1"]))
     return markdown([f"model ({n_texts} texts)", *tables], rows)
+
+
+def interval_table(records: dict[str, Records], points: dict[str, list[Point]]) -> str:
+    """Return the differences of loss and scores with the two parts of each interval."""
+    compared = {"loss": compare(_losses(records, points))}
+    compared |= {title: compare(_scores(records, key)) for key, title in ROUGE.items()}
+    rows = []
+    for metric, models in compared.items():
+        for name, comparison in models.items():
+            if comparison.difference is not None:
+                form = "+.3f" if metric == "loss" else "+.2f"
+                parts = comparison.difference.over_documents(), comparison.difference.over_seeds()
+                rows.append([name, metric, *(format(part, form) for part in parts)])
+    return markdown(["model", "difference of", "over documents", "over seeds"], rows)
 
 
 def cost_table(records: dict[str, Records]) -> str:
@@ -148,15 +180,15 @@ def cost_table(records: dict[str, Records]) -> str:
     return markdown(["model", "M parameters", "steps/s", "tokens read/s", "peak MiB"], rows)
 
 
-def compare(models: Models) -> dict[str, Compared]:
-    """Figure of every model that has any, on the targets that all of these have, and how far it is above the first."""
+def compare(models: Models) -> dict[str, Comparison]:
+    """Compare the models that have values with the first model, on the targets that all of them have."""
     reference, means = next(iter(models)), {}
     models = {name: own for name, own in models.items() if all(own)}
     targets = sorted(_common(models))
     if targets:
-        means = {name: resampled_means(*_by_document(own, targets)) for name, own in models.items()}
+        means = {name: resample(*_by_document(own, targets)) for name, own in models.items()}
     return {
-        name: (interval(own), interval(own - means[reference]) if name != reference and reference in means else None)
+        name: Comparison(own, own - means[reference] if name != reference and reference in means else None)
         for name, own in means.items()
     }
 
@@ -186,8 +218,31 @@ def _losses(records: dict[str, Records], points: dict[str, list[Point]]) -> Mode
 def _losses_at(targets: list[dict[str, Any]], point: Point) -> Figures:
     if not point:
         return {}
-    losses = zip(targets, point["target_losses"], strict=True)
-    return {(target["document"], target["target"]): (loss, target["n_tokens"]) for target, loss in losses}
+    losses = zip(point["target_losses"], (target["n_tokens"] for target in targets), strict=True)
+    return _by_target(targets, losses)
+
+
+def _scores(records: dict[str, Records], key: str) -> Models:
+    return {name: [_scores_of(record.get("texts", []), key) for record in own] for name, own in records.items()}
+
+
+def _scores_of(texts: list[dict[str, Any]], key: str) -> Figures:
+    return _by_target(texts, ((text[key], 1.0) for text in texts))
+
+
+def _by_target(rows: list[dict[str, Any]], figures: Iterable[tuple[float, float]]) -> Figures:
+    """Return the figures by target.
+
+    Raises:
+        ValueError: Two rows have one document and one number.
+    """
+    found: Figures = {}
+    for row, figure in zip(rows, figures, strict=True):
+        target = row["document"], row["target"]
+        if target in found:
+            raise ValueError(f"two targets {target[1]} of document {target[0]!r}: documents need ids of their own")
+        found[target] = figure
+    return found
 
 
 def draw_losses(groups: Groups, path: Path) -> None:
@@ -209,15 +264,14 @@ def draw_losses(groups: Groups, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def _both(compared: Compared | None, form: str) -> str:
-    value, difference = compared or (None, None)
-    return f"{_cell(value, form)} {_cell(difference, f'+{form}')}".strip()
-
-
-def _cell(figure: Interval | None, form: str) -> str:
-    if figure is None:
+def _both(comparison: Comparison | None, form: str) -> str:
+    if comparison is None:
         return ""
-    return f"{figure.mean:{form}} [{figure.low:{form}}, {figure.high:{form}}]"
+    return f"{_cell(comparison.value, form)} {_cell(comparison.difference, f'+{form}')}".strip()
+
+
+def _cell(resamples: Resamples | None, form: str) -> str:
+    return "" if resamples is None else format(resamples.interval(), form)
 
 
 def _best(curve: list[Point]) -> Point:

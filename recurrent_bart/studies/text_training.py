@@ -4,7 +4,8 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -207,12 +208,22 @@ def parse_run(run: TextRun) -> Arguments:
 
 
 def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:
-    """The targets of all documents: document, number among its targets, tokens up to the end of its text, and own."""
+    """Return the targets of all documents in order.
+
+    Each has the name of its document, its number in the document, the tokens up to the end of its text, and its own.
+    """
+    names = _unique_names(list(evaluator.corpus["id"]))
     return [
-        {"document": row["id"], "target": number, "position": position, "n_tokens": n_tokens}
-        for row in (evaluator.corpus[index] for index in sorted(evaluator.plan.indices))
-        for number, (position, n_tokens) in enumerate(_targets_of(row, evaluator.collator))
+        {"document": names[index], "target": number, "position": position, "n_tokens": n_tokens}
+        for index in sorted(evaluator.plan.indices)
+        for number, (position, n_tokens) in enumerate(_targets_of(evaluator.corpus[index], evaluator.collator))
     ]
+
+
+def _unique_names(ids: Sequence[str]) -> list[str]:
+    """Return the ids of documents; where documents share an id, each gets its row behind it."""
+    n_documents = Counter(ids)
+    return [name if n_documents[name] == 1 else f"{name} (row {index})" for index, name in enumerate(ids)]
 
 
 def _targets_of(row: dict[str, Any], collator: Collator) -> Iterator[tuple[int, int]]:

@@ -1,44 +1,161 @@
-"""Intervals hold what they should as often as they should, and differences are those of pairs."""
+"""Intervals cover the truth as often as they say, and differences are paired by document and seed.
+
+A simulation tells a nominal 95 % interval from one that is 10 % narrower or wider. Over 60 documents these cover about
+0.925 and 0.970. The standard error of the coverage in 4,000 data sets is 0.0034.
+"""
 
 import numpy as np
 import pytest
 
-from recurrent_bart.evaluation.bootstrap import interval, resampled_means
+from recurrent_bart.evaluation.bootstrap import Interval, Resamples, resample, student_t
+
+N_SIMULATIONS = 4_000
+N_DOCUMENTS = 60
+# coverage that is accepted for a nominal 95 %
+ACCEPTED = 0.941, 0.959
+
+
+def coverage(intervals, factor=1.0):
+    """Share of intervals that hold 0 after each end was moved to `factor` times its distance from the mean."""
+    means, lows, highs = np.array([(found.mean, found.low, found.high) for found in intervals]).T
+    return np.mean((means - factor * (means - lows) <= 0) & (means + factor * (highs - means) >= 0))
+
+
+def assert_covers_95_percent(intervals, accepted=ACCEPTED):
+    """The accepted range holds the coverage, and leaves out that of an interval 10 % narrower or wider."""
+    assert accepted[0] < coverage(intervals) < accepted[1]
+    assert coverage(intervals, 0.9) < accepted[0]
+    assert coverage(intervals, 1.1) > accepted[1]
+
+
+def each_simulation(values_ND):
+    """Resamples of each data set; all of them are drawn at once, in the place of seeds."""
+    together = resample(values_ND, np.ones_like(values_ND))
+    return [together.of_seed(number) for number in range(len(values_ND))]
+
+
+@pytest.fixture(scope="module")
+def random():
+    return np.random.default_rng(1)
+
+
+@pytest.fixture(scope="module")
+def normal_resamples(random):
+    return each_simulation(random.normal(size=(N_SIMULATIONS, N_DOCUMENTS)))
+
+
+def test_an_interval_over_documents_covers_95_percent(normal_resamples):
+    assert_covers_95_percent([found.over_documents() for found in normal_resamples])
+
+
+def test_an_interval_over_ten_documents_covers_95_percent(random):
+    """A plain percentile bootstrap of ten documents covers 0.90."""
+    resamples = each_simulation(random.normal(size=(N_SIMULATIONS, 10)))
+    assert_covers_95_percent([found.over_documents() for found in resamples])
+
+
+def test_a_document_is_drawn_with_all_of_its_items(random):
+    """Totals per count, from documents of 1 to 9 items that are alike within a document."""
+    counts_D = random.integers(1, 10, size=N_DOCUMENTS).astype(float)
+    totals_ND = random.normal(size=(N_SIMULATIONS, N_DOCUMENTS)) * counts_D
+    together = resample(totals_ND, np.broadcast_to(counts_D, totals_ND.shape))
+    intervals = [together.of_seed(number).over_documents() for number in range(len(totals_ND))]
+    assert_covers_95_percent(intervals)
+
+
+@pytest.mark.parametrize("n_seeds", [3, 10])
+def test_an_interval_over_seeds_covers_95_percent(random, n_seeds):
+    """A bootstrap of three seeds covers 0.75. The tails of Student's t are long, so the accepted range is narrow."""
+    means = random.normal(size=(5 * N_SIMULATIONS, 1, n_seeds))
+    intervals = [Resamples(own, N_DOCUMENTS).over_seeds() for own in means]
+    assert_covers_95_percent(intervals, accepted=(0.946, 0.954))
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+@pytest.mark.parametrize("seed_deviation", [0.05, 0.2, 1.0])
+def test_an_interval_over_documents_and_seeds_covers_at_least_95_percent(
+    random, normal_resamples, n_seeds, seed_deviation
+):
+    """The mean of the documents has a standard deviation of 0.13."""
+    seeds = seed_deviation * random.normal(size=(1000, 1, n_seeds))
+    both = zip(normal_resamples[:1000], seeds, strict=True)
+    intervals = [Resamples(own.means + seed, N_DOCUMENTS).interval() for own, seed in both]
+    assert 0.94 < coverage(intervals) <= 0.996
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+def test_documents_alone_or_seeds_alone_make_the_whole_interval(normal_resamples, n_seeds):
+    """So it is neither too narrow nor too wide where one of both does not vary."""
+    documents = normal_resamples[0]
+    all_alike = Resamples(np.repeat(documents.means, n_seeds, axis=1), N_DOCUMENTS)
+    assert ends(all_alike.interval()) == pytest.approx(ends(documents.over_documents()))
+    ones = np.ones((n_seeds, N_DOCUMENTS))
+    of_seeds = resample(ones * np.arange(n_seeds)[:, None], ones)
+    assert ends(of_seeds.interval()) == pytest.approx(ends(of_seeds.over_seeds()))
+
+
+def ends(found: Interval):
+    return found.low, found.mean, found.high
+
+
+def test_both_parts_are_added_in_squares():
+    means = np.vstack([[0.0, 2.0], np.linspace([-3.0, -1.0], [3.0, 5.0], 2001)])
+    resamples = Resamples(means, 10_000)
+    documents, seeds, both = resamples.over_documents(), resamples.over_seeds(), resamples.interval()
+    assert both.high - 1 == pytest.approx(np.hypot(documents.high - 1, seeds.high - 1))
+    assert 1 - both.low == pytest.approx(np.hypot(1 - documents.low, 1 - seeds.low))
+
+
+def test_published_seeds_give_the_paired_t_interval():
+    """By hand: ROUGE-1 of three seeds differs by 1.5, 2.3 and 3.1, and 4.303 * 0.8 / sqrt(3) is 1.987."""
+    found = Resamples(np.array([[25.2, 26.8, 25.8]]) - np.array([[23.7, 24.5, 22.7]]), 1).over_seeds()
+    assert ends(found) == pytest.approx((0.313, 2.3, 4.287), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (9, 2.2622), (30, 2.0423), (10_000, 1.9602)]
+)
+def test_quantiles_are_those_of_students_table(degrees, quantile):
+    assert student_t(degrees) == pytest.approx(quantile, abs=1e-4)
 
 
 def test_the_mean_weighs_documents_by_their_counts_and_seeds_alike():
     totals = np.array([[2.0, 30.0, 0.0], [4.0, 60.0, 0.0]])
     counts = np.array([[1.0, 9.0, 0.0], [1.0, 9.0, 0.0]])
-    assert interval(resampled_means(totals, counts)).mean == pytest.approx((3.2 + 6.4) / 2)
+    assert resample(totals, counts).interval().mean == pytest.approx((3.2 + 6.4) / 2)
 
 
 def test_documents_with_nothing_to_count_are_not_drawn():
     """Else a draw of them alone would have no mean."""
-    found = interval(resampled_means(np.array([[3.0, 0.0, 0.0]]), np.array([[2.0, 0.0, 0.0]])))
-    assert (found.low, found.mean, found.high) == (1.5, 1.5, 1.5)
+    found = resample(np.array([[3.0, 3.0, 0.0]]), np.array([[2.0, 2.0, 0.0]])).interval()
+    assert ends(found) == (1.5, 1.5, 1.5)
 
 
-def test_19_of_20_intervals_hold_the_truth():
-    random, n_held = np.random.default_rng(1), 0
-    for _ in range(200):
-        values = random.exponential(size=(1, 60))
-        found = interval(resampled_means(values, np.ones_like(values)))
-        n_held += found.low <= 1.0 <= found.high
-    assert 176 <= n_held <= 198
+def test_one_document_has_no_interval():
+    assert ends(resample(np.array([[3.0, 0.0]]), np.array([[2.0, 0.0]])).interval()) == (None, 1.5, None)
+
+
+def test_one_seed_has_the_interval_over_documents(normal_resamples):
+    assert normal_resamples[0].over_seeds().low is None
+    assert normal_resamples[0].interval() == normal_resamples[0].over_documents()
 
 
 def test_the_difference_of_a_pair_is_surer_than_either():
     hard = np.random.default_rng(2).normal(5.0, 2.0, size=(1, 40))
     ones = np.ones_like(hard)
-    one, other = resampled_means(hard, ones), resampled_means(hard + 0.1, ones)
-    assert interval(one).high - interval(one).low > 0.5
-    difference = interval(other - one)
-    assert (difference.low, difference.mean, difference.high) == pytest.approx((0.1, 0.1, 0.1))
+    one, other = resample(hard, ones), resample(hard + 0.1, ones)
+    assert one.interval().high - one.interval().low > 0.5
+    assert ends((other - one).interval()) == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_seeds_that_differ_widen_the_interval():
     """On documents that are all alike the seeds alone make it."""
     ones = np.ones((3, 50))
-    found = interval(resampled_means(ones * [[1.0], [2.0], [3.0]], ones))
+    found = resample(ones * [[1.0], [2.0], [3.0]], ones).interval()
     assert found.mean == pytest.approx(2.0)
     assert found.low < 1.5 < 2.5 < found.high
+
+
+def test_an_interval_is_written_with_its_mean():
+    assert f"{Interval(1.0, -0.5, 2.25):+.2f}" == "+1.00 [-0.50, +2.25]"
+    assert f"{Interval(1.0, None, None):.1f}" == "1.0"

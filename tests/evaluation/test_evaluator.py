@@ -1,12 +1,14 @@
 """Validation loss and generated texts are those of their documents, however these are batched and shared out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
 
 from processes import run_in_processes
 from recurrent_bart.data.batches import Collator, SegmentSizes, plan_documents
-from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation, Sample, score
 from tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -174,9 +176,38 @@ def test_a_long_source_is_shown_by_its_head(model):
 
 def test_samples_are_scored_against_their_targets(model):
     samples = make_evaluator(document_rows()).summarise(model, Generation(max_new_tokens=6))
-    perfect = [type(s)(s.id, s.source, s.generated, s.generated) for s in samples if s.generated]
+    perfect = [replace(s, target=s.generated) for s in samples if s.generated]
     assert score(perfect)["rouge1"].mean == pytest.approx(100)
     assert score(samples)["rouge1"].mean < 50
+
+
+def test_sections_of_documents_with_one_name_belong_to_their_own_documents(model):
+    rows = [make_row("a", [9, 3], [2, 3]), make_row("a", [4], [2]), make_row("b", [5], [1])]
+    samples = make_evaluator(rows, "sections").summarise(model, Generation(max_new_tokens=2))
+    assert [(sample.id, sample.document) for sample in samples] == [("a[0]", 0), ("a[1]", 0), ("a[0]", 1), ("b[0]", 2)]
+
+
+def scored(n_documents, n_sections):
+    """Scores of documents of which all sections are alike; the n-th has n words of 20 right."""
+    words = [f"w{number}" for number in range(20)]
+    texts = [" ".join(words[:n] + ["x"] * (20 - n)) for n in range(n_documents)]
+    numbers = range(n_sections)
+    return score([Sample("", "", " ".join(words), text, n) for n, text in enumerate(texts) for _ in numbers])
+
+
+def test_intervals_of_sections_resample_documents():
+    """Copies of its sections tell nothing new about a document, so they do not narrow the interval."""
+    once, six_times = scored(n_documents=15, n_sections=1), scored(n_documents=15, n_sections=6)
+    for name, found in once.items():
+        ends = found.low, found.mean, found.high
+        assert (six_times[name].low, six_times[name].mean, six_times[name].high) == pytest.approx(ends)
+    # by hand: 4.472 is the standard deviation of 0 to 14, 2.145 Student's t, and a word is 5 %
+    assert once["rouge1"].high - once["rouge1"].low == pytest.approx(2 * 2.145 * 5 * 4.472 / 15**0.5, rel=0.04)
+
+
+def test_one_document_with_many_sections_has_no_interval():
+    found = scored(n_documents=1, n_sections=6)["rouge1"]
+    assert (found.low, found.mean, found.high) == (None, 0.0, None)
 
 
 @pytest.mark.distributed

@@ -1,5 +1,7 @@
 """ROUGE is rouge-score's, and counts scripts that rouge-score drops."""
 
+import unicodedata
+
 import pytest
 from rouge_score import rouge_scorer
 
@@ -57,6 +59,47 @@ def test_japanese_sentences_count_for_lsum():
 )
 def test_words_of_many_scripts(text, words):
     assert RougeTokenizer().tokenize(text) == words
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *(("कि", "की"), ("பு", "பி"), ("বি", "বু"), ("كَتَبَ", "كُتِبَ"), ("סֵפֶר", "סַפָּר"), ("រី", "រូ"), ("ที่", "ที")),
+        *(("e\u0301", "e\u0300"), ("తి", "తు"), ("ກີ", "ກູ"), ("မီ", "မူ"), ("སི", "སུ"), ("ಕಿ", "ಕು"), ("සි", "සු")),
+    ],
+)
+def test_two_different_words_score_0(one, other):
+    assert {score.mean for score in rouge([one], [other]).values()} == {0}
+    assert rouge([one], [one])["rouge1"].mean == 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ﾃﾞｰﾀを読む。ＡＢＣ１２３！寒い？はい。",
+        unicodedata.normalize("NFD", "Été à Noël. Việt Nam."),
+        unicodedata.normalize("NFD", "한국어 문장이다. 둘째 문장."),
+        "سَلَام عَلَيْكُم",
+        "हिन्दी भाषा है। यह अच्छी है।",
+        "ﬁnal co\u00adoperation, ½ of it.",
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_a_perfect_text_scores_100_in_every_unicode_form(text, form):
+    """A tokenizer that normalises gives the text back in another form than the reference has."""
+    assert {score.mean for score in rouge([unicodedata.normalize(form, text)], [text]).values()} == {100}
+
+
+def test_texts_of_one_document_are_resampled_together():
+    texts, references = ["a b", "a x", "c d", "y z"], ["a b", "a b", "c d", "c d"]
+    apart, together = (
+        rouge(texts, references)["rouge1"],
+        rouge(texts, references, ["one", "one", "two", "two"])["rouge1"],
+    )
+    assert apart.mean == together.mean == pytest.approx(62.5)
+    # documents of 75 and 50
+    assert (together.low, together.high) == pytest.approx((50, 75))
+    assert apart.low < 50 < 75 < apart.high
 
 
 def test_an_empty_prediction_scores_0():

@@ -140,6 +140,49 @@ def test_what_was_cut_off_early_bounds_what_is_equal(tmp_path):
     assert fast[6] == late[6] == ""
 
 
+def with_seed_differences(folder, differences):
+    """Two models on three documents; the second model's loss is higher by one of the differences with each seed."""
+    targets = [{"document": name, "target": 0, "position": 300, "n_tokens": 2} for name in "abc"]
+    runs = []
+    for seed, difference in enumerate(differences):
+        runs.append(write_record(folder, "ours", seed, [(20, 100, (1.0 + seed, 2.0, 3.0))], targets))
+        losses = 1.0 + seed + difference, 2.0 + difference, 3.0 + difference
+        runs.append(write_record(folder, "other", seed, [(20, 100, losses)], targets))
+    return runs
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_differences_of_seeds_make_a_paired_t_interval(tmp_path, is_reversed):
+    """By hand: 0.1, 0.2 and 0.6 have a standard deviation of 0.2646, and 4.303 * 0.2646 / sqrt(3) is 0.657."""
+    runs = with_seed_differences(tmp_path, [0.1, 0.2, 0.6])
+    # of one model the seeds are found in another order
+    runs = [*runs[::2], *(runs[::-2] if is_reversed else runs[1::2])]
+    text = text_report(read_results(tmp_path, runs))
+    _, _, other = rows_of(text, "equal time, 100 s")
+    assert other[6] == "+0.300 [-0.357, +0.957]"
+    head, loss, *scores = rows_of(text, "Intervals of the differences")
+    assert head == ["model", "difference of", "over documents", "over seeds"]
+    # every document differs alike, so documents alone do not vary
+    assert loss == ["other", "loss", "+0.300 [+0.300, +0.300]", "+0.300 [-0.357, +0.957]"]
+    assert [row[1] for row in scores] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"]
+
+
+def test_with_one_seed_intervals_are_over_documents(tmp_path):
+    runs = with_seed_differences(tmp_path, [0.1])
+    _, loss, *_ = rows_of(text_report(read_results(tmp_path, runs)), "Intervals of the differences")
+    assert loss[2:] == ["+0.100 [+0.100, +0.100]", "+0.100"]
+
+
+@pytest.mark.parametrize("part", ["targets", "texts"])
+def test_documents_with_one_id_are_refused(tmp_path, part):
+    """A report of an earlier version's files would count one of both documents alone."""
+    rows = {"targets": [TARGETS[0], TARGETS[2], TARGETS[0]]}
+    rows["texts"] = [{"document": "a", "target": 0, "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}] * 2
+    runs = [write_record(tmp_path, "ours", 0, CURVES["ours", 0], **{part: rows[part]})]
+    with pytest.raises(ValueError, match="two targets 0 of document 'a'"):
+        text_report(read_results(tmp_path, runs))
+
+
 def test_losses_are_drawn(groups, tmp_path):
     draw_losses(groups, tmp_path / "losses.png")
     assert matplotlib.image.imread(tmp_path / "losses.png").std() > 0.01

@@ -3,14 +3,24 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 
+from recurrent_bart.data.batches import Collator, SegmentSizes, plan_documents
+from recurrent_bart.evaluation.evaluator import Evaluator
 from recurrent_bart.evaluation.rouge import rouge
 from recurrent_bart.studies.study_run import RunFile
 from recurrent_bart.studies.text_run import TextRun
-from recurrent_bart.studies.text_training import TextTraining, execute_text, next_evaluation, prepare_documents
+from recurrent_bart.studies.text_training import (
+    TextTraining,
+    execute_text,
+    list_targets,
+    next_evaluation,
+    prepare_documents,
+)
 from runs import flags
 
 CPU = torch.device("cpu")
@@ -176,6 +186,22 @@ def test_accumulated_batches_make_the_step_of_one(make_run):
     losses = [[float(training.train_step()) for _ in range(2)] for training in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert whole.n_tokens == parts.n_tokens
+
+
+def test_documents_with_one_id_have_names_of_their_own():
+    """In the order of the corpus, of which the second row is not read."""
+    rows = [
+        {"id": name, "sections": [[5] * 3, [5] * 4], "summaries": [[6] * 2, [6]], "summary_texts": ["x", "y"]}
+        for name in ("a", "b", "a")
+    ]
+    sizes = SegmentSizes(8, 8, -1)
+    plan = plan_documents([[3, 4]] * 3, [[2, 1]] * 3, sizes, 2)
+    collator = Collator("sections", sizes, [0], [2], 1, 12)
+    evaluator = Evaluator(Dataset.from_list(rows), replace(plan, indices=[0, 2]), collator, None, 1, CPU)
+    found = [(target["document"], target["target"]) for target in list_targets(evaluator)]
+    assert found == [("a (row 0)", 0), ("a (row 0)", 1), ("a (row 2)", 0), ("a (row 2)", 1)]
+    found = [target["document"] for target in list_targets(replace(evaluator, plan=plan))]
+    assert found[::2] == ["a (row 0)", "b", "a (row 2)"]
 
 
 def test_documents_are_made_ready_once(make_run, documents, tmp_path, monkeypatch):
