@@ -67,7 +67,7 @@ class Resamples:
         """Return the interval that other documents would vary in, with these seeds.
 
         It is a percentile bootstrap. The percentiles lie further out for few documents (Hesterberg 2015,
-        arXiv 1411.5279, "expanded percentile"): a plain percentile bootstrap of ten documents covers 91 %, not 95 %.
+        arXiv 1411.5279, "expanded percentile"): a plain percentile bootstrap of ten documents covers 90 %, not 95 %.
         """
         means_R = self.means.mean(axis=1)
         mean = float(means_R[0])
