@@ -160,7 +160,8 @@ class Checkpoints:
         only_first(lambda: _check_model(path, saved["written_by"], engine))
         state, then = TrainerState.of(saved["state"]), saved["written_by"]
         with keeping_settings(engine):
-            if then == _written_by(engine):
+            # those of older versions do not tell their precision
+            if (now := _written_by(engine)) | then == now:
                 self._load_shards(engine, path)
             else:
                 self._load_universal(engine, path, then["ZeRO stage"])
@@ -284,7 +285,8 @@ class Checkpoints:
 
         def convert() -> None:
             shutil.rmtree(converted, ignore_errors=True)
-            say(f"resuming   {path.name}, written by another number of processes or under another ZeRO stage")
+            reason = "by another number of processes, under another ZeRO stage or in another precision"
+            say(f"resuming   {path.name}, written {reason}")
             write_universal(path / ENGINE, converted / ENGINE, stage_then, stage)
 
         only_first(convert)
@@ -314,6 +316,7 @@ def _written_by(engine: DeepSpeedEngine) -> dict[str, Any]:
     return {
         "processes": engine.world_size,
         "ZeRO stage": engine.zero_optimization_stage(),
+        "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
         "model": fingerprint(parameters),
     }
 

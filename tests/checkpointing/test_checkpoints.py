@@ -28,7 +28,7 @@ STATE = TrainerState(
 FIGURES = {"loss": 1.1000000238418579, "n_targets": 7, "n_tokens": 90, "n_steps": 2, "seconds": 3.5}
 
 
-def make_engine(stage=2, clip=1.0, decay=0.1, rate=0.5, beta2=0.999, recurrence_rate=None, **changes):
+def make_engine(stage=2, clip=1.0, decay=0.1, rate=0.5, beta2=0.999, recurrence_rate=None, in_bf16=False, **changes):
     run = RunArguments(max_steps=10, warmup_steps=2)
     model = tiny_model(**changes).train()
     optimizer = build_optimizer(model, LearningRates(rate, recurrence_rate or 2 * rate), decay, beta2)
@@ -36,6 +36,7 @@ def make_engine(stage=2, clip=1.0, decay=0.1, rate=0.5, beta2=0.999, recurrence_
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip,
+        "bf16": {"enabled": in_bf16},
         "zero_optimization": {"stage": stage, **BUCKET},
     }
     return build_engine(model, optimizer, build_scheduler(optimizer, run), config)
@@ -354,6 +355,30 @@ def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(alone, tmp
         # its true gradient is 0: Adam makes steps of the noise
         if "k_proj.bias" not in name:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("then_in_bf16", [False, True])
+def test_another_precision_goes_on_with_the_same_weights_and_moments(alone, tmp_path, stage, then_in_bf16):
+    checkpoints = Checkpoints(tmp_path)
+    engine = train(make_engine(stage, rate=0.001, in_bf16=then_in_bf16))
+    checkpoints.save(engine, STATE)
+    other = make_engine(stage, rate=0.001, in_bf16=not then_in_bf16)
+    assert checkpoints.load(other).state == STATE
+    assert names(checkpoints) == ["step-00000002"]
+    found, expected = full_state_dict(other), full_state_dict(engine)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    moments = [_moments(one) for one in (other, engine)]
+    assert moments[0]
+    assert all(torch.equal(*pair) for pair in zip(*moments, strict=True))
+    assert other.get_lr() == engine.get_lr()
+    train(other, 1)
+    assert not all(torch.equal(value, expected[name]) for name, value in full_state_dict(other).items())
+
+
+def _moments(engine):
+    states = engine.optimizer.optimizer.state.values()
+    return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
 
 
 def test_another_model_is_refused(saved):
