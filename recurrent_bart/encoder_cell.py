@@ -69,9 +69,11 @@ class Visibility:
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Visibility":
         """Move the masks as `Tensor.to` does; accelerate calls it where layers are on several devices."""
-        masks = {"tokens": self.tokens, "slots": self.slots, "is_token": self.is_token}
-        moved = {name: mask.to(device, non_blocking=non_blocking) for name, mask in masks.items() if mask is not None}
-        return dataclasses.replace(self, **moved)
+        tokens, slots, is_token = (
+            mask if mask is None else mask.to(device, non_blocking=non_blocking)
+            for mask in (self.tokens, self.slots, self.is_token)
+        )
+        return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
 
     def rows(self, rows: slice, has_padding: bool) -> "Visibility":
         """Of some rows; without padding in them all is seen, for which back-ends are faster."""

@@ -147,7 +147,7 @@ def exchanging_gradients_in(optimizer: Any, dtype: torch.dtype) -> Iterator[None
         vars(optimizer).update(before)
 
 
-def give_gradient(optimizer: Any, parameter: nn.Parameter, gradient: Tensor) -> None:
+def give_gradient(optimizer: Any, parameter: Any, gradient: Tensor) -> None:
     """Give a ZeRO optimizer a whole gradient of any data type, within `exchanging_gradients_in`."""
     if _reads_grad_accum(optimizer):
         parameter.grad_accum = gradient
