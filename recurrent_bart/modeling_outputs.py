@@ -200,10 +200,11 @@ class RecurrentEncoderOutput(BaseModelOutput):
 
     def without_segments(self) -> "RecurrentEncoderOutput":
         """Return the outputs of one segment with `hidden_states` and `attentions` in BART's shapes."""
-        hidden_states, attentions = (
-            part and tuple(layer.squeeze(1) for layer in part) for part in (self.hidden_states, self.attentions)
-        )
-        return replace(self, hidden_states=hidden_states, attentions=attentions)
+        parts = {"hidden_states": self.hidden_states, "attentions": self.attentions}
+        plain: dict[str, Any] = {
+            name: part and tuple(layer.squeeze(1) for layer in part) for name, part in parts.items()
+        }
+        return replace(self, **plain)
 
     def shifted(self, n_segments_B: Tensor, marked_BN: Tensor | None = None) -> "RecurrentEncoderOutput":
         """With what there is of each segment moved by `shift_segments`; rows are of these marked ones behind it."""

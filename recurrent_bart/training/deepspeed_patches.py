@@ -22,7 +22,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import nvtx
-from torch import Tensor, nn
+from torch import Tensor
 
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.training.accelerator_calls import on_stream
