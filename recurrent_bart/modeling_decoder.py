@@ -15,6 +15,7 @@ from recurrent_bart.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.prefix_attention import CrossAttention, GatedCrossAttention, SelfAttention
 from recurrent_bart.recorded_call import call_recorded, can_record
+from recurrent_bart.segmentation import is_traced
 
 # positions of all targets, padding among them. On an H200, BART-large's decoder and loss on 1,024 of them took 55 ms,
 # forward and backward, launched one by one, all of it the processor's time; more than 1,024 was not measured
@@ -61,6 +62,10 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
             input_ids: See BartDecoder, for the others too.
             return_dict: False: a plain tuple of all fields, also of those that are None.
         """
+        if is_traced() and return_dict is not False:
+            # as BartModel calls it
+            inputs = input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask
+            return super().forward(*inputs, past_key_values, inputs_embeds, **kwargs)
         wanted = {name for name, value in kwargs.items() if value is not None and value is not False}
         decoded = None
         if attention_mask is None and past_key_values is None and "use_cache" not in wanted:

@@ -24,6 +24,7 @@ from recurrent_bart.segmentation import (
     align_at_end,
     align_marks,
     has_barts_shapes,
+    is_traced,
     look_up_when_read,
     segment_documents,
 )
@@ -80,6 +81,11 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
                 longer than `config.input_size`, flat embeddings are of several segments, or `every_segment` or
                 `state` is of other segments or documents.
         """
+        if self.is_traced_as_bart(input_ids, inputs_embeds, state, every_segment):
+            wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+            return super().forward(
+                input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **wanted, **kwargs
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         is_flat = inputs_embeds.dim() == 3 if input_ids is None else input_ids.dim() == 2
@@ -111,6 +117,23 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         if is_flat and has_barts_shapes(self.config, mask):
             output = output.without_segments()
         return output.as_tuple() if return_dict is False else output
+
+    def is_traced_as_bart(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: RecurrentState | None = None,
+        every_segment: bool | Tensor = False,
+        **_: Any,
+    ) -> bool:
+        """Return True while one segment of a model without recurrence is traced: BART's own code computes it then.
+
+        The code for documents looks at masks, which have no values while a compiler or an exporter traces them.
+        """
+        if not is_traced() or self.config.pre_seq_len or state is not None or every_segment is not False:
+            return False
+        flat, n_dimensions = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+        return flat is not None and flat.dim() == n_dimensions and flat.shape[1] <= self.config.segment_size
 
     def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:
         """Token embeddings `(B, N, L, D)` of the segments that gradient reaches; those before them when they are read.

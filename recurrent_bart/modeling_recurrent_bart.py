@@ -37,7 +37,13 @@ from recurrent_bart.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.oracle_inputs import OracleInputs
 from recurrent_bart.prefix_recurrence import RecurrentState
 from recurrent_bart.segment_generation import SegmentGeneration
-from recurrent_bart.segmentation import align_at_end, align_marks, has_barts_shapes, segment_documents, to_device
+from recurrent_bart.segmentation import (
+    align_at_end,
+    align_marks,
+    has_barts_shapes,
+    segment_documents,
+    to_device,
+)
 from recurrent_bart.targets import (
     IGNORED,
     check_decoder_start,
@@ -154,7 +160,25 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         state: RecurrentState | None = None,
         **kwargs: Any,
     ) -> RecurrentBartModelOutput:
-        """As BartModel's; see RecurrentBartEncoder for what documents and `state` are."""
+        """As BartModel's; see RecurrentBartEncoder for what documents and `state` are.
+
+        While a compiler or an exporter traces it, a model without recurrence computes one segment by BartModel's code;
+        see `RecurrentBartEncoder.is_traced_as_bart`.
+        """
+        if encoder_outputs is None and self.encoder.is_traced_as_bart(input_ids, inputs_embeds, state, **kwargs):
+            output = super().forward(
+                input_ids,
+                attention_mask,
+                decoder_input_ids,
+                decoder_attention_mask,
+                None,
+                past_key_values,
+                inputs_embeds,
+                decoder_inputs_embeds,
+                use_cache,
+                **kwargs,
+            )
+            return RecurrentBartModelOutput(**output)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None or input_ids.dim() != 2:
                 raise ValueError("decoder_input_ids are needed: only flat input_ids can be shifted to stand for them")

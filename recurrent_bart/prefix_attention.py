@@ -18,6 +18,7 @@ from transformers.models.bart.modeling_bart import BartAttention, eager_attentio
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.modeling_outputs import Packing
 from recurrent_bart.prefix_recurrence import KeyValue
+from recurrent_bart.segmentation import is_traced
 
 # what was read (B, Q, H, K) and, from the eager back-end, the weights (B, H, Q, A)
 Read = tuple[Tensor, Tensor | None]
@@ -66,6 +67,10 @@ def without_cudnn() -> Iterator[None]:
     On an H100 with torch 2.11 a plan took 47 to 78 ms forward and 55 to 89 backward, of the processor's time
     (RESULTS.md): more than a step, where the number of rows or their length often is another.
     """
+    if is_traced():
+        # a compiler plans for shapes itself
+        yield
+        return
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

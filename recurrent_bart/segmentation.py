@@ -225,6 +225,11 @@ def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
+def is_traced() -> bool:
+    """Return True while torch.compile, torch.export or torch.jit.trace record tensors whose values are unknown."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def on_device(known: Tensor, device: torch.device) -> Tensor:
     """Booleans that the host knows, on a device that is not waited for; nothing is copied where all are the same."""
     if known.device.type == device.type or (known.any() and not known.all()):

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recurrent_bart.segmentation import is_traced
+
 # label of a position that is no target
 IGNORED = -100
 
 
 def on_host(labels: Tensor) -> Tensor | None:
-    """Labels to be looked at, which the device is waited for if it has them; None while its work is recorded."""
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+    """Return labels to be looked at, which the device is waited for if it has them; None while work is recorded."""
+    if is_traced() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     return labels.cpu()
 
@@ -49,6 +51,8 @@ def check_decoder_start(decoder_input_ids: Tensor, decoder_start_token_id: int) 
     Raises:
         ValueError: A row does not begin with `decoder_start_token_id`; the message names it.
     """
+    if is_traced():
+        return
     is_wrong = decoder_input_ids[:, 0] != decoder_start_token_id
     if is_wrong.any():
         row = int(is_wrong.nonzero()[0])
