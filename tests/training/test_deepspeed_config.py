@@ -49,7 +49,17 @@ def test_what_the_run_owns_is_filled(load):
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+@pytest.mark.parametrize(
+    ("types", "found"),
+    [({}, "fp32"), ({"grad_accum_dtype": "auto"}, "fp32"), ({"grad_accum_dtype": "bf16"}, "bf16")],
+    ids=str,
+)
+def test_gradients_are_summed_in_float32_unless_the_file_says_otherwise(load, types, found):
+    assert load(BASE | {"data_types": types}, use_bf16=True)["data_types"] == {"grad_accum_dtype": found}
 
 
 def test_auto_elsewhere_leaves_it_to_deepspeed(load):
@@ -62,6 +72,7 @@ def test_auto_elsewhere_leaves_it_to_deepspeed(load):
         "gradient_accumulation_steps",
         "gradient_clipping",
         "bf16",
+        "data_types",
     }
     DeepSpeedConfig(dict(config))
 
