@@ -1,17 +1,21 @@
 """Gradients of several passes are summed in float32 and reduced once, under every ZeRO stage."""
 
 import contextlib
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
+from forked import launched, run_script
 from recurrent_bart.training.engine import build_engine, full_state_dict, reducing_once
 from recurrent_bart.training.gradient_sums import add_gradients
 from tiny import BUCKET, random_ids, tiny_model
 
+WORKER = Path(__file__).with_name("gradient_sums_worker.py")
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SHARDINGS = {
     "zero1": {"stage": 1},
@@ -205,6 +209,17 @@ def test_in_float32_sums_are_autograds_own(alone, stage):
     expected = step_gradients(engine, [], once=False)
     assert any(total.any() for total in expected.values())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.distributed
+def test_ranks_exchange_their_sums_in_float32(tmp_path):
+    """In bfloat16 the exchange alone would have an error of 1e-3."""
+    output = tmp_path / "errors.json"
+    ended = run_script(WORKER, output, environments=launched(2))
+    assert set(ended.codes) == {0}, ended.text()
+    errors = json.loads(output.read_text())
+    assert errors.keys() == {"1", "2", "3"}
+    assert max(errors.values()) < 1e-6, errors
 
 
 def test_a_parameter_without_a_gradient_in_a_pass_keeps_its_sum():
