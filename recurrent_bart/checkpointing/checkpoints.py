@@ -158,10 +158,11 @@ class Checkpoints:
             return Resumed()
         saved = json.loads((path / "trainer.json").read_text())
         only_first(lambda: _check_model(path, saved["written_by"], engine))
-        state, then = TrainerState.of(saved["state"]), saved["written_by"]
+        # checkpoints of older versions tell their precision by the names of DeepSpeed's files alone
+        precision = "bf16" if any((path / ENGINE).glob("bf16_*")) else "fp32"
+        state, then = TrainerState.of(saved["state"]), {"precision": precision, **saved["written_by"]}
         with keeping_settings(engine):
-            # those of older versions do not tell their precision
-            if (now := _written_by(engine)) | then == now:
+            if then == _written_by(engine):
                 self._load_shards(engine, path)
             else:
                 self._load_universal(engine, path, then["ZeRO stage"])
