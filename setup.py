@@ -15,12 +15,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["recurrent_bart", "recurrent_bart.*"]),
-    package_data={"recurrent_bart": ["py.typed", "monitoring/report.html.jinja"]},
+    package_data={"recurrent_bart": ["py.typed", "report/report.html.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<3",
         "transformers>=5.17,<6",
-        # a minor version may rename what recurrent_bart/training/deepspeed_patches.py relies on
+        # a minor version may rename what recurrent_bart/training/zero/deepspeed_patches.py relies on
         "deepspeed>=0.19.8,<0.20",
         "accelerate>=1.0,<2",
         "datasets>=4.0,<6",

@@ -10,11 +10,11 @@ import torch
 import transformers
 from rich.console import Console
 
-from recurrent_bart.benchmarks.cases import MODELS, SCHEDULES, SUITES, Group, build_suite
-from recurrent_bart.benchmarks.checks import find_faults
-from recurrent_bart.benchmarks.session import Effort, run_groups, write_results
-from recurrent_bart.benchmarks.subjects import Place
-from recurrent_bart.benchmarks.tables import LEGEND, draw, group_table
+from recurrent_bart.benchmarks.models.cases import MODELS, SCHEDULES, SUITES, Group, build_suite
+from recurrent_bart.benchmarks.models.checks import find_wrong_results
+from recurrent_bart.benchmarks.models.session import Effort, run_groups, write_results
+from recurrent_bart.benchmarks.models.subjects import Place
+from recurrent_bart.benchmarks.models.tables import LEGEND, draw, group_table
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.model_building import SIZES
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     place = place_of(arguments)
     # what others say about their own settings would come between the lines of each case
     transformers.logging.set_verbosity_error()
-    faults = find_faults(place.device)
+    faults = find_wrong_results(place.device)
     if faults:
         print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
         return 1

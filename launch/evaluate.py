@@ -13,18 +13,18 @@ from transformers.utils import logging
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
-from recurrent_bart.distributed import SharedError, first_then_all, is_first, let_first_speak, only_first
+from recurrent_bart.distributed import SharedError, first_then_all, is_first, log_on_first_rank, only_first
 from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
-from recurrent_bart.generation_settings import (
+from recurrent_bart.inference.stream_reader import load_model, run_flags
+from recurrent_bart.model.generation_settings import (
     change_settings,
     contradictions,
     describe_limit,
     describe_settings,
 )
-from recurrent_bart.inference import load_model, run_flags
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.monitoring.run_folder import replace_file
+from recurrent_bart.run_folder import atomic_write
 from recurrent_bart.training.arguments import PRECISIONS, DataArguments, GenerationArguments, data_flags, flag
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
 from recurrent_bart.training.flags import DataclassFlagParser
@@ -163,7 +163,7 @@ def report(results: Results, file: str | None) -> None:
     print("\n".join(results.lines()), flush=True)
     if file:
         try:
-            replace_file(Path(file), json.dumps(asdict(results), indent=2) + "\n")
+            atomic_write(Path(file), json.dumps(asdict(results), indent=2) + "\n")
         except OSError as error:
             raise ValueError(f"--json {file}: cannot be written ({error.strerror})") from error
 
@@ -177,14 +177,14 @@ def main(argv: Sequence[str]) -> int:
         # all processes read the same command line, some of them long before others
         if rank == 0:
             return fail(error)
-        let_first_speak(seconds=30)
+        log_on_first_rank(seconds=30)
         return 2
     logging.disable_progress_bar()
     try:
         results = evaluate(arguments, data, start_processes(arguments.timeout_minutes))
         only_first(lambda: report(results, arguments.json))
     except SharedError:
-        let_first_speak(seconds=1)
+        log_on_first_rank(seconds=1)
         return 2
     except ValueError as error:
         return fail(error) if is_first() else 2

@@ -10,9 +10,9 @@ from transformers.utils import logging
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.text_files import ENCODING
 from recurrent_bart.data.tokenizer import special_tokens_around
-from recurrent_bart.generation_settings import longest_text
-from recurrent_bart.inference import load_model, run_flags
-from recurrent_bart.monitoring.memory_map import as_text, draw_memory_map, map_memory
+from recurrent_bart.inference.stream_reader import load_model, run_flags
+from recurrent_bart.model.generation_settings import longest_text
+from recurrent_bart.probes.memory_map import as_text, draw_memory_map, map_memory
 from recurrent_bart.training.arguments import DataArguments
 from recurrent_bart.training.flags import FlagParser
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from recurrent_bart.training.environment import Meeting, launched_meeting
+from recurrent_bart.cluster.node_checks import Report, check_node, collect, leave, measure_network, meet
+from recurrent_bart.cluster.verdict import Expectations, Node, by_node, judge
+from recurrent_bart.training.environment import Rendezvous, launched_rendezvous
 from recurrent_bart.training.flags import FlagParser
-from recurrent_bart.training.preflight import Report, collect, leave, look_at_node, measure_network, meet
-from recurrent_bart.training.preflight_verdict import Expectations, Node, by_node, judge
 
 # of all-reduces, in GB/s: NVLink within a node, a network made for training between nodes; a processor has neither
 RATES = {True: (50.0, 5.0), False: (0.0, 0.0)}
@@ -41,14 +41,14 @@ def build_parser() -> FlagParser:
 def main(argv: list[str]) -> int:
     """Look, tell the first process, let it judge."""
     arguments = build_parser().parse_flags(argv)
-    meeting = launched_meeting()
+    meeting = launched_rendezvous()
     try:
         store = meet(meeting, arguments.wait)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         print(f"{socket.gethostname()}: cannot reach {meeting.address}:{meeting.port} ({reason})", file=sys.stderr)
         return 1
-    report = look_at_node(meeting.local_rank, arguments.gpus, arguments.folder, arguments.scratch)
+    report = check_node(meeting.local_rank, arguments.gpus, arguments.folder, arguments.scratch)
     leave(store, "alone", meeting.rank, report)
     if meeting.rank == 0:
         return lead(arguments, meeting, store, report)
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def lead(arguments: argparse.Namespace, meeting: Meeting, store: dist.Store, report: Report) -> int:
+def lead(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.Store, report: Report) -> int:
     """As the first process, ask for what the others found, and say which nodes are bad."""
     reports = collect(store, "alone", meeting.world_size, arguments.wait)
     # a GPU that is not there, or a process, would keep all the others waiting
@@ -85,7 +85,7 @@ def decision(store: dist.Store, seconds: float) -> bool:
     return store.get("decision") == b"network"
 
 
-def try_network(arguments: argparse.Namespace, meeting: Meeting, store: dist.Store, report: Report) -> None:
+def try_network(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.Store, report: Report) -> None:
     """Measure it; what fails is part of the report."""
     try:
         measure_network(report, meeting, store, arguments.per_node, arguments.wait)

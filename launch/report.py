@@ -6,12 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from recurrent_bart.monitoring.report import write_report
-from recurrent_bart.monitoring.report_run import read_run
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.report.page import write_report
+from recurrent_bart.report.run_record import read_run
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import DataArguments, ModelArguments, RunArguments, TrackingArguments
 from recurrent_bart.training.flags import FlagParser
-from recurrent_bart.training.spikes import SpikeWatch
+from recurrent_bart.training.lifecycle.spikes import SpikeWatch
 
 KINDS = (ModelArguments, DataArguments, RunArguments, TrackingArguments)
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from recurrent_bart.graphed_wavefront import share_device
+from recurrent_bart.execution.graphed_wavefront import share_device
 from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
+from recurrent_bart.studies.documents.report import draw_losses, text_report
+from recurrent_bart.studies.documents.text_run import TextRun
+from recurrent_bart.studies.memory.single_run import execute
+from recurrent_bart.studies.memory.turns import Turns, take_turns
 from recurrent_bart.studies.pool import ENDED, Ended, run_side_by_side
 from recurrent_bart.studies.report import draw, read_results, report
-from recurrent_bart.studies.single_run import execute
 from recurrent_bart.studies.study_run import Run, RunFile
-from recurrent_bart.studies.text_report import draw_losses, text_report
-from recurrent_bart.studies.text_run import TextRun
-from recurrent_bart.studies.turns import Turns, take_turns
 from recurrent_bart.training.flags import FlagParser
 
 # of a GPU, as many as PyTorch has streams: CUDA's own 8 would make runs wait for each other
@@ -84,7 +84,7 @@ def work(arguments: argparse.Namespace) -> int:
     def begin(file: RunFile) -> Turns[None]:
         if "flags" in described[file]:
             # the runs that need no documents start the sooner without what reads them
-            from recurrent_bart.studies.text_training import execute_text
+            from recurrent_bart.studies.documents.training import execute_text
 
             execute_text(file, device, arguments.deadline - time.time())
         else:
@@ -158,7 +158,7 @@ def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) ->
     todo = [run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)]
     is_text = isinstance(runs[0], TextRun)
     if todo and is_text:
-        from recurrent_bart.studies.text_training import prepare_documents
+        from recurrent_bart.studies.documents.training import prepare_documents
 
         prepare_documents(runs[0])
     for run in todo:

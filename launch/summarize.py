@@ -17,9 +17,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from recurrent_bart.data.text_files import ENCODING
-from recurrent_bart.generation_settings import change_settings, describe_settings, longest_text
-from recurrent_bart.inference import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
-from recurrent_bart.summaries import Summariser
+from recurrent_bart.inference.stream_reader import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
+from recurrent_bart.inference.summarizer import Summariser
+from recurrent_bart.model.generation_settings import change_settings, describe_settings, longest_text
 from recurrent_bart.training.arguments import DataArguments, GenerationArguments
 from recurrent_bart.training.flags import FlagParser
 

@@ -6,13 +6,13 @@ import signal
 import sys
 from typing import Any
 
-from recurrent_bart.distributed import SharedError, let_first_speak
+from recurrent_bart.distributed import SharedError, log_on_first_rank
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import end_processes, launched_rank, start_processes
-from recurrent_bart.training.experiment import run_experiment
-from recurrent_bart.training.faults import describe_fault
-from recurrent_bart.training.interruption import Interrupted, handling_signals
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
+from recurrent_bart.training.lifecycle.faults import describe_fault
+from recurrent_bart.training.lifecycle.interruption import Interrupted, handling_signals
+from recurrent_bart.training.session import run_experiment
 
 
 def main(argv: list[str]) -> ExitCode:
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> ExitCode:
         # all processes read the same command line, some of them long before others
         if rank == 0:
             return fail(error)
-        let_first_speak(seconds=30)
+        log_on_first_rank(seconds=30)
         return ExitCode.MISTAKE
     try:
         with handling_signals(leave):
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> ExitCode:
             print(f"go on with --resume {shlex.quote(str(arguments.run.output_dir))}")
         return ExitCode.STOPPED
     except SharedError:
-        let_first_speak(seconds=1)
+        log_on_first_rank(seconds=1)
         return ExitCode.MISTAKE
     except ValueError as error:
         return fail(error, f" on rank {rank}" if rank else "")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from recurrent_bart.benchmarks.training_results import (
+from recurrent_bart.benchmarks.training.results import (
     LEFT_OUT,
     MEASURED,
     PARTS,
@@ -26,15 +26,15 @@ from recurrent_bart.benchmarks.training_results import (
     lines_of,
     plan,
 )
-from recurrent_bart.benchmarks.training_session import Starter
-from recurrent_bart.benchmarks.training_tables import LEGEND, summary, training_tables
-from recurrent_bart.benchmarks.training_work import Work
+from recurrent_bart.benchmarks.training.session import Starter
+from recurrent_bart.benchmarks.training.tables import LEGEND, summary, training_tables
+from recurrent_bart.benchmarks.training.workloads import Work
 from recurrent_bart.distributed import barrier
-from recurrent_bart.monitoring.run_folder import git_commit, replace_file, versions
+from recurrent_bart.run_folder import atomic_write, git_commit, versions
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.flags import FlagParser
-from recurrent_bart.training.interruption import handling_signals
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
+from recurrent_bart.training.lifecycle.interruption import handling_signals
 
 SCRIPTS = Path(__file__).absolute().parent
 SHARDINGS = [SCRIPTS.parent / "ds_configs" / f"{name}.json" for name in ("zero2", "zero3")]
@@ -87,7 +87,7 @@ def leave(number: int, _: Any) -> None:
 def measure_here(part: str, file: Path, n_rounds: int, flags: Sequence[str]) -> int:
     """Be one of several processes: do a run's steps, or measure the loop, of which the first one writes a file."""
     # what trains is not needed where processes are only started
-    from recurrent_bart.benchmarks.loop_cost import measure_loop, run_steps
+    from recurrent_bart.benchmarks.training.loop_cost import measure_loop, run_steps
     from recurrent_bart.training.environment import start_processes
 
     arguments = parse_arguments(flags)
@@ -97,7 +97,7 @@ def measure_here(part: str, file: Path, n_rounds: int, flags: Sequence[str]) -> 
     else:
         found = measure_loop(arguments, environment, n_rounds)
         if environment.rank == 0:
-            replace_file(file, json.dumps(asdict(found)))
+            atomic_write(file, json.dumps(asdict(found)))
     barrier()
     return ExitCode.DONE
 
@@ -114,7 +114,7 @@ def measure_all(own: argparse.Namespace, given: Sequence[str], argv: list[str]) 
     n_threads = max(1, torch.get_num_threads() // max(numbers))
 
     def keep(launch: Launch) -> None:
-        replace_file(folder / "results.json", json.dumps(about | {"results": lines_of(results)}, indent=1))
+        atomic_write(folder / "results.json", json.dumps(about | {"results": lines_of(results)}, indent=1))
         print(summary(launch, results[launch]), flush=True)
 
     try:

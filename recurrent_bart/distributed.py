@@ -146,7 +146,7 @@ def stop_all(message: str) -> NoReturn:
     raise (ValueError if is_first() else SharedError)(message)
 
 
-def let_first_speak(seconds: float) -> None:
+def log_on_first_rank(seconds: float) -> None:
     """Wait before leaving with an error that the first process reports.
 
     A launcher ends all processes with the first that leaves. Where that was another one, nobody would say why.

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import launching
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.run_folder import RunFolder
 from runs import flags, write_documents
 from saved_tensors import differing, saved_tensors
 

@@ -49,7 +49,7 @@ def _environ():
 @pytest.fixture
 def _no_curves(monkeypatch):
     """Runs draw no pictures, which is half of the time of a short one, and tested elsewhere."""
-    monkeypatch.setattr("recurrent_bart.training.experiment.draw_curves", lambda records, path: None)
+    monkeypatch.setattr("recurrent_bart.training.session.draw_curves", lambda records, path: None)
 
 
 @pytest.fixture

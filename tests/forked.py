@@ -19,19 +19,19 @@ import multiprocess
 import torch
 
 import launching
-from recurrent_bart.training import experiment
+from recurrent_bart.training import session as experiment
 
 # a process that has no threads: forked from one that may have some, others could wait for ever for a lock that one held
 SERVER = multiprocess.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         __name__,
-        "recurrent_bart.training.preflight_verdict",
-        "recurrent_bart.studies.text_training",
-        "recurrent_bart.studies.text_report",
-        "recurrent_bart.benchmarks.session",
-        "recurrent_bart.monitoring.memory_map",
-        "recurrent_bart.monitoring.report",
+        "recurrent_bart.cluster.verdict",
+        "recurrent_bart.studies.documents.training",
+        "recurrent_bart.studies.documents.report",
+        "recurrent_bart.benchmarks.models.session",
+        "recurrent_bart.probes.memory_map",
+        "recurrent_bart.report.page",
         # half of the time that an engine takes to be built
         "deepspeed.runtime.zero.muon.muon_optimizer",
     ]

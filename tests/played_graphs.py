@@ -7,7 +7,7 @@ last, which a backward pass takes away. A backward pass that comes when it must 
 import torch
 from torch import nn
 
-from recurrent_bart import recorded_call
+from recurrent_bart.execution import cuda_graphs as recorded_call
 
 
 class PlayedGraph:
@@ -80,16 +80,16 @@ def call_plain(module, inputs):
     return module(inputs)
 
 
-def call_recorded(module, inputs):
+def call_graphed(module, inputs):
     """What `module(inputs)` gives, by replays."""
-    return recorded_call.call_recorded(module, module, [inputs])
+    return recorded_call.call_graphed(module, module, [inputs])
 
 
 def call_in_order(call, order, device):
     """Values and gradients of three calls, the first and the last of the same shape, of a small module with dropout.
 
     Args:
-        call: `call_recorded`, or `call_plain`.
+        call: `call_graphed`, or `call_plain`.
         order: `f1` is the second call, `b1` its backward pass.
     """
     torch.manual_seed(0)

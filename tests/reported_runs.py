@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.run_folder import RunFolder
 
 VOID = {"meta", "link", "br", "img"}
 FLAGS = {

@@ -6,7 +6,7 @@ import random
 import torch
 
 from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.run_folder import RunFolder
 from tiny import tiny_model
 
 WORDS = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu", "hen", "koi", "owl", "pig", "ram")

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recurrent_bart import decoder_context
+from recurrent_bart.model import decoder_context
 from tiny import batch_of, random_ids, tiny_model
 
 LENGTHS = [[8, 8, 8], [8, 5], [3]]

@@ -18,13 +18,15 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 ENVIRONMENT = PACKAGE / "training" / "environment.py"
 # each imports only what stands in a line before its own, and its own kind
 LAYERS = [
-    {"configuration"},
-    {"core"},
-    {"modeling"},
+    {"configuration_recurrent_bart", "distributed", "run_folder"},
+    {"recurrence"},
+    {"execution"},
+    {"model"},
     {"data", "monitoring"},
-    {"evaluation", "inference", "checkpointing"},
+    {"evaluation", "inference", "report"},
+    {"checkpointing", "probes"},
     {"training"},
-    {"studies", "benchmarks"},
+    {"studies", "benchmarks", "cluster"},
     {"launch"},
 ]
 FOLDERS = {"ds_configs", "launch", "recurrent_bart", "tests", "slurm"}
@@ -33,25 +35,9 @@ PAGES = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "RESULTS.md", "LICENSE"
 
 
 def kind_of(module):
-    """Which part of the house a module, by its dotted name, belongs to."""
+    """Return the folder, or the module beside the folders, that a dotted name belongs to."""
     parts = module.split(".")
-    if parts[0] == "launch" or len(parts) == 1:
-        return "launch"
-    if parts[1] in {
-        "data",
-        "monitoring",
-        "evaluation",
-        "inference",
-        "checkpointing",
-        "training",
-        "studies",
-        "benchmarks",
-    }:
-        return parts[1]
-    if parts[1] in {"modeling_pretrained", "modeling_encoder", "modeling_decoder", "modeling_recurrent_bart"}:
-        return "modeling"
-    named = {"configuration_recurrent_bart": "configuration", "summaries": "inference"}
-    return named.get(parts[1], "core")
+    return "launch" if parts[0] == "launch" or len(parts) == 1 else parts[1]
 
 
 def level_of(kind):
@@ -88,7 +74,7 @@ def uses_of(file, *names):
 def test_imports_point_one_way(file):
     here = name_of(file)
     if here == "recurrent_bart":
-        allowed = {"configuration", "core", "modeling"}
+        allowed = {"configuration_recurrent_bart", "recurrence", "model"}
     else:
         lower = LAYERS[: level_of(kind_of(here))]
         allowed = {kind for kinds in lower for kind in kinds} | ({kind_of(here)} - {"launch"})
@@ -133,7 +119,7 @@ def test_environment_variables_are_read_in_one_module():
 
 def test_no_script_hides_a_module():
     # its folder comes first on the path of the process that it starts
-    path = [place for place in sys.path if Path(place).resolve() != ROOT / "launch"]
+    path = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT / "launch", ROOT / "tests")]
     for file in SCRIPTS:
         assert file.stem not in sys.builtin_module_names
         assert importlib.machinery.PathFinder.find_spec(file.stem, path) is None, file

@@ -3,7 +3,7 @@
 import torch
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from recurrent_bart.segmentation import pad_segments
+from recurrent_bart.recurrence.segmentation import pad_segments
 
 # large weights: a difference that matters is not lost in a nearly linear model
 TINY = {

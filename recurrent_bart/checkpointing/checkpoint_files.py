@@ -17,7 +17,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from recurrent_bart.checkpointing.manifest import write_durably, write_part
+from recurrent_bart.checkpointing.manifest import write_and_fsync, write_part
 
 # what DeepSpeed's files hold beside tensors, numbers, texts and their containers
 HARMLESS = (LossScaler, ZeroStageEnum, fragment_address)
@@ -30,7 +30,7 @@ def read_tensors(path: str | Path, map_location: Any = None) -> Any:
         ValueError: It holds something else than tensors, plain values and DeepSpeed's own few classes.
     """
     try:
-        with only_harmless():
+        with refuse_code():
             return torch.load(path, map_location=map_location, weights_only=True)
     # what a pickle that is refused is refused with
     except Exception as error:
@@ -38,7 +38,7 @@ def read_tensors(path: str | Path, map_location: Any = None) -> Any:
 
 
 @contextlib.contextmanager
-def only_harmless() -> Iterator[None]:
+def refuse_code() -> Iterator[None]:
     """While it lasts, torch.load takes DeepSpeed's own few classes beside tensors and plain values."""
     # its own context manager takes them away at the end of an inner one
     before = torch.serialization.get_safe_globals()
@@ -50,14 +50,14 @@ def only_harmless() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def without_enums(item: Any) -> Any:
+def enums_as_values(item: Any) -> Any:
     """The same with plain values for members of enumerations, which some versions of Python pickle as calls."""
     if isinstance(item, Enum):
         return item.value
     if type(item) is dict:
-        return {name: without_enums(value) for name, value in item.items()}
+        return {name: enums_as_values(value) for name, value in item.items()}
     if type(item) in (list, tuple):
-        return type(item)(map(without_enums, item))
+        return type(item)(map(enums_as_values, item))
     return item
 
 
@@ -86,7 +86,7 @@ class CheckpointFiles(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         """Take note of what is to be written where."""
-        item = without_enums(clone_tensors_for_torch_save(state_dict) if self.copies else state_dict)
+        item = enums_as_values(clone_tensors_for_torch_save(state_dict) if self.copies else state_dict)
         self.gathered.append((Path(path), functools.partial(torch.save, item)))
 
     def save_json(self, content: Any, path: Path) -> None:
@@ -113,5 +113,5 @@ class CheckpointFiles(CheckpointEngine):
 def _write(
     folder: Path, rank: int, gathered: Sequence[tuple[Path, Callable[[Any], Any]]], then: Callable[[], None]
 ) -> None:
-    write_part(folder, rank, {str(path.relative_to(folder)): write_durably(path, write) for path, write in gathered})
+    write_part(folder, rank, {str(path.relative_to(folder)): write_and_fsync(path, write) for path, write in gathered})
     then()

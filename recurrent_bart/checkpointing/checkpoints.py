@@ -18,15 +18,20 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.checkpointing.checkpoint_files import CheckpointFiles, read_tensors
-from recurrent_bart.checkpointing.manifest import MANIFEST, has_all_parts, join_parts, make_names_durable, problems
-from recurrent_bart.checkpointing.process_state import continue_random_states, draw_anew, process_state, summed
-from recurrent_bart.checkpointing.resumed_settings import keeping_settings
-from recurrent_bart.checkpointing.retention import outdated
+from recurrent_bart.checkpointing.manifest import MANIFEST, fsync_directories, has_all_parts, join_parts, problems
+from recurrent_bart.checkpointing.process_state import (
+    continue_random_states,
+    process_state,
+    reseed_random_states,
+    summed,
+)
+from recurrent_bart.checkpointing.resumed_settings import keep_given_settings
+from recurrent_bart.checkpointing.retention import checkpoints_to_delete
 from recurrent_bart.checkpointing.universal import reading_universal, write_universal
 from recurrent_bart.data.corpus import fingerprint
 from recurrent_bart.distributed import barrier, from_first, gather_objects, is_first, only_first, rank, world_size
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.monitoring.run_folder import versions
+from recurrent_bart.run_folder import versions
 
 ENGINE = "engine"
 
@@ -161,7 +166,7 @@ class Checkpoints:
         # checkpoints of older versions tell their precision by the names of DeepSpeed's files alone
         precision = "bf16" if any((path / ENGINE).glob("bf16_*")) else "fp32"
         state, then = TrainerState.of(saved["state"]), {"precision": precision, **saved["written_by"]}
-        with keeping_settings(engine):
+        with keep_given_settings(engine):
             if then == _written_by(engine):
                 self._load_shards(engine, path)
             else:
@@ -223,9 +228,9 @@ class Checkpoints:
         if final.exists():
             final.rename(replaced)
         draft.rename(final)
-        make_names_durable(self.folder)
+        fsync_directories(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in outdated(self._steps(), self.keep_last, self.keep_every, best_step):
+        for old in checkpoints_to_delete(self._steps(), self.keep_last, self.keep_every, best_step):
             _remove(self._path(old))
 
     def _newest_whole(self) -> Path | None:
@@ -337,7 +342,7 @@ def _continue_process(path: Path, n_processes: int, step: int) -> dict[str, floa
         own = read_tensors(path / f"process-{rank()}.pt")
         continue_random_states(own["random_states"])
         return own["figures"]
-    draw_anew(step)
+    reseed_random_states(step)
     if not is_first():
         return {}
     return summed([read_tensors(path / f"process-{number}.pt")["figures"] for number in range(n_processes)])

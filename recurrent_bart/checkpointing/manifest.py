@@ -37,7 +37,7 @@ class HashedFile:
         return {"bytes": self.n_bytes, "sha256": self.hash.hexdigest()}
 
 
-def write_durably(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
+def write_and_fsync(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
     """Write a file so that it outlasts the machine's next moment; its size and checksum.
 
     Args:
@@ -53,11 +53,11 @@ def write_durably(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> dict[str, Any]:
-    """`write_durably` of something as JSON."""
-    return write_durably(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+    """`write_and_fsync` of something as JSON."""
+    return write_and_fsync(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
-def make_names_durable(folder: Path) -> None:
+def fsync_directories(folder: Path) -> None:
     """What a folder lists outlasts the machine's next moment too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -88,7 +88,7 @@ def join_parts(folder: Path, n_processes: int, **facts: Any) -> None:
     for part in parts:
         part.unlink()
     for place in {folder, *((folder / name).parent for name in files)}:
-        make_names_durable(place)
+        fsync_directories(place)
 
 
 def problems(folder: Path, share: slice = slice(None)) -> list[str]:

@@ -25,7 +25,7 @@ def continue_random_states(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def draw_anew(step: int) -> None:
+def reseed_random_states(step: int) -> None:
     """For a process that there was not: what it draws is not what it drew at the beginning of the run."""
     torch.manual_seed(torch.initial_seed() + 1_000_003 * step)
 

@@ -7,7 +7,7 @@ from deepspeed import DeepSpeedEngine
 
 
 @contextlib.contextmanager
-def keeping_settings(engine: DeepSpeedEngine) -> Iterator[None]:
+def keep_given_settings(engine: DeepSpeedEngine) -> Iterator[None]:
     """While a checkpoint is loaded: clipping, weight decay, betas and highest learning rates are this run's afterwards.
 
     DeepSpeed's universal format has those of one group of parameters for all of them.

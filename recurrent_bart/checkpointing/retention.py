@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def outdated(steps: Sequence[int], keep_last: int, keep_every: int, best_step: int) -> list[int]:
+def checkpoints_to_delete(steps: Sequence[int], keep_last: int, keep_every: int, best_step: int) -> list[int]:
     """Those that may go now.
 
     Args:

@@ -16,7 +16,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
 
-from recurrent_bart.checkpointing.checkpoint_files import only_harmless, read_tensors
+from recurrent_bart.checkpointing.checkpoint_files import read_tensors, refuse_code
 
 # what DeepSpeed reads the counts of steps from: those of every process hold the same ones
 MODEL_STATES = {2: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
@@ -50,7 +50,7 @@ def write_universal(shards: Path, output: Path, stage_then: int, stage_now: int)
         # it prints a page, and a bar for each part
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
-        stack.enter_context(only_harmless())
+        stack.enter_context(refuse_code())
         try:
             ds_to_universal.main(settings)
         except pickle.UnpicklingError as error:
@@ -64,7 +64,7 @@ def reading_universal(engine: DeepSpeedEngine) -> Iterator[None]:
     """While it lasts, the engine reads checkpoints in the universal format."""
     engine._config.load_universal_checkpoint = True
     try:
-        with only_harmless():
+        with refuse_code():
             yield
     finally:
         engine._config.load_universal_checkpoint = False

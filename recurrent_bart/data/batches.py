@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from recurrent_bart.data.rows import TASKS
-from recurrent_bart.segmentation import pad_segments, split_into_segments, to_device
-from recurrent_bart.targets import IGNORED
+from recurrent_bart.model.loss import IGNORED
+from recurrent_bart.recurrence.segmentation import pad_segments, split_into_segments, to_device
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def load_corpus(
     folder = cache_dir / "corpora" / key
     if not folder.exists():
         say(f"tokenising {source.place}, split {source.split!r}")
-        with half_written(folder) as draft:
+        with atomic_directory(folder) as draft:
             skipped: list[str] = []
 
             def skip(error: ValueError) -> None:
@@ -172,7 +172,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 @contextlib.contextmanager
-def half_written(folder: Path, replaces: bool = False) -> Iterator[Path]:
+def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
     """Give a folder to write into, which appears under its name only when it is complete.
 
     Args:

@@ -46,7 +46,7 @@ class Sentence:
     value: float
 
 
-def made_rows(row: Row, n_rows: int, task: str) -> Iterator[Row]:
+def gap_sentence_rows(row: Row, n_rows: int, task: str) -> Iterator[Row]:
     """The document again, with other targets each time; a third of the rows has it whole, the others have its pieces.
 
     Args:

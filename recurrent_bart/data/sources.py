@@ -14,7 +14,7 @@ from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
 from recurrent_bart.data.csv_records import csv_records
 from recurrent_bart.data.folders import SPLIT_OF_NAME, find_splits, find_texts, kind_of, name_some
-from recurrent_bart.data.gap_sentences import made_rows
+from recurrent_bart.data.gap_sentences import gap_sentence_rows
 from recurrent_bart.data.held_out import HeldOut, held_out_texts, split_by_line
 from recurrent_bart.data.jsonl import jsonl_records
 from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse
@@ -96,7 +96,7 @@ class Source:
             is_empty = False
             yield row
             if self.n_made:
-                yield from made_rows(row, self.n_made, task)
+                yield from gap_sentence_rows(row, self.n_made, task)
         if is_empty:
             raise ValueError(f"{self.place}: no documents with a target for --task {task} in split {self.split!r}")
 

@@ -17,7 +17,7 @@ UNSPEAKABLE = "\ufdd0\ufdd1\ufdd2"
 class TextEncoder:
     """Encodes texts without special tokens; `"</s>"` or `"<pad>"` in a text become ids of ordinary pieces.
 
-    A gap that `made_rows` left in a text becomes the mask token.
+    A gap that `gap_sentence_rows` left in a text becomes the mask token.
 
     Args:
         tokenizer: Fast or slow; it is not changed.

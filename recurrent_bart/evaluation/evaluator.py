@@ -13,8 +13,8 @@ from recurrent_bart.data.batches import Batch, Collator, DocumentPlan
 from recurrent_bart.distributed import gather_objects, rank, sum_over_ranks, world_size
 from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.rouge import rouge
-from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
-from recurrent_bart.targets import IGNORED
+from recurrent_bart.model.loss import IGNORED
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
 # tokens of a source that are shown
 HEAD = 100

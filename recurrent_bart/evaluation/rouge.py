@@ -33,7 +33,7 @@ class RougeTokenizer(tokenizers.Tokenizer):
 def rouge(
     predictions: Sequence[str], references: Sequence[str], documents: Sequence[Hashable] | None = None
 ) -> dict[str, Interval]:
-    """Return the mean of `rouge_of_each` over all texts, with its 95 % interval over documents.
+    """Return the mean of `rouge_per_sample` over all texts, with its 95 % interval over documents.
 
     Args:
         predictions: Generated texts.
@@ -41,7 +41,7 @@ def rouge(
         documents: Document of each text. The texts of one document are resampled together. None: each text has a
             document of its own.
     """
-    scores = rouge_of_each(predictions, references)
+    scores = rouge_per_sample(predictions, references)
     names = range(len(references)) if documents is None else documents
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     totals_MD, counts_MD = np.zeros((2, len(METRICS), len(numbers)))
@@ -53,7 +53,7 @@ def rouge(
     return {metric: resamples.of_seed(number).interval() for number, metric in enumerate(METRICS)}
 
 
-def rouge_of_each(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+def rouge_per_sample(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
     """Return ROUGE-1, -2, -L (whole text) and -Lsum (sentence by sentence) of each text, as F-measure in percent.
 
     Args:

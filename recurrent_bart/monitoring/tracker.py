@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.run_folder import RunFolder
 
 Record = dict[str, Any]
 Result = TypeVar("Result")

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recurrent_bart.monitoring.run_folder import replace_file
 from recurrent_bart.monitoring.tracker import Record, Warn, curves_of
+from recurrent_bart.run_folder import atomic_write
 
 WANDB_MODES = ("online", "offline", "disabled")
 # further modes of wandb, and what they come to here: whether machines share a run follows from their number
@@ -48,7 +48,7 @@ class WandbRun:
         job_type: Kind of run, shown beside it.
         tags: To find it by.
         notes: Text about it; None: none.
-        config: Settings of the run; see `without_secrets`.
+        config: Settings of the run; see `redact_secrets`.
         given: Names of the settings that the user gave wandb, which defaults of ours leave alone.
     """
 
@@ -86,7 +86,7 @@ class WandbRun:
             "job_type": self.job_type,
             "tags": list(self.tags),
             "notes": self.notes,
-            "config": without_secrets(self.config),
+            "config": redact_secrets(self.config),
             # shared is a mode of the settings alone
             "mode": None if self.is_shared else "online" if self.is_online else "offline",
             "resume": "allow" if self.is_online and not self.is_shared else None,
@@ -163,7 +163,7 @@ class WandbTracker:
         return state.get("n_written", 0)
 
     def _write_state(self, cut_off: str | None = None) -> None:
-        replace_file(self.state_file, json.dumps({"n_written": self.n_written, "cut_off": cut_off}))
+        atomic_write(self.state_file, json.dumps({"n_written": self.n_written, "cut_off": cut_off}))
 
 
 def start_wandb(run: WandbRun, history: Sequence[Record], warn: Warn) -> WandbTracker:
@@ -207,17 +207,17 @@ def run_id(folder: Path, wanted: str | None = None) -> str:
     file = folder / "run.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps({"id": wanted or secrets.token_hex(4)}))
+        atomic_write(file, json.dumps({"id": wanted or secrets.token_hex(4)}))
     return json.loads(file.read_text())["id"]
 
 
-def without_secrets(settings: Any) -> Any:
+def redact_secrets(settings: Any) -> Any:
     """The same with what gives access masked: values by their names, and names and passwords in addresses."""
     if isinstance(settings, dict):
         return {
-            name: "***" if SECRET_NAME.search(str(name)) and isinstance(value, str) else without_secrets(value)
+            name: "***" if SECRET_NAME.search(str(name)) and isinstance(value, str) else redact_secrets(value)
             for name, value in settings.items()
         }
     if isinstance(settings, list | tuple):
-        return [without_secrets(value) for value in settings]
+        return [redact_secrets(value) for value in settings]
     return SECRET_IN_ADDRESS.sub("***@", settings) if isinstance(settings, str) else settings

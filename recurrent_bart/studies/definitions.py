@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_bart.configuration_recurrent_bart import PREFIX_ATTENTIONS
+from recurrent_bart.studies.documents.text_run import READINGS, TextRun
 from recurrent_bart.studies.study_run import StudyRun
-from recurrent_bart.studies.text_run import READINGS, TextRun
 
 Fields = dict[str, Any]
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from recurrent_bart.data.babi import load_babi
-from recurrent_bart.data.memory_tasks import SYMBOL_TASKS, MemoryTask
-from recurrent_bart.monitoring.run_folder import replace_file
+from recurrent_bart.run_folder import atomic_write
+from recurrent_bart.studies.tasks.babi import load_babi
+from recurrent_bart.studies.tasks.memory_tasks import SYMBOL_TASKS, MemoryTask
 
 WINDOWS = ("segments", "all", "last")
 # what a run's fields change
@@ -186,7 +186,7 @@ class RunFile:
     def write(self, record: dict[str, Any]) -> None:
         """Replace it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, json.dumps(record, indent=1) + "\n")
+        atomic_write(self.path, json.dumps(record, indent=1) + "\n")
 
     def is_finished(self, run: Run) -> bool:
         """Whether it holds all that comes of this run, as it is defined now."""

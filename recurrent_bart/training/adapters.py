@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor, nn
 
-from recurrent_bart.loading import is_recurrence
+from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.training.arguments import ModelArguments
 from recurrent_bart.training.optimization import is_adapter
 

@@ -11,10 +11,10 @@ from recurrent_bart.data.held_out import SPLIT_RULES
 from recurrent_bart.data.rows import TASKS, Columns
 from recurrent_bart.data.sources import EMBEDDED
 from recurrent_bart.data.text_files import check_encoding
-from recurrent_bart.exposure_bias import ORACLES
-from recurrent_bart.modeling_pretrained import CHECKPOINTING_GRAINS
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
+from recurrent_bart.model.scheduled_sampling import ORACLES
 from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.curriculum import Curriculum, parse_stages
 from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.resumed_flags import check_resumed

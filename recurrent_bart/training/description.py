@@ -7,11 +7,11 @@ from deepspeed import DeepSpeedEngine
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import DocumentOrder
 from recurrent_bart.data.cuts import describe_cuts
-from recurrent_bart.exposure_bias import Oracle, gold_probability
-from recurrent_bart.generation_settings import contradictions, describe_limit, describe_settings
-from recurrent_bart.loading import is_recurrence
+from recurrent_bart.model.generation_settings import contradictions, describe_limit, describe_settings
+from recurrent_bart.model.loading import is_recurrence
+from recurrent_bart.model.scheduled_sampling import Oracle, gold_probability
 from recurrent_bart.training.arguments import Arguments, RunArguments
-from recurrent_bart.training.document_order import describe_order
+from recurrent_bart.training.document_order import describe_data_order
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.optimization import LearningRates
 from recurrent_bart.training.preparation import Preparation
@@ -66,7 +66,7 @@ def describe(
         f"bptt_depth {config.bptt_depth}, at most {config.max_n_segments} segments a document",
         f"documents  {len(train.indices)} to train on, of {sum(train.n_segments) / len(train.indices):.1f} segments; "
         f"{len(validation.indices)} for validation; task {arguments.data.task}",
-        *describe_order(arguments, prepared, environment.world_size, order),
+        *describe_data_order(arguments, prepared, environment.world_size, order),
         f"rates      {rates.backbone:.1e}, recurrence {rates.recurrence:.1e}, {run.lr_scheduler} decay after "
         f"{run.warmup_steps} steps of warm-up",
         f"engine     ZeRO-{engine.zero_optimization_stage()}, {environment.device.type}, "

@@ -47,7 +47,7 @@ def by_documents(run: RunArguments, n_segments: list[int], world_size: int, stat
     )
 
 
-def keep_place(order: DocumentOrder, state: TrainerState) -> None:
+def store_data_position(order: DocumentOrder, state: TrainerState) -> None:
     """Write down where an order stands, so that `build_order` goes on from there."""
     state.n_documents = order.documents_before(state.step)
     if isinstance(order, TokenBatchOrder):
@@ -56,7 +56,9 @@ def keep_place(order: DocumentOrder, state: TrainerState) -> None:
         state.order_batch = order.unit
 
 
-def describe_order(arguments: Arguments, prepared: Preparation, world_size: int, order: DocumentOrder) -> list[str]:
+def describe_data_order(
+    arguments: Arguments, prepared: Preparation, world_size: int, order: DocumentOrder
+) -> list[str]:
     """What a step is, and how much of what is computed is padding."""
     run = arguments.run
     parts = f"x {run.gradient_accumulation_steps} accumulated x {world_size} processes"

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from recurrent_bart.monitoring.wandb_tracker import parse_wandb_mode
-from recurrent_bart.training.deepspeed_patches import skip_shared_memory_operator
+from recurrent_bart.training.zero.deepspeed_patches import skip_shared_memory_operator
 
 # what a launcher tells each process
 GIVEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -53,7 +53,7 @@ def launched_rank() -> int:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """What a launcher tells a process: who it is and where the first one waits for the others."""
 
     rank: int
@@ -63,7 +63,7 @@ class Meeting:
     port: int
 
 
-def launched_meeting() -> Meeting:
+def launched_rendezvous() -> Rendezvous:
     """Where this process is to go; alone if no launcher says otherwise.
 
     Raises:
@@ -76,7 +76,7 @@ def launched_meeting() -> Meeting:
     if missing:
         raise ValueError(f"RANK is set in the environment, {', '.join(missing)} not: start with deepspeed or torchrun")
     rank, local_rank, world_size, address, port = (os.environ[name] for name in GIVEN)
-    return Meeting(int(rank), int(local_rank), int(world_size), address, int(port))
+    return Rendezvous(int(rank), int(local_rank), int(world_size), address, int(port))
 
 
 def start_processes(timeout_minutes: int) -> Environment:
@@ -88,7 +88,7 @@ def start_processes(timeout_minutes: int) -> Environment:
     Raises:
         ValueError: A launcher says which process this is, but not all that is needed, or where they meet is taken.
     """
-    meeting = launched_meeting()
+    meeting = launched_rendezvous()
     # the loader's processes are forked from one that has used the tokenizer, and do not use it themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # DeepSpeed's conversion of checkpoints asks torch.load to run what a file holds
@@ -128,7 +128,7 @@ def batch_job() -> tuple[str, int]:
     return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def place_wandb(folder: Path, given: Mapping[str, str]) -> None:
+def set_wandb_folders(folder: Path, given: Mapping[str, str]) -> None:
     """Let wandb write into the folder of a run only. Call it before wandb is imported.
 
     wandb then no longer finds its own settings file, so its settings are handed on as environment variables.

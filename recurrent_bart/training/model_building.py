@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.rows import TASKS
-from recurrent_bart.loading import load_pretrained
-from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.model.loading import load_pretrained
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.model.saved_models import reading_model
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.saved_models import reading_model
 from recurrent_bart.training.arguments import ModelArguments
 
 

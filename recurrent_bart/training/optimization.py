@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from recurrent_bart.loading import is_recurrence
+from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.training.arguments import RunArguments
 
 # ends of the names of parameters that hold one vector a layer

@@ -12,20 +12,20 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, plan_documents
-from recurrent_bart.data.corpus import fingerprint, half_written, load_corpus, texts_of
+from recurrent_bart.data.corpus import atomic_directory, fingerprint, load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
-from recurrent_bart.generation_settings import longest_text
+from recurrent_bart.model.generation_settings import longest_text
+from recurrent_bart.model.saved_models import check_model_place
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.monitoring.run_folder import RunFolder
-from recurrent_bart.saved_models import check_model_place
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import Arguments, DataArguments, ModelArguments
-from recurrent_bart.training.deepspeed_config import load_deepspeed_config
 from recurrent_bart.training.environment import Environment, use_bf16, wandb_mode, wandb_settings
 from recurrent_bart.training.model_building import build_config
 from recurrent_bart.training.resumed_flags import changed_flags
+from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
 
 # of documents that are passed over
 N_TOLD = 5
@@ -193,7 +193,7 @@ def find_tokenizer(
     if not folder.exists():
         say(f"training a tokenizer of {model.vocab_size} ids on {train.place}")
         texts = texts_of(train.rows(data.task, data.columns()))
-        with half_written(folder) as draft:
+        with atomic_directory(folder) as draft:
             save_tokenizer(train_tokenizer(texts, model.vocab_size), draft)
     return load_tokenizer(str(folder))
 

@@ -4,14 +4,14 @@ from typing import Any
 
 from recurrent_bart.distributed import from_first, is_first
 from recurrent_bart.evaluation.evaluator import Evaluator
-from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
-from recurrent_bart.monitoring.recurrence_metrics import recurrence_metrics
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.probes.recurrence_metrics import recurrence_metrics
 from recurrent_bart.training.tracking import warn
 
 N_DOCUMENTS = 2
 
 
-def look_at_recurrence(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -> dict[str, Any]:
+def probe_recurrence(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -> dict[str, Any]:
     """Figures of `recurrence_metrics`, on every process. The first one looks, the others wait.
 
     Args:

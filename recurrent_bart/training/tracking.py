@@ -8,20 +8,26 @@ from typing import Any
 
 from recurrent_bart.distributed import from_first, is_first, rank
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.monitoring.rank_figures import Places
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.monitoring.rank_metrics import RankTopology
 from recurrent_bart.monitoring.tensorboard_tracker import TensorBoardTracker
 from recurrent_bart.monitoring.tracker import Guarded, MetricsFile, Tracker, Trackers
 from recurrent_bart.monitoring.wandb_tracker import WandbRun, WandbTracker, run_id, start_wandb
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import TrackingArguments, split_tags
-from recurrent_bart.training.environment import Environment, has_wandb_key, place_wandb, wandb_mode, wandb_settings
+from recurrent_bart.training.environment import (
+    Environment,
+    has_wandb_key,
+    set_wandb_folders,
+    wandb_mode,
+    wandb_settings,
+)
 
 # of runs for which neither a flag nor WANDB_PROJECT names another one
 PROJECT = "recurrent-bart"
 
 
 def start_trackers(
-    arguments: TrackingArguments, environment: Environment, folder: RunFolder, places: Places
+    arguments: TrackingArguments, environment: Environment, folder: RunFolder, places: RankTopology
 ) -> Trackers:
     """The run's file and TensorBoard for the first process, wandb for the first one of each machine.
 
@@ -70,7 +76,7 @@ def _start_wandb(
     arguments: TrackingArguments,
     given: Mapping[str, str],
     folder: RunFolder,
-    places: Places,
+    places: RankTopology,
 ) -> WandbTracker:
     if problem:
         raise OSError(problem)
@@ -78,7 +84,7 @@ def _start_wandb(
     if is_online and not has_wandb_key(given):
         warn("wandb: no API key is set (WANDB_API_KEY, or wandb login); it goes on offline")
         is_online = False
-    place_wandb(folder.path, given)
+    set_wandb_folders(folder.path, given)
     run = WandbRun(
         id=identity,
         folder=(folder.path / "wandb").absolute(),

@@ -14,19 +14,19 @@ from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import gather_objects, max_over_ranks, stop_all, sum_over_ranks
-from recurrent_bart.exposure_bias import Oracle
-from recurrent_bart.monitoring.flops import Arithmetic
-from recurrent_bart.monitoring.rank_figures import Places, summarise
+from recurrent_bart.model.flops import Arithmetic
+from recurrent_bart.model.scheduled_sampling import Oracle
+from recurrent_bart.monitoring.rank_metrics import RankTopology, summarise
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.monitoring.tracker import known
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.curriculum import Curriculum
-from recurrent_bart.training.engine import reducing_once
-from recurrent_bart.training.faults import telling_out_of_memory
-from recurrent_bart.training.gradient_norms import GradientNorms
-from recurrent_bart.training.interruption import Interrupted, Interruption
-from recurrent_bart.training.tally import Tally
+from recurrent_bart.training.lifecycle.faults import explain_out_of_memory
+from recurrent_bart.training.lifecycle.interruption import Interrupted, Interruption
+from recurrent_bart.training.step_metrics import StepMetrics
 from recurrent_bart.training.windows import count_windows, has_windows, window_losses
+from recurrent_bart.training.zero.engine import reducing_once
+from recurrent_bart.training.zero.gradient_norms import GradientNorms
 
 
 @dataclass
@@ -63,9 +63,9 @@ class Trainer:
     oracle: Callable[[int], Oracle | None] = lambda step: None
     interruption: Interruption = field(default_factory=Interruption)
     curriculum: Curriculum | None = None
-    places: Places = field(default_factory=functools.partial(Places.gather, local_rank=0, peak=math.nan))
+    places: RankTopology = field(default_factory=functools.partial(RankTopology.gather, local_rank=0, peak=math.nan))
     watch: Stopwatch = field(default_factory=Stopwatch)
-    tally: Tally = field(default_factory=Tally)
+    tally: StepMetrics = field(default_factory=StepMetrics)
 
     def train(self) -> None:
         """Train to `--max_steps` or until an evaluation says to stop.
@@ -75,15 +75,15 @@ class Trainer:
             ValueError: No gradient was finite for many steps.
         """
         try:
-            self.train_to_the_end()
+            self.run_steps_and_evaluations()
         except Interrupted:
             self.save()
             raise
 
-    def train_to_the_end(self) -> None:
+    def run_steps_and_evaluations(self) -> None:
         """Steps and evaluations, each at its interval."""
         while True:
-            if self.is_evaluated_here() and self.state.evaluated_step != self.state.step and self.evaluate():
+            if self.is_evaluation_step() and self.state.evaluated_step != self.state.step and self.evaluate():
                 return
             if self.state.step >= self.run.max_steps:
                 return
@@ -92,28 +92,28 @@ class Trainer:
             # a tally ends at an evaluation: its time is not counted, and a run resumed there logs the same
             if self.is_logged_at(self.state.step):
                 self.log()
-            self.move_on(is_reached=False)
-            if self.run.save_every and self.state.step % self.run.save_every == 0 and not self.is_evaluated_here():
+            self.advance_curriculum(is_reached=False)
+            if self.run.save_every and self.state.step % self.run.save_every == 0 and not self.is_evaluation_step():
                 self.save()
 
-    def is_evaluated_here(self) -> bool:
+    def is_evaluation_step(self) -> bool:
         """Whether an evaluation belongs after the steps done so far."""
-        return self.is_evaluated_at(self.state.step)
+        return self.is_evaluated_after(self.state.step)
 
-    def is_evaluated_at(self, step: int) -> bool:
+    def is_evaluated_after(self, step: int) -> bool:
         """Whether an evaluation belongs after so many steps."""
         return step == self.run.max_steps or step % self.run.eval_every == 0
 
     def is_logged_at(self, step: int) -> bool:
         """Whether a line of the log ends after so many steps."""
-        return self.is_evaluated_at(step) or step % self.run.log_every == 0
+        return self.is_evaluated_after(step) or step % self.run.log_every == 0
 
     def evaluate(self) -> bool:
         """Evaluate and write a checkpoint; says whether to stop."""
         stops = self.on_evaluation()
         # one that is interrupted is made by the run that goes on
         self.state.evaluated_step = self.state.step
-        self.tally = Tally()
+        self.tally = StepMetrics()
         self.save()
         return stops
 
@@ -143,7 +143,7 @@ class Trainer:
         reduces_once = reducing_once(self.engine) if has_several else contextlib.nullcontext()
         with reduces_once:
             for batch in batches:
-                with telling_out_of_memory(batch, self.state.step + 1):
+                with explain_out_of_memory(batch, self.state.step + 1):
                     self.forward_backward(batch, n_targets)
         # the step moves it on to the next one's
         self.tally.learning_rate = self.engine.get_lr()[0]
@@ -160,7 +160,7 @@ class Trainer:
             self.skip()
             self.tally.loss, self.tally.n_targets = loss_before, n_targets_before
 
-    def move_on(self, is_reached: bool) -> None:
+    def advance_curriculum(self, is_reached: bool) -> None:
         """Begin the curriculum's next stage if this one is over; the same is decided on every process."""
         state = self.state
         if self.curriculum and self.curriculum.is_over(state.stage, state.step - state.stage_began, is_reached):
@@ -221,9 +221,9 @@ class Trainer:
         self.state.n_skipped_in_row += 1
         self.on_skip(f"step {self.state.step} is skipped: the {what}")
         if self.state.n_skipped_in_row >= self.run.max_skipped_steps:
-            self.give_up()
+            self.stop_after_skips()
 
-    def give_up(self) -> None:
+    def stop_after_skips(self) -> None:
         """Write a checkpoint of the weights, which no skipped step has changed, and end."""
         n_steps, self.state.n_skipped_in_row = self.state.n_skipped_in_row, 0
         self.save()
@@ -235,7 +235,7 @@ class Trainer:
 
     def log(self) -> None:
         """Sum up the steps since the last line, over all processes."""
-        tally, self.tally = self.tally, Tally()
+        tally, self.tally = self.tally, StepMetrics()
         tally.add_seconds(self.watch.seconds())
         tally.read_memory(self.engine.device)
         tally.seconds = time.perf_counter() - tally.started
@@ -253,5 +253,5 @@ class Trainer:
             record["gold_probability"] = oracle.gold_probability
         if self.curriculum is not None:
             record["curriculum_segments"] = self.curriculum.longest(self.state.stage)
-            self.move_on(is_reached=self.is_reached(record["loss"], tally.n_steps))
+            self.advance_curriculum(is_reached=self.is_reached(record["loss"], tally.n_steps))
         self.on_log(known(record))

@@ -12,8 +12,8 @@ from recurrent_bart.data.batches import Batch, DocumentOrder, RankBatches
 from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.environment import Environment
-from recurrent_bart.training.faults import telling_of_batches
-from recurrent_bart.training.interruption import ignore_signals
+from recurrent_bart.training.lifecycle.faults import explain_loader_errors
+from recurrent_bart.training.lifecycle.interruption import ignore_signals
 from recurrent_bart.training.preparation import Documents
 
 # a document by its place in the plan, and how many segments of it are read; None: as many as ever
@@ -49,7 +49,7 @@ class TrainingBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self.curriculum and self.stage != self.state.stage:
             self.loader = self._begin()
-        with telling_of_batches():
+        with explain_loader_errors():
             return next(self.loader)
 
     def close(self) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
-from recurrent_bart.exposure_bias import Oracle
-from recurrent_bart.prefix_recurrence import RecurrentState
-from recurrent_bart.segmentation import align_at_end, shift_segments
-from recurrent_bart.targets import IGNORED
+from recurrent_bart.model.loss import IGNORED
+from recurrent_bart.model.scheduled_sampling import Oracle
+from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
+from recurrent_bart.recurrence.segmentation import align_at_end, shift_segments
 
 
 def window_losses(

@@ -17,8 +17,8 @@ from recurrent_bart.checkpointing import checkpoints as module
 from recurrent_bart.checkpointing.checkpoint_files import read_tensors
 from recurrent_bart.checkpointing.checkpoints import CheckpointError, Checkpoints, Resumed, TrainerState
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.engine import build_engine, full_state_dict
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
+from recurrent_bart.training.zero.engine import build_engine, full_state_dict
 from tiny import BUCKET, random_ids, tiny_model
 
 STATE = TrainerState(
@@ -239,13 +239,13 @@ def test_in_the_background_what_was_there_when_it_began_is_written(saved, monkey
     checkpoints, engine = saved
     background = Checkpoints(checkpoints.folder, in_background=True)
     may_write = threading.Event()
-    write = checkpoint_files.write_durably
+    write = checkpoint_files.write_and_fsync
 
     def wait_and_write(*arguments):
         assert may_write.wait(timeout=60)
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoint_files, "write_durably", wait_and_write)
+    monkeypatch.setattr(checkpoint_files, "write_and_fsync", wait_and_write)
     expected = full_state_dict(engine)
     background.save(engine, replace(STATE, step=3))
     # training goes on before a byte is written

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recurrent_bart.data.gap_sentences import GAP, KEPT, MOST_PIECES, PIECE_WORDS, TAKEN, made_rows
+from recurrent_bart.data.gap_sentences import GAP, KEPT, MOST_PIECES, PIECE_WORDS, TAKEN, gap_sentence_rows
 from recurrent_bart.data.rows import Row
 
 # of these the second of each paragraph has its words elsewhere too, the others have none
@@ -26,7 +26,7 @@ def without_asking(text):
 
 
 def test_whole_sections_keep_what_they_are_asked_for(row):
-    (made,) = made_rows(row, 1, "sections")
+    (made,) = gap_sentence_rows(row, 1, "sections")
     assert made.sections == [KEPT + text for text in row.sections]
     for text, target in zip(row.sections, made.summaries, strict=True):
         lines = target.split("\n")
@@ -38,7 +38,7 @@ def test_whole_sections_keep_what_they_are_asked_for(row):
 
 def test_pieces_are_less_than_a_segment_and_some_have_gaps(row):
     texts, n_gaps = [], 0
-    for made in list(made_rows(row, 9, "sections"))[1::3]:
+    for made in list(gap_sentence_rows(row, 9, "sections"))[1::3]:
         assert len(made.sections) <= MOST_PIECES
         for text, target in zip(made.sections, made.summaries, strict=True):
             assert text.startswith((KEPT, TAKEN))
@@ -60,7 +60,7 @@ def test_a_filled_gap_gives_the_document_back():
     text = section("speed", 12)
     row = Row("d", [text], ["summary"])
     found = set()
-    for made in made_rows(row, 20, "document"):
+    for made in gap_sentence_rows(row, 20, "document"):
         (asked,), (target,) = made.sections, made.summaries
         found.add(asked.split(" ")[0])
         for line in target.split("\n"):
@@ -70,9 +70,9 @@ def test_a_filled_gap_gives_the_document_back():
 
 
 def test_rows_are_the_same_whenever_they_are_made_and_differ_from_each_other(row):
-    made = list(made_rows(row, 6, "sections"))
-    assert list(made_rows(row, 6, "sections")) == made
-    assert made[:4] == list(made_rows(row, 4, "sections"))
+    made = list(gap_sentence_rows(row, 6, "sections"))
+    assert list(gap_sentence_rows(row, 6, "sections")) == made
+    assert made[:4] == list(gap_sentence_rows(row, 4, "sections"))
     assert len({one.id for one in made} | {row.id}) == 7
     # whole ones have the same sentences to choose from, pieces begin elsewhere
     assert len({tuple(one.sections) for one in made}) == 5
@@ -80,14 +80,14 @@ def test_rows_are_the_same_whenever_they_are_made_and_differ_from_each_other(row
 
 def test_another_time_others_of_the_best_sentences_are_taken():
     words = [f"the flow in pipe {number} is what the flow in this report is about" for number in range(30)]
-    rows = made_rows(Row("d", [". ".join(words) + "."], ["summary"]), 8, "document")
+    rows = gap_sentence_rows(Row("d", [". ".join(words) + "."], ["summary"]), 8, "document")
     assert len({made.summaries[0] for made in rows}) == 8
 
 
 def test_scripts_without_spaces_have_sentences_too():
     names = "温度", "圧力", "速度", "重量", "価格"
     sentences = [f"この装置の{name}は報告書の本文で説明されている。" for name in names]
-    (made,) = made_rows(Row("d", ["".join(sentences) * 3], ["要約"]), 1, "document")
+    (made,) = gap_sentence_rows(Row("d", ["".join(sentences) * 3], ["要約"]), 1, "document")
     assert made.summaries[0].count("。") == made.summaries[0].count("この装置") > 1
     assert made.summaries[0].endswith("。")
 
@@ -96,22 +96,22 @@ def test_words_of_hindi_are_counted_whole():
     """Of sentences of twelve words five make sixty, which is what is asked for."""
     sentence = "इस मशीन की गति और तापमान पूरे प्रतिवेदन में बताए गए हैं।"
     assert len(sentence.split()) == 12
-    (made,) = made_rows(Row("d", [" ".join([sentence] * 20)], ["सार"]), 1, "document")
+    (made,) = gap_sentence_rows(Row("d", [" ".join([sentence] * 20)], ["सार"]), 1, "document")
     assert made.summaries == [" ".join([sentence] * 5)]
 
 
 def test_words_that_differ_in_their_vowel_signs_are_not_the_same():
     """No sentence has a word of another, so none is telling."""
     lines = [" ".join(consonant + vowel for consonant in "कखगघचछजझटठ") for vowel in "ािीुूेै"]
-    assert not list(made_rows(Row("d", ["\n".join(lines)], ["सार"]), 3, "document"))
-    assert list(made_rows(Row("d", ["\n".join(lines * 2)], ["सार"]), 3, "document"))
+    assert not list(gap_sentence_rows(Row("d", ["\n".join(lines)], ["सार"]), 3, "document"))
+    assert list(gap_sentence_rows(Row("d", ["\n".join(lines * 2)], ["सार"]), 3, "document"))
 
 
 @pytest.mark.parametrize("text", ["too short. to be told.", "", OTHER.format("x") + ". " + OTHER.format("y") + "."])
 def test_documents_without_a_telling_sentence_make_none(text):
-    assert not list(made_rows(Row("d", [text], ["summary"]), 3, "sections"))
+    assert not list(gap_sentence_rows(Row("d", [text], ["summary"]), 3, "sections"))
 
 
 def test_gaps_leave_at_least_as_much_as_they_take():
     short = TELLING.format("speed") + ". " + OTHER.format("x") + "."
-    assert not list(made_rows(Row("d", [short], ["summary"]), 20, "document"))
+    assert not list(gap_sentence_rows(Row("d", [short], ["summary"]), 20, "document"))

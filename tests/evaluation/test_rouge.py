@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 from rouge_score import rouge_scorer
 
-from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge, rouge_of_each
+from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge, rouge_per_sample
 
 PREDICTION = "The cats sat on a mat. It was raining, 3.5 mm fell! Nobody's umbrella helped."
 REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of help?"
@@ -107,10 +107,10 @@ def test_an_empty_prediction_scores_0():
 
 
 def test_each_text_has_a_score_and_their_mean_is_the_whole():
-    scores = rouge_of_each(["a b", "c", ""], ["a b", "d", "e"])["rouge1"]
+    scores = rouge_per_sample(["a b", "c", ""], ["a b", "d", "e"])["rouge1"]
     assert scores.tolist() == [100.0, 0.0, 0.0]
     # rouge-score gives whole numbers where nothing is in common
-    assert rouge_of_each([""], ["a"])["rouge2"].dtype == float
+    assert rouge_per_sample([""], ["a"])["rouge2"].dtype == float
     assert rouge(["a b", "c", ""], ["a b", "d", "e"])["rouge1"].mean == pytest.approx(scores.mean())
 
 

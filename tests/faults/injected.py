@@ -166,7 +166,7 @@ def gradient_becomes(value, step):
 
 def disk_full(from_checkpoint):
     """From one checkpoint on, nothing more can be written into its files."""
-    write = checkpoint_files.write_durably
+    write = checkpoint_files.write_and_fsync
     full = [False]
 
     def fill():
@@ -183,7 +183,7 @@ def disk_full(from_checkpoint):
         return write(path, writer_on_full_disk)
 
     before("save", fill, at=from_checkpoint)
-    checkpoint_files.write_durably = patched
+    checkpoint_files.write_and_fsync = patched
 
 
 def writing_fails(what, at):

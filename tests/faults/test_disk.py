@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from recurrent_bart.inference import load_model
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.inference.stream_reader import load_model
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 
 DONE, FAULT, MISTAKE = ExitCode.DONE, ExitCode.FAULT, ExitCode.MISTAKE
 pytestmark = pytest.mark.distributed

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 
 DONE, FAULT, MISTAKE = ExitCode.DONE, ExitCode.FAULT, ExitCode.MISTAKE
 pytestmark = pytest.mark.distributed

@@ -10,7 +10,7 @@ import time
 import pytest
 
 import launching
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 from runs import flags
 
 TRAIN = str(launching.TESTS.parent / "launch" / "train.py")

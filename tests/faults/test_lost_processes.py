@@ -2,7 +2,7 @@
 
 import pytest
 
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 
 DONE, FAULT, KILLED = ExitCode.DONE, ExitCode.FAULT, -9
 pytestmark = pytest.mark.distributed

@@ -2,8 +2,8 @@
 
 import pytest
 
-from recurrent_bart.monitoring.run_lock import Holder, RunLock
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
+from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
 
 DONE, MISTAKE, KILLED = ExitCode.DONE, ExitCode.MISTAKE, -9
 pytestmark = pytest.mark.distributed

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 
 DONE, STOPPED = ExitCode.DONE, ExitCode.STOPPED
 pytestmark = pytest.mark.distributed

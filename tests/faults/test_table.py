@@ -4,7 +4,7 @@ import re
 
 import launching
 from recurrent_bart.training.arguments import build_parser
-from recurrent_bart.training.outcome import ExitCode
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 
 README = (launching.TESTS.parent / "README.md").read_text()
 SECTION = README.split("### What happens when")[1].split("\n#")[0]

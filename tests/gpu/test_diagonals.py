@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 from counted_calls import count_calls
-from played_graphs import ORDERS, call_in_order, call_plain, call_recorded
-from recurrent_bart import diagonal_recorder, graphed_wavefront, modeling_decoder, schedules, wavefront
+from played_graphs import ORDERS, call_graphed, call_in_order, call_plain
+from recurrent_bart.execution import diagonal_graphs as diagonal_recorder
+from recurrent_bart.execution import graphed_wavefront, wavefront
+from recurrent_bart.execution import grid as schedules
+from recurrent_bart.model import modeling_decoder
 from tiny import DIAGONALS, random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -58,13 +61,13 @@ def check_equal(found, expected):
 
 @pytest.fixture
 def replays(monkeypatch):
-    return count_calls(monkeypatch, diagonal_recorder.Recorder, "replay")
+    return count_calls(monkeypatch, diagonal_recorder.DiagonalGraphs, "replay")
 
 
 @pytest.fixture
 def decoded(monkeypatch):
     """Decoder passes that are replayed."""
-    return count_calls(monkeypatch, modeling_decoder, "call_recorded")
+    return count_calls(monkeypatch, modeling_decoder, "call_graphed")
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def test_reading_gives_the_sequential_states(is_ragged, replays):
 
 
 def test_many_segments_are_read_by_one_recording(monkeypatch):
-    calls = count_calls(monkeypatch, diagonal_recorder.Recorder, "read_together")
+    calls = count_calls(monkeypatch, diagonal_recorder.DiagonalGraphs, "read_together")
     torch.manual_seed(2)
     ids, models = random_ids(3, 56, 8).cuda(), [build(schedule).eval() for schedule in ("auto", "sequential")]
     for _ in range(4):
@@ -232,7 +235,7 @@ def test_recorded_calls_in_any_order_are_exact_and_computed_again_only_where_the
     """Also the numbers that dropout draws."""
     expected = call_in_order(call_plain, order, "cuda")
     counted = count_calls(monkeypatch, torch.cuda.CUDAGraph, "replay")
-    torch.testing.assert_close(call_in_order(call_recorded, order, "cuda"), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(call_in_order(call_graphed, order, "cuda"), expected, rtol=0, atol=1e-12)
     assert len(counted) == n_replays
 
 
@@ -315,7 +318,7 @@ def test_recordings_of_other_shapes_take_no_memory_of_their_own():
     module = nn.Sequential(nn.Linear(8, width), *hidden, nn.Linear(width, 8)).cuda()
 
     def bytes_after(n_rows):
-        call_recorded(module, torch.randn(n_rows, 8, device="cuda")).sum().backward()
+        call_graphed(module, torch.randn(n_rows, 8, device="cuda")).sum().backward()
         module.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -334,7 +337,7 @@ def test_large_batches_are_not_recorded(monkeypatch, replays):
     monkeypatch.setattr(graphed_wavefront, "MOST_TOKENS", 3 * 8 - 1)
     results(build("auto"), documents(False))
     assert not replays
-    assert schedules.is_faster_by_diagonals(torch.zeros(3, 5, 8, 48, device="cuda"))
+    assert schedules.is_wavefront_faster(torch.zeros(3, 5, 8, 48, device="cuda"))
 
 
 def of_layers(change):

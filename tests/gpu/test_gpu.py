@@ -8,18 +8,18 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from launching import deepspeed
-from recurrent_bart import decoder_context
-from recurrent_bart.benchmarks.cases import Case
-from recurrent_bart.benchmarks.measure import Measurement, measure
-from recurrent_bart.benchmarks.subjects import Place
+from recurrent_bart.benchmarks.models.cases import Case
+from recurrent_bart.benchmarks.models.measure import Measurement, measure
+from recurrent_bart.benchmarks.models.subjects import Place
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
-from recurrent_bart.prefix_attention import attend
+from recurrent_bart.model import decoder_context
+from recurrent_bart.recurrence.attention import attend
 from recurrent_bart.training.arguments import RunArguments
-from recurrent_bart.training.deepspeed_patches import shorten_accelerator_calls
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import Documents
 from recurrent_bart.training.training_batches import TrainingBatches
+from recurrent_bart.training.zero.deepspeed_patches import shorten_accelerator_calls
 from runs import flags
 from tiny import random_ids, tiny_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from recurrent_bart.training.engine import build_engine, reducing_once
 from recurrent_bart.training.optimization import LearningRates, build_optimizer
+from recurrent_bart.training.zero.engine import build_engine, reducing_once
 from tiny import random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from launching import load_script, run
-from recurrent_bart.benchmarks import session
-from recurrent_bart.benchmarks.cases import MODELS
+from recurrent_bart.benchmarks.models import session
+from recurrent_bart.benchmarks.models.cases import MODELS
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "benchmark.py"
 SHORT = ["--segment_size", "16", "--rounds", "1", "--passes", "1", "--device", "cpu"]
@@ -55,7 +55,7 @@ def test_groups_and_models_can_be_picked(script, tmp_path, monkeypatch, capsys):
 
 
 def test_what_computes_something_else_is_not_timed(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "find_faults", lambda device: ["ours: wrong"])
+    monkeypatch.setattr(script, "find_wrong_results", lambda device: ["ours: wrong"])
     assert script.main([*SHORT, "--output_dir", str(tmp_path)]) == 1
     assert "error: ours: wrong" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

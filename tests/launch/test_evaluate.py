@@ -12,8 +12,8 @@ from forked import launched, run_script
 from launching import load_script
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
-from recurrent_bart.inference import load_model
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.inference.stream_reader import load_model
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.preparation import open_documents
 from runs import flags, write_documents, write_run_with_model

@@ -10,8 +10,8 @@ import pytest
 
 from forked import run_script
 from launching import load_script, run
-from recurrent_bart.studies import single_run
 from recurrent_bart.studies.definitions import Texts
+from recurrent_bart.studies.memory import single_run
 from recurrent_bart.studies.pool import Ended
 from study_runs import begun, short_run
 
@@ -219,7 +219,7 @@ def test_processes_of_one_device_are_told_how_many_they_are(script, monkeypatch,
 
 def test_documents_are_made_ready_before_runs_that_start_together(script, monkeypatch, started, tmp_path):
     prepared = []
-    monkeypatch.setattr("recurrent_bart.studies.text_training.prepare_documents", prepared.append)
+    monkeypatch.setattr("recurrent_bart.studies.documents.training.prepare_documents", prepared.append)
     flags = ["document", "--seconds", "7", "--set", "model_size=base", "--output_dir", str(tmp_path)]
     assert script.main(flags) == 1
     assert [(run.seconds, run.flags["model_size"]) for run in prepared] == [(7.0, "base")]

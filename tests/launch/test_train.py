@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartF
 from forked import launched, run_script
 from launching import deepspeed, run, torchrun
 from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
-from recurrent_bart.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from runs import WORDS, flags
 
 ROOT = Path(__file__).parents[2]

@@ -42,11 +42,11 @@ def test_the_bar_moves_and_shows_the_figures():
     assert "left" in shown
 
 
-@pytest.mark.parametrize(("seconds", "is_told"), [(0.04, False), (0.06, True)])
-def test_waiting_for_data_is_told_where_it_is_worth_a_remedy(seconds, is_told, monkeypatch):
+@pytest.mark.parametrize(("seconds", "is_shown"), [(0.04, False), (0.06, True)])
+def test_waiting_for_data_is_told_where_it_is_worth_a_remedy(seconds, is_shown, monkeypatch):
     monkeypatch.setitem(RECORD, "step_seconds", 1.0)
     monkeypatch.setitem(RECORD, "data_seconds", seconds)
-    assert ("12,346 tokens/s  35 % of peak  6 % waiting for data  1.5 GiB" in run()) == is_told
+    assert ("12,346 tokens/s  35 % of peak  6 % waiting for data  1.5 GiB" in run()) == is_shown
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from monitoring.event_files import tensorboard_points
-from recurrent_bart.monitoring.run_folder import RunFolder
 from recurrent_bart.monitoring.tensorboard_tracker import TensorBoardTracker
 from recurrent_bart.monitoring.tracker import Guarded, MetricsFile, Trackers, curves_of
+from recurrent_bart.run_folder import RunFolder
 
 
-class Recorder:
+class DiagonalGraphs:
     """Keeps what it is told; fails while it is broken."""
 
     def __init__(self):
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def test_all_trackers_are_told_what_is_finite():
-    recorders = [Recorder(), Recorder()]
+    recorders = [DiagonalGraphs(), DiagonalGraphs()]
     trackers = Trackers(recorders)
     trackers.log({"step": 1, "loss": 2.0, "loss_max": float("nan"), "seconds": float("inf"), "none": None, "host": "a"})
     trackers.alert("title", "text")
@@ -59,7 +59,7 @@ def test_one_that_cannot_be_made_is_warned_of_once():
 
 @pytest.mark.parametrize("gives_up", [True, False])
 def test_one_that_fails_is_left_alone_or_tried_again(gives_up):
-    warnings, recorder = [], Recorder()
+    warnings, recorder = [], DiagonalGraphs()
     guarded = Guarded("it", lambda: recorder, warnings.append, gives_up)
     for is_broken in (False, True, True, False):
         recorder.is_broken = is_broken

@@ -8,7 +8,7 @@ import wandb
 
 from monitoring.event_files import wandb_records, wandb_rows, wandb_run
 from recurrent_bart.monitoring import wandb_tracker as module
-from recurrent_bart.monitoring.wandb_tracker import WandbRun, WandbTracker, run_id, start_wandb, without_secrets
+from recurrent_bart.monitoring.wandb_tracker import WandbRun, WandbTracker, redact_secrets, run_id, start_wandb
 
 RECORDS = [{"step": step, "loss": 1.0 / step, "gate": [0.5, 0.25], "slowest_host": "a"} for step in range(1, 7)]
 
@@ -205,7 +205,7 @@ def test_settings_are_sent_without_secrets():
         "data": {"hub_token": "t", "train_file": "https://me:pass@host/a", "n_tokens": 5, "tokenizer_name": "bart"},
         "tags": ("s3://user:word@bucket", "b"),
     }
-    assert without_secrets(settings) == {
+    assert redact_secrets(settings) == {
         "api_key": "***",
         "data": {"hub_token": "***", "train_file": "https://***@host/a", "n_tokens": 5, "tokenizer_name": "bart"},
         "tags": ["s3://***@bucket", "b"],

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
-from recurrent_bart.studies.single_run import build_config
-from recurrent_bart.studies.text_training import parse_run
+from recurrent_bart.studies.documents.training import parse_run
+from recurrent_bart.studies.memory.single_run import build_config
 
 SYMBOL_STUDIES = sorted(set(STUDIES) - {"babi"})
 

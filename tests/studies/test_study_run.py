@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from recurrent_bart.data.memory_tasks import Recall
 from recurrent_bart.studies.study_run import RunFile, StudyRun
+from recurrent_bart.studies.tasks.memory_tasks import Recall
 from study_runs import short_run
 
 

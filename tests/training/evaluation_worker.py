@@ -6,8 +6,8 @@ import sys
 import torch
 
 from recurrent_bart.distributed import gather_objects
-from recurrent_bart.training.engine import build_engine, full_state_dict, gathered_for_evaluation
 from recurrent_bart.training.environment import start_processes
+from recurrent_bart.training.zero.engine import build_engine, full_state_dict, gathered_for_evaluation
 from tiny import random_ids, tiny_model
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from forked import launched, run_script
 from recurrent_bart.data.tokenizer import load_tokenizer
-from recurrent_bart.loading import is_recurrence
+from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import ModelArguments
 from recurrent_bart.training.optimization import is_adapter

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.monitoring.run_folder import RunFolder
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import (
     DataArguments,
     ModelArguments,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from recurrent_bart.training.experiment import Session
+from recurrent_bart.training.session import Session
 from runs import flags
 
 

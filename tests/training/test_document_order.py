@@ -6,7 +6,7 @@ import pytest
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.training.arguments import parse_arguments
-from recurrent_bart.training.document_order import build_order, describe_order, keep_place
+from recurrent_bart.training.document_order import build_order, describe_data_order, store_data_position
 
 LENGTHS = [1, 2, 3, 4, 1, 2, 8, 1] * 5
 TOKENS = ["--tokens_per_batch", "70"]
@@ -30,7 +30,7 @@ def documents_of(order, step):
 def test_it_goes_on_from_the_place_that_was_written_down(prepared, flags):
     order = build_order(parse_arguments(flags), prepared, 2, TrainerState())
     state = TrainerState(step=5)
-    keep_place(order, state)
+    store_data_position(order, state)
     assert state.n_documents == sum(len(documents_of(order, step)) for step in range(5))
     resumed = build_order(parse_arguments(flags), prepared, 2, state)
     assert [documents_of(resumed, step) for step in range(5, 30)] == [documents_of(order, s) for s in range(5, 30)]
@@ -45,20 +45,20 @@ def test_a_number_of_tokens_is_one_of_whole_segments_and_rules_over_that_of_docu
 
 def test_a_lower_number_is_heeded_at_once_and_kept_apart_from_that_of_the_round(prepared):
     state = TrainerState(step=1)
-    keep_place(build_order(parse_arguments(["--tokens_per_batch", "160"]), prepared, 2, TrainerState()), state)
+    store_data_position(build_order(parse_arguments(["--tokens_per_batch", "160"]), prepared, 2, TrainerState()), state)
     order = build_order(parse_arguments(["--tokens_per_batch", "80"]), prepared, 2, state)
     assert max(len(documents_of(order, step)) for step in range(1, 3)) <= 16
     state.step = 2
-    keep_place(order, state)
+    store_data_position(order, state)
     assert state.order_segments == 16
     state.step = 100
-    keep_place(order, state)
+    store_data_position(order, state)
     assert state.order_segments == 8
 
 
 def test_a_run_that_was_begun_without_goes_on_without(prepared):
     state = TrainerState(step=1)
-    keep_place(build_order(parse_arguments(TWO), prepared, 2, TrainerState()), state)
+    store_data_position(build_order(parse_arguments(TWO), prepared, 2, TrainerState()), state)
     with pytest.raises(ValueError, match="--tokens_per_batch 70: a run that was begun without goes on without"):
         build_order(parse_arguments(TOKENS), prepared, 2, state)
 
@@ -66,7 +66,7 @@ def test_a_run_that_was_begun_without_goes_on_without(prepared):
 def test_a_step_and_its_padding_are_told(prepared):
     arguments = parse_arguments([*TWO, "--max_steps", "20"])
     order = build_order(arguments, prepared, 2, TrainerState())
-    steps, padding = describe_order(arguments, prepared, 2, order)
+    steps, padding = describe_data_order(arguments, prepared, 2, order)
     assert steps == (
         "steps      20 of 4 documents = 2 a device x 1 accumulated x 2 processes; 2.0 times through the documents"
     )
@@ -74,7 +74,7 @@ def test_a_step_and_its_padding_are_told(prepared):
     assert padding == f"padding    {share} of the segments that are computed hold no text"
     arguments = parse_arguments([*TWO, *TOKENS, "--max_steps", "20"])
     order = build_order(arguments, prepared, 2, TrainerState())
-    steps, padding = describe_order(arguments, prepared, 2, order)
+    steps, padding = describe_data_order(arguments, prepared, 2, order)
     assert steps.startswith("steps      20 of up to 70 tokens a device x 1 accumulated x 2 processes; ")
     assert steps.endswith("times through the documents; 5 documents have more, each a batch of its own")
     own = f"{100 * order.padding(20, 2, 1):.1f} %"

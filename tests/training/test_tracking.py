@@ -289,7 +289,7 @@ class TestOutOfOrder:
 
         monkeypatch.setattr(Trainer, "train_step", slow)
         # an evaluation comes first
-        monkeypatch.setattr("recurrent_bart.training.experiment.STALL_SECONDS", 0.9)
+        monkeypatch.setattr("recurrent_bart.training.session.STALL_SECONDS", 0.9)
         assert train_main(flags(documents, tmp_path / "run", max_steps=2, wandb_mode="offline")) == 0
         (file,) = wandb_files(tmp_path / "run")
         alerts = [record.alert for record in wandb_records(file) if record.WhichOneof("record_type") == "alert"]

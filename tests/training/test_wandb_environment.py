@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from recurrent_bart.training.environment import has_wandb_key, place_wandb, wandb_mode, wandb_settings
+from recurrent_bart.training.environment import has_wandb_key, set_wandb_folders, wandb_mode, wandb_settings
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_what_the_commands_of_wandb_have_set_holds(monkeypatch, tmp_path):
     given = wandb_settings()
     assert given["base_url"] == "http://wandb.example.org"
     # where wandb finds it although its own files are out of its sight
-    place_wandb(tmp_path / "run", given)
+    set_wandb_folders(tmp_path / "run", given)
     assert os.environ["WANDB_BASE_URL"] == "http://wandb.example.org"
 
 
@@ -114,5 +114,5 @@ def test_a_damaged_settings_file_says_nothing(tmp_path):
 @pytest.mark.usefixtures("_environ")
 def test_a_service_of_another_process_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_SERVICE", "2-1234-tcp-localhost-40000")
-    place_wandb(tmp_path, wandb_settings())
+    set_wandb_folders(tmp_path, wandb_settings())
     assert "WANDB_SERVICE" not in os.environ

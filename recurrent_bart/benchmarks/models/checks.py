@@ -1,0 +1,104 @@
+"""That what is timed computes what it should, on small models, before anything is timed.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BartConfig
+
+from recurrent_bart.benchmarks.models.rmt import RecurrentMemoryBart
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+
+N_SEGMENTS, SEGMENT_SIZE = 5, 8
+SHAPE: dict[str, Any] = {
+    "vocab_size": 100,
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "init_std": 0.2,
+    "dropout": 0.0,
+}
+# of losses and gradients, in float64
+TOLERANCE = 1e-8
+
+
+def find_wrong_results(device: torch.device) -> list[str]:
+    """What is wrong; nothing if all is well."""
+    torch.manual_seed(0)
+    ids_BNL = torch.randint(4, SHAPE["vocab_size"], (2, N_SEGMENTS, SEGMENT_SIZE), device=device)
+    labels_BT = torch.randint(4, SHAPE["vocab_size"], (2, 6), device=device)
+    return [*_faults_of_ours(device, ids_BNL, labels_BT), *_faults_of_rmt(device, ids_BNL, labels_BT)]
+
+
+def _faults_of_ours(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> list[str]:
+    """Schedules and checkpointing that change loss or gradients, and a state that does not reach the loss."""
+    config = RecurrentBartConfig(
+        **SHAPE, pre_seq_len=3, segment_size=SEGMENT_SIZE, bptt_depth=-1, hidden_dropout_prob=0.0
+    )
+    with device:
+        model = RecurrentBartForConditionalGeneration(config).double().train()
+    _open_gates(model)
+
+    def loss(ids_BNL: Tensor) -> Tensor:
+        return model(ids_BNL, labels=labels_BT).loss
+
+    faults, reference = [], None
+    for schedule, grain in itertools.product(("sequential", "wavefront"), CHECKPOINTING_GRAINS):
+        model.config.schedule = schedule
+        model.set_gradient_checkpointing(grain)
+        found = _loss_and_gradients(model, loss(ids_BNL))
+        reference = found if reference is None else reference
+        gap = float((found - reference).abs().max() / reference.abs().max())
+        # also where it is not a number
+        if not gap < TOLERANCE:
+            faults.append(f"ours, {schedule}, {grain} checkpointing: {gap:.1e} away from sequential without any")
+    return faults + ([] if _reads_first_segment(loss, ids_BNL) else ["ours: the loss is without the first segment"])
+
+
+def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> list[str]:
+    """A memory that does not carry the first segment to the loss, or the loss's gradient back."""
+    with device:
+        model = RecurrentMemoryBart(BartConfig(**SHAPE), n_memory=3).double().train()
+
+    def loss(ids_BNL: Tensor) -> Tensor:
+        return model(ids_BNL, labels_BT)
+
+    faults = [] if _reads_first_segment(loss, ids_BNL) else ["RMT: the loss is without the first segment"]
+    # stands in front of the first segment alone
+    (gradient,) = torch.autograd.grad(loss(ids_BNL), model.memory, allow_unused=True, materialize_grads=True)
+    if not gradient.abs().max() > TOLERANCE:
+        faults.append("RMT: no gradient reaches the memory that it begins with")
+    return faults
+
+
+@torch.no_grad()
+def _reads_first_segment(loss: Callable[[Tensor], Tensor], ids_BNL: Tensor) -> bool:
+    """Whether another first segment gives another loss."""
+    other = ids_BNL.clone()
+    other[:, 0] = other[:, 0].flip(-1)
+    return bool((loss(ids_BNL) - loss(other)).abs() > TOLERANCE)
+
+
+@torch.no_grad()
+def _open_gates(model: nn.Module) -> None:
+    """Gates begin at zero, where nothing of a state would be seen."""
+    for name, parameter in model.named_parameters():
+        if "gate" in name:
+            parameter.normal_()
+
+
+def _loss_and_gradients(model: nn.Module, loss: Tensor) -> Tensor:
+    """All in one row."""
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)])

@@ -1,0 +1,45 @@
+"""Texts generated from what was read before, which is not measured."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from recurrent_bart.benchmarks.models.cases import Case
+from recurrent_bart.benchmarks.models.subjects import BenchmarkModel, Place
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.model.flops import Arithmetic
+
+# of each text, whatever the model would end it by
+NEW_TOKENS = 64
+
+
+def n_context(place: Place) -> int:
+    """Positions that decoders attend to: those of our last state and last segment."""
+    return RecurrentBartConfig().pre_seq_len + place.segment_size
+
+
+def generator(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> Callable[[], Tensor]:
+    """Greedy generation by Hugging Face's `generate`, from as many positions in every model."""
+    # any type: modules are not known to generate
+    model: Any = subject.model
+    with torch.inference_mode():
+        read = subject.encode(batch) if case.model == "ours" else _stand_in(case, place)
+    assert read.last_hidden_state.shape[:2] == (case.batch_size, n_context(place))
+    how = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
+    return torch.inference_mode()(lambda: model.generate(encoder_outputs=read, **how))
+
+
+def _stand_in(case: Case, place: Place) -> BaseModelOutput:
+    """An encoder's output: what is in it changes no cost."""
+    shape = case.batch_size, n_context(place), place.shape()["d_model"]
+    return BaseModelOutput(last_hidden_state=torch.randn(shape, device=place.device, dtype=place.dtype))
+
+
+def generation_flops(case: Case, place: Place) -> float:
+    """Useful operations: those of a decoder pass over the texts."""
+    one = Arithmetic(RecurrentBartConfig(**place.shape()))
+    return case.batch_size * one.decoder(torch.tensor([NEW_TOKENS]), torch.tensor([n_context(place)]))

@@ -1,0 +1,192 @@
+"""What one case costs."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from recurrent_bart.benchmarks.models.cases import Case
+from recurrent_bart.benchmarks.models.generation import NEW_TOKENS, generation_flops, generator
+from recurrent_bart.benchmarks.models.subjects import BenchmarkModel, Place, build_benchmark_model
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.monitoring.memory import peak_bytes
+
+TARGET_LENGTH = 64
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass
+class Measurement:
+    """What was found of a case, in one turn or in several.
+
+    Attributes:
+        outcome: "measured", or why it was not.
+        step_seconds: Of each timed step.
+        n_tokens: Document tokens of a step; those that it generates, where it does.
+        flops: Useful operations of a step.
+        resident_bytes: Weights, gradients that stay, and the optimizer's state.
+        step_bytes: Most that a step takes beyond those.
+        matrix_peak: Operations a second of a large product of matrices, measured beside it.
+    """
+
+    outcome: str = "not measured"
+    step_seconds: list[float] = field(default_factory=list)
+    n_tokens: int = 0
+    flops: float = 0.0
+    resident_bytes: int = 0
+    step_bytes: int = 0
+    matrix_peak: float = 0.0
+
+    def seconds(self) -> float:
+        """Median of a step; nan if none was timed."""
+        return statistics.median(self.step_seconds) if self.step_seconds else float("nan")
+
+    def spread(self) -> float:
+        """Slowest over fastest step."""
+        return max(self.step_seconds) / min(self.step_seconds) if self.step_seconds else float("nan")
+
+    def tokens_per_second(self) -> float:
+        """Of `n_tokens`, a second."""
+        return self.n_tokens / self.seconds()
+
+    def share_of_peak(self) -> float:
+        """Share of what the device reaches in a product of matrices that goes into useful operations."""
+        return self.flops / self.seconds() / self.matrix_peak
+
+    def peak_bytes(self) -> int:
+        """Most memory at any time."""
+        return self.resident_bytes + self.step_bytes
+
+
+def measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
+    """Build the model of a case, run it, and add what was found; memory is measured in the first turn alone.
+
+    Args:
+        case: What is run.
+        place: Where and how large.
+        measurement: What was found before, and will have been.
+        n_warmup: Steps before anything is measured.
+        n_passes: Timed steps; 0: memory alone.
+    """
+    try:
+        _measure(case, place, measurement, n_warmup, n_passes)
+        measurement.outcome = "measured"
+    except torch.OutOfMemoryError:
+        measurement.outcome = OUT_OF_MEMORY
+    # with what the exception held on to
+    gc.collect()
+    if place.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
+    torch.manual_seed(0)
+    device = place.device
+    resident_before = _device_bytes(device) if device.type == "cuda" else 0
+    subject = build_benchmark_model(case, place)
+    batch = random_batch(case, place)
+    step = work_of(case, subject, batch, place)
+    for _ in range(n_warmup):
+        step()
+    if not measurement.step_bytes:
+        measurement.resident_bytes = _resident_bytes(subject, step, device) - resident_before
+        measurement.step_bytes = peak_bytes(step, device)
+        measurement.n_tokens = case.batch_size * NEW_TOKENS if case.work == "generation" else batch.n_tokens()
+        measurement.flops = _flops(case, subject, batch, place)
+    measurement.step_seconds += [timed(step, device) for _ in range(n_passes)]
+
+
+def _flops(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> float:
+    if case.work == "generation":
+        return generation_flops(case, place)
+    return subject.encoder_flops(batch) if case.work == "inference" else subject.training_flops(batch)
+
+
+def random_batch(case: Case, place: Place) -> Batch:
+    """Documents without padding."""
+    shape, n_ids = (case.batch_size, case.n_segments), place.vocab_size()
+    ids = torch.randint(4, n_ids, (*shape, place.segment_size))
+    labels = torch.randint(4, n_ids, (*shape, TARGET_LENGTH))
+    if case.task == "document":
+        # a view that is not of one piece, Hugging Face's losses cannot take
+        labels = labels[:, 0].contiguous()
+    return Batch(ids, torch.ones_like(ids), labels, indices=list(range(case.batch_size)))
+
+
+class Step:
+    """One step of a case's work.
+
+    Attributes:
+        optimizer: None where nothing is updated: gradients are there already then, and are added to.
+    """
+
+    def __init__(self, subject: BenchmarkModel, batch: Batch, with_optimizer: bool):
+        self.subject, self.batch = subject, batch
+        parameters = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if with_optimizer else None
+
+    def __call__(self) -> None:
+        """Run it."""
+        for loss in self.subject.losses(self.batch):
+            loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def work_of(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> Callable[[], object]:
+    """What is timed."""
+    if case.work == "generation":
+        return generator(case, subject, batch, place)
+    if case.work == "inference":
+        return torch.inference_mode()(lambda: subject.encode(batch))
+    return Step(subject, batch, with_optimizer=case.work == "training")
+
+
+def _resident_bytes(subject: BenchmarkModel, step: Callable[[], object], device: torch.device) -> int:
+    """Bytes that stay between two steps."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return _device_bytes(device)
+    parameters = list(subject.model.parameters())
+    tensors = parameters + [parameter.grad for parameter in parameters if parameter.grad is not None]
+    optimizer = getattr(step, "optimizer", None)
+    if optimizer is not None:
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _device_bytes(device: torch.device) -> int:
+    """Bytes of tensors, and those that CUDA graphs write to when they are replayed, which nobody else gets."""
+    segments = torch.cuda.memory_snapshot()
+    number = torch.cuda.current_device() if device.index is None else device.index
+    recorded = [it for it in segments if it["device"] == number and tuple(it["segment_pool_id"]) != (0, 0)]
+    unused = sum(segment["total_size"] - segment["allocated_size"] for segment in recorded)
+    return torch.cuda.memory_allocated(device) + unused
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a step, with all that it queued on a GPU and nothing that was queued before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large product of matrices, the best of several."""
+    size, n_products = (8192, 10) if device.type == "cuda" else (1024, 1)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    out = left @ right
+
+    def products() -> None:
+        for _ in range(n_products):
+            torch.mm(left, right, out=out)
+
+    return 2 * size**3 * n_products / min(timed(products, device) for _ in range(5))

@@ -1,0 +1,276 @@
+"""The models that are measured, from scratch in one width, depth and vocabulary.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LEDConfig,
+    LEDForConditionalGeneration,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from recurrent_bart.benchmarks.models.arithmetic import Attention, PeerArithmetic
+from recurrent_bart.benchmarks.models.cases import Case
+from recurrent_bart.benchmarks.models.rmt import RecurrentMemoryBart
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.model.flops import Arithmetic
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.training.model_building import SIZES
+from recurrent_bart.training.windows import count_windows, window_losses
+
+# BART's; where a processor runs tiny models, it would be nearly all that is measured
+VOCAB_SIZE, TINY_VOCAB_SIZE = 50_265, 4_096
+# of the published LED and LongT5
+LED_POSITIONS, LONGT5_RADIUS, LONGT5_BLOCK = 16_384, 127, 16
+
+
+class BenchmarkModel(Protocol):
+    """A model to measure."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Its module."""
+
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """Loss of each backward pass of a batch."""
+
+    def encode(self, batch: Batch) -> Any:
+        """Read documents."""
+
+    def training_flops(self, batch: Batch) -> float:
+        """Useful operations of a batch's forward and backward passes."""
+
+    def encoder_flops(self, batch: Batch) -> float:
+        """Useful operations of reading it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What models of all kinds share.
+
+    Attributes:
+        model_size: One of `SIZES`.
+        segment_size: Tokens of a segment.
+        device: Where they are made and run.
+        dtype: Of the weights.
+    """
+
+    model_size: str
+    segment_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return TINY_VOCAB_SIZE if self.model_size == "tiny" else VOCAB_SIZE
+
+    def shape(self) -> dict[str, Any]:
+        """Fields of BART's configuration."""
+        fields = {name: value for name, value in SIZES[self.model_size].items() if name != "segment_size"}
+        return fields | {"vocab_size": self.vocab_size()}
+
+
+def build_benchmark_model(case: Case, place: Place) -> BenchmarkModel:
+    """The model of a case.
+
+    Raises:
+        ValueError: The model has no such checkpointing or no such target.
+    """
+    if case.model != "ours" and (case.checkpointing == "segment" or case.task != "document"):
+        raise ValueError(f"{case.label()}: only ours has that")
+    with place.device:
+        subject = BUILDERS[case.model](case, place)
+    subject.model.to(place.dtype).train(case.work in ("training", "passes"))
+    return subject
+
+
+@dataclass
+class Ours:
+    """Our model, run as the trainer runs it."""
+
+    model: RecurrentBartForConditionalGeneration
+    device: torch.device
+
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """By windows where each segment has a target."""
+        config = self.model.config
+        return window_losses(
+            self.model, config, batch, self.device, count_windows(batch, config), float(batch.n_targets())
+        )
+
+    def encode(self, batch: Batch) -> Any:
+        """Everything that the decoder would need."""
+        return self.model.model.encode(batch.input_ids.to(self.device))
+
+    def training_flops(self, batch: Batch) -> float:
+        """As the trainer reports them."""
+        return Arithmetic(self.model.config).training(batch.attention_mask, batch.labels)
+
+    def encoder_flops(self, batch: Batch) -> float:
+        """Of all segments."""
+        return Arithmetic(self.model.config).encoder(batch.attention_mask.sum(dim=-1).flatten())
+
+
+@dataclass
+class Recurrent:
+    """The Recurrent Memory Transformer."""
+
+    model: RecurrentMemoryBart
+    device: torch.device
+
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """Of the one target of each document."""
+        yield self.model(batch.input_ids.to(self.device), batch.labels.to(self.device))
+
+    def encode(self, batch: Batch) -> Any:
+        """Segment after segment."""
+        return self.model.encode(batch.input_ids.to(self.device))
+
+    def training_flops(self, batch: Batch) -> float:
+        """Beyond the horizon of gradient there is a forward pass alone."""
+        n_documents, n_segments, n_tokens = batch.input_ids.shape
+        depth = self.model.bptt_depth
+        n_with_graph = n_segments if depth == -1 else min(n_segments, depth + 1)
+        n_read = n_tokens + len(self.model.memory)
+        decoder = self._arithmetic().decoder(batch.labels.shape[-1], n_read)
+        segments = 3 * n_with_graph + (n_segments - n_with_graph)
+        return n_documents * (segments * self._arithmetic().encoder(n_read) + 3 * decoder)
+
+    def encoder_flops(self, batch: Batch) -> float:
+        """Of all segments, each with its memory."""
+        n_documents, n_segments, n_tokens = batch.input_ids.shape
+        return n_documents * n_segments * self._arithmetic().encoder(n_tokens + len(self.model.memory))
+
+    def _arithmetic(self) -> PeerArithmetic:
+        return PeerArithmetic(self.model.bart.config, Attention())
+
+
+@dataclass
+class WholeDocument:
+    """A model that reads a document in one piece."""
+
+    model: PreTrainedModel
+    device: torch.device
+    arithmetic: PeerArithmetic
+    sees_first_token: bool = False
+
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """Of the one target of each document."""
+        labels = batch.labels.to(self.device)
+        yield self.model(**self._inputs(batch), labels=labels, use_cache=False).loss
+
+    def encode(self, batch: Batch) -> Any:
+        """All at once."""
+        return self.model.get_encoder()(**self._inputs(batch))
+
+    def training_flops(self, batch: Batch) -> float:
+        """Forward, and twice that backward."""
+        n_tokens = batch.input_ids[0].numel()
+        decoder = self.arithmetic.decoder(batch.labels.shape[-1], n_tokens)
+        return 3 * (self.encoder_flops(batch) + len(batch.labels) * decoder)
+
+    def encoder_flops(self, batch: Batch) -> float:
+        """Of all documents."""
+        return len(batch.input_ids) * self.arithmetic.encoder(batch.input_ids[0].numel())
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        ids = batch.input_ids.flatten(1).to(self.device)
+        if not self.sees_first_token:
+            return {"input_ids": ids}
+        mask = torch.zeros_like(ids)
+        mask[:, 0] = 1
+        return {"input_ids": ids, "global_attention_mask": mask}
+
+
+def _ours(case: Case, place: Place) -> BenchmarkModel:
+    config = RecurrentBartConfig(
+        **place.shape(), segment_size=place.segment_size, bptt_depth=case.bptt_depth, schedule=case.schedule
+    )
+    model = RecurrentBartForConditionalGeneration(config)
+    model.set_gradient_checkpointing(case.checkpointing)
+    return Ours(model, place.device)
+
+
+def _rmt(case: Case, place: Place) -> BenchmarkModel:
+    """As many memory positions as ours."""
+    model = RecurrentMemoryBart(BartConfig(**place.shape()), RecurrentBartConfig().pre_seq_len, case.bptt_depth)
+    if case.checkpointing == "layer":
+        recompute_layers(model.bart)
+    return Recurrent(model, place.device)
+
+
+def _bart(case: Case, place: Place) -> BenchmarkModel:
+    """BART itself; for documents beyond its 1,024 positions with a longer table."""
+    n_positions = max(1024, case.n_segments * place.segment_size)
+    model = BartForConditionalGeneration(BartConfig(**place.shape(), max_position_embeddings=n_positions))
+    if case.checkpointing == "layer":
+        recompute_layers(model)
+    return WholeDocument(model, place.device, PeerArithmetic(RecurrentBartConfig(**place.shape()), Attention()))
+
+
+def _led(case: Case, place: Place) -> BenchmarkModel:
+    """Windows of two segments, 1,024 tokens as in the published ones; the first token sees all, as they recommend."""
+    shape, window = place.shape(), 2 * place.segment_size
+    config = LEDConfig(
+        **shape,
+        attention_window=[window] * shape["encoder_layers"],
+        max_encoder_position_embeddings=max(LED_POSITIONS, case.n_segments * place.segment_size),
+    )
+    model = LEDForConditionalGeneration(config)
+    if case.checkpointing == "layer":
+        recompute_layers(model)
+    arithmetic = PeerArithmetic(RecurrentBartConfig(**shape), Attention(n_near=window + 1, n_for_all=1))
+    return WholeDocument(model, place.device, arithmetic, sees_first_token=True)
+
+
+def _longt5(case: Case, place: Place) -> BenchmarkModel:
+    """Transient global attention; three maps in the feed-forward block, as wide as makes BART's number of weights."""
+    shape = place.shape()
+    # in units of 64, as the published ones
+    inner = -(-2 * shape["encoder_ffn_dim"] // 3 // 64) * 64
+    config = LongT5Config(
+        vocab_size=shape["vocab_size"],
+        d_model=shape["d_model"],
+        d_kv=shape["d_model"] // shape["encoder_attention_heads"],
+        d_ff=inner,
+        num_heads=shape["encoder_attention_heads"],
+        num_layers=shape["encoder_layers"],
+        num_decoder_layers=shape["decoder_layers"],
+        feed_forward_proj="gated-gelu",
+        encoder_attention_type="transient-global",
+        local_radius=LONGT5_RADIUS,
+        global_block_size=LONGT5_BLOCK,
+        decoder_start_token_id=0,
+    )
+    model = LongT5ForConditionalGeneration(config)
+    if case.checkpointing == "layer":
+        recompute_layers(model)
+    seen = Attention(n_near=2 * LONGT5_RADIUS + 1, n_per_summary=LONGT5_BLOCK)
+    widths = {"encoder_ffn_dim": 3 * inner // 2, "decoder_ffn_dim": 3 * inner // 2}
+    return WholeDocument(model, place.device, PeerArithmetic(RecurrentBartConfig(**shape | widths), seen))
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Switch on Hugging Face's own checkpointing, by its new name where there is one."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+BUILDERS: dict[str, Callable[[Case, Place], BenchmarkModel]] = {
+    "ours": _ours,
+    "rmt": _rmt,
+    "bart": _bart,
+    "led": _led,
+    "longt5": _longt5,
+}

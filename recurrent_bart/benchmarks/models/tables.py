@@ -1,0 +1,126 @@
+"""What was measured, as tables and as drawings."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, NullFormatter, StrMethodFormatter
+from rich.table import Table
+
+from recurrent_bart.benchmarks.models.cases import MODELS, Case
+from recurrent_bart.benchmarks.models.measure import Measurement
+from recurrent_bart.benchmarks.models.session import Results
+
+MIB, GIB = 2**20, 2**30
+STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
+# of each model and way to run it, values by length of document
+Lines = dict[tuple[str, str], dict[int, float]]
+COLUMNS = ("documents", "segments", "ms", "tokens/s", "spread", "ours is", "peak MiB", "step MiB", "TFLOP", "of peak")
+LEGEND = (
+    "ms: median of a step; tokens/s: of documents, in generation of texts; spread: slowest over fastest; ours is: how "
+    "many times as fast our fastest for such documents is; peak MiB: most memory, weights and optimizer included; step "
+    "MiB: what of it is not these; TFLOP: useful operations of a step; of peak: their share of what a large product of "
+    "matrices reaches on this device."
+)
+
+
+def group_table(name: str, group: dict[Case, Measurement]) -> Table:
+    """One group, a line for each case."""
+    peak = max(measured.matrix_peak for measured in group.values())
+    work = next(iter(group)).work
+    table = Table(title=f"{name}: {work}, matrix peak {peak / 1e12:.3g} TFLOP/s", title_justify="left")
+    table.add_column("model", min_width=24)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for case, measured in group.items():
+        table.add_row(case.label(), str(case.batch_size), str(case.n_segments), *_figures(group, case, measured))
+    return table
+
+
+def _figures(group: dict[Case, Measurement], case: Case, measured: Measurement) -> list[str]:
+    if measured.outcome != "measured":
+        return [measured.outcome]
+    memory = [f"{measured.peak_bytes() / MIB:,.0f}", f"{measured.step_bytes / MIB:,.0f}"]
+    operations = f"{measured.flops / 1e12:.3g}"
+    if not measured.step_seconds:
+        return ["", "", "", "", *memory, operations, ""]
+    return [
+        f"{1000 * measured.seconds():,.1f}",
+        f"{measured.tokens_per_second():,.0f}",
+        f"{measured.spread():.2f}",
+        _advantage(group, case, measured),
+        *memory,
+        operations,
+        f"{100 * measured.share_of_peak():.1f} %",
+    ]
+
+
+def _advantage(group: dict[Case, Measurement], case: Case, measured: Measurement) -> str:
+    """How many times as fast the fastest of ours is, with as many and as long documents."""
+    ours = [
+        other.tokens_per_second()
+        for there, other in group.items()
+        if there.model == "ours" and other.step_seconds
+        if (there.batch_size, there.n_segments) == (case.batch_size, case.n_segments)
+    ]
+    return f"{max(ours) / measured.tokens_per_second():.2f} x" if ours and case.model != "ours" else ""
+
+
+def draw(results: Results, segment_size: int, folder: Path) -> list[Path]:
+    """Draw speed and memory in training against the length of one document, a line for each model of several lengths.
+
+    Gives the files; of what has no line there is none.
+    """
+    timed = _lines(results, segment_size, lambda it: it.tokens_per_second() if it.step_seconds else None)
+    taken = _lines(results, segment_size, lambda it: it.peak_bytes() / GIB)
+    drawings = {
+        folder / "throughput.png": (timed, "document tokens per second, training", EngFormatter(sep=" ")),
+        folder / "memory.png": (taken, "peak memory, GiB, training", StrMethodFormatter("{x:g}")),
+    }
+    for path, (lines, title, numbers) in drawings.items():
+        # of an earlier run
+        path.unlink(missing_ok=True)
+        if lines:
+            _draw(lines, title, numbers, path)
+    return [path for path, (lines, *_) in drawings.items() if lines]
+
+
+def _lines(results: Results, segment_size: int, value: Callable[[Measurement], float | None]) -> Lines:
+    """Values by length of document, of each model and way to run it that has several, with the smallest batch."""
+    measured = [
+        (case, value(it))
+        for group in results.values()
+        for case, it in group.items()
+        if case.work in ("training", "passes") and it.outcome == "measured"
+    ]
+    smallest = min((case.batch_size for case, _ in measured), default=1)
+    lines: Lines = {}
+    for case, found in measured:
+        if case.batch_size == smallest and found is not None:
+            lines.setdefault((case.model, case.label()), {})[case.n_segments * segment_size] = found
+    in_order = sorted(lines, key=lambda key: list(MODELS).index(key[0]))
+    return {key: dict(sorted(lines[key].items())) for key in in_order if len(lines[key]) > 1}
+
+
+def _draw(lines: Lines, title: str, numbers: Formatter, path: Path) -> None:
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots()
+    drawn: Counter[str] = Counter()
+    for (model, label), line in lines.items():
+        # a colour for a model, a kind of line for each way to run it
+        color, style = f"C{list(MODELS).index(model)}", STYLES[drawn[model] % len(STYLES)]
+        axes.plot(list(line), list(line.values()), color=color, linestyle=style, label=label, marker="o", markersize=4)
+        drawn[model] += 1
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(numbers)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("tokens of the document", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120, format="png")

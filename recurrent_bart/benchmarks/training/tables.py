@@ -1,0 +1,101 @@
+"""What was found of training, as tables."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from recurrent_bart.benchmarks.training.results import MEASURED, Launch, LoopCost, Results, Speed
+
+MIB = 2**20
+RUNS = ("tokens/s", "per process", "of 1 process", "of {first}", "step ms", "spread", "waiting", "peak MiB")
+LOOP = ("trainer ms", "bare ms", "loop costs", "least", "most")
+LEGEND = (
+    "tokens/s: of documents, median over the lines of the log after the warm-up; of 1 process: what a process reads, "
+    "over what one alone reads; spread: slowest over fastest line; waiting: share of the time that passes in waiting "
+    "for data; peak MiB: of the process with the most (without a GPU, of all that it holds). trainer: a step of the "
+    "training loop, its lines of the log included; bare: forward pass, backward pass and update alone, on the same "
+    "engine and batches; loop costs: what the one takes beyond the other, median over rounds; least and most of them."
+)
+
+
+def training_tables(results: Results) -> list[Table]:
+    """A table for each part that is there, and a line for each start, by processes."""
+    launches = sorted(results, key=lambda launch: launch.n_processes)
+    runs = [launch for launch in launches if launch.part == "runs"]
+    loops = [launch for launch in launches if launch.part == "loop"]
+    tables = []
+    if runs:
+        columns = [column.format(first=first_sharding(results)) for column in RUNS]
+        tables.append(_table("steps of a run of launch/train.py", columns, runs, results))
+    if loops:
+        tables.append(_table("the loop of training beside bare steps", LOOP, loops, results))
+    return tables
+
+
+def first_sharding(results: Results) -> str:
+    """That which the others are compared with."""
+    return next(iter(results)).sharding.stem
+
+
+def _table(title: str, columns: Sequence[str], launches: Sequence[Launch], results: Results) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("processes", "sharding", *columns):
+        table.add_column(column, justify="left" if column == "sharding" else "right")
+    table.add_column("", overflow="fold")
+    for launch in launches:
+        found, row = results[launch], [str(launch.n_processes), launch.sharding.stem]
+        if found.outcome == MEASURED:
+            row += speed_cells(launch, results) if isinstance(found, Speed) else loop_cells(found)
+        else:
+            # what programs print may look like markup
+            row += [*[""] * len(columns), escape(found.outcome)]
+        table.add_row(*row)
+    return table
+
+
+def speed_cells(launch: Launch, results: Results) -> Iterator[str]:
+    """Figures of a run beside those of the others."""
+    found = results[launch]
+    assert isinstance(found, Speed)
+    figures = found.figures()
+    speed = figures["tokens_per_second"] / launch.n_processes
+    yield f"{figures['tokens_per_second']:,.0f}"
+    yield f"{speed:,.0f}"
+    alone = _speed(results, 1, launch.sharding.stem)
+    yield f"{100 * speed / alone:.1f} %" if alone else ""
+    first = first_sharding(results)
+    other = _speed(results, launch.n_processes, first)
+    yield f"{100 * speed / other:.1f} %" if other and first != launch.sharding.stem else ""
+    yield f"{1000 * figures['step_seconds']:,.1f}"
+    yield f"{figures['spread']:.2f}"
+    yield f"{100 * figures['waiting']:.1f} %"
+    yield f"{found.peak_bytes / MIB:,.0f}"
+
+
+def loop_cells(found: LoopCost) -> Iterator[str]:
+    """Figures of a loop."""
+    figures = found.figures()
+    yield f"{1000 * figures['trainer_step_seconds']:,.2f}"
+    yield f"{1000 * figures['bare_step_seconds']:,.2f}"
+    for name in ("cost", "least_cost", "most_cost"):
+        yield f"{100 * figures[name]:+.2f} %"
+
+
+def summary(launch: Launch, found: Speed | LoopCost) -> str:
+    """One start, in a line."""
+    if found.outcome != MEASURED:
+        return f"{launch.name()}: {found.outcome}"
+    figures = found.figures()
+    if isinstance(found, Speed):
+        return f"{launch.name()}: {figures['tokens_per_second']:,.0f} tokens/s"
+    return f"{launch.name()}: the loop costs {100 * figures['cost']:.2f} %"
+
+
+def _speed(results: Results, n_processes: int, sharding: str) -> float | None:
+    """Tokens a second of each process of a run; None where it was not measured."""
+    for launch, found in results.items():
+        is_it = (launch.part, launch.n_processes, launch.sharding.stem) == ("runs", n_processes, sharding)
+        if is_it and isinstance(found, Speed) and found.outcome == MEASURED:
+            return found.figures()["tokens_per_second"] / n_processes
+    return None

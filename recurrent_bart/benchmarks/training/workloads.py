@@ -1,0 +1,122 @@
+"""What is trained where training is measured: flags of `launch/train.py`, and documents that suit them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recurrent_bart.benchmarks.training.equal_documents import EqualDocuments
+from recurrent_bart.benchmarks.training.results import Launch
+from recurrent_bart.training.arguments import Arguments, parse_arguments
+
+# on GPUs BART-base with its vocabulary, on a processor something small
+WORK: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "model_size": "base",
+        "vocab_size": 50265,
+        "segment_size": 512,
+        "max_n_segments": 8,
+        "max_target_length": 64,
+        "per_device_train_batch_size": 8,
+    },
+    "cpu": {
+        "model_size": "tiny",
+        "vocab_size": 1000,
+        "segment_size": 64,
+        "max_n_segments": 2,
+        "max_target_length": 16,
+        "per_device_train_batch_size": 2,
+    },
+}
+EVERYWHERE = {
+    "bptt_depth": -1,
+    "wandb_mode": "disabled",
+    "lr_scheduler": "constant",
+    "eval_documents": 1,
+    "timeout_minutes": 5,
+    "step_timeout_seconds": 120,
+}
+# a run is looked at often, but a line of the log waits for a GPU; a loop costs what it costs with a line as often as
+# runs have one
+LOG_EVERY = {"runs": {"cuda": 5, "cpu": 1}, "loop": {"cuda": 10, "cpu": 10}}
+# evaluations and checkpoints come before the first step and after the last
+NEVER = 10**9
+# read by the processes of a step, several times before they are read again
+N_STEPS_OF_DOCUMENTS = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all starts have in common.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        given: Flags of `launch/train.py` that hold instead of the defaults.
+        steps: Of a run, warm-up included.
+        warmup: Steps of the warm-up.
+        rounds: Turns of the loop beside bare steps.
+    """
+
+    device: str
+    given: tuple[str, ...]
+    steps: int
+    warmup: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"--warmup {self.warmup}: must be below --steps {self.steps}, and not negative")
+        if self.rounds < 1:
+            raise ValueError(f"--rounds {self.rounds}: must be at least 1")
+        own = self._own(Path(), Launch("runs", 1, Path())).keys() | {"task", "dataset", "model_name_or_path", "resume"}
+        taken = [flag for flag in self.given if flag.split("=")[0].removeprefix("--") in own]
+        if taken:
+            raise ValueError(f"{taken[0]}: it is set by what is measured")
+        if self.arguments("runs").model.max_n_segments in (None, -1):
+            raise ValueError("--max_n_segments -1: documents have a number of segments here")
+
+    def arguments(self, part: str) -> Arguments:
+        """As `launch/train.py` reads them, without what differs between starts.
+
+        Raises:
+            ValueError: A flag is unknown or out of range.
+        """
+        return parse_arguments(self._common(part))
+
+    def flags(self, launch: Launch, place: Path) -> list[str]:
+        """The command line of one start.
+
+        Args:
+            launch: Which one.
+            place: Folder of the documents, and of what is made of them.
+        """
+        return [*self._common(launch.part), *_as_flags(self._own(place, launch))]
+
+    def documents(self, most_processes: int) -> EqualDocuments:
+        """Documents of as many whole segments as are read, all with a target of full length."""
+        arguments = self.arguments("runs")
+        model, run, n_target = arguments.model, arguments.run, arguments.data.max_target_length
+        n_step = run.per_device_train_batch_size * run.gradient_accumulation_steps * most_processes
+        # what special tokens leave no room for is cut off
+        n_tokens = (model.max_n_segments or 0) * (model.segment_size or 0)
+        return EqualDocuments(N_STEPS_OF_DOCUMENTS * n_step, n_tokens, n_target, model.vocab_size)
+
+    def _common(self, part: str) -> list[str]:
+        defaults = {**EVERYWHERE, **WORK[self.device], "log_every": LOG_EVERY[part][self.device]}
+        return [*_as_flags(defaults), *self.given]
+
+    def _own(self, place: Path, launch: Launch) -> dict[str, Any]:
+        return {
+            "deepspeed": launch.sharding,
+            "max_steps": self.steps,
+            "eval_every": NEVER,
+            "save_every": 0,
+            "train_file": place / "train.jsonl",
+            "validation_file": place / "validation.jsonl",
+            "tokenizer_name": place / "tokenizer",
+            "cache_dir": place / "cache",
+            "output_dir": place / launch.name(),
+        }
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]

@@ -1,0 +1,146 @@
+"""A diagonal's cells with few passes over memory between their matrix products.
+
+Shape suffixes: B documents, R = layers * documents, S = slots and tokens of a segment, P prefix length (= slots),
+E encoder layers (of a diagonal), M rows of a layer, H heads, D model width.
+"""
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+from transformers.models.bart.modeling_bart import BartAttention, BartEncoderLayer
+
+from recurrent_bart.execution.stacked_layers import StackedLayers
+from recurrent_bart.recurrence.attention import attend, gated_read
+from recurrent_bart.recurrence.cell import AttentionMasks
+from recurrent_bart.recurrence.grouped_linear import linear, linear_with_input
+from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, Weights
+
+if TYPE_CHECKING:
+    from recurrent_bart.execution.kernels.heads import Heads
+
+
+def can_fuse(layer: BartEncoderLayer, stream: Tensor) -> bool:
+    """Return True if there are kernels for a layer's cells: on a GPU, with slots that read a prefix, in one type."""
+    config, activation = layer.self_attn.config, layer.activation_fn
+    return (
+        stream.is_cuda
+        and importlib.util.find_spec("triton") is not None
+        and config.has_state
+        and not config.associative_memory
+        # the exact one
+        and isinstance(activation, GELUActivation)
+        and activation.act is nn.functional.gelu
+        and stream.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not torch.is_autocast_enabled("cuda")
+    )
+
+
+def fused_cell(
+    layers: StackedLayers,
+    recurrence: PrefixRecurrence,
+    stream_EBSD: Tensor,
+    memory_EBPD: Tensor,
+    visible: AttentionMasks,
+    is_read_EB: Tensor | None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `diagonal_step`, whose numbers it gives but for rounding.
+
+    Args:
+        layers: The layers that the diagonal has a cell of.
+        recurrence: What all layers' have in common.
+        stream_EBSD: Slots and tokens that enter the layers.
+        memory_EBPD: Their states.
+        visible: What the rows `(E * B)` see.
+        is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
+        into: Where to leave both, without a graph.
+
+    Returns:
+        Slots and tokens that leave the layers, and their new states.
+    """
+    # else a processor without Triton could not import this
+    from recurrent_bart.execution.kernels.bias_activation import bias_gelu
+    from recurrent_bart.execution.kernels.heads import split_heads
+    from recurrent_bart.execution.kernels.residual_norm import residual_norm, residual_norm_and_slots
+
+    shared, weights = layers.shared, layers.weights
+    n_layers, n_documents, _, width = stream_EBSD.shape
+    dropout = shared.dropout if shared.training else 0.0
+
+    def norm_of(hidden: str, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        biases = weights[f"{hidden}_bias"], weights[f"{name}_bias"]
+        return biases[0], weights[name], biases[1], getattr(shared, name).eps, dropout
+
+    prefix, prefix_bias, memory_EMD = _project(recurrence, weights, memory_EBPD.reshape(n_layers, -1, width))
+    qkv, stream_EMD = linear_with_input(stream_EBSD.flatten(1, 2), weights["query_key_value"])
+    qkv_RSX = qkv.view(n_layers * n_documents, -1, 3 * width)
+    prefix_dropout = recurrence.dropout.p if recurrence.dropout.training else 0.0
+    heads = split_heads(
+        qkv_RSX, weights["query_key_value_bias"], prefix, prefix_bias,
+        recurrence.n_heads, "prefix_gate" in weights, prefix_dropout,
+    )  # fmt: skip
+    read_RSD = _attend(shared.self_attn, heads, visible, weights.get("prefix_gate"))
+    read = linear(read_RSD.view_as(stream_EMD), weights["out_proj"])
+    stream_EMD = residual_norm(stream_EMD, read, *norm_of("out_proj", "self_attn_layer_norm"))
+    hidden, stream_EMD = linear_with_input(stream_EMD, weights["fc1"])
+    hidden = bias_gelu(hidden, weights["fc1_bias"])
+    hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
+    hidden, affine = linear(hidden, weights["fc2"]), norm_of("fc2", "final_layer_norm")
+    stream_gradient, into_memory = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
+    memory_beside = memory_EMD if recurrence.has_update_gate else None
+    stream_EMD, slots = residual_norm_and_slots(
+        stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, stream_gradient
+    )
+    memory_EBPD = memory_EMD.view_as(memory_EBPD)
+    memory_EBPD = _next_memory(recurrence, weights, memory_EBPD, slots, is_read_EB, into_memory)
+    return stream_EMD.view_as(stream_EBSD), memory_EBPD
+
+
+def _project(recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values `(E, M, 2 * D)` of the prefix without their bias, the bias, and the states again."""
+    from recurrent_bart.execution.kernels.bias_activation import bias_tanh
+
+    if not recurrence.has_projection:
+        columns = slice(memory_EMD.shape[-1], None)
+        both, memory_EMD = linear_with_input(memory_EMD, weights["query_key_value"], columns)
+        return both, weights["query_key_value_bias"][..., columns], memory_EMD
+    inside, memory_EMD = linear_with_input(memory_EMD, weights["projection_in"])
+    inside = bias_tanh(inside, weights["projection_in_bias"])
+    return linear(inside, weights["projection_out"]), weights["projection_out_bias"], memory_EMD
+
+
+def _attend(attention: BartAttention, heads: "Heads", visible: AttentionMasks, gate_EH: Tensor | None) -> Tensor:
+    """What slots and tokens read, `(R, S, D)`."""
+    from recurrent_bart.execution.kernels.gated_prefix import add_prefix_read
+
+    slots_read, _ = attend(attention, heads.slots_query, (heads.slots_key, heads.slots_value), visible.slots)
+    tokens_read, _ = attend(attention, heads.tokens_query, (heads.tokens_key, heads.tokens_value), visible.tokens)
+    if gate_EH is not None:
+        if not (attention.dropout and attention.training):
+            return add_prefix_read(slots_read, tokens_read, *heads[6:], gate_EH, attention.scaling)
+        prefix_read = attend(attention, heads.prefix_query, (heads.prefix_key, heads.prefix_value), None)
+        gate_RH = gate_EH.repeat_interleave(len(slots_read) // len(gate_EH), dim=0)
+        tokens_read, _ = gated_read((tokens_read, None), prefix_read, gate_RH)
+    return torch.cat([slots_read, tokens_read], dim=1).flatten(2)
+
+
+def _next_memory(
+    recurrence: PrefixRecurrence,
+    weights: Weights,
+    memory_EBPD: Tensor,
+    slots: Tensor,
+    is_read_EB: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """The states after the segment, from `slots` as `residual_norm_and_slots` gives them."""
+    from recurrent_bart.execution.kernels.gated_update import gated_update
+
+    if recurrence.has_update_gate:
+        gate, both = linear_with_input(slots, weights["update_gate"])
+        place = None if out is None else out.flatten(1, 2)
+        return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, place).view_as(memory_EBPD)
+    new = recurrence.next_memory(memory_EBPD, slots, is_read_EB, weights)
+    return new if out is None else out.copy_(new)

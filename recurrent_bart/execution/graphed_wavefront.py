@@ -1,0 +1,227 @@
+"""Diagonals recorded as CUDA graphs, for batches that leave a GPU waiting for the processor.
+
+A small batch's kernels take less time than launching them one by one. Recorded once for each span of layers, whatever
+the number of segments, they are launched together. What a diagonal keeps for its backward pass is computed again there,
+so that nothing recorded has to outlive the next replay; without checkpointing, as much as there is room for is kept.
+
+Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
+segment, E encoder layers, D model width.
+"""
+
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.models.bart.modeling_bart import BartEncoderLayer
+
+from recurrent_bart.execution.cuda_graphs import rng_offset
+from recurrent_bart.execution.diagonal_graphs import READ_TOGETHER, DiagonalGraphs
+from recurrent_bart.execution.fused_cell import can_fuse
+from recurrent_bart.execution.graph_guards import graph_user
+from recurrent_bart.execution.module_settings import backend_settings, settings_of
+from recurrent_bart.execution.retained_diagonals import MOST_KEPT
+from recurrent_bart.execution.wavefront import Diagonal, Wavefront
+from recurrent_bart.recurrence.prefix_recurrence import Weights
+from recurrent_bart.recurrence.segmentation import Segment
+
+# of all documents in a segment; at 8,192 replays take 1 to 4 % less time than launching, and half the processor's
+MOST_TOKENS = 8_192
+# shapes of batches whose recordings are kept, the last used ones
+MOST_SHAPES = 16
+# each keeps its part of what there is room for; `share_device` says how many there are
+processes_per_device = 1
+_recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, DiagonalGraphs]] = weakref.WeakKeyDictionary()
+
+
+def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, checkpointing: str) -> bool:
+    """Return True if replaying is faster for a batch: its diagonals are fused, and too small to keep a GPU busy.
+
+    Where each diagonal is recomputed in any case, replays cost nothing, however large they are.
+    """
+    n_documents, n_tokens, _ = tokens_BLD.shape
+    return (
+        (n_documents * n_tokens <= MOST_TOKENS or (checkpointing == "layer" and torch.is_grad_enabled()))
+        and can_fuse(layer, tokens_BLD)
+        and all((it.dtype, it.device) == (tokens_BLD.dtype, tokens_BLD.device) for it in weights.values())
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+@dataclass(frozen=True)
+class GraphedWavefront(Wavefront):
+    """Identical to Wavefront except: diagonals are replayed, and recomputed in the backward pass unless kept.
+
+    They are so one by one, whatever is checkpointed. Of states but for the last it gives the last layer's alone.
+    """
+
+    def run(
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
+    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Compute what Wavefront's does; without autograd, states hold until the next ones are asked for.
+
+        Raises:
+            ValueError: Another thread runs the same encoder.
+        """
+        assert self.recurrence is not None
+        steps = self._run(weights, segments, mask_BNL, memory_EBPD)
+        yield from graph_user(self.recurrence).steps_of_pass(steps)
+
+    def _run(
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
+    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        assert memory_EBPD is not None
+        tokens_BLD = segments[0]()
+        diagonals = self._diagonals(segments, tokens_BLD, mask_BNL)
+        recorder = self._recorder(weights, tokens_BLD)
+        recorder.begin(weights, self._settings())
+        if not torch.is_grad_enabled():
+            yield from self._read(recorder, diagonals, memory_EBPD)
+            return
+        streams = self._embed_segments(segments, memory_EBPD)
+        recorder.record(diagonals, with_backward=True)
+        if self.checkpointing == "none":
+            recorder.keep(diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._kept_elsewhere(recorder))
+        tops, memories, memory = _Replayed.apply(
+            recorder, diagonals, list(weights), streams, memory_EBPD, *weights.values()
+        )
+        for number, top in enumerate(tops.unbind()):
+            yield top, memory if number == len(segments) - 1 else memories[number].unsqueeze(0)
+
+    def _read(
+        self, recorder: DiagonalGraphs, diagonals: list[Diagonal], memory_EBPD: Tensor
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """Forward passes alone; outside training, what comes for the first time is not worth a recording."""
+        again = diagonals if self.layer.training else [it for it in diagonals if recorder.was_seen(it)]
+        recorder.record(again, with_backward=False)
+        recorder.memory.copy_(memory_EBPD)
+        for first in range(0, len(diagonals), READ_TOGETHER):
+            group = diagonals[first : first + READ_TOGETHER]
+            arriving = [it.segment for it in group if it.segment is not None]
+            streams = self._embed_segments(arriving, memory_EBPD) if arriving else None
+            read = recorder.read_together if recorder.can_read_together(group) else recorder.read
+            for diagonal, (top_BLD, memory_1BPD) in zip(group, read(group, streams), strict=True):
+                if diagonal.stop == self.config.encoder_layers:
+                    is_last = diagonal is diagonals[-1]
+                    tokens_BLD = top_BLD.clone() if self._gives_tokens(diagonal) else None
+                    yield tokens_BLD, recorder.memory.clone() if is_last else memory_1BPD
+
+    def _settings(self) -> Hashable:
+        """Return the constants that a captured diagonal keeps; they are the same for all layers."""
+        assert self.recurrence is not None
+        return *settings_of(self.layer, self.recurrence), backend_settings()
+
+    def _kept_elsewhere(self, recorder: DiagonalGraphs) -> int:
+        assert self.recurrence is not None
+        return sum(it.kept_bytes for it in _recorders[self.recurrence].values()) - recorder.kept.n_bytes
+
+    def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
+        """Streams `(N, B, S, D)` that enter below the first layer."""
+        assert self.recurrence is not None
+        slots = self.recurrence.slots(memory_EBPD).repeat(len(segments), 1, 1)
+        return self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
+
+    def _recorder(self, weights: Weights, tokens_BLD: Tensor) -> DiagonalGraphs:
+        """Recordings for batches of this shape."""
+        assert self.recurrence is not None
+        kept = _recorders.setdefault(self.recurrence, {})
+        key = tokens_BLD.shape, tokens_BLD.dtype, tokens_BLD.device
+        recorder = kept.pop(key, None)
+        if recorder is None or recorder.layer() is not self.layer:
+            recorder = DiagonalGraphs(self, weights, tokens_BLD)
+        kept[key] = recorder
+        while len(kept) > MOST_SHAPES:
+            del kept[next(iter(kept))]
+        return recorder
+
+
+def share_device(n_processes: int) -> None:
+    """Keep no more of a pass than leaves as much for each of so many processes on one device."""
+    global processes_per_device
+    processes_per_device = n_processes
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All that a device has for this process."""
+    return torch.cuda.get_device_properties(device).total_memory // processes_per_device
+
+
+class _Replayed(torch.autograd.Function):
+    """Tokens above the last layer `(N, B, L, D)`, its states `(N, B, P, D)`, and all states at the end.
+
+    Takes the streams `(N, B, S, D)` that enter below the first layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recorder: DiagonalGraphs,
+        diagonals: list[Diagonal],
+        names: list[str],
+        streams: Tensor,
+        memory: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n_segments, n_layers = len(streams), len(memory)
+        tops = streams.new_empty(n_segments, *recorder.top.shape)
+        memories = memory.new_empty(n_segments, *memory.shape[1:])
+        recorder.memory.copy_(memory)
+        recorder.n_passes += 1
+        entered = []
+        for number, (diagonal, kept) in enumerate(zip(diagonals, recorder.kept.of(diagonals), strict=True)):
+            span = slice(diagonal.first, diagonal.stop)
+            if number < n_segments:
+                recorder.stream[0].copy_(streams[number])
+            here = recorder.stream[span].clone(), recorder.memory[span].clone(), recorder.generator.get_offset()
+            entered.append(here)
+            recorder.replay(diagonal, graph=kept.forward if kept else None)
+            if diagonal.stop == n_layers:
+                tops[number - n_layers + 1].copy_(recorder.top)
+                memories[number - n_layers + 1].copy_(recorder.memory[-1])
+        ctx.recorder, ctx.diagonals, ctx.entered, ctx.names = recorder, diagonals, entered, names
+        ctx.captures = recorder.captures
+        ctx.n_passes = recorder.n_passes
+        ctx.shape = streams.shape
+        return tops, memories, recorder.memory.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        recorder = ctx.recorder
+        with recorder.user.whole_pass():
+            # the settings may have changed since the forward pass
+            recorder.captures = ctx.captures
+            into_streams = _differentiate(ctx, *gradients)
+            weight_gradients = [recorder.weight_gradients[name].clone() for name in ctx.names]
+            return None, None, None, into_streams, recorder.into_memory.clone(), *weight_gradients
+
+
+def _differentiate(ctx: Any, into_tops: Tensor, into_memories: Tensor, into_memory: Tensor) -> Tensor:
+    """Replay the backward passes of all diagonals; gradients of weights and states lie in the recorder then.
+
+    Returns:
+        Gradients of the streams that entered below the first layer.
+    """
+    recorder, n_layers = ctx.recorder, len(into_memory)
+    into_streams = into_tops.new_empty(ctx.shape)
+    recorder.begin_backward(into_memory)
+    kept = recorder.kept.of(ctx.diagonals)
+    for number in reversed(range(len(ctx.diagonals))):
+        diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.entered[number]
+        # another pass keeps its own there now
+        own = kept[number] if ctx.n_passes == recorder.n_passes else None
+        if own is None:
+            span = slice(diagonal.first, diagonal.stop)
+            recorder.stream[span].copy_(stream)
+            recorder.memory[span].copy_(memory)
+        if diagonal.stop == n_layers:
+            recorder.stream_gradient[-1][:, recorder.n_slots :].copy_(into_tops[number - n_layers + 1])
+            recorder.into_memory[-1].add_(into_memories[number - n_layers + 1])
+        with rng_offset(recorder.generator, offset):
+            recorder.replay(diagonal, is_backward=True, graph=own.backward if own else None)
+        if number < len(into_streams):
+            into_streams[number].copy_(recorder.stream_gradient[0])
+    return into_streams

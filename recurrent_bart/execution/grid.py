@@ -1,0 +1,292 @@
+"""In which order the grid of cells (segment, layer) is computed.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), E encoder layers,
+D model width.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.execution.graphed_wavefront import GraphedWavefront, can_graph
+from recurrent_bart.execution.stacked_layers import stack_layers, why_not_stacked
+from recurrent_bart.execution.wavefront import Wavefront
+from recurrent_bart.recurrence.cell import AttentionMasks
+from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
+from recurrent_bart.recurrence.segmentation import Segment, on_device
+
+# of all documents in a segment: an H100 was still 1.5 to 1.9 times as fast by diagonals at 8,192 (RESULTS.md); not
+# measured beyond, where streams of all layers at once take the more memory
+MOST_TOKENS = 16_384
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class OutputSelection:
+    """What of the grid is wanted.
+
+    Attributes:
+        every_segment: Outputs of every segment, each with its graph; False: of the last one.
+        tokens: Token streams of all segments, whether or not they have a graph.
+        memories: Likewise states.
+        hidden_states: Token streams of every layer.
+        attentions: Attention weights of every layer.
+    """
+
+    every_segment: bool = False
+    tokens: bool = False
+    memories: bool = False
+    hidden_states: bool = False
+    attentions: bool = False
+
+    def all_segments(self) -> bool:
+        """Whether segments are wanted that nothing is carried from."""
+        return self.every_segment or self.tokens or self.memories or self.hidden_states or self.attentions
+
+
+@dataclass
+class SegmentOutput:
+    """What one segment gives: token streams `(B, L, D)` below and above every layer, if wanted, and weights."""
+
+    tokens: Tensor | None
+    memory: Tensor | None
+    hidden_states: list[Tensor] = field(default_factory=list)
+    attentions: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class GridOutput:
+    """What the grid gives, of each kept segment.
+
+    Attributes:
+        tokens: The last layer's token stream `(B, L, D)`.
+        memories: The last layer's state after it `(B, P, D)`.
+        hidden_states: Token streams below and above every layer.
+        attentions: Weights `(B, H, L, A)` of every layer.
+        memory: The state `(E, B, P, D)` after the last segment.
+    """
+
+    tokens: list[Tensor] = field(default_factory=list)
+    memories: list[Tensor] = field(default_factory=list)
+    hidden_states: list[list[Tensor]] = field(default_factory=list)
+    attentions: list[list[Tensor]] = field(default_factory=list)
+    memory: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of some documents and how they are run.
+
+    Attributes:
+        config: The architecture.
+        layers: The encoder's layers.
+        recurrence: Their recurrence; None where `pre_seq_len` is 0.
+        embed: Gives the first layer's stream `(B, P + L, D)` from a segment's token embeddings and its slots.
+        checkpoints_segments: Recompute each segment as a whole in the backward pass.
+    """
+
+    config: RecurrentBartConfig
+    layers: nn.ModuleList
+    recurrence: PrefixRecurrence | None
+    embed: Callable[[Tensor, Tensor | None], Tensor]
+    checkpoints_segments: bool = False
+
+    def run(
+        self,
+        segments_BNLD: Tensor,
+        mask_BNL: Tensor,
+        state: RecurrentState | None,
+        kept: OutputSelection,
+        earlier: Sequence[Segment] = (),
+    ) -> GridOutput:
+        """Run the grid in the order that `config.schedule` names.
+
+        Gradient crosses `config.bptt_depth` segment boundaries: segments form windows of one more than that, aligned
+        to the last one, and the state is cut between windows. Segments whose output reaches no kept one by gradient
+        run without a graph.
+
+        Args:
+            segments_BNLD: Token embeddings of the last segments, at which all documents end.
+            mask_BNL: 1 at tokens, on the host; a segment without any leaves its document's state unchanged.
+            state: What was read before; None at the head of the documents.
+            kept: What is wanted.
+            earlier: The segments before those, which gradient does not reach.
+        """
+        n_segments = mask_BNL.shape[1]
+        window = self.config.bptt_window or n_segments + 1
+        is_read_BN = mask_BNL.bool().any(dim=-1)
+        memory = learned = self.recurrence.initial_state_memory(len(mask_BNL)) if self.recurrence else None
+        is_begun_B = torch.zeros(len(mask_BNL), dtype=torch.bool, device=segments_BNLD.device)
+        if state is not None and state.memory is not None:
+            is_begun_B = state.position > 0
+            memory = _started_or_initial(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
+        # one view for each segment, not one index into all: its backward pass would write all of them each time
+        segments = [*earlier, *(_constant_segment(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
+        stretches = self._stretches(n_segments, window, kept)
+        run = self._sequential
+        has_several = any(part.stop - part.start > 1 for part, _ in stretches)
+        if has_several and self._uses_wavefront(segments_BNLD, kept) and not self._is_elsewhere(segments_BNLD.device):
+            weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
+            run = functools.partial(self._wavefront, weights)
+        output = GridOutput()
+        for part, has_graph in stretches:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
+                if self.config.has_state and (n_segments - part.start) % window == 0:
+                    is_begun_B = is_begun_B | on_device(is_read_BN[:, : part.start].any(dim=1), is_begun_B.device)
+                    memory = _started_or_initial(is_begun_B, memory.detach(), learned)
+                for t, segment in enumerate(run(segments[part], mask_BNL[:, part], memory, kept), start=part.start):
+                    # a prefix that never changes is learned: what a window without a graph gives of it has no gradient
+                    memory = segment.memory if self.config.has_state else learned
+                    self._keep(output, segment, kept, is_last=t == n_segments - 1)
+        output.memory = memory if self.config.has_state else None
+        return output
+
+    def _stretches(self, n_segments: int, window: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
+        """Segments between which the state is cut, and whether they have a graph."""
+        # without a state nothing is left of a segment but its own output
+        first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
+        if not torch.is_grad_enabled():
+            return [(slice(first, n_segments), False)]
+        first_with_graph = 0 if kept.every_segment else max(0, n_segments - window)
+        cuts = [n for n in range(first + 1, n_segments) if (n_segments - n) % window == 0 and n >= first_with_graph]
+        borders = [first, *cuts, n_segments]
+        return [(slice(start, stop), start >= first_with_graph) for start, stop in itertools.pairwise(borders)]
+
+    def _uses_wavefront(self, segments_BNLD: Tensor, kept: OutputSelection) -> bool:
+        """Return True if the wavefront schedule computes the segments.
+
+        The sequential schedule alone gives the hidden states and attention weights of every layer, and lets layers
+        differ in more than their parameters.
+        """
+        schedule = self.config.schedule
+        if schedule == "sequential" or kept.hidden_states or kept.attentions:
+            return False
+        if schedule == "auto" and (self.config.recurrence == "top" or not is_wavefront_faster(segments_BNLD)):
+            return False
+        obstacle = why_not_stacked(self.layers)
+        if obstacle and schedule == "wavefront":
+            logger.warning_once(f"schedule='wavefront': segments are computed one after the other, because {obstacle}")
+        return not obstacle
+
+    def _is_elsewhere(self, device: torch.device) -> bool:
+        """Return True if layers are offloaded or on another device: only their calls bring parameters and inputs."""
+        is_elsewhere = any(parameter.device != device for parameter in self.layers.parameters())
+        if is_elsewhere and self.config.schedule == "wavefront":
+            logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")
+        return is_elsewhere
+
+    def _keep(self, output: GridOutput, segment: SegmentOutput, kept: OutputSelection, is_last: bool) -> None:
+        if kept.every_segment or kept.tokens or is_last:
+            output.tokens.append(segment.tokens)
+        if self.config.has_state and (kept.every_segment or kept.memories or is_last):
+            # not a view, which would keep the states of all layers
+            output.memories.append(self.recurrence.without_matrix(segment.memory)[-1].clone())
+        if kept.hidden_states:
+            output.hidden_states.append(segment.hidden_states)
+        if kept.attentions:
+            output.attentions.append(segment.attentions)
+
+    def _wavefront(
+        self,
+        weights: Weights,
+        segments: list[Segment],
+        mask_BNL: Tensor,
+        memory_EBPD: Tensor | None,
+        kept: OutputSelection,
+    ) -> Iterator[SegmentOutput]:
+        """By diagonals: all cells that need nothing of each other at once; of a single segment, each is one cell."""
+        if len(segments) == 1:
+            yield from self._sequential(segments, mask_BNL, memory_EBPD, kept)
+            return
+        layer = self.layers[0]
+        by_layer = "layer" if layer.gradient_checkpointing and layer.training else "none"
+        checkpointing = "segment" if self.checkpoints_segments else by_layer
+        kind = (
+            GraphedWavefront
+            if self.config.schedule == "auto" and can_graph(layer, weights, segments[0](), checkpointing)
+            else Wavefront
+        )
+        gives_all_tokens = kept.every_segment or kept.tokens
+        wavefront = kind(self.config, layer, self.recurrence, self.embed, checkpointing, gives_all_tokens)
+        for top, memory in wavefront.run(weights, segments, mask_BNL, memory_EBPD):
+            yield SegmentOutput(top, memory)
+
+    def _sequential(
+        self, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
+    ) -> Iterator[SegmentOutput]:
+        """Segment after segment, layer after layer: the reference."""
+        is_checkpointed = self.checkpoints_segments and torch.is_grad_enabled()
+        for read, mask_BL in zip(segments, mask_BNL.unbind(dim=1), strict=True):
+            inputs = read(), mask_BL, memory_EBPD, kept
+            segment = (
+                checkpoint(self._segment, *inputs, use_reentrant=False) if is_checkpointed else self._segment(*inputs)
+            )
+            memory_EBPD = segment.memory
+            yield segment
+
+    def _segment(
+        self, tokens_BLD: Tensor, mask_BL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
+    ) -> SegmentOutput:
+        """One segment through all layers."""
+        recurrence, config = self.recurrence, self.config
+        n_slots = recurrence.n_slots if recurrence else 0
+        stream = self.embed(tokens_BLD, recurrence.slots(memory_EBPD) if recurrence else None)
+        visible = AttentionMasks.build(
+            config, stream, mask_BL, n_slots, bool(recurrence and recurrence.slots_read_prefix)
+        )
+        read_prefix = recurrence.prefix_reader(memory_EBPD, self.layers) if recurrence else None
+        gate_EH = recurrence.prefix_gate if recurrence and config.prefix_attention == "gated" else None
+        shared = recurrence.by_layer() if recurrence else {}
+        slots, matrices, hidden_states, attentions = [], [], [stream[:, n_slots:]], []
+        for layer_idx, layer in enumerate(self.layers):
+            prefix = functools.partial(read_prefix, layer_idx) if read_prefix else None
+            own, matrix = slice(layer_idx, layer_idx + 1), None
+            gate_1H = None if gate_EH is None else gate_EH[own]
+            if recurrence and recurrence.n_matrix_rows:
+                own_weights = {name: weight[own] for name, weight in shared.items()}
+                matrix = recurrence.matrix(memory_EBPD[own], stream.unsqueeze(0), visible.is_token, own_weights)
+            stream, weights, written = layer(stream, visible, prefix, gate_1H, matrix)
+            # layers may be on several devices
+            slots.append(stream[:, :n_slots].to(tokens_BLD.device))
+            matrices.append(written)
+            if kept.hidden_states:
+                hidden_states.append(stream[:, n_slots:])
+            if kept.attentions:
+                attentions.append(weights)
+        memory = memory_EBPD
+        if recurrence:
+            slots_EBPD = torch.stack(slots[-len(memory_EBPD) :])
+            is_read_B = mask_BL.bool().any(dim=-1)
+            is_read_1B = None if is_read_B.all() else on_device(is_read_B, tokens_BLD.device).unsqueeze(0)
+            written = torch.cat(matrices) if recurrence.n_matrix_rows else None
+            memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, shared, written)
+        return SegmentOutput(stream[:, n_slots:].to(tokens_BLD.device), memory, hidden_states, attentions)
+
+
+def _constant_segment(tokens_BLD: Tensor) -> Segment:
+    return lambda: tokens_BLD
+
+
+def is_wavefront_faster(segments_BNLD: Tensor) -> bool:
+    """Whether a device is better filled by several layers at once.
+
+    A processor is busy with one layer, and then copying the weights costs more than it saves.
+    """
+    n_documents, _, n_tokens, _ = segments_BNLD.shape
+    return segments_BNLD.device.type != "cpu" and n_documents * n_tokens <= MOST_TOKENS
+
+
+def _started_or_initial(is_begun_B: Tensor, memory_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:
+    """The state of documents that have begun, the learned one of those that have not.
+
+    The learned one takes part with a gradient of zero at least: ZeRO-3 would give a parameter that gets none in a step
+    the one of the step before.
+    """
+    return torch.where(is_begun_B.view(1, -1, 1, 1), memory_EBPD, learned_EBPD)

@@ -1,0 +1,164 @@
+"""What tokens read of the prefix by a softmax of its own, and the sum with all else that was read, in one pass.
+
+A prefix is so short that its keys and values stay in a processor's registers.
+
+Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, S = slots and tokens of a segment, P prefix
+length (= slots), L tokens in a segment, H heads, K head width, D model width.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton import language as tl
+
+# tokens of a tile; a product's sides are at least LEAST
+TOKENS, LEAST = 64, 16
+
+
+def add_prefix_read(
+    slots_RPHK: Tensor,
+    tokens_RLHK: Tensor,
+    query_RHLK: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    gate_EH: Tensor,
+    scaling: float,
+) -> Tensor:
+    """What slots and tokens read, `(R, S, D)`, what tokens read of the prefix added through `tanh(gate)`.
+
+    Args:
+        slots_RPHK: What slots read.
+        tokens_RLHK: What tokens read of each other.
+        query_RHLK: Of tokens.
+        prefix_key: `(R, H, P, K)`.
+        prefix_value: Likewise.
+        gate_EH: Of each layer's heads.
+        scaling: Of products of queries and keys.
+    """
+    return _AddPrefixRead.apply(slots_RPHK, tokens_RLHK, query_RHLK, prefix_key, prefix_value, gate_EH, scaling)
+
+
+class _AddPrefixRead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, slots: Tensor, tokens: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scaling: float
+    ) -> Tensor:
+        n_rows, n_heads, n_tokens, head_dim = query.shape
+        n_slots, gate = slots.shape[1], gate.contiguous()
+        out = tokens.new_empty(n_rows, n_slots + n_tokens, n_heads, head_dim)
+        _forward[(n_rows * n_heads, triton.cdiv(n_tokens, TOKENS))](
+            slots.contiguous(), tokens.contiguous(), query, *query.stride()[:3],
+            key, *key.stride()[:3], value, *value.stride()[:3], gate, out,
+            n_rows // len(gate), n_heads, n_tokens, n_slots, head_dim, scaling, **_sizes(key),
+        )  # fmt: skip
+        ctx.save_for_backward(query, key, value, gate)
+        ctx.scaling = scaling
+        return out.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, gate = ctx.saved_tensors
+        n_rows, n_heads, n_tokens, head_dim = query.shape
+        n_slots = key.shape[2]
+        into_tokens, into_query = query.new_empty(2, n_rows, n_tokens, n_heads, head_dim)
+        into_slots, into_key, into_value = query.new_empty(3, n_rows, n_slots, n_heads, head_dim)
+        into_gate = gate.new_empty(len(gate), n_rows // len(gate), n_heads)
+        _backward[(n_rows * n_heads,)](
+            gradient.contiguous(), query, *query.stride()[:3], key, *key.stride()[:3], value, *value.stride()[:3],
+            gate, into_slots, into_tokens, into_query, into_key, into_value, into_gate,
+            n_rows // len(gate), n_heads, n_tokens, n_slots, head_dim, ctx.scaling, **_sizes(key),
+        )  # fmt: skip
+        into_query, into_key, into_value = (part.transpose(1, 2) for part in (into_query, into_key, into_value))
+        into_gate = into_gate.sum(dim=1) if into_gate.shape[1] > 1 else into_gate[:, 0]
+        return into_slots, into_tokens, into_query, into_key, into_value, into_gate, None
+
+
+def _sizes(key: Tensor) -> dict[str, Any]:
+    """Sides of a program's tiles; single precision is kept as it is."""
+    n_prefix, head_dim = (max(LEAST, triton.next_power_of_2(size)) for size in key.shape[2:])
+    return {
+        "TOKENS": TOKENS, "PREFIX": n_prefix, "WIDTH": head_dim,
+        "PRECISION": "ieee" if key.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+
+
+@triton.jit
+def _forward(
+    slots, tokens, query, query_row, query_head, query_token, key, key_row, key_head, key_place,
+    value, value_row, value_head, value_place, gate, out,
+    n_documents, n_heads, n_tokens, n_slots, head_dim, scaling,
+    TOKENS: tl.constexpr, PREFIX: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, head = (tl.program_id(0) // n_heads).to(tl.int64), tl.program_id(0) % n_heads
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    within, place = tl.arange(0, WIDTH)[None, :], tl.arange(0, PREFIX)
+    inside = (token < n_tokens) & (within < head_dim)
+    known = (place[:, None] < n_slots) & (within < head_dim)
+    keys = tl.load(key + row * key_row + head * key_head + place[:, None] * key_place + within, known, 0.0)
+    values = tl.load(value + row * value_row + head * value_head + place[:, None] * value_place + within, known, 0.0)
+    asked = tl.load(query + row * query_row + head * query_head + token * query_token + within, inside, 0.0)
+    opening = 2.0 * tl.sigmoid(2.0 * tl.load(gate + row // n_documents * n_heads + head).to(tl.float32)) - 1.0
+    scores = tl.dot(asked, tl.trans(keys), input_precision=PRECISION) * scaling
+    scores = tl.where(place[None, :] < n_slots, scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+    weights = weights / tl.sum(weights, axis=1)[:, None]
+    read = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+    source = ((row * n_tokens + token) * n_heads + head) * head_dim + within
+    target = ((row * (n_tokens + n_slots) + n_slots + token) * n_heads + head) * head_dim + within
+    read = tl.load(tokens + source, inside, 0.0).to(tl.float32) + opening * read
+    tl.store(out + target, read.to(out.dtype.element_ty), inside)
+    if tl.program_id(1) == 0:
+        own = ((row * n_slots + place[:, None]) * n_heads + head) * head_dim + within
+        front = ((row * (n_tokens + n_slots) + place[:, None]) * n_heads + head) * head_dim + within
+        tl.store(out + front, tl.load(slots + own, known, 0.0), known)
+
+
+@triton.jit
+def _backward(
+    gradient, query, query_row, query_head, query_token, key, key_row, key_head, key_place,
+    value, value_row, value_head, value_place, gate,
+    into_slots, into_tokens, into_query, into_key, into_value, into_gate,
+    n_documents, n_heads, n_tokens, n_slots, head_dim, scaling,
+    TOKENS: tl.constexpr, PREFIX: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, head = (tl.program_id(0) // n_heads).to(tl.int64), tl.program_id(0) % n_heads
+    within, place = tl.arange(0, WIDTH)[None, :], tl.arange(0, PREFIX)
+    known = (place[:, None] < n_slots) & (within < head_dim)
+    keys = tl.load(key + row * key_row + head * key_head + place[:, None] * key_place + within, known, 0.0)
+    values = tl.load(value + row * value_row + head * value_head + place[:, None] * value_place + within, known, 0.0)
+    opening = 2.0 * tl.sigmoid(2.0 * tl.load(gate + row // n_documents * n_heads + head).to(tl.float32)) - 1.0
+    key_sum = tl.zeros([PREFIX, WIDTH], dtype=tl.float32)
+    value_sum = tl.zeros([PREFIX, WIDTH], dtype=tl.float32)
+    gate_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    for first in range(0, n_tokens, TOKENS):
+        token = first + tl.arange(0, TOKENS)[:, None]
+        inside = (token < n_tokens) & (within < head_dim)
+        asked = tl.load(query + row * query_row + head * query_head + token * query_token + within, inside, 0.0)
+        source = ((row * (n_tokens + n_slots) + n_slots + token) * n_heads + head) * head_dim + within
+        arriving = tl.load(gradient + source, inside, 0.0)
+        scores = tl.dot(asked, tl.trans(keys), input_precision=PRECISION) * scaling
+        scores = tl.where(place[None, :] < n_slots, scores, float("-inf"))
+        weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+        weight_gradients = tl.dot(arriving, tl.trans(values), input_precision=PRECISION)
+        along = tl.sum(weight_gradients * weights, axis=1)
+        # what was read times what arrives
+        gate_sum += along
+        value_sum += tl.dot(tl.trans(weights.to(values.dtype)), arriving, input_precision=PRECISION)
+        into_scores = (weights * (weight_gradients - along[:, None]) * (opening * scaling)).to(values.dtype)
+        leaving = tl.dot(into_scores, keys, input_precision=PRECISION)
+        target = ((row * n_tokens + token) * n_heads + head) * head_dim + within
+        tl.store(into_query + target, leaving.to(into_query.dtype.element_ty), inside)
+        tl.store(into_tokens + target, arriving, inside)
+        key_sum += tl.dot(tl.trans(into_scores), asked, input_precision=PRECISION)
+    own = ((row * n_slots + place[:, None]) * n_heads + head) * head_dim + within
+    front = ((row * (n_tokens + n_slots) + place[:, None]) * n_heads + head) * head_dim + within
+    tl.store(into_slots + own, tl.load(gradient + front, known, 0.0), known)
+    tl.store(into_key + own, key_sum.to(into_key.dtype.element_ty), known)
+    tl.store(into_value + own, (value_sum * opening).to(into_value.dtype.element_ty), known)
+    slope = (1.0 - opening * opening) * tl.sum(gate_sum, axis=0)
+    tl.store(into_gate + row * n_heads + head, slope.to(into_gate.dtype.element_ty))

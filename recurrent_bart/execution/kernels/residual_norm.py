@@ -1,0 +1,200 @@
+"""Bias, dropout, residual sum and layer norm in one pass.
+
+Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * positions, P prefix
+length (= slots), D model width.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton import language as tl
+
+from recurrent_bart.execution.kernels.programs import add_up, draw_seed, drop, n_chunks
+
+
+def residual_norm(
+    stream_EMD: Tensor, hidden_EMD: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor, epsilon: float, p: float
+) -> Tensor:
+    """`LayerNorm(stream + dropout(hidden + hidden_bias))`; biases and weight `(E, 1, D)` are each layer's own.
+
+    Sums are in float32, what leaves is in the stream's type.
+    """
+    is_kept = torch.is_grad_enabled()
+    place = 1, 0, None, None
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept)
+
+
+def residual_norm_and_slots(
+    stream_EMD: Tensor,
+    hidden_EMD: Tensor,
+    hidden_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    p: float,
+    n_documents: int,
+    n_slots: int,
+    memory: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `residual_norm`, and the slots in front of each document, with a gradient of their own.
+
+    Slots are `(E, B, P, D)`; where `memory` `(E, B * P, D)` is given, both beside each other, `(E, B * P, 2 * D)`.
+    Without a graph, `out` is where to leave the stream.
+    """
+    is_kept = torch.is_grad_enabled()
+    place = n_documents, n_slots, memory, out
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stream: Tensor,
+        hidden: Tensor,
+        hidden_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: float,
+        p: float,
+        n_documents: int,
+        n_slots: int,
+        memory: Tensor | None,
+        out: Tensor | None,
+        is_kept: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        n_layers, n_rows, width = stream.shape
+        stream, hidden = stream.contiguous(), hidden.contiguous()
+        out = torch.empty_like(stream) if out is None else out
+        # for the backward pass
+        total = torch.empty_like(stream) if is_kept else out
+        mean, scale = stream.new_empty(2, n_layers * n_rows if is_kept else 0, dtype=torch.float32)
+        seed = draw_seed(stream.device) if p else mean
+        has_memory, n_positions = memory is not None, n_rows // n_documents
+        both = stream.new_empty(n_layers, n_documents * n_slots, 2 * width) if has_memory else out
+        _forward[(n_layers * n_rows,)](
+            stream, hidden, hidden_bias, weight, bias, seed, memory.contiguous() if has_memory else out,
+            total, out, both, mean, scale, n_rows, n_positions, n_slots, width, epsilon, p,
+            IS_KEPT=is_kept, HAS_MEMORY=has_memory, HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+        ctx.save_for_backward(total, weight, mean, scale, seed)
+        ctx.p, ctx.n_documents, ctx.n_slots, ctx.has_memory = p, n_documents, n_slots, has_memory
+        if not n_slots:
+            return out
+        return out, both if has_memory else out.unflatten(1, (n_documents, -1))[:, :, :n_slots].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, slots_gradient: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        total, weight, mean, scale, seed = ctx.saved_tensors
+        n_layers, n_rows, width = total.shape
+        chunks = n_chunks(n_layers, n_rows, total.device)
+        stream_gradient = torch.empty_like(total)
+        into_hidden = torch.empty_like(total) if ctx.p else stream_gradient
+        # of bias, weight and the hidden's bias
+        sums = total.new_empty(chunks, 3, n_layers, 1, width, dtype=torch.float32)
+        into_memory, slots = None, total.unsqueeze(1) if slots_gradient is None else slots_gradient
+        slots = slots if slots.stride(-1) == 1 else slots.contiguous()
+        if ctx.has_memory:
+            into_memory, slots = slots.chunk(2, dim=-1)
+            slots = slots.unflatten(1, (ctx.n_documents, -1))
+        _backward[(n_layers * chunks,)](
+            gradient.contiguous(), slots, *slots.stride()[:3], total, weight, mean, scale, seed,
+            stream_gradient, into_hidden, sums,
+            n_layers, n_rows, chunks, n_rows // ctx.n_documents, ctx.n_slots, width, ctx.p,
+            HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+        bias_gradient, into_weight, into_hidden_bias = add_up(sums, weight.dtype)
+        return (
+            stream_gradient,
+            into_hidden,
+            into_hidden_bias,
+            into_weight,
+            bias_gradient,
+            None,
+            None,
+            None,
+            None,
+            into_memory,
+            None,
+            None,
+        )
+
+
+@triton.jit
+def _forward(
+    stream, hidden, hidden_bias, weight, bias, seed, memory, total, out, both, mean, scale,
+    n_rows, n_positions, n_slots, width, epsilon, p,
+    IS_KEPT: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place, own = row * width + column, (row // n_rows) * width + column
+    added = tl.load(hidden + place, inside, 0.0).to(tl.float32) + tl.load(hidden_bias + own, inside, 0.0).to(tl.float32)
+    if HAS_DROPOUT:
+        added = drop(added, seed, row, p, BLOCK)
+    # as the backward pass will read it
+    summed = (tl.load(stream + place, inside, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
+    if IS_KEPT:
+        tl.store(total + place, summed, inside)
+    summed = summed.to(tl.float32)
+    average = tl.sum(summed, axis=0) / width
+    centred = tl.where(inside, summed - average, 0.0)
+    factor = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + epsilon)
+    if IS_KEPT:
+        tl.store(mean + row, average)
+        tl.store(scale + row, factor)
+    normed = centred * factor * tl.load(weight + own, inside, 0.0).to(tl.float32)
+    normed += tl.load(bias + own, inside, 0.0).to(tl.float32)
+    tl.store(out + place, normed.to(out.dtype.element_ty), inside)
+    if HAS_MEMORY:
+        slot = row // n_positions * n_slots + row % n_positions
+        is_slot = inside & (row % n_positions < n_slots)
+        tl.store(both + slot * 2 * width + column, tl.load(memory + slot * width + column, is_slot, 0.0), is_slot)
+        tl.store(both + (slot * 2 + 1) * width + column, normed.to(both.dtype.element_ty), is_slot)
+
+
+@triton.jit
+def _backward(
+    gradient, slots, slots_layer, slots_document, slots_position, total, weight, mean, scale, seed,
+    stream_gradient, into_hidden, sums, n_layers, n_rows, n_chunks, n_positions, n_slots, width, p,
+    HAS_SLOTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    own_weight = tl.load(weight + layer * width + column, inside, 0.0).to(tl.float32)
+    bias_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    weight_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    hidden_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for own_row in range(chunk, n_rows, n_chunks):
+        row = layer.to(tl.int64) * n_rows + own_row
+        place = row * width + column
+        factor = tl.load(scale + row)
+        arriving = tl.load(gradient + place, inside, 0.0).to(tl.float32)
+        if HAS_SLOTS:
+            document, position = own_row // n_positions, own_row % n_positions
+            here = slots + layer.to(tl.int64) * slots_layer + document * slots_document + position * slots_position
+            arriving += tl.load(here + column, inside & (position < n_slots), 0.0).to(tl.float32)
+        normed = (tl.load(total + place, inside, 0.0).to(tl.float32) - tl.load(mean + row)) * factor
+        normed = tl.where(inside, normed, 0.0)
+        bias_sum += arriving
+        weight_sum += arriving * normed
+        scaled = arriving * own_weight
+        along = tl.sum(scaled * normed, axis=0) / width
+        leaving = (scaled - tl.sum(scaled, axis=0) / width - normed * along) * factor
+        tl.store(stream_gradient + place, leaving.to(stream_gradient.dtype.element_ty), inside)
+        if HAS_DROPOUT:
+            leaving = drop(leaving, seed, row, p, BLOCK)
+            tl.store(into_hidden + place, leaving.to(into_hidden.dtype.element_ty), inside)
+        hidden_sum += leaving
+    place = (chunk * 3 * n_layers + layer) * width + column
+    stride = n_layers * width
+    tl.store(sums + place, bias_sum, inside)
+    tl.store(sums + stride + place, weight_sum, inside)
+    tl.store(sums + 2 * stride + place, hidden_sum, inside)

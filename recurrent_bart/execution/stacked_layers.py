@@ -1,0 +1,122 @@
+"""Several encoder layers as one: their weights stacked, each map one batched matrix product.
+
+Shape suffixes: B documents, R = layers * documents, L tokens (slots included), E encoder layers, H heads,
+K head width, D model width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartEncoderLayer
+
+from recurrent_bart.execution.module_settings import different_settings, has_hooks, settings_of
+from recurrent_bart.recurrence.grouped_linear import linear
+from recurrent_bart.recurrence.prefix_recurrence import KeyValue, Weights, per_layer
+
+LINEAR = {
+    "query_key_value": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out_proj": ("self_attn.out_proj",),
+    "fc1": ("fc1",),
+    "fc2": ("fc2",),
+}
+NORMS = ("self_attn_layer_norm", "final_layer_norm")
+# all parts of a layer that hold parameters
+KINDS: dict[str, type[nn.Module]] = {name: nn.Linear for names in LINEAR.values() for name in names}
+KINDS |= dict.fromkeys(NORMS, nn.LayerNorm)
+PARAMETERS = {f"{name}.{part}" for name in KINDS for part in ("weight", "bias")}
+
+
+def why_not_stacked(layers: nn.ModuleList) -> str:
+    """Return what keeps the layers from being computed at once; an empty string if nothing does.
+
+    Layers that are computed at once may differ in the values of their parameters alone.
+    """
+    shapes = [{name: (it.shape, it.dtype, it.device) for name, it in layer.named_parameters()} for layer in layers]
+    settings = settings_of(*layers)
+    for number, layer in enumerate(layers):
+        if any(type(layer.get_submodule(name)) is not kind for name, kind in KINDS.items()):
+            return f"encoder layer {number} holds adapters or other parts that cannot be stacked"
+        if any(map(has_hooks, layer.modules())):
+            return f"encoder layer {number} holds hooks"
+        if shapes[number].keys() != PARAMETERS or shapes[number] != shapes[0]:
+            return f"encoder layers 0 and {number} differ in the names, shapes, types or devices of their parameters"
+        if settings[number] != settings[0]:
+            names = different_settings(layers[0], layer)
+            return f"encoder layers 0 and {number} differ in {', '.join(names) or 'the order of their parts'}"
+    return ""
+
+
+def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
+    """A copy of the weights, stacked by layer, through which gradient reaches the layers' own.
+
+    Maps are `(E, in, out)`, biases `(E, 1, out)`, so that the gradient of a product has the weight's own layout.
+    """
+    stacked: dict[str, Tensor] = {}
+    for name, parts in LINEAR.items():
+        maps: list[Any] = [layer.get_submodule(part) for layer in layers for part in parts]
+        weight = torch.stack([module.weight for module in maps])
+        stacked[name] = weight.view(len(layers), -1, weight.shape[-1]).mT
+        stacked[f"{name}_bias"] = torch.stack([module.bias for module in maps]).view(len(layers), 1, -1)
+    for name in NORMS:
+        norms: list[Any] = [layer.get_submodule(name) for layer in layers]
+        stacked[name] = torch.stack([norm.weight for norm in norms]).unsqueeze(1)
+        stacked[f"{name}_bias"] = torch.stack([norm.bias for norm in norms]).unsqueeze(1)
+    return stacked
+
+
+class StackedLayers:
+    """Several layers with the parts of a `CellLayer`; rows `(R, L, D)` are layer by layer, document by document.
+
+    Args:
+        weights: Of these layers, stacked.
+        shared: Any layer, for what all have in common.
+    """
+
+    def __init__(self, weights: Weights, shared: BartEncoderLayer):
+        self.weights, self.shared = weights, shared
+
+    def query_key_value(self, stream_RLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of attention, each `(R, H, L, K)`."""
+        both = self._map("query_key_value", stream_RLD)
+        query, key, value = both.unflatten(-1, (3, -1, self.shared.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    def key_value(self, memory_EBPD: Tensor) -> KeyValue:
+        """Keys and values of states, each `(E, B, P, D)`."""
+        columns = slice(memory_EBPD.shape[-1], None)
+        weight, bias = self.weights["query_key_value"], self.weights["query_key_value_bias"]
+        both = linear(memory_EBPD.flatten(1, 2), weight, bias[..., columns], columns)
+        key, value = both.unflatten(1, memory_EBPD.shape[1:3]).chunk(2, dim=-1)
+        return key, value
+
+    def out_proj(self, read_RLD: Tensor) -> Tensor:
+        """Attention's last map."""
+        return self._map("out_proj", read_RLD)
+
+    def self_attn_layer_norm(self, stream_RLD: Tensor) -> Tensor:
+        """The norm behind attention."""
+        return self._norm("self_attn_layer_norm", stream_RLD)
+
+    def fc1(self, stream_RLD: Tensor) -> Tensor:
+        """The feed-forward's first map."""
+        return self._map("fc1", stream_RLD)
+
+    def fc2(self, hidden: Tensor) -> Tensor:
+        """The feed-forward's second map."""
+        return self._map("fc2", hidden)
+
+    def final_layer_norm(self, stream_RLD: Tensor) -> Tensor:
+        """The norm behind the feed-forward."""
+        return self._norm("final_layer_norm", stream_RLD)
+
+    def _map(self, name: str, rows: Tensor) -> Tensor:
+        weight, bias = self.weights[name], self.weights[f"{name}_bias"]
+        return per_layer(rows.unflatten(0, (len(bias), -1)), weight, bias).flatten(0, 1)
+
+    def _norm(self, name: str, rows_RLD: Tensor) -> Tensor:
+        weight, bias = self.weights[name], self.weights[f"{name}_bias"]
+        epsilon = getattr(self.shared, name).eps
+        normed = nn.functional.layer_norm(rows_RLD, rows_RLD.shape[-1:], eps=epsilon)
+        by_layer = normed.unflatten(0, (len(weight), -1)).flatten(1, 2)
+        return torch.addcmul(bias, by_layer, weight).view_as(rows_RLD)

@@ -1,0 +1,81 @@
+"""Summaries of many documents, those of like length together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from recurrent_bart.data.batches import Collator, SegmentSizes
+from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.token_batches import group_by_segments
+from recurrent_bart.data.tokenizer import special_tokens_around
+from recurrent_bart.inference.stream_reader import TextReader, summary_after
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+
+
+class Summariser:
+    """Summarises documents, as many at a time as fit in a number of tokens, padding included.
+
+    One that has more of them itself is read alone, some segments at a time.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        tokens_per_batch: Documents x segments of the longest x tokens of a segment.
+        generation: Arguments of `generate`.
+
+    Raises:
+        ValueError: There is no room for a segment.
+    """
+
+    def __init__(
+        self,
+        model: RecurrentBartForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens_per_batch: int,
+        **generation: Any,
+    ):
+        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.encoder = TextEncoder(tokenizer)
+        config, special = model.config, special_tokens_around(tokenizer)
+        # the configuration has filled them
+        assert config.segment_size is not None
+        assert config.input_size is not None
+        if tokens_per_batch < config.input_size:
+            raise ValueError(f"--tokens_per_batch {tokens_per_batch}: a segment has up to {config.input_size} tokens")
+        self.most_segments = tokens_per_batch // config.input_size
+        sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments=-1)
+        self.collator = Collator("document", sizes, *special, config.pad_token_id, max_target_length=0)
+        self.room = config.segment_size - sum(map(len, special))
+
+    def summarise(self, texts: Sequence[str]) -> list[str]:
+        """The summary of each text, in the order of the texts: what each would have alone.
+
+        Raises:
+            ValueError: A text has no token.
+        """
+        ids = self.encoder(texts)
+        if not all(ids):
+            raise ValueError(f"document {ids.index([]) + 1} of {len(ids)}: 0 tokens, there is nothing to read")
+        n_segments = [-(-len(document) // self.room) for document in ids]
+        summaries: dict[int, str] = {}
+        for places in group_by_segments(n_segments, self.most_segments):
+            if n_segments[places[0]] > self.most_segments:
+                summaries[places[0]] = self._of_a_long_one(texts[places[0]])
+            else:
+                summaries |= zip(places, self._of_a_batch([ids[place] for place in places]), strict=True)
+        return [summaries[place] for place in range(len(texts))]
+
+    def _of_a_batch(self, documents: list[list[int]]) -> list[str]:
+        rows = [{"index": place, "sections": [ids], "summaries": [[]]} for place, ids in enumerate(documents)]
+        batch = self.collator(rows)
+        input_ids = batch.input_ids.to(self.model.device)
+        generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
+        return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
+
+    def _of_a_long_one(self, text: str) -> str:
+        reader = TextReader(self.model, self.tokenizer)
+        for _ in reader.feed(text):
+            pass
+        *_, output = reader.finish()
+        return summary_after(output, self.model, self.tokenizer, **self.generation)

@@ -1,0 +1,122 @@
+"""Attention of the decoder: cross-attention over contexts of any lengths, padded or packed.
+
+Shape suffixes: B documents, H heads, K head width, A attended length, M memory positions, Q querying length,
+D model width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+from transformers.models.bart.modeling_bart import BartAttention
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.model.modeling_outputs import Packing
+from recurrent_bart.recurrence.attention import Read, attend, gated_read, split_heads, without_cudnn
+from recurrent_bart.recurrence.prefix_recurrence import KeyValue
+
+
+class SelfAttention(BartAttention):
+    """Identical to BartAttention except: PyTorch computes it `without_cudnn`.
+
+    Here and not around the decoder, for a checkpointed layer is computed again without what is around it.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As BartAttention's."""
+        with without_cudnn():
+            return super().forward(hidden_states, *args, **kwargs)
+
+
+class CrossAttention(BartAttention):
+    """Identical to BartAttention except: contexts of different lengths, padded or packed, and `without_cudnn`.
+
+    Padded ones flash attention reads rightly too. Of packed ones (see `Packing`) keys and values are projected together
+    and each group is read by itself.
+    """
+
+    def __init__(self, config: RecurrentBartConfig, layer_idx: int):
+        super().__init__(
+            embed_dim=config.d_model,
+            num_heads=config.decoder_attention_heads,
+            dropout=config.attention_dropout,
+            is_decoder=True,
+            config=config,
+            layer_idx=layer_idx,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor,
+        past_key_values: EncoderDecoderCache | None = None,
+        attention_mask: Tensor | None = None,
+        n_memory: int = 0,
+        packed: tuple[Packing, Sequence[Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As BartAttention's.
+
+        Args:
+            hidden_states: See BartAttention, for the others too.
+            n_memory: Number M of memory positions at the head of each context.
+            packed: How `key_value_states` are packed, and masks of the groups; weights are not given then.
+        """
+        query = split_heads(self, self.q_proj(hidden_states))
+        key_value = self._cached_key_value(key_value_states, past_key_values)
+        with without_cudnn():
+            if packed is None:
+                values, weights = self._read(query, key_value, attention_mask, n_memory)
+            else:
+                values, weights = self._read_groups(query, key_value, *packed, n_memory), None
+        return self.out_proj(values.flatten(2)), weights
+
+    def _read_groups(
+        self, query: Tensor, key_value: KeyValue, packing: Packing, masks: Sequence[Tensor], n_memory: int
+    ) -> Tensor:
+        """What is read of contexts that are packed, by queries in their order."""
+        queries = query.split([n_rows for n_rows, _ in packing.sizes])
+        # (1, H, m, A, K) of each group
+        keys, values = ([it.squeeze(0).transpose(0, 1) for it in packing.unpack(part, dim=2)] for part in key_value)
+        groups = zip(queries, zip(keys, values, strict=True), masks, strict=True)
+        return torch.cat([self._read(*group, n_memory)[0] for group in groups])
+
+    def _read(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, n_memory: int) -> Read:
+        return attend(self, query, key_value, mask)
+
+    def _cached_key_value(self, key_value_states: Tensor, past_key_values: EncoderDecoderCache | None) -> KeyValue:
+        """Keys and values `(B, H, A, K)`, projected once per document while it is decoded."""
+        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            return cached.keys, cached.values
+        key = split_heads(self, self.k_proj(key_value_states))
+        value = split_heads(self, self.v_proj(key_value_states))
+        if past_key_values is not None:
+            key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
+            past_key_values.is_updated[self.layer_idx] = True
+        return key, value
+
+
+class GatedCrossAttention(CrossAttention):
+    """Identical to CrossAttention except: the first `n_memory` positions attended to have a softmax of their own.
+
+    What is read of them is added through `memory_gate`, one per head, zero at first: until it opens, the decoder is
+    BART's.
+    """
+
+    def __init__(self, config: RecurrentBartConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.memory_gate = nn.Parameter(torch.empty(config.decoder_attention_heads))
+
+    def _read(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, n_memory: int) -> Read:
+        key, value = key_value
+        memory_mask = mask
+        if mask is not None:
+            memory_mask, mask = mask[..., :n_memory], mask[..., n_memory:]
+        read = super()._read(query, (key[:, :, n_memory:], value[:, :, n_memory:]), mask, 0)
+        if not n_memory:
+            return read
+        memory = key[:, :, :n_memory], value[:, :, :n_memory]
+        return gated_read(read, attend(self, query, memory, memory_mask), self.memory_gate.unsqueeze(0))

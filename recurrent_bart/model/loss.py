@@ -1,0 +1,108 @@
+"""Targets of the decoder: what is refused, and the loss.
+
+Shape suffixes: B documents, T target length, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_bart.recurrence.segmentation import is_traced
+
+# label of a position that is no target
+IGNORED = -100
+
+
+def on_host(labels: Tensor) -> Tensor | None:
+    """Return labels to be looked at, which the device is waited for if it has them; None while work is recorded."""
+    if is_traced() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return labels.cpu()
+
+
+def check_labels(labels: Tensor, vocab_size: int, every_row: bool) -> None:
+    """Refuse labels that no loss could be computed from.
+
+    Args:
+        labels: `(B, T)`, or `(M, T)` for M segments of several documents.
+        vocab_size: Number V of ids.
+        every_row: Also refuse a row without any target.
+
+    Raises:
+        ValueError: An id is outside the vocabulary, or a row has no target; the message names the row.
+    """
+    is_outside = ((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)
+    if is_outside.any():
+        row, column = is_outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels: row {row} holds {int(labels[row, column])} at position {column}; ids go from 0 to "
+            f"{vocab_size - 1}, {IGNORED} stands for no target"
+        )
+    is_empty = (labels == IGNORED).all(dim=-1)
+    if every_row and is_empty.any():
+        raise ValueError(f"labels: row {int(is_empty.nonzero()[0])} has no target, all are {IGNORED}")
+
+
+def check_decoder_start(decoder_input_ids: Tensor, decoder_start_token_id: int) -> None:
+    """Refuse decoder inputs that are not shifted to the right.
+
+    Raises:
+        ValueError: A row does not begin with `decoder_start_token_id`; the message names it.
+    """
+    if is_traced():
+        return
+    is_wrong = decoder_input_ids[:, 0] != decoder_start_token_id
+    if is_wrong.any():
+        row = int(is_wrong.nonzero()[0])
+        raise ValueError(
+            f"decoder_input_ids: row {row} begins with {int(decoder_input_ids[row, 0])}, "
+            f"decoder_start_token_id is {decoder_start_token_id}"
+        )
+
+
+def check_unused(arguments: Mapping[str, Any], cause: str) -> None:
+    """Refuse arguments that would be ignored.
+
+    Args:
+        arguments: Values by name; None is one that was not given.
+        cause: What makes them useless.
+
+    Raises:
+        ValueError: One is given; the message names it.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not used with {cause}, leave out")
+
+
+def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Cross-entropy, summed over targets and divided by their number.
+
+    Args:
+        logits_BTV: Scores; computed on in float32 at least, whatever precision they come in.
+        labels_BT: Ids, -100 where there is no target.
+        num_items_in_batch: Number of targets in the whole optimizer step; None: those given here.
+    """
+    return per_target(summed_loss(logits_BTV, labels_BT), labels_BT, num_items_in_batch)
+
+
+def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return the cross-entropy summed over targets, in float32 at least."""
+    precise = torch.promote_types(logits_BTV.dtype, torch.float32)
+    return nn.functional.cross_entropy(
+        logits_BTV.to(precise).flatten(0, 1),
+        labels_BT.flatten().to(logits_BTV.device),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+
+
+def per_target(total: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """A summed loss divided by the number of targets, as in `token_loss`."""
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels_BT != IGNORED).sum().clamp(min=1)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch

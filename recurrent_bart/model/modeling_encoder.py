@@ -1,0 +1,165 @@
+"""The encoder: documents are read segment by segment.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), D model width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartEncoder
+from transformers.utils import logging
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.execution.graph_guards import device_guard
+from recurrent_bart.execution.grid import Grid, OutputSelection
+from recurrent_bart.model.decoder_context import encoder_output
+from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.model.modeling_pretrained import RecurrentBartPreTrainedModel
+from recurrent_bart.recurrence.encoder_layer import RecurrentBartEncoderLayer
+from recurrent_bart.recurrence.prefix_recurrence import RecurrentState, build_recurrence
+from recurrent_bart.recurrence.segmentation import (
+    Segment,
+    align_at_end,
+    align_marks,
+    embed_segments_lazily,
+    has_barts_shapes,
+    is_traced,
+    segment_documents,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
+    """Identical to BartEncoder except: it reads segments, and a state goes from one to the next."""
+
+    def __init__(self, config: RecurrentBartConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            # the layer that there is: another one would draw its weights first, and a seed would give another model
+            layer.__class__ = RecurrentBartEncoderLayer
+        self.recurrence = build_recurrence(config)
+        self.checkpoints_segments = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: RecurrentState | None = None,
+        every_segment: bool | Tensor = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        earlier: Sequence[Segment] = (),
+        may_pack: bool = False,
+        **kwargs: Any,
+    ) -> RecurrentEncoderOutput | tuple:
+        """Read documents.
+
+        Args:
+            input_ids: `(B, n)`, segmented here, or `(B, N, L)`.
+            attention_mask: Like `input_ids`, 1 at tokens. A segment without any is one that its document does not
+                have. None: all are tokens.
+            inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
+            state: What was read before. With one, a document may have nothing more to read.
+            every_segment: Give the decoder's context after each segment. `(B, N)` booleans: after those that are
+                marked, as rows, or if none is after one all the same; with `decoder_context="section"` sections end
+                there.
+            output_attentions: Give what tokens attend to in every layer; the eager back-end alone can.
+            output_hidden_states: Give the token streams of every layer.
+            return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
+            earlier: From `embed_segments`, beside its embeddings: segments in front of those. `attention_mask` is of
+                all of them, and documents end at the last one.
+            may_pack: Contexts of marked segments may be packed, where many would be padded to the longest.
+
+        Raises:
+            ValueError: Ids and embeddings are both given or both missing, a document has no token, a segment is
+                longer than `config.input_size`, flat embeddings are of several segments, or `every_segment` or
+                `state` is of other segments or documents.
+        """
+        if self.is_traced_as_bart(input_ids, inputs_embeds, state, every_segment):
+            wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+            return super().forward(
+                input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **wanted, **kwargs
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        is_flat = inputs_embeds.dim() == 3 if input_ids is None else input_ids.dim() == 2
+        segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
+        if state is not None:
+            state.check(self.config, len(mask))
+        segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
+        marked_BN = aligned_BN = None
+        if isinstance(every_segment, Tensor):
+            marked_BN, every_segment = every_segment.cpu(), True
+            aligned_BN = align_marks(marked_BN, mask, n_empty_B)
+        if inputs_embeds is None:
+            segments, earlier = self.embed_segments(segments, every_segment)
+        recurrence = self.recurrence and self.recurrence(segments.device)
+        grid = Grid(
+            self.config, self.layers, recurrence, self._embed_segment, self.checkpoints_segments and self.training
+        )
+        kept = OutputSelection(
+            every_segment=every_segment,
+            tokens=self.config.decoder_context in ("section", "all"),
+            memories=self.config.decoder_context == "memory",
+            attentions=self._gives_attentions(output_attentions),
+            hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        with device_guard(segments.device):
+            outputs = grid.run(segments, mask, state, kept, earlier)
+        output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN, may_pack)
+        output = output.shifted(-n_empty_B, marked_BN)
+        if is_flat and has_barts_shapes(self.config, mask):
+            output = output.without_segments()
+        return output.as_tuple() if return_dict is False else output
+
+    def is_traced_as_bart(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: RecurrentState | None = None,
+        every_segment: bool | Tensor = False,
+        **_: Any,
+    ) -> bool:
+        """Return True while one segment of a model without recurrence is traced: BART's own code computes it then.
+
+        The code for documents looks at masks, which have no values while a compiler or an exporter traces them.
+        """
+        if not is_traced() or self.config.pre_seq_len or state is not None or every_segment is not False:
+            return False
+        flat, n_dimensions = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+        return flat is not None and flat.dim() == n_dimensions and flat.shape[1] <= self.config.segment_size
+
+    def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:
+        """Token embeddings `(B, N, L, D)` of the segments that gradient reaches; those before them when they are read.
+
+        How often the module is called depends on nothing that differs between processes: under ZeRO-3 each call is a
+        collective.
+        """
+        n_segments, window = ids_BNL.shape[1], self.config.bptt_window
+        n_reached = n_segments if every_segment or window is None else min(window, n_segments)
+        if not torch.is_grad_enabled():
+            n_reached = 0
+        earlier_BNL, reached_BNL = ids_BNL.split((n_segments - n_reached, n_reached), dim=1)
+        earlier = embed_segments_lazily(self.embed_tokens, earlier_BNL, self.config.vocab_size)
+        return self.embed_tokens(reached_BNL), earlier
+
+    def _gives_attentions(self, output_attentions: bool | None) -> bool:
+        is_wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        if is_wanted and "eager" not in self.config._attn_implementation:
+            logger.warning_once(f"output_attentions: {self.config._attn_implementation} has none to give, eager has")
+            return False
+        return is_wanted
+
+    def _embed_segment(self, tokens_BLD: Tensor, slots_BPD: Tensor | None) -> Tensor:
+        """First layer's stream `(B, P + L, D)`: slots, which have no position, and tokens, counted from 0."""
+        stream = tokens_BLD + self.embed_positions(tokens_BLD[:, :, 0])
+        if slots_BPD is not None:
+            stream = torch.cat([slots_BPD.to(stream.dtype), stream], dim=1)
+        stream = self.layernorm_embedding(stream)
+        return nn.functional.dropout(stream, p=self.dropout, training=self.training)

@@ -1,0 +1,118 @@
+"""What all models here have in common: how their weights begin, and what is recomputed in the backward pass."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.models.bart.modeling_bart import BartEncoder, BartPreTrainedModel
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.model.decoder_attention import GatedCrossAttention
+from recurrent_bart.model.peft_adapters import save_recurrence, use_barts_targets
+from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence
+
+CHECKPOINTING_GRAINS = ("none", "layer", "segment")
+# weights of models that differ from BART in the order of norms and layers, and have the names of BART otherwise
+FINAL_NORM = re.compile(r"(^|\.)(encoder|decoder)\.layer_norm\.")
+
+
+class RecurrentBartPreTrainedModel(BartPreTrainedModel):
+    """Weight initialisation, loading and gradient checkpointing for all our models."""
+
+    config_class = RecurrentBartConfig
+    config: RecurrentBartConfig
+    # units for FSDP and for accelerate's device maps: the sequential schedule calls each layer as a module
+    _no_split_modules = ("RecurrentBartEncoderLayer", "BartDecoderLayer")
+    # the prefix is read by matrix products around it, not by whole layers that a compiler could swallow
+    _can_compile_fullgraph = False
+    # its masks cannot be cut into memory's and tokens' part
+    _supports_flex_attn = False
+
+    def __init__(self, config: RecurrentBartConfig):
+        super().__init__(config)
+        use_barts_targets()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a checkpoint of ours or of plain BART; see PreTrainedModel for the arguments.
+
+        Raises:
+            ValueError: The weights are of another architecture whose names are BART's, such as mBART.
+        """
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        norms = sorted(name for name in report["unexpected_keys"] if FINAL_NORM.search(name))
+        if norms:
+            raise ValueError(
+                f"the checkpoint has {', '.join(norms)}. BART has no norm above the last layer: these are weights of "
+                "mBART, or of another model with norms before each layer, whatever the configuration says"
+            )
+        return (model, report) if output_loading_info else model
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configurations of PEFT's adapters by name; missing where there are no adapters."""
+        if "_peft_config" not in self.__dict__:
+            raise AttributeError("peft_config: the model has no adapters")
+        return self.__dict__["_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        # PEFT sets it when adapters are in place
+        self.__dict__["_peft_config"] = configs
+        save_recurrence(self, configs)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_peft_config"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PrefixRecurrence):
+            module.init_weights(self.config.init_std, self.config.matrix_gate_init)
+        if isinstance(module, GatedCrossAttention):
+            init.zeros_(module.memory_gate)
+
+    def set_gradient_checkpointing(self, grain: str) -> None:
+        """Choose what is recomputed in the backward pass to save memory; losses and gradients stay the same.
+
+        Args:
+            grain: `"none"`; `"layer"`: each layer of a segment for itself; `"segment"`: in the encoder all layers of a
+                segment together, of which the state alone is stored, in the decoder each layer. By diagonals, in the
+                encoder: `"layer"`: each diagonal for itself, of which streams and states are stored; `"segment"`: as
+                many together as makes the whole smallest.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if grain not in CHECKPOINTING_GRAINS:
+            raise ValueError(f"gradient checkpointing {grain!r}: allowed are {', '.join(CHECKPOINTING_GRAINS)}")
+        self._set_gradient_checkpointing(grain != "none", functools.partial(checkpoint, use_reentrant=False))
+        for encoder in (module for module in self.modules() if isinstance(module, BartEncoder)):
+            encoder.checkpoints_segments = grain == "segment"
+            for layer in encoder.layers:
+                layer.gradient_checkpointing = grain == "layer"
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        """Choose non-reentrant checkpointing of each layer, or none; every way to ask for checkpointing ends here.
+
+        Raises:
+            ValueError: Reentrant checkpointing is asked for. A layer runs once per segment, and reentrant checkpointing
+                gives wrong gradients for modules that run more than once.
+        """
+        chosen = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and chosen.get("use_reentrant"):
+            raise ValueError("use_reentrant=True: gradients of layers used once per segment would be wrong; use False")
+        if enable and chosen.get("use_reentrant") is None:
+            # without a choice torch.utils.checkpoint takes the reentrant kind
+            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for encoder in (module for module in self.modules() if isinstance(module, BartEncoder)):
+            encoder.checkpoints_segments = False

@@ -1,0 +1,371 @@
+"""Recurrent BART as a Hugging Face model.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), A attended length,
+T target length, D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bart.modeling_bart import (
+    BartForConditionalGeneration,
+    BartModel,
+    BartScaledWordEmbedding,
+    shift_tokens_right,
+)
+from transformers.utils.generic import can_return_tuple
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.model.decoder_context import target_or_last_segment
+from recurrent_bart.model.generation import SegmentGeneration
+from recurrent_bart.model.loss import (
+    IGNORED,
+    check_decoder_start,
+    check_labels,
+    check_unused,
+    on_host,
+    per_target,
+    token_loss,
+)
+from recurrent_bart.model.modeling_decoder import RecurrentBartDecoder
+from recurrent_bart.model.modeling_encoder import RecurrentBartEncoder
+from recurrent_bart.model.modeling_outputs import (
+    RecurrentBartLMOutput,
+    RecurrentBartModelOutput,
+    RecurrentEncoderOutput,
+    given_on,
+    put_back,
+    take,
+)
+from recurrent_bart.model.modeling_pretrained import RecurrentBartPreTrainedModel
+from recurrent_bart.model.oracle_inputs import OracleInputs
+from recurrent_bart.model.scheduled_sampling import Oracle
+from recurrent_bart.model.token_head import TokenHead
+from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
+from recurrent_bart.recurrence.segmentation import (
+    align_at_end,
+    align_marks,
+    has_barts_shapes,
+    segment_documents,
+    to_device,
+)
+
+
+class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
+    """Identical to BartModel except: its encoder reads segments, and `state` goes in and out."""
+
+    def __init__(self, config: RecurrentBartConfig):
+        # not BartModel's: that would build and initialise a whole BART to throw it away
+        super(BartModel, self).__init__(config)
+        embed_scale = config.d_model**0.5 if config.scale_embedding else 1.0
+        self.shared = BartScaledWordEmbedding(config.vocab_size, config.d_model, config.pad_token_id, embed_scale)
+        self.encoder = RecurrentBartEncoder(config)
+        self.decoder = RecurrentBartDecoder(config)
+        self.post_init()
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> RecurrentEncoderOutput:
+        """Run the encoder, from embeddings made outside it to a plain tuple.
+
+        ZeRO-3 gathers the encoder as one module, by hooks on it. They see positional inputs alone, of which one must
+        require a gradient, as ids never do; and of outputs those in a tuple. Without them the encoder's gradient
+        would be lost in silence.
+        """
+        n_empty_B, marked_BN, is_barts = None, None, False
+        if inputs_embeds is None and input_ids is not None:
+            segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, None)
+            segments, attention_mask, n_empty_B = align_at_end(segments, mask, kwargs.get("state") is not None)
+            is_barts = input_ids.dim() == 2 and has_barts_shapes(self.config, mask)
+            every_segment = kwargs.get("every_segment", False)
+            if isinstance(every_segment, Tensor):
+                marked_BN, every_segment = every_segment.cpu(), True
+                kwargs["every_segment"] = align_marks(marked_BN, attention_mask, n_empty_B)
+            inputs_embeds, kwargs["earlier"] = self.encoder.embed_segments(segments, every_segment)
+        if torch.is_grad_enabled() and inputs_embeds is not None and not inputs_embeds.requires_grad:
+            inputs_embeds = inputs_embeds.detach().requires_grad_()
+        output = RecurrentEncoderOutput.from_tuple(
+            self.encoder(None, attention_mask, inputs_embeds, return_dict=False, **kwargs)
+        )
+        if is_barts:
+            output = output.without_segments()
+        return output if n_empty_B is None else output.shifted(-n_empty_B, marked_BN)
+
+    def decode(
+        self,
+        encoder_outputs: RecurrentEncoderOutput,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Run the decoder on what the encoder gave.
+
+        From embeddings made outside it to a plain tuple, for the reason that `encode` has.
+
+        Raises:
+            ValueError: There are more positions than the table has.
+        """
+        self._check_positions(input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+        hidden, packing, mask = encoder_outputs.last_hidden_state, encoder_outputs.packing, None
+        # BartDecoder hands further arguments down to its attention, which alone knows those that are added here
+        if packing is None:
+            mask = self.decoder.context_mask(encoder_outputs)
+        else:
+            kwargs["packed"] = packing, self.decoder.packed_masks(encoder_outputs)
+        if self.config.has_state and self.config.prefix_attention == "gated":
+            kwargs["n_memory"] = encoder_outputs.n_memory or 0
+        if inputs_embeds is None:
+            inputs_embeds, input_ids = self.decoder.embed_tokens(input_ids), None
+        if packing is not None:
+            inputs_embeds = inputs_embeds[to_device(packing.order, inputs_embeds.device)]
+        inputs = input_ids, attention_mask, hidden, mask, past_key_values, inputs_embeds
+        output = BaseModelOutputWithPastAndCrossAttentions(*self.decoder(*inputs, return_dict=False, **kwargs))
+        if packing is not None:
+            output.last_hidden_state = output.last_hidden_state[to_device(packing.order.argsort(), hidden.device)]
+        return output
+
+    def _check_positions(self, inputs: Tensor | None, past_key_values: Cache | None) -> None:
+        n_read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        most = self.config.max_position_embeddings
+        # of a static cache the number is a tensor, for which a device would be waited for
+        if inputs is not None and isinstance(n_read, int) and n_read + inputs.shape[1] > most:
+            raise ValueError(
+                f"decoder_input_ids or labels of {n_read + inputs.shape[1]} positions: max_position_embeddings is "
+                f"{most}. Where none are given, input_ids are shifted to stand for them"
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | Sequence | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        state: RecurrentState | None = None,
+        **kwargs: Any,
+    ) -> RecurrentBartModelOutput:
+        """As BartModel's; see RecurrentBartEncoder for what documents and `state` are.
+
+        While a compiler or an exporter traces it, a model without recurrence computes one segment by BartModel's code;
+        see `RecurrentBartEncoder.is_traced_as_bart`.
+        """
+        if encoder_outputs is None and self.encoder.is_traced_as_bart(input_ids, inputs_embeds, state, **kwargs):
+            output = super().forward(
+                input_ids,
+                attention_mask,
+                decoder_input_ids,
+                decoder_attention_mask,
+                None,
+                past_key_values,
+                inputs_embeds,
+                decoder_inputs_embeds,
+                use_cache,
+                **kwargs,
+            )
+            return RecurrentBartModelOutput(**output)
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if input_ids is None or input_ids.dim() != 2:
+                raise ValueError("decoder_input_ids are needed: only flat input_ids can be shifted to stand for them")
+            decoder_input_ids = shift_tokens_right(
+                input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
+            )
+        if encoder_outputs is None:
+            encoded = self.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
+        else:
+            encoded = RecurrentEncoderOutput.of(encoder_outputs, self.config, attention_mask)
+        encoded.check_one_context()
+        decoder_outputs = self.decode(
+            encoded,
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return RecurrentBartModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            state=given_on(state, encoded.state),
+        )
+
+
+class RecurrentBartForConditionalGeneration(
+    RecurrentBartPreTrainedModel, SegmentGeneration, OracleInputs, BartForConditionalGeneration
+):
+    """Identical to BartForConditionalGeneration except: documents of any length, `state`, targets per segment."""
+
+    def __init__(self, config: RecurrentBartConfig):
+        super(BartForConditionalGeneration, self).__init__(config)
+        self.model = RecurrentBartModel(config)
+        self.final_logits_bias = nn.Buffer(torch.zeros(1, config.vocab_size))
+        self.lm_head = TokenHead(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Also a plain layer, which resizing makes."""
+        super().set_output_embeddings(
+            TokenHead.of(new_embeddings) if type(new_embeddings) is nn.Linear else new_embeddings
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | Sequence | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        state: RecurrentState | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        oracle: Oracle | None = None,
+        return_logits: bool = True,
+        **kwargs: Any,
+    ) -> RecurrentBartLMOutput:
+        """As BartForConditionalGeneration's; see RecurrentBartEncoder for what documents and `state` are.
+
+        Args:
+            labels: `(B, T)`, one target per document, or `(B, N, T)`, one per segment; -100 where there is none.
+            num_items_in_batch: Number of target tokens in the whole optimizer step, by which the summed loss is
+                divided; None: those of `labels`.
+            oracle: Whose words the decoder reads beside those of `labels`; None: nobody's.
+            return_logits: False: with labels, the loss alone, for which the logits are never in memory together.
+
+        Raises:
+            ValueError: Labels or decoder inputs are not usable, and the message names the row; or they are given
+                with labels `(B, N, T)`, from which each segment's decoder inputs are made.
+        """
+        if labels is not None and labels.dim() == 3:
+            unused = {
+                "decoder_input_ids": decoder_input_ids,
+                "decoder_attention_mask": decoder_attention_mask,
+                "decoder_inputs_embeds": decoder_inputs_embeds,
+                "encoder_outputs": encoder_outputs,
+                "past_key_values": past_key_values,
+            }
+            check_unused(unused, "labels (B, N, T)")
+            reading = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+            known = on_host(labels)
+            # what the host does not know is everywhere
+            has_target = torch.ones(labels.shape[:2], dtype=torch.bool)
+            if known is not None:
+                has_target = (known != IGNORED).any(dim=-1)
+                check_labels(known[has_target], self.config.vocab_size, every_row=False)
+            # an oracle takes rows of them
+            marks = {"every_segment": has_target, "may_pack": oracle is None}
+            encoded = self.model.encode(**reading, state=state, **marks, **kwargs)
+            output = self._decode_segments(encoded, labels, has_target, num_items_in_batch, oracle, return_logits)
+            output.state = given_on(state, encoded.state)
+            return output
+        if labels is not None:
+            use_cache = False
+            known = on_host(labels)
+            if known is not None:
+                check_labels(known, self.config.vocab_size, every_row=True)
+            labels = to_device(labels, self.final_logits_bias.device)
+            if decoder_input_ids is not None:
+                check_decoder_start(decoder_input_ids, self.config.decoder_start_token_id)
+            elif decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if oracle is not None:
+            if labels is None or decoder_attention_mask is not None or decoder_inputs_embeds is not None:
+                raise ValueError("oracle: needs labels, and neither decoder_attention_mask nor decoder_inputs_embeds")
+            if encoder_outputs is None:
+                encoder_outputs = self.model.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
+            encoder_outputs = RecurrentEncoderOutput.of(encoder_outputs, self.config, attention_mask)
+            decoder_input_ids = self._mixed_inputs(oracle, encoder_outputs, decoder_input_ids, labels)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            state=state,
+            **kwargs,
+        )
+        loss, logits = self._score(outputs.last_hidden_state, labels, num_items_in_batch, return_logits)
+        return RecurrentBartLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+            state=outputs.state,
+        )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        return logits + self.final_logits_bias.to(logits.device)
+
+    def _score(
+        self, hidden: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None, return_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss, if there are labels, and the logits, if they are wanted or there are none."""
+        # one that was put in its place, such as a quantised one, gives logits alone
+        if labels is not None and not return_logits and isinstance(self.lm_head, TokenHead):
+            return per_target(self.lm_head(hidden, labels, self.final_logits_bias), labels, num_items_in_batch), None
+        logits = self._logits(hidden)
+        return None if labels is None else token_loss(logits, labels, num_items_in_batch), logits
+
+    def _decode_segments(
+        self,
+        encoded: RecurrentEncoderOutput,
+        labels_BNT: Tensor,
+        has_target: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        oracle: Oracle | None,
+        return_logits: bool,
+    ) -> RecurrentBartLMOutput:
+        """Targets per segment: all segments that have one are decoded as one batch."""
+        # without any target one segment is decoded all the same, so that every parameter takes part on every rank
+        has_target = target_or_last_segment(has_target)
+        labels = take(to_device(labels_BNT, self.final_logits_bias.device), has_target)
+        decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if oracle is not None:
+            decoder_input_ids = self._mixed_inputs(oracle, encoded, decoder_input_ids, labels)
+        decoded = self.model.decode(encoded, input_ids=decoder_input_ids, use_cache=False)
+        loss, logits = self._score(decoded.last_hidden_state, labels, num_items_in_batch, return_logits)
+        return RecurrentBartLMOutput(
+            loss=loss,
+            logits=None if logits is None else put_back(logits, has_target),
+        )
+
+
+AutoConfig.register(RecurrentBartConfig.model_type, RecurrentBartConfig)
+AutoModel.register(RecurrentBartConfig, RecurrentBartModel)
+AutoModelForSeq2SeqLM.register(RecurrentBartConfig, RecurrentBartForConditionalGeneration)

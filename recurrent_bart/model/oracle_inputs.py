@@ -1,0 +1,65 @@
+"""Decoder passes that find an oracle's words for a model; what an oracle is stands in `exposure_bias`.
+
+Shape suffixes: B documents, M = documents * beams, T target length.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.model.scheduled_sampling import (
+    Oracle,
+    SpecialIds,
+    caching,
+    mix_inputs,
+    sentence_oracle,
+    word_oracle,
+)
+
+
+class OracleInputs:
+    """The part of a model that runs its decoder for an oracle."""
+
+    # of the model that this is a part of
+    config: Any
+    model: Any
+    _logits: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def _mixed_inputs(
+        self, oracle: Oracle, encoded: RecurrentEncoderOutput, inputs_BT: Tensor, labels_BT: Tensor
+    ) -> Tensor:
+        """Decoder inputs that are partly an oracle's words; the encoder is not run again."""
+        # also so that not a single random number is drawn
+        if oracle.gold_probability == 1:
+            return inputs_BT
+        eos, pad = self.config.eos_token_id, self.config.pad_token_id
+        special = SpecialIds(eos, pad, outside=(eos, pad, self.config.decoder_start_token_id))
+        if oracle.kind == "word":
+            decoded = self.model.decode(encoded, input_ids=inputs_BT, use_cache=False)
+            words_BT = word_oracle(self._logits(decoded.last_hidden_state), oracle.temperature, special)
+        else:
+            with caching(self.model.decoder):
+                next_logits = self._next_logits(encoded, oracle.n_beams)
+                words_BT = sentence_oracle(next_logits, inputs_BT, labels_BT, oracle, special)
+        return mix_inputs(inputs_BT, words_BT, labels_BT, oracle.gold_probability)
+
+    def _next_logits(self, encoded: RecurrentEncoderOutput, n_beams: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A step of a beam search: from each beam's last id and the beam it continues, scores of the next id."""
+        n_rows, device = len(encoded.last_hidden_state), encoded.last_hidden_state.device
+        read = encoded.rows(torch.arange(n_rows, device=device).repeat_interleave(n_beams))
+        cache = None
+
+        def next_logits(ids_M: Tensor, parents_M: Tensor) -> Tensor:
+            nonlocal cache
+            if cache is not None:
+                # beams change places within a document, so what is cached of the document stays
+                cache.self_attention_cache.reorder_cache(parents_M)
+            decoded = self.model.decode(read, input_ids=ids_M.unsqueeze(1), past_key_values=cache, use_cache=True)
+            cache = decoded.past_key_values
+            return self._logits(decoded.last_hidden_state[:, -1])
+
+        return next_logits

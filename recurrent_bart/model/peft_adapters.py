@@ -1,0 +1,73 @@
+"""Defaults for PEFT, which knows BART but not the recurrence.
+
+PEFT saves adapters alone. A checkpoint of plain BART holds no recurrence, so the trained one must be saved beside them.
+"""
+
+import copy
+import sys
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.model.decoder_attention import GatedCrossAttention
+from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence
+
+RECURRENCE = "recurrence"
+# prefix of the names of PEFT's tables: default modules of each model type, one table for each kind of adapter
+TABLES = "TRANSFORMERS_MODELS_TO_"
+logger = logging.get_logger(__name__)
+
+
+def use_barts_targets() -> None:
+    """Give our model type BART's default target modules, in every table of PEFT; no-op where PEFT is not imported."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in vars(constants).items() if constants else ():
+        if name.startswith(TABLES) and isinstance(table, dict) and "bart" in table:
+            table.setdefault(RecurrentBartConfig.model_type, table["bart"])
+
+
+def save_recurrence(model: nn.Module, configs: dict[str, Any]) -> None:
+    """Have the recurrence trained and saved with each adapter, as `modules_to_save` names it.
+
+    Args:
+        model: A model that PEFT has put adapters into.
+        configs: PEFT's configuration of each adapter. An empty `modules_to_save` leaves the recurrence as it is.
+    """
+    if not any(isinstance(module, PrefixRecurrence) for module in model.modules()):
+        return
+    for adapter, config in configs.items():
+        if _is_saved(model, adapter):
+            continue
+        if getattr(config, "modules_to_save", []) == []:
+            logger.warning(
+                f"PEFT adapter {adapter!r}: the recurrence is not trained and is not saved with the adapter. A fresh "
+                f'conversion of BART draws another one, and logits change; modules_to_save=["{RECURRENCE}"] saves it'
+            )
+            continue
+        _train(model, adapter, config)
+        if any(isinstance(module, GatedCrossAttention) for module in model.modules()):
+            logger.warning(
+                f'PEFT adapter {adapter!r}: with prefix_attention="gated", memory_gate of the decoder is not trained; '
+                'it stays closed on a fresh conversion of BART. prefix_attention="concat" has no such gate'
+            )
+
+
+def _is_saved(model: nn.Module, adapter: str) -> bool:
+    return any(
+        isinstance(module, PrefixRecurrence) and f".modules_to_save.{adapter}" in f".{name}"
+        for name, module in model.named_modules()
+    )
+
+
+def _train(model: nn.Module, adapter: str, config: Any) -> None:
+    """Do what PEFT does with `modules_to_save` before it puts adapters in place."""
+    from peft.utils.other import set_additional_trainable_modules
+
+    config.modules_to_save = [*(config.modules_to_save or ()), RECURRENCE]
+    alone = copy.copy(config)
+    alone.modules_to_save = [RECURRENCE]
+    # PEFT has taken care of these
+    alone.trainable_token_indices = alone.modules_to_tie = None
+    set_additional_trainable_modules(model, alone, {}, adapter)

@@ -1,0 +1,163 @@
+"""What each process has seen since the last line of the log, and the line that follows from all of them."""
+
+import math
+import resource
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from recurrent_bart.distributed import gather_objects, gather_rows, rank
+
+
+@dataclass(frozen=True)
+class RankTopology:
+    """Where all processes run.
+
+    Attributes:
+        hosts: Name of each one's machine.
+        nodes: Number of it: processes are numbered machine by machine.
+        peaks: FLOP/s that each one's device can do at most.
+    """
+
+    hosts: list[str]
+    nodes: list[int]
+    peaks: list[float]
+
+    @classmethod
+    def gather(cls, local_rank: int, peak: float) -> "RankTopology":
+        """Ask every process; all call it together."""
+        found = gather_objects((socket.gethostname(), local_rank, peak))
+        # the first of each machine has number 0 there
+        nodes = [sum(local == 0 for _, local, _ in found[: place + 1]) - 1 for place in range(len(found))]
+        return cls([host for host, _, _ in found], nodes, [peak for _, _, peak in found])
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of machines."""
+        return len(set(self.nodes))
+
+    @property
+    def node(self) -> int:
+        """Number of this process's machine."""
+        return self.nodes[rank()]
+
+
+@dataclass
+class RankMetrics:
+    """One process's figures of some steps.
+
+    Attributes:
+        loss: Summed over target tokens.
+        n_targets: Target tokens.
+        n_tokens: Document tokens.
+        n_documents: Documents.
+        n_segments: Segments of them.
+        n_flops: Useful operations.
+        data_seconds: Spent waiting for batches.
+        forward_seconds: Spent in forward passes.
+        backward_seconds: Spent in backward passes, other processes' gradients waited for.
+        optimizer_seconds: Spent in the update.
+        seconds: That all took.
+        allocated_bytes: Most memory that tensors took; on a processor, that the process took.
+        reserved_bytes: Most that the allocator held; 0 on a processor.
+        n_retries: How often the allocator had to give all back and try again.
+        backbone_square: Square of the norm of this process's part of the last step's gradient, of BART's parameters.
+        recurrence_square: Likewise of the recurrence's.
+    """
+
+    loss: float = 0.0
+    n_targets: float = 0.0
+    n_tokens: float = 0.0
+    n_documents: float = 0.0
+    n_segments: float = 0.0
+    n_flops: float = 0.0
+    data_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+    seconds: float = 0.0
+    allocated_bytes: float = 0.0
+    reserved_bytes: float = 0.0
+    n_retries: float = 0.0
+    backbone_square: float = math.nan
+    recurrence_square: float = math.nan
+
+    def own_seconds(self) -> float:
+        """Time until it meets the others: they wait for each other's gradients, so that all of a step is no measure."""
+        return self.data_seconds + self.forward_seconds
+
+    def read_memory(self, device: torch.device) -> None:
+        """Take down peak memory since it was last read."""
+        if device.type != "cuda":
+            self.allocated_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+            return
+        self.allocated_bytes = torch.cuda.max_memory_allocated(device)
+        self.reserved_bytes = torch.cuda.max_memory_reserved(device)
+        self.n_retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def of_all_ranks(self, device: torch.device) -> list["RankMetrics"]:
+        """Every process's figures, in one collective."""
+        own = [float(getattr(self, item.name)) for item in fields(RankMetrics)]
+        return [RankMetrics(*row) for row in gather_rows(own, device=device)]
+
+
+def summarise(ranks: Sequence[RankMetrics], places: RankTopology, n_steps: int) -> dict[str, Any]:
+    """The line of the log of all processes' figures; `recurrent_bart/monitoring/fields.py` says what is in it.
+
+    Args:
+        ranks: Of every process.
+        places: Where they run.
+        n_steps: Number of steps.
+    """
+    # the same line on every process
+    seconds = ranks[0].seconds
+    n_tokens = _sum(ranks, "n_tokens")
+    losses = [figures.loss / figures.n_targets for figures in ranks if figures.n_targets]
+    rank_seconds = [figures.own_seconds() / n_steps for figures in ranks]
+    slowest, fastest = (pick(range(len(ranks)), key=rank_seconds.__getitem__) for pick in (max, min))
+    return {
+        "loss": _share(_sum(ranks, "loss"), _sum(ranks, "n_targets")),
+        "loss_max": max(losses, default=math.nan),
+        "gradient_norm_backbone": math.sqrt(_sum(ranks, "backbone_square")),
+        "gradient_norm_recurrence": math.sqrt(_sum(ranks, "recurrence_square")),
+        "tokens_per_second": n_tokens / seconds,
+        "tokens_per_second_per_device": n_tokens / seconds / len(ranks),
+        "model_flops_share": _share_of_peak(_sum(ranks, "n_flops") / seconds, sum(places.peaks)),
+        "step_seconds": seconds / n_steps,
+        **{name: _mean(ranks, name) / n_steps for name in ("data_seconds", "forward_seconds", "backward_seconds")},
+        "optimizer_seconds": _mean(ranks, "optimizer_seconds") / n_steps,
+        "slowest_rank": slowest,
+        "slowest_host": places.hosts[slowest],
+        "slowest_seconds": rank_seconds[slowest],
+        "fastest_rank": fastest,
+        "fastest_host": places.hosts[fastest],
+        "fastest_seconds": rank_seconds[fastest],
+        "rank_seconds": rank_seconds,
+        "memory_allocated_bytes": int(max(figures.allocated_bytes for figures in ranks)),
+        "memory_reserved_bytes": int(max(figures.reserved_bytes for figures in ranks)),
+        "memory_retries": int(_sum(ranks, "n_retries")),
+        "segments_per_document": _share(_sum(ranks, "n_segments"), _sum(ranks, "n_documents")),
+    }
+
+
+def _sum(ranks: Sequence[RankMetrics], name: str) -> float:
+    return sum(getattr(figures, name) for figures in ranks)
+
+
+def _mean(ranks: Sequence[RankMetrics], name: str) -> float:
+    return _sum(ranks, name) / len(ranks)
+
+
+def _share_of_peak(flops_per_second: float, peak: float) -> float:
+    """Return NaN for more than all: the peak was then measured while other processes used the device."""
+    share = flops_per_second / peak
+    return share if share <= 1 else math.nan
+
+
+def _share(part: float, whole: float) -> float:
+    """NaN where there is nothing to share, as when all steps were skipped."""
+    return part / whole if whole else math.nan

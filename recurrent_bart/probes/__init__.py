@@ -1,0 +1,1 @@
+"""Measurements of what a model reads from its state."""

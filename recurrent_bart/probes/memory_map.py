@@ -1,0 +1,164 @@
+"""What is read from memory where, in one document.
+
+Shape suffixes: N segments, L tokens in a segment, E layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.probes.memory_reads import plain_execution, read_context, read_segment
+from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
+from recurrent_bart.recurrence.segmentation import segment_documents
+from recurrent_bart.report.drawing import (
+    COLORS,
+    SERIES,
+    WIDTH,
+    Table,
+    dress,
+    heat_map,
+    limits_of,
+    number_form,
+    thinned,
+    title,
+    write_png,
+)
+
+# columns of a table on a terminal; of more segments neighbours are one
+MOST_COLUMNS = 10
+# borders of segments that are drawn
+MOST_BORDERS = 64
+
+
+@dataclass(frozen=True)
+class MemoryMap:
+    """What the encoder's tokens and the decoder read from memory.
+
+    Attributes:
+        size: By layer and segment, norm of what tokens read from memory over that of what they read from tokens.
+        mass: By layer and segment, share of their attention that goes to memory.
+        along: Of each token in turn the former, mean over layers.
+        segment_ends: How many tokens have been read after each segment.
+        gate: How far the gate on memory is open in each layer; empty with one softmax over memory and tokens.
+        decoder: By layer of the decoder, as `size`; empty where it sees no state.
+    """
+
+    size: Table
+    mass: Table
+    along: list[float]
+    segment_ends: list[int]
+    gate: list[float]
+    decoder: list[float]
+
+
+@torch.no_grad()
+def map_memory(
+    model: RecurrentBartForConditionalGeneration, ids_1n: Tensor, **generation: Any
+) -> tuple[MemoryMap, Tensor]:
+    """Read a document and tell its summary; where memory was read meanwhile, and the summary's ids.
+
+    Args:
+        model: In evaluation mode.
+        ids_1n: The document's ids, special tokens included.
+        generation: Arguments of `generate`.
+
+    Raises:
+        ValueError: The model has no memory.
+    """
+    recurrence = model.model.encoder.recurrence
+    if recurrence is None:
+        raise ValueError("a model of pre_seq_len 0 has no memory to read from")
+    segments, masks = segment_documents(model.config, False, ids_1n, None, None)
+    state: Any = RecurrentState.unread(model.config, 1, ids_1n.device)
+    reads = []
+    with plain_execution(model.config):
+        for ids_11L, mask_11L in zip(segments.split(1, dim=1), masks.split(1, dim=1), strict=True):
+            output, read = read_segment(model, ids_11L, mask_11L, state)
+            state = output.state
+            reads.append(read)
+        text = model.generate(encoder_outputs=output, **generation)
+        told = read_context(model, output, text)
+    gate = getattr(recurrence, "prefix_gate", None)
+    found = MemoryMap(
+        size=torch.stack([read.size.mean(dim=1) for read in reads], dim=1).tolist(),
+        mass=torch.stack([read.mass for read in reads], dim=1).tolist(),
+        along=torch.cat([read.size.mean(dim=0) for read in reads]).tolist(),
+        segment_ends=torch.tensor([read.size.shape[1] for read in reads]).cumsum(0).tolist(),
+        gate=[] if gate is None else gate.float().tanh().abs().mean(dim=1).tolist(),
+        decoder=[] if told is None else told.size.mean(dim=1).tolist(),
+    )
+    return found, text[0]
+
+
+def as_text(found: MemoryMap) -> str:
+    """Tables for a terminal."""
+    parts = [
+        "read from memory, over what is read from tokens, by layer and segment",
+        *_lines(found.size),
+        "share of attention to memory, by layer and segment",
+        *_lines(found.mass),
+    ]
+    for name, row in (("gate on memory, by layer", found.gate), ("by the decoder, by layer", found.decoder)):
+        if row:
+            parts += [name, *_columns([row], [str(number + 1) for number in range(len(row))], [""])]
+    return "\n".join(parts)
+
+
+def _lines(table: Table) -> Iterator[str]:
+    n_segments = len(table[0])
+    size = -(-n_segments // MOST_COLUMNS)
+    spans = [(start, min(start + size, n_segments)) for start in range(0, n_segments, size)]
+    names = [str(stop) if stop - start == 1 else f"{start + 1}-{stop}" for start, stop in spans]
+    rows = [[fmean(row[start:stop]) for start, stop in spans] for row in table]
+    return _columns(rows, names, [str(number + 1) for number in range(len(rows))])
+
+
+def _columns(rows: Table, names: Sequence[str], labels: Sequence[str]) -> Iterator[str]:
+    form = number_form(max(value for row in rows for value in row))
+    yield " " * 6 + "".join(f"{name:>9}" for name in names)
+    for label, row in zip(labels, rows, strict=True):
+        yield f"{label:>6}" + "".join(f"{value:>9{form}}" for value in row)
+
+
+def draw_memory_map(found: MemoryMap, path: Path) -> None:
+    """Draw it as a PNG."""
+    last: list[str] = [name for name, row in (("gate", found.gate), ("decoder", found.decoder)) if row]
+    names = ["size", "mass", "along", *last]
+    tall = 0.9 + 0.26 * len(found.size)
+    heights = [tall, tall, 1.9, *([1.1] * len(last))]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    panels = dict(zip(names, figure.subplots(len(names), height_ratios=heights), strict=True))
+    for axes in panels.values():
+        dress(axes)
+    text = "what tokens read from memory, over what they read from tokens"
+    heat_map(panels["size"], found.size, text, "segment", "layer", limits_of([found.size]))
+    text = "share of attention to memory"
+    heat_map(panels["mass"], found.mass, text, "segment", "layer", limits_of([found.mass]))
+    _draw_along(panels["along"], found)
+    titles = {
+        "gate": "how far the gate on memory is open",
+        "decoder": "the decoder: read from memory, over from tokens",
+    }
+    for name in last:
+        row = getattr(found, name)
+        heat_map(panels[name], [row], titles[name], "layer", "", limits_of([[row]]))
+        panels[name].set_yticks([])
+    write_png(figure, path)
+
+
+def _draw_along(axes: Any, found: MemoryMap) -> None:
+    points = [(float(place), value) for place, value in enumerate(found.along, start=1)]
+    axes.plot(*zip(*thinned(points), strict=True), color=SERIES[0], linewidth=1.0)
+    for end in found.segment_ends[:-1] if len(found.segment_ends) <= MOST_BORDERS else ():
+        axes.axvline(end + 0.5, color=COLORS["muted"], linewidth=0.6, linestyle=":")
+    title(axes, "the first along the text, mean over layers; dotted: a segment ends")
+    axes.set_xlabel("tokens read", fontsize=8)
+    axes.set_xlim(0, len(points) + 1)
+    axes.set_ylim(bottom=0)

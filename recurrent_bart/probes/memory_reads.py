@@ -1,0 +1,137 @@
+"""How much tokens read from memory: in the encoder from its prefix, in the decoder from the states before its tokens.
+
+Shape suffixes: N segments, L tokens in a segment or querying tokens, A attended length, M memory positions,
+E layers, H heads, K head width.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.bart.modeling_bart import BartAttention
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.recurrence.attention import split_heads
+from recurrent_bart.recurrence.prefix_recurrence import KeyValue, PrefixReader, PrefixRecurrence, RecurrentState
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What tokens read from memory, by layer.
+
+    Attributes:
+        mass: `(E,)`, share of their attention that goes to memory, mean over heads and tokens. Behind a gate it tells
+            how far the gate is open, and nothing else.
+        size: `(E, L)`, norm of what each of them reads from memory, behind its gate, over that of what it reads from
+            tokens.
+    """
+
+    mass: Tensor
+    size: Tensor
+
+
+@contextlib.contextmanager
+def plain_execution(config: RecurrentBartConfig) -> Iterator[None]:
+    """Attention that gives its weights, segment after segment, with gradient across all of them."""
+    changed = {"_attn_implementation": "eager", "schedule": "sequential", "bptt_depth": -1}
+    before = {name: getattr(config, name) for name in changed}
+    try:
+        for name, value in changed.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+@torch.no_grad()
+def read_segment(
+    model: RecurrentBartForConditionalGeneration, ids_11L: Tensor, mask_11L: Tensor, state: RecurrentState
+) -> tuple[RecurrentEncoderOutput, Reads]:
+    """Encode one segment of one document, under `plain_execution`.
+
+    Args:
+        model: With a recurrence, in evaluation mode.
+        ids_11L: Its ids.
+        mask_11L: 1 at tokens.
+        state: What was read before.
+    """
+    encoder = model.model.encoder
+    with _recorded_values(encoder.recurrence) as prefix_values:
+        output = model.model.encode(ids_11L, mask_11L, state=state, output_attentions=True, output_hidden_states=True)
+    is_token_L = mask_11L[0, 0].bool()
+    parts = []
+    for layer, weights, hidden, memory_HMK in zip(
+        encoder.layers, output.attentions, output.hidden_states[:-1], prefix_values, strict=True
+    ):
+        values_HAK = torch.cat([memory_HMK, _values(layer.self_attn, hidden[:, 0])], dim=1)
+        parts.append(_parts(weights[0, 0][:, is_token_L], values_HAK, memory_HMK.shape[1]))
+    return output, _joined(parts)
+
+
+@torch.no_grad()
+def read_context(
+    model: RecurrentBartForConditionalGeneration, context: RecurrentEncoderOutput, ids_1L: Tensor
+) -> Reads | None:
+    """What the decoder reads from the states in its context while it tells a text; None where there are none.
+
+    Args:
+        model: In evaluation mode, under `plain_execution`.
+        context: What it attends to, of one document.
+        ids_1L: The text's ids, the one that a decoder begins with in front.
+    """
+    if not context.n_memory:
+        return None
+    output = model.model.decode(context, input_ids=ids_1L, use_cache=False, output_attentions=True)
+    parts = []
+    for layer, weights in zip(model.model.decoder.layers, output.cross_attentions, strict=True):
+        values_HAK = _values(layer.encoder_attn, context.last_hidden_state)
+        parts.append(_parts(weights[0], values_HAK, context.n_memory))
+    return _joined(parts)
+
+
+def _values(attention: BartAttention, hidden_1AD: Tensor) -> Tensor:
+    return split_heads(attention, attention.v_proj(hidden_1AD))[0]
+
+
+def _parts(weights_HLA: Tensor, values_HAK: Tensor, n_memory: int) -> tuple[Tensor, Tensor]:
+    """Share of attention, and by token the size of what is read; memory stands in front."""
+    weights_HLA, values_HAK = weights_HLA.float(), values_HAK.float()
+    mass_HL = weights_HLA[..., :n_memory].abs().sum(dim=-1) / weights_HLA.abs().sum(dim=-1)
+    memory_HLK = weights_HLA[..., :n_memory] @ values_HAK[:, :n_memory]
+    tokens_HLK = weights_HLA[..., n_memory:] @ values_HAK[:, n_memory:]
+    return mass_HL.mean(), memory_HLK.norm(dim=(0, 2)) / tokens_HLK.norm(dim=(0, 2))
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> Reads:
+    masses, sizes = zip(*parts, strict=True)
+    return Reads(torch.stack(masses), torch.stack(sizes))
+
+
+@contextlib.contextmanager
+def _recorded_values(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
+    """Values `(H, P, K)` of the prefix that each layer is given, of one document."""
+    values: list[Tensor] = []
+    prefix_reader = recurrence.prefix_reader
+
+    def recording(*args: Any) -> PrefixReader:
+        read = prefix_reader(*args)
+
+        def read_and_record(layer_idx: int, slots_BPD: Tensor) -> KeyValue:
+            key, value = read(layer_idx, slots_BPD)
+            values.append(value[0])
+            return key, value
+
+        return read_and_record
+
+    # an attribute of the object stands in front of its class's method
+    vars(recurrence)["prefix_reader"] = recording
+    try:
+        yield values
+    finally:
+        del vars(recurrence)["prefix_reader"]

@@ -1,0 +1,185 @@
+"""One cell of the grid: a layer of the encoder over a segment's slots and tokens.
+
+Shape suffixes: B documents, L tokens in a segment, P prefix length (= slots), H heads, K head width, A attended length,
+D model width.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.bart.modeling_bart import BartEncoderLayer
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.recurrence.associative_memory import Matrix
+from recurrent_bart.recurrence.attention import attend, concat_keys, gated_read, split_heads
+from recurrent_bart.recurrence.prefix_recurrence import KeyValue
+from recurrent_bart.recurrence.segmentation import to_device
+
+
+@dataclass(frozen=True)
+class AttentionMasks:
+    """What the slots and the tokens of a segment see, as masks in the back-end's form; None: everything.
+
+    Attributes:
+        tokens: Of tokens: the tokens, behind the prefix with one softmax over both.
+        slots: Of slots: prefix, slots and tokens, or slots and tokens.
+        n_slots: Number of slots in front of the stream.
+        slots_read_prefix: Whether slots see the prefix.
+        is_token: False at padding, `(B, L)`, where an associative memory is not to be written.
+    """
+
+    tokens: Tensor | None
+    slots: Tensor | None
+    n_slots: int
+    slots_read_prefix: bool
+    is_token: Tensor | None = None
+
+    @classmethod
+    def build(
+        cls, config: RecurrentBartConfig, stream_BLD: Tensor, mask_BL: Tensor, n_slots: int, slots_read_prefix: bool
+    ) -> "AttentionMasks":
+        """Masks of segments; all queries of a row see the same, so that there is one line for all of them.
+
+        In a segment that a document does not have, everything is seen: what comes out is thrown away, and a softmax
+        over nothing would not be finite.
+
+        Args:
+            config: The architecture; its back-end decides on the form.
+            stream_BLD: Streams, for their type and device alone.
+            mask_BL: 1 at tokens, on the host; without padding no mask is made.
+            n_slots: Slots in front of the stream.
+            slots_read_prefix: Whether slots see the prefix.
+        """
+        mask_BL = mask_BL.bool() | ~mask_BL.bool().any(dim=1, keepdim=True)
+        if mask_BL.all():
+            return cls(None, None, n_slots, slots_read_prefix)
+        prefix_BP = mask_BL.new_ones(len(mask_BL), config.pre_seq_len)
+        slots_BP = prefix_BP[:, :n_slots]
+        slots_see = torch.cat([prefix_BP, slots_BP, mask_BL] if slots_read_prefix else [slots_BP, mask_BL], dim=1)
+        tokens_see = mask_BL if config.prefix_attention == "gated" else torch.cat([prefix_BP, mask_BL], dim=1)
+        query = stream_BLD.new_empty(len(mask_BL), 1, 1, device=mask_BL.device)
+        masks = [create_bidirectional_mask(config, query, seen) for seen in (tokens_see, slots_see)]
+        tokens, slots = (to_device(mask, stream_BLD.device) for mask in masks)
+        is_token = to_device(mask_BL, stream_BLD.device) if config.associative_memory else None
+        return cls(tokens, slots if n_slots else None, n_slots, slots_read_prefix, is_token)
+
+    def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "AttentionMasks":
+        """Move the masks as `Tensor.to` does; accelerate calls it where layers are on several devices."""
+        tokens, slots, is_token = (
+            mask if mask is None else mask.to(device, non_blocking=non_blocking)
+            for mask in (self.tokens, self.slots, self.is_token)
+        )
+        return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
+
+    def rows(self, rows: slice, has_padding: bool) -> "AttentionMasks":
+        """Of some rows; without padding in them all is seen, for which back-ends are faster."""
+        masks = self.tokens, self.slots, self.is_token
+        tokens, slots, is_token = (None if mask is None or not has_padding else mask[rows] for mask in masks)
+        return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
+
+
+class CellLayer(Protocol):
+    """The parts of a layer that a cell is made of; one layer's, or several layers' at once.
+
+    Attributes:
+        shared: A layer that gives what all have in common: activation, dropout, attention's back-end.
+    """
+
+    shared: BartEncoderLayer
+
+    def query_key_value(self, stream_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of attention, each `(B, H, L, K)`."""
+
+    def out_proj(self, read_BLD: Tensor) -> Tensor:
+        """Attention's last map."""
+
+    def self_attn_layer_norm(self, stream_BLD: Tensor) -> Tensor:
+        """The norm behind attention."""
+
+    def fc1(self, stream_BLD: Tensor) -> Tensor:
+        """The feed-forward's first map."""
+
+    def fc2(self, hidden: Tensor) -> Tensor:
+        """The feed-forward's second map."""
+
+    def final_layer_norm(self, stream_BLD: Tensor) -> Tensor:
+        """The norm behind the feed-forward."""
+
+
+class SingleLayer:
+    """One layer as it is, its modules called."""
+
+    def __init__(self, layer: BartEncoderLayer):
+        self.shared = layer
+        self.out_proj, self.fc1, self.fc2 = layer.self_attn.out_proj, layer.fc1, layer.fc2
+        self.self_attn_layer_norm, self.final_layer_norm = layer.self_attn_layer_norm, layer.final_layer_norm
+
+    def query_key_value(self, stream_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of attention, each `(B, H, L, K)`."""
+        own = self.shared.self_attn
+        query, key, value = (split_heads(own, part(stream_BLD)) for part in (own.q_proj, own.k_proj, own.v_proj))
+        return query, key, value
+
+
+def encoder_cell(
+    layer: CellLayer,
+    stream_BLD: Tensor,
+    visible: AttentionMasks,
+    prefix: KeyValue | None,
+    gate_BH: Tensor | None,
+    matrix: Matrix | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One layer over one segment. Identical to BartEncoderLayer except: its attention.
+
+    Args:
+        layer: The layer; of several at once, B counts the documents of each.
+        stream_BLD: `(B, P + L, D)`, slots in front of tokens.
+        visible: What slots and tokens see.
+        prefix: Keys and values `(B, H, P, K)` of the layer's state; None switches the recurrence off.
+        gate_BH: Gate of each head on the prefix, which then has a softmax of its own; None: one softmax over all.
+        matrix: The layer's associative memory, if it has one.
+
+    Returns:
+        The stream above the layer; from the eager back-end, the tokens' weights `(B, H, L, A)`; and the values of the
+        matrix after the segment.
+    """
+    shared, dropout = layer.shared, nn.functional.dropout
+    read, weights, written = cell_attention(layer, stream_BLD, visible, prefix, gate_BH, matrix)
+    read = dropout(layer.out_proj(read), p=shared.dropout, training=shared.training)
+    stream_BLD = layer.self_attn_layer_norm(stream_BLD + read)
+    hidden = shared.activation_fn(layer.fc1(stream_BLD))
+    hidden = dropout(hidden, p=shared.activation_dropout, training=shared.training)
+    hidden = dropout(layer.fc2(hidden), p=shared.dropout, training=shared.training)
+    return layer.final_layer_norm(stream_BLD + hidden), weights, written
+
+
+def cell_attention(
+    layer: CellLayer,
+    stream_BLD: Tensor,
+    visible: AttentionMasks,
+    prefix: KeyValue | None,
+    gate_BH: Tensor | None,
+    matrix: Matrix | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What slots and tokens read, `(B, P + L, D)`, the tokens' weights and the matrix: tokens never see slots."""
+    attention, n_slots = layer.shared.self_attn, visible.n_slots
+    # split, not sliced: backward passes of slices would each write the whole
+    parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(stream_BLD)]
+    (slots_query, *slots), (token_query, *tokens) = zip(*parts, strict=True)
+    tokens_see = concat_keys(prefix, tokens) if prefix is not None and gate_BH is None else tokens
+    read, weights = attend(attention, token_query, tokens_see, visible.tokens)
+    if gate_BH is not None:
+        prefix_read = attend(attention, token_query, prefix, None)
+        read, weights = gated_read((read, weights), prefix_read, gate_BH)
+    written = None
+    if matrix is not None:
+        read, written = read + matrix.read(token_query), matrix.written(*tokens)
+    if n_slots:
+        slots_see = concat_keys(prefix, slots, tokens) if visible.slots_read_prefix else concat_keys(slots, tokens)
+        slots_read, _ = attend(attention, slots_query, slots_see, visible.slots)
+        read = torch.cat([slots_read, read], dim=1)
+    return read.flatten(2), weights, written

@@ -1,0 +1,1 @@
+"""One HTML page about finished or running runs, with its charts."""

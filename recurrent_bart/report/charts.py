@@ -1,0 +1,349 @@
+"""What the report draws of one run or of several over each other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, PercentFormatter
+
+from recurrent_bart.report.drawing import (
+    STEP,
+    Points,
+    Table,
+    heat_map,
+    legend,
+    limits_of,
+    lines,
+    new_figure,
+    stacked_bars,
+    thousands,
+)
+from recurrent_bart.report.run_record import GIB, Run
+
+Draw = Callable[[Sequence[Run]], Figure | None]
+Series = list[tuple[str, Points, int, int]]
+# columns of a map of processes; of more lines of the log several are one
+MOST_COLUMNS = 60
+STYLE_NAMES = ("solid", "dashed", "dotted")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One drawing.
+
+    Attributes:
+        name: Of its PNG.
+        heading: What it is about.
+        caption: What there is to see.
+        draw: Draws it; None if no run knows anything of it.
+    """
+
+    name: str
+    heading: str
+    caption: str
+    draw: Draw
+
+
+def series_of(runs: Sequence[Run], fields: dict[str, str], scale: float = 1.0) -> Series:
+    """Lines of some fields: with several runs a run has its colour and a field its style, with one a field its colour.
+
+    Args:
+        runs: Whose.
+        fields: Names of fields with their labels.
+        scale: What numbers are multiplied by.
+    """
+    series: Series = []
+    for number, run in enumerate(runs):
+        drawn = [(place, name, run.points(name, scale)) for place, name in enumerate(fields)]
+        drawn = [entry for entry in drawn if entry[2]]
+        for order, (place, name, points) in enumerate(drawn):
+            if len(runs) > 1:
+                series.append(("" if order else run.label, points, number, place))
+            else:
+                series.append((fields[name], points, place, place))
+    return series
+
+
+def _with_styles(text: str, runs: Sequence[Run], fields: dict[str, str]) -> str:
+    """A title that says which style is which field, where colours are runs."""
+    if len(runs) == 1 or len(fields) == 1:
+        return text
+    return (
+        f"{text}: {', '.join(f'{label} {style}' for label, style in zip(fields.values(), STYLE_NAMES, strict=False))}"
+    )
+
+
+def _loss(runs: Sequence[Run]) -> Figure | None:
+    fields = {"loss": "training", "validation_loss": "validation"}
+    series = series_of(runs, fields)
+    if not series:
+        return None
+    figure, (axes,) = new_figure(3.2)
+    lines(axes, series, _with_styles("cross-entropy per target token", runs, fields), starts_at_0=False)
+    legend(figure)
+    return figure
+
+
+def _rouge(runs: Sequence[Run]) -> Figure | None:
+    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-Lsum"}
+    found = [(label, series_of(runs, {name: ""})) for name, label in names.items()]
+    if not any(series for _, series in found):
+        return None
+    figure, panels = new_figure(2.5, 1, 3)
+    for axes, (label, series) in zip(panels, found, strict=True):
+        lines(axes, series, f"{label}, F1, %")
+    legend(figure)
+    return figure
+
+
+def _rates(runs: Sequence[Run]) -> Figure | None:
+    rates = series_of(runs, {"learning_rate": ""})
+    fields = {"gradient_norm_backbone": "backbone", "gradient_norm_recurrence": "recurrence"}
+    norms = series_of(runs, fields)
+    if not rates and not norms:
+        return None
+    figure, (left, right) = new_figure(2.7, 1, 2)
+    lines(left, rates, "learning rate of the backbone", numbers=FormatStrFormatter("%.1e"))
+    lines(right, norms, _with_styles("gradient norm", runs, fields))
+    legend(figure)
+    return figure
+
+
+def _speed(runs: Sequence[Run]) -> Figure | None:
+    speed, share = series_of(runs, {"tokens_per_second": ""}), series_of(runs, {"model_flops_share": ""})
+    if not speed:
+        return None
+    figure, (left, right) = new_figure(2.7, 1, 2)
+    lines(left, speed, "document tokens per second", numbers=thousands())
+    lines(right, share, "share of the devices' peak", numbers=PercentFormatter(1, decimals=0))
+    legend(figure)
+    return figure
+
+
+KINDS = {
+    "data_seconds": "waiting for data",
+    "forward_seconds": "forward",
+    "backward_seconds": "backward",
+    "optimizer_seconds": "update",
+}
+
+
+def _seconds(runs: Sequence[Run]) -> Figure | None:
+    rows = {}
+    for run in runs:
+        if run.of("step_seconds"):
+            parts = {label: fmean(run.of(name) or [0.0]) for name, label in KINDS.items()}
+            rows[run.label] = parts | {"rest": max(0.0, fmean(run.of("step_seconds")) - sum(parts.values()))}
+    if not rows:
+        return None
+    figure, (axes,) = new_figure(1.1 + 0.35 * len(rows))
+    stacked_bars(axes, rows, "seconds of a step by kind of work, mean of the whole run")
+    legend(figure)
+    return figure
+
+
+def _processes(runs: Sequence[Run]) -> Figure | None:
+    found = [(run, rank_table(run)) for run in runs if len(run.last("rank_seconds") or []) > 1]
+    if not found:
+        return None
+    figure, panels = new_figure(sum(1.1 + 0.16 * max(6, len(table)) for _, (table, _) in found), len(found))
+    for axes, (run, (table, steps)) in zip(panels, found, strict=True):
+        text = f"{run.label}: seconds of a step before the processes meet, over the median process's"
+        heat_map(axes, table, text, STEP, "process", limits_of([table], from_0=False), steps)
+        # processes are numbered from 0
+        axes.set_yticks([place + 0.5 for place in range(len(table))], [str(place) for place in range(len(table))])
+    return figure
+
+
+def rank_table(run: Run) -> tuple[Table, list[int]]:
+    """Seconds of each process over those of the median one, a row a process, and the step of each column."""
+    newest = len(run.last("rank_seconds"))
+    logged = [(r["step"], r["rank_seconds"]) for r in run.records if len(r.get("rank_seconds") or []) == newest]
+    size = -(-len(logged) // MOST_COLUMNS)
+    groups = [logged[start : start + size] for start in range(0, len(logged), size)]
+    columns = []
+    for group in groups:
+        seconds = [fmean(values) for values in zip(*(values for _, values in group), strict=True)]
+        middle = median(seconds) or 1.0
+        columns.append([value / middle for value in seconds])
+    return [list(row) for row in zip(*columns, strict=True)], [group[-1][0] for group in groups]
+
+
+def _memory(runs: Sequence[Run]) -> Figure | None:
+    fields = {"memory_allocated_bytes": "allocated"}
+    if any(any(run.of("memory_reserved_bytes")) for run in runs):
+        fields["memory_reserved_bytes"] = "reserved"
+    series = series_of(runs, fields, 1 / GIB)
+    if not series:
+        return None
+    figure, (axes,) = new_figure(2.5)
+    lines(axes, series, _with_styles("peak memory of the process with the most, GiB", runs, fields))
+    legend(figure)
+    return figure
+
+
+def _gates(runs: Sequence[Run]) -> Figure | None:
+    """By layer and evaluation."""
+    names = {"prefix_gate": "gate on the prefix", "update_gate": "gate on the update of the state"}
+    found = []
+    for run in runs:
+        for name, label in names.items():
+            records = [record for record in run.records if record.get(name)]
+            table = [list(row) for row in zip(*(record[name] for record in records), strict=True)]
+            if table:
+                found.append((name, _titled(runs, run, label), table, [record["step"] for record in records]))
+    return _maps(found, STEP, is_by_name=True)
+
+
+def _by_segment(name: str, highest: float | None = None) -> Draw:
+    """A table by layer and segment of the last evaluation; numbers above the highest have its shade."""
+
+    def draw(runs: Sequence[Run]) -> Figure | None:
+        found = [(name, _titled(runs, run, f"after step {_step_of(run, name)}"), run.last(name), ()) for run in runs]
+        return _maps([entry for entry in found if entry[2]], "segment", highest=highest)
+
+    return draw
+
+
+def _titled(runs: Sequence[Run], run: Run, label: str) -> str:
+    return f"{run.label}, {label}" if len(runs) > 1 else label
+
+
+def _step_of(run: Run, name: str) -> int:
+    return max((record["step"] for record in run.records if record.get(name)), default=0)
+
+
+def _maps(
+    found: Sequence[tuple[str, str, Table, Sequence[object]]],
+    x_label: str,
+    highest: float | None = None,
+    is_by_name: bool = False,
+) -> Figure | None:
+    """Heat maps below each other, of one kind in the same shades."""
+    if not found:
+        return None
+    n_columns = 2 if len(found) > 1 and all(len(table[0]) <= 10 for _, _, table, _ in found) else 1
+    n_rows = -(-len(found) // n_columns)
+    tallest = max(len(table) for _, _, table, _ in found)
+    figure, panels = new_figure(n_rows * (0.85 + 0.26 * max(2, tallest)), n_rows, n_columns)
+    for axes, (name, text, table, columns) in zip(panels, found, strict=False):
+        kind = [other for other_name, _, other, _ in found if other_name == name or not is_by_name]
+        heat_map(axes, table, text, x_label, "layer", (0.0, highest or limits_of(kind)[1]), columns)
+    for axes in panels[len(found) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _gradient(runs: Sequence[Run]) -> Figure | None:
+    series = []
+    for number, run in enumerate(runs):
+        records = [record for record in run.records if record.get("gradient_by_distance")]
+        shown = (
+            [(records[0], 1), (records[-1], 0)]
+            if len(runs) == 1 and len(records) > 1
+            else [(r, 0) for r in records[-1:]]
+        )
+        for record, style in shown:
+            points = [(float(n), y) for n, y in enumerate(record["gradient_by_distance"]) if y > 0]
+            label = run.label if len(runs) > 1 else f"after step {record['step']}"
+            if points:
+                series.append((label, points, number if len(runs) > 1 else style, style))
+    if not series:
+        return None
+    figure, (axes,) = new_figure(2.7)
+    lines(
+        axes, series, "norm of the gradient of the last target by a segment's embeddings", "segments away", is_log=True
+    )
+    legend(figure)
+    return figure
+
+
+CHARTS = {
+    "Learning": (
+        Chart(
+            "loss", "Loss", "Both should fall. Validation that rises while training still falls is overfitting.", _loss
+        ),
+        Chart(
+            "rouge",
+            "ROUGE",
+            "Words and word pairs that generated texts share with their targets, on validation.",
+            _rouge,
+        ),
+        Chart(
+            "rates",
+            "Learning rate and gradient",
+            "The gradient of the recurrence is small while its gates are closed. Peaks that return call for a lower "
+            "learning rate.",
+            _rates,
+        ),
+    ),
+    "Speed": (
+        Chart(
+            "speed",
+            "Throughput",
+            "Useful arithmetic alone counts as share of the peak: what gradient checkpointing computes again does not.",
+            _speed,
+        ),
+        Chart(
+            "seconds",
+            "Where the time goes",
+            "Waiting for data should be next to nothing. Backward holds the wait for other processes' gradients.",
+            _seconds,
+        ),
+        Chart(
+            "processes",
+            "Processes",
+            "A process as fast as the median one has 1.00. A row that stays light is a slow device; neighbouring rows "
+            "together are a slow machine.",
+            _processes,
+        ),
+        Chart(
+            "memory",
+            "Memory",
+            "A line that keeps rising is a leak. Reserved far above allocated is fragmentation.",
+            _memory,
+        ),
+    ),
+    "What the recurrence does": (
+        Chart(
+            "gates",
+            "Gates",
+            "How far each layer's gates are open at each evaluation. The gate on the prefix begins at 0, which is BART "
+            "itself; one that stays there reads nothing from memory.",
+            _gates,
+        ),
+        Chart(
+            "prefix_size",
+            "What is read from memory",
+            "Size of what tokens read from the prefix over the size of what they read from tokens, two validation "
+            "documents. 0: nothing is read; 1: as much as from the text itself.",
+            _by_segment("prefix_size"),
+        ),
+        Chart(
+            "prefix_mass",
+            "Attention to the prefix",
+            "Share of the tokens' attention. Behind a gate it says how far that is open, the same for every segment.",
+            _by_segment("prefix_mass"),
+        ),
+        Chart(
+            "state_norm",
+            "Size of the state",
+            "It should level off. One that grows with every segment has no bound on longer documents.",
+            _by_segment("state_norm"),
+        ),
+        Chart(
+            "state_change",
+            "Change of the state",
+            "By each segment, over its size before. Where it falls to 0, later segments are no longer written down.",
+            _by_segment("state_change", highest=1.0),
+        ),
+        Chart(
+            "gradient",
+            "Credit over distance",
+            "Does a target teach what to remember of segments long before it? A gentle slope says so; with closed "
+            "gates nothing arrives from beyond the last segment.",
+            _gradient,
+        ),
+    ),
+}

@@ -1,0 +1,104 @@
+"""The report of runs: one page that needs nothing but itself, and its drawings as PNG."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from recurrent_bart.report.charts import CHARTS
+from recurrent_bart.report.drawing import COLORS, SERIES, to_svg, write_png
+from recurrent_bart.report.run_record import Run, differing_flags, facts, key_metrics, slowest
+from recurrent_bart.run_folder import atomic_write
+
+TEMPLATE = "report.html.jinja"
+# by night: of the same hues, light enough on a dark page
+DARK = {"ink": "#e6e9ef", "muted": "#a3acba", "grid": "#333a46", "paper": "#14171c"}
+DARK_SERIES = ("#6fb4f0", "#ff9f66", "#56cdb9", "#ef8fcb", "#d6c24f", "#b6a5ff")
+
+
+def write_report(runs: Sequence[Run], page: Path) -> list[Path]:
+    """Write the page, and its drawings into a folder of the same name beside it.
+
+    Args:
+        runs: What it is about; they are drawn over each other.
+        page: The HTML file.
+
+    Returns:
+        All that was written, the page first.
+    """
+    runs = with_unique_names(runs)
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, sections = [], []
+    for heading, charts in CHARTS.items():
+        shown = []
+        for chart in charts:
+            figure = chart.draw(runs)
+            if figure is not None:
+                pictures.append(folder / f"{chart.name}.png")
+                write_png(figure, pictures[-1])
+                shown.append({"chart": chart, "svg": to_svg(figure, chart.name)})
+        if shown:
+            sections.append({"heading": heading, "charts": shown})
+    atomic_write(page, render(runs, sections))
+    return [page, *pictures]
+
+
+def render(runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
+    """The page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).render(
+        runs=runs,
+        sections=sections,
+        figures=_rows([key_metrics(run) for run in runs]),
+        facts=_rows([facts(run) for run in runs]),
+        flags=differing_flags(runs),
+        samples=samples_together(runs),
+        skips=[(run, record) for run in runs for record in run.records if record.get("skipped")],
+        slowest=[(run, slowest(run)) for run in runs if slowest(run)],
+        light=_variables(COLORS, SERIES),
+        dark=_variables(DARK, DARK_SERIES),
+    )
+
+
+def with_unique_names(runs: Sequence[Run]) -> list[Run]:
+    """Runs whose folders have the same name are numbered."""
+    names = [run.name for run in runs]
+    numbers = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    return [
+        replace(run, name=f"{run.name} ({number})" if names.count(run.name) > 1 else run.name)
+        for run, number in zip(runs, numbers, strict=True)
+    ]
+
+
+def samples_together(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each sample with the text of every run that has it; source and target are of the first of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, run in enumerate(runs):
+        for name, sample in run.samples.items():
+            entry = found.setdefault(name, {"id": name, "generated": [], **_source_and_target(sample)})
+            entry["generated"].append((number, run.name, sample["step"], sample.get("generated", "")))
+    return list(found.values())
+
+
+def _source_and_target(sample: dict[str, Any]) -> dict[str, str]:
+    return {name: sample.get(name, "") for name in ("source", "target")}
+
+
+def _rows(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """Rows by name, with a cell for each run; without those that nobody has."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, [column.get(name, "") for column in columns]) for name in names]
+    return [(name, cells) for name, cells in rows if any(cells)]
+
+
+def _variables(colors: dict[str, str], series: Sequence[str]) -> dict[str, str]:
+    return colors | {f"series-{number}": color for number, color in enumerate(series)}

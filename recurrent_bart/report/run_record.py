@@ -1,0 +1,216 @@
+"""What a run's folder tells of it, whether it has ended, goes on or broke off."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from recurrent_bart.monitoring.progress import clock
+from recurrent_bart.run_folder import RunFolder
+
+GIB = 2**30
+# they say where a run is, not what it does
+PLACES = {"output_dir", "cache_dir", "resume", "local_rank"}
+ENDINGS = {0: "trained to its end", 1: "ended by a fault", 2: "ended by a mistake", 75: "stopped"}
+
+Record = dict[str, Any]
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: What it is called in the report.
+        config: Its `config.json`.
+        records: Lines of `metrics.jsonl`.
+        samples: Generated texts of its last evaluation, by id.
+        outcome: How it ended; None if nothing says that it did.
+        defaults: What flags are if they are not given.
+        warnings: What was found in the log beside the steps that were skipped.
+    """
+
+    name: str
+    config: Record
+    records: list[Record]
+    samples: dict[str, Record] = field(default_factory=dict)
+    outcome: Record | None = None
+    defaults: Record = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+    def of(self, name: str) -> list[Any]:
+        """All values of a field that are known."""
+        return [record[name] for record in self.records if record.get(name) is not None]
+
+    def last(self, name: str) -> Any:
+        """The newest value of a field; None if there is none."""
+        return next(reversed(self.of(name)), None)
+
+    def points(self, name: str, scale: float = 1.0) -> Points:
+        """A field against the step."""
+        return [(record["step"], record[name] * scale) for record in self.records if record.get(name) is not None]
+
+    @property
+    def label(self) -> str:
+        """Its name as drawings take it: a dollar would begin a formula, and what begins with _ would not be named."""
+        return " " * self.name.startswith("_") + self.name.replace("$", r"\$")
+
+    @cached_property
+    def flags(self) -> Record:
+        """All flags."""
+        groups = self.config.get("arguments", {}).values()
+        return {name: value for group in groups for name, value in group.items()}
+
+    @cached_property
+    def best(self) -> Record:
+        """The evaluation of the lowest loss; empty if there is none."""
+        found = [record for record in self.records if record.get("validation_loss") is not None]
+        return min(found, key=lambda record: record["validation_loss"], default={})
+
+    @cached_property
+    def n_steps(self) -> int:
+        """Optimizer steps done, as far as was logged."""
+        return max([record["step"] for record in self.records], default=0)
+
+    @cached_property
+    def ending(self) -> str:
+        """How it ended."""
+        if self.outcome is None:
+            return "still going on, or broken off"
+        ending = ENDINGS.get(self.outcome.get("code", -1), "ended")
+        reason = " ".join(str(self.outcome.get("reason") or "").split())
+        return f"{ending}: {reason}" if reason else ending
+
+    def command(self) -> str:
+        """The command line of flags that are not the defaults."""
+        given = [f"--{name} {value}" for name, value in self.flags.items() if self._is_given(name, value)]
+        return " ".join(["launch/train.py", *given])
+
+    def _is_given(self, name: str, value: Any) -> bool:
+        return name not in ("resume", "local_rank") and value is not None and value != self.defaults.get(name)
+
+
+def read_run(path: Path, defaults: Mapping[str, Any], warnings: Sequence[str] = ()) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ValueError: There is none.
+    """
+    folder = RunFolder(path)
+    if not folder.config_file.is_file():
+        raise ValueError(f"{path}: no run there, a folder with config.json is needed")
+    samples = folder.read_samples()
+    newest = max((sample["step"] for sample in samples), default=0)
+    return Run(
+        name=path.resolve().name,
+        config=folder.read_config(),
+        records=folder.read_metrics(),
+        samples={sample["id"]: sample for sample in samples if sample["step"] == newest},
+        outcome=_read_outcome(path / "outcome.json"),
+        defaults=dict(defaults),
+        warnings=warnings,
+    )
+
+
+def _read_outcome(file: Path) -> Record | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def key_metrics(run: Run) -> dict[str, str]:
+    """What a run reached, in numbers; empty where it is not known."""
+    best, share, memory = run.best, _median(run.of("model_flops_share")), run.of("memory_allocated_bytes")
+    return {
+        "best validation loss": f"{best['validation_loss']:.4f}" if best else "",
+        "last training loss": _formatted(run.last("loss"), ".4f"),
+        **{f"ROUGE-{name.removeprefix('rouge')}": _formatted(best.get(name), ".2f") for name in ROUGE},
+        "steps": f"{run.n_steps:,} of {run.flags.get('max_steps', 0):,}",
+        "tokens per second": _formatted(_median(run.of("tokens_per_second")), ",.0f"),
+        "share of peak": "" if share is None else f"{100 * share:.0f} %",
+        "seconds per step": _formatted(_median(run.of("step_seconds")), ".2f"),
+        "peak memory": f"{max(memory) / GIB:.1f} GiB" if memory else "",
+        "skipped steps": f"{len(run.of('skipped'))}",
+    }
+
+
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What was run, on what, and how it ended."""
+    flags, model = run.flags, run.config.get("model", {})
+    pretrained = flags.get("model_name_or_path")
+    found = {
+        "state": run.ending,
+        "time left": "" if run.outcome or run.last("seconds_left") is None else clock(run.last("seconds_left")),
+        "best evaluation": f"after step {run.best['step']:,}" if run.best else "",
+        "model": pretrained or f"{flags.get('model_size', '')} from scratch",
+        "architecture": _listed(model, ("encoder_layers", "decoder_layers", "d_model", "vocab_size")),
+        "recurrence": _listed(
+            model, ("recurrence", "prefix_attention", "pre_seq_len", "bptt_depth", "decoder_context")
+        ),
+        "segments": _listed(model, ("segment_size", "input_size", "max_n_segments")),
+        "documents": f"{flags.get('train_file') or flags.get('dataset', '')}, one target per {_target(flags)}",
+        "documents that are cut": _formatted(run.last("n_cut_documents"), ","),
+        "documents passed over": _formatted(run.last("n_bad_documents"), ","),
+        "processes": f"{len(run.last('rank_seconds') or [])}, on {', '.join(sorted(hosts(run)))}" if hosts(run) else "",
+        "evaluations": _times(run.of("evaluation_seconds")),
+        "checkpoints": _times(run.of("checkpoint_seconds")),
+        "memory given back under pressure": f"{run.last('memory_retries')} times" if run.last("memory_retries") else "",
+        "versions": ", ".join(f"{name} {value}" for name, value in run.config.get("versions", {}).items() if value),
+        "commit": run.config.get("git_commit") or "",
+        "command": run.command(),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def hosts(run: Run) -> set[str]:
+    """Machines that the log names."""
+    return {*run.of("slowest_host"), *run.of("fastest_host")}
+
+
+def differing_flags(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Flags that are not the same in all runs, with each one's value."""
+    names = dict.fromkeys(name for run in runs for name in run.flags if name not in PLACES)
+    rows = ((name, [_shown(run.flags.get(name)) for run in runs]) for name in names)
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def slowest(run: Run) -> str:
+    """The process that others waited for most often."""
+    ranks = [(r["slowest_rank"], r["slowest_host"]) for r in run.records if r.get("slowest_rank") is not None]
+    if len(run.last("rank_seconds") or []) < 2 or not ranks:
+        return ""
+    rank, host = max(ranks, key=ranks.count)
+    share = 100 * ranks.count((rank, host)) / len(ranks)
+    return f"most often the slowest: process {rank} on {host}, in {share:.0f} % of the lines of the log"
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _listed(fields: Record, names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {fields[name]}" for name in names if fields.get(name) is not None)
+
+
+def _target(flags: Record) -> str:
+    return "section" if flags.get("task") == "sections" else "document"
+
+
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None
+
+
+def _formatted(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _times(seconds: list[float]) -> str:
+    return f"{len(seconds)}, of {median(seconds):.1f} s each" if seconds else ""

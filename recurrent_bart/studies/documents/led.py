@@ -1,0 +1,70 @@
+"""LED beside ours: the same size, batches, loss and optimizer.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, T target length, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LEDConfig, LEDForConditionalGeneration
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.model.loss import token_loss
+
+# fields of BART's configuration that LED has too
+SIDES = [f"{side}_{name}" for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")]
+IDS = ["bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"]
+SHARED = ["vocab_size", "d_model", "dropout", "attention_dropout", "activation_dropout", "init_std", *SIDES, *IDS]
+
+
+class WholeDocumentLed(nn.Module):
+    """LED (arXiv 2004.05150) in the size of ours, which takes a batch of one long segment a document.
+
+    The first token sees all and is seen by all, as its authors recommend for summaries; windows are the published 1,024
+    tokens at our 512 of a segment.
+
+    Args:
+        config: Ours.
+        n_tokens: Of the longest document.
+        window: Tokens that each one sees, half of them on either side.
+    """
+
+    def __init__(self, config: RecurrentBartConfig, n_tokens: int, window: int):
+        super().__init__()
+        fields = {name: getattr(config, name) for name in SHARED}
+        self.led = LEDForConditionalGeneration(
+            LEDConfig(
+                **fields,
+                attention_window=[window] * config.encoder_layers,
+                # documents are padded to whole windows
+                max_encoder_position_embeddings=-(-n_tokens // window) * window,
+            )
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_items_in_batch: int | None = None,
+        return_logits: bool = True,
+    ) -> Seq2SeqLMOutput:
+        """Loss and logits, as ours gives them."""
+        labels_BT = labels.to(input_ids.device)
+        inputs = {"decoder_input_ids": self.led.prepare_decoder_input_ids_from_labels(labels_BT), "use_cache": False}
+        logits_BTV = self.led(**self._document(input_ids, attention_mask), **inputs).logits
+        loss = token_loss(logits_BTV, labels_BT, num_items_in_batch)
+        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV if return_logits else None)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **how: Any) -> Tensor:
+        """Ids `(B, T)`."""
+        return self.led.generate(**self._document(input_ids, attention_mask), **how)
+
+    def _document(self, input_ids_BNL: Tensor, mask_BNL: Tensor) -> dict[str, Tensor]:
+        ids_BL = input_ids_BNL.squeeze(1)
+        sees_all_BL = torch.zeros_like(ids_BL)
+        sees_all_BL[:, 0] = 1
+        mask_BL = mask_BNL.squeeze(1).to(ids_BL.device)
+        return {"input_ids": ids_BL, "attention_mask": mask_BL, "global_attention_mask": sees_all_BL}

@@ -1,0 +1,130 @@
+"""The models of studies on documents, and what each of them reads: no more than it needs.
+
+Shape suffixes: B documents, N segments, M segments that have a target, L tokens in a segment, T target length,
+V vocabulary.
+"""
+
+import contextlib
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.batches import Batch, Collator, SegmentSizes
+from recurrent_bart.model.loss import IGNORED
+from recurrent_bart.recurrence.attention import without_cudnn
+from recurrent_bart.studies.documents.led import WholeDocumentLed
+from recurrent_bart.studies.documents.text_run import TextRun
+from recurrent_bart.training.arguments import Arguments
+from recurrent_bart.training.model_building import build_model
+
+# segments of the document that a head is as long as
+HEAD = 2
+
+
+class HeadCollator(Collator):
+    """Identical to Collator except: of each section with a target the head alone is read, as one segment."""
+
+    def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+        """The heads of those sections whose target documents have that are read by segments."""
+        _, targets = super().segments(row)
+        room = HEAD * self.sizes.segment_size - len(self.leading) - len(self.trailing)
+        parts = zip(row["sections"], row["summaries"], strict=True)
+        heads = [[*self.leading, *section[:room], *self.trailing] for section, summary in parts if section and summary]
+        told = [target for target in targets if target]
+        return heads[: len(told)], told
+
+
+def collate_as(reads: str, collator: Collator) -> Collator:
+    """How documents are cut for a reading, from how they are cut to be read by segments.
+
+    Raises:
+        ValueError: A whole document is asked for that has no longest length.
+    """
+    if reads == "segments":
+        return collator
+    if reads == "heads":
+        return HeadCollator(**vars(collator))
+    n_tokens = collator.sizes.segment_size * collator.sizes.max_n_segments
+    if n_tokens < 0:
+        raise ValueError("--max_n_segments -1: LED needs a longest document")
+    return replace(collator, sizes=SegmentSizes(n_tokens, n_tokens, 1))
+
+
+def without_memory(batch: Batch) -> Batch:
+    """What a model that carries nothing on needs to read: each segment that has a target, as a document of its own."""
+    is_read_BN = batch.attention_mask.bool().any(dim=-1)
+    is_last_BN = is_read_BN & (is_read_BN.cumsum(dim=1) == is_read_BN.sum(dim=1, keepdim=True))
+    is_wanted_BN = (batch.labels != IGNORED).any(dim=-1) if batch.labels.dim() == 3 else is_last_BN
+    mask_ML = batch.attention_mask[is_wanted_BN]
+    longest = int(mask_ML.sum(dim=-1).max())
+    return replace(
+        batch,
+        input_ids=batch.input_ids[is_wanted_BN][:, None, :longest],
+        attention_mask=mask_ML[:, None, :longest],
+        labels=batch.labels[is_wanted_BN] if batch.labels.dim() == 3 else batch.labels,
+    )
+
+
+def build_reader(run: TextRun, arguments: Arguments, config: RecurrentBartConfig, sizes: SegmentSizes) -> nn.Module:
+    """The model that reads batches of `collate_as`, with the run's seed and in training mode.
+
+    Args:
+        run: What is trained.
+        arguments: Its flags.
+        config: Architecture of the model that reads by segments.
+        sizes: How documents are cut for that one.
+    """
+    seed = arguments.run.seed
+    if run.reads == "whole":
+        torch.manual_seed(seed)
+        n_tokens, window = sizes.segment_size * sizes.max_n_segments, HEAD * sizes.segment_size
+        return WholeDocumentLed(config, n_tokens, window).train()
+    if run.reads == "heads":
+        config = copy.deepcopy(config)
+        config.segment_size = config.input_size = HEAD * sizes.segment_size
+        config.max_position_embeddings = max(config.max_position_embeddings, config.segment_size)
+    return build_model(arguments.model, config, seed)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model and how it is run.
+
+    Attributes:
+        model: What takes batches and gives a loss, or logits.
+        has_memory: Whether it needs what stands before the segment that has a target.
+        device: Where it is.
+    """
+
+    model: Any
+    has_memory: bool
+    device: torch.device
+
+    def needed(self, batch: Batch) -> Batch:
+        """What it reads of a batch."""
+        return batch if self.has_memory else without_memory(batch)
+
+    def loss(self, batch: Batch, n_targets: int) -> Tensor:
+        """Of what is needed of a batch: summed over targets, and divided by so many."""
+        inputs = batch.model_inputs(self.device)
+        with self._attention():
+            return self.model(**inputs, num_items_in_batch=n_targets, return_logits=False).loss
+
+    @torch.no_grad()
+    def target_losses(self, batch: Batch) -> Tensor:
+        """Of a batch: summed over the tokens of each target, `(M,)`."""
+        batch = self.needed(batch)
+        has_target = (batch.labels != IGNORED).any(dim=-1)
+        with self._attention():
+            logits = self.model(**batch.model_inputs(self.device)).logits
+        logits_MVT = logits[has_target.to(self.device)].float().mT
+        labels_MT = batch.labels[has_target].to(self.device)
+        return nn.functional.cross_entropy(logits_MVT, labels_MT, ignore_index=IGNORED, reduction="none").sum(dim=-1)
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        # without a memory the number of segments that are read is another in each step
+        return contextlib.nullcontext() if self.has_memory else without_cudnn()

@@ -1,0 +1,243 @@
+"""A run of a study on documents, in one process and in plain PyTorch: every model in the same loop."""
+
+import copy
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_bart.checkpointing.checkpoints import TrainerState
+from recurrent_bart.data.batches import Collator
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation
+from recurrent_bart.evaluation.rouge import rouge_per_sample
+from recurrent_bart.run_folder import git_commit, versions
+from recurrent_bart.studies.documents.master_weights import MasterWeights
+from recurrent_bart.studies.documents.models import Reader, build_reader, collate_as
+from recurrent_bart.studies.documents.text_run import TextRun
+from recurrent_bart.studies.study_run import RunFile, describe_device
+from recurrent_bart.training.arguments import Arguments, parse_arguments
+from recurrent_bart.training.description import learning_rates
+from recurrent_bart.training.document_order import by_documents
+from recurrent_bart.training.environment import Environment, use_bf16
+from recurrent_bart.training.optimization import build_optimizer, build_scheduler
+from recurrent_bart.training.preparation import open_splits
+from recurrent_bart.training.training_batches import TrainingBatches
+
+# evaluations come after steps that grow by this factor, the same ones in every run, however fast it is
+GROWTH = 1.25
+
+
+class TextTraining:
+    """Trains one model on documents.
+
+    Args:
+        run: What is trained.
+        device: Where.
+
+    Raises:
+        ValueError: Something is wrong with its flags or the documents.
+    """
+
+    def __init__(self, run: TextRun, device: torch.device):
+        self.run, self.device = run, device
+        self.arguments = arguments = parse_run(run)
+        tokenizer, config, splits = open_splits(arguments.model, arguments.data)
+        by_segments = splits["train"].collator
+        collator = collate_as(run.reads, by_segments)
+        train, validation = (replace(splits[name], collator=collator) for name in ("train", "validation"))
+        self.is_bf16 = use_bf16(arguments.run.precision, device)
+        built = build_reader(run, arguments, config, by_segments.sizes).to(device)
+        self.weights = MasterWeights(built, self.is_bf16)
+        self.reader = Reader(self.weights.model, run.reads == "whole" or config.has_state, device)
+        rates = learning_rates(arguments, config)
+        self.optimizer = build_optimizer(built, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
+        self.scheduler = build_scheduler(self.optimizer, arguments.run)
+        self.state = TrainerState()
+        # whatever a model reads of them, documents come in the order of those that are read by segments
+        order = by_documents(arguments.run, train.plan.n_segments, world_size=1, state=self.state)
+        self.batches = TrainingBatches(train, order, arguments.run, Environment(0, 0, 1, device), self.state)
+        self.evaluator = Evaluator(
+            validation.corpus,
+            validation.plan,
+            collator,
+            tokenizer,
+            # scores of the vocabulary for all targets of a pass are in memory together, as nothing is in training
+            arguments.run.per_device_train_batch_size,
+            device,
+        )
+        self.targets = list_targets(self.evaluator)
+        self.seconds, self.n_tokens = 0.0, 0
+        self.curve: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] = {}
+        # as in launch/train.py, so that dropout is the same
+        torch.manual_seed(arguments.run.seed + 1)
+
+    def train(self, budget_seconds: float = math.inf, on_evaluation: Callable[[], None] = lambda: None) -> str:
+        """Train until something ends it, and say what.
+
+        Args:
+            budget_seconds: No step is begun after so many, evaluations included.
+            on_evaluation: Called after each evaluation.
+
+        Returns:
+            `"time"`: the run's own seconds are over; `"steps"`, `"diverged"` or `"budget"`.
+        """
+        deadline = time.perf_counter() + budget_seconds
+        ended = None
+        while ended is None:
+            ended = self._train_to_evaluation(deadline)
+            on_evaluation()
+        self.batches.close()
+        return ended
+
+    def train_step(self) -> Tensor:
+        """One optimizer step; gives the loss per target."""
+        run = self.arguments.run
+        batches = [self.reader.needed(next(self.batches)) for _ in range(run.gradient_accumulation_steps)]
+        n_targets = sum(batch.n_targets() for batch in batches)
+        losses = []
+        for batch in batches:
+            loss = self.reader.loss(batch, n_targets)
+            loss.backward()
+            self.weights.collect_gradients()
+            losses.append(loss.detach())
+            self.n_tokens += batch.n_tokens()
+        if run.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.weights.master.parameters(), run.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.weights.round()
+        self.scheduler.step()
+        self.state.step += 1
+        return torch.stack(losses).sum()
+
+    def evaluate(self, loss: float) -> None:
+        """Add a point to the curve; keep the weights if none were better."""
+        self.reader.model.eval()
+        found = self.evaluator.target_losses(self.reader.target_losses)
+        self.reader.model.train()
+        by_target = [round(value, 4) for index in sorted(found) for value in found[index]]
+        point = {"step": self.state.step, "seconds": self.seconds, "n_tokens": self.n_tokens, "loss": loss}
+        validation_loss = sum(by_target) / sum(target["n_tokens"] for target in self.targets)
+        if all(validation_loss < other["validation_loss"] for other in self.curve):
+            self.best = copy.deepcopy(self.reader.model.state_dict())
+        self.curve.append(point | {"validation_loss": validation_loss, "target_losses": by_target})
+
+    def texts(self) -> list[dict[str, Any]]:
+        """What the best weights generate for the first `--eval_documents` documents, scored."""
+        self.reader.model.load_state_dict(self.best)
+        self.reader.model.eval()
+        run = self.arguments.run
+        how = Generation(self.evaluator.collator.max_target_length, run.num_beams, run.eval_documents)
+        writer = replace(self.evaluator, batch_size=run.per_device_eval_batch_size or self.evaluator.batch_size)
+        samples = writer.summarise(self.reader.model, how)
+        scores = rouge_per_sample([sample.generated for sample in samples], [sample.target for sample in samples])
+        figures = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
+        # of the first documents, so the first targets
+        return [
+            {"document": target["document"], "target": target["target"], "generated": sample.generated} | figure
+            for target, sample, figure in zip(self.targets, samples, figures, strict=False)
+        ]
+
+    def result(self) -> dict[str, Any]:
+        """What came of it so far."""
+        is_cuda = self.device.type == "cuda"
+        return {
+            "run": asdict(self.run),
+            "device": describe_device(str(self.device)),
+            "precision": "bf16" if self.is_bf16 else "fp32",
+            "n_parameters": sum(parameter.numel() for parameter in self.reader.model.parameters()),
+            "peak_bytes": torch.cuda.max_memory_allocated(self.device) if is_cuda else None,
+            "targets": self.targets,
+            "curve": self.curve,
+        }
+
+    def _train_to_evaluation(self, deadline: float) -> str | None:
+        """Steps and the evaluation behind them; says what ends the run there, if anything does."""
+        last = self.arguments.run.max_steps
+        until, ended = next_evaluation(self.state.step, self.arguments.run.eval_every), None
+        losses: list[Tensor] = []
+        started = time.perf_counter()
+        while ended is None and self.state.step < until:
+            losses.append(self.train_step())
+            now = time.perf_counter()
+            if self.run.seconds is not None and self.seconds + now - started >= self.run.seconds:
+                ended = "time"
+            elif self.state.step >= last:
+                ended = "steps"
+            elif now > deadline:
+                ended = "budget"
+        # waits for the device, so that the time is that of the steps
+        loss = float(torch.stack(losses).mean())
+        self.seconds += time.perf_counter() - started
+        self.evaluate(loss)
+        return ended if math.isfinite(loss) else "diverged"
+
+
+def execute_text(file: RunFile, device: torch.device, budget_seconds: float) -> None:
+    """Do the run that a file describes, and keep in the file what there is at each moment.
+
+    Raises:
+        ValueError: Something is wrong with the run.
+    """
+    training = TextTraining(TextRun(**file.read()["run"]), device)
+    origin = {"date": time.strftime("%Y-%m-%d"), "git_commit": git_commit(), "versions": versions()}
+    stopped = training.train(budget_seconds, on_evaluation=lambda: file.write(origin | training.result()))
+    file.write(origin | training.result() | {"texts": training.texts(), "stopped": stopped})
+
+
+def prepare_documents(run: TextRun) -> None:
+    """Have tokenizer and tokenised documents in the cache, before runs that start together would all make them.
+
+    Raises:
+        ValueError: Something is wrong with the flags or the documents.
+    """
+    arguments = parse_run(run)
+    open_splits(arguments.model, arguments.data)
+
+
+def parse_run(run: TextRun) -> Arguments:
+    """The arguments that its flags are."""
+    return parse_arguments([f"--{name}={value}" for name, value in {**run.flags, "seed": run.seed}.items()])
+
+
+def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:
+    """Return the targets of all documents in order.
+
+    Each has the name of its document, its number in the document, the tokens up to the end of its text, and its own.
+    """
+    names = _unique_names(list(evaluator.corpus["id"]))
+    return [
+        {"document": names[index], "target": number, "position": position, "n_tokens": n_tokens}
+        for index in sorted(evaluator.plan.indices)
+        for number, (position, n_tokens) in enumerate(_targets_of(evaluator.corpus[index], evaluator.collator))
+    ]
+
+
+def _unique_names(ids: Sequence[str]) -> list[str]:
+    """Return the ids of documents; where documents share an id, each gets its row behind it."""
+    n_documents = Counter(ids)
+    return [name if n_documents[name] == 1 else f"{name} (row {index})" for index, name in enumerate(ids)]
+
+
+def _targets_of(row: dict[str, Any], collator: Collator) -> Iterator[tuple[int, int]]:
+    sections = zip(row["sections"], row["summaries"], strict=True)
+    ends = itertools.accumulate(len(section) for section in row["sections"])
+    told = [end for end, (section, summary) in zip(ends, sections, strict=True) if section and summary]
+    _, targets = collator.segments(row)
+    # sections behind the cut have no target
+    return zip(told, (len(target) for target in targets if target), strict=False)
+
+
+def next_evaluation(step: int, first: int) -> int:
+    """The step after which the next evaluation comes."""
+    found = first
+    while found <= step:
+        found = max(found + 1, round(found * GROWTH))
+    return found

@@ -1,0 +1,1 @@
+"""Small models trained on memory tasks, many on one GPU."""

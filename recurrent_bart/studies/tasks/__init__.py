@@ -1,0 +1,1 @@
+"""Synthetic tasks that only memory solves."""

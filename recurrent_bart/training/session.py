@@ -1,0 +1,391 @@
+"""A run from its arguments to its last evaluation: what `launch/train.py` calls."""
+
+import contextlib
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
+from recurrent_bart.checkpointing.process_state import reseed_random_states
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.data.corpus import atomic_directory
+from recurrent_bart.data.tokenizer import save_tokenizer
+from recurrent_bart.distributed import (
+    all_together,
+    first_then_all,
+    from_first,
+    is_first,
+    only_first,
+    set_timeout,
+    stop_all,
+)
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.model.flops import peak_flops
+from recurrent_bart.model.generation_settings import change_settings
+from recurrent_bart.monitoring.progress import ProgressDisplay, say
+from recurrent_bart.monitoring.rank_metrics import RankTopology
+from recurrent_bart.monitoring.timing import Stopwatch
+from recurrent_bart.report.curves import draw_curves
+from recurrent_bart.run_folder import RunFolder, atomic_write
+from recurrent_bart.training.adapters import choose_trained, merged
+from recurrent_bart.training.arguments import Arguments
+from recurrent_bart.training.description import describe, learning_rates, oracle_at, resolved_settings
+from recurrent_bart.training.document_order import build_order, store_data_position
+from recurrent_bart.training.environment import Environment, batch_job, is_batch_job
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode, Outcome
+from recurrent_bart.training.lifecycle.faults import telling_of_disk
+from recurrent_bart.training.lifecycle.interruption import Interrupted, Interruption
+from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
+from recurrent_bart.training.lifecycle.spikes import SpikeWatch
+from recurrent_bart.training.lifecycle.stall import StallWatch
+from recurrent_bart.training.model_building import build_model
+from recurrent_bart.training.optimization import build_optimizer, build_scheduler
+from recurrent_bart.training.preparation import Documents, Preparation, make_run_folder, prepare
+from recurrent_bart.training.probing import probe_recurrence
+from recurrent_bart.training.step_metrics import StepMetrics
+from recurrent_bart.training.tracking import start_trackers
+from recurrent_bart.training.trainer import Trainer
+from recurrent_bart.training.training_batches import TrainingBatches
+from recurrent_bart.training.zero.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
+
+# samples shown at each evaluation
+N_SAMPLES = 5
+STOP_FILE = "stop"
+OUTCOME_FILE = "outcome.json"
+# without a step or an evaluation for so long, the user is told
+STALL_SECONDS = 600.0
+
+AnySession = TypeVar("AnySession", bound="Session")
+
+
+def run_experiment(arguments: Arguments, environment: Environment) -> Path:
+    """Train, evaluate and save; returns the run folder.
+
+    Raises:
+        Interrupted: The run was asked to stop before its end; its last checkpoint is that of the last step.
+        ValueError: Something is wrong with the arguments or the documents.
+    """
+    with open_session(arguments, environment, Session) as session:
+        session.train()
+    return session.folder.path
+
+
+def open_session(arguments: Arguments, environment: Environment, kind: type[AnySession]) -> AnySession:
+    """Lock the run folder and prepare a run, from its documents to its sharded model, to begin or to go on.
+
+    Args:
+        arguments: The run's arguments.
+        environment: The calling process.
+        kind: Class of the session, which the caller enters.
+
+    Raises:
+        ValueError: Something is wrong with the arguments or the documents, or a run is going on in the folder.
+    """
+    lock = lock_folder(arguments)
+    try:
+        return _open_locked(arguments, environment, kind, lock)
+    except BaseException:
+        lock.abandon()
+        raise
+
+
+def lock_folder(arguments: Arguments) -> RunLock:
+    """Make the run folder and lock it, on the first process; every process then has its name in `output_dir`.
+
+    Raises:
+        ValueError: A run is in the folder or is going on there, or it cannot be written.
+    """
+    run, holder = arguments.run, Holder.here(*batch_job())
+    locks: list[RunLock] = []
+
+    def lock() -> None:
+        folder, made = (RunFolder(Path(run.resume)), []) if run.resume else make_run_folder(arguments)
+        locks.append(RunLock(folder.path, holder, made, say))
+        try:
+            locks[0].acquire()
+        except ValueError:
+            locks[0].abandon()
+            raise
+
+    only_first(lock)
+    run.output_dir = from_first(str(locks[0].folder) if locks else None)
+    return locks[0] if locks else RunLock(Path(run.output_dir or ""), holder)
+
+
+def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnySession], lock: RunLock) -> AnySession:
+    run = arguments.run
+    prepared = first_then_all(lambda: prepare(arguments, environment))
+    model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
+    choose_trained(model, arguments.model)
+    change_settings(model.generation_config, run.generation_settings(), _longest(prepared), run.num_beams)
+    rates = learning_rates(arguments, prepared.config)
+    optimizer = build_optimizer(model, rates, run.weight_decay, run.adam_beta2)
+    engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
+    # from here on processes differ in their dropout
+    torch.manual_seed(run.seed + 1 + environment.rank)
+    model.set_gradient_checkpointing(run.gradient_checkpointing)
+    checkpoints = Checkpoints(
+        prepared.folder.checkpoints, run.keep_last, run.keep_every, run.async_save, run.trust_checkpoint
+    )
+    resumed = checkpoints.load(engine) if run.resume else Resumed()
+    if resumed.state.step > run.max_steps:
+        stop_all(
+            f"--max_steps {run.max_steps}: the run has done {resumed.state.step} steps; --max_steps counts these too"
+        )
+    if "seed" in prepared.changes:
+        # the checkpoint's random states are those of the seed before
+        torch.manual_seed(run.seed + 1 + environment.rank)
+        reseed_random_states(resumed.state.step)
+    return kind(arguments, environment, prepared, engine, checkpoints, resumed, lock)
+
+
+def _longest(prepared: Preparation) -> int:
+    """Return the most tokens of a generated text, which are those of a target."""
+    return prepared.splits["validation"].collator.max_target_length
+
+
+def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
+    folder = prepared.folder
+    # nothing of an earlier end was touched while the run could still be refused
+    for name in (STOP_FILE, OUTCOME_FILE):
+        (folder.path / name).unlink(missing_ok=True)
+    save_tokenizer(prepared.tokenizer, folder.tokenizer)
+    # what makes it a run that can be resumed, so it comes last
+    folder.write_config(
+        arguments=asdict(arguments),
+        resolved=resolved_settings(arguments, prepared.config),
+        model=prepared.config.to_dict(),
+        deepspeed=prepared.deepspeed,
+        documents=prepared.documents(),
+    )
+    folder.forget_after(state.step, state.evaluated_step)
+
+
+class Session:
+    """What happens beside the steps: evaluation, checkpoints, the log. All processes have one each."""
+
+    def __init__(
+        self,
+        arguments: Arguments,
+        environment: Environment,
+        prepared: Preparation,
+        engine: DeepSpeedEngine,
+        checkpoints: Checkpoints,
+        resumed: Resumed,
+        lock: RunLock,
+    ):
+        self.arguments, self.environment, self.prepared = arguments, environment, prepared
+        self.engine, self.checkpoints, self.resumed, self.lock = engine, checkpoints, resumed, lock
+        self.state = state = resumed.state
+        self.order = build_order(arguments, prepared, environment.world_size, state)
+        # nothing that could still be refused comes after it
+        only_first(lambda: _open_folder(prepared, arguments, state))
+        self.folder = prepared.folder
+        self.display = ProgressDisplay(state.step, arguments.run.max_steps, is_plain=is_batch_job())
+        peak = peak_flops(environment.device, engine.bfloat16_enabled())
+        self.places = RankTopology.gather(environment.local_rank, peak)
+        self.trackers = start_trackers(arguments.tracking, environment, self.folder, self.places)
+        self.stall_watch = StallWatch(STALL_SECONDS, self._report_stall)
+        self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes, self._tell_of_signal)
+        self.evaluator = self._evaluator(prepared.splits["validation"])
+        self.spikes = SpikeWatch()
+        self.saved = (state.step, state.evaluated_step)
+        # whose model is in the folder
+        self.model_step = state.best_step if math.isfinite(state.best_loss) else None
+
+    def __enter__(self) -> Self:
+        if is_first():
+            self.display.__enter__()
+            if self.state.step:
+                self.display.say(f"resumed    after step {self.state.step}")
+            for line in describe(self.arguments, self.order, self.environment, self.prepared, self.engine):
+                self.display.say(line)
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
+        outcome = Outcome.of(error, self.state.step)
+        self._finish_trackers(outcome)
+        if is_first():
+            self.display.__exit__()
+            self.lock.renew()
+        if is_first() and not self.lock.is_lost:
+            # a full disk may be what ends it
+            with contextlib.suppress(OSError):
+                atomic_write(self.folder.path / OUTCOME_FILE, json.dumps(outcome.fields()) + "\n")
+        self.lock.release()
+
+    def train(self) -> None:
+        """Run the loop."""
+        documents, run = self.prepared.splits["train"], self.arguments.run
+        batches = contextlib.closing(TrainingBatches(documents, self.order, run, self.environment, self.state))
+        with self.interruption.watching(), self.stall_watch, batches as read:
+            try:
+                self._trainer(read).train()
+                self.checkpoints.wait()
+            except Interrupted as reason:
+                self.checkpoints.wait()
+                self.display.say(f"stopped    after step {self.state.step}: {reason}")
+                raise
+            finally:
+                self._tell_of_model()
+
+    def _trainer(self, batches: Iterator[Batch]) -> Trainer:
+        return Trainer(
+            engine=self.engine,
+            batches=batches,
+            run=self.arguments.run,
+            state=self.state,
+            on_log=self.log,
+            on_evaluation=self.evaluate,
+            on_save=self.save,
+            on_step=self.step,
+            on_skip=self.skip,
+            oracle=functools.partial(oracle_at, self.arguments.run, self.order),
+            interruption=self.interruption,
+            places=self.places,
+            watch=Stopwatch(self.environment.device),
+            curriculum=self.arguments.run.build_curriculum(),
+            tally=StepMetrics.of(self.resumed.figures),
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write and show the figures of some steps."""
+        train = self.prepared.splits["train"]
+        self.trackers.log({**record, "n_cut_documents": train.plan.n_cut, "n_bad_documents": len(train.skipped)})
+        self.display.show(record)
+        self.watch(record)
+
+    def watch(self, record: dict[str, Any]) -> None:
+        """Say that the loss is far above what it was.
+
+        Raises:
+            ValueError: It has been for so long that the run is to end.
+        """
+        warning = self.spikes.warning(record)
+        if warning:
+            self.trackers.alert("loss is high", warning)
+            self.display.say(f"warning: {warning}")
+        if warning and self.spikes.n_in_row == self.arguments.run.max_loss_spikes:
+            stop_all(f"{warning}; lower --learning_rate and --resume from a checkpoint before, or begin anew")
+
+    def step(self, step: int) -> None:
+        """Show that a step is done; what the first one takes long for, no other does."""
+        self.lock.check()
+        self.stall_watch.beat()
+        self.display.step(step)
+        set_timeout(timedelta(seconds=self.arguments.run.step_timeout_seconds))
+
+    def wait_longer(self) -> None:
+        """Let the others take their time, as long as at the start."""
+        self.lock.renew()
+        self.lock.check()
+        set_timeout(timedelta(minutes=self.arguments.run.timeout_minutes))
+
+    def skip(self, reason: str) -> None:
+        """Write and say why a step was not applied."""
+        self.trackers.log({"step": self.state.step, "skipped": reason})
+        self.trackers.alert("step skipped", reason)
+        self.display.say(f"warning: {reason}")
+
+    def _report_stall(self) -> None:
+        text = f"no step for {STALL_SECONDS / 60:.0f} minutes after step {self.state.step}"
+        self.trackers.alert("run stalls", text)
+        self.display.say(f"warning: {text}")
+
+    def _tell_of_signal(self, name: str) -> None:
+        self.display.say(f"stopping   {name} received: finishing this step (or batch of an evaluation), then saving")
+
+    def _tell_of_model(self) -> None:
+        """Say which step's model is in the folder, which need not be that of the last step."""
+        if self.model_step is not None:
+            lowest = f"validation loss {self.state.best_loss:.4f}, the lowest"
+            self.display.say(f"saved      {self.folder.model}, the model after step {self.model_step}: {lowest}")
+
+    def _finish_trackers(self, outcome: Outcome) -> None:
+        code = ExitCode(outcome.code)
+        self.trackers.alert(f"run {code.name.lower()}", f"after step {outcome.step}  {outcome.reason}".rstrip())
+        for line in self.trackers.finish(is_success=code in (ExitCode.DONE, ExitCode.STOPPED)):
+            self.display.say(f"upload     {line}")
+
+    def evaluate(self) -> bool:
+        """Validation loss and ROUGE, the best model so far; says whether to stop early."""
+        self.wait_longer()
+        state, samples = self.state, []
+        started = time.perf_counter()
+        with gathered_for_evaluation(self.engine) as model:
+            loss = self.evaluator.loss(model)
+            # an untrained model has nothing to tell
+            if state.step:
+                samples = self.evaluator.summarise(model, self._generation())
+            recurrence = probe_recurrence(model, self.evaluator)
+        record: dict[str, Any] = {"step": state.step, "validation_loss": loss, **recurrence}
+        if samples:
+            record |= {name: value.mean for name, value in score(samples).items()}
+        record["evaluation_seconds"] = time.perf_counter() - started
+        is_best = loss < state.best_loss
+        if is_best:
+            state.best_loss, state.best_step, state.n_worse = loss, state.step, 0
+        else:
+            state.n_worse += 1
+        self.stall_watch.beat()
+        self.trackers.log(from_first(record))
+        self.display.show(record)
+        if is_first():
+            with telling_of_disk(self.folder.samples_file):
+                self._write_evaluation(record, samples)
+        if is_best:
+            self._export()
+            self.model_step = state.step
+        patience = self.arguments.run.patience
+        return bool(patience) and state.n_worse >= patience
+
+    def save(self, figures: dict[str, float]) -> None:
+        """Write a checkpoint, unless there is this very one; of step 0 there is nothing that is not made again."""
+        state = self.state
+        if state.step and (state.step, state.evaluated_step) != self.saved:
+            self.wait_longer()
+            store_data_position(self.order, state)
+            started = time.perf_counter()
+            self.checkpoints.save(self.engine, state, figures)
+            self.trackers.log(from_first({"step": state.step, "checkpoint_seconds": time.perf_counter() - started}))
+            self.saved = (state.step, state.evaluated_step)
+
+    def _write_evaluation(self, record: dict[str, Any], samples: list[Any]) -> None:
+        if samples:
+            self.folder.append_samples(f"Step {record['step']}", samples[:N_SAMPLES])
+        draw_curves(self.folder.read_metrics(), self.folder.curves_file)
+        figures = "  ".join(f"{name} {value:.2f}" for name, value in record.items() if name.startswith("rouge"))
+        self.display.say(f"step {record['step']}: validation loss {record['validation_loss']:.4f}  {figures}".rstrip())
+
+    def _export(self) -> None:
+        """Write the model as it is now to RUN/model, for from_pretrained."""
+        weights = full_state_dict(self.engine)
+        if is_first():
+            with telling_of_disk(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
+                save_model(self.engine, merged(weights, self.arguments.model), draft)
+                save_tokenizer(self.prepared.tokenizer, draft)
+
+    def _generation(self) -> Generation:
+        run = self.arguments.run
+        return Generation(_longest(self.prepared), run.num_beams, run.eval_documents)
+
+    def _evaluator(self, documents: Documents) -> Evaluator:
+        run = self.arguments.run
+        return Evaluator(
+            documents.corpus,
+            documents.plan,
+            documents.collator,
+            self.prepared.tokenizer,
+            run.per_device_eval_batch_size or run.per_device_train_batch_size,
+            self.environment.device,
+            on_batch=lambda: self.interruption.ask(self.environment.device),
+        )

@@ -1,0 +1,65 @@
+"""What has happened since the last line of the log."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.monitoring.rank_metrics import RankMetrics
+
+# what is counted and so can be gone on from
+COUNTED = (
+    "loss",
+    "n_targets",
+    "n_tokens",
+    "n_documents",
+    "n_segments",
+    "n_flops",
+    "n_steps",
+    "data_seconds",
+    "forward_seconds",
+    "backward_seconds",
+    "optimizer_seconds",
+)
+
+
+@dataclass
+class StepMetrics(RankMetrics):
+    """This process's figures, and the steps that they are of.
+
+    Attributes:
+        n_steps: Optimizer steps.
+        started: When they began.
+        learning_rate: Of the last one.
+    """
+
+    n_steps: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    learning_rate: float = 0.0
+
+    def add(self, batch: Batch, n_flops: float) -> None:
+        """Count a batch and the useful operations of its passes."""
+        self.n_targets += batch.n_targets()
+        self.n_tokens += batch.n_tokens()
+        self.n_documents += len(batch.labels)
+        self.n_segments += int(batch.attention_mask.any(dim=-1).sum())
+        self.n_flops += n_flops
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Count time by kind of work."""
+        for kind, value in seconds.items():
+            setattr(self, f"{kind}_seconds", getattr(self, f"{kind}_seconds") + value)
+
+    def figures(self) -> dict[str, float]:
+        """What a checkpoint keeps, for a line of the log that ends after it."""
+        kept = {name: float(getattr(self, name)) for name in COUNTED}
+        return {**kept, "seconds": time.perf_counter() - self.started}
+
+    @classmethod
+    def of(cls, figures: Mapping[str, float]) -> "StepMetrics":
+        """Go on from those of a checkpoint; without any, from nothing."""
+        tally = cls(started=time.perf_counter() - figures.get("seconds", 0.0))
+        for name in COUNTED:
+            setattr(tally, name, figures.get(name, 0.0))
+        tally.n_steps = int(tally.n_steps)
+        return tally

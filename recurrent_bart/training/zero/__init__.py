@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO engine: its configuration, patches and gradient accumulation."""

@@ -1,0 +1,317 @@
+"""Changes to DeepSpeed's own objects: every name that they rely on, and the versions they were tested with.
+
+DeepSpeed may rename a private function in any release. To replace a name that nothing reads any more has no effect and
+raises no error. So all names are looked up when an engine is built:
+
+- A patch that saves time is left out, with one warning, if a name is absent or the version is not a tested one.
+- A patch without which numbers or files would be wrong raises a ValueError if a name is absent. It is applied under
+  other versions too, with the warning.
+"""
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import nvtx
+from torch import Tensor
+
+from recurrent_bart.monitoring.progress import say
+from recurrent_bart.training.zero.accelerator_calls import on_stream
+from recurrent_bart.training.zero.gradient_buckets import PRIVATE, average_and_scatter, keep_partitions
+from recurrent_bart.training.zero.gradients_together import has_infinite, norm_of_all
+
+# of DeepSpeed; the tests of this package pass with these
+TESTED_VERSIONS = ("0.19.8",)
+FLUSHES = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")
+# DeepSpeed's operator for all-reduce over shared memory
+SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change to DeepSpeed.
+
+    Attributes:
+        purpose: What it is for, as it stands in a message.
+        names: Names that it relies on, from `engine`, `optimizer`, `accelerator` or `nvtx` on.
+        stages: ZeRO stages that it concerns.
+        apply: Makes the change for an engine. None: the change is made where it is used.
+        is_needed: Numbers or files would be wrong without it.
+    """
+
+    purpose: str
+    names: tuple[str, ...]
+    stages: tuple[int, ...] = (1, 2, 3)
+    apply: Callable[[DeepSpeedEngine], None] | None = None
+    is_needed: bool = False
+
+    def absent(self, engine: DeepSpeedEngine) -> list[str]:
+        """Return the names that the installed DeepSpeed does not have."""
+        roots = SimpleNamespace(engine=engine, optimizer=engine.optimizer, accelerator=get_accelerator(), nvtx=nvtx)
+        return [name for name in self.names if not _exists(roots, name)]
+
+
+def apply_patches(engine: DeepSpeedEngine) -> None:
+    """Make all changes that concern an engine.
+
+    Raises:
+        ValueError: DeepSpeed lacks a name without which numbers or files would be wrong.
+    """
+    is_tested = deepspeed.__version__ in TESTED_VERSIONS
+    left_out = []
+    for patch in PATCHES:
+        if engine.zero_optimization_stage() not in patch.stages:
+            continue
+        absent = patch.absent(engine)
+        if absent and patch.is_needed:
+            raise ValueError(
+                f"DeepSpeed {deepspeed.__version__} has no {', '.join(absent)}, which is needed to {patch.purpose}: "
+                f"install deepspeed=={TESTED_VERSIONS[-1]}"
+            )
+        if not patch.is_needed and (absent or not is_tested):
+            left_out.append(f"{patch.purpose} (no {', '.join(absent)})" if absent else patch.purpose)
+        elif patch.apply is not None:
+            patch.apply(engine)
+    _warn(is_tested, left_out)
+
+
+def skip_shared_memory_operator() -> None:
+    """Keep DeepSpeed from compiling, for a minute, an all-reduce that only inference on a CPU uses."""
+    operators = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if operators is None:
+        say(f"warning: DeepSpeed {deepspeed.__version__} has no ops.__compatible_ops__: it may compile for a minute")
+    else:
+        operators[SHARED_MEMORY_OPERATOR] = False
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Within this block, an object has other methods."""
+    own = vars(owner)
+    before = {name: own[name] for name in methods if name in own}
+    own.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del own[name]
+        own.update(before)
+
+
+def without_bf16_optimizer(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with which ZeRO-1 in bfloat16 reduces gradients as ZeRO-2 does.
+
+    DeepSpeed gives ZeRO-1 another optimizer wrapper if gradients are summed in float32. That wrapper can neither reduce
+    several passes once nor tell the norms of single gradients. `sum_in` sets the data type afterwards.
+    """
+    if config["zero_optimization"]["stage"] != 1 or not config.get("bf16", {}).get("enabled"):
+        return dict(config)
+    return config | {"data_types": config.get("data_types", {}) | {"grad_accum_dtype": "bf16"}}
+
+
+def sum_in(optimizer: Any, config: dict[str, Any]) -> None:
+    """Have ZeRO-1 keep its part of the gradient in the data type that the configuration names."""
+    if config["zero_optimization"]["stage"] == 1 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        optimizer.gradient_accumulation_dtype = torch.float32
+
+
+@contextlib.contextmanager
+def exchanging_gradients_in(optimizer: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Within this block, a ZeRO optimizer takes gradients of a data type, and exchanges them in it.
+
+    ZeRO-1 and ZeRO-2 read them from `parameter.grad_accum` and not from `parameter.grad`.
+    """
+    settings = {
+        "communication_data_type": dtype,
+        "ipg_buckets": {dtype: type(next(iter(optimizer.ipg_buckets.values())))()},
+    }
+    if _reads_grad_accum(optimizer):
+        settings["use_grad_accum_attribute"] = True
+    else:
+        # ZeRO-3 fills a buffer of the bucket's data type only to copy from it again
+        settings["contiguous_gradients"] = False
+    before = {name: getattr(optimizer, name) for name in settings}
+    vars(optimizer).update(settings)
+    try:
+        yield
+    finally:
+        vars(optimizer).update(before)
+
+
+def give_gradient(optimizer: Any, parameter: Any, gradient: Tensor) -> None:
+    """Give a ZeRO optimizer a whole gradient of any data type, within `exchanging_gradients_in`."""
+    if _reads_grad_accum(optimizer):
+        parameter.grad_accum = gradient
+    else:
+        # the parameter's own data is empty or in another type, which PyTorch would compare with the gradient's
+        parameter.grad = torch.empty_like(parameter)
+        parameter.grad.data = gradient
+
+
+def _reads_grad_accum(optimizer: Any) -> bool:
+    return hasattr(optimizer, "use_grad_accum_attribute")
+
+
+def _exists(roots: SimpleNamespace, name: str) -> bool:
+    try:
+        operator.attrgetter(name)(roots)
+    except AttributeError:
+        return False
+    return True
+
+
+def _warn(is_tested: bool, left_out: list[str]) -> None:
+    if is_tested and not left_out:
+        return
+    text = "" if is_tested else f" is not among the versions tested ({', '.join(TESTED_VERSIONS)})"
+    slower = f"; steps are slower without: {', '.join(left_out)}" if left_out else ""
+    say(f"warning: DeepSpeed {deepspeed.__version__}{text}{slower}")
+
+
+def _has_offload(optimizer: Any) -> bool:
+    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+
+
+def shorten_accelerator_calls(engine: DeepSpeedEngine | None = None) -> None:
+    """Have DeepSpeed ask for streams in PyTorch's shortest way, and mark nothing for profilers; in all engines."""
+    nvtx.enable_nvtx = False
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda":
+        accelerator.current_stream = torch.accelerator.current_stream
+        accelerator.stream = on_stream
+        # otherwise it records an event for each gathered parameter, and waits in the middle of a step for buckets to be
+        # reduced; a step ends with waiting for all of them
+        accelerator.handles_memory_backpressure = lambda: True
+
+
+def _reduce_whole_buckets(engine: DeepSpeedEngine) -> None:
+    optimizer = engine.optimizer
+    # gradients that are kept in the CPU's memory, or reduced in other ways, are not touched
+    if not (_has_offload(optimizer) or optimizer.zenflow or optimizer.all2all_process_group is not None):
+        setattr(optimizer, f"{PRIVATE}avg_scatter_grads", functools.partial(average_and_scatter, optimizer))
+        optimizer.partition_grads = functools.partial(keep_partitions, optimizer)
+
+
+def _take_one_norm(engine: DeepSpeedEngine) -> None:
+    optimizer = engine.optimizer
+    if not _has_offload(optimizer):
+        optimizer.get_grad_norm_direct = functools.partial(norm_of_all, optimizer.get_grad_norm_direct)
+
+
+def _check_finite_together(engine: DeepSpeedEngine) -> None:
+    optimizer = engine.optimizer
+    if not _has_offload(optimizer):
+        optimizer.has_overflow_partitioned_grads_serial = functools.partial(has_infinite, optimizer)
+
+
+def _forget_skipped_gradients(engine: DeepSpeedEngine) -> None:
+    """With offload, DeepSpeed adds the gradients of the next step to those of a step that was not finite."""
+    optimizer = engine.optimizer
+    if not optimizer.cpu_offload:
+        return
+    reset = optimizer.reset_cpu_buffers
+
+    def reset_all() -> None:
+        reset()
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+
+    optimizer.reset_cpu_buffers = reset_all
+
+
+def _names(owner: str, *attributes: str) -> tuple[str, ...]:
+    return tuple(f"{owner}.{attribute}" for attribute in attributes)
+
+
+PATCHES = (
+    Patch(
+        "ask for streams in PyTorch's shortest way",
+        (*_names("accelerator", "current_stream", "stream", "handles_memory_backpressure"), "nvtx.enable_nvtx"),
+        apply=shorten_accelerator_calls,
+    ),
+    Patch(
+        "reduce gradients a bucket at a time",
+        _names(
+            "optimizer",
+            f"{PRIVATE}avg_scatter_grads",
+            f"{PRIVATE}param_id_to_grad_partition",
+            "partition_grads",
+            "_get_param_partition_group",
+            "micro_step_id",
+            "gradient_accumulation_dtype",
+            "offload_optimizer",
+            "zenflow",
+            "all2all_process_group",
+        ),
+        stages=(3,),
+        apply=_reduce_whole_buckets,
+    ),
+    Patch("take one norm of all gradients", ("optimizer.get_grad_norm_direct",), apply=_take_one_norm),
+    Patch(
+        "check all gradients together for infinities",
+        _names(
+            "optimizer",
+            "has_overflow_partitioned_grads_serial",
+            "averaged_gradients",
+            "bit16_groups",
+            "cpu_offload",
+        ),
+        stages=(1, 2),
+        apply=_check_finite_together,
+    ),
+    Patch(
+        "reduce the gradients of several passes once",
+        (
+            *_names("engine", "coalesce_grad_reduction", *FLUSHES, "_config.communication_data_type"),
+            *_names("optimizer", "communication_data_type", "ipg_buckets", "gradient_accumulation_dtype", "dtype"),
+        ),
+        is_needed=True,
+    ),
+    Patch(
+        "sum gradients in float32",
+        _names("optimizer", "use_grad_accum_attribute", "cpu_offload"),
+        stages=(1, 2),
+        is_needed=True,
+    ),
+    Patch(
+        "sum gradients in float32",
+        _names("optimizer", "contiguous_gradients", "offload_optimizer"),
+        stages=(3,),
+        is_needed=True,
+    ),
+    Patch(
+        "forget the gradients of a skipped step",
+        _names("optimizer", "reset_cpu_buffers", "averaged_gradients", "cpu_offload"),
+        stages=(1, 2),
+        apply=_forget_skipped_gradients,
+        is_needed=True,
+    ),
+    Patch(
+        "evaluate the gathered model",
+        _names(
+            "optimizer",
+            "leaf_parameters",
+            "parameter_offload.forward_hooks",
+            "parameter_offload.backward_hooks",
+            "parameter_offload._remove_module_hooks",
+            "parameter_offload.setup_zero_stage3_hooks",
+        ),
+        stages=(3,),
+        is_needed=True,
+    ),
+    Patch(
+        "write and read checkpoints",
+        (*_names("engine", "checkpoint_engine", "_config.load_universal_checkpoint"), "optimizer.clip_grad"),
+        is_needed=True,
+    ),
+    # `Checkpoints` replaces it
+    Patch("write checkpoints without scripts", ("engine._copy_recovery_script",)),
+)

@@ -1,0 +1,121 @@
+"""Gradients of several backward passes, summed in float32 and reduced over processes once.
+
+A bfloat16 number has 8 significant bits: a sum of 256 equal numbers does not grow any more. Autograd adds the gradients
+of all passes in the precision of the weights. Here each pass starts without gradients, and what it gives is added to
+sums in float32.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from recurrent_bart.training.zero.deepspeed_patches import FLUSHES, exchanging_gradients_in, give_gradient, replaced
+
+
+@torch.no_grad()
+def add_gradients(
+    sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None], dtype: torch.dtype = torch.float32
+) -> list[Tensor | None]:
+    """Add gradients to sums of another data type and return the sums.
+
+    A sum that exists is changed in place. Where there is a gradient but no sum yet, the gradient is the sum. Where
+    there is no gradient, the sum stays.
+
+    Args:
+        sums: One for each parameter.
+        gradients: One for each parameter.
+        dtype: Data type of new sums.
+    """
+    pairs = [(total, new) for total, new in zip(sums, gradients, strict=True) if new is not None]
+    earlier = [(total, new) for total, new in pairs if total is not None]
+    if earlier:
+        # one kernel a parameter, as autograd's own sum takes, but without a copy of the gradient in float32
+        torch._foreach_add_(*map(list, zip(*earlier, strict=True)))
+    first = [new for total, new in pairs if total is None]
+    copies = [torch.empty_like(new, dtype=dtype) for new in first]
+    if first:
+        torch._foreach_copy_(copies, first)
+    rest = iter(copies)
+    return [
+        next(rest) if total is None and new is not None else total for total, new in zip(sums, gradients, strict=True)
+    ]
+
+
+class StepGradients:
+    """Gradients of one optimizer step of an engine, over several backward passes.
+
+    DeepSpeed leaves the gradients of the passes in `parameter.grad`. Where `grad_accum_dtype` is another data type than
+    that of the weights, this class takes them from there after each pass and puts the sums back before the reduction.
+
+    Args:
+        engine: Around the model, under ZeRO.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine):
+        self.engine, self.optimizer = engine, engine.optimizer
+        self.dtype = self.optimizer.gradient_accumulation_dtype
+        self.has_sums = self.dtype != self.optimizer.dtype
+        self.parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        self.sums: list[Tensor | None] = [None] * len(self.parameters)
+        self.is_dropped = self.is_reduced = False
+
+    def collect(self) -> None:
+        """Add the gradients of a backward pass to the sums, and free them."""
+        if self.has_sums:
+            self.sums = add_gradients(self.sums, [parameter.grad for parameter in self.parameters], self.dtype)
+            self._free()
+
+    def drop(self) -> None:
+        """Forget the gradients of all passes: the step is not made."""
+        self.is_dropped, self.sums = True, []
+        self._free()
+
+    def reduce(self, flush: Callable[[Any], None], optimizer: Any) -> None:
+        """Reduce the sums over processes, by DeepSpeed's own `flush`; do nothing if the step is not made.
+
+        The sums are exchanged in their own data type, or in `communication_data_type` if the configuration names one.
+        """
+        if self.is_dropped:
+            return
+        self.collect()
+        self.is_reduced = True
+        if not self.has_sums:
+            flush(optimizer)
+            return
+        with exchanging_gradients_in(optimizer, self.engine._config.communication_data_type or self.dtype):
+            self._put_back()
+            flush(optimizer)
+            # under some settings ZeRO-2 keeps them until the update
+            self._free()
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Within this block, collect after each backward pass of the engine, and reduce where DeepSpeed flushes."""
+        engine = self.engine
+        backward = engine.backward
+
+        def backward_and_collect(*inputs: Any, **settings: Any) -> Any:
+            result = backward(*inputs, **settings)
+            self.collect()
+            return result
+
+        flushes = {name: functools.partial(self.reduce, getattr(engine, name)) for name in FLUSHES}
+        with replaced(engine, backward=backward_and_collect, **flushes):
+            yield
+
+    def _put_back(self) -> None:
+        """Give the sums to DeepSpeed, which frees each of them once it is reduced."""
+        sums, self.sums = self.sums, []
+        for parameter, total in zip(self.parameters, sums, strict=True):
+            if total is not None:
+                give_gradient(self.optimizer, parameter, total)
+
+    def _free(self) -> None:
+        for parameter in self.parameters:
+            # DeepSpeed's `grad_accum` is an attribute of ZeRO-1 and ZeRO-2
+            parameter.grad = parameter.grad_accum = None

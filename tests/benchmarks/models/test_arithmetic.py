@@ -1,0 +1,62 @@
+"""The arithmetic of the other models is what PyTorch counts while they run, less what is computed and thrown away."""
+
+import pytest
+import torch
+
+from counted_flops import counted_flops
+from recurrent_bart.benchmarks.models.cases import Case
+from recurrent_bart.benchmarks.models.measure import random_batch
+from recurrent_bart.benchmarks.models.subjects import Place, build_benchmark_model
+
+PLACE = Place("tiny", 32, torch.device("cpu"), torch.float32)
+
+
+def eager(subject):
+    """Attention that the counter sees on a processor."""
+    for module in subject.model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+
+
+def train(subject, batch):
+    for loss in subject.losses(batch):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("case", "least", "most"),
+    [
+        # its loss makes the logits again in the backward pass
+        (Case("ours", 4, schedule="sequential", batch_size=2), 0.93, 1.0),
+        (Case("rmt", 4, batch_size=2), 0.98, 1.0),
+        (Case("rmt", 4, bptt_depth=1), 0.98, 1.0),
+        (Case("bart", 4, batch_size=2), 0.99, 1.0),
+        # blocks of keys of which each query sees a part alone; the first positions' windows are cut
+        (Case("led", 16), 0.7, 1.0),
+        (Case("longt5", 32), 0.8, 1.0),
+    ],
+    ids=lambda value: f"{value.model}{value.bptt_depth}" if isinstance(value, Case) else "",
+)
+def test_it_is_what_a_model_does(case, least, most):
+    subject = build_benchmark_model(case, PLACE)
+    eager(subject)
+    batch = random_batch(case, PLACE)
+    trained = subject.training_flops(batch) / counted_flops(lambda: train(subject, batch))
+    assert least < trained <= most + 1e-6
+    subject.model.eval()
+    with torch.no_grad():
+        read = subject.encoder_flops(batch) / counted_flops(lambda: subject.encode(batch))
+    assert least - 0.1 < read <= most + 1e-6
+
+
+def test_windows_grow_with_the_document_and_squares_with_its_square():
+    flops = {
+        model: [
+            build_benchmark_model(Case(model, n), PLACE).encoder_flops(random_batch(Case(model, n), PLACE))
+            for n in (64, 128)
+        ]
+        for model in ("led", "bart", "rmt")
+    }
+    assert flops["led"][1] == pytest.approx(2 * flops["led"][0], rel=0.01)
+    assert flops["rmt"][1] == pytest.approx(2 * flops["rmt"][0])
+    assert flops["bart"][1] > 3 * flops["bart"][0]

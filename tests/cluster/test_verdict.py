@@ -1,0 +1,73 @@
+"""A bad node is named, with what is wrong with it, and no good one."""
+
+import dataclasses
+
+import pytest
+
+from recurrent_bart.cluster.node_checks import GIB, Report, neighbours
+from recurrent_bart.cluster.verdict import Expectations, by_node, judge
+
+EXPECTED = Expectations(memory_gib=8, disk_gib=10, within=50, between=5, clock_seconds=2)
+NAMES = ["ada", "bob", "cyd"]
+
+
+def report(host, rates=(20e9, 20e9), **changes):
+    """Of a process that found nothing wrong; one of two on its node, which is one of three."""
+    number = NAMES.index(host)
+    others = {str((number + 1) % 3): rates[0], str((number + 2) % 3): rates[1]}
+    values = {"n_gpus": 2, "memory_bytes": 64 * GIB, "disk_bytes": 100 * GIB, "disk_rate": 1e9, "clock": 1e9}
+    return Report(host, **{**values, "within": 200e9, "between": others, **changes})
+
+
+def verdict(changed, **changes):
+    """On three nodes, of which one is changed."""
+    reports = [report(name, **(changes if name == changed else {})) for name in NAMES for _ in range(2)]
+    return judge(by_node(reports, 2, NAMES), EXPECTED)
+
+
+def test_good_nodes_are_not_named():
+    assert verdict(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"problems": ["1 GPUs, not 2"]}, "1 GPUs, not 2"),
+        ({"memory_bytes": 4 * GIB}, "4.0 GiB of memory free, expected 8"),
+        ({"disk_bytes": 3 * GIB}, "3.0 GiB of disk free, expected 10"),
+        ({"within": 60e9}, "all-reduce on it at 60 GB/s, expected 1e+02"),
+        ({"within": 20e9}, "all-reduce on it at 20 GB/s, expected 1e+02"),
+        ({"clock": 1e9 + 3}, "its clock is off by 3.0 s"),
+    ],
+)
+def test_a_bad_node_is_named_with_what_is_wrong(changes, expected):
+    # the middle one, told once for both of its processes
+    assert verdict("bob", **changes) == {"bob": [expected]}
+
+
+def test_a_slow_neighbour_is_not_the_fault_of_a_node():
+    slow, fast = 1e9, 20e9
+    rates = {"ada": (slow, fast), "bob": (slow, slow), "cyd": (fast, slow)}
+    reports = [report(name, rates[name]) for name in NAMES for _ in range(2)]
+    assert judge(by_node(reports, 2, NAMES), EXPECTED) == {"bob": ["all-reduce with the next at 1 GB/s, expected 10"]}
+
+
+def test_slow_means_slower_than_expected_where_all_are_alike():
+    reports = [report(name, (1e9, 1e9)) for name in NAMES for _ in range(2)]
+    assert list(judge(by_node(reports, 2, NAMES), EXPECTED)) == NAMES
+    assert judge(by_node(reports, 2, NAMES), dataclasses.replace(EXPECTED, between=0.5)) == {}
+
+
+def test_a_node_that_says_nothing_is_named_by_the_job():
+    reports = [report("ada"), report("ada"), None, None, report("cyd"), None]
+    expected = {"bob": ["2 of 2 processes say nothing"], "cyd": ["1 of 2 processes say nothing"]}
+    assert judge(by_node(reports, 2, NAMES), EXPECTED) == expected
+    assert "node number 1" in judge(by_node(reports, 2, []), EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("n_nodes", "pairs"),
+    [(1, []), (2, [(0, 1)]), (3, [(0, 1), (2, 0), (1, 2)]), (4, [(0, 1), (2, 3), (1, 2), (3, 0)])],
+)
+def test_each_node_is_measured_with_both_of_its_neighbours(n_nodes, pairs):
+    assert neighbours(n_nodes) == pairs

@@ -1,0 +1,160 @@
+"""Fused cells give the numbers of plain ones; kernels run by Triton's interpreter, on a processor."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from counted_calls import OperationsCalled, count_calls
+from played_graphs import play_graphs
+from recurrent_bart.execution import diagonal_graphs as diagonal_recorder
+from recurrent_bart.execution import fused_cell, wavefront
+from recurrent_bart.execution import grid as schedules
+from tiny import random_ids, tiny_model
+
+# a width that is no power of two
+SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "gelu"}
+FIELDS = {
+    "gated": {"prefix_attention": "gated"},
+    "concat": {"prefix_attention": "concat"},
+    "own projection": {"prefix_projection": False, "update_gate": False},
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Diagonals on a processor are fused; counts the cells."""
+    monkeypatch.setattr(wavefront, "can_fuse", lambda config, stream: True)
+    return count_calls(monkeypatch, wavefront, "fused_cell")
+
+
+def documents(task, n_documents=2, n_segments=3):
+    """Ragged ones: padding inside a segment and segments that are not there."""
+    torch.manual_seed(1)
+    mask = torch.ones(n_documents, n_segments, 8, dtype=torch.long)
+    mask[1, -1], mask[1, -2, 5:] = 0, 0
+    labels = random_ids(n_documents, n_segments, 4)
+    labels[~mask.bool().any(-1)] = -100
+    labels = labels if task == "sections" else labels[:, 0]
+    return {"input_ids": random_ids(n_documents, n_segments, 8), "attention_mask": mask, "labels": labels}
+
+
+def build(schedule, **fields):
+    torch.manual_seed(0)
+    return tiny_model(schedule=schedule, **SHAPE | fields).train()
+
+
+def results(schedule, inputs, checkpointing="none", **fields):
+    model = build(schedule, **fields)
+    model.set_gradient_checkpointing(checkpointing)
+    output = model(**inputs)
+    output.loss.backward()
+    return output.loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_values_and_gradients_are_the_plain_ones(interpreted, monkeypatch, fields, task):
+    inputs = documents(task)
+    expected_loss, expected = results("sequential", inputs, **fields)
+    loss, gradients = results("wavefront", inputs, **fields)
+    assert interpreted
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_checkpointing_changes_no_number(interpreted):
+    """With dropout, whose seeds are kept for the backward pass."""
+    inputs = documents("document", n_segments=2)
+    fields = {"dropout": 0.2, "hidden_dropout_prob": 0.2, "encoder_layers": 1}
+    expected_loss, expected = results("wavefront", inputs, **fields)
+    loss, gradients = results("wavefront", inputs, "layer", **fields)
+    assert interpreted
+    assert loss == expected_loss
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_replayed_ones_too(interpreted, monkeypatch, fields):
+    """Of those the forward passes leave what they give where the next ones read it."""
+    monkeypatch.setattr(schedules, "is_wavefront_faster", lambda segments: True)
+    monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
+    play_graphs(monkeypatch, diagonal_recorder)
+    model = {schedule: build(schedule, **fields).eval() for schedule in ("sequential", "auto")}
+    inputs = documents("document")
+    inputs.pop("labels")
+    with torch.no_grad():
+        expected = model["sequential"].model.encode(**inputs)
+        for _ in range(2):
+            found = model["auto"].model.encode(**inputs)
+            torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.state.memory, expected.state.memory, rtol=1e-4, atol=1e-5)
+    assert interpreted
+
+
+SETTINGS = {
+    "dropout": (lambda layer, _: setattr(layer, "dropout", 1.0), {}),
+    "activation dropout": (lambda layer, _: setattr(layer, "activation_dropout", 1.0), {}),
+    "eval() of the layers": (lambda layer, _: layer.eval(), {"dropout": 0.5, "activation_dropout": 0.5}),
+    "eval() of attention": (lambda layer, _: layer.self_attn.eval(), {"attention_dropout": 0.5}),
+    "eval() of prefix dropout": (lambda _, recurrence: recurrence.dropout.eval(), {"hidden_dropout_prob": 0.5}),
+    "epsilon": (lambda layer, _: setattr(layer.final_layer_norm, "eps", 0.5), {}),
+}
+
+
+@pytest.mark.parametrize(("change", "fields"), SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_layers_that_were_changed_hold(interpreted, change, fields):
+    """Under rates that draw nothing."""
+    found, inputs = [], documents("document")
+    inputs.pop("labels")
+    for schedule in ("sequential", "wavefront"):
+        model = build(schedule, **fields)
+        model.model.encoder.dropout = 0.0
+        for layer in model.model.encoder.layers:
+            change(layer, model.model.encoder.recurrence)
+        output = model.model.encode(**inputs)
+        found.append((output.last_hidden_state, output.state.memory))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert interpreted
+
+
+@pytest.mark.parametrize(("activation", "expected"), [("gelu", True), ("gelu_python", False), ("relu", False)])
+def test_cells_are_fused_of_layers_with_the_exact_gelu_alone(monkeypatch, activation, expected):
+    """The layers' own activation counts, not the configuration's."""
+    model = build("wavefront")
+    for layer in model.model.encoder.layers:
+        layer.activation_fn = ACT2FN[activation]
+    # CUDA alone is missing
+    stream = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert fused_cell.can_fuse(model.model.encoder.layers[0], stream) == expected
+
+
+def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
+    """Of a sum of zeros and dropped ones, gradients are zero where the ones are."""
+    from recurrent_bart.execution.kernels.residual_norm import residual_norm
+
+    torch.manual_seed(0)
+    stream, ones = torch.zeros(2, 64, 48), torch.ones(2, 64, 48, requires_grad=True)
+    weight, nothing = torch.ones(2, 1, 48), torch.zeros(2, 1, 48)
+    out = residual_norm(stream, ones, nothing, weight, nothing, 1e-5, 0.3)
+    is_dropped = out < 0
+    assert is_dropped.float().mean() == pytest.approx(0.3, abs=0.03)
+    (out * torch.randn(2, 64, 48)).sum().backward()
+    assert torch.equal(ones.grad == 0, is_dropped)
+
+
+@pytest.mark.parametrize(("fields", "n_maps"), [("gated", 7), ("concat", 7), ("own projection", 5)])
+def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fields, n_maps):
+    """Four of a layer, two of the projection and the gate, or the keys' and values' of the layer again; 4 diagonals."""
+    model = build("wavefront", **FIELDS[fields])
+    loss = model(**documents("document", 3, 2)).loss
+    layer, recurrence = model.model.encoder.layers[0], model.model.encoder.recurrence.by_layer()
+    sizes = [weight.numel() for weight in layer.parameters() if weight.dim() == 2]
+    sizes += [3 * 48 * 48, 2 * 48 * 48, *(weight[0].numel() for weight in recurrence.values())]
+    with OperationsCalled({n_layers * size for n_layers in (1, 2, 3) for size in sizes}) as operations:
+        loss.backward()
+    assert operations.found.count("baddbmm_.default") == 4 * n_maps

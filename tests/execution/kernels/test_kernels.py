@@ -1,0 +1,191 @@
+"""Each kernel gives what the plain formulas give in double precision, values and gradients, but for rounding."""
+
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+every_type = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# layers, documents, positions, slots, width; no power of two, one of each, and more rows than a tile has
+every_size = pytest.mark.parametrize("sizes", [(2, 3, 11, 3, 48), (1, 1, 2, 1, 16), (3, 2, 21, 5, 20)], ids=str)
+
+
+def randoms(dtype, *shapes):
+    """Numbers that gradients are asked of, the last dimension taken out of a wider one."""
+    torch.manual_seed(0)
+    return [torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., : shape[-1]].requires_grad_() for shape in shapes]
+
+
+def check(fused, plain, inputs):
+    """Compare what two functions give of the same numbers, and gradients of theirs that are not contiguous."""
+    dtype = inputs[0].dtype
+    doubles = [part.detach().double().requires_grad_() for part in inputs]
+    found, expected = fused(*inputs), plain(*doubles)
+    arriving = randoms(dtype, *(part.shape for part in expected))
+    found_gradients = torch.autograd.grad(found, inputs, [part.detach() for part in arriving])
+    gradients = torch.autograd.grad(expected, doubles, [part.detach().double() for part in arriving])
+    for one, other in zip((*found, *found_gradients), (*expected, *gradients), strict=True):
+        assert one.dtype == dtype
+        tolerance = TOLERANCE[dtype] * float(other.detach().abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=TOLERANCE[dtype], atol=tolerance)
+
+
+@every_type
+@every_size
+@pytest.mark.parametrize("may_rest", [False, True])
+def test_gated_update(dtype, sizes, may_rest):
+    from recurrent_bart.execution.kernels.gated_update import gated_update
+
+    n_layers, n_documents, _, n_slots, width = sizes
+    n_rows = n_documents * n_slots
+    is_read = torch.rand(n_layers, n_documents) < 0.5 if may_rest else None
+
+    def plain(gate, bias, both):
+        memory, slots = both.chunk(2, dim=-1)
+        new = memory + torch.sigmoid(gate + bias) * (slots - memory)
+        rests = torch.zeros(1, 1, dtype=torch.bool) if is_read is None else ~is_read.repeat_interleave(n_slots, dim=1)
+        return [torch.where(rests.unsqueeze(-1), memory, new)]
+
+    shapes = [(n_layers, n_rows, width), (n_layers, 1, width), (n_layers, n_rows, 2 * width)]
+    check(lambda *inputs: [gated_update(*inputs, is_read)], plain, randoms(dtype, *shapes))
+
+
+@every_type
+@every_size
+@pytest.mark.parametrize("gives", ["stream", "slots", "memory and slots"])
+def test_residual_norm(dtype, sizes, gives):
+    from recurrent_bart.execution.kernels.residual_norm import residual_norm, residual_norm_and_slots
+
+    n_layers, n_documents, n_positions, n_slots, width = sizes
+    rows, affine = (n_layers, n_documents * n_positions, width), (n_layers, 1, width)
+
+    def plain(stream, hidden, memory, hidden_bias, weight, bias):
+        normed = layer_norm(stream + hidden + hidden_bias, (width,), eps=1e-5) * weight + bias
+        slots = normed.unflatten(1, (n_documents, -1))[:, :, :n_slots]
+        if gives == "memory and slots":
+            return [normed, torch.cat([memory, slots.flatten(1, 2)], dim=-1)]
+        return [normed + 0 * memory.sum(), slots][: 1 + (gives == "slots")]
+
+    def fused(stream, hidden, memory, *affine):
+        if gives == "memory and slots":
+            return residual_norm_and_slots(stream, hidden, *affine, 1e-5, 0.0, n_documents, n_slots, memory)
+        stream = stream + 0 * memory.sum()
+        if gives == "slots":
+            return residual_norm_and_slots(stream, hidden, *affine, 1e-5, 0.0, n_documents, n_slots)
+        return [residual_norm(stream, hidden, *affine, 1e-5, 0.0)]
+
+    memory = n_layers, n_documents * n_slots, width
+    stream, hidden, memory, *own = randoms(dtype, rows, rows, memory, affine, affine, affine)
+    own = [part.detach().contiguous().requires_grad_() for part in own]
+    check(fused, plain, [stream, hidden, memory, *own])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_without_a_graph_results_are_left_in_their_places(p):
+    """The same ones; the stream's place may be where it came from."""
+    from recurrent_bart.execution.kernels.gated_update import gated_update
+    from recurrent_bart.execution.kernels.residual_norm import residual_norm_and_slots
+
+    stream, hidden = randoms(torch.float32, (2, 33, 48), (2, 33, 48))
+    affine = [part.contiguous() for part in randoms(torch.float32, *[(2, 1, 48)] * 3)]
+    memory = torch.randn(2, 12, 48)
+    torch.manual_seed(1)
+    expected = residual_norm_and_slots(stream, hidden, *affine, 1e-5, p, 3, 4, memory)
+    place = stream.detach().contiguous()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        found = residual_norm_and_slots(place, hidden, *affine, 1e-5, p, 3, 4, memory, place)
+    assert found[0].data_ptr() == place.data_ptr()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+    gate, bias, both = (part.detach() for part in randoms(torch.float32, (2, 12, 48), (2, 1, 48), (2, 12, 96)))
+    place = torch.empty(2, 12, 48)
+    assert gated_update(gate, bias, both, None, place).data_ptr() == place.data_ptr()
+    assert torch.equal(place, gated_update(gate, bias, both, None))
+
+
+@every_type
+@every_size
+@pytest.mark.parametrize("activation", [gelu, torch.tanh])
+def test_bias_activation(dtype, sizes, activation):
+    from recurrent_bart.execution.kernels.bias_activation import bias_gelu, bias_tanh
+
+    n_layers, n_documents, n_positions, _, width = sizes
+    inputs = randoms(dtype, (n_layers, n_documents * n_positions, 5 * width), (n_layers, 1, 5 * width))
+    inputs = [part.detach().contiguous().requires_grad_() for part in inputs]
+    fused = bias_gelu if activation is gelu else bias_tanh
+    check(lambda *given: [fused(*given)], lambda hidden, bias: [activation(hidden + bias)], inputs)
+
+
+def plain_heads(n_documents, n_slots, n_heads, is_gated):
+    """`split_heads` by plain operations."""
+
+    def plain(qkv, bias, prefix, prefix_bias):
+        qkv = qkv + bias.repeat_interleave(n_documents, dim=0)
+        three = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
+        prefix = (prefix + prefix_bias).view(len(qkv), n_slots, 2, n_heads, -1).permute(2, 0, 3, 1, 4)
+        query, *both = [(part[:, :, :n_slots], part[:, :, n_slots:]) for part in three]
+        slots_see = [torch.cat([slots, own, tokens], 2) for (slots, tokens), own in zip(both, prefix, strict=True)]
+        if is_gated:
+            return [query[0], *slots_see, query[1], *(tokens for _, tokens in both), query[1], *prefix]
+        tokens_see = [torch.cat([own, tokens], 2) for (_, tokens), own in zip(both, prefix, strict=True)]
+        return [query[0], *slots_see, query[1], *tokens_see]
+
+    return plain
+
+
+@every_type
+@every_size
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_split_heads(dtype, sizes, is_gated):
+    from recurrent_bart.execution.kernels.heads import split_heads
+
+    n_layers, n_documents, n_positions, n_slots, width = sizes
+    n_heads = 2 if width % 3 else 3
+    shapes = [(n_layers * n_documents, n_positions, 3 * width), (n_layers, 1, 3 * width)]
+    shapes += [(n_layers, n_documents * n_slots, 2 * width), (n_layers, 1, 2 * width)]
+    qkv, bias, *prefix = randoms(dtype, *shapes)
+    bias = bias.detach().contiguous().requires_grad_()
+    check(
+        lambda *inputs: [part for part in split_heads(*inputs, n_heads, is_gated, 0.0) if part is not None],
+        plain_heads(n_documents, n_slots, n_heads, is_gated),
+        [qkv, bias, *prefix],
+    )
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_the_same_numbers_of_a_prefix_are_dropped_in_the_backward_pass(is_gated):
+    """A gradient is zero where a number is, and as much larger as that elsewhere."""
+    from recurrent_bart.execution.kernels.heads import split_heads
+
+    torch.manual_seed(0)
+    prefix = torch.ones(2, 3 * 4, 2 * 48, requires_grad=True)
+    nothing = torch.zeros(6, 9, 3 * 48), torch.zeros(2, 1, 3 * 48)
+    heads = split_heads(*nothing, prefix, torch.zeros(2, 1, 2 * 48), 3, is_gated, 0.3)
+    kept = torch.stack([heads.slots_key, heads.slots_value])[:, :, :, 4:8].permute(1, 3, 0, 2, 4).reshape(prefix.shape)
+    assert (kept == 0).float().mean() == pytest.approx(0.3, abs=0.05)
+    (heads.slots_key.sum() + heads.slots_value.sum()).backward()
+    torch.testing.assert_close(prefix.grad, kept)
+    again = split_heads(*nothing, prefix, torch.zeros(2, 1, 2 * 48), 3, is_gated, 0.3)
+    assert not torch.equal(again.slots_key, heads.slots_key)
+
+
+# the interpreter multiplies the bits of bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 3, 70, 3, 48), (1, 1, 1, 1, 16), (3, 2, 21, 5, 20)], ids=str)
+def test_add_prefix_read(dtype, sizes):
+    """Sums of 64 tokens at once, and a few more."""
+    from recurrent_bart.execution.kernels.gated_prefix import add_prefix_read
+
+    n_layers, n_documents, n_tokens, n_slots, width = sizes
+    n_rows, n_heads = n_layers * n_documents, 2
+    slots, tokens = (n_rows, n_slots, n_heads, width), (n_rows, n_tokens, n_heads, width)
+    query, prefix = (n_rows, n_heads, n_tokens, width), (n_rows, n_heads, n_slots, width)
+
+    def plain(slots, tokens, query, key, value, gate):
+        read = torch.softmax(query @ key.mT * 0.3, dim=-1) @ value
+        opening = gate.tanh().repeat_interleave(n_documents, dim=0)[:, None, :, None]
+        return [torch.cat([slots, tokens + opening * read.transpose(1, 2)], dim=1).flatten(2)]
+
+    inputs = randoms(dtype, slots, tokens, query, prefix, prefix, (n_layers, n_heads))
+    check(lambda *given: [add_prefix_read(*given, 0.3)], plain, inputs)

@@ -1,0 +1,266 @@
+"""A text read as it comes is the text read at once: the same segments, numbers and summary, in constant memory."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.tokenizer import train_tokenizer
+from recurrent_bart.inference import stream_reader as inference
+from recurrent_bart.inference.stream_reader import TextReader, summary_after
+from recurrent_bart.recurrence.segmentation import split_into_segments
+
+WORDS = dir(str) * 5
+TEXTS = [f"the {word} of number {i} is returned as a list_{i % 7}({word})\n  it's" for i, word in enumerate(WORDS)]
+TEXT = " ".join(TEXTS[:12])
+# all that tokenizers treat in some way of their own, at whose borders a careless cut shows
+SPACES = [" ", " ", "  ", "\n", "\n\n", "\t", "\x0c", "\x1c", "\x85", "\u00a0", "\u3000", "\u200b", "\u0301", "´"]
+WORDS_AND_MARKS = ["▁", "Ġ", "don't", "'s", "foo", "123", "_x", "(", "...", "東京", "。", "🙂", "é", "ﬁ", "ﷺ", "¨"]
+ATOMS = [*SPACES, *WORDS_AND_MARKS, "<mask>", "<s>"]
+
+
+def byte_tokenizer(add_prefix_space):
+    """A byte-level BPE tokenizer as BART's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    ours = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    ours.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True)})
+    return ours
+
+
+@pytest.fixture(scope="module")
+def unigram():
+    return train_tokenizer(TEXTS, vocab_size=400)
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe", "bpe with a space in front"])
+def tokenizer(request, unigram):
+    return unigram if request.param == "unigram" else byte_tokenizer("space" in request.param)
+
+
+@pytest.fixture
+def make_reader(make_model, unigram):
+    """Makes a reader of a tiny float64 model."""
+    return lambda **changes: TextReader(make_model(vocab_size=len(unigram), **changes).requires_grad_(False), unigram)
+
+
+@pytest.fixture
+def read_segments(make_model, monkeypatch):
+    """Gives the segments that a text in pieces is read in."""
+
+    def read(tokenizer, pieces, **changes):
+        reader = TextReader(make_model(vocab_size=len(tokenizer), encoder_layers=1, **changes), tokenizer)
+        segments, encode = [], reader.model.model.encode
+
+        def note(input_ids, mask, **kwargs):
+            segments.extend(ids[is_token.bool()].tolist() for ids, is_token in zip(input_ids[0], mask[0], strict=True))
+            return encode(input_ids, mask, **kwargs)
+
+        monkeypatch.setattr(reader.model.model, "encode", note)
+        read_all(reader, pieces)
+        return segments
+
+    return read
+
+
+def in_pieces(text, size):
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+def read_all(reader, pieces):
+    """The last output, after the whole text."""
+    for piece in pieces:
+        for _ in reader.feed(piece):
+            pass
+    return list(reader.finish())[-1]
+
+
+def read_at_once(reader, text):
+    """What the model itself makes of the whole text."""
+    ids = torch.tensor([reader.tokenizer(text, verbose=False)["input_ids"]])
+    return reader.model.model.encode(ids)
+
+
+def assert_equal_to_1e_12(streamed, whole):
+    context = whole.last_hidden_state
+    # the whole text's last segment is padded to the length of the others
+    torch.testing.assert_close(
+        streamed.last_hidden_state, context[:, : streamed.last_hidden_state.shape[1]], rtol=0, atol=1e-12
+    )
+    for name, tensor in whole.state.tensors().items():
+        torch.testing.assert_close(streamed.state.tensors()[name], tensor, rtol=0, atol=1e-12)
+
+
+def test_streamed_segments_are_those_of_the_whole_text(tokenizer, read_segments):
+    chance = random.Random(0)
+    texts = ["".join(chance.choices(ATOMS, k=chance.randint(1, 60))) for _ in range(40)]
+    for text in [TEXT, *texts]:
+        # what a text says is never a special token
+        ids = [0, *TextEncoder(tokenizer)([text])[0], 2]
+        if len(ids) > 2:
+            pieces = in_pieces(text, chance.choice([1, 5, 1000]))
+            assert read_segments(tokenizer, pieces) == split_into_segments(ids, segment_size=8, input_size=8)
+
+
+@pytest.mark.parametrize("n_words", [1, 2, 3, 4, 5, 6, 7, 12, 13, 40])
+def test_streamed_segments_of_every_length_have_their_overlap(n_words, unigram, read_segments):
+    text = " ".join("abcdefghij"[i % 10] for i in range(n_words))
+    ids = unigram(text)["input_ids"]
+    segments = read_segments(unigram, in_pieces(text, 3), segment_size=6, input_size=16)
+    assert segments == split_into_segments(ids, segment_size=6, input_size=16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"input_size": 11},
+        {"recurrence": "top"},
+        {"recurrence": "none"},
+        {"pre_seq_len": 0},
+        {"prefix_attention": "concat"},
+        {"decoder_context": "memory"},
+        {"decoder_context": "all"},
+        {"decoder_context": "section"},
+    ],
+    ids=str,
+)
+def test_streamed_text_gives_the_numbers_of_the_whole(changes, make_reader):
+    reader = make_reader(**changes)
+    assert_equal_to_1e_12(read_all(reader, in_pieces(TEXT, 50)), read_at_once(reader, TEXT))
+    assert reader.n_tokens == len(reader.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("segments_per_call", [1, 2, 5, 32])
+@pytest.mark.parametrize("changes", [{}, {"input_size": 11}, {"decoder_context": "all"}], ids=str)
+def test_segments_that_are_read_together_give_the_numbers_of_the_whole(
+    changes, segments_per_call, make_reader, monkeypatch
+):
+    reader, sizes = make_reader(schedule="wavefront", **changes), []
+    expected, encode = read_at_once(reader, TEXT), reader.model.model.encode
+
+    def note(input_ids, *rest, **kwargs):
+        sizes.append(input_ids.shape[1])
+        return encode(input_ids, *rest, **kwargs)
+
+    monkeypatch.setattr(reader.model.model, "encode", note)
+    reader.segments_per_call = segments_per_call
+    assert_equal_to_1e_12(read_all(reader, [TEXT]), expected)
+    n_segments = int(expected.state.position)
+    assert max(sizes) == min(segments_per_call, n_segments - 1)
+    assert sum(sizes) == reader.n_segments == n_segments
+    assert len(sizes) == -(-(n_segments - 1) // segments_per_call) + 1
+
+
+def test_streamed_text_gives_the_summary_of_the_whole(make_reader):
+    reader = make_reader()
+    ids = torch.tensor([reader.tokenizer(TEXT)["input_ids"]])
+    for how in ({}, {"num_beams": 3}):
+        whole = reader.model.generate(ids, max_new_tokens=12, **how)
+        streamed = read_all(TextReader(reader.model, reader.tokenizer), [TEXT])
+        text = summary_after(streamed, reader.model, reader.tokenizer, max_new_tokens=12, **how)
+        assert text
+        assert text == reader.tokenizer.decode(whole[0], skip_special_tokens=True).strip()
+
+
+# in the first word, at a space, behind one, in a word, at the end
+@pytest.mark.parametrize("place", [2, TEXT.index(" ", 60), TEXT.index(" ", 60) + 1, 203, len(TEXT) - 1])
+def test_streamed_in_two_halves_through_a_file_equals_the_whole(place, make_reader, tmp_path):
+    first = make_reader(input_size=11)
+    read_all(first, in_pieces(TEXT[:place], 30))
+    first.save(tmp_path / "state")
+    second = TextReader(first.model, first.tokenizer)
+    second.load(tmp_path / "state")
+    assert_equal_to_1e_12(read_all(second, in_pieces(TEXT[place:], 30)), read_at_once(first, TEXT))
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
+
+
+def test_streamed_text_that_ends_can_go_on(make_reader):
+    reader = make_reader()
+    half = len(TEXT) // 2
+    assert_equal_to_1e_12(read_all(reader, [TEXT[:half]]), read_at_once(reader, TEXT[:half]))
+    assert_equal_to_1e_12(read_all(reader, [TEXT[half:]]), read_at_once(reader, TEXT))
+
+
+def test_a_state_of_another_model_is_refused(make_reader, tmp_path):
+    path = tmp_path / "state"
+    reader = make_reader()
+    read_all(reader, [TEXT])
+    reader.save(path)
+    with pytest.raises(ValueError, match=r"state: the state is of another model, segment_size is 8 there and 9 here"):
+        make_reader(segment_size=9).load(path)
+    with pytest.raises(ValueError, match=r"another model, weights is '\w+' there and '\w+' here"):
+        make_reader().load(path)
+    other = TextReader(reader.model, train_tokenizer(TEXTS[:50], vocab_size=len(reader.tokenizer) - 20))
+    with pytest.raises(ValueError, match="another model, tokenizer is"):
+        other.load(path)
+    in_float32 = TextReader(reader.model.float(), reader.tokenizer)
+    in_float32.load(path)
+    assert in_float32.bookmark.state.memory.dtype == torch.float32
+
+
+def test_what_is_no_state_is_refused(make_reader, tmp_path):
+    reader = make_reader()
+    (tmp_path / "text").write_text(TEXT)
+    reader.model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="text: no saved state can be read"):
+        reader.load(tmp_path / "text")
+    with pytest.raises(ValueError, match="missing: no saved state can be read"):
+        reader.load(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"safetensors: not a saved state: its format is"):
+        reader.load(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot be written"):
+        reader.save(tmp_path / "text" / "state")
+
+
+def test_no_text_is_refused(make_reader):
+    for pieces in ([], ["", " \n "]):
+        with pytest.raises(ValueError, match="0 tokens"):
+            read_all(make_reader(), pieces)
+
+
+def test_a_word_without_end_is_cut(make_reader, monkeypatch):
+    monkeypatch.setattr(inference, "LONGEST_WORD", 100)
+    reader = make_reader()
+    for _ in range(10):
+        list(reader.feed("x" * 50))
+        assert len(reader.bookmark.text) <= 100
+    assert reader.n_segments > 5
+
+
+@pytest.mark.slow
+def test_a_stream_of_a_million_tokens_takes_constant_memory(make_reader):
+    one_of_each = {"encoder_layers": 1, "encoder_attention_heads": 1}
+    reader = make_reader(segment_size=512, max_position_embeddings=512, input_size=512, **one_of_each)
+    reader.model.float()
+    early, text = None, (TEXT + " ") * 10
+    while reader.n_tokens < 1_000_000:
+        for _ in reader.feed(text):
+            pass
+        if early is None and reader.n_tokens > 200_000:
+            early = resident_bytes()
+    last = list(reader.finish())[-1]
+    assert last.state.position == reader.n_segments > 1900
+    # the ids alone of what was read meanwhile would be 28 MB, the segments' outputs 51 MB
+    assert resident_bytes() - early < 8e6
+
+
+def resident_bytes():
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -1,0 +1,160 @@
+"""Settings of generation that a model was saved with are shown, can be changed, and targets are held against them."""
+
+import pytest
+from transformers import GenerationConfig
+
+from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
+from recurrent_bart.model.generation_settings import (
+    change_settings,
+    contradictions,
+    describe_limit,
+    describe_settings,
+    longest_text,
+)
+from tiny import tiny_model
+
+# as facebook/bart-large-cnn has them
+CNN = {
+    "min_length": 56,
+    "max_length": 142,
+    "num_beams": 4,
+    "early_stopping": True,
+    "length_penalty": 2.0,
+    "no_repeat_ngram_size": 3,
+    "forced_bos_token_id": 0,
+    "forced_eos_token_id": 2,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+}
+USUAL = {name: CNN[name] for name in CNN if name.endswith("_token_id") and name != "forced_bos_token_id"}
+
+
+def test_all_settings_that_change_texts_are_in_one_line():
+    expected = "generation up to 64 tokens; 4 beams; of the model: "
+    beams = describe_settings(GenerationConfig(**CNN), 64)
+    assert beams.startswith(expected)
+    assert sorted(beams.removeprefix(expected).split(", ")) == [
+        "early_stopping True",
+        "forced_bos_token_id 0",
+        "length_penalty 2.0",
+        "min_length 56",
+        "no_repeat_ngram_size 3",
+    ]
+    # what only beam search looks at is not in force
+    greedy = describe_settings(GenerationConfig(**CNN), 64, num_beams=1)
+    assert greedy.startswith("generation up to 64 tokens; greedy; of the model: ")
+    assert "length_penalty" not in greedy
+    assert "min_length 56" in greedy
+
+
+def test_a_model_without_settings_of_its_own_has_a_short_line():
+    assert describe_settings(GenerationConfig(**USUAL), 8, 2) == "generation up to 8 tokens; 2 beams"
+    assert describe_settings(tiny_model().generation_config, 8) == "generation up to 8 tokens; greedy"
+
+
+def targets(length, n_targets=10):
+    """Different ids between BART's special tokens."""
+    return [[0, *range(4 + number, 2 + number + length), 2] for number in range(n_targets)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "n_contradicted"),
+    [
+        # 55 tokens, and then the end
+        ({"min_length": 56}, 55, 1),
+        ({"min_length": 56}, 56, 0),
+        ({"min_new_tokens": 56}, 56, 1),
+        ({"min_new_tokens": 56}, 57, 0),
+        ({"min_length": 90, "min_new_tokens": 4}, 57, 0),
+        ({"forced_bos_token_id": 0}, 8, 0),
+        ({"forced_bos_token_id": 7}, 8, 1),
+        ({"no_repeat_ngram_size": 3}, 30, 0),
+        ({}, 4, 0),
+    ],
+)
+def test_targets_that_could_not_be_generated_are_told(settings, length, n_contradicted):
+    found = contradictions(GenerationConfig(**settings), targets(length))
+    assert [one.setting for one in found] == list(settings)[:n_contradicted]
+
+
+def test_the_warning_names_setting_share_and_remedy():
+    repeated = [[0, 5, 6, 7, 5, 6, 7, 2]] * 2 + targets(8, n_targets=8)
+    (found,) = contradictions(GenerationConfig(no_repeat_ngram_size=3), repeated)
+    assert str(found) == (
+        "warning: 20 % of the targets could not be generated with no_repeat_ngram_size 3, which the model was saved "
+        "with; --no_repeat_ngram_size 0 lifts it"
+    )
+    # few of them are no warning
+    assert not contradictions(GenerationConfig(no_repeat_ngram_size=3), repeated[:1] + targets(8, n_targets=20))
+    assert not contradictions(GenerationConfig(no_repeat_ngram_size=3), [])
+
+
+@pytest.mark.parametrize("least", [0, 5])
+def test_what_the_warning_says_can_be_generated_is_what_generate_does(least):
+    """`min_length` of a model gives texts of as many tokens as the warning takes it for, and a flag changes it."""
+    model = tiny_model(forced_eos_token_id=None).eval()
+    model.final_logits_bias[:, model.config.eos_token_id] = 1e4
+    model.generation_config.min_length = 12
+
+    def n_tokens():
+        ids = model.generate(inputs=model.dummy_inputs["input_ids"][:1], max_new_tokens=20)[0].tolist()
+        # behind the decoder's start
+        return ids[1:].index(model.config.eos_token_id) + 1
+
+    assert n_tokens() == 12
+    assert contradictions(model.generation_config, targets(11))
+    assert not contradictions(model.generation_config, targets(12))
+    change_settings(model.generation_config, {"min_new_tokens": least}, 20)
+    assert n_tokens() == least + 1
+    assert not contradictions(model.generation_config, targets(least + 1 if least else 2))
+
+
+def test_settings_that_were_given_are_saved_with_the_model(tmp_path):
+    model = tiny_model()
+    model.generation_config = GenerationConfig(**USUAL, min_length=56)
+    given = {"min_new_tokens": 0, "no_repeat_ngram_size": 2, "length_penalty": 0.5}
+    change_settings(model.generation_config, given, 20, num_beams=3)
+    model.save_pretrained(tmp_path)
+    saved = RecurrentBartForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    line = describe_settings(saved, 20)
+    assert line.startswith("generation up to 20 tokens; 3 beams; of the model: ")
+    for part in ("min_new_tokens 0", "no_repeat_ngram_size 2", "length_penalty 0.5"):
+        assert part in line
+    assert "min_length" not in line
+
+
+def test_a_changed_model_with_settings_that_have_no_effect_can_be_saved(tmp_path):
+    model = tiny_model()
+    GenerationConfig(**USUAL, num_beams=2, length_penalty=2.0).save_pretrained(tmp_path)
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    model.generation_config.num_beams = None
+    change_settings(model.generation_config, {"min_new_tokens": 3}, 20)
+    model.save_pretrained(tmp_path)
+    saved = RecurrentBartForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    assert (saved.min_new_tokens, saved.length_penalty) == (3, 2.0)
+
+
+def test_settings_that_cannot_hold_are_refused():
+    generation = GenerationConfig(**USUAL)
+    with pytest.raises(ValueError, match="--min_new_tokens 21: a text has at most 20 tokens"):
+        change_settings(generation, {"min_new_tokens": 21}, 20)
+    with pytest.raises(ValueError, match="--length_penalty: it has no effect without beam search"):
+        change_settings(generation, {"length_penalty": 2.0}, 20)
+    change_settings(GenerationConfig(**CNN), {"length_penalty": 2.0}, 20)
+
+
+def test_a_text_has_no_more_tokens_than_the_decoder_has_positions():
+    config = RecurrentBartConfig(max_position_embeddings=64)
+    assert longest_text(config, 128) == 64
+    assert longest_text(config, 64) == 64
+    assert describe_limit(config, 64) == []
+    assert "--max_target_length 128: targets and generated texts end after 64 tokens" in describe_limit(config, 128)[0]
+
+
+def test_as_many_tokens_as_there_are_positions_can_be_generated():
+    model = tiny_model(max_position_embeddings=16, forced_eos_token_id=None).eval()
+    model.final_logits_bias[:, model.config.eos_token_id] = -1e4
+    ids = model.generate(inputs=model.dummy_inputs["input_ids"][:1], max_new_tokens=longest_text(model.config, 99))
+    assert ids.shape[1] == 1 + 16

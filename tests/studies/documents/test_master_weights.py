@@ -1,0 +1,82 @@
+"""What computes in bfloat16 follows what is trained in float32, however small the steps."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import nn
+
+from recurrent_bart.studies.documents.master_weights import MasterWeights
+from recurrent_bart.training.optimization import LearningRates, build_optimizer
+from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
+from recurrent_bart.training.zero.engine import build_engine, reducing_once
+from tiny import BUCKET, random_ids, tiny_model
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+
+def test_in_float32_there_is_one_model():
+    model = tiny_model().float()
+    weights = MasterWeights(model, is_bf16=False)
+    assert weights.model is weights.master is model
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    weights.collect_gradients()
+    assert model.lm_head.weight.grad.equal(torch.ones_like(model.lm_head.weight))
+    weights.round()
+
+
+def test_weights_are_rounded_before_the_first_step_and_tied_ones_stay_tied():
+    weights = MasterWeights(tiny_model().float(), is_bf16=True)
+    assert {p.dtype for p in weights.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in weights.master.parameters()} == {torch.float32}
+    for own, precise in zip(weights.model.parameters(), weights.master.parameters(), strict=True):
+        assert own.float().equal(precise)
+    assert weights.model.lm_head.weight is weights.model.model.shared.weight
+
+
+def test_gradients_of_several_passes_are_added_in_float32():
+    weights = MasterWeights(nn.Linear(1, 1, bias=False), is_bf16=True)
+    # of bfloat16 256 + 1 would be 256
+    for value in (256.0, 1.0):
+        (value * weights.model.weight.sum()).backward()
+        weights.collect_gradients()
+        assert weights.model.weight.grad is None
+    assert weights.master.weight.grad.item() == 257.0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("n_passes", [1, 6])
+def test_gradients_are_those_of_the_trainers_own_loop(alone, stage, n_passes):
+    """To the last bit, over several passes too."""
+    config = load_deepspeed_config(CONFIGS / f"zero{stage}.json", 1, max_grad_norm=0.0, use_bf16=True)
+    config["zero_optimization"] |= BUCKET
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(tiny_model(init_std=0.1).float().train())
+    weights = MasterWeights(models[0], is_bf16=True)
+    engine = build_engine(models[1], build_optimizer(models[1], LearningRates(0.0, 0.0), 0.0), None, config)
+    batches = [(random_ids(2, 3, 8), random_ids(2, 5)) for _ in range(n_passes)]
+    for ids, labels in batches:
+        weights.model(ids, labels=labels, num_items_in_batch=60, return_logits=False).loss.backward()
+        weights.collect_gradients()
+    with reducing_once(engine) if n_passes > 1 else contextlib.nullcontext():
+        for ids, labels in batches:
+            engine.backward(engine(ids, labels=labels, num_items_in_batch=60, return_logits=False).loss)
+    expected = {name: parameter.grad for name, parameter in weights.master.named_parameters()}
+    for name, parameter in engine.module.named_parameters():
+        assert torch.equal(safe_get_full_grad(parameter).float(), expected[name]), name
+    engine.step()
+
+
+def test_steps_too_small_for_bfloat16_add_up():
+    weights = MasterWeights(nn.Linear(1, 1, bias=False), is_bf16=True)
+    with torch.no_grad():
+        weights.master.weight.fill_(1.0)
+    for _ in range(8):
+        with torch.no_grad():
+            weights.master.weight += 2**-10
+        weights.round()
+    assert weights.model.weight.item() == 1.0 + 2**-7

@@ -1,0 +1,220 @@
+"""A run on documents trains as launch/train.py does, ends by the clock, and leaves what can be compared."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from recurrent_bart.data.batches import Collator, SegmentSizes, plan_documents
+from recurrent_bart.evaluation.evaluator import Evaluator
+from recurrent_bart.evaluation.rouge import rouge
+from recurrent_bart.studies.documents.text_run import TextRun
+from recurrent_bart.studies.documents.training import (
+    TextTraining,
+    execute_text,
+    list_targets,
+    next_evaluation,
+    prepare_documents,
+)
+from recurrent_bart.studies.study_run import RunFile
+from runs import flags
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make_run(documents):
+    """Makes a run of few steps; further flags may be given."""
+
+    def make(reads="segments", seconds=None, **changes):
+        words = flags(documents, "", **{"max_n_segments": 4} | changes)
+        named = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+        kept = {name: value for name, value in named.items() if name != "output_dir"}
+        return TextRun("layerwise", "papers", kept, seed=5, reads=reads, seconds=seconds)
+
+    return make
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("task", "precision", "n_passes"),
+    [("document", "fp32", 1), ("sections", "fp32", 1), ("sections", "bf16", 1), ("sections", "bf16", 4)],
+)
+def test_losses_are_those_of_launch_train(make_run, documents, tmp_path, train_main, task, precision, n_passes):
+    same = {"task": task, "precision": precision, "max_steps": 3, "eval_every": 3, "lr_scheduler": "constant"}
+    same |= {"gradient_accumulation_steps": n_passes}
+    same |= {"bptt_depth": -1, "max_n_segments": 4, "dropout": 0.0, "hidden_dropout_prob": 0.0}
+    assert train_main(flags(documents, tmp_path / "run", seed=5, **same)) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    training = TextTraining(make_run(**same), CPU)
+    losses = [float(training.train_step()) for _ in range(3)]
+    training.evaluate(losses[-1])
+    expected = [record["loss"] for record in records if "loss" in record]
+    assert losses[:2] == pytest.approx(expected[:2], rel=1e-6)
+    # then weights next to the middle between two bf16 numbers are rounded to one or to the other
+    closeness = {"fp32": 1e-5, "bf16": 1e-3}[precision]
+    assert losses == pytest.approx(expected, rel=closeness)
+    evaluated = [record["validation_loss"] for record in records if "validation_loss" in record]
+    assert training.curve[-1]["validation_loss"] == pytest.approx(evaluated[-1], rel=closeness)
+
+
+@pytest.mark.parametrize(
+    ("reads", "task", "changes"),
+    [
+        ("segments", "sections", {}),
+        ("segments", "sections", {"recurrence": "none"}),
+        ("heads", "sections", {"pre_seq_len": 0}),
+        ("heads", "document", {"pre_seq_len": 0}),
+        ("whole", "document", {}),
+        ("whole", "document", {"precision": "bf16"}),
+        ("segments", "sections", {"precision": "bf16", "schedule": "wavefront"}),
+    ],
+)
+def test_every_model_leaves_losses_and_texts_of_the_same_targets(make_run, tmp_path, reads, task, changes):
+    file, run = RunFile(tmp_path / "run.json"), make_run(reads, task=task, max_steps=2, eval_every=1, **changes)
+    file.begin(run)
+    execute_text(file, CPU, math.inf)
+    record = file.read()
+    assert (record["stopped"], file.is_finished(run), record["device"], record["precision"]) == (
+        *("steps", True, "cpu"),
+        changes.get("precision", "fp32"),
+    )
+    assert [point["step"] for point in record["curve"]] == [1, 2]
+    one_each = make_run(task=task)
+    assert record["targets"] == TextTraining(one_each, CPU).targets
+    for point in record["curve"]:
+        assert len(point["target_losses"]) == len(record["targets"])
+        n_tokens = sum(target["n_tokens"] for target in record["targets"])
+        assert point["validation_loss"] == pytest.approx(sum(point["target_losses"]) / n_tokens)
+    told = [(text["document"], text["target"]) for text in record["texts"]]
+    assert told == [(t["document"], t["target"]) for t in record["targets"][: len(told)]]
+    assert len({document for document, _ in told}) == 3
+
+
+def test_targets_say_where_they_stand(make_run, documents):
+    training = TextTraining(make_run(task="sections", segment_size=64), CPU)
+    lines = (documents / "validation.jsonl").read_text().splitlines()
+    assert {target["document"] for target in training.targets} == {json.loads(line)["id"] for line in lines}
+    row = training.evaluator.corpus[0]
+    own = [target for target in training.targets if target["document"] == row["id"]]
+    lengths = row["section_lengths"]
+    assert [target["position"] for target in own] == [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    # two special ones, and no more than fit into 8
+    assert [target["n_tokens"] for target in own] == [min(8, length + 2) for length in row["summary_lengths"]]
+
+
+def test_texts_are_scored_against_their_targets_by_the_best_weights(make_run):
+    training = TextTraining(make_run(max_steps=2, eval_every=1), CPU)
+    training.train()
+    best = {name: value.clone() for name, value in training.best.items()}
+    with torch.no_grad():
+        for parameter in training.reader.model.parameters():
+            parameter.zero_()
+    texts = training.texts()
+    assert all(value.equal(best[name]) for name, value in training.reader.model.state_dict().items())
+    target = {row["id"]: row["summary_texts"][0] for row in training.evaluator.corpus}
+    for text in texts:
+        assert text["rouge1"] == pytest.approx(rouge([text["generated"]], [target[text["document"]]])["rouge1"].mean)
+
+
+def test_the_weights_of_the_lowest_loss_are_kept(make_run, monkeypatch):
+    training = TextTraining(make_run(), CPU)
+    losses = iter([3.0, 1.0, 2.0])
+    n_targets = len(training.targets)
+    monkeypatch.setattr(training.evaluator, "target_losses", lambda _: {0: [next(losses)] * n_targets})
+    kept = []
+    for _ in range(3):
+        training.train_step()
+        training.evaluate(0.0)
+        kept.append({name: value.clone() for name, value in training.best.items()})
+    differs = [any(not now[name].equal(then[name]) for name in now) for then, now in itertools.pairwise(kept)]
+    assert differs == [True, False]
+
+
+def test_evaluations_come_at_the_same_steps_in_every_run():
+    steps, step = [], 0
+    while step < 300:
+        step = next_evaluation(step, 100)
+        steps.append(step)
+    assert steps == [100, 125, 156, 195, 244, 305]
+    # from wherever one asks
+    assert [next_evaluation(step, 100) for step in (1, 99, 100, 124, 125, 126)] == [100, 100, 125, 125, 156, 156]
+    assert next_evaluation(1, 1) == 2
+
+
+def test_a_run_ends_when_its_training_time_is_over(make_run, monkeypatch):
+    """Evaluations take none of it: here the clock moves in steps alone."""
+    training, clock = TextTraining(make_run(seconds=10.0, max_steps=100, eval_every=4), CPU), [0.0]
+    monkeypatch.setattr("recurrent_bart.studies.documents.training.time.perf_counter", lambda: clock[0])
+    train_step, evaluate = training.train_step, training.evaluate
+
+    def slow_step():
+        clock[0] += 1.5
+        return train_step()
+
+    def slow_evaluation(loss):
+        clock[0] += 100.0
+        evaluate(loss)
+
+    monkeypatch.setattr(training, "train_step", slow_step)
+    monkeypatch.setattr(training, "evaluate", slow_evaluation)
+    assert training.train() == "time"
+    assert [(point["step"], point["seconds"]) for point in training.curve] == [(4, 6.0), (5, 7.5), (6, 9.0), (7, 10.5)]
+
+
+def test_out_of_its_budget_it_stops_with_what_there_is(make_run):
+    training, evaluated = TextTraining(make_run(max_steps=100, eval_every=50), CPU), []
+    assert training.train(0.0, on_evaluation=lambda: evaluated.append(len(training.curve))) == "budget"
+    assert ([point["step"] for point in training.curve], evaluated) == ([1], [1])
+
+
+def test_it_stops_where_the_loss_is_no_number(make_run):
+    training = TextTraining(make_run(max_steps=100, eval_every=1, learning_rate=1e30, warmup_steps=0), CPU)
+    assert training.train() == "diverged"
+    assert training.state.step < 100
+
+
+def test_accumulated_batches_make_the_step_of_one(make_run):
+    """In one batch of four documents or in two of two: the same documents, each target the same weight."""
+    same = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "max_steps": 2}
+    whole = TextTraining(make_run(per_device_train_batch_size=4, **same), CPU)
+    parts = TextTraining(make_run(gradient_accumulation_steps=2, **same), CPU)
+    losses = [[float(training.train_step()) for _ in range(2)] for training in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert whole.n_tokens == parts.n_tokens
+
+
+def test_documents_with_one_id_have_names_of_their_own():
+    """In the order of the corpus, of which the second row is not read."""
+    rows = [
+        {"id": name, "sections": [[5] * 3, [5] * 4], "summaries": [[6] * 2, [6]], "summary_texts": ["x", "y"]}
+        for name in ("a", "b", "a")
+    ]
+    sizes = SegmentSizes(8, 8, -1)
+    plan = plan_documents([[3, 4]] * 3, [[2, 1]] * 3, sizes, 2)
+    collator = Collator("sections", sizes, [0], [2], 1, 12)
+    evaluator = Evaluator(Dataset.from_list(rows), replace(plan, indices=[0, 2]), collator, None, 1, CPU)
+    found = [(target["document"], target["target"]) for target in list_targets(evaluator)]
+    assert found == [("a (row 0)", 0), ("a (row 0)", 1), ("a (row 2)", 0), ("a (row 2)", 1)]
+    found = [target["document"] for target in list_targets(replace(evaluator, plan=plan))]
+    assert found[::2] == ["a (row 0)", "b", "a (row 2)"]
+
+
+def test_documents_are_made_ready_once(make_run, documents, tmp_path, monkeypatch):
+    run = make_run(cache_dir=tmp_path / "cache")
+    prepare_documents(run)
+    made = sorted((tmp_path / "cache").rglob("*"))
+    assert made
+    monkeypatch.setattr("recurrent_bart.data.corpus.write_corpus", pytest.fail)
+    monkeypatch.setattr("recurrent_bart.training.preparation.train_tokenizer", pytest.fail)
+    TextTraining(run, CPU)
+    assert sorted((tmp_path / "cache").rglob("*")) == made
+
+
+def test_a_reading_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="reads='tail': allowed are 'segments', 'heads', 'whole'"):
+        TextRun("a", "papers", reads="tail")

@@ -1,0 +1,154 @@
+"""A DeepSpeed configuration is read strictly: what DeepSpeed would pass over in silence is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
+
+SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
+BASE = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def write_and_load(config, use_bf16=False):
+        path = tmp_path / "ds.json"
+        path.write_text(config if isinstance(config, str) else json.dumps(config))
+        return load_deepspeed_config(path, micro_batch=3, max_grad_norm=0.5, use_bf16=use_bf16)
+
+    return write_and_load
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("use_bf16", [True, False])
+def test_every_shipped_file_loads_and_deepspeed_takes_it(path, use_bf16):
+    config = load_deepspeed_config(path, micro_batch=3, max_grad_norm=0.5, use_bf16=use_bf16)
+    assert '"auto"' not in json.dumps(config)
+    engine_config = DeepSpeedConfig(dict(config))
+    assert engine_config.train_micro_batch_size_per_gpu == 3
+    assert engine_config.gradient_clipping == 0.5
+    assert engine_config.bfloat16_config.enabled == use_bf16
+    assert engine_config.zero_config.stage == config["zero_optimization"]["stage"]
+
+
+def test_the_shipped_files_are_there():
+    assert [path.stem for path in SHIPPED] == ["zero2", "zero3", "zero3_offload"]
+    stages = [json.loads(path.read_text())["zero_optimization"]["stage"] for path in SHIPPED]
+    assert stages == [2, 3, 3]
+
+
+def test_what_the_run_owns_is_filled(load):
+    config = load(BASE | {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}, use_bf16=True)
+    assert config == {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": 3,
+        # accumulation is the trainer's own
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("types", "found"),
+    [({}, "fp32"), ({"grad_accum_dtype": "auto"}, "fp32"), ({"grad_accum_dtype": "bf16"}, "bf16")],
+    ids=str,
+)
+def test_gradients_are_summed_in_float32_unless_the_file_says_otherwise(load, types, found):
+    assert load(BASE | {"data_types": types}, use_bf16=True)["data_types"] == {"grad_accum_dtype": found}
+
+
+def test_auto_elsewhere_leaves_it_to_deepspeed(load):
+    """As in files written for Hugging Face's Trainer, which fills them in by formulas of its own."""
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu", "pin_memory": "auto"}}
+    config = load({"zero_optimization": zero, "train_batch_size": "auto", "optimizer": "auto"})
+    assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert config.keys() == BASE.keys() | {
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "bf16",
+        "data_types",
+    }
+    DeepSpeedConfig(dict(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ({"no_such_thing": 1}, "unknown key 'no_such_thing'$"),
+        (
+            {"zero_optimization": {"stage": 3, "overlap_com": True}},
+            "unknown key 'zero_optimization.overlap_com'; did you mean 'overlap_comm'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"devise": "cpu"}}},
+            "unknown key 'zero_optimization.offload_optimizer.devise'; did you mean 'device'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}},
+            "zero_optimization.offload_param.device: Input should be 'none', 'cpu' or 'nvme'",
+        ),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size: "),
+        ({"zero_optimization": 2}, "zero_optimization: a JSON object is needed"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0; allowed are 1, 2, 3"),
+        ({"zero_optimization": {}}, "zero_optimization.stage is None; allowed are 1, 2, 3"),
+        ({"bf16": {"enable": "auto"}}, "unknown key 'bf16.enable'; did you mean 'enabled'?"),
+        ({"bf16": {"enabled": True}}, "key 'bf16.enabled' must be \"auto\": it is set by --precision"),
+        ({"bf16": True}, "bf16: a JSON object is needed"),
+        (
+            {"data_types": {"grad_accum_type": "fp32"}},
+            "unknown key 'data_types.grad_accum_type'; did you mean 'grad_accum_dtype'?",
+        ),
+        ({"checkpoint": {"tag_valid": "Fail"}}, "unknown key 'checkpoint.tag_valid'; did you mean 'tag_validation'?"),
+        ({"checkpoint": {"use_node_local_storage": True}}, "unknown key 'checkpoint.use_node_local_storage'"),
+        ({"comms_logger": {"enable": True}}, "unknown key 'comms_logger.enable'; did you mean 'enabled'?"),
+        ({"flops_profiler": {"profile_steps": 2}}, "unknown key 'flops_profiler.profile_steps'; did you mean"),
+        ({"aio": {"queue": 2}}, "unknown key 'aio.queue'"),
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            "key 'train_micro_batch_size_per_gpu' must be \"auto\": it is set by --per_device_train_batch_size",
+        ),
+        (
+            {"gradient_accumulation_steps": 4},
+            "key 'gradient_accumulation_steps' must be \"auto\": it is set by --gradient_accumulation_steps",
+        ),
+        ({"gradient_clipping": 1.0}, "key 'gradient_clipping' must be \"auto\": it is set by --max_grad_norm"),
+        ({"optimizer": {"type": "Adam"}}, "key 'optimizer' does not belong there: the optimizer is AdamW, set by"),
+        ({"scheduler": {"type": "WarmupLR"}}, "key 'scheduler' does not belong there: the schedule is set by"),
+        ({"fp16": {"enabled": True}}, "key 'fp16' does not belong there: BART overflows in fp16"),
+        ({"train_batch_size": 32}, "key 'train_batch_size' does not belong there: it follows from"),
+        ({"activation_checkpointing": {}}, "it is set by --gradient_checkpointing"),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_the_key(load, changes, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")) as caught:
+        load(BASE | changes)
+    assert str(caught.value).startswith("--deepspeed ")
+    assert "ds.json: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"ds.json:1: not JSON"),
+        ('{\n  "zero_optimization": {"stage": 2},\n}', r"ds.json:3: not JSON"),
+        ("[]", r"ds.json: a JSON object is needed"),
+        ("{}", r"ds.json: no key 'zero_optimization'"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', r"ds.json: key 'stage' stands there twice"),
+    ],
+)
+def test_unreadable_files_are_refused(load, text, message):
+    with pytest.raises(ValueError, match=message):
+        load(text)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--deepspeed .*none.json: No such file"):
+        load_deepspeed_config(tmp_path / "none.json", 1, 1.0, False)
