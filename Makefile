@@ -23,7 +23,7 @@ test-slurm: $(INSTALLED)
 
 # a browser is installed for it, by root; skipped with the reason elsewhere
 test-browser: $(INSTALLED)
-	OMP_NUM_THREADS=1 pytest -m browser -rs tests/monitoring
+	OMP_NUM_THREADS=1 pytest -m browser -rs tests/report
 
 check: $(INSTALLED)
 	ruff check .

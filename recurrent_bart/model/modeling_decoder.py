@@ -105,7 +105,9 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         is_short = n_documents * n_positions <= most and n_positions <= config.max_position_embeddings
         # others each time
         drops_layers = self.training and self.layerdrop > 0
-        is_plain = config.schedule != "auto" or gives_more or drops_layers or not is_short
+        # the causal mask of eager attention copies a number from the CPU, which a capture refuses
+        is_eager = "eager" in config._attn_implementation
+        is_plain = config.schedule != "auto" or gives_more or drops_layers or is_eager or not is_short
         if is_plain or not can_capture(self, [embeds, *others]):
             return None
         padded = nn.functional.pad(embeds, (0, 0, 0, n_positions - n_targets))

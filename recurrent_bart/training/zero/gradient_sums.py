@@ -7,6 +7,7 @@ sums in float32.
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,8 +35,7 @@ def add_gradients(
     pairs = [(total, new) for total, new in zip(sums, gradients, strict=True) if new is not None]
     earlier = [(total, new) for total, new in pairs if total is not None]
     if earlier:
-        # one kernel a parameter, as autograd's own sum takes, but without a copy of the gradient in float32
-        torch._foreach_add_(*map(list, zip(*earlier, strict=True)))
+        _add(earlier)
     first = [new for total, new in pairs if total is None]
     copies = [torch.empty_like(new, dtype=dtype) for new in first]
     if first:
@@ -44,6 +44,23 @@ def add_gradients(
     return [
         next(rest) if total is None and new is not None else total for total, new in zip(sums, gradients, strict=True)
     ]
+
+
+def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add the second tensor of each pair to the first; on a GPU in one kernel launch where a kernel can."""
+    by_kernel: list[tuple[Tensor, Tensor]] = []
+    if pairs[0][0].is_cuda and importlib.util.find_spec("triton") is not None:
+        from recurrent_bart.execution.kernels.gradient_sum import add_to_sums, can_add
+
+        by_kernel = [pair for pair in pairs if pair[1].dtype == pairs[0][1].dtype and can_add(*pair)]
+        if by_kernel:
+            with torch.cuda.device(by_kernel[0][0].device):
+                add_to_sums(*zip(*by_kernel, strict=True))
+    added = {id(total) for total, _ in by_kernel}
+    rest = [pair for pair in pairs if id(pair[0]) not in added]
+    if rest:
+        # one kernel launch for each parameter, where the data types differ
+        torch._foreach_add_(*map(list, zip(*rest, strict=True)))
 
 
 class StepGradients:

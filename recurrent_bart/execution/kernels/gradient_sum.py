@@ -1,0 +1,73 @@
+"""Add many gradients to float32 sums in one kernel launch.
+
+PyTorch adds lists of tensors of two data types one kernel launch at a time: 4.2 ms for the 500 parameters of BART-large
+on an H200, where the bytes moved take 1 ms.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+# elements of one program
+BLOCK = 4096
+# bytes to which the addresses of all tensors are aligned, so that a thread moves several elements at once
+ALIGNMENT = 16
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def can_add(total: Tensor, gradient: Tensor) -> bool:
+    """Return True if a pair of tensors is dense, laid out alike, aligned, and of types that the kernel knows."""
+    return (
+        total.dtype == torch.float32
+        and gradient.dtype in TYPES
+        and total.stride() == gradient.stride()
+        and (total.is_contiguous() or (total.dim() == 2 and total.mT.is_contiguous()))
+        and total.data_ptr() % ALIGNMENT == gradient.data_ptr() % ALIGNMENT == 0
+    )
+
+
+def add_to_sums(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add each gradient to its sum, in place.
+
+    Args:
+        sums: Tensors of float32 on one device.
+        gradients: Tensors of one data type for which `can_add` holds.
+    """
+    device = sums[0].device
+    tensor, first, sizes = _blocks(tuple(total.numel() for total in sums), device)
+    addresses = torch.tensor([[part.data_ptr() for part in parts] for parts in (sums, gradients)])
+    if device.type == "cuda":
+        addresses = addresses.pin_memory().to(device, non_blocking=True)
+    _add[(len(tensor),)](*addresses, tensor, first, sizes, TYPE=TYPES[gradients[0].dtype], BLOCK=BLOCK)
+
+
+@functools.lru_cache(maxsize=8)
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each program's tensor and its block of it, and the sizes of all tensors."""
+    counts = [triton.cdiv(size, BLOCK) for size in sizes]
+    tensor = torch.repeat_interleave(torch.tensor(counts))
+    block = torch.cat([torch.arange(count) for count in counts])
+    return tensor.int().to(device), block.int().to(device), torch.tensor(sizes, device=device)
+
+
+@triton.jit
+def _add(sums, gradients, tensor, block, sizes, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    number = tl.load(tensor + program)
+    start = tl.load(block + program).to(tl.int64) * BLOCK
+    size = tl.load(sizes + number)
+    total = tl.multiple_of(tl.load(sums + number), 16).to(tl.pointer_type(tl.float32))
+    gradient = tl.multiple_of(tl.load(gradients + number), 16).to(tl.pointer_type(TYPE))
+    place = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= size:
+        # without a mask, several elements are moved at once
+        added = tl.load(total + place) + tl.load(gradient + place).to(tl.float32)
+        tl.store(total + place, added)
+    else:
+        inside = place < size
+        added = tl.load(total + place, inside, 0.0) + tl.load(gradient + place, inside, 0.0).to(tl.float32)
+        tl.store(total + place, added, inside)
