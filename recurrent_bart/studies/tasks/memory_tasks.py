@@ -128,9 +128,9 @@ class Recall(SymbolTask):
 
 @dataclass(frozen=True)
 class Retrieval(SymbolTask):
-    """Task: give the values of queried keys. Key-value pairs are at random positions, marks with queried keys at the end.
+    """Task: give the values of queried keys. Key-value pairs are at random positions, queries at the end.
 
-    Half of the symbols are keys, distinct within a document. The other half are values.
+    A query is a mark and a key. Half of the symbols are keys, distinct within a document. The other half are values.
 
     Attributes:
         n_pairs: Pairs in a document.
