@@ -1,27 +1,27 @@
-# Each goal sets up .venv first, once: again only when setup.py or constraints.txt has changed.
+# Each target first sets up .venv: once, and again after a change of setup.py or constraints.txt.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 INSTALLED := $(VENV)/installed
-# its programs by name, ninja among them, which DeepSpeed calls to build its operators
+# puts .venv's programs on the PATH, ninja among them: DeepSpeed calls ninja to build its operators
 export PATH := $(VENV)/bin:$(PATH)
 
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
 .PHONY: train test test-slurm test-browser check bench chaos clean
 
-# the embedded corpus, on whatever this machine has
+# trains on the embedded corpus, on the GPUs of this host or its CPU
 train: $(INSTALLED)
 	deepspeed --quiet launch/train.py --deepspeed ds_configs/zero3.json
 
-# one thread a process: more of them would only wait for each other; kernels for GPUs by Triton's interpreter
+# One thread per process: more threads would wait for each other. Triton's interpreter runs GPU kernels on the CPU.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 pytest -n 2
 
-# a cluster is started for it, by root; skipped with the reason elsewhere
+# root starts a SLURM cluster; other users skip these tests with the reason
 test-slurm: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -m slurm -rs tests/slurm
 
-# a browser is installed for it, by root; skipped with the reason elsewhere
+# root installs a browser; other users skip these tests with the reason
 test-browser: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -m browser -rs tests/report
 
@@ -34,14 +34,14 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	python launch/benchmark.py
 
-# some minutes: a run killed twenty times, compared with one that is left alone
+# compares a run that is killed twenty times with an uninterrupted run; takes some minutes
 chaos: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/chaos.py
 
 clean:
 	rm -rf $(VENV)
 
-# a set-up that fails leaves no stamp, and is taken up again by the next call
+# a failed set-up leaves no stamp file, so the next call continues it
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or later is needed: PYTHON=...')"
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)

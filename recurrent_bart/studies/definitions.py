@@ -1,4 +1,4 @@
-"""The studies by name: what is compared, on which tasks and documents."""
+"""Definitions of all studies by name: tasks, documents and the models that are compared."""
 
 import itertools
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ Fields = dict[str, Any]
 
 # fields of StudyRun for each task
 COPY: Fields = {"task": {"name": "copy"}, "learning_rate": 1e-3}
-# its answer grows with the document, and positions of the decoder beyond those trained are random; after a stage of one
-# segment, with gates what is read in the last one is all that is ever told (RESULTS.md)
+# The answer grows with the document, and decoder positions beyond the trained lengths stay random: tests end at 8
+# segments. After a first stage of one segment, gated models only ever return the last segment's symbols (RESULTS.md).
 RECALL: Fields = {
     "task": {"name": "recall"},
     "stages": (8,),
@@ -24,8 +24,8 @@ RECALL: Fields = {
     "adam_beta2": 0.98,
     "max_steps": 7000,
 }
-# a key must be bound to its value before either can be carried: within a segment first, then over as many as there will
-# be, of few tokens and pairs (RESULTS.md)
+# A model must bind a key to its value before it can carry either. The easier stages train this within one segment,
+# then over 8 short segments with few pairs (RESULTS.md).
 RETRIEVAL: Fields = {
     "task": {"name": "retrieval"},
     "easier": (
@@ -42,7 +42,7 @@ RETRIEVAL: Fields = {
     "encoder_loss": 1.0,
 }
 DENOISING: Fields = RETRIEVAL | {"task": {"name": "retrieval", "is_denoising": True}}
-# a model and a task that a processor learns in a minute
+# a task and a model that train in one minute on a CPU
 QUICK: Fields = {
     "task": {"name": "copy", "n_payload": 4, "n_symbols": 8, "n_fillers": 4},
     "segment_size": 8,
@@ -66,14 +66,15 @@ QUICK_MODEL: Fields = {
     "init_std": 0.06,
 }
 SYMBOLS = (COPY, RECALL, RETRIEVAL)
-# bAbI: words of a segment, and most segments. qa1 begins with short stories, over several segments early
+# Stages of qa1: words per segment and the maximum number of segments. Segments are short first and soon several.
 QA1: Fields = {
     "easier": tuple(
         {"segment_size": size, "n_segments": most} for size, most in ((24, 1), (24, 2), (24, 8), (64, 8), (128, 8))
     )
 }
-# where people are first; then stories of every length, for of short ones there are few, with names that change, else
-# they are learnt by heart; an answer is who has it and where it is (RESULTS.md)
+# Stages of qa2 and qa3. The first stage is qa1: where people are. The next stages use stories of every length, because
+# few are short. Names are permuted in every document, else the model memorizes the stories. An answer states who has
+# the object and where it is (RESULTS.md).
 MORE_FACTS: Fields = {
     "task": {
         "with_subjects": True,
@@ -94,23 +95,17 @@ MORE_FACTS: Fields = {
 
 @dataclass(frozen=True)
 class Texts:
-    """What is read.
-
-    Attributes:
-        facts: Folder of bAbI's facts.
-        filler: Folder of other text to scatter them in.
-        dataset: Documents of the text studies, as `launch/train.py --dataset`.
-    """
+    """Folders of bAbI's facts and of filler text, and the documents of text studies, as `launch/train.py --dataset`."""
 
     facts: str | None = None
     filler: str | None = None
     dataset: str = "stdlib"
 
     def babi(self) -> list[Fields]:
-        """Fields of StudyRun for qa1 to qa3; 64 segments are 16,384 words.
+        """Return the StudyRun fields of the tasks qa1 to qa3; 64 segments are 16,384 words.
 
         Raises:
-            ValueError: The folders are not given.
+            ValueError: `facts` or `filler` is missing.
         """
         if self.facts is None or self.filler is None:
             raise ValueError("bAbI needs --facts and --filler: folders with train.jsonl and validation.jsonl")
@@ -119,7 +114,7 @@ class Texts:
             "segment_size": 256,
             "stages": (8,),
             "stage_steps": 4000,
-            # with 1e-3 none was learnt (RESULTS.md)
+            # no task was learnt with 1e-3 (RESULTS.md)
             "learning_rate": 3e-4,
             "encoder_loss": 1.0,
         }
@@ -140,9 +135,9 @@ def _layerwise() -> dict[str, Fields]:
     }
 
 
-# its layers attend over memory and tokens as over one text
+# RMT's layers attend over state and tokens as one sequence
 RMT: Fields = {"recurrence": "top", "prefix_attention": "concat", "prefix_projection": False}
-# every alternative to the recurrence; the windows are plain BART's
+# every model that is compared; entries with `window` are plain BART
 ALTERNATIVES: dict[str, Fields] = {
     **_layerwise(),
     "top update-gate (RMT)": {"model": RMT | {"update_gate": True}},
@@ -153,12 +148,12 @@ ALTERNATIVES: dict[str, Fields] = {
 }
 LAYERWISE, GATED = (f"layerwise {attention} projection update-gate" for attention in PREFIX_ATTENTIONS)
 ESSENTIALS = {name: ALTERNATIVES[name] for name in (LAYERWISE, "top update-gate (RMT)", "BART, one window")}
-# what slots do not hold: by which key a value is found
+# the matrix finds a value by its key, which the state's slots cannot
 MATRIX: Fields = {"associative_memory": True, "matrix_gate_init": 1.0}
 ASSOCIATIVE: dict[str, Fields] = {
     f"{name}, associative memory": {"model": ALTERNATIVES[name]["model"] | MATRIX} for name in (LAYERWISE, GATED)
 }
-# what it is learnt with, one thing at a time
+# ablations of the training method
 LESSONS: dict[str, Fields] = {
     f"{LAYERWISE}, no loss of the encoder": {"encoder_loss": 0.0},
     f"{LAYERWISE}, no easier stages": {"easier": ()},
@@ -171,7 +166,7 @@ CONTEXTS: dict[str, Fields] = {
 }
 
 
-# tasks, None for those of bAbI, and what is compared on each
+# name: tasks (None: the bAbI tasks, which need texts) and the variants that are compared on each task
 STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
     "quick": (
         [QUICK],
@@ -189,8 +184,8 @@ STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
 }
 
 
-# flags of launch/train.py that all runs on documents share: every evaluation comes after the same steps whatever the
-# time, so the learning rate does not depend on how many there will be
+# launch/train.py flags that all runs on documents share. Runs end by time and are compared at equal steps, so the
+# learning rate must not depend on the total number of steps.
 TEXT: Fields = {
     "model_size": "small",
     "segment_size": 512,
@@ -207,12 +202,12 @@ TEXT: Fields = {
     "eval_documents": 64,
     "dataloader_num_workers": 1,
 }
-# and beside those of each kind of target. From a thousand summaries alone no model learnt to use what it reads
-# (RESULTS.md)
+# additional flags by kind of target. Sections add gap sentences: with one thousand summaries alone, no model learned to
+# use the text it reads (RESULTS.md).
 OWN_TEXT: dict[str, Fields] = {
     "document": {},
     "sections": {
-        # where a model names nothing else
+        # default, which variants override
         "decoder_context": "last",
         "gap_sentences": 3,
         "per_device_train_batch_size": 16,
@@ -227,7 +222,7 @@ RECURRENCES: dict[str, Fields] = {
     "top (RMT)": {"flags": RMT},
     "none": {"flags": {"recurrence": "none"}},
 }
-# fields of TextRun for each kind of target; differences are to the first
+# TextRun fields of each variant, by kind of target; reports compare variants with the first
 TEXT_STUDIES: dict[str, dict[str, Fields]] = {
     "document": {
         **RECURRENCES,
@@ -250,17 +245,13 @@ TEXT_STUDIES: dict[str, dict[str, Fields]] = {
 def build_text_study(
     task: str, texts: Texts, seeds: Iterable[int] = range(3), seconds: float | None = None, **changes: Any
 ) -> list[TextRun]:
-    """The runs of a study on documents with one target each, or one per section.
+    """Build the runs of a study on documents, one per seed and model.
 
-    Args:
-        task: `"document"` or `"sections"`.
-        texts: Which documents.
-        seeds: Of each model's runs.
-        seconds: Of training.
-        changes: Flags of all runs that are others than the study's own.
+    The task is `"document"`, one target per document, or `"sections"`, one target per section. `seconds` limits the
+    training time of a run. `changes` are `launch/train.py` flags that override the study's flags in all runs.
     """
     flags = TEXT | OWN_TEXT[task] | {"dataset": texts.dataset, "task": task} | changes
-    # a run that is cut short warms up all its time
+    # a run of few steps must not warm up for longer than it lasts
     flags["warmup_steps"] = min(int(flags["warmup_steps"]), int(flags["max_steps"]))
     documents = f"{Path(texts.dataset).name} {task}"
     return [
@@ -278,15 +269,15 @@ def build_text_study(
 
 
 def build_study(name: str, texts: Texts, seeds: Iterable[int] = range(3)) -> list[StudyRun]:
-    """The runs of a study.
+    """Build the runs of a study on memory tasks.
 
     Raises:
-        ValueError: There is no such study, or it needs texts that are not given.
+        ValueError: The name is unknown, or the study needs texts that are missing.
     """
     if name not in STUDIES:
         raise ValueError(f"study {name}: known are {', '.join((*STUDIES, *TEXT_STUDIES))}")
     tasks, variants = STUDIES[name]
-    # all variants with one seed first: a study that is cut off can compare them
+    # seeds are the outer loop: a study that is cut off early can compare all variants
     return [
         StudyRun(name=variant, seed=seed, **task | fields)
         for seed in seeds

@@ -1,4 +1,4 @@
-"""Runs of a study side by side, in processes each of which has one or several of them, on one of some devices."""
+"""Process pool that runs a study's runs in parallel on several devices."""
 
 import queue
 import subprocess
@@ -8,21 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-# in front of a file's name, in a line that a process prints when the run of that file has ended
+# a process prints this and the file's path when a run ends
 ENDED = "ended: "
-# of what a failed process wrote
+# number of output lines that report a failure
 LAST_LINES = 3
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
+    """End of one run.
 
     Attributes:
-        file: Its file.
-        code: 0: the file says it; None: it was not begun, for time had run out; else its process ended without it, with
-            this exit code.
-        said: Of such a process the last lines.
+        file: File of the run.
+        code: 0: the file holds the result. None: the time was over before the run began. Otherwise: exit code of the
+            process, which ended before the run did.
+        said: Last lines that the failed process printed.
     """
 
     file: Path
@@ -36,13 +36,13 @@ def run_side_by_side(
     command: Callable[[Sequence[Path], str], list[str]],
     deadline: float,
 ) -> Iterator[Ended]:
-    """Start a process for each group of files, as many at once as there are places, and give each file as its run ends.
+    """Start one process per group of files, at most one per entry of `places`, and yield each run as it ends.
 
     Args:
-        groups: What is run. What a process writes is kept beside its first file, in a `.log`.
-        places: Devices, each as often as processes may use it.
-        command: Makes the command from files and a device.
-        deadline: None is started after this time, as `time.time` has it.
+        groups: Run files by process. A process prints to a `.log` file beside its first run file.
+        places: Devices. A device that n processes may use appears n times.
+        command: Builds the command line from run files and a device.
+        deadline: Time after which no process starts, on the clock of `time.time`.
     """
     free: queue.Queue[str] = queue.Queue()
     ended: queue.Queue[Ended] = queue.Queue()
@@ -53,7 +53,7 @@ def run_side_by_side(
         device, left, code, said = free.get(), list(files), None, ""
         try:
             if time.time() < deadline:
-                # until its own end says otherwise
+                # reported if starting the process raises
                 code = 1
                 code, said = _run(command(files, device), left, ended)
         finally:
@@ -70,7 +70,7 @@ def run_side_by_side(
 
 
 def _run(command: list[str], left: list[Path], ended: queue.Queue[Ended]) -> tuple[int, str]:
-    """Exit code and last lines of a process; files whose runs have ended on the way are no longer left."""
+    """Return exit code and last lines of a process, and remove runs from `left` as they end."""
     log = left[0].with_suffix(".log")
     with (
         log.open("w") as output,

@@ -1,4 +1,4 @@
-"""What the runs of a study show together: tables in Markdown and a plot."""
+"""Report of a study on memory tasks: Markdown tables and a plot."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +14,12 @@ MIB = 2**20
 MEASURES = {"token_accuracy": "share of right tokens", "exact_match": "share of answers that are right throughout"}
 
 Records = list[dict[str, Any]]
-# seeds of one variant on one task
+# (task, variant) -> one record per seed
 Groups = dict[tuple[str, str], Records]
 
 
 def read_results(folder: Path, runs: Iterable[Run]) -> Groups:
-    """Of these runs those that were tested, in their order, by task and what is compared."""
+    """Return the records of finished runs by task and variant, in the order of `runs`."""
     groups: Groups = {}
     for run in runs:
         file = RunFile(folder / run.file_name())
@@ -30,7 +30,7 @@ def read_results(folder: Path, runs: Iterable[Run]) -> Groups:
 
 
 def report(groups: Groups) -> str:
-    """Tables of accuracy and cost, and where they come from."""
+    """Return a Markdown report: accuracy, cost, and the origin of the records."""
     tables = [
         f"Test accuracy by number of segments, {text}: mean (lowest to highest seed)\n\n" for text in MEASURES.values()
     ]
@@ -41,7 +41,7 @@ def report(groups: Groups) -> str:
 
 
 def accuracy_table(groups: Groups, measure: str) -> str:
-    """Mean and range over seeds by number of segments."""
+    """Return mean and range of a measure over seeds, by number of segments."""
     numbers = sorted({int(n) for records in groups.values() for record in records for n in record["accuracy"]})
     rows = []
     for (task, name), records in groups.items():
@@ -51,7 +51,7 @@ def accuracy_table(groups: Groups, measure: str) -> str:
 
 
 def cost_table(groups: Groups) -> str:
-    """Steps and seconds until the task was learnt, speed and memory; medians over seeds."""
+    """Return steps and seconds until a task is learnt, speed and memory: medians over seeds."""
     head = ["task", "model", "learnt", "steps to 0.9", "seconds to 0.9", "steps", "steps/s", "peak MiB", "M parameters"]
     rows = []
     for (task, name), records in groups.items():
@@ -73,7 +73,7 @@ def cost_table(groups: Groups) -> str:
 
 
 def origin(groups: Groups) -> str:
-    """Device, versions, commit and date of all runs, and which were cut off."""
+    """Return device, versions, commits and dates of all runs, and the number of runs cut off by their budget."""
     records = [record for group in groups.values() for record in group]
     facts = {
         "Device": {record["device"] for record in records},
@@ -88,7 +88,7 @@ def origin(groups: Groups) -> str:
 
 
 def draw(groups: Groups, path: Path, measure: str = "token_accuracy") -> None:
-    """Accuracy against number of segments, a panel for each task, seeds as a band."""
+    """Draw a measure against the number of segments: one panel per task, the range over seeds as a band."""
     tasks = list(dict.fromkeys(task for task, _ in groups))
     figure = Figure(figsize=(5.5 * len(tasks) + 2.5, 4.5), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
@@ -113,7 +113,7 @@ def _draw_task(axes: Axes, members: dict[str, Records], measure: str) -> None:
         )
         axes.fill_between(numbers, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
         trained = records[0]["run"]["stages"][-1]
-        # what lies beyond was never trained on
+        # numbers of segments beyond this line were never trained on
         axes.axvline(trained, color="grey", linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -125,7 +125,7 @@ def _draw_task(axes: Axes, members: dict[str, Records], measure: str) -> None:
 
 
 def mean_and_range(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean with the lowest and the highest, where they differ; empty where there are none."""
+    """Format the mean, followed by lowest and highest value if they differ; "" without values."""
     if not values:
         return ""
     lowest, highest, mean = (format(value, form) for value in (min(values), max(values), statistics.mean(values)))
@@ -133,7 +133,7 @@ def mean_and_range(values: Sequence[float], form: str = ".3f") -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""One run of a study: what it is, and its file."""
+"""Run of a study on a memory task, and the file of a run."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from recurrent_bart.studies.tasks.babi import load_babi
 from recurrent_bart.studies.tasks.memory_tasks import SYMBOL_TASKS, MemoryTask
 
 WINDOWS = ("segments", "all", "last")
-# what a run's fields change
+# defaults of the model, which a run's `model` overrides
 MODEL: dict[str, Any] = {
     "d_model": 256,
     "encoder_layers": 4,
@@ -26,69 +26,55 @@ MODEL: dict[str, Any] = {
     "bptt_depth": -1,
     "dropout": 0.0,
     "hidden_dropout_prob": 0.0,
-    # with BART's 0.02 so small a model had learnt nothing after a thousand steps (RESULTS.md)
+    # with BART's 0.02, a model this small learned nothing in one thousand steps (RESULTS.md)
     "init_std": 0.06,
 }
 
 
 class Run(Protocol):
-    """What studies are made of."""
+    """Interface of all runs."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str:
-        """What is compared; runs that differ in their seed alone share it."""
+        """Name of the variant; runs that differ in their seed alone share it."""
 
     def task_name(self) -> str:
-        """What the task is called in tables and files."""
+        """Return the task's name for tables and files."""
 
     def file_name(self) -> str:
-        """Name of its file."""
+        """Return the name of the run's file."""
 
 
 def file_name(task: str, name: str, seed: int) -> str:
-    """Name of a run's file: task, what is compared, seed."""
+    """Return the file name for a task, a variant and a seed."""
     words = re.sub(r"[^\w.=-]+", "-", f"{task}-{name}")
     return f"{words}-seed{seed}.json"
 
 
 def describe_device(device: str) -> str:
-    """Name of a GPU, or `cpu`."""
+    """Return the name of a GPU, or `cpu`."""
     return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A model from scratch on a memory task.
+    """A model trained from scratch on a memory task.
 
     Attributes:
-        name: What is compared; runs that differ in their seed alone share it.
-        task: `"name"` of a task and its fields; for `"babi"` what `load_babi` takes.
-        model: Fields of RecurrentBartConfig that differ from `MODEL`. Dropout would make a run depend on those beside
-            it in a process, for they share its random numbers.
-        window: `"segments"`: one after another; `"all"`: all their tokens as one segment; `"last"`: the last alone.
-        seed: Of weights and of documents to train on; those to test on are the same in every run.
-        segment_size: Tokens of a segment.
-        easier: Stages before all others, each with the fields of the task that differ, `segment_size`, and
-            `n_segments`, most segments of a document, one unless given.
-        stages: Most segments of a document to train on, stage by stage.
+        name: Name of the variant; runs that differ in their seed alone share it.
+        task: `"name"` of a task and its fields; for `"babi"` the arguments of `load_babi`.
+        model: RecurrentBartConfig fields that differ from `MODEL`. With dropout, results depend on the other runs of
+            the process, because they share one random generator.
+        window: `"segments"` reads segment after segment, `"all"` one long segment, `"last"` the last segment alone.
+        seed: Seed of weights and training documents. Test documents are the same in every run.
+        easier: Stages before `stages`; each overrides task fields, `segment_size`, `n_segments` (maximum, default 1).
+        stages: Maximum number of segments of training documents, by stage.
         threshold: Token accuracy that ends a stage.
-        stage_steps: Steps that end it in any case; 0: none do.
-        test_segments: Numbers of segments to test on.
-        max_steps: Optimizer steps, unless the task is learnt before.
-        batch_size: Documents of a step.
-        learning_rate: Highest one.
-        lr_scheduler: Decay after warm-up: linear, cosine or constant.
-        warmup_steps: Steps over which the learning rate rises.
-        weight_decay: Of matrices.
-        adam_beta2: Of the mean of squared gradients, what a step keeps.
-        max_grad_norm: Gradients are clipped to this norm.
-        encoder_loss: Weight of a second loss: of the answer as the token head finds it in what the encoder gives
-            where it is asked for. Without it a decoder that sees all that was read learns to rule answers out.
-        bf16: Compute in bfloat16, by autocast.
-        eval_every: Steps between evaluations.
-        eval_documents: Documents of an evaluation.
+        stage_steps: Maximum number of steps of a stage; 0 sets no limit.
+        encoder_loss: Weight of a second loss: the token head predicts the answer from the encoder's output at
+            `answer_places`. Without it, a decoder that sees all tokens learns to rule answers out.
     """
 
     name: str
@@ -111,6 +97,7 @@ class StudyRun:
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     encoder_loss: float = 0.0
+    # compute in bfloat16 by autocast
     bf16: bool = False
     eval_every: int = 100
     eval_documents: int = 256
@@ -121,11 +108,7 @@ class StudyRun:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "StudyRun":
-        """The run that `asdict` and a file of JSON made a record of.
-
-        Raises:
-            ValueError: It has a field that runs do not have.
-        """
+        """Build the run from the JSON form of `asdict`; raise ValueError if it has an unknown field."""
         unknown = set(record) - {item.name for item in fields(cls)}
         if unknown:
             raise ValueError(f"a run has no field {', '.join(sorted(unknown))}")
@@ -135,24 +118,21 @@ class StudyRun:
         return cls(**values)
 
     def task_name(self) -> str:
-        """What the task is called in tables and files."""
+        """Return the task's name for tables and files."""
         settings = {name: value for name, value in self.task.items() if name not in ("name", "facts", "filler")}
         if self.task["name"] == "babi":
             return settings["task"]
         return " ".join([self.task["name"], *(f"{name}={value}" for name, value in settings.items())])
 
     def file_name(self) -> str:
-        """Name of its file: task, what is compared, seed."""
+        """Return the name of the run's file: task, variant, seed."""
         return file_name(self.task_name(), self.name, self.seed)
 
     def build_tasks(self, **changes: Any) -> tuple[MemoryTask, MemoryTask]:
-        """What to train and what to test on.
-
-        Args:
-            changes: Fields of the task that differ.
+        """Build the training task and the test task, with `changes` to the task's fields.
 
         Raises:
-            ValueError: There is no such task, or its files are missing.
+            ValueError: The task is unknown, or its files are missing.
         """
         settings = self.task | changes
         name = settings.pop("name")
@@ -167,16 +147,16 @@ class StudyRun:
 
 
 class RunFile:
-    """The file of a run: what it is, how it goes, what came of it. It is whole at any moment."""
+    """JSON file of a run: its definition, progress and result; writes are atomic."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> dict[str, Any]:
-        """Everything in it.
+        """Return the content.
 
         Raises:
-            ValueError: It is missing or unreadable.
+            ValueError: The file is missing or unreadable.
         """
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))
@@ -184,25 +164,25 @@ class RunFile:
             raise ValueError(f"{self.path}: unreadable ({error})") from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Replace it."""
+        """Replace the content."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path, json.dumps(record, indent=1) + "\n")
 
     def is_finished(self, run: Run) -> bool:
-        """Whether it holds all that comes of this run, as it is defined now."""
+        """Return True if the file holds the complete result of this run as defined now."""
         record = self.read() if self.path.exists() else {}
         return record.get("stopped") not in (None, "budget") and record["run"] == _described(run)
 
     def begin(self, run: Run) -> None:
-        """Write what is to be run; what there is of the same run stays until there is more."""
+        """Write the run's definition; earlier results of the same definition stay."""
         if not self.path.exists() or self.read().get("run") != _described(run):
             self.write({"run": _described(run)})
 
     def fail(self, error: str) -> None:
-        """Write why the run failed, beside what there is of it."""
+        """Add the error that ended the run."""
         self.write(self.read() | {"error": error})
 
 
 def _described(run: Run) -> dict[str, Any]:
-    """A run as a file has it, where tuples are lists."""
+    """Return the run as JSON returns it: tuples become lists."""
     return json.loads(json.dumps(asdict(run)))

@@ -9,9 +9,9 @@ import torch
 from recurrent_bart.studies.definitions import ALTERNATIVES, CONTEXTS, DEPTHS
 from recurrent_bart.studies.memory.recording import Recorded
 from recurrent_bart.studies.memory.single_run import SingleRun, execute
-from recurrent_bart.studies.memory.turns import all_turns, take_turns
+from recurrent_bart.studies.memory.turns import take_turns
 from recurrent_bart.studies.tasks.babi import Babi, Story, Tables, Vocabulary
-from study_runs import MODEL, begun, short_run
+from study_runs import MODEL, all_turns, begun, short_run
 
 pytestmark = pytest.mark.gpu
 

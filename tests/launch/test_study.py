@@ -159,7 +159,7 @@ def test_a_process_takes_runs_in_turns_begins_others_when_they_end_and_tells_eac
     assert [json.loads(file.read_text())["stopped"] for file in files] == ["steps", "steps"]
     assert script.outcome(Ended(bad, 0)) == (
         True,
-        "failed: ValueError: task 'dance': known are copy, reverse, recall, retrieval, needle, babi",
+        "failed: ValueError: task 'dance': known are copy, recall, retrieval, babi",
     )
 
 

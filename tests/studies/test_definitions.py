@@ -1,4 +1,4 @@
-"""Every study that there is can be run."""
+"""Every study can run."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_every_run_has_a_model_and_documents_to_train_and_test_on(name):
     assert len({run.file_name() for run in runs}) == len(runs)
     for run in runs[: len(runs) // 3]:
         task, _ = run.build_tasks()
-        # building the configuration checks its fields
+        # RecurrentBartConfig checks its fields
         build_config(run, task)
         for n_segments in {*run.stages, *run.test_segments}:
             task.batch(torch.Generator().manual_seed(0), 1, n_segments, run.segment_size)
@@ -63,10 +63,10 @@ def test_every_run_on_documents_has_flags_that_training_takes(task):
         arguments = parse_run(run)
         assert (arguments.data.task, arguments.data.dataset) == (task, "some/papers")
         assert (arguments.model.segment_size, run.seconds, arguments.run.seed) == (64, 9.0, run.seed)
-        # no more than one run may decide how fast the learning rate falls
+        # the learning rate must not depend on the length of a run
         assert (arguments.run.lr_scheduler, arguments.run.warmup_steps) == ("constant", 200)
         assert run.task_name() == f"papers {task}"
-        # which are there for documents of many texts and few targets
+        # gap sentences are for documents with much text and few targets
         assert arguments.data.gap_sentences == (3 if task == "sections" else 0)
         is_published_rmt = (arguments.model.prefix_attention, arguments.model.prefix_projection) == ("concat", False)
         assert is_published_rmt == (run.name == "top (RMT)")
@@ -88,7 +88,10 @@ def test_models_on_documents_differ_in_what_they_are_said_to():
 
 
 def test_models_on_sections_name_what_their_decoder_sees():
-    """Where none is named launch/train.py chooses, and plain BART would read one segment as a section of several."""
+    """Check that every model sets its decoder context.
+
+    The default of launch/train.py for sections would make plain BART read one segment as a section of several.
+    """
     told = {run.name: run.flags["decoder_context"] for run in build_text_study("sections", Texts(), seeds=[0])}
     several = {
         "layerwise, states of all segments": "memory",

@@ -1,4 +1,4 @@
-"""Runs side by side: as many processes as there are places, each on its own, whatever becomes of the others."""
+"""The pool runs one process per place at a time, and each run ends independently of the rest."""
 
 import math
 import sys
@@ -61,7 +61,7 @@ print("{ENDED}" + sys.argv[2], flush=True)
 print("{ENDED}" + "of somebody else", flush=True)
 sys.exit(int(sys.argv[1]))
 """
-    # with an exit code of 0 it did not begin the third, for its time was over; with another it was not able to
+    # exit code 0: the process did not begin the third run because its time was over; another code: it failed
     for code in (0, 3):
         times = []
         ended = []

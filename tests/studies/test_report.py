@@ -1,4 +1,4 @@
-"""A report says what the files hold."""
+"""A report states the content of the run files."""
 
 import json
 
@@ -18,7 +18,7 @@ RUNS = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two kinds of runs, the first with three seeds of which one was cut off, and one that did not end."""
+    """Write three seeds of a variant (one cut off), another variant, and an unfinished run."""
     accuracies = [0.7, 0.9, 1.0]
     for seed, accuracy in enumerate(accuracies):
         run = short_run(seed=seed)

@@ -1,4 +1,4 @@
-"""What a run is, written and read."""
+"""Definition and file of a run, written and read."""
 
 import json
 from dataclasses import asdict

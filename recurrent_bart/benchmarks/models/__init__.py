@@ -1,1 +1,1 @@
-"""Speed and memory of one model beside its peers."""
+"""Speed and memory of our model and of other models."""

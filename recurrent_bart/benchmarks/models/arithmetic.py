@@ -1,4 +1,4 @@
-"""Useful arithmetic of the other models: as `monitoring/flops.py` counts ours, products over what attention can see."""
+"""Useful FLOPs of the other models, counted as `model/flops.py` counts ours: products over visible positions."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,12 @@ from recurrent_bart.model.flops import Arithmetic
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model's encoder attends to beside a full square.
+    """Attention pattern of a model's encoder.
 
     Attributes:
-        n_near: Positions around it that each token sees; None: all.
-        n_for_all: Positions that every token sees and that see every token; their products with all have weights of
-            their own (LED).
-        n_per_summary: Tokens that one position stands for that every token sees (LongT5); None: there is none.
+        n_near: Neighbours that each token attends to; None: all positions.
+        n_for_all: Global positions, which attend to all tokens and vice versa, with separate projections (LED).
+        n_per_summary: Tokens per summary position, which every token attends to (LongT5); None: no summaries.
     """
 
     n_near: int | None = None
@@ -24,12 +23,12 @@ class Attention:
     n_per_summary: int | None = None
 
     def pairs(self, n_tokens: int) -> float:
-        """Pairs of positions whose product is taken."""
+        """Return the number of query-key pairs."""
         near = n_tokens if self.n_near is None else min(n_tokens, self.n_near)
         return n_tokens * (near + 2 * self.n_for_all + self._n_summaries(n_tokens))
 
     def weights(self, n_tokens: int, width: int) -> float:
-        """Operations of projections that plain attention does not have."""
+        """Return the FLOPs of projections that plain attention does not have."""
         keys_and_values = self._n_summaries(n_tokens) + (n_tokens if self.n_for_all else 0)
         return 4 * width**2 * keys_and_values + 2 * width**2 * self.n_for_all
 
@@ -39,18 +38,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class PeerArithmetic:
-    """Counts a model of BART's shape.
-
-    Attributes:
-        shape: Its layers and widths; nothing of the recurrence is used.
-        attention: Of its encoder.
-    """
+    """FLOP counter of a model with BART's shape and a given encoder attention, without recurrence."""
 
     shape: RecurrentBartConfig
     attention: Attention
 
     def encoder(self, n_tokens: int) -> float:
-        """Operations of a forward pass over so many tokens."""
+        """Return the FLOPs of a forward pass over `n_tokens` tokens."""
         width = self.shape.d_model
         weights = 8 * width**2 + 4 * width * self.shape.encoder_ffn_dim
         attended = 4 * width * self.attention.pairs(n_tokens)
@@ -58,5 +52,5 @@ class PeerArithmetic:
         return self.shape.encoder_layers * layer
 
     def decoder(self, n_targets: int, n_context: int) -> float:
-        """Operations of a forward pass over a target that attends to so many positions."""
+        """Return the FLOPs of a forward pass over a target that attends to `n_context` positions."""
         return Arithmetic(self.shape).decoder(torch.tensor([n_targets]), torch.tensor([n_context]))

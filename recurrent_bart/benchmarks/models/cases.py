@@ -1,4 +1,4 @@
-"""What is measured beside what."""
+"""Benchmark cases and suites of cases."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -8,8 +8,8 @@ from recurrent_bart.data.rows import TASKS
 from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
 
 MODELS = {"ours": "ours", "rmt": "RMT on BART", "bart": "BART, full attention", "led": "LED", "longt5": "LongT5"}
-# a training step with its optimizer; forward and backward passes alone, as of one micro-batch of several; the encoder;
-# the decoder's texts
+# training: passes and optimizer step; passes: forward and backward pass of one micro-batch; inference: the encoder;
+# generation: the decoder
 WORKS = ("training", "passes", "inference", "generation")
 SUITES = ("quick", "grid", "headline", "memory")
 SCHEDULES = ("sequential", "wavefront", "auto")
@@ -21,13 +21,13 @@ class Case:
 
     Attributes:
         model: One of `MODELS`.
-        n_segments: Length of each document, in segments.
+        n_segments: Segments in each document.
         work: One of `WORKS`.
-        batch_size: Documents.
-        task: One target per document, or one per segment, which our model alone has.
-        bptt_depth: Segment boundaries that gradient crosses, in the models that have some; -1: all.
-        checkpointing: What is recomputed, one of `CHECKPOINTING_GRAINS`; others than our model have layers alone.
-        schedule: Of our model.
+        batch_size: Number of documents.
+        task: `"document"`, or `"sections"` (a target per segment) for our model.
+        bptt_depth: Segment boundaries that the gradient crosses in recurrent models; -1: all.
+        checkpointing: One of `CHECKPOINTING_GRAINS`; the other models support `"none"` and `"layer"`.
+        schedule: Schedule of our model.
     """
 
     model: str
@@ -40,7 +40,7 @@ class Case:
     schedule: str = "auto"
 
     def label(self) -> str:
-        """Its model and how that is run, whatever the documents."""
+        """Return the model's name and its settings, without the documents' size."""
         parts = [MODELS[self.model]]
         if self.model == "ours" and self.work != "generation":
             parts.append(self.schedule)
@@ -56,12 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that are compared, and therefore measured in turns.
-
-    Attributes:
-        name: To choose it by.
-        cases: In the order of the table.
-    """
+    """Named cases that are compared, and therefore measured in turns. Tables keep the order of the cases."""
 
     name: str
     cases: tuple[Case, ...]
@@ -70,15 +65,11 @@ class Group:
 def build_suite(
     name: str, batch_sizes: Sequence[int], numbers: Sequence[int], schedules: Sequence[str] = SCHEDULES
 ) -> list[Group]:
-    """Groups of a suite.
+    """Build the groups of one of `SUITES`.
 
-    Args:
-        name: One of `SUITES`. `"quick"`: every model and every kind of work, on short documents. `"headline"`: the
-            figures that the project is judged by. `"grid"`: every model by documents and segments. `"memory"`: what
-            the passes of our model take, by target, horizon of gradient and recomputation.
-        batch_sizes: Documents at once, of a grid and of memory.
-        numbers: Likewise segments.
-        schedules: Of our model, likewise.
+    `"quick"` has every model and every kind of work on short documents. `"headline"` has the project's goals. `"grid"`
+    has every model by number of documents (`batch_sizes`) and segments (`numbers`). `"memory"` has the memory of our
+    model's passes by target, `bptt_depth` and checkpointing. `schedules` of our model apply to the last two.
     """
     if name == "quick":
         return quick()
@@ -88,7 +79,7 @@ def build_suite(
 
 
 def grid(batch_sizes: Iterable[int], numbers: Iterable[int], schedules: Sequence[str]) -> list[Group]:
-    """Every model, each with every checkpointing that it has, in training and in inference."""
+    """Build training with every checkpointing, and inference, of every model."""
     groups = []
     for batch_size, n_segments in itertools.product(batch_sizes, numbers):
         ours = [
@@ -106,7 +97,7 @@ def grid(batch_sizes: Iterable[int], numbers: Iterable[int], schedules: Sequence
 
 
 def quick() -> list[Group]:
-    """Every model at two lengths, and each as a reader."""
+    """Build training at two lengths and inference of every model, and generation."""
     cases = []
     for n_segments in (1, 4):
         cases += [Case("ours", n_segments, schedule=schedule) for schedule in SCHEDULES]
@@ -117,7 +108,7 @@ def quick() -> list[Group]:
 
 
 def generation() -> Group:
-    """Our decoder and BART's, of as many positions, for one document and for many."""
+    """Build generation with our decoder and BART's, from equal context lengths, for 1 and 16 documents."""
     return Group(
         "generation",
         tuple(Case(model, 1, "generation", size) for size, model in itertools.product((1, 16), ("ours", "bart"))),
@@ -125,13 +116,13 @@ def generation() -> Group:
 
 
 def readers(n_segments: int, schedules: Sequence[str], batch_size: int = 1) -> list[Case]:
-    """Encoders of all models."""
+    """Build inference of every model's encoder."""
     ours = [Case("ours", n_segments, "inference", batch_size, schedule=schedule) for schedule in schedules]
     return ours + [Case(model, n_segments, "inference", batch_size) for model in list(MODELS)[1:]]
 
 
 def headline() -> list[Group]:
-    """One long document, full batches with and without checkpointing, reading, cost against length, generation."""
+    """Build one long document, full batches with and without checkpointing, inference, length and generation."""
     one = [
         Case("ours", 32, schedule="sequential"),
         *(Case("ours", 32, checkpointing=grain) for grain in CHECKPOINTING_GRAINS),
@@ -162,7 +153,7 @@ def headline() -> list[Group]:
 
 
 def lengths(numbers: Iterable[int]) -> list[Case]:
-    """Models that carry a state with a horizon of gradient; the others up to where LED's position table ends."""
+    """Build models by document length: recurrent ones with bptt_depth 2, the rest up to LED's last position."""
     cases = []
     for n_segments in numbers:
         cases += [Case("ours", n_segments, bptt_depth=2, task=task) for task in TASKS]
@@ -174,7 +165,7 @@ def lengths(numbers: Iterable[int]) -> list[Case]:
 
 
 def memory(batch_sizes: Iterable[int], numbers: Iterable[int], schedules: Sequence[str]) -> list[Group]:
-    """Every way to train our model that changes what its passes take."""
+    """Build every training setting of our model that changes the memory of its passes."""
     groups = []
     for batch_size, task, bptt_depth in itertools.product(batch_sizes, TASKS, (0, 2, -1)):
         cases = [

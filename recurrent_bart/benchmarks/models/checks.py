@@ -1,4 +1,4 @@
-"""That what is timed computes what it should, on small models, before anything is timed.
+"""Check of the benchmarked models on small inputs, before any timing.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -29,12 +29,12 @@ SHAPE: dict[str, Any] = {
     "init_std": 0.2,
     "dropout": 0.0,
 }
-# of losses and gradients, in float64
+# relative, for losses and gradients in float64
 TOLERANCE = 1e-8
 
 
 def find_wrong_results(device: torch.device) -> list[str]:
-    """What is wrong; nothing if all is well."""
+    """Return a description of each wrong result."""
     torch.manual_seed(0)
     ids_BNL = torch.randint(4, SHAPE["vocab_size"], (2, N_SEGMENTS, SEGMENT_SIZE), device=device)
     labels_BT = torch.randint(4, SHAPE["vocab_size"], (2, 6), device=device)
@@ -42,7 +42,7 @@ def find_wrong_results(device: torch.device) -> list[str]:
 
 
 def _faults_of_ours(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> list[str]:
-    """Schedules and checkpointing that change loss or gradients, and a state that does not reach the loss."""
+    """Find schedules and checkpointing that change loss or gradients, and a state that the loss ignores."""
     config = RecurrentBartConfig(
         **SHAPE, pre_seq_len=3, segment_size=SEGMENT_SIZE, bptt_depth=-1, hidden_dropout_prob=0.0
     )
@@ -60,14 +60,14 @@ def _faults_of_ours(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) ->
         found = _loss_and_gradients(model, loss(ids_BNL))
         reference = found if reference is None else reference
         gap = float((found - reference).abs().max() / reference.abs().max())
-        # also where it is not a number
+        # `not <` also catches nan
         if not gap < TOLERANCE:
             faults.append(f"ours, {schedule}, {grain} checkpointing: {gap:.1e} away from sequential without any")
     return faults + ([] if _reads_first_segment(loss, ids_BNL) else ["ours: the loss is without the first segment"])
 
 
 def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> list[str]:
-    """A memory that does not carry the first segment to the loss, or the loss's gradient back."""
+    """Find a first segment that the loss ignores, and an initial memory without gradient."""
     with device:
         model = RecurrentMemoryBart(BartConfig(**SHAPE), n_memory=3).double().train()
 
@@ -75,7 +75,7 @@ def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> 
         return model(ids_BNL, labels_BT)
 
     faults = [] if _reads_first_segment(loss, ids_BNL) else ["RMT: the loss is without the first segment"]
-    # stands in front of the first segment alone
+    # the initial memory precedes the first segment only
     (gradient,) = torch.autograd.grad(loss(ids_BNL), model.memory, allow_unused=True, materialize_grads=True)
     if not gradient.abs().max() > TOLERANCE:
         faults.append("RMT: no gradient reaches the memory that it begins with")
@@ -84,7 +84,7 @@ def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> 
 
 @torch.no_grad()
 def _reads_first_segment(loss: Callable[[Tensor], Tensor], ids_BNL: Tensor) -> bool:
-    """Whether another first segment gives another loss."""
+    """Return True if another first segment changes the loss."""
     other = ids_BNL.clone()
     other[:, 0] = other[:, 0].flip(-1)
     return bool((loss(ids_BNL) - loss(other)).abs() > TOLERANCE)
@@ -92,13 +92,13 @@ def _reads_first_segment(loss: Callable[[Tensor], Tensor], ids_BNL: Tensor) -> b
 
 @torch.no_grad()
 def _open_gates(model: nn.Module) -> None:
-    """Gates begin at zero, where nothing of a state would be seen."""
+    """Randomize the gates. They are initialized to zero, which hides the state."""
     for name, parameter in model.named_parameters():
         if "gate" in name:
             parameter.normal_()
 
 
 def _loss_and_gradients(model: nn.Module, loss: Tensor) -> Tensor:
-    """All in one row."""
+    """Return loss and all gradients in one vector."""
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
     return torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)])

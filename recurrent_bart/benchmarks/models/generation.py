@@ -1,4 +1,4 @@
-"""Texts generated from what was read before, which is not measured."""
+"""Benchmark of greedy generation. Encoding comes first and is not measured."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +13,18 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.model.flops import Arithmetic
 
-# of each text, whatever the model would end it by
+# length of each text; an earlier end-of-sequence token is forbidden
 NEW_TOKENS = 64
 
 
 def n_context(place: Place) -> int:
-    """Positions that decoders attend to: those of our last state and last segment."""
+    """Return the number of positions that decoders attend to: our state and our last segment."""
     return RecurrentBartConfig().pre_seq_len + place.segment_size
 
 
 def generator(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> Callable[[], Tensor]:
-    """Greedy generation by Hugging Face's `generate`, from as many positions in every model."""
-    # any type: modules are not known to generate
+    """Return greedy generation by Hugging Face's `generate`, from `n_context` positions in every model."""
+    # Any: nn.Module does not declare `generate`
     model: Any = subject.model
     with torch.inference_mode():
         read = subject.encode(batch) if case.model == "ours" else _stand_in(case, place)
@@ -34,12 +34,12 @@ def generator(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -
 
 
 def _stand_in(case: Case, place: Place) -> BaseModelOutput:
-    """An encoder's output: what is in it changes no cost."""
+    """Return a random encoder output, whose values do not change the cost."""
     shape = case.batch_size, n_context(place), place.shape()["d_model"]
     return BaseModelOutput(last_hidden_state=torch.randn(shape, device=place.device, dtype=place.dtype))
 
 
 def generation_flops(case: Case, place: Place) -> float:
-    """Useful operations: those of a decoder pass over the texts."""
+    """Return the useful FLOPs: a decoder pass over the texts."""
     one = Arithmetic(RecurrentBartConfig(**place.shape()))
     return case.batch_size * one.decoder(torch.tensor([NEW_TOKENS]), torch.tensor([n_context(place)]))

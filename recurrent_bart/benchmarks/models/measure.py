@@ -1,4 +1,4 @@
-"""What one case costs."""
+"""Measurement of one case: time, memory and FLOPs."""
 
 import gc
 import statistics
@@ -20,16 +20,16 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass
 class Measurement:
-    """What was found of a case, in one turn or in several.
+    """Result of a case over one or several turns.
 
     Attributes:
-        outcome: "measured", or why it was not.
-        step_seconds: Of each timed step.
-        n_tokens: Document tokens of a step; those that it generates, where it does.
-        flops: Useful operations of a step.
-        resident_bytes: Weights, gradients that stay, and the optimizer's state.
-        step_bytes: Most that a step takes beyond those.
-        matrix_peak: Operations a second of a large product of matrices, measured beside it.
+        outcome: "measured", or the reason why not.
+        step_seconds: Time of each timed step.
+        n_tokens: Document tokens of a step; generated tokens for generation.
+        flops: Useful FLOPs of a step.
+        resident_bytes: Weights, lasting gradients, and optimizer state.
+        step_bytes: Peak memory of a step beyond `resident_bytes`.
+        matrix_peak: FLOP/s of a large matrix product, measured in the same session.
     """
 
     outcome: str = "not measured"
@@ -41,42 +41,37 @@ class Measurement:
     matrix_peak: float = 0.0
 
     def seconds(self) -> float:
-        """Median of a step; nan if none was timed."""
+        """Return the median step time; nan without timed steps."""
         return statistics.median(self.step_seconds) if self.step_seconds else float("nan")
 
     def spread(self) -> float:
-        """Slowest over fastest step."""
+        """Return slowest over fastest step."""
         return max(self.step_seconds) / min(self.step_seconds) if self.step_seconds else float("nan")
 
     def tokens_per_second(self) -> float:
-        """Of `n_tokens`, a second."""
+        """Return `n_tokens` per second."""
         return self.n_tokens / self.seconds()
 
     def share_of_peak(self) -> float:
-        """Share of what the device reaches in a product of matrices that goes into useful operations."""
+        """Return useful FLOP/s as a share of `matrix_peak`."""
         return self.flops / self.seconds() / self.matrix_peak
 
     def peak_bytes(self) -> int:
-        """Most memory at any time."""
+        """Return the peak memory."""
         return self.resident_bytes + self.step_bytes
 
 
 def measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
-    """Build the model of a case, run it, and add what was found; memory is measured in the first turn alone.
+    """Build the model of a case, run it, and add the results to `measurement`.
 
-    Args:
-        case: What is run.
-        place: Where and how large.
-        measurement: What was found before, and will have been.
-        n_warmup: Steps before anything is measured.
-        n_passes: Timed steps; 0: memory alone.
+    Memory is measured in the first turn alone. With `n_passes` 0, nothing is timed.
     """
     try:
         _measure(case, place, measurement, n_warmup, n_passes)
         measurement.outcome = "measured"
     except torch.OutOfMemoryError:
         measurement.outcome = OUT_OF_MEMORY
-    # with what the exception held on to
+    # the exception's frames held tensors
     gc.collect()
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -106,22 +101,18 @@ def _flops(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> f
 
 
 def random_batch(case: Case, place: Place) -> Batch:
-    """Documents without padding."""
+    """Return documents without padding."""
     shape, n_ids = (case.batch_size, case.n_segments), place.vocab_size()
     ids = torch.randint(4, n_ids, (*shape, place.segment_size))
     labels = torch.randint(4, n_ids, (*shape, TARGET_LENGTH))
     if case.task == "document":
-        # a view that is not of one piece, Hugging Face's losses cannot take
+        # Hugging Face's losses need contiguous labels
         labels = labels[:, 0].contiguous()
     return Batch(ids, torch.ones_like(ids), labels, indices=list(range(case.batch_size)))
 
 
 class Step:
-    """One step of a case's work.
-
-    Attributes:
-        optimizer: None where nothing is updated: gradients are there already then, and are added to.
-    """
+    """Training step of a case. Without optimizer, gradients exist from the warm-up on and accumulate."""
 
     def __init__(self, subject: BenchmarkModel, batch: Batch, with_optimizer: bool):
         self.subject, self.batch = subject, batch
@@ -129,7 +120,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if with_optimizer else None
 
     def __call__(self) -> None:
-        """Run it."""
+        """Run the step."""
         for loss in self.subject.losses(self.batch):
             loss.backward()
         if self.optimizer is not None:
@@ -138,7 +129,7 @@ class Step:
 
 
 def work_of(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> Callable[[], object]:
-    """What is timed."""
+    """Return the function to time."""
     if case.work == "generation":
         return generator(case, subject, batch, place)
     if case.work == "inference":
@@ -147,7 +138,7 @@ def work_of(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> 
 
 
 def _resident_bytes(subject: BenchmarkModel, step: Callable[[], object], device: torch.device) -> int:
-    """Bytes that stay between two steps."""
+    """Return the bytes that stay allocated between two steps."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return _device_bytes(device)
@@ -160,7 +151,7 @@ def _resident_bytes(subject: BenchmarkModel, step: Callable[[], object], device:
 
 
 def _device_bytes(device: torch.device) -> int:
-    """Bytes of tensors, and those that CUDA graphs write to when they are replayed, which nobody else gets."""
+    """Return the bytes of tensors and of CUDA graph pools. No other tensor can use a pool."""
     segments = torch.cuda.memory_snapshot()
     number = torch.cuda.current_device() if device.index is None else device.index
     recorded = [it for it in segments if it["device"] == number and tuple(it["segment_pool_id"]) != (0, 0)]
@@ -169,7 +160,7 @@ def _device_bytes(device: torch.device) -> int:
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a step, with all that it queued on a GPU and nothing that was queued before."""
+    """Return the seconds of a step and its kernels, without kernels queued earlier."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -180,7 +171,7 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large product of matrices, the best of several."""
+    """Return the FLOP/s of a large matrix product, the best of several."""
     size, n_products = (8192, 10) if device.type == "cuda" else (1024, 1)
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     out = left @ right

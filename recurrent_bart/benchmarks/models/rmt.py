@@ -1,7 +1,7 @@
 """The Recurrent Memory Transformer on Hugging Face's BART, as public implementations run it.
 
-Memory embeddings stand in front of a segment's; what comes out at their places is the next segment's memory (Bulatov et
-al., NeurIPS 2022, arXiv 2207.06881). The encoder is Hugging Face's own, called segment after segment.
+Memory embeddings precede a segment's embeddings. The outputs at their positions are the next segment's memory
+(Bulatov et al., NeurIPS 2022, arXiv 2207.06881). The encoder is Hugging Face's, called segment after segment.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length, P memory length, D model width.
 """
@@ -13,12 +13,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class RecurrentMemoryBart(nn.Module):
-    """BART that reads segments and carries what its memory positions give.
+    """BART that reads segments and carries the outputs of its `n_memory` memory positions.
 
-    Args:
-        config: BART's; its position table must have room for memory and segment.
-        n_memory: Number P of memory positions.
-        bptt_depth: Segment boundaries that gradient crosses; what was read before has no graph. -1: all.
+    BART's position table must have room for memory and segment. The gradient crosses `bptt_depth` segment boundaries
+    (-1: all); earlier segments have no autograd graph.
     """
 
     def __init__(self, config: BartConfig, n_memory: int, bptt_depth: int = -1):
@@ -28,12 +26,12 @@ class RecurrentMemoryBart(nn.Module):
         self.bptt_depth = bptt_depth
 
     def forward(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
-        """Loss of one target per document."""
+        """Return the loss of one target per document."""
         read = BaseModelOutput(last_hidden_state=self.encode(input_ids_BNL))
         return self.bart(encoder_outputs=read, labels=labels_BT, use_cache=False).loss
 
     def encode(self, input_ids_BNL: Tensor) -> Tensor:
-        """Last memory and last segment `(B, P + L, D)`."""
+        """Return last memory and last segment `(B, P + L, D)`."""
         encoder = self.bart.get_encoder()
         n_beyond = 0 if self.bptt_depth == -1 else input_ids_BNL.shape[1] - self.bptt_depth - 1
         memory_BPD = self.memory.expand(len(input_ids_BNL), -1, -1)

@@ -1,4 +1,4 @@
-"""All cases of a suite in turns, with what was found on disk after each."""
+"""Measurement of all cases of a suite in turns, saved after each turn."""
 
 import json
 import os
@@ -17,13 +17,10 @@ Results = dict[str, dict[Case, Measurement]]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long is measured.
+    """Amount of measurement.
 
-    Attributes:
-        n_rounds: Turns of each case beside the others of its group.
-        n_warmup: Steps of a turn before anything is measured.
-        n_passes: Timed steps of a turn; 0: memory alone.
-        budget_seconds: Nothing is begun after so long.
+    A group has `n_rounds` rounds, with one turn per case. A turn has `n_warmup` steps before measurement and `n_passes`
+    timed steps (0: memory alone). No turn starts after `budget_seconds`.
     """
 
     n_rounds: int
@@ -33,13 +30,9 @@ class Effort:
 
 
 def run_groups(groups: Sequence[Group], place: Place, effort: Effort, keep: Callable[[Results], None]) -> Results:
-    """Measure every case of every group, those of a group in turns, so that what a device drifts by meets all alike.
+    """Measure every case of every group, and call `keep` with all results after each turn.
 
-    Args:
-        groups: What is compared.
-        place: Where, and how large.
-        effort: How long.
-        keep: Called with all there is after each turn.
+    Cases of a group alternate, so that drift of the device affects all of them equally.
     """
     ends = time.monotonic() + effort.budget_seconds
     results: Results = {group.name: {case: Measurement() for case in group.cases} for group in groups}
@@ -56,7 +49,7 @@ def run_groups(groups: Sequence[Group], place: Place, effort: Effort, keep: Call
 
 
 def write_results(path: Path, results: Results, about: dict[str, Any]) -> None:
-    """Write all there is as JSON: a line for each case, with what follows from what was measured."""
+    """Write all results and the metrics derived from them as JSON, one record per case."""
     lines = [
         {"group": name, "label": case.label(), **asdict(case), **asdict(measured), **derived(measured)}
         for name, group in results.items()
@@ -68,7 +61,7 @@ def write_results(path: Path, results: Results, about: dict[str, Any]) -> None:
 
 
 def derived(measured: Measurement) -> dict[str, float | None]:
-    """Figures that readers want; None where there is nothing to divide by."""
+    """Return the derived metrics; None without timed steps."""
     names = "seconds", "spread", "tokens_per_second", "share_of_peak"
     is_timed = bool(measured.step_seconds)
     return {name: getattr(measured, name)() if is_timed else None for name in names}

@@ -1,4 +1,4 @@
-"""The models that are measured, from scratch in one width, depth and vocabulary.
+"""The benchmarked models, from scratch, with equal width, depth and vocabulary.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -29,42 +29,35 @@ from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditi
 from recurrent_bart.training.model_building import SIZES
 from recurrent_bart.training.windows import count_windows, window_losses
 
-# BART's; where a processor runs tiny models, it would be nearly all that is measured
+# BART's vocabulary, and a small one for tiny models on a CPU, where BART's would dominate the cost
 VOCAB_SIZE, TINY_VOCAB_SIZE = 50_265, 4_096
-# of the published LED and LongT5
+# values of the published LED and LongT5
 LED_POSITIONS, LONGT5_RADIUS, LONGT5_BLOCK = 16_384, 127, 16
 
 
 class BenchmarkModel(Protocol):
-    """A model to measure."""
+    """Interface of a benchmarked model."""
 
     @property
     def model(self) -> nn.Module:
-        """Its module."""
+        """Module of the model."""
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Loss of each backward pass of a batch."""
+        """Yield the loss of each backward pass of a batch."""
 
     def encode(self, batch: Batch) -> Any:
-        """Read documents."""
+        """Encode documents."""
 
     def training_flops(self, batch: Batch) -> float:
-        """Useful operations of a batch's forward and backward passes."""
+        """Return the useful FLOPs of a batch's forward and backward passes."""
 
     def encoder_flops(self, batch: Batch) -> float:
-        """Useful operations of reading it."""
+        """Return the useful FLOPs of encoding a batch."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What models of all kinds share.
-
-    Attributes:
-        model_size: One of `SIZES`.
-        segment_size: Tokens of a segment.
-        device: Where they are made and run.
-        dtype: Of the weights.
-    """
+    """Settings that all models share: size (one of `SIZES`), tokens in a segment, device and type of weights."""
 
     model_size: str
     segment_size: int
@@ -72,20 +65,20 @@ class Place:
     dtype: torch.dtype
 
     def vocab_size(self) -> int:
-        """Number of ids."""
+        """Return the number of ids."""
         return TINY_VOCAB_SIZE if self.model_size == "tiny" else VOCAB_SIZE
 
     def shape(self) -> dict[str, Any]:
-        """Fields of BART's configuration."""
+        """Return BART configuration fields."""
         fields = {name: value for name, value in SIZES[self.model_size].items() if name != "segment_size"}
         return fields | {"vocab_size": self.vocab_size()}
 
 
 def build_benchmark_model(case: Case, place: Place) -> BenchmarkModel:
-    """The model of a case.
+    """Build the model of a case.
 
     Raises:
-        ValueError: The model has no such checkpointing or no such target.
+        ValueError: The model does not support the case's checkpointing or target.
     """
     if case.model != "ours" and (case.checkpointing == "segment" or case.task != "document"):
         raise ValueError(f"{case.label()}: only ours has that")
@@ -103,22 +96,22 @@ class Ours:
     device: torch.device
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """By windows where each segment has a target."""
+        """Yield the losses of the truncated-BPTT windows."""
         config = self.model.config
         return window_losses(
             self.model, config, batch, self.device, count_windows(batch, config), float(batch.n_targets())
         )
 
     def encode(self, batch: Batch) -> Any:
-        """Everything that the decoder would need."""
+        """Return the encoder output for the decoder."""
         return self.model.model.encode(batch.input_ids.to(self.device))
 
     def training_flops(self, batch: Batch) -> float:
-        """As the trainer reports them."""
+        """Return the FLOPs that the trainer reports."""
         return Arithmetic(self.model.config).training(batch.attention_mask, batch.labels)
 
     def encoder_flops(self, batch: Batch) -> float:
-        """Of all segments."""
+        """Return the FLOPs of all segments."""
         return Arithmetic(self.model.config).encoder(batch.attention_mask.sum(dim=-1).flatten())
 
 
@@ -130,15 +123,15 @@ class Recurrent:
     device: torch.device
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Of the one target of each document."""
+        """Yield the loss of one target per document."""
         yield self.model(batch.input_ids.to(self.device), batch.labels.to(self.device))
 
     def encode(self, batch: Batch) -> Any:
-        """Segment after segment."""
+        """Encode segment after segment."""
         return self.model.encode(batch.input_ids.to(self.device))
 
     def training_flops(self, batch: Batch) -> float:
-        """Beyond the horizon of gradient there is a forward pass alone."""
+        """Return the FLOPs. Segments before the last `bptt_depth + 1` have a forward pass alone."""
         n_documents, n_segments, n_tokens = batch.input_ids.shape
         depth = self.model.bptt_depth
         n_with_graph = n_segments if depth == -1 else min(n_segments, depth + 1)
@@ -148,7 +141,7 @@ class Recurrent:
         return n_documents * (segments * self._arithmetic().encoder(n_read) + 3 * decoder)
 
     def encoder_flops(self, batch: Batch) -> float:
-        """Of all segments, each with its memory."""
+        """Return the FLOPs of all segments, each with its memory."""
         n_documents, n_segments, n_tokens = batch.input_ids.shape
         return n_documents * n_segments * self._arithmetic().encoder(n_tokens + len(self.model.memory))
 
@@ -158,7 +151,7 @@ class Recurrent:
 
 @dataclass
 class WholeDocument:
-    """A model that reads a document in one piece."""
+    """A model that reads a document as one sequence."""
 
     model: PreTrainedModel
     device: torch.device
@@ -166,22 +159,22 @@ class WholeDocument:
     sees_first_token: bool = False
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Of the one target of each document."""
+        """Yield the loss of one target per document."""
         labels = batch.labels.to(self.device)
         yield self.model(**self._inputs(batch), labels=labels, use_cache=False).loss
 
     def encode(self, batch: Batch) -> Any:
-        """All at once."""
+        """Encode whole documents."""
         return self.model.get_encoder()(**self._inputs(batch))
 
     def training_flops(self, batch: Batch) -> float:
-        """Forward, and twice that backward."""
+        """Return the FLOPs. The backward pass costs twice the forward pass."""
         n_tokens = batch.input_ids[0].numel()
         decoder = self.arithmetic.decoder(batch.labels.shape[-1], n_tokens)
         return 3 * (self.encoder_flops(batch) + len(batch.labels) * decoder)
 
     def encoder_flops(self, batch: Batch) -> float:
-        """Of all documents."""
+        """Return the FLOPs of all documents."""
         return len(batch.input_ids) * self.arithmetic.encoder(batch.input_ids[0].numel())
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -203,7 +196,7 @@ def _ours(case: Case, place: Place) -> BenchmarkModel:
 
 
 def _rmt(case: Case, place: Place) -> BenchmarkModel:
-    """As many memory positions as ours."""
+    """Build RMT with as many memory positions as our state has."""
     model = RecurrentMemoryBart(BartConfig(**place.shape()), RecurrentBartConfig().pre_seq_len, case.bptt_depth)
     if case.checkpointing == "layer":
         recompute_layers(model.bart)
@@ -211,7 +204,7 @@ def _rmt(case: Case, place: Place) -> BenchmarkModel:
 
 
 def _bart(case: Case, place: Place) -> BenchmarkModel:
-    """BART itself; for documents beyond its 1,024 positions with a longer table."""
+    """Build BART, with a longer position table for documents beyond 1,024 positions."""
     n_positions = max(1024, case.n_segments * place.segment_size)
     model = BartForConditionalGeneration(BartConfig(**place.shape(), max_position_embeddings=n_positions))
     if case.checkpointing == "layer":
@@ -220,7 +213,7 @@ def _bart(case: Case, place: Place) -> BenchmarkModel:
 
 
 def _led(case: Case, place: Place) -> BenchmarkModel:
-    """Windows of two segments, 1,024 tokens as in the published ones; the first token sees all, as they recommend."""
+    """Build LED. Windows of two segments are the published 1,024 tokens; the first token is global, as recommended."""
     shape, window = place.shape(), 2 * place.segment_size
     config = LEDConfig(
         **shape,
@@ -235,9 +228,9 @@ def _led(case: Case, place: Place) -> BenchmarkModel:
 
 
 def _longt5(case: Case, place: Place) -> BenchmarkModel:
-    """Transient global attention; three maps in the feed-forward block, as wide as makes BART's number of weights."""
+    """Build LongT5 with transient-global attention; `d_ff` makes the parameter count of its gated blocks BART's."""
     shape = place.shape()
-    # in units of 64, as the published ones
+    # a multiple of 64, as in published models
     inner = -(-2 * shape["encoder_ffn_dim"] // 3 // 64) * 64
     config = LongT5Config(
         vocab_size=shape["vocab_size"],
@@ -262,7 +255,7 @@ def _longt5(case: Case, place: Place) -> BenchmarkModel:
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Switch on Hugging Face's own checkpointing, by its new name where there is one."""
+    """Enable Hugging Face's activation checkpointing, by its new name if it exists."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

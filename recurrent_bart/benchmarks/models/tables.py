@@ -1,4 +1,4 @@
-"""What was measured, as tables and as drawings."""
+"""Tables and plots of the model benchmark."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from recurrent_bart.benchmarks.models.session import Results
 
 MIB, GIB = 2**20, 2**30
 STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
-# of each model and way to run it, values by length of document
+# (model, label) -> value by document length
 Lines = dict[tuple[str, str], dict[int, float]]
 COLUMNS = ("documents", "segments", "ms", "tokens/s", "spread", "ours is", "peak MiB", "step MiB", "TFLOP", "of peak")
 LEGEND = (
@@ -26,7 +26,7 @@ LEGEND = (
 
 
 def group_table(name: str, group: dict[Case, Measurement]) -> Table:
-    """One group, a line for each case."""
+    """Return the table of one group, one row per case."""
     peak = max(measured.matrix_peak for measured in group.values())
     work = next(iter(group)).work
     table = Table(title=f"{name}: {work}, matrix peak {peak / 1e12:.3g} TFLOP/s", title_justify="left")
@@ -57,7 +57,7 @@ def _figures(group: dict[Case, Measurement], case: Case, measured: Measurement) 
 
 
 def _advantage(group: dict[Case, Measurement], case: Case, measured: Measurement) -> str:
-    """How many times as fast the fastest of ours is, with as many and as long documents."""
+    """Return the speed of our fastest case for equal documents over the speed of this case."""
     ours = [
         other.tokens_per_second()
         for there, other in group.items()
@@ -68,10 +68,7 @@ def _advantage(group: dict[Case, Measurement], case: Case, measured: Measurement
 
 
 def draw(results: Results, segment_size: int, folder: Path) -> list[Path]:
-    """Draw speed and memory in training against the length of one document, a line for each model of several lengths.
-
-    Gives the files; of what has no line there is none.
-    """
+    """Draw training speed and memory by document length, unless no model has several lengths; return the files."""
     timed = _lines(results, segment_size, lambda it: it.tokens_per_second() if it.step_seconds else None)
     taken = _lines(results, segment_size, lambda it: it.peak_bytes() / GIB)
     drawings = {
@@ -79,7 +76,7 @@ def draw(results: Results, segment_size: int, folder: Path) -> list[Path]:
         folder / "memory.png": (taken, "peak memory, GiB, training", StrMethodFormatter("{x:g}")),
     }
     for path, (lines, title, numbers) in drawings.items():
-        # of an earlier run
+        # the plot of an earlier run
         path.unlink(missing_ok=True)
         if lines:
             _draw(lines, title, numbers, path)
@@ -87,7 +84,7 @@ def draw(results: Results, segment_size: int, folder: Path) -> list[Path]:
 
 
 def _lines(results: Results, segment_size: int, value: Callable[[Measurement], float | None]) -> Lines:
-    """Values by length of document, of each model and way to run it that has several, with the smallest batch."""
+    """Return values by document length for each model and setting with several lengths, at the smallest batch size."""
     measured = [
         (case, value(it))
         for group in results.values()
@@ -108,7 +105,7 @@ def _draw(lines: Lines, title: str, numbers: Formatter, path: Path) -> None:
     axes = figure.subplots()
     drawn: Counter[str] = Counter()
     for (model, label), line in lines.items():
-        # a colour for a model, a kind of line for each way to run it
+        # color by model, line style by setting
         color, style = f"C{list(MODELS).index(model)}", STYLES[drawn[model] % len(STYLES)]
         axes.plot(list(line), list(line.values()), color=color, linestyle=style, label=label, marker="o", markersize=4)
         drawn[model] += 1

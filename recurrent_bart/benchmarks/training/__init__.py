@@ -1,1 +1,1 @@
-"""Speed of the training loop on several processes."""
+"""Speed of training on several processes."""

@@ -1,4 +1,4 @@
-"""Documents of equal length, with a tokenizer whose ids are words: what training is measured on."""
+"""Documents of equal length with a word tokenizer, for the training benchmark."""
 
 import json
 import random
@@ -14,14 +14,7 @@ N_VALIDATION = 8
 
 @dataclass(frozen=True)
 class EqualDocuments:
-    """How many there are and how long they are.
-
-    Attributes:
-        n_documents: To train on.
-        n_tokens: Of each, special tokens not counted.
-        n_target_tokens: Likewise of its target.
-        vocab_size: Ids, special tokens included.
-    """
+    """Number and length of documents; lengths exclude special tokens, `vocab_size` includes them."""
 
     n_documents: int
     n_tokens: int
@@ -29,7 +22,7 @@ class EqualDocuments:
     vocab_size: int
 
     def write(self, folder: Path) -> None:
-        """Write `train.jsonl`, `validation.jsonl` and `tokenizer/` into a folder; the same ones each time."""
+        """Write `train.jsonl`, `validation.jsonl` and `tokenizer/` into a folder; the content is deterministic."""
         folder.mkdir(parents=True, exist_ok=True)
         words = self.words()
         save_tokenizer(with_special_tokens(word_tokenizer(words)), folder / "tokenizer")
@@ -42,12 +35,12 @@ class EqualDocuments:
                     file.write(json.dumps(record) + "\n")
 
     def words(self) -> list[str]:
-        """One for each id that is no special token's."""
+        """Return one word per id that is not a special token."""
         return [f"w{number}" for number in range(self.vocab_size - len(SPECIAL) - 1)]
 
 
 def word_tokenizer(words: list[str]) -> Tokenizer:
-    """One id for each word, behind those of the special tokens: lengths in tokens are then as they are asked for."""
+    """Build a tokenizer with one id per word, after the special tokens. A text of n words has n tokens."""
     ids = {word: number for number, word in enumerate([*SPECIAL.values(), MASK, *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL["unk"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

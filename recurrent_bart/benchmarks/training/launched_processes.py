@@ -1,4 +1,4 @@
-"""Processes that are started, waited for no longer than they may take, and in no case left behind."""
+"""Processes with a timeout, all of which end."""
 
 import itertools
 import re
@@ -6,25 +6,20 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-# of what a failed process wrote
+# number of output lines that report a failure
 N_LAST_LINES = 3
-# torchrun gives its processes half a minute to end
+# torchrun waits 30 s for its processes to end
 GRACE_SECONDS = 60.0
-# how torchrun's report of an end that is none begins; what torchrun and DeepSpeed say without need
+# REPORT: first line of torchrun's failure report. ASIDE: log lines of torchrun and DeepSpeed without information.
 REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 ASIDE = re.compile(r"[IW]\d{4} .*torch/distributed/|\[[\d:, -]+\] \[(INFO|WARNING)\]")
 
 
 def run_process(command: Sequence[str], log: Path, timeout_seconds: float) -> None:
-    """Run a command, keeping what it prints.
-
-    Args:
-        command: The command.
-        log: File for it.
-        timeout_seconds: When it is ended.
+    """Run a command with its output in the file `log`, and end it after `timeout_seconds`.
 
     Raises:
-        RuntimeError: It failed or took too long; with the last lines of what it printed.
+        RuntimeError: The command failed or timed out; the message has the last lines of the output.
     """
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -40,16 +35,16 @@ def run_process(command: Sequence[str], log: Path, timeout_seconds: float) -> No
 
 
 def last_output_lines(printed: str) -> str:
-    """The last lines of what processes printed, before torchrun says at length how they ended."""
+    """Return the last lines of the output before torchrun's failure report."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    said = itertools.takewhile(lambda line: not REPORT.match(line), lines)
-    # several processes may say the same
-    told = list(dict.fromkeys(line for line in said if not ASIDE.match(line)))
-    return " | ".join((told or lines)[-N_LAST_LINES:])
+    lines_before_report = itertools.takewhile(lambda line: not REPORT.match(line), lines)
+    # several processes may print the same line
+    informative = list(dict.fromkeys(line for line in lines_before_report if not ASIDE.match(line)))
+    return " | ".join((informative or lines)[-N_LAST_LINES:])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that is still there, with those it started: a signal that asks it to lets torchrun end them."""
+    """End a process and its children. SIGTERM lets torchrun end its processes."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -1,4 +1,4 @@
-"""What is measured of training: its steps, and what its loop costs beside bare ones of the same engine."""
+"""Training benchmark in one process: steps of a run, and the training loop compared with bare engine steps."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from recurrent_bart.training.session import Session, open_session
 from recurrent_bart.training.training_batches import TrainingBatches
 from recurrent_bart.training.windows import has_windows
 
-# kept in memory, and read again and again by both
+# batches that both loops repeat
 N_BATCHES = 4
 
 
@@ -23,21 +23,21 @@ class StepsAlone(Session):
     """Identical to Session except: it neither evaluates nor saves."""
 
     def evaluate(self) -> bool:
-        """Does nothing; training is to go on."""
+        """Do nothing; return False, so training continues."""
         return False
 
     def save(self, figures: dict[str, float]) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class LoopSession(StepsAlone):
-    """Identical to StepsAlone except: it measures its loop, on batches that it keeps."""
+    """Identical to StepsAlone except: it measures its loop, on batches held in memory."""
 
     def measure(self, n_rounds: int) -> LoopCost:
-        """Seconds of a step of both loops, each a mean over the `--log_every` steps of a turn; the first is left out.
+        """Return the step times of both loops, means over `--log_every` steps; the first round is a warm-up.
 
         Raises:
-            ValueError: A step is more than one pass.
+            ValueError: A step has several passes.
         """
         run, engine = self.arguments.run, self.engine
         batches = self._read()
@@ -68,27 +68,19 @@ class LoopSession(StepsAlone):
 
 
 def run_steps(arguments: Arguments, environment: Environment) -> None:
-    """Do the steps of a run, which its log tells of.
-
-    Raises:
-        ValueError: Something is wrong with the arguments or the documents.
-    """
+    """Train as `launch/train.py`, without evaluations and checkpoints."""
     with open_session(arguments, environment, StepsAlone) as session:
         session.train()
 
 
 def measure_loop(arguments: Arguments, environment: Environment, n_rounds: int) -> LoopCost:
-    """Measure the loop that a run with these arguments has; all processes call it together, each with its own clock.
-
-    Raises:
-        ValueError: Something is wrong with the arguments or the documents, or a step is more than one pass.
-    """
+    """Measure the training loop with these arguments. All processes call it together; each measures its own time."""
     with open_session(arguments, environment, LoopSession) as session:
         return session.measure(n_rounds)
 
 
 def bare_steps(engine: Any, batches: Iterable[Batch]) -> None:
-    """A step for each batch, and nothing else: what a user of DeepSpeed alone would write."""
+    """Run one engine step per batch and nothing else: the code of a plain DeepSpeed user."""
     for batch in batches:
         output = engine(**batch.model_inputs(engine.device), return_logits=False)
         engine.backward(output.loss)
@@ -96,7 +88,7 @@ def bare_steps(engine: Any, batches: Iterable[Batch]) -> None:
 
 
 def in_turns(contestants: Sequence[Callable[[], None]], device: torch.device) -> Iterator[list[float]]:
-    """Seconds that each takes, round after round; who goes first in one goes last in the next."""
+    """Yield the seconds of each contestant, round after round; the order reverses in each round."""
     places = list(range(len(contestants)))
     for number in itertools.count():
         order = places[::-1] if number % 2 else places

@@ -1,4 +1,4 @@
-"""What was found of training: the speed of runs on several processes, and what their loop costs."""
+"""Results of the training benchmark: speed of runs on several processes, and cost of their loop."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,33 +12,27 @@ MEASURED, LEFT_OUT = "measured", "left out: the time was over"
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of several processes.
-
-    Attributes:
-        part: One of `PARTS`: the steps of a run, or their loop beside bare steps.
-        n_processes: All of one machine.
-        sharding: DeepSpeed configuration.
-    """
+    """One start of processes on one host: one of `PARTS`, and the path of the DeepSpeed configuration."""
 
     part: str
     n_processes: int
     sharding: Path
 
     def name(self) -> str:
-        """In messages, and of its files."""
+        """Return the name for messages and files."""
         return f"{self.part}-{self.n_processes}-{self.sharding.stem}"
 
 
 @dataclass
 class Speed:
-    """What a run's log says, a number for each line of it after the warm-up.
+    """Metrics from a run's log, one value per line after the warm-up.
 
     Attributes:
-        outcome: "measured", or why it was not.
-        tokens_per_second: Document tokens, of all processes.
-        step_seconds: Of a step, all in all.
-        data_seconds: Of a step, waiting for data.
-        peak_bytes: Most memory, of the process with the most.
+        outcome: "measured", or the reason why not.
+        tokens_per_second: Document tokens of all processes.
+        step_seconds: Time of a step.
+        data_seconds: Part of `step_seconds` that waits for data.
+        peak_bytes: Peak memory of the process with the most.
     """
 
     outcome: str = LEFT_OUT
@@ -49,16 +43,7 @@ class Speed:
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]], n_warmup: int, log_every: int) -> "Speed":
-        """Read `metrics.jsonl`.
-
-        Args:
-            records: Its lines.
-            n_warmup: Steps that are left out; of the lines of the log, those that begin after them are read.
-            log_every: Steps of a line.
-
-        Raises:
-            ValueError: There is none.
-        """
+        """Build from the log lines that start after `n_warmup` steps; raise ValueError if there are none."""
         lines = [it for it in records if "tokens_per_second" in it and it["step"] - log_every >= n_warmup]
         if not lines:
             raise ValueError(f"nothing was logged of the steps after the first {n_warmup}")
@@ -71,7 +56,7 @@ class Speed:
         )
 
     def figures(self) -> dict[str, float]:
-        """What readers want."""
+        """Return the metrics of tables."""
         return {
             "tokens_per_second": statistics.median(self.tokens_per_second),
             "step_seconds": statistics.median(self.step_seconds),
@@ -82,11 +67,11 @@ class Speed:
 
 @dataclass
 class LoopCost:
-    """Seconds of a step, a mean over some steps for each turn; turns of both by their round.
+    """Step times of training loop and bare steps, one mean per round.
 
     Attributes:
-        outcome: "measured", or why it was not.
-        trainer_seconds: In the loop of training, with all that it counts, logs and asks for.
+        outcome: "measured", or the reason why not.
+        trainer_seconds: Step of the training loop, with its metrics, logging and checks.
         bare_seconds: Forward pass, backward pass and update alone, on the same engine and batches.
     """
 
@@ -95,7 +80,7 @@ class LoopCost:
     bare_seconds: list[float] = field(default_factory=list)
 
     def figures(self) -> dict[str, float]:
-        """What readers want: what the loop adds to a bare step, as a share of it, by rounds."""
+        """Return the metrics of tables; cost is the loop's share beyond a bare step, by round."""
         pairs = zip(self.trainer_seconds, self.bare_seconds, strict=True)
         costs = [trainer / bare - 1 for trainer, bare in pairs]
         return {
@@ -111,23 +96,23 @@ Results = dict[Launch, Speed | LoopCost]
 
 
 def plan(parts: Sequence[str], processes: Sequence[int], shardings: Sequence[Path]) -> list[Launch]:
-    """What is started, in order: the most processes first, then one and more, for time may run out.
+    """Return the launches in order: the most processes first, then ascending, because the time may end early.
 
     The loop is measured on the fewest and on the most processes.
     """
     numbers = sorted(set(processes))
     ends = sorted({numbers[0], numbers[-1]})
-    wanted = {"runs": [numbers[-1], *numbers[:-1]], "loop": ends[::-1]}
-    return [Launch(part, number, it) for part in parts for number in wanted[part] for it in shardings]
+    n_processes = {"runs": [numbers[-1], *numbers[:-1]], "loop": ends[::-1]}
+    return [Launch(part, number, it) for part in parts for number in n_processes[part] for it in shardings]
 
 
 def empty_results(launches: Sequence[Launch]) -> Results:
-    """What is known before anything is measured."""
+    """Return the results before any measurement."""
     return {launch: Speed() if launch.part == "runs" else LoopCost() for launch in launches}
 
 
 def lines_of(results: Results) -> list[dict[str, Any]]:
-    """All that is known, a line for each start, with what follows from what was measured."""
+    """Return one JSON record per launch, with derived metrics."""
     return [
         {
             "part": launch.part,

@@ -1,4 +1,4 @@
-"""All starts of a comparison of training, one after the other, each with what it found or why it failed."""
+"""Execution of a plan of launches, one after the other, with results or the reason of a failure."""
 
 import json
 import shutil
@@ -15,14 +15,14 @@ from recurrent_bart.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Starter:
-    """Starts processes and reads what they leave.
+    """Starter of processes and reader of their results.
 
     Attributes:
-        work: What is trained.
-        place: Folder of the documents and of all that is thrown away.
-        logs: Folder of what is printed.
-        command: Makes the command of a start from the flags of `launch/train.py` and the file for what a loop costs.
-        timeout_seconds: What takes longer has failed.
+        work: Training to measure.
+        place: Folder of the documents and of temporary files.
+        logs: Folder of the processes' output.
+        command: Builds the command of a launch from `launch/train.py` flags and the file for the loop's cost.
+        timeout_seconds: Time after which a launch has failed.
     """
 
     work: Work
@@ -32,12 +32,9 @@ class Starter:
     timeout_seconds: float
 
     def fill(self, results: Results, ends: float, keep: Callable[[Launch], None]) -> None:
-        """Replace the empty results of all starts in their order.
+        """Replace the empty results of all launches in order, and call `keep` after each launch.
 
-        Args:
-            results: By start.
-            ends: Nothing is begun after this time, as `time.monotonic` has it.
-            keep: Called with each start when its turn is over.
+        No launch starts after `ends`, a time on the clock of `time.monotonic`.
         """
         self.work.documents(max(launch.n_processes for launch in results)).write(self.place)
         for launch in results:
@@ -46,28 +43,23 @@ class Starter:
             keep(launch)
 
     def measure(self, launch: Launch, results: Results) -> None:
-        """Start one; whatever becomes of it, the others are not touched."""
+        """Run one launch; its failure does not stop the rest."""
         try:
             command = self.command(launch, self.work.flags(launch, self.place), self.file_of(launch))
             run_process(command, self.logs / f"{launch.name()}.log", self.timeout_seconds)
             results[launch] = self.read(launch)
         except (RuntimeError, ValueError, OSError) as error:
             results[launch].outcome = f"failed, {error}"
-        # a large model's checkpoints would fill the disk, one start after the other
+        # checkpoints of large models would fill the disk
         shutil.rmtree(self.place / launch.name(), ignore_errors=True)
 
     def read(self, launch: Launch) -> Speed | LoopCost:
-        """What a start left.
-
-        Raises:
-            ValueError: It is not what was to be left.
-            OSError: It cannot be read.
-        """
+        """Read the result of a launch; raise ValueError if it is malformed, OSError if it is missing."""
         if launch.part == "loop":
             return LoopCost(**json.loads(self.file_of(launch).read_text()))
         records = RunFolder(self.place / launch.name()).read_metrics()
         return Speed.of(records, self.work.warmup, self.work.arguments(launch.part).run.log_every)
 
     def file_of(self, launch: Launch) -> Path:
-        """Where the processes of a start say what the loop costs."""
+        """Return the file to which a launch writes the loop's cost."""
         return self.place / f"{launch.name()}.json"

@@ -1,4 +1,4 @@
-"""What was found of training, as tables."""
+"""Tables of the training benchmark."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +20,7 @@ LEGEND = (
 
 
 def training_tables(results: Results) -> list[Table]:
-    """A table for each part that is there, and a line for each start, by processes."""
+    """Return one table per part, with one row per launch, sorted by number of processes."""
     launches = sorted(results, key=lambda launch: launch.n_processes)
     runs = [launch for launch in launches if launch.part == "runs"]
     loops = [launch for launch in launches if launch.part == "loop"]
@@ -34,7 +34,7 @@ def training_tables(results: Results) -> list[Table]:
 
 
 def first_sharding(results: Results) -> str:
-    """That which the others are compared with."""
+    """Return the sharding that the tables compare with."""
     return next(iter(results)).sharding.stem
 
 
@@ -48,14 +48,14 @@ def _table(title: str, columns: Sequence[str], launches: Sequence[Launch], resul
         if found.outcome == MEASURED:
             row += speed_cells(launch, results) if isinstance(found, Speed) else loop_cells(found)
         else:
-            # what programs print may look like markup
+            # output of programs may look like markup
             row += [*[""] * len(columns), escape(found.outcome)]
         table.add_row(*row)
     return table
 
 
 def speed_cells(launch: Launch, results: Results) -> Iterator[str]:
-    """Figures of a run beside those of the others."""
+    """Yield the metrics of a run, some relative to one process and to the first sharding."""
     found = results[launch]
     assert isinstance(found, Speed)
     figures = found.figures()
@@ -74,7 +74,7 @@ def speed_cells(launch: Launch, results: Results) -> Iterator[str]:
 
 
 def loop_cells(found: LoopCost) -> Iterator[str]:
-    """Figures of a loop."""
+    """Yield the metrics of a loop."""
     figures = found.figures()
     yield f"{1000 * figures['trainer_step_seconds']:,.2f}"
     yield f"{1000 * figures['bare_step_seconds']:,.2f}"
@@ -83,7 +83,7 @@ def loop_cells(found: LoopCost) -> Iterator[str]:
 
 
 def summary(launch: Launch, found: Speed | LoopCost) -> str:
-    """One start, in a line."""
+    """Return the result of a launch in one line."""
     if found.outcome != MEASURED:
         return f"{launch.name()}: {found.outcome}"
     figures = found.figures()
@@ -93,7 +93,7 @@ def summary(launch: Launch, found: Speed | LoopCost) -> str:
 
 
 def _speed(results: Results, n_processes: int, sharding: str) -> float | None:
-    """Tokens a second of each process of a run; None where it was not measured."""
+    """Return the tokens per second of each process; None if not measured."""
     for launch, found in results.items():
         is_it = (launch.part, launch.n_processes, launch.sharding.stem) == ("runs", n_processes, sharding)
         if is_it and isinstance(found, Speed) and found.outcome == MEASURED:

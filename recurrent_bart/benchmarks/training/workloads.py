@@ -1,4 +1,4 @@
-"""What is trained where training is measured: flags of `launch/train.py`, and documents that suit them."""
+"""Workloads of the training benchmark: flags of `launch/train.py` and documents that fit them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from recurrent_bart.benchmarks.training.equal_documents import EqualDocuments
 from recurrent_bart.benchmarks.training.results import Launch
 from recurrent_bart.training.arguments import Arguments, parse_arguments
 
-# on GPUs BART-base with its vocabulary, on a processor something small
+# BART-base with its vocabulary on GPUs, a tiny model on a CPU
 WORK: dict[str, dict[str, Any]] = {
     "cuda": {
         "model_size": "base",
@@ -35,25 +35,25 @@ EVERYWHERE = {
     "timeout_minutes": 5,
     "step_timeout_seconds": 120,
 }
-# a run is looked at often, but a line of the log waits for a GPU; a loop costs what it costs with a line as often as
-# runs have one
+# A log line synchronizes with the GPU, so runs on GPUs log every 5 steps. The loop logs every 10 steps, which is the
+# default of runs.
 LOG_EVERY = {"runs": {"cuda": 5, "cpu": 1}, "loop": {"cuda": 10, "cpu": 10}}
 # evaluations and checkpoints come before the first step and after the last
 NEVER = 10**9
-# read by the processes of a step, several times before they are read again
+# training documents last for this number of steps, then repeat
 N_STEPS_OF_DOCUMENTS = 4
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all starts have in common.
+    """Settings that all launches share.
 
     Attributes:
         device: "cuda" or "cpu".
-        given: Flags of `launch/train.py` that hold instead of the defaults.
-        steps: Of a run, warm-up included.
+        given: Flags of `launch/train.py` that override the defaults.
+        steps: Steps of a run, warm-up included.
         warmup: Steps of the warm-up.
-        rounds: Turns of the loop beside bare steps.
+        rounds: Rounds of training loop and bare steps.
     """
 
     device: str
@@ -75,28 +75,19 @@ class Work:
             raise ValueError("--max_n_segments -1: documents have a number of segments here")
 
     def arguments(self, part: str) -> Arguments:
-        """As `launch/train.py` reads them, without what differs between starts.
-
-        Raises:
-            ValueError: A flag is unknown or out of range.
-        """
+        """Parse the flags that all launches of a part share; raise ValueError for an invalid flag."""
         return parse_arguments(self._common(part))
 
     def flags(self, launch: Launch, place: Path) -> list[str]:
-        """The command line of one start.
-
-        Args:
-            launch: Which one.
-            place: Folder of the documents, and of what is made of them.
-        """
+        """Return the command-line flags of a launch; `place` is the folder of documents and derived files."""
         return [*self._common(launch.part), *_as_flags(self._own(place, launch))]
 
     def documents(self, most_processes: int) -> EqualDocuments:
-        """Documents of as many whole segments as are read, all with a target of full length."""
+        """Return documents that fill all segments, with targets of full length."""
         arguments = self.arguments("runs")
         model, run, n_target = arguments.model, arguments.run, arguments.data.max_target_length
         n_step = run.per_device_train_batch_size * run.gradient_accumulation_steps * most_processes
-        # what special tokens leave no room for is cut off
+        # special tokens take room, so the last tokens are truncated
         n_tokens = (model.max_n_segments or 0) * (model.segment_size or 0)
         return EqualDocuments(N_STEPS_OF_DOCUMENTS * n_step, n_tokens, n_target, model.vocab_size)
 

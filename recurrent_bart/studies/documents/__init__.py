@@ -1,1 +1,1 @@
-"""Models trained on documents and compared."""
+"""Studies on documents: training and comparison of models."""

@@ -1,4 +1,4 @@
-"""LED beside ours: the same size, batches, loss and optimizer.
+"""LED with the size, batches and loss of a RecurrentBart model.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length, V vocabulary.
 """
@@ -13,22 +13,17 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.model.loss import token_loss
 
-# fields of BART's configuration that LED has too
+# fields that the configurations of BART and LED share
 SIDES = [f"{side}_{name}" for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")]
 IDS = ["bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"]
 SHARED = ["vocab_size", "d_model", "dropout", "attention_dropout", "activation_dropout", "init_std", *SIDES, *IDS]
 
 
 class WholeDocumentLed(nn.Module):
-    """LED (arXiv 2004.05150) in the size of ours, which takes a batch of one long segment a document.
+    """LED (arXiv 2004.05150) in the size of a RecurrentBart model. A batch has one long segment per document.
 
-    The first token sees all and is seen by all, as its authors recommend for summaries; windows are the published 1,024
-    tokens at our 512 of a segment.
-
-    Args:
-        config: Ours.
-        n_tokens: Of the longest document.
-        window: Tokens that each one sees, half of them on either side.
+    The first token has global attention, as the LED authors recommend for summaries. A token attends to `window`
+    tokens, half of them on either side: the published 1,024 when a segment has 512. `n_tokens` limits the document.
     """
 
     def __init__(self, config: RecurrentBartConfig, n_tokens: int, window: int):
@@ -51,7 +46,7 @@ class WholeDocumentLed(nn.Module):
         num_items_in_batch: int | None = None,
         return_logits: bool = True,
     ) -> Seq2SeqLMOutput:
-        """Loss and logits, as ours gives them."""
+        """Return loss and logits, as RecurrentBartForConditionalGeneration does."""
         labels_BT = labels.to(input_ids.device)
         inputs = {"decoder_input_ids": self.led.prepare_decoder_input_ids_from_labels(labels_BT), "use_cache": False}
         logits_BTV = self.led(**self._document(input_ids, attention_mask), **inputs).logits
@@ -59,7 +54,7 @@ class WholeDocumentLed(nn.Module):
         return Seq2SeqLMOutput(loss=loss, logits=logits_BTV if return_logits else None)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **how: Any) -> Tensor:
-        """Ids `(B, T)`."""
+        """Return generated ids `(B, T)`."""
         return self.led.generate(**self._document(input_ids, attention_mask), **how)
 
     def _document(self, input_ids_BNL: Tensor, mask_BNL: Tensor) -> dict[str, Tensor]:

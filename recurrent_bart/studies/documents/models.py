@@ -1,4 +1,4 @@
-"""The models of studies on documents, and what each of them reads: no more than it needs.
+"""Models of studies on documents, and the part of a batch that each of them reads.
 
 Shape suffixes: B documents, N segments, M segments that have a target, L tokens in a segment, T target length,
 V vocabulary.
@@ -21,28 +21,28 @@ from recurrent_bart.studies.documents.text_run import TextRun
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.model_building import build_model
 
-# segments of the document that a head is as long as
+# length of a section's head, in segments
 HEAD = 2
 
 
 class HeadCollator(Collator):
-    """Identical to Collator except: of each section with a target the head alone is read, as one segment."""
+    """Identical to Collator except: the start of each section with a target is read, as one segment."""
 
     def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
-        """The heads of those sections whose target documents have that are read by segments."""
+        """Return section starts and targets, for the same targets as Collator."""
         _, targets = super().segments(row)
         room = HEAD * self.sizes.segment_size - len(self.leading) - len(self.trailing)
         parts = zip(row["sections"], row["summaries"], strict=True)
         heads = [[*self.leading, *section[:room], *self.trailing] for section, summary in parts if section and summary]
-        told = [target for target in targets if target]
-        return heads[: len(told)], told
+        targets = [target for target in targets if target]
+        return heads[: len(targets)], targets
 
 
 def collate_as(reads: str, collator: Collator) -> Collator:
-    """How documents are cut for a reading, from how they are cut to be read by segments.
+    """Return the collator for a reading, from the collator that cuts documents into segments.
 
     Raises:
-        ValueError: A whole document is asked for that has no longest length.
+        ValueError: `"whole"` needs a maximum document length, which the collator lacks.
     """
     if reads == "segments":
         return collator
@@ -55,29 +55,22 @@ def collate_as(reads: str, collator: Collator) -> Collator:
 
 
 def without_memory(batch: Batch) -> Batch:
-    """What a model that carries nothing on needs to read: each segment that has a target, as a document of its own."""
+    """Return the segments with a target, each as one document: all that a model without state needs."""
     is_read_BN = batch.attention_mask.bool().any(dim=-1)
     is_last_BN = is_read_BN & (is_read_BN.cumsum(dim=1) == is_read_BN.sum(dim=1, keepdim=True))
-    is_wanted_BN = (batch.labels != IGNORED).any(dim=-1) if batch.labels.dim() == 3 else is_last_BN
-    mask_ML = batch.attention_mask[is_wanted_BN]
+    has_target_BN = (batch.labels != IGNORED).any(dim=-1) if batch.labels.dim() == 3 else is_last_BN
+    mask_ML = batch.attention_mask[has_target_BN]
     longest = int(mask_ML.sum(dim=-1).max())
     return replace(
         batch,
-        input_ids=batch.input_ids[is_wanted_BN][:, None, :longest],
+        input_ids=batch.input_ids[has_target_BN][:, None, :longest],
         attention_mask=mask_ML[:, None, :longest],
-        labels=batch.labels[is_wanted_BN] if batch.labels.dim() == 3 else batch.labels,
+        labels=batch.labels[has_target_BN] if batch.labels.dim() == 3 else batch.labels,
     )
 
 
 def build_reader(run: TextRun, arguments: Arguments, config: RecurrentBartConfig, sizes: SegmentSizes) -> nn.Module:
-    """The model that reads batches of `collate_as`, with the run's seed and in training mode.
-
-    Args:
-        run: What is trained.
-        arguments: Its flags.
-        config: Architecture of the model that reads by segments.
-        sizes: How documents are cut for that one.
-    """
+    """Build the model that reads batches of `collate_as`, with the run's seed and in training mode."""
     seed = arguments.run.seed
     if run.reads == "whole":
         torch.manual_seed(seed)
@@ -92,12 +85,12 @@ def build_reader(run: TextRun, arguments: Arguments, config: RecurrentBartConfig
 
 @dataclass(frozen=True)
 class Reader:
-    """A model and how it is run.
+    """A model and its device.
 
     Attributes:
-        model: What takes batches and gives a loss, or logits.
-        has_memory: Whether it needs what stands before the segment that has a target.
-        device: Where it is.
+        model: Module that returns a loss or logits for a batch.
+        has_memory: The model needs the segments before the segment that has a target.
+        device: Device of the model.
     """
 
     model: Any
@@ -105,18 +98,18 @@ class Reader:
     device: torch.device
 
     def needed(self, batch: Batch) -> Batch:
-        """What it reads of a batch."""
+        """Return the part of a batch that the model reads."""
         return batch if self.has_memory else without_memory(batch)
 
     def loss(self, batch: Batch, n_targets: int) -> Tensor:
-        """Of what is needed of a batch: summed over targets, and divided by so many."""
+        """Return the loss of a batch from `needed`, summed over targets and divided by `n_targets`."""
         inputs = batch.model_inputs(self.device)
         with self._attention():
             return self.model(**inputs, num_items_in_batch=n_targets, return_logits=False).loss
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:
-        """Of a batch: summed over the tokens of each target, `(M,)`."""
+        """Return the loss of each target, summed over its tokens, `(M,)`."""
         batch = self.needed(batch)
         has_target = (batch.labels != IGNORED).any(dim=-1)
         with self._attention():
@@ -126,5 +119,5 @@ class Reader:
         return nn.functional.cross_entropy(logits_MVT, labels_MT, ignore_index=IGNORED, reduction="none").sum(dim=-1)
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
-        # without a memory the number of segments that are read is another in each step
+        # without state, shapes change in every step, and cuDNN would plan attention for each shape
         return contextlib.nullcontext() if self.has_memory else without_cudnn()

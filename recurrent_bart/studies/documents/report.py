@@ -1,4 +1,4 @@
-"""What the runs of a study on documents show together: tables in Markdown and a plot."""
+"""Report of a study on documents: Markdown tables and a plot."""
 
 import statistics
 from collections.abc import Iterable
@@ -12,20 +12,20 @@ from matplotlib.figure import Figure
 from recurrent_bart.evaluation.bootstrap import Resamples, resample
 from recurrent_bart.studies.report import Groups, Records, markdown, origin
 
-# a document and the number of a target in it
+# (document, index of the target in the document)
 Target = tuple[str, int]
-# of each target a total and a count: a loss and its tokens, or a score of one text
+# target -> (total, count): a summed loss and its tokens, or the score of one text and 1
 Figures = dict[Target, tuple[float, float]]
-# with each seed
+# model -> one entry per seed
 Models = dict[str, list[Figures]]
 Point = dict[str, Any]
 MIB = 2**20
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-# a run ends with the step in which its time is over
+# a run finishes the step in which its time ends
 TOLERANCE = 1.02
-# tokens up to which the first place reaches; the next ones reach twice as far each
+# upper end of the first range of positions, in tokens; each next range ends at twice the previous end
 FIRST_PLACE = 512
-# of a point of a curve
+# format of a curve point's fields
 FORMS = {
     "step": lambda value: f"{value:,.0f}",
     "seconds": lambda value: f"{value:,.0f}",
@@ -42,19 +42,14 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric of one model beside that of the first model.
-
-    Attributes:
-        value: Metric of the model.
-        difference: How far the metric is above that of the first model; None for the first model itself.
-    """
+    """Metric of a model, and its difference to the first model's metric (None for the first model itself)."""
 
     value: Resamples
     difference: Resamples | None
 
 
 def text_report(groups: Groups) -> str:
-    """All tables, and where they come from."""
+    """Return a Markdown report: all tables and the origin of the records."""
     records = with_common_seeds({name: records for (_, name), records in groups.items()})
     seconds, step = equal_seconds(records), equal_step(records)
     in_time = {name: [_best(_until(r["curve"], "seconds", seconds)) for r in own] for name, own in records.items()}
@@ -80,7 +75,7 @@ def with_common_seeds(records: dict[str, Records]) -> dict[str, Records]:
     """Return the runs of each model with the seeds that every model has, in the order of the seeds.
 
     Raises:
-        ValueError: There is no such seed.
+        ValueError: The models share no seed.
     """
     common = set.intersection(*({record["run"]["seed"] for record in own} for own in records.values()))
     if not common:
@@ -94,18 +89,18 @@ def with_common_seeds(records: dict[str, Records]) -> dict[str, Records]:
 
 
 def equal_seconds(records: dict[str, Records]) -> float:
-    """Training time that every run has had."""
+    """Return the training time that every run has reached."""
     return min(record["curve"][-1]["seconds"] for own in records.values() for record in own)
 
 
 def equal_step(records: dict[str, Records]) -> int:
-    """The last step at which every run was evaluated; 0: there is none."""
+    """Return the last step at which every run was evaluated; 0 if there is none."""
     steps = [{point["step"] for point in record["curve"]} for own in records.values() for record in own]
     return max(set.intersection(*steps), default=0)
 
 
 def loss_table(records: dict[str, Records], points: dict[str, list[Point]]) -> str:
-    """Loss of every model at its points, with the difference, and what it had done there."""
+    """Return loss, difference and training effort of every model at its points."""
     compared = compare(_losses(records, points))
     rows = []
     for name, own in points.items():
@@ -120,7 +115,7 @@ def loss_table(records: dict[str, Records], points: dict[str, list[Point]]) -> s
 
 
 def position_table(records: dict[str, Records], points: dict[str, list[Point]]) -> str:
-    """Loss and difference of every model by where targets stand."""
+    """Return loss and difference of every model by position of the target."""
     first = next(iter(records.values()))[0]
     places = {(t["document"], t["target"]): place(t["position"]) for t in first["targets"]}
     models = _losses(records, points)
@@ -137,7 +132,7 @@ def position_table(records: dict[str, Records], points: dict[str, list[Point]]) 
 
 
 def place(position: int) -> int:
-    """Tokens up to which the place reaches that a position is in."""
+    """Return the upper end, in tokens, of the range that contains a position."""
     found = FIRST_PLACE
     while found < position:
         found *= 2
@@ -168,7 +163,7 @@ def interval_table(records: dict[str, Records], points: dict[str, list[Point]]) 
 
 
 def cost_table(records: dict[str, Records]) -> str:
-    """Size, speed and memory; medians over seeds."""
+    """Return size, speed and memory of every model: medians over seeds."""
     rows = []
     for name, own in records.items():
         ends = [record["curve"][-1] for record in own]
@@ -199,7 +194,7 @@ def _common(models: Models) -> set[Target]:
 
 
 def _by_document(seeds: list[Figures], targets: list[Target]) -> tuple[np.ndarray, np.ndarray]:
-    """Totals and counts `(S, D)`."""
+    """Return totals and counts `(S, D)`."""
     numbers = {document: number for number, document in enumerate(dict.fromkeys(name for name, _ in targets))}
     sums = np.zeros((2, len(seeds), len(numbers)))
     for seed, figures in enumerate(seeds):
@@ -231,10 +226,10 @@ def _scores_of(texts: list[dict[str, Any]], key: str) -> Figures:
 
 
 def _by_target(rows: list[dict[str, Any]], figures: Iterable[tuple[float, float]]) -> Figures:
-    """Return the figures by target.
+    """Return the metrics by target.
 
     Raises:
-        ValueError: Two rows have one document and one number.
+        ValueError: Two rows have the same document and target number.
     """
     found: Figures = {}
     for row, figure in zip(rows, figures, strict=True):
@@ -246,7 +241,7 @@ def _by_target(rows: list[dict[str, Any]], figures: Iterable[tuple[float, float]
 
 
 def draw_losses(groups: Groups, path: Path) -> None:
-    """Validation loss against seconds of training and against steps, a line for each seed."""
+    """Draw validation loss against training seconds and against steps, one line per seed."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, title in zip(panels, ("seconds", "step"), ("seconds of training", "steps"), strict=True):

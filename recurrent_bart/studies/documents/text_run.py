@@ -1,26 +1,26 @@
-"""One run of a study that trains on documents: what it is."""
+"""Run of a study on documents."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from recurrent_bart.studies.study_run import file_name
 
-# how documents are read: all segments by the model that the flags name; of each section the head alone; the whole
-# document at once, by LED
+# segments: the model of the flags reads all segments; heads: it reads the start of each section; whole: LED reads the
+# document at once
 READINGS = ("segments", "heads", "whole")
 
 
 @dataclass(frozen=True)
 class TextRun:
-    """A model from scratch on documents.
+    """A model trained from scratch on documents.
 
     Attributes:
-        name: What is compared; runs that differ in their seed alone share it.
-        task: What the documents are called in tables.
-        flags: Of launch/train.py, those of the model, the documents and the steps.
-        seed: Of weights and the order of documents.
+        name: Name of the variant; runs that differ in their seed alone share it.
+        task: Name of the documents in tables.
+        flags: launch/train.py flags of the model, the documents and the steps.
+        seed: Seed of weights and of the order of documents.
         reads: One of `READINGS`.
-        seconds: Of training, at which it ends, evaluations not counted; None: at `--max_steps` alone.
+        seconds: Training time that ends the run, without evaluations; None: `--max_steps` alone ends it.
     """
 
     name: str
@@ -35,9 +35,9 @@ class TextRun:
             raise ValueError(f"reads={self.reads!r}: allowed are {', '.join(map(repr, READINGS))}")
 
     def task_name(self) -> str:
-        """What the documents are called in tables and files."""
+        """Return the name of the documents for tables and files."""
         return self.task
 
     def file_name(self) -> str:
-        """Name of its file."""
+        """Return the name of the run's file."""
         return file_name(self.task, self.name, self.seed)

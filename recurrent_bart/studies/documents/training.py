@@ -1,4 +1,4 @@
-"""A run of a study on documents, in one process and in plain PyTorch: every model in the same loop."""
+"""Training of a study's model on documents, in one process and plain PyTorch: one loop for every model."""
 
 import copy
 import itertools
@@ -29,20 +29,12 @@ from recurrent_bart.training.optimization import build_optimizer, build_schedule
 from recurrent_bart.training.preparation import open_splits
 from recurrent_bart.training.training_batches import TrainingBatches
 
-# evaluations come after steps that grow by this factor, the same ones in every run, however fast it is
+# evaluation steps grow by this factor and are the same in every run
 GROWTH = 1.25
 
 
 class TextTraining:
-    """Trains one model on documents.
-
-    Args:
-        run: What is trained.
-        device: Where.
-
-    Raises:
-        ValueError: Something is wrong with its flags or the documents.
-    """
+    """Trainer of one model on documents."""
 
     def __init__(self, run: TextRun, device: torch.device):
         self.run, self.device = run, device
@@ -59,7 +51,7 @@ class TextTraining:
         self.optimizer = build_optimizer(built, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
         self.scheduler = build_scheduler(self.optimizer, arguments.run)
         self.state = TrainerState()
-        # whatever a model reads of them, documents come in the order of those that are read by segments
+        # every reading uses the document order of the segment reading
         order = by_documents(arguments.run, train.plan.n_segments, world_size=1, state=self.state)
         self.batches = TrainingBatches(train, order, arguments.run, Environment(0, 0, 1, device), self.state)
         self.evaluator = Evaluator(
@@ -67,7 +59,7 @@ class TextTraining:
             validation.plan,
             collator,
             tokenizer,
-            # scores of the vocabulary for all targets of a pass are in memory together, as nothing is in training
+            # evaluation holds the logits of all targets of a batch in memory, training does not
             arguments.run.per_device_train_batch_size,
             device,
         )
@@ -75,18 +67,13 @@ class TextTraining:
         self.seconds, self.n_tokens = 0.0, 0
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
-        # as in launch/train.py, so that dropout is the same
+        # the seed of launch/train.py, for the same dropout
         torch.manual_seed(arguments.run.seed + 1)
 
     def train(self, budget_seconds: float = math.inf, on_evaluation: Callable[[], None] = lambda: None) -> str:
-        """Train until something ends it, and say what.
+        """Train until the run ends; return `"time"` (its `seconds` are over), `"steps"`, `"diverged"` or `"budget"`.
 
-        Args:
-            budget_seconds: No step is begun after so many, evaluations included.
-            on_evaluation: Called after each evaluation.
-
-        Returns:
-            `"time"`: the run's own seconds are over; `"steps"`, `"diverged"` or `"budget"`.
+        No step starts after `budget_seconds` of wall time, evaluations included.
         """
         deadline = time.perf_counter() + budget_seconds
         ended = None
@@ -97,7 +84,7 @@ class TextTraining:
         return ended
 
     def train_step(self) -> Tensor:
-        """One optimizer step; gives the loss per target."""
+        """Run one optimizer step; return the loss per target."""
         run = self.arguments.run
         batches = [self.reader.needed(next(self.batches)) for _ in range(run.gradient_accumulation_steps)]
         n_targets = sum(batch.n_targets() for batch in batches)
@@ -118,7 +105,7 @@ class TextTraining:
         return torch.stack(losses).sum()
 
     def evaluate(self, loss: float) -> None:
-        """Add a point to the curve; keep the weights if none were better."""
+        """Append a point to the curve, and save the weights if its validation loss is the lowest."""
         self.reader.model.eval()
         found = self.evaluator.target_losses(self.reader.target_losses)
         self.reader.model.train()
@@ -130,7 +117,7 @@ class TextTraining:
         self.curve.append(point | {"validation_loss": validation_loss, "target_losses": by_target})
 
     def texts(self) -> list[dict[str, Any]]:
-        """What the best weights generate for the first `--eval_documents` documents, scored."""
+        """Generate and score texts of the best weights for the first `--eval_documents` documents."""
         self.reader.model.load_state_dict(self.best)
         self.reader.model.eval()
         run = self.arguments.run
@@ -139,14 +126,14 @@ class TextTraining:
         samples = writer.summarise(self.reader.model, how)
         scores = rouge_per_sample([sample.generated for sample in samples], [sample.target for sample in samples])
         figures = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
-        # of the first documents, so the first targets
+        # the samples are of the first documents, so they match the first targets
         return [
             {"document": target["document"], "target": target["target"], "generated": sample.generated} | figure
             for target, sample, figure in zip(self.targets, samples, figures, strict=False)
         ]
 
     def result(self) -> dict[str, Any]:
-        """What came of it so far."""
+        """Return the run's record so far."""
         is_cuda = self.device.type == "cuda"
         return {
             "run": asdict(self.run),
@@ -159,7 +146,7 @@ class TextTraining:
         }
 
     def _train_to_evaluation(self, deadline: float) -> str | None:
-        """Steps and the evaluation behind them; says what ends the run there, if anything does."""
+        """Train to the next evaluation and evaluate; return the reason if the run ends."""
         last = self.arguments.run.max_steps
         until, ended = next_evaluation(self.state.step, self.arguments.run.eval_every), None
         losses: list[Tensor] = []
@@ -173,7 +160,7 @@ class TextTraining:
                 ended = "steps"
             elif now > deadline:
                 ended = "budget"
-        # waits for the device, so that the time is that of the steps
+        # float() waits for the device, so `seconds` includes all kernels of the steps
         loss = float(torch.stack(losses).mean())
         self.seconds += time.perf_counter() - started
         self.evaluate(loss)
@@ -181,10 +168,10 @@ class TextTraining:
 
 
 def execute_text(file: RunFile, device: torch.device, budget_seconds: float) -> None:
-    """Do the run that a file describes, and keep in the file what there is at each moment.
+    """Train the run of a file and generate its texts; each evaluation updates the file.
 
     Raises:
-        ValueError: Something is wrong with the run.
+        ValueError: The run's flags or the documents are invalid.
     """
     training = TextTraining(TextRun(**file.read()["run"]), device)
     origin = {"date": time.strftime("%Y-%m-%d"), "git_commit": git_commit(), "versions": versions()}
@@ -193,25 +180,18 @@ def execute_text(file: RunFile, device: torch.device, budget_seconds: float) -> 
 
 
 def prepare_documents(run: TextRun) -> None:
-    """Have tokenizer and tokenised documents in the cache, before runs that start together would all make them.
-
-    Raises:
-        ValueError: Something is wrong with the flags or the documents.
-    """
+    """Write tokenizer and tokenized documents to the cache, so that parallel runs do not all build them."""
     arguments = parse_run(run)
     open_splits(arguments.model, arguments.data)
 
 
 def parse_run(run: TextRun) -> Arguments:
-    """The arguments that its flags are."""
+    """Parse the run's flags."""
     return parse_arguments([f"--{name}={value}" for name, value in {**run.flags, "seed": run.seed}.items()])
 
 
 def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:
-    """Return the targets of all documents in order.
-
-    Each has the name of its document, its number in the document, the tokens up to the end of its text, and its own.
-    """
+    """Return document, index in the document, end position and length in tokens of all targets, in order."""
     names = _unique_names(list(evaluator.corpus["id"]))
     return [
         {"document": names[index], "target": number, "position": position, "n_tokens": n_tokens}
@@ -221,7 +201,7 @@ def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:
 
 
 def _unique_names(ids: Sequence[str]) -> list[str]:
-    """Return the ids of documents; where documents share an id, each gets its row behind it."""
+    """Return the ids of documents; ids that several documents share get the row number appended."""
     n_documents = Counter(ids)
     return [name if n_documents[name] == 1 else f"{name} (row {index})" for index, name in enumerate(ids)]
 
@@ -229,14 +209,14 @@ def _unique_names(ids: Sequence[str]) -> list[str]:
 def _targets_of(row: dict[str, Any], collator: Collator) -> Iterator[tuple[int, int]]:
     sections = zip(row["sections"], row["summaries"], strict=True)
     ends = itertools.accumulate(len(section) for section in row["sections"])
-    told = [end for end, (section, summary) in zip(ends, sections, strict=True) if section and summary]
+    target_ends = [end for end, (section, summary) in zip(ends, sections, strict=True) if section and summary]
     _, targets = collator.segments(row)
-    # sections behind the cut have no target
-    return zip(told, (len(target) for target in targets if target), strict=False)
+    # sections after the truncation have no target
+    return zip(target_ends, (len(target) for target in targets if target), strict=False)
 
 
 def next_evaluation(step: int, first: int) -> int:
-    """The step after which the next evaluation comes."""
+    """Return the first evaluation step after `step`."""
     found = first
     while found <= step:
         found = max(found + 1, round(found * GROWTH))

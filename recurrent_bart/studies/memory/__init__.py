@@ -1,1 +1,1 @@
-"""Small models trained on memory tasks, many on one GPU."""
+"""Training of small models on memory tasks, many on one GPU."""

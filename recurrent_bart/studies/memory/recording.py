@@ -1,6 +1,6 @@
-"""Work that a GPU does over and over, recorded as a CUDA graph and replayed.
+"""Function that is captured as a CUDA graph and replayed.
 
-A step of a small model is thousands of kernels, which take longer to be launched one by one than to be done.
+A step of a small model is thousands of kernels. Launching them takes longer than running them.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,25 @@ from recurrent_bart.execution.cuda_graphs import capture
 
 
 class Recorded:
-    """Identical to a function of tensors except: on a GPU it is recorded, once for each shape of what it is given.
+    """Identical to a function of tensors except: a GPU captures it once per combination of input shapes.
 
-    The first call with a shape is the function's own: it makes what stays, such as an optimizer's moments, and warms
-    libraries up. The second records it, and replays the recording like all that follow.
+    The first call with a shape runs the function eagerly, which creates optimizer moments and warms up libraries. The
+    second call captures it. That call and all later calls replay the CUDA graph.
 
     Args:
-        work: Gives one tensor; it looks at no value that the device has, and copies nothing to it. What it makes and
-            keeps it makes in its first call with a shape.
-        pool: Memory of recordings, on a GPU. They may share it if they are replayed one after the other.
-
-    Attributes:
-        peak_bytes: Most memory that a first call took on a GPU beyond what was taken before it.
+        work: Function that returns one tensor. It must not synchronize or copy to the device. It may allocate lasting
+            tensors only in the first call with a shape.
+        pool: Memory pool of the CUDA graphs. Graphs that replay one after the other may share a pool.
     """
 
     def __init__(self, work: Callable[..., Tensor], pool: Any):
         self.work, self.pool = work, pool
         self.recordings: dict[tuple[torch.Size, ...], _Recording | None] = {}
+        # peak GPU memory of first calls beyond the memory allocated before them
         self.peak_bytes = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the function gives."""
+        """Return the function's output."""
         if not inputs[0].is_cuda:
             return self.work(*inputs)
         shapes = tuple(tensor.shape for tensor in inputs)
@@ -45,7 +43,7 @@ class Recorded:
         return recording.replay(inputs)
 
     def _first(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        # known on the host, which waits for nothing
+        # the allocator's counters are on the host: reading them does not synchronize
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         output = self.work(*inputs)
@@ -54,17 +52,15 @@ class Recorded:
 
 
 class _Recording:
-    """One shape's: where it reads its inputs, and where it leaves its output."""
-
     def __init__(self, work: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any):
-        # not of the pool, which other recordings write to
+        # outside the pool, whose memory other CUDA graphs overwrite
         self.inputs = [tensor.clone() for tensor in inputs]
-        # on the stream of the first call: libraries keep their workspace by stream
+        # the first call's stream, because libraries keep one workspace per stream
         self.output, self.graph = capture(lambda: work(*self.inputs), torch.cuda.current_stream(), pool)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()
-        # the next replay, of any recording of the pool, may write over it
+        # the next replay of any graph in the pool may overwrite the output
         return self.output.clone()

@@ -1,4 +1,4 @@
-"""A run of a study, in plain PyTorch, a step at a time, so that others can be beside it in one process.
+"""Training and test of one model on one memory task, in plain PyTorch and in turns with other runs.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -23,25 +23,17 @@ from recurrent_bart.studies.tasks.memory_tasks import BOS, EOS, PAD, Accuracy, M
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, learning_rate_factor
 
-# a task counts as learnt after so many evaluations in a row at the last stage with at least this token accuracy
+# a task counts as learnt after this number of consecutive evaluations at the last stage with this token accuracy
 LEARNT, LEARNT_EVALUATIONS = 0.999, 3
 REACHED = 0.9
-# what is kept for the tests at the end: so many times what evaluations took, for new lengths are recorded first
+# Tests at the end reserve this multiple of the time per segment of evaluations, because new lengths are captured first.
 SPARE = 2.0
-# but at most this share of the time since the run began: at first, evaluations themselves are recorded
+# The reserve is at most this share of the run's time so far, because the first evaluations include captures.
 MOST_SPARE = 0.5
 
 
 class SingleRun:
-    """Trains one model on one task.
-
-    Args:
-        run: What is trained.
-        device: Where.
-
-    Raises:
-        ValueError: Something is wrong with the run.
-    """
+    """Trainer of one model on one task."""
 
     def __init__(self, run: StudyRun, device: torch.device):
         self.run, self.device = run, device
@@ -51,7 +43,7 @@ class SingleRun:
             raise ValueError(f"encoder_loss: the answers of {run.task_name()} are asked for in no place of their own")
         torch.manual_seed(run.seed)
         self.model = RecurrentBartForConditionalGeneration(build_config(run, self.documents.task)).to(device).train()
-        # on the device, where a recorded step reads it
+        # on the device, where a captured step reads it
         self.learning_rate = torch.zeros((), device=device)
         rates = LearningRates(self.learning_rate, self.learning_rate)
         self.optimizer = build_optimizer(self.model, rates, run.weight_decay, run.adam_beta2)
@@ -66,14 +58,9 @@ class SingleRun:
         self.curve: list[dict[str, float]] = []
 
     def train(self, deadline: float = math.inf, on_evaluation: Callable[[], None] = lambda: None) -> Turns[str]:
-        """Train until something ends it, and say what.
+        """Train until the run ends; return `"learnt"`, `"steps"`, `"diverged"` or `"budget"`.
 
-        Args:
-            deadline: No step is begun when what is left until this time, as `time.time` has it, is needed for tests.
-            on_evaluation: Called after each evaluation.
-
-        Returns:
-            `"learnt"`, `"steps"`, `"diverged"` or `"budget"`.
+        Training stops early enough to finish the tests before `deadline`, a time on the clock of `time.time`.
         """
         while self.step < self.run.max_steps:
             loss = yield from self._train_until_evaluation(deadline)
@@ -99,7 +86,7 @@ class SingleRun:
         return float(torch.stack(losses).mean())
 
     def train_step(self) -> Tensor:
-        """One optimizer step, on documents of as many segments as the curriculum draws; gives the loss."""
+        """Run one optimizer step on documents of a length that the curriculum draws; return the loss."""
         n_segments = self.curriculum.draw(self.stage, self.step)
         self.learning_rate.fill_(self.run.learning_rate * self.learning_rate_factor(self.step))
         loss = self.update(*self.stage_documents.batch(n_segments))
@@ -108,11 +95,11 @@ class SingleRun:
 
     @property
     def stage_documents(self) -> DrawnDocuments:
-        """Of this stage."""
+        """Documents of the current stage."""
         return self.easier[self.stage] if self.stage < len(self.easier) else self.documents
 
     def evaluate(self, loss: float) -> Turns[None]:
-        """Measure the stage and the whole task, and move to the next stage if this one is over."""
+        """Evaluate the stage and the whole task, and move to the next stage if this one is over."""
         documents, n_segments = self.stage_documents, self.curriculum.longest(self.stage)
         reached = whole = yield from self.accuracy(n_segments, documents)
         if documents is not self.documents or n_segments != self.run.stages[-1]:
@@ -134,7 +121,7 @@ class SingleRun:
             self.stage, self.stage_began = self.stage + 1, self.step
 
     def accuracy(self, n_segments: int, documents: DrawnDocuments | None = None) -> Turns[Accuracy]:
-        """Share of right tokens and answers under teacher forcing; None: of the task itself."""
+        """Return the accuracy under teacher forcing on `documents` (default: of the whole task)."""
         started = time.perf_counter()
         predicted, answers = [], []
         for input_ids, labels in (documents or self.documents).tests(n_segments, self.run.eval_documents):
@@ -146,24 +133,24 @@ class SingleRun:
         return score(torch.cat(predicted).cpu(), torch.cat(answers).cpu())
 
     def is_over(self, deadline: float) -> bool:
-        """Whether the time that is left is needed for the last evaluation and the tests, by what evaluations took."""
+        """Return True if last evaluation and tests need the remaining time, judged by earlier evaluations."""
         n_segments = sum(self.run.test_segments) + 2 * self.run.stages[-1]
         needed = SPARE * n_segments * self.evaluation_seconds / max(1, self.n_evaluated_segments)
         now = time.time()
         return now + min(needed, MOST_SPARE * (now - self.began)) > deadline
 
     def is_learnt(self) -> bool:
-        """Whether the last evaluations leave nothing to learn."""
+        """Return True if the last `LEARNT_EVALUATIONS` evaluations reached the accuracy `LEARNT`."""
         last = self.curve[-LEARNT_EVALUATIONS:]
         n_segments = self.run.stages[-1]
         is_right = [point["n_segments"] == n_segments and point["token_accuracy"] >= LEARNT for point in last]
         return len(last) == LEARNT_EVALUATIONS and all(is_right)
 
     def result(self) -> dict[str, Any]:
-        """What came of it so far."""
+        """Return the run's record so far."""
         first = next((point for point in self.curve if point["token_accuracy"] >= REACHED), {})
-        # weights and both moments of AdamW, beside what a step takes
-        kept_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())
+        # weights and both AdamW moments, which Recorded.peak_bytes does not include
+        resident_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())
         return {
             "run": asdict(self.run),
             "device": describe_device(str(self.device)),
@@ -173,12 +160,12 @@ class SingleRun:
             "seconds": self.seconds,
             "steps_to_reach": first.get("step"),
             "seconds_to_reach": first.get("seconds"),
-            "peak_bytes": kept_bytes + self.update.peak_bytes if self.device.type == "cuda" else None,
+            "peak_bytes": resident_bytes + self.update.peak_bytes if self.device.type == "cuda" else None,
             "curve": self.curve,
         }
 
     def tested(self) -> Turns[dict[str, dict[str, float]]]:
-        """Accuracy by number of segments."""
+        """Return the accuracy by number of segments."""
         found = {}
         for n_segments in self.run.test_segments:
             accuracy = yield from self.accuracy(n_segments)
@@ -186,7 +173,7 @@ class SingleRun:
         return found
 
     def _update(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
-        """Forward pass, backward pass and change of the weights; gives the loss."""
+        """Run forward pass, backward pass and optimizer step; return the loss."""
         output = self._forward(input_ids_BNL, labels_BT)
         loss = output.loss
         if self.run.encoder_loss:
@@ -194,12 +181,12 @@ class SingleRun:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
         self.optimizer.step()
-        # none is left: those of a recorded step are memory that other recordings use
+        # gradients must not outlive a captured step: other CUDA graphs reuse their memory
         self.optimizer.zero_grad()
         return output.loss.detach()
 
     def _encoder_loss(self, hidden_BAD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Of the answer, in the places of the last segment that ask for it."""
+        """Return the loss of the answer at the positions of the last segment that ask for it."""
         segment_size = self.stage_documents.segment_size
         places = self.stage_documents.task.answer_places(segment_size)
         assert places is not None
@@ -208,7 +195,7 @@ class SingleRun:
 
     @torch.no_grad()
     def _predict(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
-        """The most likely ids `(B, T)` under teacher forcing."""
+        """Return the most likely ids `(B, T)` under teacher forcing."""
         self.model.eval()
         predicted_BT = self._forward(input_ids_BNL, labels_BT).logits.argmax(dim=-1)
         self.model.train()
@@ -224,15 +211,12 @@ class SingleRun:
 
 
 def execute(file: RunFile, device: torch.device, deadline: float) -> Turns[None]:
-    """Do the run that a file describes, and keep in the file what there is at each moment.
+    """Train and test the run of a file; each evaluation updates the file.
 
-    Args:
-        file: The file.
-        device: Where.
-        deadline: It is cut off so early that it is tested by this time, as `time.time` has it.
+    Training stops early enough to finish the tests before `deadline`, a time on the clock of `time.time`.
 
     Raises:
-        ValueError: Something is wrong with the run.
+        ValueError: The run's fields are invalid or do not fit together.
     """
     single = SingleRun(StudyRun.from_json(file.read()["run"]), device)
     origin = {"date": time.strftime("%Y-%m-%d"), "git_commit": git_commit(), "versions": versions()}
@@ -245,15 +229,14 @@ def execute(file: RunFile, device: torch.device, deadline: float) -> Turns[None]
 def _documents(
     run: StudyRun, generator: Generator, segment_size: int | None = None, n_segments: int = 1, **changes: Any
 ) -> DrawnDocuments:
-    """Of a run's task, some fields of which may differ; `n_segments` is the curriculum's."""
     return DrawnDocuments(*run.build_tasks(**changes), generator, run.batch_size, segment_size or run.segment_size)
 
 
 def build_config(run: StudyRun, task: MemoryTask) -> RecurrentBartConfig:
-    """Architecture with room for the longest document and answer."""
+    """Build an architecture with room for the longest document and answer."""
     longest = max(*run.stages, *run.test_segments)
     window = run.segment_size * (longest if run.window == "all" else 1)
-    # the same numbers, faster; with one state for all layers there are no diagonals
+    # the same values, faster; one state for all layers leaves no wavefront
     schedule = "sequential" if run.model.get("recurrence") == "top" else "wavefront"
     return RecurrentBartConfig(
         **MODEL | {"schedule": schedule} | run.model,

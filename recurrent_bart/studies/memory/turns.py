@@ -1,4 +1,4 @@
-"""Several pieces of work in one process, in turns, so that none waits for the device while another can go on."""
+"""Cooperative scheduling of several pieces of work in one process, so that the GPU always has queued kernels."""
 
 import gc
 import itertools
@@ -10,34 +10,17 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# work in turns: what one has begun on the device is done when the next begins
+# Generator that yields after each turn. Kernels of a turn finish before the next turn of the same work.
 Turns: TypeAlias = Generator[None, None, Result]
-
-
-def all_turns(turns: Turns[Result]) -> Result:
-    """What comes of work whose turns follow each other at once."""
-    while True:
-        try:
-            next(turns)
-        except StopIteration as end:
-            return end.value
 
 
 def take_turns(
     items: Iterable[Item], begin: Callable[[Item], Turns[None]], n_at_once: int, device: torch.device
 ) -> Iterator[tuple[Item, str | None]]:
-    """Do the work of several items, some of them at once, and give each item as its work ends.
+    """Run up to `n_at_once` pieces of work in turns; yield each item with its error, in one line, or None.
 
-    On a GPU each has a stream of its own, and its turn when all in it is done. Work that fails leaves the others alone.
-
-    Args:
-        items: Asked for the next when there is room for it.
-        begin: Gives an item's work; nothing of it is done yet.
-        n_at_once: Most items at once.
-        device: Where work is done.
-
-    Returns:
-        Items, with the error that ended their work, in a line; None: it came to its end.
+    `begin` creates the work of an item without starting it. The next item is requested when there is room. On a GPU,
+    each piece of work has its own stream, and takes a turn only when that stream is idle. An error ends one piece only.
     """
     waiting = iter(items)
     free = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(n_at_once)]
@@ -54,13 +37,13 @@ def take_turns(
             if has_ended:
                 taken.remove(place)
                 free.append(stream)
-                # recordings, which hold memory of the device, are parts of cycles
+                # CUDA graphs hold GPU memory and belong to reference cycles
                 gc.collect()
                 yield item, error
 
 
 def _take_turn(turns: Turns[None], stream: torch.cuda.Stream | None) -> tuple[bool, str | None]:
-    """Whether the work has ended with this turn, and by which error."""
+    """Run one turn; return if the work has ended, and the error that ended it."""
     try:
         with torch.cuda.stream(stream):
             next(turns)

@@ -1,1 +1,1 @@
-"""Synthetic tasks that only memory solves."""
+"""Synthetic tasks that a model solves only if it remembers earlier segments."""

@@ -1,7 +1,7 @@
-"""Questions about facts that are scattered, in order, among sentences of other text.
+"""bAbI questions about facts that are scattered, in order, among sentences of filler text.
 
 The construction is that of BABILong (Kuratov et al., arXiv 2406.10149) over the tasks of bAbI (Weston et al., arXiv
-1502.05698). Both are read from files, words are the tokens, and every document is put together anew.
+1502.05698). Facts and filler text come from files. Words are the tokens. Every document is assembled anew.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length, S facts, F tokens of all facts,
 Q tokens of a question, M tokens written, C tokens in a document.
@@ -24,7 +24,7 @@ from recurrent_bart.data.words import SENTENCE_END
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.studies.tasks.memory_tasks import FIRST_SYMBOL, MemoryTask
 
-# takes the place of marks, which are not used here
+# equals MARK, which bAbI does not use
 UNKNOWN = 3
 SPLITS = ("train", "validation")
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -33,12 +33,9 @@ Groups = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Story:
-    """Facts, a question about them, and its answer, in words.
+    """Facts (one sentence each, in order), a question about them and its answer, as words.
 
-    Attributes:
-        facts: One sentence each, in order.
-        question: What is asked after all of them.
-        answer: What is right; with subjects, first whom the supporting facts are about.
+    With subjects, the answer starts with the subjects of the supporting facts.
     """
 
     facts: list[list[str]]
@@ -46,17 +43,14 @@ class Story:
     answer: list[str]
 
     def length(self) -> int:
-        """Words of a document without any other text."""
+        """Return the number of words without filler."""
         return sum(map(len, self.facts)) + len(self.question)
 
 
 class Vocabulary:
-    """Ids of words: all that stories use, and the most frequent of other text.
+    """Ids of words: the `needed` words of all stories, then the most frequent words of the filler.
 
-    Args:
-        needed: Those that all stories use.
-        sentences: Other text to train on.
-        n_words: Words at most; there are more only where stories alone have more.
+    The vocabulary has at most `n_words` words, unless the stories alone have more.
     """
 
     def __init__(self, needed: Iterable[str], sentences: list[list[str]], n_words: int):
@@ -66,7 +60,7 @@ class Vocabulary:
         self.ids = {word: number for number, word in enumerate(words, start=FIRST_SYMBOL)}
 
     def encode(self, words: Iterable[str]) -> Tensor:
-        """Ids of words, `UNKNOWN` for those that have none."""
+        """Return the ids of words; unknown words become `UNKNOWN`."""
         return torch.tensor([self.ids.get(word, UNKNOWN) for word in words], dtype=torch.long)
 
     def __len__(self) -> int:
@@ -75,18 +69,18 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Tables:
-    """Stories and other text in ids, to be put together on any device; stories by length, the shortest first.
+    """Stories and filler as ids, from which documents are assembled on any device. Stories ascend by length.
 
     Attributes:
-        filler: All sentences of other text, one behind the other; after the last comes the first again.
-        starts: Where sentences start, twice through the text.
+        filler: All filler sentences, concatenated. Documents read it as a ring.
+        starts: Start index of each sentence, twice around the ring.
         lengths: Words of each story.
-        facts: Those of all its facts, `(stories, F)`.
-        fact_numbers: Which fact each of them belongs to; behind the last, one that is none.
-        is_fact: Which facts it has, `(stories, S)`; of the last none has any.
-        questions: Its question, `(stories, Q)`.
-        question_lengths: Words of its question.
-        answers: Its answer, `(stories, T)`, -100 behind it.
+        facts: Words of all facts of each story, `(stories, F)`, padded.
+        fact_numbers: Index of the fact that each word of `facts` belongs to; padding has the index after the last fact.
+        is_fact: True where a story has the fact with this index, `(stories, S)`. The last column is False: the padding.
+        questions: Words of each question, `(stories, Q)`, padded.
+        question_lengths: Words of each question.
+        answers: Answers, `(stories, T)`, padded with -100.
     """
 
     filler: Tensor
@@ -101,7 +95,7 @@ class Tables:
 
     @classmethod
     def build(cls, stories: list[Story], sentences: list[list[str]], vocabulary: Vocabulary) -> "Tables":
-        """Encode stories and the sentences of other text."""
+        """Encode stories and filler sentences."""
         stories = sorted(stories, key=Story.length)
         filler = vocabulary.encode(itertools.chain.from_iterable(sentences))
         starts = torch.tensor([0, *map(len, sentences[:-1])]).cumsum(0)
@@ -124,17 +118,15 @@ class Tables:
         )
 
     def to(self, device: torch.device) -> "Tables":
-        """The same on a device."""
+        """Return a copy on a device."""
         return Tables(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
 
 class Babi(MemoryTask):
-    """A story's facts, in order but anywhere in a passage of other text, and its question at the end.
+    """Facts of a story, in order and at random sentence boundaries of a filler passage, then the question.
 
-    Args:
-        tables: Stories to draw from and other text. Stories that are longer than a document are not drawn for it.
-        vocabulary: Ids of words.
-        groups: Words that take each other's places, others in every document.
+    A story longer than the document is never drawn. The words of each of the `groups` are permuted within the group,
+    anew in every document.
     """
 
     def __init__(self, tables: Tables, vocabulary: Vocabulary, groups: Groups = ()):
@@ -146,11 +138,11 @@ class Babi(MemoryTask):
 
     @property
     def vocab_size(self) -> int:
-        """Special ids and words."""
+        """Number of ids: special ids and words."""
         return len(self.vocabulary)
 
     def target_length(self, n_segments: int) -> int:
-        """Words of the longest answer."""
+        """Return the number of words of the longest answer."""
         return self.longest_answer
 
     def batch(self, generator: Generator, batch_size: int, n_segments: int, segment_size: int) -> tuple[Tensor, Tensor]:
@@ -170,11 +162,11 @@ class Babi(MemoryTask):
         return input_ids.view(batch_size, n_segments, segment_size), answers
 
     def answer_places(self, segment_size: int) -> slice | None:
-        """The last words of the question, as many as every answer has."""
+        """Return the question's last words, one per answer word; None if answers differ in length."""
         return slice(segment_size - self.longest_answer, segment_size) if self.has_equal_answers else None
 
     def _renamed(self, generator: Generator, *texts: Tensor) -> list[Tensor]:
-        """Texts `(B, ...)` in which, document by document, the words of a group have changed places."""
+        """Return texts `(B, ...)` with the words of each group permuted, one permutation per document."""
         device = generator.device
         names_BV = torch.arange(self.vocab_size, device=device).repeat(len(texts[0]), 1)
         for group in self.groups:
@@ -184,13 +176,13 @@ class Babi(MemoryTask):
 
 
 def _documents(tables: Tables, drawn_B: Tensor, length: int, generator: Generator) -> Tensor:
-    """Documents `(B, C)` of so many words, of the stories with these numbers."""
+    """Return documents `(B, C)` of `length` words with the stories `drawn_B`."""
     start_B, places_BS = _passages(tables, drawn_B, length, generator)
     numbers_BF, n_words_B = tables.fact_numbers[drawn_B], tables.question_lengths[drawn_B]
-    # in front of a fact's word stand the passage up to its fact's place and the facts' words before it
+    # a fact's word comes after the filler up to the fact and all earlier words of facts
     positions_BF = places_BS.gather(1, numbers_BF) + torch.arange(numbers_BF.shape[1], device=drawn_B.device)
     positions_BQ = length - n_words_B.unsqueeze(1) + torch.arange(tables.questions.shape[1], device=drawn_B.device)
-    # what is padding comes to lie behind the document
+    # padding is written to index `length`, which is cut off below
     positions_BM = torch.cat([positions_BF, positions_BQ], dim=1).clamp(max=length)
     words_BM = torch.cat([tables.facts[drawn_B], tables.questions[drawn_B]], dim=1)
     is_filler_BC = torch.ones(len(drawn_B), length + 1, dtype=torch.long, device=drawn_B.device)
@@ -200,9 +192,9 @@ def _documents(tables: Tables, drawn_B: Tensor, length: int, generator: Generato
 
 
 def _passages(tables: Tables, drawn_B: Tensor, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Where the passage of each document starts, and each fact's place in it, counted from there.
+    """Draw the filler start of each document and, relative to it, a sentence start for each of its facts, ascending.
 
-    A place is where a sentence starts; they ascend. Of facts that a story does not have it is behind the document.
+    Facts that a story does not have get the position `length`, outside the document.
     """
     is_fact_BS = tables.is_fact[drawn_B]
     draw = functools.partial(torch.randint, generator=generator, device=drawn_B.device)
@@ -214,30 +206,28 @@ def _passages(tables: Tables, drawn_B: Tensor, length: int, generator: Generator
     return start_B, places_BS.masked_fill(~is_fact_BS, length).sort(dim=1).values
 
 
-# read once, for it takes seconds, by all runs of a process
+# loading takes seconds, so all runs of a process share it
 @functools.cache
 def load_babi(
     task: str, facts: Path, filler: Path, n_words: int = 4096, with_subjects: bool = False, renamed: Groups = ()
 ) -> dict[str, Babi]:
-    """A task to train on and one to test on, of other stories and other text.
+    """Load training and validation task of `"qa1"` to `"qa20"`, which share neither stories nor filler text.
 
-    Their vocabulary is that of all tasks' stories to train on: a model may be trained on one task after another.
+    The vocabulary covers the training stories of all tasks, so a model can train on one task after another.
 
     Args:
-        task: `"qa1"` to `"qa20"`.
-        facts: Folder with `train.jsonl` and `validation.jsonl`, or `.jsonl.gz`, of records with `task`, `document`
-            (facts, one a line), `query`, `summary` (the answer), and `supporting_lines` (of the facts that it follows
-            from, counted from 0) where subjects are wanted.
-        filler: Folder with such files, of records with `document`.
-        n_words: Words of the vocabulary; other text has many more.
-        with_subjects: Answers begin with whom the supporting facts are about, unless the question says so: who has the
-            football, then where it is. Such an answer is right as a whole, which `Accuracy.exact_match` counts: under
-            teacher forcing its first words would give the last one away.
-        renamed: Groups of words that take each other's places, others in every document to train on: whom a story is
-            about does not tell which one it is.
+        task: Name of the task.
+        facts: Folder with `train.jsonl` and `validation.jsonl`, or `.jsonl.gz`. Records have `task`, `document` (one
+            fact per line), `query` and `summary` (the answer). `with_subjects` needs `supporting_lines` too: indices,
+            from 0, of the facts that imply the answer.
+        filler: Folder with files of the same names. Records have `document`.
+        n_words: Size of the vocabulary; the filler has many more words.
+        with_subjects: Start answers with the subjects of the supporting facts that the question does not name. Measure
+            `Accuracy.exact_match`: under teacher forcing, the first words of an answer reveal its last word.
+        renamed: Groups of words that are permuted in every training document, so that names do not identify a story.
 
     Raises:
-        ValueError: A file is missing or unreadable, or has no such task.
+        ValueError: A file is missing or unreadable, or has no record of the task.
     """
     stories = {split: _stories(_file(facts, split), task, with_subjects) for split in SPLITS}
     sentences = {split: _sentences(_file(filler, split)) for split in SPLITS}
@@ -250,7 +240,7 @@ def load_babi(
 
 
 def words_of(text: str) -> list[str]:
-    """Words and punctuation marks, in lower case."""
+    """Split text into words and punctuation marks in lower case."""
     return WORD.findall(text.lower())
 
 
@@ -286,7 +276,7 @@ def _story_words(file: Path) -> Iterator[str]:
 
 
 def _with_subjects(story: Story, supporting: list[int]) -> Story:
-    """Subjects stand first in their facts, and each once in the answer."""
+    """Prepend the subjects of the supporting facts to the answer. A subject is the first word of its fact."""
     subjects = dict.fromkeys(story.facts[number][0] for number in supporting)
     return replace(story, answer=[*(word for word in subjects if word not in story.question), *story.answer])
 

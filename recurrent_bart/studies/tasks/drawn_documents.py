@@ -1,6 +1,6 @@
-"""Documents to train on, drawn for several steps at once, and those to test on.
+"""Training documents, drawn for several steps at once, and test documents.
 
-On a GPU drawing is some tens of launches, however many documents are drawn.
+Drawing takes tens of kernel launches on a GPU for any number of documents.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -11,34 +11,26 @@ from torch import Generator, Tensor
 
 from recurrent_bart.studies.tasks.memory_tasks import MemoryTask
 
-# far from any seed to train with
+# no training run uses a seed this large
 TEST_SEED = 10**9
-# segments of a forward pass in a test
+# maximum number of segments in a forward pass of a test
 TEST_PASS = 2048
 STEPS_AT_ONCE = 16
 
 
 class DrawnDocuments:
-    """Batches of a task, one after the other.
-
-    Args:
-        task: What is drawn.
-        test_task: What is drawn to test on.
-        generator: From which, on the device that documents are wanted on.
-        batch_size: Documents of a batch.
-        segment_size: Tokens of a segment.
-    """
+    """Source of training batches and test batches, on the generator's device."""
 
     def __init__(
         self, task: MemoryTask, test_task: MemoryTask, generator: Generator, batch_size: int, segment_size: int
     ):
         self.task, self.test_task, self.generator = task, test_task, generator
         self.batch_size, self.segment_size = batch_size, segment_size
-        # by number of segments, the next one last
+        # batches by number of segments; the last of a list is next
         self.drawn: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def batch(self, n_segments: int) -> tuple[Tensor, Tensor]:
-        """`input_ids (B, N, L)` and `labels (B, T)`, as MemoryTask gives them."""
+        """Return `input_ids (B, N, L)` and `labels (B, T)` of a training batch."""
         drawn = self.drawn.setdefault(n_segments, [])
         if not drawn:
             n_documents = STEPS_AT_ONCE * self.batch_size
@@ -47,7 +39,7 @@ class DrawnDocuments:
         return drawn.pop()
 
     def tests(self, n_segments: int, n_documents: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches to test on, the same whenever they are asked for and whatever the run's seed."""
+        """Yield test batches, the same in every call and for every seed of a run."""
         generator = Generator(self.generator.device).manual_seed(TEST_SEED + n_segments)
         while n_documents > 0:
             size = min(n_documents, max(1, TEST_PASS // n_segments))

@@ -1,4 +1,4 @@
-"""The arithmetic of the other models is what PyTorch counts while they run, less what is computed and thrown away."""
+"""FLOPs of the other models equal PyTorch's count, minus values that are computed and discarded."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ PLACE = Place("tiny", 32, torch.device("cpu"), torch.float32)
 
 
 def eager(subject):
-    """Attention that the counter sees on a processor."""
+    """Use eager attention, which the FLOP counter sees on a CPU."""
     for module in subject.model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "eager"
@@ -26,12 +26,12 @@ def train(subject, batch):
 @pytest.mark.parametrize(
     ("case", "least", "most"),
     [
-        # its loss makes the logits again in the backward pass
+        # its backward pass recomputes the logits
         (Case("ours", 4, schedule="sequential", batch_size=2), 0.93, 1.0),
         (Case("rmt", 4, batch_size=2), 0.98, 1.0),
         (Case("rmt", 4, bptt_depth=1), 0.98, 1.0),
         (Case("bart", 4, batch_size=2), 0.99, 1.0),
-        # blocks of keys of which each query sees a part alone; the first positions' windows are cut
+        # queries attend to a part of each key block, and windows are truncated at the first positions
         (Case("led", 16), 0.7, 1.0),
         (Case("longt5", 32), 0.8, 1.0),
     ],

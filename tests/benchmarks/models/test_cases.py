@@ -1,4 +1,4 @@
-"""Suites hold what the project is judged by, and nothing that could not be run."""
+"""Suites contain the project's goals, and only cases that can run."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_no_case_is_there_twice_and_none_asks_for_what_a_model_has_not(name):
     assert len({group.name for group in groups}) == len(groups)
     for group in groups:
         assert len(set(group.cases)) == len(group.cases)
-        # one table is of one kind of work, and its lines can be told apart
+        # a table has one kind of work and distinct rows
         assert len({case.work for case in group.cases}) == 1
         assert len({(case.label(), case.batch_size, case.n_segments) for case in group.cases}) == len(group.cases)
         others = [case for case in group.cases if case.model != "ours"]
@@ -28,7 +28,7 @@ def test_the_headline_has_every_alternative_at_the_lengths_of_the_goals():
     assert {(case.batch_size, case.n_segments, case.bptt_depth) for case in groups["one-document"]} == {(1, 32, -1)}
     assert Case("led", 32, checkpointing="layer") in groups["one-document"]
     assert Case("ours", 8, batch_size=16) in groups["batch"]
-    # plain BART where it is at its best: full batches of 1,024 tokens
+    # plain BART at its best: full batches of 1,024 tokens
     assert Case("bart", 2, batch_size=32) in groups["batch"]
     assert Case("ours", 32, batch_size=16, checkpointing="segment") in groups["batch-checkpointed"]
     assert all(case.checkpointing != "none" for case in groups["batch-checkpointed"])

@@ -1,4 +1,4 @@
-"""Models that compute something else are found before they are timed."""
+"""Checks find models with wrong results before timing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The figures of a case are of the work that it names."""
+"""Metrics of a case measure the work that it names."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def step_bytes(task, bptt_depth, grain, numbers):
 
 
 def test_memory_of_windows_does_not_grow_with_the_document():
-    """Beyond the ids and labels, and for a single target the embeddings, of the segments that there are more."""
+    """Allow for ids and labels of the additional segments, and for a single target their embeddings."""
     few, many = step_bytes("sections", 0, "none", (2, 6))
     assert many - few < 4 * (16 + 64) * 8 * 4
     few, many = step_bytes("document", 0, "none", (2, 6))
@@ -68,9 +68,9 @@ def test_figures_of_every_model_belong_together(model):
     assert found.tokens_per_second() == pytest.approx(2 * 3 * 16 / found.seconds())
     assert len(found.step_seconds) == 2
     assert found.spread() >= 1
-    # weights and two moments; the optimizer's step counts, a number for each weight tensor, are little more
+    # weights and two moments, plus one step count per weight tensor
     assert 3 * 4 * n_weights <= found.resident_bytes < 3.001 * 4 * n_weights
-    # gradients are made anew in every step
+    # every step allocates gradients
     assert found.step_bytes > 4 * n_weights
     assert found.peak_bytes() == found.resident_bytes + found.step_bytes
     assert found.share_of_peak() == pytest.approx(found.flops / found.seconds() / 1e9)
@@ -93,7 +93,7 @@ def test_texts_have_the_length_that_is_counted_and_what_is_read_is_not_read_agai
     assert found.tokens_per_second() == pytest.approx(3 * NEW_TOKENS / found.seconds())
     subject = build_benchmark_model(case, PLACE)
     assert not subject.model.training
-    # it would end at once
+    # this bias would end every text at once
     subject.model.final_logits_bias[0, subject.model.config.eos_token_id] = 1e4
     generate = work_of(case, subject, random_batch(case, PLACE), PLACE)
     reads, contexts = [], []
@@ -103,7 +103,7 @@ def test_texts_have_the_length_that_is_counted_and_what_is_read_is_not_read_agai
     for _ in range(2):
         assert generate().shape == (3, 1 + NEW_TOKENS)
     assert not reads
-    # of both models as many
+    # equal for both models
     assert contexts == [(3, 20 + 16)] * 2
 
 
@@ -114,7 +114,7 @@ def test_a_text_costs_what_its_decoder_pass_does():
     case = Case("bart", 1, "inference")
     batch, subject = random_batch(case, PLACE), build_benchmark_model(case, PLACE)
     decoder = subject.training_flops(batch) / 3 - subject.encoder_flops(batch)
-    # its context is without our state
+    # the context of plain BART has no state
     assert decoder < one < 1.3 * decoder
 
 

@@ -1,4 +1,4 @@
-"""The Recurrent Memory Transformer beside which ours is measured is one."""
+"""The RMT of the benchmark is a Recurrent Memory Transformer."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_the_first_segment_reaches_the_loss_through_all_others(labels):
 def test_gradient_crosses_as_many_boundaries_as_it_should(labels, bptt_depth, is_reached):
     model = build(bptt_depth=bptt_depth)
     model(random_ids(2, N_SEGMENTS, LENGTH), labels).backward()
-    # it stands in front of the first segment alone
+    # the initial memory precedes the first segment only
     gradient = model.memory.grad
     assert (gradient is not None and bool(gradient.abs().max() > 0)) is is_reached
     assert model.bart.model.encoder.layers[0].fc1.weight.grad.abs().max() > 0

@@ -1,4 +1,4 @@
-"""Cases take turns, and what was found is on disk whatever comes after."""
+"""Cases take turns, and results are on disk after every turn."""
 
 import io
 import json
@@ -22,7 +22,7 @@ GROUPS = [Group("one", (OURS, LED)), Group("two", (Case("bart", 2),))]
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Cases in the order in which they are measured; LED has no room."""
+    """Collect cases in the order of measurement; LED runs out of memory."""
     calls = []
 
     def measure(case, place, measurement, n_warmup, n_passes):

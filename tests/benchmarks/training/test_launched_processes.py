@@ -1,4 +1,4 @@
-"""Started processes: how they end, what is told of them, that none is left."""
+"""Processes end, and failures report the last lines of the output."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The loop of training beside bare steps: who goes first, and that both do the steps they are timed for."""
+"""Training loop and bare steps: order of the rounds and number of the steps."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ ZERO3 = Launch("loop", 1, TESTS.parent / "ds_configs" / "zero3.json")
 
 @pytest.fixture
 def flags(tmp_path):
-    """Makes the flags of a small run; its documents are in the folder of the test."""
+    """Return a function that makes the flags of a small run; its documents are in the test's folder."""
 
     def make(*given):
         work = Work("cpu", (*SMALL, *given), steps=2, warmup=0, rounds=1)
@@ -60,7 +60,7 @@ def test_both_loops_make_as_many_steps_on_one_sharded_engine(tmp_path, flags, mo
     assert script.main([script.WORKER, "loop", str(file), "3", *flags()]) == 0
     found = json.loads(file.read_text())
     assert found["outcome"] == "measured"
-    # a round before those that count
+    # one warm-up round and three measured rounds
     assert steps == {"all": 16, "trainer": 8, "logged": 4}
     assert len(found["trainer_seconds"]) == len(found["bare_seconds"]) == 3
     folder = tmp_path / ZERO3.name()

@@ -1,4 +1,4 @@
-"""Figures of training: what is read of a log, what follows from it, in which order it is measured."""
+"""Results of the training benchmark: parsed log, derived metrics, order of launches."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_a_line_that_the_warm_up_reaches_into_is_left_out():
 
 
 def test_what_the_loop_costs_is_the_median_over_rounds():
-    # the second round met something else on the machine
+    # the second round is an outlier
     cost = LoopCost(MEASURED, trainer_seconds=[1.1, 3.0, 1.0], bare_seconds=[1.0, 2.0, 1.25])
     figures = cost.figures()
     assert figures["cost"] == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""Starts of a comparison: one that fails leaves the others alone, and what has no time left is not begun."""
+"""A launch that fails does not stop the rest, and no launch starts without time."""
 
 import json
 import math
@@ -24,7 +24,7 @@ file.write_text(text)
 
 
 def command(launch, flags, file):
-    """Stands for a run: leaves what one would leave, or fails, or leaves nothing."""
+    """Return a program that writes a run's output, fails, or writes nothing."""
     if launch.sharding == BAD:
         return [sys.executable, "-c", "exit('no room')"]
     if launch.sharding == MUTE:

@@ -1,4 +1,4 @@
-"""Tables of training: each run beside one process and beside the first sharding; failures say why."""
+"""Tables compare each run with one process and with the first sharding; failures state the reason."""
 
 import io
 from pathlib import Path
@@ -16,7 +16,7 @@ def speed(tokens_per_second):
 
 
 def rows_of(results):
-    """Cells of each row, the first ones of it put together as its name."""
+    """Return the cells of each row by (processes, sharding, number of cells)."""
     console = Console(file=io.StringIO(), width=200)
     for table in training_tables(results):
         console.print(table)

@@ -1,4 +1,4 @@
-"""What is trained: flags, and documents that are as long as they say."""
+"""Workloads: flags, and documents of the stated length."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_flags_that_are_given_hold_instead_of_the_defaults():
 
 def test_a_run_is_logged_step_by_step_and_a_loop_as_runs_are():
     assert work().arguments("runs").run.log_every == 1
-    # a GPU would be waited for at each line
+    # each log line synchronizes with the GPU
     assert work(device="cuda").arguments("runs").run.log_every > 1
     assert work().arguments("loop").run.log_every == parse_arguments([]).run.log_every
 
@@ -65,7 +65,7 @@ def test_documents_fill_all_of_their_segments_and_targets_their_length(tmp_path)
     arguments = parse_arguments(given.flags(RUN, tmp_path))
     tokenizer, config, splits = open_splits(arguments.model, arguments.data)
     documents = splits["train"]
-    # two processes of two documents, for four steps
+    # two processes with two documents each, for four steps
     assert len(documents.corpus) == 16
     assert len(tokenizer) == config.vocab_size == 50
     batch = documents.collator([{**row, "index": number} for number, row in enumerate(documents.corpus)])

@@ -1,4 +1,4 @@
-"""LED takes our batches, gives our loss, and sees what LED sees."""
+"""LED takes our batches, returns our loss, and attends as LED does."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_padding_changes_nothing_and_every_token_something(led, batch):
 
 
 def test_the_first_token_is_seen_beyond_the_window(led, batch):
-    """By the first layer, that sees no further than a window to either side otherwise."""
+    """Check the first layer, whose other tokens attend no further than the window."""
     inputs = led._document(batch["input_ids"], batch["attention_mask"])
     changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][0, 0] = 7

@@ -1,4 +1,4 @@
-"""What computes in bfloat16 follows what is trained in float32, however small the steps."""
+"""The bfloat16 copy follows the float32 master weights, however small the steps."""
 
 import contextlib
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_weights_are_rounded_before_the_first_step_and_tied_ones_stay_tied():
 
 def test_gradients_of_several_passes_are_added_in_float32():
     weights = MasterWeights(nn.Linear(1, 1, bias=False), is_bf16=True)
-    # of bfloat16 256 + 1 would be 256
+    # in bfloat16, 256 + 1 is 256
     for value in (256.0, 1.0):
         (value * weights.model.weight.sum()).backward()
         weights.collect_gradients()
@@ -49,7 +49,7 @@ def test_gradients_of_several_passes_are_added_in_float32():
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("n_passes", [1, 6])
 def test_gradients_are_those_of_the_trainers_own_loop(alone, stage, n_passes):
-    """To the last bit, over several passes too."""
+    """Compare to the last bit, over several passes too."""
     config = load_deepspeed_config(CONFIGS / f"zero{stage}.json", 1, max_grad_norm=0.0, use_bf16=True)
     config["zero_optimization"] |= BUCKET
     models = []

@@ -1,4 +1,4 @@
-"""Every model reads no more than it needs, and gets the loss that it would get of everything."""
+"""Every model reads the part of a batch that it needs, and its loss equals the loss of the full batch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SIZES = SegmentSizes(8, 8, 4)
 
 
 def make_row(sections, summaries):
-    """Random ids, of sections and targets of these lengths."""
+    """Return a row of random ids with sections and targets of these lengths."""
     texts = [[torch.randint(4, 60, (n,)).tolist() for n in lengths] for lengths in (sections, summaries)]
     return {"index": 0, "sections": texts[0], "summaries": texts[1]}
 
@@ -37,7 +37,7 @@ def test_without_a_state_less_is_read_to_the_same_losses(task, changes):
 
 def test_nothing_is_left_of_padding_and_of_segments_without_a_target():
     less = without_memory(make_batch("sections"))
-    # 9 tokens are two segments, of which the second has the last 3
+    # 9 tokens make two segments; the second has the last 3 tokens
     assert less.attention_mask.sum(-1).flatten().tolist() == [5, 7, 4]
     assert less.input_ids.shape == (3, 1, 7)
     assert without_memory(make_batch("document")).attention_mask.sum(-1).flatten().tolist() == [4, 6]
@@ -72,7 +72,7 @@ def test_a_head_is_two_segments_long_and_has_the_targets_that_others_have():
     by_segments = Collator("sections", SIZES, [0], [2], 1, 12)
     row = make_row([30, 3, 40, 5], [2, 0, 3, 4])
     segments, targets = collate_as("heads", by_segments).segments(row)
-    # the first section fills the four segments that are read of a document
+    # the first section fills the maximum of four segments
     assert (segments, targets) == ([[0, *row["sections"][0][:14], 2]], [[0, *row["summaries"][0], 2]])
     row = make_row([3, 2, 4], [2, 0, 3])
     segments, targets = HeadCollator(**vars(by_segments)).segments(row)

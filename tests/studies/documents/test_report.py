@@ -1,4 +1,4 @@
-"""Models are compared at equal time and at equal data, on the targets that all have, with what chance may do."""
+"""Models are compared at equal time and at equal data, on their common targets, with intervals."""
 
 import json
 import re
@@ -17,14 +17,14 @@ from recurrent_bart.studies.documents.report import (
 from recurrent_bart.studies.documents.text_run import TextRun
 from recurrent_bart.studies.report import read_results
 
-# two targets of one document and one of another, of 2, 2 and 4 tokens
+# three targets in two documents: 2, 2 and 4 tokens
 TARGETS = [
     {"document": "a", "target": 0, "position": 300, "n_tokens": 2},
     {"document": "a", "target": 1, "position": 900, "n_tokens": 2},
     {"document": "b", "target": 0, "position": 500, "n_tokens": 4},
 ]
 ORIGIN = {"device": "cpu", "versions": {"torch": "2", "transformers": "5"}, "git_commit": "abc", "date": "today"}
-# step, seconds and losses per token of the three targets
+# (model, seed) -> (step, seconds, loss per token of each of the three targets)
 CURVES = {
     ("ours", 0): [(10, 50, (3.0, 3.0, 3.0)), (20, 100, (1.0, 2.0, 2.0))],
     ("ours", 1): [(10, 40, (3.0, 3.0, 3.0)), (20, 101, (1.0, 2.0, 2.0))],
@@ -54,30 +54,30 @@ def loss_of(losses, targets):
 
 @pytest.fixture
 def groups(tmp_path):
-    """One that is slow, and a fast one of which a seed grows worse in the end."""
+    """Return a slow model, and a fast one with one seed that gets worse at the end."""
     return read_results(tmp_path, [write_record(tmp_path, *key, points) for key, points in CURVES.items()])
 
 
 def rows_of(text, title):
-    """Cells of the first table behind a title, the head first."""
+    """Return the cells of the first table after a title, with the header first."""
     table = re.search(r"\|.*\|\n(\|.*\|\n)+", text[text.index(title) :])[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return [rows[0], *rows[2:]]
 
 
 def means(cell):
-    """Figures of a cell, without their intervals."""
+    """Return the numbers of a cell without their intervals."""
     return [float(number) for number in re.sub(r"\[.*?\]", "", cell).split()]
 
 
 def test_at_equal_time_each_has_its_best_evaluation(groups):
-    """The one that had grown worse by then counts as it was before."""
+    """Check that a seed that gets worse counts with its best evaluation."""
     head, ours, fast = rows_of(text_report(groups), "equal time, 100 s")
     assert head == ["model", "seeds", "steps", "seconds", "M tokens read", "loss", "difference"]
     assert ours[:5] == ["ours", "2", "20", "100", "0.0"]
     assert means(ours[5]) == [1.75]
     assert ours[6] == ""
-    # of the one seed 2.5 after 10 steps, of the other 1.0 after 30
+    # best losses: 2.5 after 10 steps for seed 0, 1.0 after 30 steps for seed 1
     assert fast[:4] == ["fast", "2", "20", "60"]
     assert means(fast[5]) == [1.75]
     assert means(fast[6]) == [0.0]
@@ -87,7 +87,7 @@ def test_at_equal_data_all_have_done_the_same_steps(groups):
     _, ours, fast = rows_of(text_report(groups), "equal data, 20 steps")
     assert means(ours[5]) == [1.75]
     assert (fast[2], means(fast[5]), means(fast[6])) == ("10", [2.5], [0.75])
-    # on document a 1.0 more, on document b 0.5, and that with both seeds
+    # with both seeds, the loss is 1.0 higher on document a and 0.5 higher on document b
     assert fast[6] == "+0.750 [+0.500, +1.000]"
 
 
@@ -113,7 +113,7 @@ def test_cost_and_origin_are_told(groups):
 
 
 def test_only_what_all_have_is_compared(tmp_path):
-    """A seed that one model lacks, and a target that another one was cut before."""
+    """Compare models when one lacks a seed and a target."""
     runs = [write_record(tmp_path, "ours", seed, CURVES["ours", seed]) for seed in (0, 1)]
     runs.append(write_record(tmp_path, "short", 1, [(20, 100, (5.0, 5.0))], TARGETS[:2]))
     _, ours, short = rows_of(text_report(read_results(tmp_path, runs)), "equal time")
@@ -134,14 +134,14 @@ def test_what_was_cut_off_early_bounds_what_is_equal(tmp_path):
     assert (equal_seconds(records), equal_step(records)) == (30, 0)
     text = text_report(groups)
     _, ours, fast, late = rows_of(text, "equal time, 30 s")
-    # nobody had looked at ours by then
+    # our model was not evaluated before 30 s
     assert ours == ["ours", "1", "", "", "", "", ""]
     assert (means(fast[5]), means(late[5])) == ([2.5], [2.0])
     assert fast[6] == late[6] == ""
 
 
 def with_seed_differences(folder, differences):
-    """Two models on three documents; the second model's loss is higher by one of the differences with each seed."""
+    """Write two models on three documents; `differences` are added to the second model's loss, one per seed."""
     targets = [{"document": name, "target": 0, "position": 300, "n_tokens": 2} for name in "abc"]
     runs = []
     for seed, difference in enumerate(differences):
@@ -153,16 +153,16 @@ def with_seed_differences(folder, differences):
 
 @pytest.mark.parametrize("is_reversed", [False, True])
 def test_differences_of_seeds_make_a_paired_t_interval(tmp_path, is_reversed):
-    """By hand: 0.1, 0.2 and 0.6 have a standard deviation of 0.2646, and 4.303 * 0.2646 / sqrt(3) is 0.657."""
+    """Expect 0.657: 0.1, 0.2 and 0.6 have standard deviation 0.2646, and 4.303 * 0.2646 / sqrt(3) is 0.657."""
     runs = with_seed_differences(tmp_path, [0.1, 0.2, 0.6])
-    # of one model the seeds are found in another order
+    # the report finds the seeds of one model in reverse order
     runs = [*runs[::2], *(runs[::-2] if is_reversed else runs[1::2])]
     text = text_report(read_results(tmp_path, runs))
     _, _, other = rows_of(text, "equal time, 100 s")
     assert other[6] == "+0.300 [-0.357, +0.957]"
     head, loss, *scores = rows_of(text, "Intervals of the differences")
     assert head == ["model", "difference of", "over documents", "over seeds"]
-    # every document differs alike, so documents alone do not vary
+    # all documents have the same difference, so the interval over documents has width 0
     assert loss == ["other", "loss", "+0.300 [+0.300, +0.300]", "+0.300 [-0.357, +0.957]"]
     assert [row[1] for row in scores] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"]
 
@@ -175,7 +175,7 @@ def test_with_one_seed_intervals_are_over_documents(tmp_path):
 
 @pytest.mark.parametrize("part", ["targets", "texts"])
 def test_documents_with_one_id_are_refused(tmp_path, part):
-    """A report of an earlier version's files would count one of both documents alone."""
+    """Refuse files of an earlier version, whose report would count only one of both documents."""
     rows = {"targets": [TARGETS[0], TARGETS[2], TARGETS[0]]}
     rows["texts"] = [{"document": "a", "target": 0, "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}] * 2
     runs = [write_record(tmp_path, "ours", 0, CURVES["ours", 0], **{part: rows[part]})]

@@ -1,4 +1,4 @@
-"""A run on documents trains as launch/train.py does, ends by the clock, and leaves what can be compared."""
+"""A run on documents trains like launch/train.py, ends by the clock, and leaves comparable results."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def make_run(documents):
-    """Makes a run of few steps; further flags may be given."""
+    """Return a function that builds a run of few steps; it takes further flags."""
 
     def make(reads="segments", seconds=None, **changes):
         words = flags(documents, "", **{"max_n_segments": 4} | changes)
@@ -55,7 +55,7 @@ def test_losses_are_those_of_launch_train(make_run, documents, tmp_path, train_m
     training.evaluate(losses[-1])
     expected = [record["loss"] for record in records if "loss" in record]
     assert losses[:2] == pytest.approx(expected[:2], rel=1e-6)
-    # then weights next to the middle between two bf16 numbers are rounded to one or to the other
+    # after two steps, a weight near the middle of two bf16 numbers may round to either
     closeness = {"fp32": 1e-5, "bf16": 1e-3}[precision]
     assert losses == pytest.approx(expected, rel=closeness)
     evaluated = [record["validation_loss"] for record in records if "validation_loss" in record]
@@ -103,7 +103,7 @@ def test_targets_say_where_they_stand(make_run, documents):
     own = [target for target in training.targets if target["document"] == row["id"]]
     lengths = row["section_lengths"]
     assert [target["position"] for target in own] == [sum(lengths[: n + 1]) for n in range(len(lengths))]
-    # two special ones, and no more than fit into 8
+    # two special tokens, at most 8 tokens in all
     assert [target["n_tokens"] for target in own] == [min(8, length + 2) for length in row["summary_lengths"]]
 
 
@@ -141,13 +141,13 @@ def test_evaluations_come_at_the_same_steps_in_every_run():
         step = next_evaluation(step, 100)
         steps.append(step)
     assert steps == [100, 125, 156, 195, 244, 305]
-    # from wherever one asks
+    # the result does not depend on earlier calls
     assert [next_evaluation(step, 100) for step in (1, 99, 100, 124, 125, 126)] == [100, 100, 125, 125, 156, 156]
     assert next_evaluation(1, 1) == 2
 
 
 def test_a_run_ends_when_its_training_time_is_over(make_run, monkeypatch):
-    """Evaluations take none of it: here the clock moves in steps alone."""
+    """Exclude evaluations, which take 100 s each, from the training time."""
     training, clock = TextTraining(make_run(seconds=10.0, max_steps=100, eval_every=4), CPU), [0.0]
     monkeypatch.setattr("recurrent_bart.studies.documents.training.time.perf_counter", lambda: clock[0])
     train_step, evaluate = training.train_step, training.evaluate
@@ -179,7 +179,7 @@ def test_it_stops_where_the_loss_is_no_number(make_run):
 
 
 def test_accumulated_batches_make_the_step_of_one(make_run):
-    """In one batch of four documents or in two of two: the same documents, each target the same weight."""
+    """Compare one batch of four documents with two batches of two: every target has the same weight."""
     same = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "max_steps": 2}
     whole = TextTraining(make_run(per_device_train_batch_size=4, **same), CPU)
     parts = TextTraining(make_run(gradient_accumulation_steps=2, **same), CPU)
@@ -189,7 +189,7 @@ def test_accumulated_batches_make_the_step_of_one(make_run):
 
 
 def test_documents_with_one_id_have_names_of_their_own():
-    """In the order of the corpus, of which the second row is not read."""
+    """List targets in the order of the corpus; the plan leaves out the second row."""
     rows = [
         {"id": name, "sections": [[5] * 3, [5] * 4], "summaries": [[6] * 2, [6]], "summary_texts": ["x", "y"]}
         for name in ("a", "b", "a")

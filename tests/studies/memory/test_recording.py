@@ -1,4 +1,4 @@
-"""Work that may be recorded: on a processor it is done as it is; what is on a GPU is in tests/gpu."""
+"""Functions captured as CUDA graphs: a CPU runs them eagerly. Tests on a GPU are in tests/gpu."""
 
 import pytest
 import torch

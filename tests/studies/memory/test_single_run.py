@@ -1,4 +1,4 @@
-"""A single run: it learns what can be learnt, follows from its seed, and keeps what it has."""
+"""A single run learns its task, follows from its seed, and saves its results."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_a_state_carries_what_the_last_segment_does_not_say():
     assert [point["n_segments"] for point in single.curve[-3:]] == [2, 2, 2]
     assert all_turns(single.accuracy(2)).exact_match > 0.99
     assert single.result()["steps_to_reach"] <= single.step - 100
-    # the same steps without a state know one segment alone
+    # without state, the same steps learn documents of one segment alone
     fields = LONG | {"max_steps": single.step, "stage_steps": 100}
     blind = trained(model=MODEL | {"pre_seq_len": 0}, window="last", **fields)
     assert blind.stopped == "steps"
@@ -52,7 +52,7 @@ def test_its_steps_are_those_of_a_plain_loop():
     all_turns(single.train())
     optimizer = torch.optim.AdamW(plain.model.parameters(), betas=(0.9, 0.9), weight_decay=0.0)
     losses = []
-    # two steps of warm-up, then to 0 at the sixth
+    # warm-up over two steps, then decay to 0 at step 6
     for step, share in enumerate((1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4)):
         optimizer.param_groups[0]["lr"] = 3e-3 * share
         input_ids, labels = plain.documents.batch(plain.curriculum.draw(0, step))
@@ -161,7 +161,7 @@ def test_the_encoder_is_asked_where_the_question_stands():
     single = SingleRun(short_run(**RETRIEVAL), CPU)
     ids, labels = single.documents.batch(2)
     output = single._forward(ids, labels)
-    # a mark and the key end the document
+    # the document ends with a mark and the key
     said = single.model.lm_head(output.encoder_last_hidden_state[:, -1])
     expected = torch.nn.functional.cross_entropy(said, labels[:, 0])
     found = single._encoder_loss(output.encoder_last_hidden_state, labels)
@@ -199,7 +199,7 @@ def test_when_the_time_is_over_it_keeps_what_there_is(tmp_path):
     record = file.read()
     assert (record["stopped"], record["steps"]) == ("budget", 1)
     assert set(record["accuracy"]) == {"1", "2", "4"}
-    # it is to be done again, with time
+    # a run cut off by its budget is unfinished
     assert not file.is_finished(run)
 
 
@@ -209,11 +209,11 @@ def test_time_is_left_for_the_tests(monkeypatch):
     single.began = 0.0
     assert not single.is_over(1000.0)
     assert single.is_over(999.0)
-    # evaluations took 2 s for each segment: tests and a last evaluation of 2 segments, twice, have 11
+    # Evaluations took 2 s per segment. Tests (7 segments) and last evaluation (2 * 2) have 11 segments; SPARE is 2.
     single.evaluation_seconds, single.n_evaluated_segments = 6.0, 3
     assert not single.is_over(1044.0)
     assert single.is_over(1043.0)
-    # no more than half of the time it had
+    # the reserve is at most half of the run's time
     single.began = 960.0
     assert not single.is_over(1020.0)
     assert single.is_over(1019.0)

@@ -1,4 +1,4 @@
-"""Several runs in one process, in turns: each is what it is alone, whatever becomes of the others."""
+"""Several runs take turns in one process: each gives the result it gives alone."""
 
 import itertools
 import json
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from recurrent_bart.studies.memory.single_run import execute
-from recurrent_bart.studies.memory.turns import all_turns, take_turns
-from study_runs import MODEL, begun, short_run
+from recurrent_bart.studies.memory.turns import take_turns
+from study_runs import MODEL, all_turns, begun, short_run
 
 CPU = torch.device("cpu")
-# what depends on the moment
+# fields that differ between two equal runs
 TIMES = ("seconds", "seconds_to_reach")
 
 
@@ -57,15 +57,6 @@ def test_work_that_fails_is_told_in_a_line_and_leaves_the_others_alone(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_what_work_gives_comes_of_all_its_turns():
-    def work():
-        yield
-        yield
-        return "done"
-
-    assert all_turns(work()) == "done"
-
-
 @pytest.mark.parametrize("n_at_once", [2, 3])
 def test_runs_beside_each_other_are_what_each_is_alone(tmp_path, n_at_once):
     runs = [short_run(seed=0), short_run(seed=1), short_run(name="top", model=MODEL | {"recurrence": "top"})]
@@ -76,7 +67,7 @@ def test_runs_beside_each_other_are_what_each_is_alone(tmp_path, n_at_once):
     ended = list(take_turns(together, lambda file: execute(file, CPU, math.inf), n_at_once, CPU))
     assert {file for file, error in ended if error is None} == set(together)
     for one, other in zip(alone, together, strict=True):
-        # not one bit differs
+        # equal to the last bit
         assert json.dumps(without_times(one.read())) == json.dumps(without_times(other.read()))
 
 

@@ -1,4 +1,4 @@
-"""Facts among other text: all of them, in order, between sentences, and the question behind them."""
+"""bAbI documents have all facts in order between filler sentences, and the question at the end."""
 
 import gzip
 import json
@@ -67,7 +67,7 @@ def test_facts_come_between_sentences_and_anywhere(facts, filler):
     task = load_babi("qa1", facts, filler)["train"]
     texts = [in_words(task, document) for document in draw(task, n_segments=6, batch_size=64)[0]]
     before = {text.split("mary went")[0].split()[-1] for text in texts if not text.startswith("mary went")}
-    # an end of a sentence, or of a line
+    # facts follow the end of a sentence or of a line
     assert before == {".", "!", "six"}
     first_segments = [text.split("mary went")[0].count(" ") // 20 for text in texts]
     assert set(first_segments) >= {0, 1, 2, 3}
@@ -80,7 +80,7 @@ def test_the_rest_of_a_document_is_a_passage_of_the_other_text(facts, filler):
         text = in_words(task, document).removesuffix("where is mary ?")
         for fact in ("mary went to the garden . ", "john took the milk . ", "john went home . "):
             text = text.replace(fact, "")
-        # after the last sentence comes the first again
+        # the filler is a ring
         assert text.strip() in f"{whole} {whole}"
 
 
@@ -152,7 +152,7 @@ def test_an_answer_of_one_word_is_asked_for_at_the_end_of_the_question(facts, fi
 
 def test_an_answer_can_begin_with_whom_its_facts_are_about(tmp_path, filler):
     asked = story("qa2", query="Where is the milk?", answer="home") | {"supporting_lines": [1, 2]}
-    # of whom the question speaks
+    # the question names the subject
     known = story("qa2") | {"supporting_lines": [0]}
     folder = write(tmp_path / "f", train=[asked], validation=[known])
     tasks = load_babi("qa2", folder, filler, with_subjects=True)

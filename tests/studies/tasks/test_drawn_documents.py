@@ -1,4 +1,4 @@
-"""Documents drawn for several steps at once: each is given once, and all follow from the seed."""
+"""Documents drawn for several steps at once are used once each, and follow from the seed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Memory tasks: the answer follows from the document as the task says, and from nothing else."""
+"""The answer of a memory task follows from the document alone."""
 
 import time
 
@@ -8,13 +8,10 @@ import torch
 from recurrent_bart.studies.tasks.memory_tasks import (
     FIRST_SYMBOL,
     MARK,
-    OTHER_MARK,
     SYMBOL_TASKS,
     Copy,
-    Needle,
     Recall,
     Retrieval,
-    Reverse,
     score,
 )
 
@@ -36,22 +33,14 @@ def solve_recall(document):
 def solve_retrieval(document):
     tokens = [token for segment in document for token in segment]
     asked = [tokens[i + 1] for i in range(len(tokens) - 1) if tokens[i] == MARK]
-    # the first place of a key is in its pair: queries stand at the end
+    # the first occurrence of a key is in its pair, because queries are at the end
     return [tokens[tokens.index(key) + 1] for key in asked]
-
-
-def solve_needle(document):
-    segment = next(segment for segment in document if MARK in segment)
-    place = segment.index(MARK)
-    return segment[place + 1 : place + 5]
 
 
 SOLVERS = {
     "copy": solve_copy,
-    "reverse": lambda document: solve_copy(document)[::-1],
     "recall": solve_recall,
     "retrieval": solve_retrieval,
-    "needle": solve_needle,
 }
 
 
@@ -72,7 +61,7 @@ def test_documents_follow_from_the_seed(name):
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     assert not torch.equal(first[1], other[1])
-    # and no two documents of a batch are alike
+    # documents of a batch differ
     assert len({tuple(row) for row in first[1].tolist()}) == B
 
 
@@ -86,11 +75,11 @@ def test_every_id_is_a_token_of_the_vocabulary_and_all_are_used(name):
 
 
 def test_a_payload_is_in_the_first_segment_alone():
-    for task in (Copy(), Reverse()):
-        input_ids, _ = draw(task)
-        is_symbol = input_ids < FIRST_SYMBOL + task.n_symbols
-        assert is_symbol[:, 0].sum(dim=-1).tolist() == [24] * B
-        assert not is_symbol[:, 1:].any()
+    task = Copy()
+    input_ids, _ = draw(task)
+    is_symbol = input_ids < FIRST_SYMBOL + task.n_symbols
+    assert is_symbol[:, 0].sum(dim=-1).tolist() == [24] * B
+    assert not is_symbol[:, 1:].any()
 
 
 def test_marks_of_recall_are_in_every_segment_at_places_that_differ():
@@ -99,15 +88,12 @@ def test_marks_of_recall_are_in_every_segment_at_places_that_differ():
     assert len({tuple(segment) for segment in (input_ids == MARK).flatten(0, 1).tolist()}) > 20
 
 
-def test_pairs_and_needles_come_to_every_segment_and_the_queries_to_the_last():
+def test_pairs_come_to_every_segment_and_the_queries_to_the_last():
     pairs, _ = draw(Retrieval(n_pairs=4, n_queries=2), n_segments=4, batch_size=64)
     is_key = (pairs >= FIRST_SYMBOL) & (pairs < FIRST_SYMBOL + 16)
     assert is_key.any(dim=-1).any(dim=0).all()
     assert is_key.sum(dim=(1, 2)).tolist() == [4 + 2] * 64
     assert (pairs == MARK).sum(dim=-1).tolist() == [[0, 0, 0, 2]] * 64
-    needles, _ = draw(Needle(), n_segments=4, batch_size=64)
-    assert (needles == MARK).any(dim=-1).any(dim=0).all()
-    assert (needles == OTHER_MARK).sum(dim=(1, 2)).tolist() == [3] * 64
 
 
 def test_keys_of_a_document_differ_and_each_is_asked_for_once():
@@ -117,14 +103,14 @@ def test_keys_of_a_document_differ_and_each_is_asked_for_once():
         for document in input_ids.flatten(1).tolist()
     ]
     assert all(sorted(row[:16]) == sorted(row[16:]) == list(range(FIRST_SYMBOL, FIRST_SYMBOL + 16)) for row in keys)
-    # asked in another order than told, or the place alone would tell the answer
+    # the order of queries differs from the order of pairs, else the position alone would determine the answer
     assert any(row[:16] != row[16:] for row in keys)
 
 
 @pytest.mark.parametrize(
     ("task", "segment_size"),
-    [(Copy(), 23), (Recall(), 7), (Retrieval(), 15), (Retrieval(), 30), (Needle(), 19)],
-    ids=["copy", "recall", "queries", "pairs", "needle"],
+    [(Copy(), 23), (Recall(), 7), (Retrieval(), 15), (Retrieval(), 30)],
+    ids=["copy", "recall", "queries", "pairs"],
 )
 def test_what_does_not_fit_is_refused(task, segment_size):
     with pytest.raises(ValueError, match="places are needed"):
@@ -176,7 +162,7 @@ def test_denoising_asks_for_pairs_in_their_own_places(segment_size):
     questions = input_ids[:, -1, task.answer_places(segment_size)]
     assert torch.equal(questions[:, ::2], labels[:, ::2])
     assert (questions[:, 1::2] == MARK).all()
-    # all else is the same document
+    # the rest of the document is equal
     is_asked = torch.zeros(segment_size, dtype=torch.bool)
     is_asked[task.answer_places(segment_size)] = True
     assert torch.equal(input_ids[:, :-1], plain[:, :-1])
