@@ -1,4 +1,4 @@
-"""Summaries of many documents, those of like length together."""
+"""Summaries of many documents, in batches of documents of similar length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +14,10 @@ from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditi
 
 
 class Summariser:
-    """Summarises documents, as many at a time as fit in a number of tokens, padding included.
+    """Summarizer of documents in batches of at most `tokens_per_batch` tokens, padding included.
 
-    One that has more of them itself is read alone, some segments at a time.
-
-    Args:
-        model: In evaluation mode.
-        tokenizer: Its tokenizer.
-        tokens_per_batch: Documents x segments of the longest x tokens of a segment.
-        generation: Arguments of `generate`.
-
-    Raises:
-        ValueError: There is no room for a segment.
+    A document with more tokens than a batch is read alone, some segments at a time. Raise ValueError if a segment does
+    not fit. `generation` are arguments of `generate`.
     """
 
     def __init__(
@@ -38,7 +30,7 @@ class Summariser:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self.encoder = TextEncoder(tokenizer)
         config, special = model.config, special_tokens_around(tokenizer)
-        # the configuration has filled them
+        # the configuration fills in both sizes
         assert config.segment_size is not None
         assert config.input_size is not None
         if tokens_per_batch < config.input_size:
@@ -49,11 +41,7 @@ class Summariser:
         self.room = config.segment_size - sum(map(len, special))
 
     def summarise(self, texts: Sequence[str]) -> list[str]:
-        """The summary of each text, in the order of the texts: what each would have alone.
-
-        Raises:
-            ValueError: A text has no token.
-        """
+        """Return the summary of each text, equal to that of the text alone; raise ValueError for one without tokens."""
         ids = self.encoder(texts)
         if not all(ids):
             raise ValueError(f"document {ids.index([]) + 1} of {len(ids)}: 0 tokens, there is nothing to read")
