@@ -47,21 +47,21 @@ class Summariser:
             raise ValueError(f"document {ids.index([]) + 1} of {len(ids)}: 0 tokens, there is nothing to read")
         n_segments = [-(-len(document) // self.room) for document in ids]
         summaries: dict[int, str] = {}
-        for places in group_by_segments(n_segments, self.most_segments):
-            if n_segments[places[0]] > self.most_segments:
-                summaries[places[0]] = self._of_a_long_one(texts[places[0]])
+        for group in group_by_segments(n_segments, self.most_segments):
+            if n_segments[group[0]] > self.most_segments:
+                summaries[group[0]] = self._summarise_long(texts[group[0]])
             else:
-                summaries |= zip(places, self._of_a_batch([ids[place] for place in places]), strict=True)
-        return [summaries[place] for place in range(len(texts))]
+                summaries |= zip(group, self._summarise_batch([ids[index] for index in group]), strict=True)
+        return [summaries[index] for index in range(len(texts))]
 
-    def _of_a_batch(self, documents: list[list[int]]) -> list[str]:
-        rows = [{"index": place, "sections": [ids], "summaries": [[]]} for place, ids in enumerate(documents)]
+    def _summarise_batch(self, documents: list[list[int]]) -> list[str]:
+        rows = [{"index": index, "sections": [ids], "summaries": [[]]} for index, ids in enumerate(documents)]
         batch = self.collator(rows)
         input_ids = batch.input_ids.to(self.model.device)
         generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
         return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
-    def _of_a_long_one(self, text: str) -> str:
+    def _summarise_long(self, text: str) -> str:
         reader = TextReader(self.model, self.tokenizer)
         for _ in reader.feed(text):
             pass

@@ -49,18 +49,18 @@ def encoder_output(
         memory_BNPD = torch.stack(grid.memories, dim=1)
         read_BNP = is_read_BN[:, -len(grid.memories) :].unsqueeze(-1).expand(memory_BNPD.shape[:3])
         blocks.insert(0, (memory_BNPD, read_BNP))
-    wanted_BN = torch.full_like(is_read_BN, every_segment)
-    wanted_BN[:, -1] = True
+    selected_BN = torch.full_like(is_read_BN, every_segment)
+    selected_BN[:, -1] = True
     if marked_BN is not None:
-        wanted_BN = target_or_last_segment(marked_BN)
+        selected_BN = target_or_last_segment(marked_BN)
     grows = {"last": None, "memory": 0}.get(config.decoder_context, len(blocks) - 1)
-    several, groups_BN = None, [wanted_BN]
+    several, groups_BN = None, [selected_BN]
     if grows is not None:
-        ends_BN = marked_BN if marked_BN is not None else wanted_BN & every_segment
+        ends_BN = marked_BN if marked_BN is not None else selected_BN & every_segment
         several = _SeveralSegments(config, blocks[grows], is_read_BN, state, ends_BN)
         # packing saves little with few state positions, and the number of state positions would differ between groups
         if may_pack and config.decoder_context != "memory":
-            groups_BN = several.of_similar_length(wanted_BN)
+            groups_BN = several.groups_of_similar_length(selected_BN)
 
     def part(number: int, group_BN: Tensor) -> Block:
         if several is not None and number == grows:
@@ -72,9 +72,9 @@ def encoder_output(
     contexts = [[part(number, group_BN) for number in range(len(blocks))] for group_BN in groups_BN]
     hidden, mask = _join(contexts[0])
     if len(contexts) > 1:
-        hidden, mask, packing = _pack([_join(parts) for parts in contexts], groups_BN, wanted_BN)
+        hidden, mask, packing = _pack([_join(parts) for parts in contexts], groups_BN, selected_BN)
     elif every_segment and marked_BN is None:
-        hidden, mask = (part.unflatten(0, wanted_BN.shape) for part in (hidden, mask))
+        hidden, mask = (part.unflatten(0, selected_BN.shape) for part in (hidden, mask))
     is_read_BN, is_seen = (on_device(known, hidden.device) for known in (is_read_BN, mask))
     position_B = is_read_BN.sum(dim=1) + (0 if state is None else state.position)
     memory = None if grid.memory is None else grid.memory.transpose(0, 1)
@@ -98,8 +98,8 @@ def target_or_last_segment(marked_BN: Tensor) -> Tensor:
     return marked_BN
 
 
-def _at(block: Block, wanted_BN: Tensor) -> Block:
-    return take(block[0], wanted_BN), block[1][wanted_BN]
+def _at(block: Block, selected_BN: Tensor) -> Block:
+    return take(block[0], selected_BN), block[1][selected_BN]
 
 
 class _SeveralSegments:
@@ -134,23 +134,23 @@ class _SeveralSegments:
             hidden, number = self._read_so_far(self.least_BN[:, -2])
         return hidden, number > 0
 
-    def after(self, wanted_BN: Tensor) -> Block:
-        """Return the contexts after the segments in `wanted_BN`, `(M, Y + K * X, ...)`."""
-        n_segments, device = wanted_BN.shape[1], self.block[0].device
-        row_M, place_M = wanted_BN.nonzero(as_tuple=True)
-        least_M1 = self.least_BN[row_M, place_M].unsqueeze(1)
+    def after(self, selected_BN: Tensor) -> Block:
+        """Return the contexts after the segments in `selected_BN`, `(M, Y + K * X, ...)`."""
+        n_segments, device = selected_BN.shape[1], self.block[0].device
+        row_M, segment_M = selected_BN.nonzero(as_tuple=True)
+        least_M1 = self.least_BN[row_M, segment_M].unsqueeze(1)
         # K
-        n_back = min(int(self.n_seen_BN[wanted_BN].max()), n_segments)
-        place_MK = place_M.unsqueeze(1) + torch.arange(1 - n_back, 1)
-        chosen_MK = row_M.unsqueeze(1), place_MK.clamp(min=0)
-        is_seen_MK = (place_MK >= 0) & (self.number_BN[chosen_MK] >= least_M1)
-        hidden_MKXD = self.block[0][tuple(to_device(part, device) for part in chosen_MK)]
+        n_back = min(int(self.n_seen_BN[selected_BN].max()), n_segments)
+        segment_MK = segment_M.unsqueeze(1) + torch.arange(1 - n_back, 1)
+        index_MK = row_M.unsqueeze(1), segment_MK.clamp(min=0)
+        is_seen_MK = (segment_MK >= 0) & (self.number_BN[index_MK] >= least_M1)
+        hidden_MKXD = self.block[0][tuple(to_device(part, device) for part in index_MK)]
         if self.window is not None:
             # cut the gradient where truncated BPTT cuts the state's
-            windows_MK = (n_segments - 1 - place_MK) // self.window
+            windows_MK = (n_segments - 1 - segment_MK) // self.window
             is_same_MK = to_device(windows_MK == windows_MK[:, -1:], device)
             hidden_MKXD = torch.where(is_same_MK[..., None, None], hidden_MKXD, hidden_MKXD.detach())
-        hidden, mask = hidden_MKXD.flatten(1, 2), (self.block[1][chosen_MK] & is_seen_MK.unsqueeze(2)).flatten(1, 2)
+        hidden, mask = hidden_MKXD.flatten(1, 2), (self.block[1][index_MK] & is_seen_MK.unsqueeze(2)).flatten(1, 2)
         if self.state is not None and self.state.context is not None:
             assert self.state.context_number is not None
             past_MY = self.state.context_number.cpu()[row_M] >= least_M1
@@ -159,8 +159,8 @@ class _SeveralSegments:
                 hidden, mask = torch.cat([past_MYD, hidden], dim=1), torch.cat([past_MY, mask], dim=1)
         return hidden, mask
 
-    def of_similar_length(self, wanted_BN: Tensor) -> list[Tensor]:
-        """Split `wanted_BN` into groups whose contexts show 1 segment, 2 to 4, 5 to 16 and so on.
+    def groups_of_similar_length(self, selected_BN: Tensor) -> list[Tensor]:
+        """Split `selected_BN` into groups whose contexts show 1 segment, 2 to 4, 5 to 16 and so on.
 
         Return one group if it has at most `LEAST_SAVING` times as many positions: groups cost kernel launches in all
         layers.
@@ -168,12 +168,12 @@ class _SeveralSegments:
         # log2, rounded up
         exponent_BN = (self.n_seen_BN - 1).double().frexp().exponent
         group_BN = (exponent_BN + 1) // 2
-        groups_BN = [wanted_BN & (group_BN == group) for group in group_BN[wanted_BN].unique()]
+        groups_BN = [selected_BN & (group_BN == group) for group in group_BN[selected_BN].unique()]
         as_one, as_groups = (
             sum(len(n_seen) * int(n_seen.max()) for n_seen in (self.n_seen_BN[chosen_BN] for chosen_BN in groups))
-            for groups in ([wanted_BN], groups_BN)
+            for groups in ([selected_BN], groups_BN)
         )
-        return groups_BN if as_one > LEAST_SAVING * as_groups else [wanted_BN]
+        return groups_BN if as_one > LEAST_SAVING * as_groups else [selected_BN]
 
     def _read_so_far(self, least_B: Tensor) -> Block:
         """Return positions of all segments from `least_B` on, and their segment numbers: `(B, Y + N * X, ...)`."""
@@ -217,10 +217,12 @@ def _least_seen(number_BN: Tensor, ends_BN: Tensor, most: int) -> Tensor:
     return least_BN if most == -1 else torch.maximum(least_BN, number_BN - most + 1)
 
 
-def _pack(contexts: Sequence[Block], groups_BN: Sequence[Tensor], wanted_BN: Tensor) -> tuple[Tensor, Tensor, Packing]:
+def _pack(
+    contexts: Sequence[Block], groups_BN: Sequence[Tensor], selected_BN: Tensor
+) -> tuple[Tensor, Tensor, Packing]:
     all_hidden, all_masks = zip(*contexts, strict=True)
     hidden, mask = (torch.cat([part.flatten(0, 1) for part in parts]).unsqueeze(0) for parts in (all_hidden, all_masks))
-    number_BN = wanted_BN.flatten().cumsum(dim=0).view(wanted_BN.shape) - 1
+    number_BN = selected_BN.flatten().cumsum(dim=0).view(selected_BN.shape) - 1
     sizes = [(part.shape[0], part.shape[1]) for part in all_hidden]
     return hidden, mask, Packing(sizes, torch.cat([number_BN[group_BN] for group_BN in groups_BN]))
 

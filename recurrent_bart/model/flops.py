@@ -137,13 +137,13 @@ class Arithmetic:
         n_state = self.config.pre_seq_len if self.config.has_state else 0
         if self.config.decoder_context == "last":
             return lengths_BN + n_state
-        place_N = torch.arange(lengths_BN.shape[1])
+        segment_N = torch.arange(lengths_BN.shape[1])
         first_BN = torch.zeros_like(lengths_BN)
         if self.config.decoder_context == "section" and ends_BN is not None:
             first_BN = section_starts(ends_BN)[:, :-1]
         if self.config.context_segments != -1:
-            first_BN = first_BN.maximum(place_N - self.config.context_segments + 1)
+            first_BN = first_BN.maximum(segment_N - self.config.context_segments + 1)
         if self.config.decoder_context == "memory":
-            return lengths_BN + n_state * (1 + place_N - first_BN)
+            return lengths_BN + n_state * (1 + segment_N - first_BN)
         n_read_BN = nn.functional.pad(lengths_BN.cumsum(dim=1), (1, 0))
         return n_state + n_read_BN[:, 1:] - n_read_BN.gather(1, first_BN)

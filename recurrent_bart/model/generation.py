@@ -94,26 +94,26 @@ class SegmentGeneration(GenerationMixin):
     ) -> Tensor | ModelOutput:
         chosen_BN, is_read_BN = encoded.check_contexts(chosen_BN), encoded.is_read
         assert is_read_BN is not None
-        is_told_BN = is_read_BN & chosen_BN
-        if not is_told_BN.any():
+        has_text_BN = is_read_BN & chosen_BN
+        if not has_text_BN.any():
             raise ValueError("every_segment: no segment that is read is chosen")
         if encoded.packing is not None:
-            found = self._generate_groups(encoded, is_read_BN[chosen_BN].cpu(), generation_config, **kwargs)
+            generated = self._generate_groups(encoded, is_read_BN[chosen_BN].cpu(), generation_config, **kwargs)
         else:
             # the encoder returned either rows of the selected segments or contexts after every segment
             is_rows = encoded.last_hidden_state.dim() == 3
-            is_shown = is_read_BN[chosen_BN].nonzero().squeeze(1) if is_rows else is_told_BN
-            found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_shown), **kwargs)
-        texts = found.sequences if isinstance(found, ModelOutput) else found
+            is_shown = is_read_BN[chosen_BN].nonzero().squeeze(1) if is_rows else has_text_BN
+            generated = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_shown), **kwargs)
+        texts = generated.sequences if isinstance(generated, ModelOutput) else generated
         # num_return_sequences texts per segment
-        texts_MST = texts.unflatten(0, (int(is_told_BN.sum()), -1))
-        texts_BNST = texts.new_full((*is_told_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
-        texts_BNST[is_told_BN] = texts_MST
+        texts_MST = texts.unflatten(0, (int(has_text_BN.sum()), -1))
+        texts_BNST = texts.new_full((*has_text_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
+        texts_BNST[has_text_BN] = texts_MST
         texts = texts_BNST.transpose(1, 2).flatten(0, 1)
-        if not isinstance(found, ModelOutput):
+        if not isinstance(generated, ModelOutput):
             return texts
-        found.sequences = texts
-        return found
+        generated.sequences = texts
+        return generated
 
     def _generate_groups(
         self,
@@ -125,11 +125,11 @@ class SegmentGeneration(GenerationMixin):
         """Generate ids `(M * S, T)` from packed contexts, in the order of the target segments."""
         parts, numbers = [], []
         for group, number_m in encoded.groups():
-            is_told_m = is_read_M[number_m]
-            if is_told_m.any():
-                rows = group.rows(is_told_m)
+            has_text_m = is_read_M[number_m]
+            if has_text_m.any():
+                rows = group.rows(has_text_m)
                 parts.append(super().generate(None, generation_config, encoder_outputs=rows, **kwargs))
-                numbers.append(number_m[is_told_m])
+                numbers.append(number_m[has_text_m])
         most, pad = max(part.shape[1] for part in parts), self.config.pad_token_id
         texts_MST = torch.cat(
             [

@@ -12,7 +12,7 @@ COMMON = (
     *("max_length", "max_new_tokens", "num_beams", "_from_model_config"),
 )
 # settings that only beam search reads
-OF_BEAMS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
+BEAM_SETTINGS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
 # share of contradicting targets from which on a warning is printed
 LEAST_SHARE = 0.1
 
@@ -94,7 +94,7 @@ def settings_of_model(generation: GenerationConfig, num_beams: int) -> dict[str,
     for name, value in generation.to_dict().items():
         is_usual = value is None or value == usual.get(name) or name.startswith(("output_", "return_"))
         is_end = name == "forced_eos_token_id" and value == generation.eos_token_id
-        if not (is_usual or is_end or name in COMMON or (num_beams == 1 and name in OF_BEAMS)):
+        if not (is_usual or is_end or name in COMMON or (num_beams == 1 and name in BEAM_SETTINGS)):
             found[name] = value
     return found
 

@@ -61,10 +61,10 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
             # positional, as BartModel calls it
             parts = input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask
             return super().forward(*parts, past_key_values, inputs_embeds, **kwargs)
-        wanted = {name for name, value in kwargs.items() if value is not None and value is not False}
+        active = {name for name, value in kwargs.items() if value is not None and value is not False}
         decoded = None
-        if attention_mask is None and past_key_values is None and "use_cache" not in wanted:
-            if inputs_embeds is not None and encoder_hidden_states is not None and wanted <= {"n_memory"}:
+        if attention_mask is None and past_key_values is None and "use_cache" not in active:
+            if inputs_embeds is not None and encoder_hidden_states is not None and active <= {"n_memory"}:
                 inputs = [inputs_embeds, encoder_hidden_states, encoder_attention_mask]
                 decoded = self._recorded(inputs, kwargs.get("n_memory"))
             if decoded is None:
@@ -88,7 +88,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
 
         `inputs` are embeddings `(B, T, D)`, the context, and the context's mask from `context_mask`.
         """
-        config, (embeds, *others) = self.config, [part for part in inputs if part is not None]
+        config, (embeds, *context_inputs) = self.config, [part for part in inputs if part is not None]
         n_documents, n_targets, _ = embeds.shape
         # Round up, so that few lengths are captured. The causal mask hides positions after the last one
         n_positions = -(-n_targets // TARGETS_STEP) * TARGETS_STEP
@@ -96,13 +96,13 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         is_checkpointed = any(layer.gradient_checkpointing for layer in self.layers)
         most = MOST_CHECKPOINTED_TARGETS if is_checkpointed else MOST_TARGETS
         is_short = n_documents * n_positions <= most and n_positions <= config.max_position_embeddings
-        # LayerDrop skips other layers in each call
+        # LayerDrop skips different layers in each call
         drops_layers = self.training and self.layerdrop > 0
         is_plain = config.schedule != "auto" or gives_more or drops_layers or not is_short
-        if is_plain or not can_capture(self, [embeds, *others]):
+        if is_plain or not can_capture(self, [embeds, *context_inputs]):
             return None
         padded = nn.functional.pad(embeds, (0, 0, 0, n_positions - n_targets))
-        decoded = call_graphed(self, functools.partial(self._plain, n_memory), [padded, *others], n_memory)
+        decoded = call_graphed(self, functools.partial(self._plain, n_memory), [padded, *context_inputs], n_memory)
         return decoded[:, :n_targets]
 
     def _plain(self, n_memory: int | None, embeds: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -79,10 +79,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
                 shape.
         """
         if self.is_traced_as_bart(input_ids, inputs_embeds, state, every_segment):
-            wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-            return super().forward(
-                input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **wanted, **kwargs
-            )
+            flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+            return super().forward(input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **flags, **kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         is_flat = inputs_embeds.dim() == 3 if input_ids is None else input_ids.dim() == 2
@@ -100,7 +98,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         grid = Grid(
             self.config, self.layers, recurrence, self._embed_segment, self.checkpoints_segments and self.training
         )
-        kept = OutputSelection(
+        selection = OutputSelection(
             every_segment=every_segment,
             tokens=self.config.decoder_context in ("section", "all"),
             memories=self.config.decoder_context == "memory",
@@ -108,7 +106,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         with device_guard(segments.device):
-            outputs = grid.run(segments, mask, state, kept, earlier)
+            outputs = grid.run(segments, mask, state, selection, earlier)
         output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN, may_pack)
         output = output.shifted(-n_empty_B, marked_BN)
         if is_flat and has_barts_shapes(self.config, mask):
@@ -146,11 +144,11 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         return self.embed_tokens(reached_BNL), earlier
 
     def _gives_attentions(self, output_attentions: bool | None) -> bool:
-        is_wanted = self.config.output_attentions if output_attentions is None else output_attentions
-        if is_wanted and "eager" not in self.config._attn_implementation:
+        is_requested = self.config.output_attentions if output_attentions is None else output_attentions
+        if is_requested and "eager" not in self.config._attn_implementation:
             logger.warning_once(f"output_attentions: {self.config._attn_implementation} has none to give, eager has")
             return False
-        return is_wanted
+        return is_requested
 
     def _embed_segment(self, tokens_BLD: Tensor, slots_BPD: Tensor | None) -> Tensor:
         """Return the first layer's input `(B, P + L, D)`: slots without position, then tokens with positions from 0."""

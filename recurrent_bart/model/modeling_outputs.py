@@ -22,7 +22,7 @@ def take(tensor: Tensor, chosen: Tensor) -> Tensor:
         return tensor[chosen]
     if chosen.all():
         return tensor.flatten(0, chosen.dim() - 1)
-    return tensor[_places(chosen, tensor.device)]
+    return tensor[_indices(chosen, tensor.device)]
 
 
 def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
     if chosen.all():
         return taken.unflatten(0, chosen.shape)
     whole = taken.new_zeros(*chosen.shape, *taken.shape[1:])
-    whole[_places(chosen, whole.device)] = taken
+    whole[_indices(chosen, whole.device)] = taken
     return whole
 
 
@@ -56,8 +56,8 @@ def _context_mask(hidden_BAD: Tensor, attention_mask: Tensor | None, n_memory: i
     return attention_mask.to(whole_BA)
 
 
-def _places(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(to_device(place, device) for place in chosen.nonzero(as_tuple=True))
+def _indices(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(to_device(index_M, device) for index_M in chosen.nonzero(as_tuple=True))
 
 
 @dataclass(frozen=True)

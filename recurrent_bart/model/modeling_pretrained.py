@@ -28,7 +28,7 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     config: RecurrentBartConfig
     # units for FSDP and accelerate's device maps: the sequential schedule calls each layer as a module
     _no_split_modules = ("RecurrentBartEncoderLayer", "BartDecoderLayer")
-    # matrix products outside the layers read the prefix, so a compiler cannot compile whole layers only
+    # matrix products outside the layers read the prefix, so a compiler cannot compile each layer as a whole
     _can_compile_fullgraph = False
     # flex attention's masks cannot be split into state and token parts
     _supports_flex_attn = False

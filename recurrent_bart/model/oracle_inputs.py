@@ -33,7 +33,7 @@ class OracleInputs:
         self, oracle: Oracle, encoded: RecurrentEncoderOutput, inputs_BT: Tensor, labels_BT: Tensor
     ) -> Tensor:
         """Replace some decoder inputs by an oracle's tokens; the encoder is not run again."""
-        # draw no random number, so that runs without an oracle stay the same
+        # return early, so that no random number is drawn
         if oracle.gold_probability == 1:
             return inputs_BT
         eos, pad = self.config.eos_token_id, self.config.pad_token_id

@@ -127,11 +127,11 @@ def forced_length_beams(
     for step in range(n_steps - 1):
         logits_MV = _without(next_logits(ids_BC.flatten(), (offset_B1 + parents_BC).flatten()), special.outside)
         log_probs_BCV = noisy(logits_MV, temperature).log_softmax(dim=-1).unflatten(0, (-1, n_beams))
-        best_BC, places_BC = (scores_BC.unsqueeze(-1) + log_probs_BCV).flatten(1).topk(n_beams)
+        best_BC, index_BC = (scores_BC.unsqueeze(-1) + log_probs_BCV).flatten(1).topk(n_beams)
         is_open_B1 = (lengths_B > step + 1).unsqueeze(1)
         scores_BC = torch.where(is_open_B1, best_BC, scores_BC)
-        parents_BC = torch.where(is_open_B1, places_BC // logits_MV.shape[-1], own_BC)
-        ids_BC = torch.where(is_open_B1, places_BC % logits_MV.shape[-1], special.pad)
+        parents_BC = torch.where(is_open_B1, index_BC // logits_MV.shape[-1], own_BC)
+        ids_BC = torch.where(is_open_B1, index_BC % logits_MV.shape[-1], special.pad)
         texts_BCT = torch.cat(
             [texts_BCT.gather(1, parents_BC.unsqueeze(-1).expand_as(texts_BCT)), ids_BC[..., None]], -1
         )
@@ -187,8 +187,8 @@ def mix_inputs(inputs_BT: Tensor, oracle_BT: Tensor, labels_BT: Tensor, gold_sha
 
 def target_lengths(labels_BT: Tensor) -> Tensor:
     """Return the number of ids of each target up to its last, `(B,)`; 0 where there is none."""
-    place_T = torch.arange(1, labels_BT.shape[1] + 1, device=labels_BT.device)
-    return (place_T * (labels_BT != IGNORED)).amax(dim=1)
+    position_T = torch.arange(1, labels_BT.shape[1] + 1, device=labels_BT.device)
+    return (position_T * (labels_BT != IGNORED)).amax(dim=1)
 
 
 @contextlib.contextmanager

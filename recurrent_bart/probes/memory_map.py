@@ -75,7 +75,7 @@ def map_memory(
             state = output.state
             reads.append(read)
         text = model.generate(encoder_outputs=output, **generation)
-        told = read_context(model, output, text)
+        context_reads = read_context(model, output, text)
     gate = getattr(recurrence, "prefix_gate", None)
     found = MemoryMap(
         size=torch.stack([read.size.mean(dim=1) for read in reads], dim=1).tolist(),
@@ -83,7 +83,7 @@ def map_memory(
         along=torch.cat([read.size.mean(dim=0) for read in reads]).tolist(),
         segment_ends=torch.tensor([read.size.shape[1] for read in reads]).cumsum(0).tolist(),
         gate=[] if gate is None else gate.float().tanh().abs().mean(dim=1).tolist(),
-        decoder=[] if told is None else told.size.mean(dim=1).tolist(),
+        decoder=[] if context_reads is None else context_reads.size.mean(dim=1).tolist(),
     )
     return found, text[0]
 
@@ -145,7 +145,7 @@ def draw_memory_map(found: MemoryMap, path: Path) -> None:
 
 
 def _draw_along(axes: Any, found: MemoryMap) -> None:
-    points = [(float(place), value) for place, value in enumerate(found.along, start=1)]
+    points = [(float(position), value) for position, value in enumerate(found.along, start=1)]
     axes.plot(*zip(*thinned(points), strict=True), color=SERIES[0], linewidth=1.0)
     for end in found.segment_ends[:-1] if len(found.segment_ends) <= MOST_BORDERS else ():
         axes.axvline(end + 0.5, color=COLORS["muted"], linewidth=0.6, linestyle=":")

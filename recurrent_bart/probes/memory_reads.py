@@ -55,7 +55,7 @@ def read_segment(
 ) -> tuple[RecurrentEncoderOutput, Reads]:
     """Encode one segment of one document under `plain_execution`."""
     encoder = model.model.encoder
-    with _recorded_values(encoder.recurrence) as prefix_values:
+    with _collect_values(encoder.recurrence) as prefix_values:
         output = model.model.encode(ids_11L, mask_11L, state=state, output_attentions=True, output_hidden_states=True)
     is_token_L = mask_11L[0, 0].bool()
     parts = []
@@ -104,23 +104,23 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> Reads:
 
 
 @contextlib.contextmanager
-def _recorded_values(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
+def _collect_values(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
     """Collect the prefix values `(H, P, K)` that each layer gets, of one document."""
     values: list[Tensor] = []
     prefix_reader = recurrence.prefix_reader
 
-    def recording(*args: Any) -> PrefixReader:
+    def collecting_reader(*args: Any) -> PrefixReader:
         read = prefix_reader(*args)
 
-        def read_and_record(layer_idx: int, slots_BPD: Tensor) -> KeyValue:
+        def read_and_collect(layer_idx: int, slots_BPD: Tensor) -> KeyValue:
             key, value = read(layer_idx, slots_BPD)
             values.append(value[0])
             return key, value
 
-        return read_and_record
+        return read_and_collect
 
     # an instance attribute hides the class's method
-    vars(recurrence)["prefix_reader"] = recording
+    vars(recurrence)["prefix_reader"] = collecting_reader
     try:
         yield values
     finally:

@@ -35,19 +35,19 @@ def recurrence_metrics(
     recurrence = model.model.encoder.recurrence
     if recurrence is None:
         return {}
-    figures: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if hasattr(recurrence, "prefix_gate"):
-        figures["prefix_gate"] = torch.tanh(recurrence.prefix_gate.detach().float()).abs().mean(dim=1).tolist()
+        results["prefix_gate"] = torch.tanh(recurrence.prefix_gate.detach().float()).abs().mean(dim=1).tolist()
     with plain_execution(model.config):
         read = [_read(model, ids[:, :MOST_SEGMENTS], mask[:, :MOST_SEGMENTS]) for ids, mask, _ in documents]
         distances = [_gradient_by_distance(model, *document) for document in documents]
     for name in read[0]:
-        figures[name] = _mean_table([tables[name] for tables in read])
-    if "update_gate" in figures:
-        figures["update_gate"] = [fmean(row) for row in figures["update_gate"]]
+        results[name] = _mean_table([tables[name] for tables in read])
+    if "update_gate" in results:
+        results["update_gate"] = [fmean(row) for row in results["update_gate"]]
     if any(distances):
-        figures["gradient_by_distance"] = _mean_row([row for row in distances if row])
-    return figures
+        results["gradient_by_distance"] = _mean_row([row for row in distances if row])
+    return results
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BN
     old_EPD = recurrence.without_matrix(recurrence.initial_state_memory(1))[:, 0].float()
     columns: dict[str, list[Tensor]] = {"prefix_mass": [], "prefix_size": []}
     for t in range(ids_BNL.shape[1]):
-        with _recorded_gates(recurrence) as gates:
+        with _collect_gates(recurrence) as gates:
             output, reads = read_segment(model, ids_BNL[:, t : t + 1], mask_BNL[:, t : t + 1], state)
         assert output.state is not None
         state = output.state
@@ -76,7 +76,7 @@ def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BN
 
 
 @contextlib.contextmanager
-def _recorded_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
+def _collect_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
     """Collect the mean opening of each layer's update gate, `(E,)`, at each update."""
     gates: list[Tensor] = []
     if not recurrence.has_update_gate:
@@ -136,7 +136,7 @@ def _segment_of_target(labels_1NT: Tensor) -> int:
 def _mean_row(rows: Sequence[Sequence[float]]) -> list[float]:
     """Return the mean at each index over the rows that are long enough."""
     longest = max(map(len, rows))
-    return [fmean(row[place] for row in rows if place < len(row)) for place in range(longest)]
+    return [fmean(row[index] for row in rows if index < len(row)) for index in range(longest)]
 
 
 def _mean_table(tables: Sequence[Table]) -> Table:
