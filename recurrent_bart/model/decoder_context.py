@@ -162,8 +162,8 @@ class _SeveralSegments:
     def groups_of_similar_length(self, selected_BN: Tensor) -> list[Tensor]:
         """Split `selected_BN` into groups whose contexts show 1 segment, 2 to 4, 5 to 16 and so on.
 
-        Return one group if it has at most `LEAST_SAVING` times as many positions: groups cost kernel launches in all
-        layers.
+        Return one group if it has at most `LEAST_SAVING` times as many positions: a group costs kernel launches per
+        layer.
         """
         # log2, rounded up
         exponent_BN = (self.n_seen_BN - 1).double().frexp().exponent

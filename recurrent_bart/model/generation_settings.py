@@ -52,10 +52,7 @@ def describe_limit(config: PreTrainedConfig, asked: int) -> list[str]:
 def change_settings(
     generation: GenerationConfig, given: Mapping[str, Any], max_new_tokens: int, num_beams: int | None = None
 ) -> None:
-    """Change generation settings of a model in place; a saved model keeps them.
-
-    Without `num_beams`, the model's setting holds. Raise ValueError if a setting is impossible or has no effect.
-    """
+    """Change generation settings in place; raise ValueError if a setting is impossible or has no effect."""
     least = given.get("min_new_tokens")
     if least is not None and least > max_new_tokens:
         raise ValueError(f"--min_new_tokens {least}: a text has at most {max_new_tokens} tokens")

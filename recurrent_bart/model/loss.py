@@ -62,8 +62,7 @@ def check_unused(arguments: Mapping[str, Any], cause: str) -> None:
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Return the cross-entropy, summed over targets in float32 at least, and divided by their number.
 
-    Labels are -100 where there is no target. `num_items_in_batch` counts the targets of the whole optimizer step; None:
-    of `labels_BT`.
+    Labels are -100 where there is no target. `num_items_in_batch` counts the whole optimizer step; None: `labels_BT`.
     """
     return per_target(summed_loss(logits_BTV, labels_BT), labels_BT, num_items_in_batch)
 

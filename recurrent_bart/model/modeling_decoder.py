@@ -29,10 +29,10 @@ TARGETS_STEP = 32
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
     """Identical to BartDecoder except: its attention, its masks, plain tuples, and CUDA graphs for short targets.
 
-    On a GPU the decoder builds the causal mask itself if none is given. CUDA graphs are used in training with
-    `schedule="auto"` for targets of at most `MOST_TARGETS` positions, or `MOST_CHECKPOINTED_TARGETS` under gradient
-    checkpointing, which they do without. LayerDrop and packed contexts exclude them. They return a cache only with
-    `use_cache=True`.
+    On a GPU the decoder builds the causal mask itself if none is given. CUDA graphs run in training with
+    `schedule="auto"` for at most `MOST_TARGETS` positions, or `MOST_CHECKPOINTED_TARGETS` under gradient checkpointing.
+    They do not recompute activations, and return a cache only with `use_cache=True`. LayerDrop and packed contexts
+    disable them.
     """
 
     def __init__(self, config: RecurrentBartConfig):
@@ -120,10 +120,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
                 layer.gradient_checkpointing = True
 
     def context_mask(self, encoder_outputs: RecurrentEncoderOutput) -> Tensor | None:
-        """Return the context's padding mask in the attention back end's form; None without padding.
-
-        BartDecoder would synchronize with the device to find out if the mask is all True.
-        """
+        """Return the context's padding mask, None without padding; BartDecoder would synchronize with the device."""
         if encoder_outputs.has_padding is False:
             return None
         return self._bidirectional_mask(encoder_outputs.last_hidden_state, encoder_outputs.context_mask)

@@ -75,8 +75,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
 
         Raises:
             ValueError: Inputs are missing or given twice, a document has no token, a segment is longer than
-                `config.input_size`, flat embeddings span several segments, or `every_segment` or `state` has the wrong
-                shape.
+                `input_size`, flat embeddings span several segments, or `every_segment` or `state` has a wrong shape.
         """
         if self.is_traced_as_bart(input_ids, inputs_embeds, state, every_segment):
             flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}

@@ -77,12 +77,12 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     def set_gradient_checkpointing(self, grain: str) -> None:
         """Choose what the backward pass recomputes to save memory; losses and gradients stay the same.
 
-        `grain` is `"none"`, `"layer"` or `"segment"`. In the decoder, each layer is recomputed separately.
+        `grain` is `"none"`, `"layer"` or `"segment"`, else ValueError. The decoder recomputes each layer separately.
 
-        - Sequential encoder: `"layer"` recomputes each layer separately; `"segment"` all layers of a segment together,
-        which stores the state only.
-        - Wavefront encoder: `"layer"` recomputes each diagonal separately, which stores hidden states and states;
-        `"segment"` as many diagonals together as minimize memory.
+        - Sequential encoder: `"layer"` recomputes each layer separately; `"segment"` recomputes all layers of a segment
+        together and stores only the state.
+        - Wavefront encoder: `"layer"` recomputes each diagonal separately and stores hidden states and states;
+        `"segment"` recomputes as many diagonals together as minimize memory.
         """
         if grain not in CHECKPOINTING_GRAINS:
             raise ValueError(f"gradient checkpointing {grain!r}: allowed are {', '.join(CHECKPOINTING_GRAINS)}")
@@ -97,7 +97,8 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     ) -> None:
         """Set non-reentrant checkpointing of each layer, or none; every way to request checkpointing ends here.
 
-        Raise ValueError for reentrant checkpointing: it gives wrong gradients for modules that run once per segment.
+        Raise ValueError for reentrant checkpointing: gradients are wrong for layers that run once per segment, so
+        repeatedly.
         """
         chosen = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and chosen.get("use_reentrant"):

@@ -29,10 +29,7 @@ def use_barts_targets() -> None:
 
 
 def save_recurrence(model: nn.Module, configs: dict[str, Any]) -> None:
-    """Train the recurrence and save it with each adapter, as if `modules_to_save` named it.
-
-    An empty `modules_to_save` in the adapter's configuration prevents this.
-    """
+    """Train the recurrence and save it with each adapter, unless the adapter's `modules_to_save` is an empty list."""
     if not any(isinstance(module, PrefixRecurrence) for module in model.modules()):
         return
     for adapter, config in configs.items():

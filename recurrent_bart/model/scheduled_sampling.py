@@ -76,14 +76,12 @@ def gold_probability(epoch: float, decay: float) -> float:
 
 
 def noisy(logits: Tensor, temperature: float) -> Tensor:
-    """Add Gumbel noise of scale `temperature` to scores, in float32 at least.
-
-    The paper also divides the noisy scores by the temperature, which does not change their order.
-    """
+    """Add Gumbel noise of scale `temperature` to scores, in float32 at least."""
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not temperature:
         return precise
-    # Gumbel noise is minus the log of an exponential variable. The log of a uniform variable could be infinite
+    # The paper also divides the noisy scores by the temperature, which does not change their order. Gumbel noise is
+    # minus the log of an exponential variable; the log of a uniform variable could be infinite.
     return precise - temperature * torch.empty_like(precise).exponential_().log()
 
 
@@ -193,10 +191,7 @@ def target_lengths(labels_BT: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def caching(decoder: Any) -> Iterator[None]:
-    """Let a decoder use a cache in training mode, with dropout.
-
-    Under gradient checkpointing Hugging Face's layers drop the cache; under LayerDrop a layer's cache misses tokens.
-    """
+    """Let a decoder use a cache in training mode: checkpointed layers drop it, and LayerDrop leaves gaps in it."""
     checkpointed = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
     layerdrop, decoder.layerdrop = decoder.layerdrop, 0.0
     for module in checkpointed:
