@@ -1,16 +1,16 @@
-"""Configuration of Recurrent BART: BART's own fields and the recurrence's."""
+"""Configuration of Recurrent BART: the fields of BART and the fields of the recurrence."""
 
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import BartConfig
 
-# What each choice may be; the first one is the default.
+# allowed values; the first one is the default
 RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("concat", "gated")
 DECODER_CONTEXTS = ("last", "memory", "section", "all")
 SCHEDULES = ("auto", "sequential", "wavefront")
-# settings of old configurations, which transformers ignores: its BART has no other layout
+# fields of old BART configurations. transformers ignores them, because its BART has no other layout
 BARTS_LAYOUT = {
     "normalize_before": False,
     "add_final_layer_norm": False,
@@ -23,44 +23,44 @@ BARTS_LAYOUT = {
 class RecurrentBartConfig(BartConfig):
     """Architecture of a BART that reads a document segment by segment.
 
-    Every field of `BartConfig` keeps its meaning. The fields below may also be given as keyword arguments of
-    `RecurrentBartForConditionalGeneration.from_pretrained`, for a checkpoint of ours or of plain BART.
+    Every field of `BartConfig` keeps its meaning. `RecurrentBartForConditionalGeneration.from_pretrained` accepts the
+    fields below as keyword arguments, for a checkpoint of ours or of plain BART.
 
     Args:
-        pre_seq_len: Number P of prefix positions, which is also the number of slots that write the state.
-            0 switches the recurrence off.
-        segment_size: Tokens of a segment, special tokens included. None: 512, or the whole position table where
-            that is shorter.
-        input_size: Token positions that the encoder sees per segment. What it exceeds `segment_size` by is overlap:
-            the tail of the previous segment, repeated in front. None: `segment_size`.
-        max_n_segments: Segments kept per document in training; a longer document is cut. -1: all.
-        bptt_depth: Number of segment boundaries that gradient crosses. 0: none, -1: all.
-        prefix_projection: Project the state to keys and values by a two-layer tanh MLP of each layer (True) or by
-            the layer's own `k_proj` and `v_proj` (False).
-        prefix_hidden_size: Width of that MLP's hidden layer.
+        pre_seq_len: Number P of prefix positions, and of slots that write the state. 0 switches the recurrence off.
+        segment_size: Tokens of a segment, special tokens included. None: 512, or the size of the position table if that
+            is smaller.
+        input_size: Token positions that the encoder sees per segment. The excess over `segment_size` is overlap: the
+            last tokens of the previous segment, repeated in front. None: `segment_size`.
+        max_n_segments: Segments read per document in training; a longer document is cut. -1: all.
+        bptt_depth: Number of segment boundaries that the gradient crosses. 0: none, -1: all.
+        prefix_projection: True: a two-layer tanh MLP per layer projects the state to keys and values. False: the
+            layer's `k_proj` and `v_proj` do.
+        prefix_hidden_size: Hidden width of the MLP of `prefix_projection`.
         hidden_dropout_prob: Dropout on the projected prefix.
-        recurrence: `"layerwise"`: every layer carries a state of its own. `"top"`: one state enters below the first
-            layer, passes through all and leaves above the last (RMT, arXiv 2207.06881); layers read it as their prefix.
-            `"none"`: no state, but a learned prefix, the same for every segment (P-tuning v2, arXiv 2110.07602).
-        prefix_attention: `"concat"`: one softmax over prefix and tokens. `"gated"`: a softmax of its own over the
-            prefix, added through a gate per head that starts at zero, so that a converted BART checkpoint still gives
-            BART's logits; what is carried was then learnt later, or not at all (RESULTS.md).
-        update_gate: Carry the state over through a learned gate (True) or replace it (False).
-        associative_memory: Beside the slots each layer keeps a matrix per head, written with its tokens' keys and
-            values by the delta rule and read with their queries, through a gate per head (see `associative_memory.py`).
-            With `recurrence="layerwise"` alone.
-        matrix_gate_init: What that gate's tanh is first taken of. 0: closed, so that matrices change nothing in a
-            converted BART checkpoint. From scratch a closed one was not learnt to be opened, one of 1 was (RESULTS.md).
-        decoder_context: What the decoder attends to. `"last"`: the final state and the tokens of the last segment.
-            `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and the
-            tokens of all segments (fusion-in-decoder, arXiv 2007.01282). `"section"`: the final state and the tokens of
-            all segments since the last target before; with one target per document as `"all"`.
-        context_segments: Of these segments, of which `"memory"`, `"section"` and `"all"` show states or tokens, the
-            last so many; -1: all.
-        schedule: In which order cells (segment, layer) are computed; the numbers are the same. `"sequential"`:
-            segment after segment, layer after layer. `"wavefront"`: by diagonals, all cells that need nothing of each
-            other at once; not with `recurrence="top"`. `"auto"`: by diagonals where that is possible and faster: on a
-            GPU, several segments, few enough documents at once.
+        recurrence: `"layerwise"`: every layer carries its own state. `"top"`: one state enters below the first layer
+            and leaves above the last (RMT, arXiv 2207.06881); all layers read it as their prefix. `"none"`: no state,
+            but a learned prefix, the same for every segment (P-tuning v2, arXiv 2110.07602).
+        prefix_attention: `"concat"`: one softmax over prefix and tokens. `"gated"`: a separate softmax over the prefix,
+            added through a gate per head that starts at zero. A converted BART checkpoint then still gives BART's
+            logits, but training learned to use the state late or never (RESULTS.md).
+        update_gate: True: a learned gate mixes the old and the new state. False: the new state replaces the old one.
+        associative_memory: Each layer also carries a matrix per head. The delta rule writes it with the keys and values
+            of tokens; their queries read it through a gate per head (see `associative_memory.py`). Requires
+            `recurrence="layerwise"`.
+        matrix_gate_init: Initial argument of the tanh of that gate. 0: closed, so a converted BART checkpoint gives
+            BART's logits. Trained from scratch, a gate that started at 0 stayed closed; one that started at 1 was used
+            (RESULTS.md).
+        decoder_context: Positions that the decoder attends to. `"last"`: the final state and the tokens of the last
+            segment. `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and
+            the tokens of all segments (fusion-in-decoder, arXiv 2007.01282). `"section"`: the final state and the
+            tokens of all segments since the previous target; with one target per document this equals `"all"`.
+        context_segments: Show the decoder states (`"memory"`) or tokens (`"section"`, `"all"`) of only the last N
+            segments; -1 shows all.
+        schedule: Order in which the cells (segment, layer) are computed; results are the same. `"sequential"`: segment
+            after segment, layer after layer. `"wavefront"`: all independent cells at once; not with `recurrence="top"`.
+            `"auto"`: wavefront where it is possible and faster: on a GPU, with several segments and few documents at
+            once.
 
     Raises:
         ValueError: A field is outside its range, or a segment does not fit the position table.
@@ -156,25 +156,25 @@ class RecurrentBartConfig(BartConfig):
 
     @property
     def has_state(self) -> bool:
-        """Whether anything is carried from segment to segment."""
+        """True if a state is carried from segment to segment."""
         return self.pre_seq_len > 0 and self.recurrence != "none"
 
     @property
     def n_state_rows(self) -> int:
-        """Rows of a layer's state: slots, and of an associative memory as many as a head is wide."""
+        """Rows of a layer's state: P slots, and K matrix rows (K: head width) with `associative_memory`."""
         return self.pre_seq_len + self.associative_memory * (self.d_model // self.encoder_attention_heads)
 
     @property
     def bptt_window(self) -> int | None:
-        """Number of segments between two cuts of the gradient; None: it is never cut."""
+        """Number of segments between two cuts of the gradient; None: the gradient is never cut."""
         return None if self.bptt_depth == -1 else self.bptt_depth + 1
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """Read a configuration file; one of plain BART is taken for ours.
+        """Read a configuration file; treat a plain BART configuration as ours.
 
         Raises:
-            ValueError: It is of another model type or of another layout of layers.
+            ValueError: The model type is neither BART's nor ours, or the layers have another layout than BART's.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
@@ -195,9 +195,9 @@ class RecurrentBartConfig(BartConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a configuration; fields in `kwargs` are set before the checks run, not behind their back."""
+        """Build a configuration; set the fields in `kwargs` before the checks run."""
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
         if "segment_size" in own and "input_size" not in own:
-            # a new segment size with the file's input size would be an overlap that nobody asked for
+            # a new segment size with the file's input size would add an overlap that nobody asked for
             own["input_size"] = None
         return super().from_dict({**config_dict, **own}, **kwargs)

@@ -1,4 +1,4 @@
-"""What the configuration accepts, derives and refuses."""
+"""Tests of the values that the configuration accepts, derives and refuses."""
 
 import pytest
 from transformers import AutoConfig, BartConfig, MBartConfig

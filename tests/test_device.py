@@ -1,6 +1,6 @@
-"""What the device computes is never waited for: what is decided by is known before it begins.
+"""Tests that a training step never synchronizes with the device.
 
-Tensors on the device `meta` have no values, so that whoever looks at one fails, as on a GPU he would wait.
+Tensors on the device `meta` have no values. Code that reads one fails; on a GPU it would synchronize.
 """
 
 import pytest
@@ -43,7 +43,7 @@ def targets(mask_BNL, per_segment):
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_a_training_step_looks_at_nothing_that_the_device_has(monkeypatch, fields, padded, per_segment):
-    # contexts of unlike length are packed, however few
+    # pack all contexts of different lengths
     monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
     _, input_ids, mask = batch_of(LENGTHS if padded else [[8, 8, 8]] * 2)
     model = model_without_values(**fields).train()
@@ -58,7 +58,7 @@ COPIES = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
 
 
 class Copied(TorchDispatchMode):
-    """Shapes of what is copied from the host to the device."""
+    """Dispatch mode that collects the shapes of tensors copied from the CPU to the device."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class Copied(TorchDispatchMode):
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_of_documents_without_padding_labels_alone_are_copied(fields):
-    # a recording could not hold the others: they are gone when it is replayed
+    # a CUDA graph cannot contain other copies: their source tensors are freed before the replay
     _, input_ids, mask = batch_of([[8, 8, 8]] * 2)
     model, labels, input_ids = model_without_values(**fields), targets(mask, False), input_ids.to("meta")
     with Copied() as copied:

@@ -1,4 +1,4 @@
-"""What processes tell each other, and that none waits for one that has failed."""
+"""Tests of communication between ranks, and that no rank waits for a failed one."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_alone_an_error_is_ones_own():
 
 
 def outcome(action):
-    """What an action gives, or the kind and text of its error."""
+    """Return the result of an action, or the type and text of its error."""
     try:
         return action()
     except Exception as error:
@@ -73,7 +73,7 @@ def ask(rank):
         fail_on(0)(rank),
         fail_on(0, KeyError)(rank),
         fail_on(1)(rank),
-        # after all that they still understand each other
+        # communication still works afterwards
         distributed.gather_objects(rank),
     ]
 
@@ -110,7 +110,7 @@ def test_an_error_of_the_first_process_stops_all(answers):
 
 @pytest.mark.distributed
 def test_an_error_of_another_process_stops_all_and_the_first_says_whose_it_was(answers):
-    """On a machine without the first one's files, say."""
+    """Simulate a host that does not have rank 0's files."""
     assert answers[0][4] == ("ValueError", "process 1: 1 failed")
     assert answers[1][4] == (SharedError.__name__, "process 1: 1 failed")
 

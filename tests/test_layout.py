@@ -1,4 +1,4 @@
-"""The shape of the repository: which way imports point, and what is read, kept and named where."""
+"""Tests of the repository's layout: direction of imports, side effects, and where environment and flags are read."""
 
 import ast
 import importlib.machinery
@@ -16,7 +16,7 @@ PACKAGE = ROOT / "recurrent_bart"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 ENVIRONMENT = PACKAGE / "training" / "environment.py"
-# each imports only what stands in a line before its own, and its own kind
+# each layer imports only earlier layers and itself
 LAYERS = [
     {"configuration_recurrent_bart", "distributed", "run_folder"},
     {"recurrence"},
@@ -53,7 +53,7 @@ def syntax_of(file):
 
 
 def imports_of(file):
-    """Dotted names of all that a file imports, also within functions."""
+    """Return the dotted names of everything that a file imports, also within functions."""
     for node in syntax_of(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -63,7 +63,7 @@ def imports_of(file):
 
 
 def uses_of(file, *names):
-    """Attributes and names of a file that are among `names`."""
+    """Return the attributes and names in a file that are among `names`."""
     found = {node.attr for node in syntax_of(file) if isinstance(node, ast.Attribute)}
     found |= {node.id for node in syntax_of(file) if isinstance(node, ast.Name)}
     found |= {alias.name for node in syntax_of(file) if isinstance(node, ast.ImportFrom) for alias in node.names}
@@ -83,7 +83,7 @@ def test_imports_point_one_way(file):
 
 
 def test_every_import_of_the_package_names_a_module_that_layers_can_see():
-    # `import recurrent_bart` or `from recurrent_bart import x` would hide what is meant
+    # `import recurrent_bart` or `from recurrent_bart import x` would hide the imported module
     for file in MODULES + SCRIPTS:
         assert "recurrent_bart" not in set(imports_of(file)), file
 
@@ -103,7 +103,7 @@ def test_the_command_line_is_read_in_launch_alone():
 
 
 def test_parsers_are_given_their_command_line():
-    # without one, argparse reads it by itself
+    # without an argument, argparse reads sys.argv
     for file in MODULES + SCRIPTS:
         for node in syntax_of(file):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -118,7 +118,7 @@ def test_environment_variables_are_read_in_one_module():
 
 
 def test_no_script_hides_a_module():
-    # its folder comes first on the path of the process that it starts
+    # Python puts a script's folder first on the path
     path = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT / "launch", ROOT / "tests")]
     for file in SCRIPTS:
         assert file.stem not in sys.builtin_module_names
@@ -126,10 +126,10 @@ def test_no_script_hides_a_module():
 
 
 def test_importing_has_no_side_effect():
-    # kernels are imported on a GPU alone
+    # kernels can be imported only with triton
     has_triton = importlib.util.find_spec("triton") is not None
     ours = [name_of(file) for file in MODULES if has_triton or "kernels" not in file.parts]
-    # what others do when they are imported is done before
+    # import other packages first, because their side effects do not count
     others = sorted({name for file in MODULES for name in imports_of(file) if not name.startswith("recurrent_bart")})
     others = [name for name in others if has_triton or not name.startswith("triton")]
     program = f"""
@@ -153,7 +153,7 @@ assert "recurrent_bart.training.trainer" in sys.modules
 
 
 def test_every_script_can_be_the_first_to_import_the_package():
-    # most tests run it in a process that has imported all of it before
+    # in most tests the process has already imported the package
     program = f"""
 import os, runpy
 import datasets, deepspeed.comm, matplotlib.figure, transformers.models.bart.modeling_bart

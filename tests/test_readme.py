@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README runs, and the tree in it is the tree there is."""
+"""Tests that the README's commands and Python code run, and that its tree matches the repository."""
 
 import functools
 import re
@@ -19,7 +19,7 @@ from runs import WORDS, write_documents
 
 ROOT = TESTS.parent
 README = (ROOT / "README.md").read_text()
-# makes each run short; given last, it stands against what the README gives
+# flags that make a run short; appended, they override the README's
 SHORT = {
     "max_steps": 2,
     "warmup_steps": 1,
@@ -34,9 +34,9 @@ SHORT = {
     "max_n_segments": 3,
     "wandb_mode": "disabled",
 }
-# a command that needs no launcher, and the file that it reads if there is one
+# a command without a launcher, and its standard input file if any
 PYTHON = re.compile(r"(?:cat (?P<stdin>\S+) \| )?python (?P<command>launch/.+)")
-# said of a place to work in, not of what is here
+# command for the user's shell only
 NOT_RUN = {"source .venv/bin/activate"}
 
 
@@ -50,7 +50,7 @@ def commands(block, program):
 
 
 def chains():
-    """Commands of a block, by its first one; of all blocks together that go on from one run, by its name."""
+    """Return lists of commands that run in order: per block, or per run that several blocks continue."""
     found = {}
     for block in blocks("bash"):
         lines = commands(block, "launch")
@@ -61,7 +61,7 @@ def chains():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with the checkout's programs, documents, texts and a pretrained BART by the names in the README."""
+    """Create a folder with the programs, documents, texts and pretrained BART that the README names."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("launch", "ds_configs", "recurrent_bart"):
         (folder / name).symlink_to(ROOT / name)
@@ -96,16 +96,16 @@ def shortened(line, folder):
     if "launch/study.py" in line:
         line += " --max_steps 2 --seeds 1"
     if "launch/training_speed.py" in line:
-        # eight starts of one or two processes, which tests/launch/test_training_speed.py has one of
+        # it would start one or two processes eight times; tests/launch/test_training_speed.py has one start
         line += " --budget_seconds 0"
     if "study.py sections" in line:
-        # each model is a process that loads everything
+        # each model starts a process that imports everything
         line += " --only layerwise-seed0 --set model_size=tiny segment_size=64 max_n_segments=3 max_target_length=8"
     return line
 
 
 def run_line(line, folder):
-    """Run a command of the README where the README is; its return code and what it printed."""
+    """Run a command of the README in `folder`; return its exit code and output."""
     found = PYTHON.fullmatch(line)
     if not found:
         script = f"cd {shlex.quote(str(folder))} && set -o pipefail && {line}"
@@ -118,11 +118,11 @@ def run_line(line, folder):
 
 
 def use_library(folder):
-    """Let a part of Python's standard library be all of it."""
+    """Replace Python's standard library by a part of it."""
     stdlib.library_root = sources.library_root = lambda: folder
 
 
-# a minute or two; all the time is for machines that have other work too
+# takes one or two minutes; the limit allows for busy machines
 @pytest.mark.timeout(900)
 @pytest.mark.distributed
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_every_line_of_python_runs(place, block, monkeypatch):
 
 
 def test_the_tree_has_a_line_for_each_file_there_is():
-    """What git knows, without the tests, which mirror the package."""
+    """Compare with git's files, without the tests, which mirror the package."""
     tree = README.split("## The tree")[1].split("\n## ")[0]
     told = re.findall(r"^(\S+)\s{2,}\S", tree, flags=re.MULTILINE)
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()

@@ -1,4 +1,4 @@
-"""What a run writes down can be read again, whatever interrupted it."""
+"""Tests that a run's files can be read again after any interruption."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def test_the_configuration_holds_all_that_a_run_followed_from(folder):
     folder.write_config(arguments={"run": {"seed": 1}}, model={"d_model": 8}, deepspeed={"bf16": {}})
     config = json.loads(folder.config_file.read_text())
     assert config.keys() == {"arguments", "model", "deepspeed", "git_commit", "versions"}
-    # a build may be named behind it, +cpu say
+    # a version may end with a build, for example +cpu
     assert torch.__version__.startswith(config["versions"]["torch"])
     assert all(config["versions"].values())
     assert folder.read_config() == config
@@ -106,7 +106,7 @@ def test_without_a_log_there_is_nothing_to_forget(folder):
 
 
 def read_markdown(text):
-    """Return headings and blocks of code as a renderer shows them; all else in the file is plain words."""
+    """Return headings and code blocks as a renderer shows them; check that all other lines are plain text."""
     for token in MarkdownIt().parse(text):
         if token.type == "code_block":
             yield " ".join(token.content.split())
@@ -128,7 +128,7 @@ def test_samples_are_shown_as_they_are(folder):
     expected = [sample.id, *shown]
     text = folder.samples_file.read_text(encoding="utf-8")
     assert list(read_markdown(text)) == ["Step 10", *expected, "Step 20", *expected, *expected]
-    # in the file itself, too, nothing stands before a character
+    # the file contains the texts without escape characters
     assert all(piece in text for piece in (*texts[:2], sample.id))
 
 
@@ -146,7 +146,7 @@ def test_long_samples_are_shortened_and_fit_on_a_screen(folder):
 
 def test_samples_can_be_read_back(folder):
     texts = {"source": "def __init__(self): | x *= 2", "target": "about <dig> of `a` [b] \\ 東京", "generated": ""}
-    # whatever a text may look like
+    # texts that look like the file's own markup
     texts["source"] += " ## Step 10 ### ` m ` " + "target source generated " * 20 + "well-known " * 20
     assert folder.read_samples() == []
     for step in (10, 20):
@@ -154,7 +154,7 @@ def test_samples_can_be_read_back(folder):
     expected = [{"step": step, "id": "m.__main__[0]", **texts} for step in (10, 20)]
     expected = [{**sample, "source": sample["source"].strip()} for sample in expected]
     assert folder.read_samples() == expected
-    # cut off within its last text
+    # truncated within the last text
     folder.samples_file.write_text(folder.samples_file.read_text(encoding="utf-8")[:-1], encoding="utf-8")
     del expected[1]["generated"]
     assert folder.read_samples() == expected
@@ -179,7 +179,7 @@ def test_a_place_below_a_file_is_refused(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_refused():
-    """Not even root makes files there."""
+    """Use a folder in which not even root can create files."""
     with pytest.raises(ValueError, match=r"--output_dir /proc/self/run: cannot be (written|made)"):
         RunFolder(module.Path("/proc/self/run")).check_new()
 

@@ -1,4 +1,4 @@
-"""Setting up: one command does it, once, at exact versions that cover what is imported."""
+"""Tests of the setup: one command, run once, at exact versions that cover all imports."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE_READS = ("Makefile", "setup.py", "constraints.txt")
-# programs that note their call; `python3 -m venv FOLDER` puts the others into FOLDER/bin
+# a program that logs its call; `python3 -m venv FOLDER` creates further ones in FOLDER/bin
 PROGRAM = """#!/bin/sh
 echo "$(basename "$0") $*" >> {log}
 if [ "$2" = venv ]; then
@@ -28,7 +28,7 @@ test ! -e {log}.fails-"$(basename "$0")"
 
 
 def required(extra=None):
-    """Requirements that setup.py names, of the package or of an extra."""
+    """Return the requirements in setup.py, of the package or of an extra."""
     calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
     setup = next(call for call in calls if getattr(call.func, "id", None) == "setup")
     given = {item.arg: item.value for item in setup.keywords}
@@ -37,7 +37,7 @@ def required(extra=None):
 
 
 def constraints():
-    """Exact versions by package."""
+    """Return exact versions by package."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line) for line in lines)
     return dict(line.split("==") for line in lines)
@@ -45,7 +45,7 @@ def constraints():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with the Makefile and what it depends on, and programs that note their calls in `log`."""
+    """Create a folder with the Makefile and its dependencies, and programs that log their calls in `log`."""
     for name in MAKEFILE_READS:
         shutil.copy(ROOT / name, tmp_path)
     program = tmp_path / "python3"
@@ -55,12 +55,12 @@ def checkout(tmp_path):
 
 
 def make(checkout, goal):
-    """Return code, and the calls of programs, by name and arguments."""
+    """Run a goal; return the exit code and the calls of programs, by name and arguments."""
     return make_and_listen(checkout, goal)[:2]
 
 
 def make_and_listen(checkout, goal):
-    """As `make`, and the lines that are printed."""
+    """Run a goal; return the results of `make` and the printed lines."""
     log = checkout / "log"
     log.write_text("")
     command = ["make", "--no-print-directory", goal, f"PYTHON={checkout / 'python3'}"]
@@ -81,7 +81,7 @@ def test_a_goal_sets_up_once_and_does_its_job(checkout):
 def test_a_set_up_of_minutes_is_not_silent(checkout):
     _, calls, printed = make_and_listen(checkout, "test")
     (announced,) = [number for number, line in enumerate(printed) if line.startswith("installing ")]
-    # before it begins, and pip then says what it does
+    # the line is printed before pip starts and prints
     assert "pip install" in printed[announced + 1]
     (install,) = [call for call in calls if call.startswith("pip install")]
     assert not {"--quiet", "-q", "-qq"} & set(install.split())
@@ -159,9 +159,9 @@ def test_every_library_has_an_upper_bound_below_its_next_major_version():
 def test_all_that_is_imported_is_required():
     given = required() + required("lora") + required("tensorboard")
     direct = {canonicalize_name(requirement.name) for requirement in given}
-    # what these cannot do without is there as well
+    # dependencies of the requirements are installed too
     theirs = [Requirement(line) for name in direct for line in requires(name) or [] if "extra ==" not in line]
-    # a processor's torch leaves triton out, and its kernels are not imported there
+    # torch for CPU does not depend on triton, and its kernels are not imported there
     known = direct | {canonicalize_name(requirement.name) for requirement in theirs} | {"triton"}
     distributions = packages_distributions()
     for file in [*(ROOT / "recurrent_bart").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:

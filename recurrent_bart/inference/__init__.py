@@ -1,1 +1,1 @@
-"""Reading a text of any length as a stream, and summaries of many texts."""
+"""Reading of a text of any length as a stream, and summaries of many texts."""

@@ -1,7 +1,4 @@
-"""Reading a text of any length in constant memory, and going on with it another day.
-
-Shape suffixes: A attended length, D model width.
-"""
+"""Streaming reader: reads a text of any length in constant memory, and resumes from a saved state."""
 
 import hashlib
 import json
@@ -30,9 +27,9 @@ from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import pad_segments
 from recurrent_bart.run_folder import RunFolder
 
-# raised when what a saved reading holds changes
+# increase the number when the contents of a saved bookmark change
 FORMAT = "recurrent_bart reading 2"
-# what a state's numbers depend on beside the weights
+# configuration fields that the values of a state depend on, besides the weights
 STATE_FIELDS = (
     "pre_seq_len",
     "d_model",
@@ -47,27 +44,27 @@ STATE_FIELDS = (
     "segment_size",
     "input_size",
 )
-# characters tokenised in one call
+# characters tokenized in one call
 BLOCK = 2**16
-# segments read in one call, so that they can be computed by diagonals
+# segments read in one call, enough for the wavefront schedule
 SEGMENTS_PER_CALL = 32
-# characters without white space after which a text is cut all the same, at the cost of a token or two
+# characters without white space after which a text is cut inside a word, which may change a token or two
 LONGEST_WORD = 2**20
-# In front of white space, so that no word or run of spaces is cut. Not where "▁" follows, by which unigram tokenizers
-# mark a space.
+# Cut before white space, so that no word or run of spaces is split; not before "▁", the unigram tokenizers' mark of a
+# space.
 BEFORE_SPACE = re.compile(r"(?s).*(?<=\S)(?= \s*[^\s▁])")
 BEFORE_WHITE_SPACE = re.compile(r"(?s).*(?<=\S)(?=[ \t\n\r]\s*[^\s▁])")
 
 
 @dataclass
 class Bookmark:
-    """Where the reading of a text stands.
+    """Position in a text that is being read.
 
     Attributes:
-        state: What has been read; None at the beginning.
-        overlap: Ids read last, which stand in front of the next segment again.
-        ids: Ids that have come since. They may be the last segment, so they are not read yet.
-        text: What has come since and may go on within a word.
+        state: State after the segments read so far; None at the beginning.
+        overlap: Ids read last, which are repeated in front of the next segment.
+        ids: Ids received but not read yet, because they may be the last segment.
+        text: Characters received but not tokenized yet, because a word may continue.
     """
 
     state: RecurrentState | None = None
@@ -77,15 +74,14 @@ class Bookmark:
 
 
 class TextReader:
-    """Reads a text as it comes: segments and numbers are those of the whole text read at once.
+    """Reader of a text that arrives in parts; segments and results equal a single reading of the whole text.
 
-    What is kept is the state, the text of some segments, and nothing of what was read before. (With `decoder_context`
-    other than `"last"`, and no limit by `context_segments`, the state itself grows with every segment.)
+    It keeps the state and the text of a few segments. The state itself grows with every segment unless
+    `decoder_context="last"` or `context_segments` limits it.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: Its tokenizer.
-        segments_per_call: Most segments that are read together; 1: what comes after each of them is given.
+        model: Model in evaluation mode.
+        segments_per_call: Most segments read together; 1: yield the context after each segment.
     """
 
     def __init__(
@@ -98,13 +94,13 @@ class TextReader:
         self.encoder = TextEncoder(tokenizer)
         self.leading, self.trailing = special_tokens_around(tokenizer)
         segment_size, input_size = model.config.segment_size, model.config.input_size
-        # the configuration has filled them
+        # the configuration fills in both sizes
         assert segment_size is not None
         assert input_size is not None
         self.room = segment_size - len(self.leading) - len(self.trailing)
         self.n_overlap = input_size - segment_size
         self.bookmark = Bookmark()
-        # of this reader, not of one whose bookmark was loaded
+        # counts of this reader; a loaded bookmark does not change them
         self.n_tokens = self.n_segments = 0
         cuts_anywhere = self._encode("a\na") == self._encode("a") + self._encode("\na")
         self.cut = BEFORE_WHITE_SPACE if cuts_anywhere else BEFORE_SPACE
@@ -113,7 +109,7 @@ class TextReader:
         """Take more of the text, and read the segments that are complete and not the last.
 
         Yields:
-            What the decoder attends to after the segments that were read together, for `generate(encoder_outputs=...)`.
+            Context after the segments that were read together, for `generate(encoder_outputs=...)`.
         """
         for start in range(0, len(text), BLOCK):
             self.bookmark.text += text[start : start + BLOCK]
@@ -123,13 +119,9 @@ class TextReader:
             yield from self._full_segments(self.bookmark)
 
     def finish(self) -> Iterator[BaseModelOutput]:
-        """Read the rest, as the end of the text. The bookmark stays before it, where more text may be fed.
+        """Read the rest as the end of the text, without moving the bookmark: more text may be fed later.
 
-        Yields:
-            As `feed`; the last one is what the whole text is summarised from.
-
-        Raises:
-            ValueError: There was no text at all.
+        Yields contexts as `feed` does; the last one covers the whole text. Raises ValueError if there was no text.
         """
         end = replace(self.bookmark, ids=self.bookmark.ids + self._encode(self.bookmark.text))
         if not end.ids:
@@ -138,11 +130,7 @@ class TextReader:
         yield self._read(end, 1)
 
     def save(self, path: Path) -> None:
-        """Write the bookmark, so that a reader of the same model can go on from it.
-
-        Raises:
-            ValueError: The file cannot be written.
-        """
+        """Write the bookmark for a reader of the same model; raise ValueError if the file cannot be written."""
         mark = self.bookmark
         tensors = {"ids": torch.tensor(mark.ids), "overlap": torch.tensor(mark.overlap)}
         tensors = {name: ids.long() for name, ids in tensors.items()}
@@ -157,11 +145,7 @@ class TextReader:
             raise ValueError(f"{path}: cannot be written ({error})") from error
 
     def load(self, path: Path) -> None:
-        """Go on from a saved bookmark.
-
-        Raises:
-            ValueError: The file is not one, or of another model or tokenizer; the message says what differs.
-        """
+        """Continue from a saved bookmark; raise ValueError if it is unreadable or of another model or tokenizer."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -180,7 +164,7 @@ class TextReader:
         )
 
     def _end_of_words(self, text: str) -> int:
-        """The last place where a text can be cut so that the ids of the parts are those of the whole."""
+        """Return the last index at which cutting the text does not change its ids."""
         found = self.cut.match(text)
         if found:
             return found.end()
@@ -190,13 +174,13 @@ class TextReader:
         return self.encoder([text])[0]
 
     def _full_segments(self, mark: Bookmark) -> Iterator[BaseModelOutput]:
-        # a segment that nothing has come after may be the last one
+        # the last full segment may be the end of the text, so it waits for more
         while len(mark.ids) > self.room:
             yield self._read(mark, min((len(mark.ids) - 1) // self.room, self.segments_per_call))
 
     @torch.no_grad()
     def _read(self, mark: Bookmark, n_segments: int) -> BaseModelOutput:
-        """Read segments, as `split_into_segments` would cut them, and move the bookmark behind them."""
+        """Read segments, cut as in `split_into_segments`, and advance the bookmark."""
         ids = torch.tensor(pad_segments([[self._take_segment(mark) for _ in range(n_segments)]], padding=-1))
         is_token = ids >= 0
         input_ids = ids.masked_fill(~is_token, self.model.config.pad_token_id).to(self.model.device)
@@ -214,7 +198,7 @@ class TextReader:
         return segment
 
     def _identity(self) -> dict[str, Any]:
-        """All that a saved state's numbers depend on."""
+        """Return everything that the values of a saved state depend on."""
         fields = {name: getattr(self.model.config, name) for name in STATE_FIELDS}
         return {**fields, "tokenizer": tokenizer_identity(self.tokenizer), "weights": weights_identity(self.model)}
 
@@ -227,7 +211,7 @@ class TextReader:
 
 
 def weights_identity(model: torch.nn.Module) -> str:
-    """Hash of some of each parameter, the same in every precision."""
+    """Hash the first 8 elements of each parameter, with the same result in every precision."""
     heads = [parameter.detach().flatten()[:8].float().cpu() for parameter in model.parameters()]
     return hashlib.sha256(torch.cat(heads).bfloat16().view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
@@ -238,14 +222,7 @@ def summary_after(
     tokenizer: PreTrainedTokenizerBase,
     **generation: Any,
 ) -> str:
-    """Text generated from what a reader gave.
-
-    Args:
-        output: Of `TextReader.feed` or `TextReader.finish`.
-        model: Of the reader.
-        tokenizer: Of the reader.
-        generation: Arguments of `generate`.
-    """
+    """Generate a text from an output of `TextReader`; `generation` are arguments of `generate`."""
     ids = model.generate(encoder_outputs=output, **generation)
     return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 
@@ -253,11 +230,7 @@ def summary_after(
 def load_model(
     folder: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[RecurrentBartForConditionalGeneration, PreTrainedTokenizerBase]:
-    """A saved model in evaluation mode, and its tokenizer.
-
-    Raises:
-        ValueError: There is none in the folder.
-    """
+    """Load a model in evaluation mode, and its tokenizer; raise ValueError if the folder has none."""
     check_model_place("--model", folder)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     with reading_model("--model", folder):
@@ -271,11 +244,7 @@ def _warn(text: str) -> None:
 
 
 def run_flags(model_folder: str) -> dict[str, dict[str, Any]]:
-    """The flags, by group, of the run that a model `RUN/model` came from; none where it came from no run.
-
-    Raises:
-        ValueError: The run's configuration is unreadable.
-    """
+    """Return the flags, by group, of the run that wrote a model `RUN/model`; empty if no run did."""
     run = RunFolder(Path(model_folder).resolve().parent)
     if not run.config_file.is_file():
         return {}

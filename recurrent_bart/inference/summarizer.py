@@ -1,4 +1,4 @@
-"""Summaries of many documents, those of like length together."""
+"""Summaries of many documents, in batches of documents of similar length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +14,10 @@ from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditi
 
 
 class Summariser:
-    """Summarises documents, as many at a time as fit in a number of tokens, padding included.
+    """Summarizer of documents in batches of at most `tokens_per_batch` tokens, padding included.
 
-    One that has more of them itself is read alone, some segments at a time.
-
-    Args:
-        model: In evaluation mode.
-        tokenizer: Its tokenizer.
-        tokens_per_batch: Documents x segments of the longest x tokens of a segment.
-        generation: Arguments of `generate`.
-
-    Raises:
-        ValueError: There is no room for a segment.
+    A document with more tokens than a batch is read alone, some segments at a time. Raise ValueError if a segment does
+    not fit. `generation` are arguments of `generate`.
     """
 
     def __init__(
@@ -38,7 +30,7 @@ class Summariser:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self.encoder = TextEncoder(tokenizer)
         config, special = model.config, special_tokens_around(tokenizer)
-        # the configuration has filled them
+        # the configuration fills in both sizes
         assert config.segment_size is not None
         assert config.input_size is not None
         if tokens_per_batch < config.input_size:
@@ -49,31 +41,27 @@ class Summariser:
         self.room = config.segment_size - sum(map(len, special))
 
     def summarise(self, texts: Sequence[str]) -> list[str]:
-        """The summary of each text, in the order of the texts: what each would have alone.
-
-        Raises:
-            ValueError: A text has no token.
-        """
+        """Return the summary of each text, equal to that of the text alone; raise ValueError for one without tokens."""
         ids = self.encoder(texts)
         if not all(ids):
             raise ValueError(f"document {ids.index([]) + 1} of {len(ids)}: 0 tokens, there is nothing to read")
         n_segments = [-(-len(document) // self.room) for document in ids]
         summaries: dict[int, str] = {}
-        for places in group_by_segments(n_segments, self.most_segments):
-            if n_segments[places[0]] > self.most_segments:
-                summaries[places[0]] = self._of_a_long_one(texts[places[0]])
+        for group in group_by_segments(n_segments, self.most_segments):
+            if n_segments[group[0]] > self.most_segments:
+                summaries[group[0]] = self._summarise_long(texts[group[0]])
             else:
-                summaries |= zip(places, self._of_a_batch([ids[place] for place in places]), strict=True)
-        return [summaries[place] for place in range(len(texts))]
+                summaries |= zip(group, self._summarise_batch([ids[index] for index in group]), strict=True)
+        return [summaries[index] for index in range(len(texts))]
 
-    def _of_a_batch(self, documents: list[list[int]]) -> list[str]:
-        rows = [{"index": place, "sections": [ids], "summaries": [[]]} for place, ids in enumerate(documents)]
+    def _summarise_batch(self, documents: list[list[int]]) -> list[str]:
+        rows = [{"index": index, "sections": [ids], "summaries": [[]]} for index, ids in enumerate(documents)]
         batch = self.collator(rows)
         input_ids = batch.input_ids.to(self.model.device)
         generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
         return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
-    def _of_a_long_one(self, text: str) -> str:
+    def _summarise_long(self, text: str) -> str:
         reader = TextReader(self.model, self.tokenizer)
         for _ in reader.feed(text):
             pass

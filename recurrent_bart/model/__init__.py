@@ -1,1 +1,1 @@
-"""The Hugging Face classes: encoder, decoder, decoder context, generation and loss."""
+"""Hugging Face classes: encoder, decoder, decoder context, generation and loss."""

@@ -1,7 +1,6 @@
-"""Attention of the decoder: cross-attention over contexts of any lengths, padded or packed.
+"""Attention of the decoder: cross-attention to contexts of different lengths, padded or packed.
 
-Shape suffixes: B documents, H heads, K head width, A attended length, M memory positions, Q querying length,
-D model width.
+Shape suffixes: B documents, H heads, m contexts of a group, K head width, A attended length.
 """
 
 from collections.abc import Sequence
@@ -19,22 +18,19 @@ from recurrent_bart.recurrence.prefix_recurrence import KeyValue
 
 
 class SelfAttention(BartAttention):
-    """Identical to BartAttention except: PyTorch computes it `without_cudnn`.
-
-    Here and not around the decoder, for a checkpointed layer is computed again without what is around it.
-    """
+    """Identical to BartAttention except: PyTorch computes it `without_cudnn`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As BartAttention's."""
+        """Compute self-attention; see BartAttention."""
+        # inside the module: gradient checkpointing recomputes a layer without its surroundings
         with without_cudnn():
             return super().forward(hidden_states, *args, **kwargs)
 
 
 class CrossAttention(BartAttention):
-    """Identical to BartAttention except: contexts of different lengths, padded or packed, and `without_cudnn`.
+    """Identical to BartAttention except: contexts may be packed (see `Packing`), and it runs `without_cudnn`.
 
-    Padded ones flash attention reads rightly too. Of packed ones (see `Packing`) keys and values are projected together
-    and each group is read by itself.
+    Keys and values of packed contexts are projected together; attention runs once per group.
     """
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):
@@ -57,12 +53,9 @@ class CrossAttention(BartAttention):
         packed: tuple[Packing, Sequence[Tensor]] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As BartAttention's.
+        """Compute cross-attention; see BartAttention. The first `n_memory` positions of each context are state.
 
-        Args:
-            hidden_states: See BartAttention, for the others too.
-            n_memory: Number M of memory positions at the head of each context.
-            packed: How `key_value_states` are packed, and masks of the groups; weights are not given then.
+        `packed` holds the packing of `key_value_states` and the mask of each group; attention weights are then None.
         """
         query = split_heads(self, self.q_proj(hidden_states))
         key_value = self._cached_key_value(key_value_states, past_key_values)
@@ -76,18 +69,18 @@ class CrossAttention(BartAttention):
     def _read_groups(
         self, query: Tensor, key_value: KeyValue, packing: Packing, masks: Sequence[Tensor], n_memory: int
     ) -> Tensor:
-        """What is read of contexts that are packed, by queries in their order."""
         queries = query.split([n_rows for n_rows, _ in packing.sizes])
-        # (1, H, m, A, K) of each group
+        # per group: (1, H, m, A, K)
         keys, values = ([it.squeeze(0).transpose(0, 1) for it in packing.unpack(part, dim=2)] for part in key_value)
         groups = zip(queries, zip(keys, values, strict=True), masks, strict=True)
         return torch.cat([self._read(*group, n_memory)[0] for group in groups])
 
     def _read(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, n_memory: int) -> Read:
+        # flash attention is correct for padded contexts too
         return attend(self, query, key_value, mask)
 
     def _cached_key_value(self, key_value_states: Tensor, past_key_values: EncoderDecoderCache | None) -> KeyValue:
-        """Keys and values `(B, H, A, K)`, projected once per document while it is decoded."""
+        """Return keys and values `(B, H, A, K)`, projected once per document during generation."""
         if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
             cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
             return cached.keys, cached.values
@@ -100,10 +93,9 @@ class CrossAttention(BartAttention):
 
 
 class GatedCrossAttention(CrossAttention):
-    """Identical to CrossAttention except: the first `n_memory` positions attended to have a softmax of their own.
+    """Identical to CrossAttention except: the first `n_memory` positions, which are state, have a separate softmax.
 
-    What is read of them is added through `memory_gate`, one per head, zero at first: until it opens, the decoder is
-    BART's.
+    Its output is added through `memory_gate`, `(H,)`. While the gate is zero, as initially, the decoder equals BART's.
     """
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):

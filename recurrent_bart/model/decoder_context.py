@@ -1,8 +1,7 @@
-"""What the decoder attends to: states and tokens, after the last segment or after each.
+"""Context of the decoder: states and tokens, after the last segment or after each.
 
-Shape suffixes: B documents, N segments, M segments after which there is a context, K segments up to one of them,
-X positions that one segment adds, Y positions of segments read before, P prefix length, L tokens in a segment,
-A attended length, D model width.
+Shape suffixes: B documents, N segments, M contexts, K segments that a context looks back over, X positions that one
+segment adds, Y positions carried in the state, P prefix length, L tokens in a segment, A attended length, D width.
 """
 
 from collections.abc import Sequence
@@ -16,11 +15,12 @@ from recurrent_bart.model.modeling_outputs import Packing, RecurrentEncoderOutpu
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import on_device, to_device
 
-# what is attended to, and where that is something, or of which segment, by its number; 0: nothing
+# positions to attend to, and their mask: booleans, or the number of the segment of each, 0 at padding
 Block = tuple[Tensor, Tensor]
 
-# contexts of sumpubmed's sections, 1 to 16 segments, are six times as long as one group, of which a step took 191 ms on
-# an H100, in groups of 1, 2, up to 4, 8 and 16 87; of at most 2 segments 1.6 times as long, of which it took 74 and 79
+# Measured on an H100. Contexts after sumpubmed's sections, 1 to 16 segments: one group has six times as many positions
+# as groups of 1, 2, up to 4, 8 and 16; a step took 191 ms and 87 ms. Contexts of at most 2 segments: 1.6 times as many
+# positions; a step took 74 ms and 79 ms.
 LEAST_SAVING = 2
 
 
@@ -33,17 +33,14 @@ def encoder_output(
     marked_BN: Tensor | None = None,
     may_pack: bool = False,
 ) -> RecurrentEncoderOutput:
-    """The decoder's context and the state, from the grid's outputs.
+    """Build the encoder's output from the grid's: the decoder's context and the new state.
 
     Args:
-        config: The architecture; `decoder_context` chooses.
-        grid: Outputs of the segments that are kept.
-        mask_BNL: 1 at tokens, on the host, where the masks are put together.
-        state: What was read before.
-        every_segment: Give the context after each segment, `(B, N, A, D)`.
-        marked_BN: Booleans on the host, with `every_segment`: give the context after those that are marked, where
-            sections end, `(M, A, D)`, or if none is after the last one of the first document; None: after each.
-        may_pack: With `marked_BN`: pack contexts that are not all about as long.
+        mask_BNL: 1 at tokens; on the CPU, where the masks are computed.
+        every_segment: Return the context after each segment, `(B, N, A, D)`.
+        marked_BN: Booleans on the CPU, used with `every_segment`: return the contexts after these segments, `(M, A,
+            D)`. Sections end there. If all are False, return the context after the last segment of the first document.
+        may_pack: With `marked_BN`: pack contexts if their lengths differ much.
     """
     is_read_BN = mask_BNL.bool().any(dim=-1)
     tokens = torch.stack(grid.tokens, dim=1), mask_BNL[:, -len(grid.tokens) :].bool()
@@ -52,32 +49,32 @@ def encoder_output(
         memory_BNPD = torch.stack(grid.memories, dim=1)
         read_BNP = is_read_BN[:, -len(grid.memories) :].unsqueeze(-1).expand(memory_BNPD.shape[:3])
         blocks.insert(0, (memory_BNPD, read_BNP))
-    wanted_BN = torch.full_like(is_read_BN, every_segment)
-    wanted_BN[:, -1] = True
+    selected_BN = torch.full_like(is_read_BN, every_segment)
+    selected_BN[:, -1] = True
     if marked_BN is not None:
-        wanted_BN = target_or_last_segment(marked_BN)
+        selected_BN = target_or_last_segment(marked_BN)
     grows = {"last": None, "memory": 0}.get(config.decoder_context, len(blocks) - 1)
-    several, groups_BN = None, [wanted_BN]
+    several, groups_BN = None, [selected_BN]
     if grows is not None:
-        ends_BN = marked_BN if marked_BN is not None else wanted_BN & every_segment
+        ends_BN = marked_BN if marked_BN is not None else selected_BN & every_segment
         several = _SeveralSegments(config, blocks[grows], is_read_BN, state, ends_BN)
-        # states are few, and in a group they would be of another number
+        # packing saves little with few state positions, and the number of state positions would differ between groups
         if may_pack and config.decoder_context != "memory":
-            groups_BN = several.of_similar_length(wanted_BN)
+            groups_BN = several.groups_of_similar_length(selected_BN)
 
     def part(number: int, group_BN: Tensor) -> Block:
         if several is not None and number == grows:
             return several.after(group_BN) if every_segment else several.after_all()
-        # of as many segments as were kept
+        # a block may cover only the last segments
         return _at(blocks[number], group_BN[:, -blocks[number][0].shape[1] :])
 
     packing = None
     contexts = [[part(number, group_BN) for number in range(len(blocks))] for group_BN in groups_BN]
     hidden, mask = _join(contexts[0])
     if len(contexts) > 1:
-        hidden, mask, packing = _pack([_join(parts) for parts in contexts], groups_BN, wanted_BN)
+        hidden, mask, packing = _pack([_join(parts) for parts in contexts], groups_BN, selected_BN)
     elif every_segment and marked_BN is None:
-        hidden, mask = (part.unflatten(0, wanted_BN.shape) for part in (hidden, mask))
+        hidden, mask = (part.unflatten(0, selected_BN.shape) for part in (hidden, mask))
     is_read_BN, is_seen = (on_device(known, hidden.device) for known in (is_read_BN, mask))
     position_B = is_read_BN.sum(dim=1) + (0 if state is None else state.position)
     memory = None if grid.memory is None else grid.memory.transpose(0, 1)
@@ -95,29 +92,20 @@ def encoder_output(
 
 
 def target_or_last_segment(marked_BN: Tensor) -> Tensor:
-    """Booleans with at least one that is true: so many contexts as are wanted, and never none."""
+    """Copy `marked_BN`; if no element is True, set the last segment of the first document to True."""
     marked_BN = marked_BN.clone()
     marked_BN[0, -1] |= ~marked_BN.any()
     return marked_BN
 
 
-def _at(block: Block, wanted_BN: Tensor) -> Block:
-    """What segments add themselves, of those that are wanted: `(M, X, ...)`."""
-    return take(block[0], wanted_BN), block[1][wanted_BN]
+def _at(block: Block, selected_BN: Tensor) -> Block:
+    return take(block[0], selected_BN), block[1][selected_BN]
 
 
 class _SeveralSegments:
-    """What the decoder sees of several segments.
+    """Contexts that grow with the number of segments.
 
-    Args:
-        config: The architecture.
-        block: What each segment adds.
-        is_read_BN: False where a document has no such segment.
-        state: What was read before.
-        ends_BN: Where sections end.
-
-    Attributes:
-        past: For the state, what of all that was read will still be seen after another segment.
+    `past` is the part of the context that the state carries: all positions that a later segment's context still shows.
     """
 
     def __init__(
@@ -131,38 +119,38 @@ class _SeveralSegments:
         self.block, self.state, self.window = block, state, config.bptt_window
         self.number_BN = _numbers(is_read_BN, state)
         is_cut = config.decoder_context == "section"
-        # a segment that its document does not have ends nothing
+        # a segment that its document does not have ends no section
         ends_BN = ends_BN & is_read_BN if is_cut else torch.zeros_like(ends_BN)
         self.least_BN = _least_seen(self.number_BN, ends_BN, config.context_segments)
-        # such a one sees something too, which nobody reads
+        # at least 1 also for a segment that its document does not have; nothing reads its context
         self.n_seen_BN = (self.number_BN - self.least_BN + 1)[:, :-1].clamp(min=1)
         self.past = self._read_so_far(self.least_BN[:, -1])
 
     def after_all(self) -> Block:
-        """After the last segment, `(B, A, ...)`."""
+        """Return the contexts after the last segment, `(B, A, ...)`."""
         hidden, number = self.past
-        # else nothing is left behind, and all that was read is not put together twice
+        # usually equal; the concatenation is then not done twice
         if not torch.equal(self.least_BN[:, -2], self.least_BN[:, -1]):
             hidden, number = self._read_so_far(self.least_BN[:, -2])
         return hidden, number > 0
 
-    def after(self, wanted_BN: Tensor) -> Block:
-        """After segments that are wanted, `(M, Y + K * X, ...)`."""
-        n_segments, device = wanted_BN.shape[1], self.block[0].device
-        row_M, place_M = wanted_BN.nonzero(as_tuple=True)
-        least_M1 = self.least_BN[row_M, place_M].unsqueeze(1)
-        # K, segments up to each one that are looked at
-        n_back = min(int(self.n_seen_BN[wanted_BN].max()), n_segments)
-        place_MK = place_M.unsqueeze(1) + torch.arange(1 - n_back, 1)
-        chosen_MK = row_M.unsqueeze(1), place_MK.clamp(min=0)
-        is_seen_MK = (place_MK >= 0) & (self.number_BN[chosen_MK] >= least_M1)
-        hidden_MKXD = self.block[0][tuple(to_device(part, device) for part in chosen_MK)]
+    def after(self, selected_BN: Tensor) -> Block:
+        """Return the contexts after the segments in `selected_BN`, `(M, Y + K * X, ...)`."""
+        n_segments, device = selected_BN.shape[1], self.block[0].device
+        row_M, segment_M = selected_BN.nonzero(as_tuple=True)
+        least_M1 = self.least_BN[row_M, segment_M].unsqueeze(1)
+        # K
+        n_back = min(int(self.n_seen_BN[selected_BN].max()), n_segments)
+        segment_MK = segment_M.unsqueeze(1) + torch.arange(1 - n_back, 1)
+        index_MK = row_M.unsqueeze(1), segment_MK.clamp(min=0)
+        is_seen_MK = (segment_MK >= 0) & (self.number_BN[index_MK] >= least_M1)
+        hidden_MKXD = self.block[0][tuple(to_device(part, device) for part in index_MK)]
         if self.window is not None:
-            # gradient goes no further back than the state's does
-            windows_MK = (n_segments - 1 - place_MK) // self.window
+            # cut the gradient where truncated BPTT cuts the state's
+            windows_MK = (n_segments - 1 - segment_MK) // self.window
             is_same_MK = to_device(windows_MK == windows_MK[:, -1:], device)
             hidden_MKXD = torch.where(is_same_MK[..., None, None], hidden_MKXD, hidden_MKXD.detach())
-        hidden, mask = hidden_MKXD.flatten(1, 2), (self.block[1][chosen_MK] & is_seen_MK.unsqueeze(2)).flatten(1, 2)
+        hidden, mask = hidden_MKXD.flatten(1, 2), (self.block[1][index_MK] & is_seen_MK.unsqueeze(2)).flatten(1, 2)
         if self.state is not None and self.state.context is not None:
             assert self.state.context_number is not None
             past_MY = self.state.context_number.cpu()[row_M] >= least_M1
@@ -171,24 +159,24 @@ class _SeveralSegments:
                 hidden, mask = torch.cat([past_MYD, hidden], dim=1), torch.cat([past_MY, mask], dim=1)
         return hidden, mask
 
-    def of_similar_length(self, wanted_BN: Tensor) -> list[Tensor]:
-        """Segments that are wanted, `(B, N)`, in groups: those that see 1 segment, up to 4, up to 16 and so on.
+    def groups_of_similar_length(self, selected_BN: Tensor) -> list[Tensor]:
+        """Split `selected_BN` into groups whose contexts show 1 segment, 2 to 4, 5 to 16 and so on.
 
-        Or as one group, if that is no more than `LEAST_SAVING` times as much: a group costs each layer of the decoder
-        some kernels.
+        Return one group if it has at most `LEAST_SAVING` times as many positions: a group costs kernel launches per
+        layer.
         """
-        # exponents of the powers of 2 that are not less
+        # log2, rounded up
         exponent_BN = (self.n_seen_BN - 1).double().frexp().exponent
         group_BN = (exponent_BN + 1) // 2
-        groups_BN = [wanted_BN & (group_BN == group) for group in group_BN[wanted_BN].unique()]
+        groups_BN = [selected_BN & (group_BN == group) for group in group_BN[selected_BN].unique()]
         as_one, as_groups = (
             sum(len(n_seen) * int(n_seen.max()) for n_seen in (self.n_seen_BN[chosen_BN] for chosen_BN in groups))
-            for groups in ([wanted_BN], groups_BN)
+            for groups in ([selected_BN], groups_BN)
         )
-        return groups_BN if as_one > LEAST_SAVING * as_groups else [wanted_BN]
+        return groups_BN if as_one > LEAST_SAVING * as_groups else [selected_BN]
 
     def _read_so_far(self, least_B: Tensor) -> Block:
-        """What all segments add, from the least one on, and of which each is: `(B, Y + N * X, ...)`."""
+        """Return positions of all segments from `least_B` on, and their segment numbers: `(B, Y + N * X, ...)`."""
         hidden_BAD = self.block[0].flatten(1, 2)
         number_BA = (self.block[1] * self.number_BN[:, :-1].unsqueeze(2)).flatten(1, 2)
         if self.state is not None and self.state.context is not None:
@@ -196,23 +184,22 @@ class _SeveralSegments:
             hidden_BAD = torch.cat([self.state.context.to(hidden_BAD.dtype), hidden_BAD], dim=1)
             number_BA = torch.cat([self.state.context_number.cpu(), number_BA], dim=1)
         number_BA = number_BA * (number_BA >= least_B.unsqueeze(1))
-        # what nobody sees any more, in front
+        # drop leading positions that no context shows any more
         n_gone = int((number_BA.amax(dim=0) > 0).long().cumsum(dim=0).eq(0).sum())
         return hidden_BAD[:, n_gone:], number_BA[:, n_gone:]
 
 
 def section_starts(ends_BN: Tensor) -> Tensor:
-    """Where the section begins that each segment belongs to, and one that came behind them: `(B, N + 1)`.
+    """Return the index of the first segment of each segment's section, `(B, N + 1)`.
 
-    Args:
-        ends_BN: Booleans, True at the last segment of a section.
+    `ends_BN` is True at the last segment of a section. The last column is for the segment that would come next.
     """
     behind_BN = torch.arange(1, ends_BN.shape[1] + 1, device=ends_BN.device)
     return nn.functional.pad(ends_BN * behind_BN, (1, 0)).cummax(dim=1).values
 
 
 def _numbers(is_read_BN: Tensor, state: RecurrentState | None) -> Tensor:
-    """Of each segment and of one behind them, which one of its document it is, counted from 1: `(B, N + 1)`."""
+    """Return each segment's number in its document, counted from 1, and the next segment's: `(B, N + 1)`."""
     number_BN = is_read_BN.cumsum(dim=1)
     if state is not None:
         number_BN = number_BN + state.position.cpu().unsqueeze(1)
@@ -220,38 +207,32 @@ def _numbers(is_read_BN: Tensor, state: RecurrentState | None) -> Tensor:
 
 
 def _least_seen(number_BN: Tensor, ends_BN: Tensor, most: int) -> Tensor:
-    """The first segment, by number, that the decoder sees after each of those of `_numbers`.
+    """Return the number of the first segment that the context after each segment shows, `(B, N + 1)`.
 
-    Args:
-        number_BN: From `_numbers`.
-        ends_BN: Where sections end; what is in front of one is not seen behind it.
-        most: Segments that are seen at most; -1: all.
+    A context shows no earlier section, and at most `most` segments; -1: all.
     """
     first_BN = section_starts(ends_BN)
-    # a section that has begun before
+    # the section began in an earlier call
     least_BN = number_BN.gather(1, first_BN).masked_fill(first_BN == 0, 1)
     return least_BN if most == -1 else torch.maximum(least_BN, number_BN - most + 1)
 
 
-def _pack(contexts: Sequence[Block], groups_BN: Sequence[Tensor], wanted_BN: Tensor) -> tuple[Tensor, Tensor, Packing]:
-    """Contexts of groups as one row `(1, A, D)`."""
+def _pack(
+    contexts: Sequence[Block], groups_BN: Sequence[Tensor], selected_BN: Tensor
+) -> tuple[Tensor, Tensor, Packing]:
     all_hidden, all_masks = zip(*contexts, strict=True)
     hidden, mask = (torch.cat([part.flatten(0, 1) for part in parts]).unsqueeze(0) for parts in (all_hidden, all_masks))
-    number_BN = wanted_BN.flatten().cumsum(dim=0).view(wanted_BN.shape) - 1
+    number_BN = selected_BN.flatten().cumsum(dim=0).view(selected_BN.shape) - 1
     sizes = [(part.shape[0], part.shape[1]) for part in all_hidden]
     return hidden, mask, Packing(sizes, torch.cat([number_BN[group_BN] for group_BN in groups_BN]))
 
 
 def _join(blocks: list[Block]) -> Block:
-    """States and tokens as one context `(M, A, D)`.
-
-    A block with nothing in it is of a segment that its document does not have. It is seen as it is: nobody reads what
-    comes out, and a softmax over nothing would not be finite.
-    """
+    # A block whose mask is all False belongs to a segment that its document does not have. Its mask becomes all True:
+    # a softmax over nothing is not finite, and nothing reads the result.
     masks = [mask | ~mask.any(dim=-1, keepdim=True) for _, mask in blocks]
     return torch.cat([hidden for hidden, _ in blocks], dim=1), torch.cat(masks, dim=1)
 
 
 def _by_layer(segments: list[list[Tensor]]) -> tuple[Tensor, ...] | None:
-    """Of each layer, its tensors of all segments, stacked behind the batch."""
     return tuple(torch.stack(layer, dim=1) for layer in zip(*segments, strict=True)) or None

@@ -1,4 +1,4 @@
-"""How much arithmetic a step needs, counted from the architecture, and how much a device could do.
+"""Floating-point operations of a training step, counted from the architecture, and the peak FLOP/s of a device.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -14,8 +14,8 @@ from recurrent_bart.model.decoder_context import section_starts
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.recurrence.associative_memory import CHUNK
 
-# makers' figures for dense matrix products, FLOP/s in bf16 and in fp32 (without TF32), by what a device's name
-# contains; the first that fits
+# vendors' peak FLOP/s of dense matrix products, in bf16 and in fp32 (without TF32), by a part of the device's name; the
+# first match counts
 PEAKS = {
     "H100 PCIe": (756e12, 51e12),
     "H100 NVL": (835e12, 60e12),
@@ -29,12 +29,12 @@ PEAKS = {
     "RTX 4090": (165e12, 83e12),
     "RTX 3090": (71e12, 36e12),
 }
-# long enough to find a moment in which other processes leave the device alone
+# long enough for one product that no other process disturbs
 MEASURED_SECONDS = 0.2
 
 
 def peak_flops(device: torch.device, is_bf16: bool) -> float:
-    """FLOP/s that a device can do at most: its maker's figure, or measured once where that is not known."""
+    """Return the peak FLOP/s of a device: the vendor's number, or a measurement if the device is not in `PEAKS`."""
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = next((peaks for part, peaks in PEAKS.items() if part in name), None)
@@ -44,14 +44,14 @@ def peak_flops(device: torch.device, is_bf16: bool) -> float:
 
 
 def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of the fastest of many matrix products; on a CPU with the threads that this process has."""
+    """Return the FLOP/s of the fastest of many matrix products; on a CPU with this process's threads."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + MEASURED_SECONDS
     while time.perf_counter() < end or best == float("inf"):
         started = time.perf_counter()
         product = matrix @ matrix
-        # waits for it
+        # synchronizes with the device
         product[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
@@ -59,32 +59,24 @@ def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Counts the useful operations of a model: matrix products over real tokens, as a multiply and an add each.
+    """Counter of a model's useful operations: matrix products over real tokens; a multiply-add counts as two.
 
-    Padding, what gradient checkpointing computes again and an oracle's own decoder passes are not counted: they train
-    nothing.
-
-    Attributes:
-        config: The architecture.
-        trained_share: Share of the parameters that are trained, for which alone there are gradients of weights.
+    Excluded: padding, recomputation by gradient checkpointing, and the decoder passes of an oracle. Only the trained
+    share of the parameters needs weight gradients.
     """
 
     config: RecurrentBartConfig
     trained_share: float = 1.0
 
     def training(self, attention_mask_BNL: Tensor, labels: Tensor) -> float:
-        """Operations of a batch's forward and backward passes.
+        """Return the operations of a batch's forward and backward passes; `labels` are `(B, T)` or `(B, N, T)`.
 
-        A backward pass takes as many as the forward pass for the gradients of what a layer reads, and again as many
-        for those of its weights. Segments beyond the horizon of gradient have none.
-
-        Args:
-            attention_mask_BNL: 1 at tokens.
-            labels: `(B, T)` or `(B, N, T)`.
+        A backward pass costs one forward pass for the gradients of activations and one for the gradients of weights.
+        Segments outside the truncated-BPTT window have no backward pass.
         """
         lengths_BN = attention_mask_BNL.sum(dim=-1)
         n_read_B1 = (lengths_BN > 0).sum(dim=1, keepdim=True)
-        # by its distance from the document's last segment
+        # distance from the document's last segment
         distance_BN = n_read_B1 - 1 - torch.arange(lengths_BN.shape[1])
         is_run_BN, has_graph_BN = lengths_BN > 0, lengths_BN > 0
         if labels.dim() == 2:
@@ -96,9 +88,9 @@ class Arithmetic:
         return (2 + self.trained_share) * with_graph + self.encoder(lengths_BN[is_run_BN & ~has_graph_BN])
 
     def encoder(self, lengths_M: Tensor) -> float:
-        """Operations of a forward pass over segments of so many tokens."""
+        """Return the operations of a forward pass over segments with `lengths_M` tokens."""
         config, width = self.config, self.config.d_model
-        # in float64: squares of many lengths leave what int64 or float32 hold exactly
+        # float64: sums of squares exceed the exact range of float32
         lengths_M = lengths_M.double()
         n_segments, n_tokens, n_pairs = len(lengths_M), float(lengths_M.sum()), float((lengths_M**2).sum())
         n_prefix = config.pre_seq_len
@@ -110,12 +102,13 @@ class Arithmetic:
         if config.associative_memory:
             n_heads = config.encoder_attention_heads
             n_equations = float((lengths_M // CHUNK * CHUNK**2 + (lengths_M % CHUNK) ** 2).sum())
-            # strength, what is read, what a key gives and what is added; and each token's of those before it
+            # per token: write strength, read, value predicted from the key, write; and the products of each token with
+            # the tokens before it in its chunk
             layer += 2 * width * (n_tokens * (n_heads + 3 * width // n_heads) + n_equations)
         return config.encoder_layers * layer + n_segments * self._recurrence()
 
     def _recurrence(self) -> float:
-        """Operations of a segment's projection and update."""
+        """Return the operations of one segment's prefix projection and state update."""
         config, width = self.config, self.config.d_model
         projection = 6 * width * config.prefix_hidden_size if config.prefix_projection else 4 * width**2
         n_states = config.encoder_layers if config.recurrence == "layerwise" else 1
@@ -123,10 +116,10 @@ class Arithmetic:
         return config.pre_seq_len * (config.encoder_layers * projection + update)
 
     def decoder(self, n_targets_M: Tensor, n_context_M: Tensor) -> float:
-        """Operations of a forward pass over targets of so many tokens that attend to so many positions."""
+        """Return the operations of a forward pass over `n_targets_M` tokens that attend to `n_context_M` positions."""
         config, width = self.config, self.config.d_model
         targets, context = n_targets_M.double(), n_context_M.double()
-        # q, k, v and out of self-attention, q and out of cross-attention; k and v of the context
+        # self-attention: q, k, v, out; cross-attention: q, out per target and k, v per context position
         weights = (12 * width**2 + 4 * width * config.decoder_ffn_dim) * targets + 4 * width**2 * context
         layers = config.decoder_layers * (weights + 4 * width * targets * (targets + context))
         return float((layers + 2 * width * config.vocab_size * targets).sum())
@@ -140,17 +133,17 @@ class Arithmetic:
         return self.decoder(n_targets, n_context_BN.gather(1, last_B1).squeeze(1))
 
     def _context(self, lengths_BN: Tensor, ends_BN: Tensor | None) -> Tensor:
-        """Positions that the decoder attends to after each segment; sections end where booleans say so, or nowhere."""
+        """Return the context length after each segment; `ends_BN` is True at the last segment of a section."""
         n_state = self.config.pre_seq_len if self.config.has_state else 0
         if self.config.decoder_context == "last":
             return lengths_BN + n_state
-        place_N = torch.arange(lengths_BN.shape[1])
+        segment_N = torch.arange(lengths_BN.shape[1])
         first_BN = torch.zeros_like(lengths_BN)
         if self.config.decoder_context == "section" and ends_BN is not None:
             first_BN = section_starts(ends_BN)[:, :-1]
         if self.config.context_segments != -1:
-            first_BN = first_BN.maximum(place_N - self.config.context_segments + 1)
+            first_BN = first_BN.maximum(segment_N - self.config.context_segments + 1)
         if self.config.decoder_context == "memory":
-            return lengths_BN + n_state * (1 + place_N - first_BN)
+            return lengths_BN + n_state * (1 + segment_N - first_BN)
         n_read_BN = nn.functional.pad(lengths_BN.cumsum(dim=1), (1, 0))
         return n_state + n_read_BN[:, 1:] - n_read_BN.gather(1, first_BN)

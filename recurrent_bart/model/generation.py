@@ -1,7 +1,6 @@
-"""Generation from documents and states, after the last segment or after each.
+"""Generation from documents and states, after the last segment or after several.
 
-Shape suffixes: B documents, N segments, M chosen segments, m of them in a group, S sequences returned of each, T target
-length.
+Shape suffixes: B documents, N segments, M target segments, m of a group, S sequences per text, T target length.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 class SegmentGeneration(GenerationMixin):
     """Identical to GenerationMixin except: documents of any length, `state`, texts after each segment."""
 
-    # of the model that this is a part of
+    # set by the model class that inherits this one
     model: Any
 
     @torch.no_grad()
@@ -30,26 +29,22 @@ class SegmentGeneration(GenerationMixin):
         may_pack: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As GenerationMixin's, also of documents `(B, N, L)`, from a `state`, and after each segment or chosen ones.
+        """Generate texts from documents `(B, N, L)` or `(B, n)`; see GenerationMixin for the other arguments.
 
         Args:
-            inputs: See GenerationMixin, for `generation_config` and the others too.
-            generation_config: Likewise.
-            every_segment: True: a text after each segment. `(B, N)` booleans: after those of the segments that are
-                read; see RecurrentBartEncoder.
-            may_pack: Where chosen segments show contexts of very different lengths, generate from those of similar
-                length, then from others, instead of padding all to the longest. The ids are the same unless they are
-                drawn. Not where more than ids is wanted or `decoder_input_ids` are given, nor for processes that
-                must call the model equally often.
+            every_segment: True: generate a text after each segment. `(B, N)` booleans: after these segments, where they
+                exist; see RecurrentBartEncoder.
+            may_pack: If contexts differ much in length, generate from groups of similar length instead of padding all
+                to the longest. The ids are the same unless they are sampled. Ignored with `return_dict_in_generate` or
+                `decoder_input_ids`. Do not use where all ranks must call the model equally often.
 
         Returns:
-            Ids `(B, T)`, or after segments `(B, N, T)`, pad where there is no text. With `num_return_sequences`, a
-            document's texts stand one behind the other, so there are more rows. With `return_dict_in_generate`, these
-            are the `sequences`; of all else after segments there is a row for each text, document by document.
+            Ids `(B, T)`, or `(B, N, T)` after segments, pad where there is no text. With `num_return_sequences=S` there
+            are `B * S` rows; a document's rows are adjacent. With `return_dict_in_generate` these ids are `sequences`;
+            after segments, all other fields have one row per text, document by document.
 
         Raises:
-            ValueError: No segment that is read is chosen, or `encoder_outputs` are given and have other contexts than
-                are decoded here.
+            ValueError: No existing segment is selected, or `encoder_outputs` hold other contexts than selected.
         """
         chosen = every_segment if isinstance(every_segment, Tensor) else None
         input_ids = kwargs.pop("input_ids", inputs)
@@ -65,9 +60,9 @@ class SegmentGeneration(GenerationMixin):
             return self._generate_segments(encoded, chosen, generation_config, **kwargs)
         encoded.check_one_context()
         is_flat = input_ids is not None and input_ids.dim() == 2
-        # GenerationMixin takes what outputs call `state` for a cache
+        # GenerationMixin takes an output's `state` for a cache
         stateless = dataclasses.replace(encoded, state=None)
-        # the encoder is done with them, but GenerationMixin may look at flat ids
+        # the encoder has already run, but GenerationMixin may inspect flat ids
         return super().generate(input_ids if is_flat else None, generation_config, encoder_outputs=stateless, **kwargs)
 
     def _read_to_generate(
@@ -77,10 +72,10 @@ class SegmentGeneration(GenerationMixin):
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
     ) -> RecurrentEncoderOutput:
-        """Run the encoder as `forward` does, which `GenerationMixin` would call on its own; takes its arguments."""
+        """Run the encoder as `forward` does, and remove its arguments from `kwargs`."""
         reading = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "state", "may_pack")}
         for name in ("output_attentions", "output_hidden_states"):
-            # the decoder is asked for them too
+            # these stay in kwargs, because the decoder gets them too
             reading[name] = self._setting(name, generation_config, kwargs)
         pad_token_id = self.config.pad_token_id
         if reading["attention_mask"] is None and input_ids is not None and (input_ids == pad_token_id).any():
@@ -99,26 +94,26 @@ class SegmentGeneration(GenerationMixin):
     ) -> Tensor | ModelOutput:
         chosen_BN, is_read_BN = encoded.check_contexts(chosen_BN), encoded.is_read
         assert is_read_BN is not None
-        is_told_BN = is_read_BN & chosen_BN
-        if not is_told_BN.any():
+        has_text_BN = is_read_BN & chosen_BN
+        if not has_text_BN.any():
             raise ValueError("every_segment: no segment that is read is chosen")
         if encoded.packing is not None:
-            found = self._generate_groups(encoded, is_read_BN[chosen_BN].cpu(), generation_config, **kwargs)
+            generated = self._generate_groups(encoded, is_read_BN[chosen_BN].cpu(), generation_config, **kwargs)
         else:
-            # there are rows of all that is chosen, or contexts of everything
+            # the encoder returned either rows of the selected segments or contexts after every segment
             is_rows = encoded.last_hidden_state.dim() == 3
-            is_shown = is_read_BN[chosen_BN].nonzero().squeeze(1) if is_rows else is_told_BN
-            found = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_shown), **kwargs)
-        texts = found.sequences if isinstance(found, ModelOutput) else found
-        # of each segment, as many texts as num_return_sequences says
-        texts_MST = texts.unflatten(0, (int(is_told_BN.sum()), -1))
-        texts_BNST = texts.new_full((*is_told_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
-        texts_BNST[is_told_BN] = texts_MST
+            is_shown = is_read_BN[chosen_BN].nonzero().squeeze(1) if is_rows else has_text_BN
+            generated = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_shown), **kwargs)
+        texts = generated.sequences if isinstance(generated, ModelOutput) else generated
+        # num_return_sequences texts per segment
+        texts_MST = texts.unflatten(0, (int(has_text_BN.sum()), -1))
+        texts_BNST = texts.new_full((*has_text_BN.shape, *texts_MST.shape[1:]), self.config.pad_token_id)
+        texts_BNST[has_text_BN] = texts_MST
         texts = texts_BNST.transpose(1, 2).flatten(0, 1)
-        if not isinstance(found, ModelOutput):
+        if not isinstance(generated, ModelOutput):
             return texts
-        found.sequences = texts
-        return found
+        generated.sequences = texts
+        return generated
 
     def _generate_groups(
         self,
@@ -127,14 +122,14 @@ class SegmentGeneration(GenerationMixin):
         generation_config: GenerationConfig | None,
         **kwargs: Any,
     ) -> Tensor:
-        """Ids `(M * S, T)` from contexts that are packed, of those that are read, in the order of marks."""
+        """Generate ids `(M * S, T)` from packed contexts, in the order of the target segments."""
         parts, numbers = [], []
         for group, number_m in encoded.groups():
-            is_told_m = is_read_M[number_m]
-            if is_told_m.any():
-                rows = group.rows(is_told_m)
+            has_text_m = is_read_M[number_m]
+            if has_text_m.any():
+                rows = group.rows(has_text_m)
                 parts.append(super().generate(None, generation_config, encoder_outputs=rows, **kwargs))
-                numbers.append(number_m[is_told_m])
+                numbers.append(number_m[has_text_m])
         most, pad = max(part.shape[1] for part in parts), self.config.pad_token_id
         texts_MST = torch.cat(
             [

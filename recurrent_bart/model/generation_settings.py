@@ -1,4 +1,4 @@
-"""Settings of generation: which are in force, how long a text may be, and where targets contradict them."""
+"""Settings of generation: the active ones, the longest text, and contradictions with the targets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-# set for every BART, or replaced by what a script gives: they say nothing about this model
+# settings that every BART has, or that a script's flags replace
 COMMON = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "transformers_version"),
     *("max_length", "max_new_tokens", "num_beams", "_from_model_config"),
 )
-# nothing but beam search looks at them
-OF_BEAMS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
-# share of the targets above which a contradiction is worth a warning
+# settings that only beam search reads
+BEAM_SETTINGS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
+# share of contradicting targets from which on a warning is printed
 LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A setting that some targets could not be generated with."""
+    """Setting with which the model cannot generate some of the targets."""
 
     setting: str
     value: Any
@@ -34,12 +34,12 @@ class Contradiction:
 
 
 def longest_text(config: PreTrainedConfig, asked: int) -> int:
-    """Return how many tokens a target or a generated text may have: those asked for, as the decoder has positions."""
+    """Return the most tokens of a target or a generated text: `asked`, capped by the decoder's positions."""
     return min(asked, config.max_position_embeddings)
 
 
 def describe_limit(config: PreTrainedConfig, asked: int) -> list[str]:
-    """Return a warning if the decoder has fewer positions than tokens of a target were asked for."""
+    """Return a warning if `asked` target tokens exceed the decoder's positions."""
     if asked <= config.max_position_embeddings:
         return []
     limit = config.max_position_embeddings
@@ -52,17 +52,7 @@ def describe_limit(config: PreTrainedConfig, asked: int) -> list[str]:
 def change_settings(
     generation: GenerationConfig, given: Mapping[str, Any], max_new_tokens: int, num_beams: int | None = None
 ) -> None:
-    """Change settings of a model, with which it is saved too.
-
-    Args:
-        generation: Settings of the model.
-        given: Settings by name.
-        max_new_tokens: Most tokens of a text.
-        num_beams: Beams of the search; None: those of the model.
-
-    Raises:
-        ValueError: A setting cannot hold, or has no effect.
-    """
+    """Change generation settings in place; raise ValueError if a setting is impossible or has no effect."""
     least = given.get("min_new_tokens")
     if least is not None and least > max_new_tokens:
         raise ValueError(f"--min_new_tokens {least}: a text has at most {max_new_tokens} tokens")
@@ -70,27 +60,22 @@ def change_settings(
     if "length_penalty" in given:
         if num_beams == 1:
             raise ValueError("--length_penalty: it has no effect without beam search; set --num_beams")
-        # what it was given for
+        # length_penalty needs beam search
         generation.num_beams = num_beams
     if "min_new_tokens" in given:
-        # the older name of the same setting
+        # older name of the same setting
         generation.min_length = None
     for name, value in given.items():
         setattr(generation, name, value)
     if given:
-        # settings that have no effect, such as a length_penalty without beams, are an error when a changed one is
-        # saved, and a warning when one is saved as it was loaded; they were there before
+        # transformers raises on save if a setting was changed and any setting has no effect, for example a
+        # length_penalty without beams. It only warns if the settings are as loaded. The ineffective ones were there
+        # before, so mark them as loaded
         generation._original_object_hash = hash(generation)
 
 
 def describe_settings(generation: GenerationConfig, max_new_tokens: int, num_beams: int | None = None) -> str:
-    """Return a line with all settings that texts are generated with.
-
-    Args:
-        generation: Settings of the model.
-        max_new_tokens: Most tokens of a text.
-        num_beams: Beams of the search; None: those of the model.
-    """
+    """Return a line with all settings that texts are generated with; `num_beams=None` means the model's."""
     num_beams = num_beams or generation.num_beams or 1
     parts = [f"up to {max_new_tokens} tokens", "greedy" if num_beams == 1 else f"{num_beams} beams"]
     own = settings_of_model(generation, num_beams)
@@ -106,18 +91,13 @@ def settings_of_model(generation: GenerationConfig, num_beams: int) -> dict[str,
     for name, value in generation.to_dict().items():
         is_usual = value is None or value == usual.get(name) or name.startswith(("output_", "return_"))
         is_end = name == "forced_eos_token_id" and value == generation.eos_token_id
-        if not (is_usual or is_end or name in COMMON or (num_beams == 1 and name in OF_BEAMS)):
+        if not (is_usual or is_end or name in COMMON or (num_beams == 1 and name in BEAM_SETTINGS)):
             found[name] = value
     return found
 
 
 def contradictions(generation: GenerationConfig, targets: Iterable[Sequence[int]]) -> list[Contradiction]:
-    """Return the settings that more than a tenth of the targets contradict.
-
-    Args:
-        generation: Settings of the model.
-        targets: Token ids of each, as the decoder is to generate them, special tokens included.
-    """
+    """Return the settings that at least `LEAST_SHARE` of the targets, with special tokens, contradict."""
     known = list(targets)
     if not known:
         return []
@@ -148,7 +128,7 @@ def contradictions(generation: GenerationConfig, targets: Iterable[Sequence[int]
 
 
 def _least_tokens(generation: GenerationConfig) -> int:
-    """Return the number of tokens in front of which a text cannot end; `min_length` counts the decoder's start."""
+    """Return the fewest tokens before the end token; `min_length` also counts the decoder's start token."""
     if generation.min_new_tokens is not None:
         return generation.min_new_tokens
     return max(0, (generation.min_length or 0) - 1)

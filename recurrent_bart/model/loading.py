@@ -1,31 +1,24 @@
-"""Loading a plain BART: one line says that the recurrence is new, in place of transformers' table of its weights."""
+"""Loading of a plain BART: one line about the new recurrence replaces transformers' table of new weights."""
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# names of the parameters that BART does not have
+# parts of the names of parameters that BART does not have
 RECURRENCE = ("recurrence.", "memory_gate")
-# begins transformers' table of weights that a checkpoint lacks or has in vain
+# title of transformers' table of missing and unexpected weights
 REPORT = "LOAD REPORT"
 REPORT_LOGGER = logging.getLogger("transformers.modeling_utils")
 
 
 def is_recurrence(name: str) -> bool:
-    """Return True if a parameter, by its name, belongs to the recurrence."""
+    """Return True if the parameter named `name` belongs to the recurrence."""
     return any(part in name for part in RECURRENCE)
 
 
 def load_pretrained(model_class: Any, source: str, say: Callable[[str], None], **settings: Any) -> Any:
-    """Load a model, and say in one line that its recurrence is new if the checkpoint is a plain BART.
-
-    Args:
-        model_class: Class of the model.
-        source: Folder or name on the hub.
-        say: Called with the line.
-        settings: Further arguments of `from_pretrained`.
-    """
+    """Load a model from a folder or the hub; pass one line to `say` if the checkpoint is a plain BART."""
     with _held_reports() as reports:
         model, info = model_class.from_pretrained(source, output_loading_info=True, **settings)
         is_plain = info["missing_keys"] and all(map(is_recurrence, info["missing_keys"]))
@@ -38,7 +31,7 @@ def load_pretrained(model_class: Any, source: str, say: Callable[[str], None], *
 
 @contextlib.contextmanager
 def _held_reports() -> Iterator[list[logging.LogRecord]]:
-    """Hold transformers' tables back; those that are left in the list at the end, or at an error, are logged."""
+    """Hold transformers' tables back; log the ones still in the list at the end, or at an error."""
     reports: list[logging.LogRecord] = []
 
     def hold(record: logging.LogRecord) -> bool:

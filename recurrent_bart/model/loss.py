@@ -1,4 +1,4 @@
-"""Targets of the decoder: what is refused, and the loss.
+"""Checks of the decoder's targets, and the loss.
 
 Shape suffixes: B documents, T target length, V vocabulary.
 """
@@ -11,27 +11,21 @@ from torch import Tensor, nn
 
 from recurrent_bart.recurrence.segmentation import is_traced
 
-# label of a position that is no target
+# label of a position without a target
 IGNORED = -100
 
 
 def on_host(labels: Tensor) -> Tensor | None:
-    """Return labels to be looked at, which the device is waited for if it has them; None while work is recorded."""
+    """Return labels on the CPU, which synchronizes with a GPU; None during tracing or CUDA graph capture."""
     if is_traced() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     return labels.cpu()
 
 
 def check_labels(labels: Tensor, vocab_size: int, every_row: bool) -> None:
-    """Refuse labels that no loss could be computed from.
+    """Check labels `(B, T)`, or `(M, T)` for M segments of several documents.
 
-    Args:
-        labels: `(B, T)`, or `(M, T)` for M segments of several documents.
-        vocab_size: Number V of ids.
-        every_row: Also refuse a row without any target.
-
-    Raises:
-        ValueError: An id is outside the vocabulary, or a row has no target; the message names the row.
+    Raise a ValueError that names the row if an id is outside the vocabulary, or with `every_row` a row has no target.
     """
     is_outside = ((labels < 0) & (labels != IGNORED)) | (labels >= vocab_size)
     if is_outside.any():
@@ -46,11 +40,7 @@ def check_labels(labels: Tensor, vocab_size: int, every_row: bool) -> None:
 
 
 def check_decoder_start(decoder_input_ids: Tensor, decoder_start_token_id: int) -> None:
-    """Refuse decoder inputs that are not shifted to the right.
-
-    Raises:
-        ValueError: A row does not begin with `decoder_start_token_id`; the message names it.
-    """
+    """Raise a ValueError that names the first row of decoder inputs that is not shifted to the right."""
     if is_traced():
         return
     is_wrong = decoder_input_ids[:, 0] != decoder_start_token_id
@@ -63,27 +53,16 @@ def check_decoder_start(decoder_input_ids: Tensor, decoder_start_token_id: int) 
 
 
 def check_unused(arguments: Mapping[str, Any], cause: str) -> None:
-    """Refuse arguments that would be ignored.
-
-    Args:
-        arguments: Values by name; None is one that was not given.
-        cause: What makes them useless.
-
-    Raises:
-        ValueError: One is given; the message names it.
-    """
+    """Raise a ValueError that names the arguments that are not None, because `cause` makes them useless."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)}: not used with {cause}, leave out")
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """Cross-entropy, summed over targets and divided by their number.
+    """Return the cross-entropy, summed over targets in float32 at least, and divided by their number.
 
-    Args:
-        logits_BTV: Scores; computed on in float32 at least, whatever precision they come in.
-        labels_BT: Ids, -100 where there is no target.
-        num_items_in_batch: Number of targets in the whole optimizer step; None: those given here.
+    Labels are -100 where there is no target. `num_items_in_batch` counts the whole optimizer step; None: `labels_BT`.
     """
     return per_target(summed_loss(logits_BTV, labels_BT), labels_BT, num_items_in_batch)
 
@@ -100,7 +79,7 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def per_target(total: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """A summed loss divided by the number of targets, as in `token_loss`."""
+    """Divide a summed loss by the number of targets; see `token_loss`."""
     if num_items_in_batch is None:
         num_items_in_batch = (labels_BT != IGNORED).sum().clamp(min=1)
     if torch.is_tensor(num_items_in_batch):

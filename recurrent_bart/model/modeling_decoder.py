@@ -1,4 +1,4 @@
-"""The decoder: it reads memory and tokens, behind masks for which it need not wait for the device."""
+"""Decoder: attends to state and tokens, with masks that need no device synchronization."""
 
 import functools
 from dataclasses import fields
@@ -17,30 +17,30 @@ from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.model.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.recurrence.segmentation import is_traced
 
-# positions of all targets, padding among them. On an H200, BART-large's decoder and loss on 1,024 of them took 55 ms,
-# forward and backward, launched one by one, all of it the processor's time; more than 1,024 was not measured
+# positions of all targets, padding included. Measured on an H200: forward and backward of BART-large's decoder and loss
+# on 1,024 positions took 55 ms without CUDA graphs, limited by kernel launches on the CPU. More than 1,024 was not
+# measured
 MOST_TARGETS = 4_096
-# where it is checkpointed, for what a recorded decoder keeps is not computed again
+# limit under gradient checkpointing: CUDA graphs keep their activations instead of recomputing them
 MOST_CHECKPOINTED_TARGETS = 1_024
 TARGETS_STEP = 32
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
-    """Identical to BartDecoder except: its attention, its masks, plain tuples, and CUDA graphs of few targets.
+    """Identical to BartDecoder except: its attention, its masks, plain tuples, and CUDA graphs for short targets.
 
-    Attention is `SelfAttention` and `CrossAttention`, with `prefix_attention="gated"` to memory through a gate. On a
-    GPU it makes its own mask where none is given. A plain tuple has all fields, also those that are None.
-
-    In training with `schedule="auto"`, whole targets of at most `MOST_TARGETS` positions, or of
-    `MOST_CHECKPOINTED_TARGETS` where it is checkpointed, are recorded and replayed, unless layers are dropped or
-    contexts packed. They are not computed again, and give a cache only where `use_cache=True` asks for one.
+    On a GPU the decoder builds the causal mask itself if none is given. CUDA graphs run in training with
+    `schedule="auto"` for at most `MOST_TARGETS` positions, or `MOST_CHECKPOINTED_TARGETS` under gradient checkpointing.
+    They do not recompute activations, and return a cache only with `use_cache=True`. LayerDrop and packed contexts
+    disable them.
     """
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
         is_gated = config.has_state and config.prefix_attention == "gated"
         for layer_idx, layer in enumerate(self.layers):
-            # the one that there is, for another would draw its weights first: the same seed would give another model
+            # change the class of the existing module: a new one would draw random weights, and the same seed would give
+            # another model
             layer.self_attn.__class__ = SelfAttention
             layer.encoder_attn = (GatedCrossAttention if is_gated else CrossAttention)(config, layer_idx)
         self.post_init()
@@ -56,20 +56,15 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple:
-        """As BartDecoder's, whose attention to its own inputs has a mask; by CUDA graphs of few targets.
-
-        Args:
-            input_ids: See BartDecoder, for the others too.
-            return_dict: False: a plain tuple of all fields, also of those that are None.
-        """
+        """Run the decoder; see BartDecoder. `return_dict=False` returns a plain tuple with None fields."""
         if is_traced() and return_dict is not False:
-            # as BartModel calls it
+            # positional, as BartModel calls it
             parts = input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask
             return super().forward(*parts, past_key_values, inputs_embeds, **kwargs)
-        wanted = {name for name, value in kwargs.items() if value is not None and value is not False}
+        active = {name for name, value in kwargs.items() if value is not None and value is not False}
         decoded = None
-        if attention_mask is None and past_key_values is None and "use_cache" not in wanted:
-            if inputs_embeds is not None and encoder_hidden_states is not None and wanted <= {"n_memory"}:
+        if attention_mask is None and past_key_values is None and "use_cache" not in active:
+            if inputs_embeds is not None and encoder_hidden_states is not None and active <= {"n_memory"}:
                 inputs = [inputs_embeds, encoder_hidden_states, encoder_attention_mask]
                 decoded = self._recorded(inputs, kwargs.get("n_memory"))
             if decoded is None:
@@ -89,35 +84,33 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         return tuple(getattr(output, item.name) for item in fields(output)) if return_dict is False else output
 
     def _recorded(self, inputs: list[Tensor | None], n_memory: int | None) -> Tensor | None:
-        """The last layer's states `(B, T, D)` by CUDA graphs, for targets that leave a GPU waiting; None: not possible.
+        """Return the last layer's output `(B, T, D)`, computed by CUDA graphs; None if not possible or not faster.
 
-        Args:
-            inputs: Embeddings `(B, T, D)`, what is attended to, and where, as `context_mask` gives it.
-            n_memory: Leading positions of what is attended to that are state, where these have a gate.
+        `inputs` are embeddings `(B, T, D)`, the context, and the context's mask from `context_mask`.
         """
-        config, (embeds, *others) = self.config, [part for part in inputs if part is not None]
+        config, (embeds, *context_inputs) = self.config, [part for part in inputs if part is not None]
         n_documents, n_targets, _ = embeds.shape
-        # few lengths, each recorded once: positions behind the last one change nothing before them
+        # Round up, so that few lengths are captured. The causal mask hides positions after the last one
         n_positions = -(-n_targets // TARGETS_STEP) * TARGETS_STEP
         gives_more = config.output_attentions or config.output_hidden_states
         is_checkpointed = any(layer.gradient_checkpointing for layer in self.layers)
         most = MOST_CHECKPOINTED_TARGETS if is_checkpointed else MOST_TARGETS
         is_short = n_documents * n_positions <= most and n_positions <= config.max_position_embeddings
-        # others each time
+        # LayerDrop skips different layers in each call
         drops_layers = self.training and self.layerdrop > 0
         # the causal mask of eager attention copies a number from the CPU, which a capture refuses
         is_eager = "eager" in config._attn_implementation
         is_plain = config.schedule != "auto" or gives_more or drops_layers or is_eager or not is_short
-        if is_plain or not can_capture(self, [embeds, *others]):
+        if is_plain or not can_capture(self, [embeds, *context_inputs]):
             return None
         padded = nn.functional.pad(embeds, (0, 0, 0, n_positions - n_targets))
-        decoded = call_graphed(self, functools.partial(self._plain, n_memory), [padded, *others], n_memory)
+        decoded = call_graphed(self, functools.partial(self._plain, n_memory), [padded, *context_inputs], n_memory)
         return decoded[:, :n_targets]
 
     def _plain(self, n_memory: int | None, embeds: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Without checkpointing: of all recorded calls together, the last alone keeps anything."""
+        """Run the decoder without gradient checkpointing: of all captured calls, only the last keeps activations."""
         settings = {"use_cache": False} | ({} if n_memory is None else {"n_memory": n_memory})
-        # no attribute is added to other layers: a graph's key holds them
+        # do not set the attribute on other layers: a CUDA graph's key contains the layers' attributes
         checkpointed = [layer for layer in self.layers if layer.gradient_checkpointing]
         try:
             for layer in checkpointed:
@@ -129,13 +122,13 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
                 layer.gradient_checkpointing = True
 
     def context_mask(self, encoder_outputs: RecurrentEncoderOutput) -> Tensor | None:
-        """What the decoder sees, in the back-end's form: BartDecoder would wait for the device to see if it is all."""
+        """Return the context's padding mask, None without padding; BartDecoder would synchronize with the device."""
         if encoder_outputs.has_padding is False:
             return None
         return self._bidirectional_mask(encoder_outputs.last_hidden_state, encoder_outputs.context_mask)
 
     def packed_masks(self, encoder_outputs: RecurrentEncoderOutput) -> list[Tensor]:
-        """Likewise of each group of contexts that are packed."""
+        """Return the padding mask of each group of packed contexts; see `context_mask`."""
         groups = encoder_outputs.groups()
         return [self._bidirectional_mask(group.last_hidden_state, group.context_mask) for group, _ in groups]
 
@@ -143,7 +136,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         return create_bidirectional_mask(self.config, hidden[:, :1], mask, hidden, allow_is_bidirectional_skip=False)
 
     def _causal_mask(self, inputs: Tensor | None) -> Tensor | None:
-        """Likewise of its own inputs, ids or embeddings: without a mask BartDecoder would make one and look at it."""
+        """Return the causal mask of `inputs`; BartDecoder would build one and synchronize with the device."""
         if inputs is None or inputs.device.type == "cpu" or "flash" in self.config._attn_implementation:
             return None
         query = self.layernorm_embedding.weight.new_empty(1, inputs.shape[1], 1, device=inputs.device)

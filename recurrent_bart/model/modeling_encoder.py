@@ -1,4 +1,4 @@
-"""The encoder: documents are read segment by segment.
+"""Encoder: reads documents segment by segment.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), D model width.
 """
@@ -38,7 +38,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
         for layer in self.layers:
-            # the layer that there is: another one would draw its weights first, and a seed would give another model
+            # change the class of the existing layer: a new one would draw random weights, and the same seed would give
+            # another model
             layer.__class__ = RecurrentBartEncoderLayer
         self.recurrence = build_recurrence(config)
         self.checkpoints_segments = False
@@ -62,30 +63,23 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
 
         Args:
             input_ids: `(B, n)`, segmented here, or `(B, N, L)`.
-            attention_mask: Like `input_ids`, 1 at tokens. A segment without any is one that its document does not
-                have. None: all are tokens.
+            attention_mask: 1 at tokens. A segment without tokens does not exist. None: all are tokens.
             inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
-            state: What was read before. With one, a document may have nothing more to read.
-            every_segment: Give the decoder's context after each segment. `(B, N)` booleans: after those that are
-                marked, as rows, or if none is after one all the same; with `decoder_context="section"` sections end
-                there.
-            output_attentions: Give what tokens attend to in every layer; the eager back-end alone can.
-            output_hidden_states: Give the token streams of every layer.
-            return_dict: False: a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
-            earlier: From `embed_segments`, beside its embeddings: segments in front of those. `attention_mask` is of
-                all of them, and documents end at the last one.
-            may_pack: Contexts of marked segments may be packed, where many would be padded to the longest.
+            state: State of the text read before. With a state, a document may have nothing more to read.
+            every_segment: Return the decoder's context after each segment. `(B, N)` booleans: after these segments, as
+                rows; one row if all are False. With `decoder_context="section"` sections end there.
+            output_attentions: Return attention weights of every layer; needs the eager back end.
+            return_dict: False: return a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
+            earlier: Segments before `inputs_embeds`, from `embed_segments`; `attention_mask` then covers all segments.
+            may_pack: Allow packed contexts of the segments in `every_segment`, to save padding.
 
         Raises:
-            ValueError: Ids and embeddings are both given or both missing, a document has no token, a segment is
-                longer than `config.input_size`, flat embeddings are of several segments, or `every_segment` or
-                `state` is of other segments or documents.
+            ValueError: Inputs are missing or given twice, a document has no token, a segment is longer than
+                `input_size`, flat embeddings span several segments, or `every_segment` or `state` has a wrong shape.
         """
         if self.is_traced_as_bart(input_ids, inputs_embeds, state, every_segment):
-            wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-            return super().forward(
-                input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **wanted, **kwargs
-            )
+            flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+            return super().forward(input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **flags, **kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         is_flat = inputs_embeds.dim() == 3 if input_ids is None else input_ids.dim() == 2
@@ -103,7 +97,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         grid = Grid(
             self.config, self.layers, recurrence, self._embed_segment, self.checkpoints_segments and self.training
         )
-        kept = OutputSelection(
+        selection = OutputSelection(
             every_segment=every_segment,
             tokens=self.config.decoder_context in ("section", "all"),
             memories=self.config.decoder_context == "memory",
@@ -111,7 +105,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         with device_guard(segments.device):
-            outputs = grid.run(segments, mask, state, kept, earlier)
+            outputs = grid.run(segments, mask, state, selection, earlier)
         output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN, may_pack)
         output = output.shifted(-n_empty_B, marked_BN)
         if is_flat and has_barts_shapes(self.config, mask):
@@ -126,9 +120,9 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         every_segment: bool | Tensor = False,
         **_: Any,
     ) -> bool:
-        """Return True while one segment of a model without recurrence is traced: BART's own code computes it then.
+        """Return True during tracing of one segment of a model without recurrence; BART's own code computes it.
 
-        The code for documents looks at masks, which have no values while a compiler or an exporter traces them.
+        The code for documents reads mask values, which do not exist while a compiler or an exporter traces.
         """
         if not is_traced() or self.config.pre_seq_len or state is not None or every_segment is not False:
             return False
@@ -136,10 +130,9 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         return flat is not None and flat.dim() == n_dimensions and flat.shape[1] <= self.config.segment_size
 
     def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:
-        """Token embeddings `(B, N, L, D)` of the segments that gradient reaches; those before them when they are read.
+        """Embed the segments that the gradient reaches, `(B, N, L, D)`; return functions that embed the earlier ones.
 
-        How often the module is called depends on nothing that differs between processes: under ZeRO-3 each call is a
-        collective.
+        Under ZeRO-3 each call of the embedding is a collective, so the number of calls must not differ between ranks.
         """
         n_segments, window = ids_BNL.shape[1], self.config.bptt_window
         n_reached = n_segments if every_segment or window is None else min(window, n_segments)
@@ -150,14 +143,14 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         return self.embed_tokens(reached_BNL), earlier
 
     def _gives_attentions(self, output_attentions: bool | None) -> bool:
-        is_wanted = self.config.output_attentions if output_attentions is None else output_attentions
-        if is_wanted and "eager" not in self.config._attn_implementation:
+        is_requested = self.config.output_attentions if output_attentions is None else output_attentions
+        if is_requested and "eager" not in self.config._attn_implementation:
             logger.warning_once(f"output_attentions: {self.config._attn_implementation} has none to give, eager has")
             return False
-        return is_wanted
+        return is_requested
 
     def _embed_segment(self, tokens_BLD: Tensor, slots_BPD: Tensor | None) -> Tensor:
-        """First layer's stream `(B, P + L, D)`: slots, which have no position, and tokens, counted from 0."""
+        """Return the first layer's input `(B, P + L, D)`: slots without position, then tokens with positions from 0."""
         stream = tokens_BLD + self.embed_positions(tokens_BLD[:, :, 0])
         if slots_BPD is not None:
             stream = torch.cat([slots_BPD.to(stream.dtype), stream], dim=1)

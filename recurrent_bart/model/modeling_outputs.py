@@ -1,7 +1,6 @@
-"""What the models give.
+"""Outputs of the models.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, A attended length, M chosen segments, T target length,
-D model width, V vocabulary.
+Shape suffixes: B documents, N segments, L tokens in a segment, A attended length, M target segments, D model width.
 """
 
 from collections.abc import Sequence
@@ -18,31 +17,31 @@ from recurrent_bart.recurrence.segmentation import shift_segments, to_device
 
 
 def take(tensor: Tensor, chosen: Tensor) -> Tensor:
-    """What is chosen by number, or where booleans are true; the device is not waited for if the host has those."""
+    """Select elements by index or boolean mask; a mask on the CPU avoids a device synchronization."""
     if chosen.dtype != torch.bool:
         return tensor[chosen]
     if chosen.all():
         return tensor.flatten(0, chosen.dim() - 1)
-    return tensor[_places(chosen, tensor.device)]
+    return tensor[_indices(chosen, tensor.device)]
 
 
 def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
-    """What `take` gave, at its places, and zero at the others."""
+    """Undo `take`: return a tensor with `taken` where `chosen` is True and zeros elsewhere."""
     if chosen.all():
         return taken.unflatten(0, chosen.shape)
     whole = taken.new_zeros(*chosen.shape, *taken.shape[1:])
-    whole[_places(chosen, whole.device)] = taken
+    whole[_indices(chosen, whole.device)] = taken
     return whole
 
 
 def _order(marked_BN: Tensor, n_segments_B: Tensor) -> Tensor:
-    """Numbers of rows in the order of marked segments, from that which these had before `shift_segments` moved them."""
+    """Return the permutation that `shift_segments` applies to the rows of marked segments."""
     number_BN = shift_segments(torch.arange(marked_BN.numel()).view(marked_BN.shape), -n_segments_B)
     return number_BN[shift_segments(marked_BN, -n_segments_B)].argsort()
 
 
 def _context_mask(hidden_BAD: Tensor, attention_mask: Tensor | None, n_memory: int) -> Tensor:
-    """Return where the decoder may attend, `(B, A)`, from a mask of all positions or of those behind the state."""
+    """Return the padding mask `(B, A)` of the context, from a mask of all positions or of all after the state."""
     whole_BA = torch.ones(hidden_BAD.shape[:2], dtype=torch.long, device=hidden_BAD.device)
     if attention_mask is None or attention_mask.all():
         return whole_BA
@@ -57,46 +56,46 @@ def _context_mask(hidden_BAD: Tensor, attention_mask: Tensor | None, n_memory: i
     return attention_mask.to(whole_BA)
 
 
-def _places(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """Numbers of what is chosen, on a device that is not waited for."""
-    return tuple(to_device(place, device) for place in chosen.nonzero(as_tuple=True))
+def _indices(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(to_device(index_M, device) for index_M in chosen.nonzero(as_tuple=True))
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How contexts that differ in their length lie one behind the other, by groups of similar ones.
+    """Layout of packed contexts: groups of contexts of similar length, concatenated.
 
     Attributes:
-        sizes: Of each group the number of contexts and of positions, to which they are padded.
-        order: `(M,)`, which one each of them is, on the host.
+        sizes: Per group, the number of contexts and the length that they are padded to.
+        order: `(M,)`, index of each packed context among all; on the CPU.
     """
 
     sizes: list[tuple[int, int]]
     order: Tensor
 
     def unpack(self, packed: Tensor, dim: int) -> list[Tensor]:
-        """Of each group `(..., m, A, ...)`, which lie behind each other in a dimension."""
+        """Split dimension `dim` by group; return one tensor `(..., m, A, ...)` per group."""
         parts = packed.split([n_rows * n_positions for n_rows, n_positions in self.sizes], dim)
         return [part.unflatten(dim, size) for part, size in zip(parts, self.sizes, strict=True)]
 
 
 @dataclass
 class RecurrentEncoderOutput(BaseModelOutput):
-    """What the decoder may attend to, and the state to go on from.
+    """Context of the decoder, and the state to continue from.
 
     Attributes:
-        last_hidden_state: `(B, A, D)`: states, then tokens, as `config.decoder_context` has it. With
-            `every_segment=True` `(B, N, A, D)`: the same after each segment; of marked ones as rows `(M, A, D)`,
-            document by document, or packed, `(1, A, D)`.
-        hidden_states: Token streams below and above every layer, each `(B, N, L, D)`.
-        attentions: What tokens attend to in every layer, each `(B, N, H, L, A)`, prefix in front. With `pre_seq_len=0`
-            and flat documents of one segment, both are BART's, without N.
-        context_mask: `(B, A)` or `(B, N, A)`, 1 where there is something to attend to.
-        is_read: `(B, N)` booleans, False where a document has no such segment.
-        n_memory: Leading positions of `last_hidden_state` that are state.
-        has_padding: Whether `context_mask` has a 0, so that nobody must look; None: unknown.
-        state: The state after the last segment.
-        packing: How the contexts of marked segments are packed; None: they are rows.
+        last_hidden_state: Context `(B, A, D)`: states, then tokens, chosen by `config.decoder_context`. With
+            `every_segment=True` `(B, N, A, D)`. After selected segments: rows `(M, A, D)`, document by document, or
+            packed `(1, A, D)`.
+        hidden_states: Token hidden states before the first layer and after every layer, each `(B, N, L, D)`.
+        attentions: Attention weights of tokens in every layer, each `(B, N, H, L, A)`, prefix first. With
+            `pre_seq_len=0` and flat documents of one segment, `hidden_states` and `attentions` have BART's shapes,
+            without N.
+        context_mask: Padding mask of the context, `(B, A)` or `(B, N, A)`, 1 at positions to attend to.
+        is_read: `(B, N)` booleans, False where a document has fewer segments.
+        n_memory: Number of leading positions of `last_hidden_state` that are state.
+        has_padding: True if `context_mask` has a 0, known without a device synchronization; None: unknown.
+        state: State after the last segment.
+        packing: Layout of packed contexts; None: not packed.
     """
 
     context_mask: Tensor | None = None
@@ -107,7 +106,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
     packing: Packing | None = None
 
     def as_tuple(self) -> tuple:
-        """The same as a plain tuple: hooks on modules look for tensors in nothing else."""
+        """Return all fields as nested plain tuples: hooks on modules look for tensors in tuples only."""
         state = self.state and tuple(getattr(self.state, item.name) for item in fields(RecurrentState))
         plain = self.last_hidden_state, self.hidden_states, self.attentions, self.context_mask, self.is_read
         packing = self.packing and tuple(getattr(self.packing, item.name) for item in fields(Packing))
@@ -115,7 +114,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
 
     @classmethod
     def from_tuple(cls, values: Sequence) -> "RecurrentEncoderOutput":
-        """What `as_tuple` gave."""
+        """Build the output from the result of `as_tuple`."""
         *plain, state, packing = values
         return cls(*plain, state=state and RecurrentState(*state), packing=packing and Packing(*packing))
 
@@ -126,17 +125,10 @@ class RecurrentEncoderOutput(BaseModelOutput):
         config: RecurrentBartConfig,
         attention_mask: Tensor | None = None,
     ) -> "RecurrentEncoderOutput":
-        """Return encoder outputs that a client hands in, with the fields that BART's outputs lack.
+        """Convert BART's encoder outputs, an object or a tuple, to ours; ours, or their plain tuple, stay unchanged.
 
-        Args:
-            given: Our outputs or their plain tuple, which are taken as they are; or BART's outputs, as an object or as
-                a tuple of `last_hidden_state`, `hidden_states` and `attentions`.
-            config: The architecture.
-            attention_mask: With BART's outputs, 1 where the decoder may attend: `(B, A)`, or the last positions of it
-                behind the state. None: everywhere.
-
-        Raises:
-            ValueError: BART's outputs do not show what the decoder needs; the message says what is missing.
+        `attention_mask` is the padding mask `(B, A)` of BART's outputs, or of their positions after the state. Raise
+        ValueError if the decoder needs a field that is missing.
         """
         if isinstance(given, cls):
             return given
@@ -160,11 +152,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         return cls(*given, context_mask=mask, n_memory=n_memory, has_padding=not bool(mask.all()))
 
     def check_one_context(self) -> None:
-        """Refuse contexts after several segments where one context per row is decoded.
-
-        Raises:
-            ValueError: There are contexts after every segment, or packed contexts.
-        """
+        """Raise a ValueError if there is more than one context per row."""
         if self.last_hidden_state.dim() != 3 or self.packing is not None:
             raise ValueError(
                 f"encoder_outputs of shape {tuple(self.last_hidden_state.shape)} are contexts after several segments; "
@@ -172,14 +160,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
             )
 
     def check_contexts(self, chosen_BN: Tensor | None) -> Tensor:
-        """Return which segments have a context, `(B, N)` booleans, where contexts after several segments are needed.
-
-        Args:
-            chosen_BN: Segments whose contexts the outputs were asked for; None: all.
-
-        Raises:
-            ValueError: The outputs do not have these contexts.
-        """
+        """Return the segments with a context, `(B, N)`: `chosen_BN` or all. Raise ValueError if one is missing."""
         if self.is_read is None:
             raise ValueError("every_segment: encoder_outputs do not say which segments there are, is_read is missing")
         if chosen_BN is None:
@@ -190,7 +171,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
                 f"{tuple(self.is_read.shape)} documents and segments"
             )
         shape = tuple(self.last_hidden_state.shape)
-        # where nothing is chosen there is one context all the same
+        # if no segment is selected, there is still one context
         has_rows = len(shape) == 3 and shape[0] == max(1, int(chosen_BN.sum()))
         if self.packing is None and not has_rows and shape[:-2] != tuple(self.is_read.shape):
             raise ValueError(
@@ -208,7 +189,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         return replace(self, **plain)
 
     def shifted(self, n_segments_B: Tensor, marked_BN: Tensor | None = None) -> "RecurrentEncoderOutput":
-        """With what there is of each segment moved by `shift_segments`; rows are of these marked ones behind it."""
+        """Shift all per-segment outputs by `shift_segments`; `marked_BN`: segments of the rows, after the shift."""
 
         def shift(tensor: Tensor) -> Tensor:
             return shift_segments(tensor, n_segments_B)
@@ -217,7 +198,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         order_M = torch.empty(0) if marked_BN is None else _order(marked_BN, n_segments_B)
         if hidden.dim() == 4:
             hidden, mask = shift(hidden), shift(mask)
-        # rows have another order only where segments without text are marked
+        # the shift reorders rows only if segments without text are marked
         elif (order_M.diff() < 0).any() and packing is None:
             hidden, mask = (take(part, to_device(order_M, part.device)) for part in (hidden, mask))
         elif packing is not None:
@@ -235,7 +216,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         )
 
     def groups(self) -> list[tuple["RecurrentEncoderOutput", Tensor]]:
-        """Contexts that are packed as rows `(m, A, D)`, group by group, and which ones these are, on the host."""
+        """Unpack the contexts: per group, rows `(m, A, D)` and their indices, on the CPU."""
         assert self.packing is not None
         packed = self.last_hidden_state, self.context_mask
         unpacked = ([part.squeeze(0) for part in self.packing.unpack(whole, dim=1)] for whole in packed)
@@ -246,7 +227,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         ]
 
     def rows(self, chosen: Tensor) -> "RecurrentEncoderOutput":
-        """The contexts of chosen rows by number, or after chosen segments `(B, N)`, as one batch `(M, A, D)`."""
+        """Select contexts, by row index or by segment `(B, N)`, as one batch `(M, A, D)`."""
         return RecurrentEncoderOutput(
             last_hidden_state=take(self.last_hidden_state, chosen),
             context_mask=take(self.context_mask, chosen),
@@ -256,7 +237,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
 
 
 def given_on(state: RecurrentState | None, after: RecurrentState | None) -> RecurrentState | None:
-    """Return the state for a model's outputs; None where no state came in and nothing is carried."""
+    """Return the state for a model's outputs; None if no state came in and nothing is carried."""
     return after if state is not None or (after is not None and after.carries_anything()) else None
 
 
@@ -271,8 +252,8 @@ class RecurrentBartModelOutput(Seq2SeqModelOutput):
 class RecurrentBartLMOutput(Seq2SeqLMOutput):
     """`Seq2SeqLMOutput` and the `state` after the last segment; None where nothing is carried.
 
-    With `labels` `(B, N, T)`, `logits` are `(B, N, T, V)`, zero for segments that have no target, and
-    `encoder_last_hidden_state` is None, for what the decoder attends to has a row for each target, not each document.
+    With `labels` `(B, N, T)`, `logits` are `(B, N, T, V)`, zero for segments without a target.
+    `encoder_last_hidden_state` is then None, because contexts have a row per target, not per document.
     """
 
     state: RecurrentState | None = None

@@ -1,4 +1,4 @@
-"""What all models here have in common: how their weights begin, and what is recomputed in the backward pass."""
+"""Base class of all models here: weight initialization, loading and gradient checkpointing."""
 
 import functools
 import re
@@ -17,20 +17,20 @@ from recurrent_bart.model.peft_adapters import save_recurrence, use_barts_target
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence
 
 CHECKPOINTING_GRAINS = ("none", "layer", "segment")
-# weights of models that differ from BART in the order of norms and layers, and have the names of BART otherwise
+# weights that BART lacks, in models that otherwise have BART's names but another order of norms and layers
 FINAL_NORM = re.compile(r"(^|\.)(encoder|decoder)\.layer_norm\.")
 
 
 class RecurrentBartPreTrainedModel(BartPreTrainedModel):
-    """Weight initialisation, loading and gradient checkpointing for all our models."""
+    """Weight initialization, loading and gradient checkpointing for all our models."""
 
     config_class = RecurrentBartConfig
     config: RecurrentBartConfig
-    # units for FSDP and for accelerate's device maps: the sequential schedule calls each layer as a module
+    # units for FSDP and accelerate's device maps: the sequential schedule calls each layer as a module
     _no_split_modules = ("RecurrentBartEncoderLayer", "BartDecoderLayer")
-    # the prefix is read by matrix products around it, not by whole layers that a compiler could swallow
+    # matrix products outside the layers read the prefix, so a compiler cannot compile each layer as a whole
     _can_compile_fullgraph = False
-    # its masks cannot be cut into memory's and tokens' part
+    # flex attention's masks cannot be split into state and token parts
     _supports_flex_attn = False
 
     def __init__(self, config: RecurrentBartConfig):
@@ -39,11 +39,7 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a checkpoint of ours or of plain BART; see PreTrainedModel for the arguments.
-
-        Raises:
-            ValueError: The weights are of another architecture whose names are BART's, such as mBART.
-        """
+        """Load a checkpoint of ours or of plain BART; see PreTrainedModel. Raise ValueError for mBART's weights."""
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         norms = sorted(name for name in report["unexpected_keys"] if FINAL_NORM.search(name))
         if norms:
@@ -55,14 +51,14 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """Configurations of PEFT's adapters by name; missing where there are no adapters."""
+        """Configurations of PEFT's adapters by name; AttributeError without adapters."""
         if "_peft_config" not in self.__dict__:
             raise AttributeError("peft_config: the model has no adapters")
         return self.__dict__["_peft_config"]
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        # PEFT sets it when adapters are in place
+        # PEFT sets this attribute once adapters are in place
         self.__dict__["_peft_config"] = configs
         save_recurrence(self, configs)
 
@@ -79,16 +75,14 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
             init.zeros_(module.memory_gate)
 
     def set_gradient_checkpointing(self, grain: str) -> None:
-        """Choose what is recomputed in the backward pass to save memory; losses and gradients stay the same.
+        """Choose what the backward pass recomputes to save memory; losses and gradients stay the same.
 
-        Args:
-            grain: `"none"`; `"layer"`: each layer of a segment for itself; `"segment"`: in the encoder all layers of a
-                segment together, of which the state alone is stored, in the decoder each layer. By diagonals, in the
-                encoder: `"layer"`: each diagonal for itself, of which streams and states are stored; `"segment"`: as
-                many together as makes the whole smallest.
+        `grain` is `"none"`, `"layer"` or `"segment"`, else ValueError. The decoder recomputes each layer separately.
 
-        Raises:
-            ValueError: It is none of these.
+        - Sequential encoder: `"layer"` recomputes each layer separately; `"segment"` recomputes all layers of a segment
+        together and stores only the state.
+        - Wavefront encoder: `"layer"` recomputes each diagonal separately and stores hidden states and states;
+        `"segment"` recomputes as many diagonals together as minimize memory.
         """
         if grain not in CHECKPOINTING_GRAINS:
             raise ValueError(f"gradient checkpointing {grain!r}: allowed are {', '.join(CHECKPOINTING_GRAINS)}")
@@ -101,17 +95,16 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        """Choose non-reentrant checkpointing of each layer, or none; every way to ask for checkpointing ends here.
+        """Set non-reentrant checkpointing of each layer, or none; every way to request checkpointing ends here.
 
-        Raises:
-            ValueError: Reentrant checkpointing is asked for. A layer runs once per segment, and reentrant checkpointing
-                gives wrong gradients for modules that run more than once.
+        Raise ValueError for reentrant checkpointing: gradients are wrong for layers that run once per segment, so
+        repeatedly.
         """
         chosen = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and chosen.get("use_reentrant"):
             raise ValueError("use_reentrant=True: gradients of layers used once per segment would be wrong; use False")
         if enable and chosen.get("use_reentrant") is None:
-            # without a choice torch.utils.checkpoint takes the reentrant kind
+            # the default of torch.utils.checkpoint is reentrant
             gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
         for encoder in (module for module in self.modules() if isinstance(module, BartEncoder)):

@@ -1,7 +1,6 @@
 """Recurrent BART as a Hugging Face model.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), A attended length,
-T target length, D model width, V vocabulary.
+Shape suffixes: B documents, N segments, T target length.
 """
 
 from collections.abc import Sequence
@@ -60,7 +59,7 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
     """Identical to BartModel except: its encoder reads segments, and `state` goes in and out."""
 
     def __init__(self, config: RecurrentBartConfig):
-        # not BartModel's: that would build and initialise a whole BART to throw it away
+        # skip BartModel.__init__: it would build and initialize a whole BART only to replace it
         super(BartModel, self).__init__(config)
         embed_scale = config.d_model**0.5 if config.scale_embedding else 1.0
         self.shared = BartScaledWordEmbedding(config.vocab_size, config.d_model, config.pad_token_id, embed_scale)
@@ -75,11 +74,11 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> RecurrentEncoderOutput:
-        """Run the encoder, from embeddings made outside it to a plain tuple.
+        """Run the encoder on embeddings computed outside it, and rebuild its output from a plain tuple.
 
-        ZeRO-3 gathers the encoder as one module, by hooks on it. They see positional inputs alone, of which one must
-        require a gradient, as ids never do; and of outputs those in a tuple. Without them the encoder's gradient
-        would be lost in silence.
+        ZeRO-3 gathers the encoder as one module, by hooks on it. The hooks see only positional inputs, at least one of
+        which must require a gradient, which ids cannot; and they see only outputs in a tuple. Otherwise the encoder's
+        gradient would be lost silently.
         """
         n_empty_B, marked_BN, is_barts = None, None, False
         if inputs_embeds is None and input_ids is not None:
@@ -109,16 +108,10 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Run the decoder on what the encoder gave.
-
-        From embeddings made outside it to a plain tuple, for the reason that `encode` has.
-
-        Raises:
-            ValueError: There are more positions than the table has.
-        """
+        """Run the decoder; embeddings go in and a plain tuple comes out, for the reason given in `encode`."""
         self._check_positions(input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
         hidden, packing, mask = encoder_outputs.last_hidden_state, encoder_outputs.packing, None
-        # BartDecoder hands further arguments down to its attention, which alone knows those that are added here
+        # BartDecoder passes unknown arguments to its attention modules, which read `packed` and `n_memory`
         if packing is None:
             mask = self.decoder.context_mask(encoder_outputs)
         else:
@@ -138,7 +131,7 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
     def _check_positions(self, inputs: Tensor | None, past_key_values: Cache | None) -> None:
         n_read = 0 if past_key_values is None else past_key_values.get_seq_length()
         most = self.config.max_position_embeddings
-        # of a static cache the number is a tensor, for which a device would be waited for
+        # a static cache returns a tensor, and reading it would synchronize with the device
         if inputs is not None and isinstance(n_read, int) and n_read + inputs.shape[1] > most:
             raise ValueError(
                 f"decoder_input_ids or labels of {n_read + inputs.shape[1]} positions: max_position_embeddings is "
@@ -160,10 +153,9 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         state: RecurrentState | None = None,
         **kwargs: Any,
     ) -> RecurrentBartModelOutput:
-        """As BartModel's; see RecurrentBartEncoder for what documents and `state` are.
+        """Run encoder and decoder; see BartModel, and RecurrentBartEncoder for documents and `state`.
 
-        While a compiler or an exporter traces it, a model without recurrence computes one segment by BartModel's code;
-        see `RecurrentBartEncoder.is_traced_as_bart`.
+        A compiler or an exporter traces BartModel's code instead, see `RecurrentBartEncoder.is_traced_as_bart`.
         """
         if encoder_outputs is None and self.encoder.is_traced_as_bart(input_ids, inputs_embeds, state, **kwargs):
             output = super().forward(
@@ -225,7 +217,7 @@ class RecurrentBartForConditionalGeneration(
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Also a plain layer, which resizing makes."""
+        """Set the head; turn a plain layer, which resizing creates, into a TokenHead."""
         super().set_output_embeddings(
             TokenHead.of(new_embeddings) if type(new_embeddings) is nn.Linear else new_embeddings
         )
@@ -249,18 +241,17 @@ class RecurrentBartForConditionalGeneration(
         return_logits: bool = True,
         **kwargs: Any,
     ) -> RecurrentBartLMOutput:
-        """As BartForConditionalGeneration's; see RecurrentBartEncoder for what documents and `state` are.
+        """Compute loss and logits; see BartForConditionalGeneration and RecurrentBartEncoder.
 
         Args:
             labels: `(B, T)`, one target per document, or `(B, N, T)`, one per segment; -100 where there is none.
-            num_items_in_batch: Number of target tokens in the whole optimizer step, by which the summed loss is
-                divided; None: those of `labels`.
-            oracle: Whose words the decoder reads beside those of `labels`; None: nobody's.
-            return_logits: False: with labels, the loss alone, for which the logits are never in memory together.
+            num_items_in_batch: Number of targets in the optimizer step, the loss's divisor; None: in `labels`.
+            oracle: Source of some decoder input tokens; None: all come from `labels`.
+            return_logits: False: with labels, return the loss only; the full logits are then never in memory.
 
         Raises:
-            ValueError: Labels or decoder inputs are not usable, and the message names the row; or they are given
-                with labels `(B, N, T)`, from which each segment's decoder inputs are made.
+            ValueError: Labels or decoder inputs are invalid, and the message names the row; or decoder inputs are given
+                together with labels `(B, N, T)`.
         """
         if labels is not None and labels.dim() == 3:
             unused = {
@@ -273,12 +264,12 @@ class RecurrentBartForConditionalGeneration(
             check_unused(unused, "labels (B, N, T)")
             reading = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
             known = on_host(labels)
-            # what the host does not know is everywhere
+            # on the CPU labels are unknown during tracing; treat every segment as a target segment
             has_target = torch.ones(labels.shape[:2], dtype=torch.bool)
             if known is not None:
                 has_target = (known != IGNORED).any(dim=-1)
                 check_labels(known[has_target], self.config.vocab_size, every_row=False)
-            # an oracle takes rows of them
+            # an oracle selects contexts by row, which packed contexts do not have
             marks = {"every_segment": has_target, "may_pack": oracle is None}
             encoded = self.model.encode(**reading, state=state, **marks, **kwargs)
             output = self._decode_segments(encoded, labels, has_target, num_items_in_batch, oracle, return_logits)
@@ -335,8 +326,8 @@ class RecurrentBartForConditionalGeneration(
     def _score(
         self, hidden: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None, return_logits: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss, if there are labels, and the logits, if they are wanted or there are none."""
-        # one that was put in its place, such as a quantised one, gives logits alone
+        """Return the loss, None without labels, and the logits, None if neither requested nor needed."""
+        # a replaced head, for example a quantized one, returns logits only
         if labels is not None and not return_logits and isinstance(self.lm_head, TokenHead):
             return per_target(self.lm_head(hidden, labels, self.final_logits_bias), labels, num_items_in_batch), None
         logits = self._logits(hidden)
@@ -351,8 +342,8 @@ class RecurrentBartForConditionalGeneration(
         oracle: Oracle | None,
         return_logits: bool,
     ) -> RecurrentBartLMOutput:
-        """Targets per segment: all segments that have one are decoded as one batch."""
-        # without any target one segment is decoded all the same, so that every parameter takes part on every rank
+        """Decode all target segments as one batch."""
+        # without any target, still decode one segment, so that every parameter takes part on every rank
         has_target = target_or_last_segment(has_target)
         labels = take(to_device(labels_BNT, self.final_logits_bias.device), has_target)
         decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)

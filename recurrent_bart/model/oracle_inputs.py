@@ -1,4 +1,4 @@
-"""Decoder passes that find an oracle's words for a model; what an oracle is stands in `exposure_bias`.
+"""Decoder passes that find an oracle's tokens; `scheduled_sampling` defines the oracle.
 
 Shape suffixes: B documents, M = documents * beams, T target length.
 """
@@ -21,9 +21,9 @@ from recurrent_bart.model.scheduled_sampling import (
 
 
 class OracleInputs:
-    """The part of a model that runs its decoder for an oracle."""
+    """Part of a model that runs its decoder for an oracle."""
 
-    # of the model that this is a part of
+    # set by the model class that inherits this one
     config: Any
     model: Any
     _logits: Callable[[Tensor], Tensor]
@@ -32,8 +32,8 @@ class OracleInputs:
     def _mixed_inputs(
         self, oracle: Oracle, encoded: RecurrentEncoderOutput, inputs_BT: Tensor, labels_BT: Tensor
     ) -> Tensor:
-        """Decoder inputs that are partly an oracle's words; the encoder is not run again."""
-        # also so that not a single random number is drawn
+        """Replace some decoder inputs by an oracle's tokens; the encoder is not run again."""
+        # return early, so that no random number is drawn
         if oracle.gold_probability == 1:
             return inputs_BT
         eos, pad = self.config.eos_token_id, self.config.pad_token_id
@@ -48,7 +48,7 @@ class OracleInputs:
         return mix_inputs(inputs_BT, words_BT, labels_BT, oracle.gold_probability)
 
     def _next_logits(self, encoded: RecurrentEncoderOutput, n_beams: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """A step of a beam search: from each beam's last id and the beam it continues, scores of the next id."""
+        """Return a beam-search step: a function from each beam's last id and parent beam to the next id's scores."""
         n_rows, device = len(encoded.last_hidden_state), encoded.last_hidden_state.device
         read = encoded.rows(torch.arange(n_rows, device=device).repeat_interleave(n_beams))
         cache = None
@@ -56,7 +56,7 @@ class OracleInputs:
         def next_logits(ids_M: Tensor, parents_M: Tensor) -> Tensor:
             nonlocal cache
             if cache is not None:
-                # beams change places within a document, so what is cached of the document stays
+                # beams move only within a document, so the cross-attention cache stays valid
                 cache.self_attention_cache.reorder_cache(parents_M)
             decoded = self.model.decode(read, input_ids=ids_M.unsqueeze(1), past_key_values=cache, use_cache=True)
             cache = decoded.past_key_values

@@ -1,6 +1,6 @@
 """Defaults for PEFT, which knows BART but not the recurrence.
 
-PEFT saves adapters alone. A checkpoint of plain BART holds no recurrence, so the trained one must be saved beside them.
+PEFT saves adapters only. A checkpoint of plain BART holds no recurrence, so it is saved with the adapters.
 """
 
 import copy
@@ -15,13 +15,13 @@ from recurrent_bart.model.decoder_attention import GatedCrossAttention
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence
 
 RECURRENCE = "recurrence"
-# prefix of the names of PEFT's tables: default modules of each model type, one table for each kind of adapter
+# prefix of the names of PEFT's tables, one per kind of adapter: default target modules of each model type
 TABLES = "TRANSFORMERS_MODELS_TO_"
 logger = logging.get_logger(__name__)
 
 
 def use_barts_targets() -> None:
-    """Give our model type BART's default target modules, in every table of PEFT; no-op where PEFT is not imported."""
+    """Give our model type BART's default target modules in every table of PEFT, if PEFT is imported."""
     constants = sys.modules.get("peft.utils.constants")
     for name, table in vars(constants).items() if constants else ():
         if name.startswith(TABLES) and isinstance(table, dict) and "bart" in table:
@@ -29,12 +29,7 @@ def use_barts_targets() -> None:
 
 
 def save_recurrence(model: nn.Module, configs: dict[str, Any]) -> None:
-    """Have the recurrence trained and saved with each adapter, as `modules_to_save` names it.
-
-    Args:
-        model: A model that PEFT has put adapters into.
-        configs: PEFT's configuration of each adapter. An empty `modules_to_save` leaves the recurrence as it is.
-    """
+    """Train the recurrence and save it with each adapter, unless the adapter's `modules_to_save` is an empty list."""
     if not any(isinstance(module, PrefixRecurrence) for module in model.modules()):
         return
     for adapter, config in configs.items():
@@ -62,12 +57,12 @@ def _is_saved(model: nn.Module, adapter: str) -> bool:
 
 
 def _train(model: nn.Module, adapter: str, config: Any) -> None:
-    """Do what PEFT does with `modules_to_save` before it puts adapters in place."""
+    """Repeat for the recurrence what PEFT does with `modules_to_save` before it adds adapters."""
     from peft.utils.other import set_additional_trainable_modules
 
     config.modules_to_save = [*(config.modules_to_save or ()), RECURRENCE]
     alone = copy.copy(config)
     alone.modules_to_save = [RECURRENCE]
-    # PEFT has taken care of these
+    # PEFT has already handled these two
     alone.trainable_token_indices = alone.modules_to_tie = None
     set_additional_trainable_modules(model, alone, {}, adapter)

@@ -1,4 +1,4 @@
-"""Places that a model is loaded from: what is refused there, with what to give instead."""
+"""Checks of paths to saved models; the messages say what to give instead."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# raised by readers of weights, of configurations and of pickles that were cut off
+# errors of readers of weights, configurations and truncated pickles
 UNREADABLE = (
     OSError,
     ValueError,
@@ -26,16 +26,7 @@ UNREADABLE = (
 
 
 def check_model_place(flag: str, place: str, may_be_on_hub: bool = False) -> None:
-    """Refuse a path where there is no model.
-
-    Args:
-        flag: The flag that names the path.
-        place: The path.
-        may_be_on_hub: Accept the name of a model on the Hugging Face hub.
-
-    Raises:
-        ValueError: There is no model; the message says what to give.
-    """
+    """Raise a ValueError that says what to give if there is no model at the path `place` that `flag` names."""
     path = Path(place)
     if may_be_on_hub and not path.exists() and HUB_NAME.fullmatch(place):
         return
@@ -46,11 +37,7 @@ def check_model_place(flag: str, place: str, may_be_on_hub: bool = False) -> Non
 
 @contextlib.contextmanager
 def reading_model(flag: str, place: str) -> Iterator[None]:
-    """Say in one line that a model cannot be read.
-
-    Raises:
-        ValueError: Its configuration or its weights cannot be read.
-    """
+    """Turn an error while reading a model's configuration or weights into a ValueError of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -84,7 +71,7 @@ def _read_json(file: Path) -> Any:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    # unreadable files are told of by the reader of models
+    # the model loader reports unreadable files
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

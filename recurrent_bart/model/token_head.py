@@ -1,4 +1,4 @@
-"""Scores of the vocabulary, and the loss without all of them in memory.
+"""Vocabulary scores, and a loss that never has all scores in memory.
 
 Shape suffixes: M target positions, C positions of a chunk, T target length, D model width, V vocabulary.
 """
@@ -12,21 +12,21 @@ from torch.autograd.function import once_differentiable
 
 from recurrent_bart.model.loss import IGNORED, summed_loss
 
-# scores that are in memory at a time, 100 MB in float32: of 512 positions with BART's vocabulary
+# scores in memory at a time: 100 MB in float32, 512 positions with BART's vocabulary
 CHUNK_SCORES = 512 * 50_265
-# subclasses, such as a quantised weight, need not know the products of chunks
+# a subclass, for example a quantized weight, may not support the chunked product
 PLAIN_WEIGHTS = (Tensor, nn.Parameter)
 
 
 class TokenHead(nn.Linear):
-    """Identical to nn.Linear except: given labels it gives their loss.
+    """Identical to nn.Linear except: given labels it returns their loss.
 
-    The loss is made here and not by who calls it, for ZeRO-3 gathers the weight by hooks on this module.
+    ZeRO-3 gathers the weight by hooks on this module, so the loss must be computed inside it.
     """
 
     @classmethod
     def of(cls, plain: nn.Linear) -> "TokenHead":
-        """Turn a plain layer into a head. It stays the same module: its weight counts as initialised if it did."""
+        """Turn a plain layer into a head in place: the same module still counts as initialized."""
         plain.__class__ = cls
         assert isinstance(plain, cls)
         return plain
@@ -34,12 +34,8 @@ class TokenHead(nn.Linear):
     def forward(self, hidden: Tensor, labels_BT: Tensor | None = None, bias_1V: Tensor | None = None) -> Tensor:
         """Return scores `(..., V)`, or with labels the cross-entropy summed over targets, in float32 at least.
 
-        A quantised or sharded weight gives all scores at once: chunks are products with a plain weight.
-
-        Args:
-            hidden: `(..., D)`.
-            labels_BT: Ids, -100 where there is no target.
-            bias_1V: What is added to the scores that the loss is of; it gets no gradient.
+        A quantized or sharded weight computes all scores at once, because the chunked product needs a plain weight.
+        `bias_1V` is added to the scores in the loss and gets no gradient.
         """
         if labels_BT is None:
             return super().forward(hidden)
@@ -51,7 +47,7 @@ class TokenHead(nn.Linear):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Scores are made chunk by chunk, thrown away, and made again in the backward pass."""
+    """Cross-entropy that computes scores chunk by chunk, and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_1V: Tensor, labels_M: Tensor) -> Tensor:
@@ -73,7 +69,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for hidden_CD, labels_C, normaliser_C in _chunks(len(weight_VD), hidden_MD, labels_M, normaliser_M):
             scores_CV = _scores(hidden_CD, weight_VD, bias_1V)
             by_score_CV = scores_CV.sub_(normaliser_C.unsqueeze(1)).exp_()
-            # of cross-entropy: probabilities, less one at the target
+            # gradient of cross-entropy: probabilities, minus one at the target
             own_C1 = labels_C.clamp(min=0).unsqueeze(1)
             by_score_CV.scatter_add_(1, own_C1, torch.full_like(own_C1, -1, dtype=by_score_CV.dtype))
             by_score_CV *= torch.where(labels_C == IGNORED, 0.0, gradients[0]).unsqueeze(1)
@@ -81,7 +77,7 @@ class _ChunkedLoss(torch.autograd.Function):
             by_hidden.append(by_score_CV @ weight_VD)
             if ctx.needs_input_grad[1]:
                 part_VD = by_score_CV.mT @ hidden_CD
-                # added up in float32, for there may be many chunks
+                # sum in float32, because there may be many chunks
                 by_weight = part_VD.to(_precise(part_VD)) if by_weight is None else by_weight.add_(part_VD)
         return torch.cat(by_hidden), None if by_weight is None else by_weight.to(weight_VD.dtype), None, None
 

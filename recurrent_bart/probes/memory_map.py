@@ -1,7 +1,4 @@
-"""What is read from memory where, in one document.
-
-Shape suffixes: N segments, L tokens in a segment, E layers.
-"""
+"""Map of how much one document's tokens read from the state, by layer and segment."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,23 +28,23 @@ from recurrent_bart.report.drawing import (
     write_png,
 )
 
-# columns of a table on a terminal; of more segments neighbours are one
+# most columns of a table on a terminal; neighboring segments are averaged
 MOST_COLUMNS = 10
-# borders of segments that are drawn
+# most segment borders to draw
 MOST_BORDERS = 64
 
 
 @dataclass(frozen=True)
 class MemoryMap:
-    """What the encoder's tokens and the decoder read from memory.
+    """Reads of the state by the encoder's tokens and by the decoder.
 
     Attributes:
-        size: By layer and segment, norm of what tokens read from memory over that of what they read from tokens.
-        mass: By layer and segment, share of their attention that goes to memory.
-        along: Of each token in turn the former, mean over layers.
-        segment_ends: How many tokens have been read after each segment.
-        gate: How far the gate on memory is open in each layer; empty with one softmax over memory and tokens.
-        decoder: By layer of the decoder, as `size`; empty where it sees no state.
+        size: By layer and segment, norm of what tokens read from the state over the norm of what they read from tokens.
+        mass: By layer and segment, share of attention that goes to the state.
+        along: `size` of each token in order, mean over layers.
+        segment_ends: Number of tokens read after each segment.
+        gate: Mean absolute opening of the gate on the state by layer, 0 to 1; empty without a gate.
+        decoder: `size` by decoder layer; empty if the decoder attends to no state.
     """
 
     size: Table
@@ -62,15 +59,9 @@ class MemoryMap:
 def map_memory(
     model: RecurrentBartForConditionalGeneration, ids_1n: Tensor, **generation: Any
 ) -> tuple[MemoryMap, Tensor]:
-    """Read a document and tell its summary; where memory was read meanwhile, and the summary's ids.
+    """Read a document `(1, n)` and summarize it; return the map of its reads, and the summary's ids.
 
-    Args:
-        model: In evaluation mode.
-        ids_1n: The document's ids, special tokens included.
-        generation: Arguments of `generate`.
-
-    Raises:
-        ValueError: The model has no memory.
+    Raise ValueError if the model has no recurrence. `generation` are arguments of `generate`.
     """
     recurrence = model.model.encoder.recurrence
     if recurrence is None:
@@ -84,7 +75,7 @@ def map_memory(
             state = output.state
             reads.append(read)
         text = model.generate(encoder_outputs=output, **generation)
-        told = read_context(model, output, text)
+        context_reads = read_context(model, output, text)
     gate = getattr(recurrence, "prefix_gate", None)
     found = MemoryMap(
         size=torch.stack([read.size.mean(dim=1) for read in reads], dim=1).tolist(),
@@ -92,13 +83,13 @@ def map_memory(
         along=torch.cat([read.size.mean(dim=0) for read in reads]).tolist(),
         segment_ends=torch.tensor([read.size.shape[1] for read in reads]).cumsum(0).tolist(),
         gate=[] if gate is None else gate.float().tanh().abs().mean(dim=1).tolist(),
-        decoder=[] if told is None else told.size.mean(dim=1).tolist(),
+        decoder=[] if context_reads is None else context_reads.size.mean(dim=1).tolist(),
     )
     return found, text[0]
 
 
 def as_text(found: MemoryMap) -> str:
-    """Tables for a terminal."""
+    """Return the map as tables for a terminal."""
     parts = [
         "read from memory, over what is read from tokens, by layer and segment",
         *_lines(found.size),
@@ -128,7 +119,7 @@ def _columns(rows: Table, names: Sequence[str], labels: Sequence[str]) -> Iterat
 
 
 def draw_memory_map(found: MemoryMap, path: Path) -> None:
-    """Draw it as a PNG."""
+    """Draw the map as a PNG."""
     last: list[str] = [name for name, row in (("gate", found.gate), ("decoder", found.decoder)) if row]
     names = ["size", "mass", "along", *last]
     tall = 0.9 + 0.26 * len(found.size)
@@ -154,7 +145,7 @@ def draw_memory_map(found: MemoryMap, path: Path) -> None:
 
 
 def _draw_along(axes: Any, found: MemoryMap) -> None:
-    points = [(float(place), value) for place, value in enumerate(found.along, start=1)]
+    points = [(float(position), value) for position, value in enumerate(found.along, start=1)]
     axes.plot(*zip(*thinned(points), strict=True), color=SERIES[0], linewidth=1.0)
     for end in found.segment_ends[:-1] if len(found.segment_ends) <= MOST_BORDERS else ():
         axes.axvline(end + 0.5, color=COLORS["muted"], linewidth=0.6, linestyle=":")

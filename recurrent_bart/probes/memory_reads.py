@@ -1,7 +1,7 @@
-"""How much tokens read from memory: in the encoder from its prefix, in the decoder from the states before its tokens.
+"""Size of reads from the state: encoder tokens read the prefix, the decoder reads the states in its context.
 
-Shape suffixes: N segments, L tokens in a segment or querying tokens, A attended length, M memory positions,
-E layers, H heads, K head width.
+Shape suffixes: L tokens in a segment or querying tokens, A attended length, M state positions, E layers, H heads, K
+head width.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from recurrent_bart.recurrence.prefix_recurrence import KeyValue, PrefixReader, 
 
 @dataclass(frozen=True)
 class Reads:
-    """What tokens read from memory, by layer.
+    """Reads of the state by tokens, per layer.
 
     Attributes:
-        mass: `(E,)`, share of their attention that goes to memory, mean over heads and tokens. Behind a gate it tells
-            how far the gate is open, and nothing else.
-        size: `(E, L)`, norm of what each of them reads from memory, behind its gate, over that of what it reads from
-            tokens.
+        mass: `(E,)`, share of attention that goes to the state, mean over heads and tokens. With a gate it only
+            measures how far the gate is open.
+        size: `(E, L)`, norm of what each token reads from the state, after the gate, over the norm of what it reads
+            from tokens.
     """
 
     mass: Tensor
@@ -37,7 +37,7 @@ class Reads:
 
 @contextlib.contextmanager
 def plain_execution(config: RecurrentBartConfig) -> Iterator[None]:
-    """Attention that gives its weights, segment after segment, with gradient across all of them."""
+    """Switch to eager attention, the sequential schedule and gradient across all segments."""
     changed = {"_attn_implementation": "eager", "schedule": "sequential", "bptt_depth": -1}
     before = {name: getattr(config, name) for name in changed}
     try:
@@ -53,16 +53,9 @@ def plain_execution(config: RecurrentBartConfig) -> Iterator[None]:
 def read_segment(
     model: RecurrentBartForConditionalGeneration, ids_11L: Tensor, mask_11L: Tensor, state: RecurrentState
 ) -> tuple[RecurrentEncoderOutput, Reads]:
-    """Encode one segment of one document, under `plain_execution`.
-
-    Args:
-        model: With a recurrence, in evaluation mode.
-        ids_11L: Its ids.
-        mask_11L: 1 at tokens.
-        state: What was read before.
-    """
+    """Encode one segment of one document under `plain_execution`."""
     encoder = model.model.encoder
-    with _recorded_values(encoder.recurrence) as prefix_values:
+    with _collect_values(encoder.recurrence) as prefix_values:
         output = model.model.encode(ids_11L, mask_11L, state=state, output_attentions=True, output_hidden_states=True)
     is_token_L = mask_11L[0, 0].bool()
     parts = []
@@ -78,12 +71,9 @@ def read_segment(
 def read_context(
     model: RecurrentBartForConditionalGeneration, context: RecurrentEncoderOutput, ids_1L: Tensor
 ) -> Reads | None:
-    """What the decoder reads from the states in its context while it tells a text; None where there are none.
+    """Measure the decoder's reads of the states in its context while it processes a text; None without states.
 
-    Args:
-        model: In evaluation mode, under `plain_execution`.
-        context: What it attends to, of one document.
-        ids_1L: The text's ids, the one that a decoder begins with in front.
+    Run it under `plain_execution`. `ids_1L` starts with the decoder's start id.
     """
     if not context.n_memory:
         return None
@@ -100,7 +90,7 @@ def _values(attention: BartAttention, hidden_1AD: Tensor) -> Tensor:
 
 
 def _parts(weights_HLA: Tensor, values_HAK: Tensor, n_memory: int) -> tuple[Tensor, Tensor]:
-    """Share of attention, and by token the size of what is read; memory stands in front."""
+    """Return the share of attention to the state, and the relative size of the read by token; state comes first."""
     weights_HLA, values_HAK = weights_HLA.float(), values_HAK.float()
     mass_HL = weights_HLA[..., :n_memory].abs().sum(dim=-1) / weights_HLA.abs().sum(dim=-1)
     memory_HLK = weights_HLA[..., :n_memory] @ values_HAK[:, :n_memory]
@@ -114,23 +104,23 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> Reads:
 
 
 @contextlib.contextmanager
-def _recorded_values(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
-    """Values `(H, P, K)` of the prefix that each layer is given, of one document."""
+def _collect_values(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
+    """Collect the prefix values `(H, P, K)` that each layer gets, of one document."""
     values: list[Tensor] = []
     prefix_reader = recurrence.prefix_reader
 
-    def recording(*args: Any) -> PrefixReader:
+    def collecting_reader(*args: Any) -> PrefixReader:
         read = prefix_reader(*args)
 
-        def read_and_record(layer_idx: int, slots_BPD: Tensor) -> KeyValue:
+        def read_and_collect(layer_idx: int, slots_BPD: Tensor) -> KeyValue:
             key, value = read(layer_idx, slots_BPD)
             values.append(value[0])
             return key, value
 
-        return read_and_record
+        return read_and_collect
 
-    # an attribute of the object stands in front of its class's method
-    vars(recurrence)["prefix_reader"] = recording
+    # an instance attribute hides the class's method
+    vars(recurrence)["prefix_reader"] = collecting_reader
     try:
         yield values
     finally:

@@ -1,7 +1,7 @@
-"""What the recurrence does with some documents: what is read from the state, how it changes, what learns from it.
+"""Metrics of the recurrence on some documents: reads of the state, its change, and the gradient through it.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length, A attended length, E encoder layers,
-H heads, D model width, T target length.
+Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length, E encoder layers, D model width, T
+target length.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditi
 from recurrent_bart.probes.memory_reads import plain_execution, read_segment
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, RecurrentState, per_layer
 
-# of a document: gradient through all of them has a graph of all of them
+# per document: the gradient needs the autograd graph of all its segments in memory
 MOST_SEGMENTS = 8
 # one document: ids (1, N, L), their mask, labels (1, T) or (1, N, T)
 Document = tuple[Tensor, Tensor, Tensor]
@@ -27,41 +27,38 @@ Table = list[list[float]]
 def recurrence_metrics(
     model: RecurrentBartForConditionalGeneration, documents: Sequence[Document]
 ) -> dict[str, list[float] | Table]:
-    """Return metrics of the recurrence, averaged over documents; an empty dictionary for a model without recurrence.
+    """Return metrics of the recurrence, averaged over documents; empty for a model without recurrence.
 
-    `gradient_by_distance` is left out if no document has a target.
-
-    Args:
-        model: Whole model, in evaluation mode; its parameters get no gradient.
-        documents: Documents to read. Metrics of the state are of their first `MOST_SEGMENTS` segments.
+    The state's metrics cover the first `MOST_SEGMENTS` segments. `gradient_by_distance` is missing if no document has a
+    target. The model is in evaluation mode; its parameters get no gradient.
     """
     recurrence = model.model.encoder.recurrence
     if recurrence is None:
         return {}
-    figures: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if hasattr(recurrence, "prefix_gate"):
-        figures["prefix_gate"] = torch.tanh(recurrence.prefix_gate.detach().float()).abs().mean(dim=1).tolist()
+        results["prefix_gate"] = torch.tanh(recurrence.prefix_gate.detach().float()).abs().mean(dim=1).tolist()
     with plain_execution(model.config):
         read = [_read(model, ids[:, :MOST_SEGMENTS], mask[:, :MOST_SEGMENTS]) for ids, mask, _ in documents]
         distances = [_gradient_by_distance(model, *document) for document in documents]
     for name in read[0]:
-        figures[name] = _mean_table([tables[name] for tables in read])
-    if "update_gate" in figures:
-        figures["update_gate"] = [fmean(row) for row in figures["update_gate"]]
+        results[name] = _mean_table([tables[name] for tables in read])
+    if "update_gate" in results:
+        results["update_gate"] = [fmean(row) for row in results["update_gate"]]
     if any(distances):
-        figures["gradient_by_distance"] = _mean_row([row for row in distances if row])
-    return figures
+        results["gradient_by_distance"] = _mean_row([row for row in distances if row])
+    return results
 
 
 @torch.no_grad()
 def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor) -> dict[str, Table]:
-    """Tables by layer and segment of one document."""
+    """Return tables by layer and segment of one document."""
     recurrence = model.model.encoder.recurrence
     state = RecurrentState.unread(model.config, 1, ids_BNL.device)
     old_EPD = recurrence.without_matrix(recurrence.initial_state_memory(1))[:, 0].float()
     columns: dict[str, list[Tensor]] = {"prefix_mass": [], "prefix_size": []}
     for t in range(ids_BNL.shape[1]):
-        with _recorded_gates(recurrence) as gates:
+        with _collect_gates(recurrence) as gates:
             output, reads = read_segment(model, ids_BNL[:, t : t + 1], mask_BNL[:, t : t + 1], state)
         assert output.state is not None
         state = output.state
@@ -79,8 +76,8 @@ def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BN
 
 
 @contextlib.contextmanager
-def _recorded_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
-    """How far the update gate of each layer `(E,)` opens at each update."""
+def _collect_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
+    """Collect the mean opening of each layer's update gate, `(E,)`, at each update."""
     gates: list[Tensor] = []
     if not recurrence.has_update_gate:
         yield gates
@@ -94,7 +91,7 @@ def _recorded_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
         gates.append(gate.float().mean(dim=(1, 2, 3)))
         return next_memory(memory_EBPD, slots_EBPD, *others)
 
-    # an attribute of the object stands in front of its class's method
+    # an instance attribute hides the class's method
     vars(recurrence)["next_memory"] = record
     try:
         yield gates
@@ -108,10 +105,8 @@ def _gradient_by_distance(
 ) -> list[float]:
     """Return the norms of a target's gradient with respect to the embeddings of each segment, the nearest first.
 
-    Segments are at most `MOST_SEGMENTS` that end with the target's; earlier ones are read without a graph.
-
-    Returns:
-        One norm for each segment; an empty list for a document without a target.
+    At most `MOST_SEGMENTS` segments up to the target's have a gradient; earlier ones are read without an autograd
+    graph. The list is empty for a document without a target.
     """
     last = min(ids_BNL.shape[1], MOST_SEGMENTS) - 1
     if labels.dim() == 3:
@@ -132,16 +127,16 @@ def _gradient_by_distance(
 
 
 def _segment_of_target(labels_1NT: Tensor) -> int:
-    """Return the last segment with a target among the first `MOST_SEGMENTS`, or the first one behind them; -1: none."""
+    """Return the last segment with a target among the first `MOST_SEGMENTS`, or the first one after them; -1: none."""
     numbers = (labels_1NT[0] != IGNORED).any(dim=1).nonzero().flatten().tolist()
     near = [number for number in numbers if number < MOST_SEGMENTS]
     return near[-1] if near else next(iter(numbers), -1)
 
 
 def _mean_row(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Mean of each place over the rows that have it."""
+    """Return the mean at each index over the rows that are long enough."""
     longest = max(map(len, rows))
-    return [fmean(row[place] for row in rows if place < len(row)) for place in range(longest)]
+    return [fmean(row[index] for row in rows if index < len(row)) for index in range(longest)]
 
 
 def _mean_table(tables: Sequence[Table]) -> Table:

@@ -1,4 +1,4 @@
-"""A text read as it comes is the text read at once: the same segments, numbers and summary, in constant memory."""
+"""Tests that a text read as a stream gives the segments, results and summary of the whole text, in constant memory."""
 
 import random
 from pathlib import Path
@@ -17,14 +17,14 @@ from recurrent_bart.recurrence.segmentation import split_into_segments
 WORDS = dir(str) * 5
 TEXTS = [f"the {word} of number {i} is returned as a list_{i % 7}({word})\n  it's" for i, word in enumerate(WORDS)]
 TEXT = " ".join(TEXTS[:12])
-# all that tokenizers treat in some way of their own, at whose borders a careless cut shows
+# characters that tokenizers treat specially, so that a wrong cut next to them changes ids
 SPACES = [" ", " ", "  ", "\n", "\n\n", "\t", "\x0c", "\x1c", "\x85", "\u00a0", "\u3000", "\u200b", "\u0301", "´"]
 WORDS_AND_MARKS = ["▁", "Ġ", "don't", "'s", "foo", "123", "_x", "(", "...", "東京", "。", "🙂", "é", "ﬁ", "ﷺ", "¨"]
 ATOMS = [*SPACES, *WORDS_AND_MARKS, "<mask>", "<s>"]
 
 
 def byte_tokenizer(add_prefix_space):
-    """A byte-level BPE tokenizer as BART's."""
+    """Return a byte-level BPE tokenizer like BART's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -56,13 +56,13 @@ def tokenizer(request, unigram):
 
 @pytest.fixture
 def make_reader(make_model, unigram):
-    """Makes a reader of a tiny float64 model."""
+    """Return a function that makes a reader of a tiny float64 model."""
     return lambda **changes: TextReader(make_model(vocab_size=len(unigram), **changes).requires_grad_(False), unigram)
 
 
 @pytest.fixture
 def read_segments(make_model, monkeypatch):
-    """Gives the segments that a text in pieces is read in."""
+    """Return a function that streams pieces of a text and returns the segments read."""
 
     def read(tokenizer, pieces, **changes):
         reader = TextReader(make_model(vocab_size=len(tokenizer), encoder_layers=1, **changes), tokenizer)
@@ -84,7 +84,7 @@ def in_pieces(text, size):
 
 
 def read_all(reader, pieces):
-    """The last output, after the whole text."""
+    """Feed all pieces and return the last output."""
     for piece in pieces:
         for _ in reader.feed(piece):
             pass
@@ -92,14 +92,14 @@ def read_all(reader, pieces):
 
 
 def read_at_once(reader, text):
-    """What the model itself makes of the whole text."""
+    """Encode the whole text with the model directly."""
     ids = torch.tensor([reader.tokenizer(text, verbose=False)["input_ids"]])
     return reader.model.model.encode(ids)
 
 
 def assert_equal_to_1e_12(streamed, whole):
     context = whole.last_hidden_state
-    # the whole text's last segment is padded to the length of the others
+    # in the whole text the last segment is padded to the longest segment
     torch.testing.assert_close(
         streamed.last_hidden_state, context[:, : streamed.last_hidden_state.shape[1]], rtol=0, atol=1e-12
     )
@@ -111,7 +111,7 @@ def test_streamed_segments_are_those_of_the_whole_text(tokenizer, read_segments)
     chance = random.Random(0)
     texts = ["".join(chance.choices(ATOMS, k=chance.randint(1, 60))) for _ in range(40)]
     for text in [TEXT, *texts]:
-        # what a text says is never a special token
+        # text never becomes a special token
         ids = [0, *TextEncoder(tokenizer)([text])[0], 2]
         if len(ids) > 2:
             pieces = in_pieces(text, chance.choice([1, 5, 1000]))
@@ -179,7 +179,7 @@ def test_streamed_text_gives_the_summary_of_the_whole(make_reader):
         assert text == reader.tokenizer.decode(whole[0], skip_special_tokens=True).strip()
 
 
-# in the first word, at a space, behind one, in a word, at the end
+# in the first word, at a space, after one, inside a word, at the end
 @pytest.mark.parametrize("place", [2, TEXT.index(" ", 60), TEXT.index(" ", 60) + 1, 203, len(TEXT) - 1])
 def test_streamed_in_two_halves_through_a_file_equals_the_whole(place, make_reader, tmp_path):
     first = make_reader(input_size=11)
@@ -257,7 +257,7 @@ def test_a_stream_of_a_million_tokens_takes_constant_memory(make_reader):
             early = resident_bytes()
     last = list(reader.finish())[-1]
     assert last.state.position == reader.n_segments > 1900
-    # the ids alone of what was read meanwhile would be 28 MB, the segments' outputs 51 MB
+    # the ids read in between would take 28 MB, the segments' outputs 51 MB
     assert resident_bytes() - early < 8e6
 
 

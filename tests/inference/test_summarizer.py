@@ -1,4 +1,4 @@
-"""Many documents are summarised together as each would be alone, and put back in their order."""
+"""Tests that documents summarized in batches get the summaries that they get alone, in their order."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from recurrent_bart.inference.stream_reader import TextReader, summary_after
 from recurrent_bart.inference.summarizer import Summariser
 
 WORDS = [f"the {word} of list_{number}" for number, word in enumerate(dir(str) * 2)]
-# of one segment and of many, none beside one of its length
+# documents of one to many segments, shuffled by length
 TEXTS = [" ".join(WORDS[start : start + n]) for start, n in enumerate((1, 7, 2, 1, 20, 3, 1, 12, 2, 7))]
-# nothing but words
+# generate no special token
 HOW = {"max_new_tokens": 12, "min_new_tokens": 12, "suppress_tokens": [0, 1, 3, 4]}
 
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 @pytest.fixture
 def model(make_model, tokenizer):
-    # with weights as usual a random model says the same of every document, the word of the largest embedding
+    # with the usual initialization a random model repeats one word for every document: that of the largest embedding
     model = make_model(vocab_size=len(tokenizer), init_std=1.0).requires_grad_(False)
     model.model.shared.weight /= model.model.shared.weight.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     return model
@@ -54,7 +54,7 @@ def test_no_more_is_read_together_than_fits_and_no_less(model, tokenizer, monkey
     together = [shape for shape in shapes if shape[0] > 1]
     assert all(n_documents * n_segments <= 10 for n_documents, n_segments, _ in together)
     n_segments = [-(-len(ids) // 6) for ids in tokenizer(TEXTS, add_special_tokens=False)["input_ids"]]
-    # two that would fit are not read one after the other
+    # documents that fit in one batch are batched
     assert sum(shape[0] for shape in together) >= sum(n <= 5 for n in n_segments) - 1
 
 

@@ -1,4 +1,4 @@
-"""What the decoder attends to, against the naive reference, and what it must not see."""
+"""Tests of the decoder's context: equality with a naive reference, and positions that must stay hidden."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ SIZES = [[8, 8, 3, 8, 2], [5, 8, 8], [8, 2, 8, 4, 1], [8, 7]]
 
 
 def of_sections():
-    """Documents whose sections end in other places, and labels at the ends."""
+    """Return documents whose sections end at different segments, with labels at the ends."""
     documents, input_ids, mask = batch_of(SIZES)
     labels = random_ids(4, 5, 6).masked_fill(~SECTIONS.unsqueeze(-1), -100)
     return documents, {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
@@ -83,16 +83,16 @@ def test_the_decoder_sees_the_tokens_of_the_section_that_a_target_is_of(make_mod
         expected = context(model.config, after, t, ends=SECTIONS[row].nonzero().flatten().tolist())
         seen = output.context_mask[number].bool()
         torch.testing.assert_close(output.last_hidden_state[number, seen], expected, rtol=0, atol=1e-10)
-    # no more than the longest section is there for any
+    # the context is as long as the longest section, not longer
     assert output.last_hidden_state.shape[:2] == (SECTIONS.sum(), (output.n_memory or 0) + n_most * 8)
 
 
 def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model):
-    """By labels and by marks; each target as a document that ends there, whose sections before are forgotten."""
+    """Compare logits and generated ids with a document that begins at the section, with the state before it."""
     model, (_, inputs) = make_model(decoder_context="section").double(), of_sections()
     output = model(**inputs)
     logits = output.logits
-    # rows of targets are no batch of documents
+    # rows belong to targets, not to documents
     assert output.encoder_last_hidden_state is None
     told = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], every_segment=SECTIONS,
                           max_new_tokens=6)  # fmt: skip
@@ -114,7 +114,7 @@ def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model)
 @pytest.mark.parametrize("most", [-1, 2])
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 def test_a_section_goes_on_in_the_next_window(make_model, cut, most):
-    """Where the first part has no target at all, too; what is behind a section's end is not carried on."""
+    """Check also windows without a target, and that the state carries no finished section."""
     model = make_model(decoder_context="section", context_segments=most).double()
     _, inputs = of_sections()
     ids, mask, labels = (inputs[name][[0, 2]] for name in ("input_ids", "attention_mask", "labels"))
@@ -139,7 +139,7 @@ def test_a_state_of_sections_stays_as_small_as_they_are(make_model):
     assert model.model.encode(ids, every_segment=ends).state.context.shape == (1, 2 * 8, 16)
     ends[0, 8] = True
     assert model.model.encode(ids, every_segment=ends).state.context.shape == (1, 0, 16)
-    # nobody said where they end
+    # without `every_segment` no section ends
     assert model.model.encode(ids).state.context.shape == (1, 9 * 8, 16)
 
 
@@ -148,14 +148,14 @@ def test_a_state_of_the_last_segments_does_not_grow(make_model, name):
     model, state, ids = make_model(decoder_context=name, context_segments=3), None, random_ids(2, 9, 8)
     for t in range(9):
         state = model.model.encode(ids[:, t : t + 1], state=state).state
-        # the next segment is the third
+        # room for two earlier segments: the next one is the third
         assert state.context.shape == (2, min(2, t + 1) * (3 if name == "memory" else 8), 16)
     assert state.context_number.amax(dim=1).tolist() == [9, 9]
 
 
 @pytest.mark.parametrize("fields", [{}, CONTEXTS["memory"], CONTEXTS["two of all"]], ids=["last", "memory", "all"])
 def test_rows_of_marked_segments_are_what_stands_after_every_one(make_model, fields):
-    """Document by document, also of segments that have no text; with none marked, of one all the same."""
+    """Check also marked segments without text, and no marked segment, which gives one row."""
     model, marked = make_model(**fields), torch.tensor([[1, 0, 1], [1, 0, 1], [0, 1, 1]]).bool()
     _, ids, mask = batch_of(RAGGED)
     whole = model.model.encode(ids, mask, every_segment=True)
@@ -187,7 +187,7 @@ PACKED = {
 @pytest.mark.parametrize("back_end", ["sdpa", "eager"])
 @pytest.mark.parametrize("fields", PACKED.values(), ids=PACKED)
 def test_packed_contexts_give_the_numbers_and_gradients_of_rows(make_model, monkeypatch, fields, back_end):
-    """Also where sections began in what was read before, behind whose end some targets stand and some do not."""
+    """Check also sections that began before the state, followed by more targets in some documents only."""
     model, (_, inputs) = make_model(**fields).double(), of_sections()
     model.set_attn_implementation(back_end)
     model.gradient_checkpointing_enable()
@@ -231,11 +231,11 @@ def test_contexts_are_padded_to_at_most_four_times_their_segments(make_model):
 
 
 def test_contexts_that_are_about_as_long_are_not_packed(make_model, monkeypatch):
-    """Half of what there is may be padding."""
+    """Check that contexts of which half is padding stay rows."""
     model, ids = make_model(decoder_context="section"), random_ids(2, 4, 8)
     ends = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 1]]).bool()
     assert model.model.encode(ids, every_segment=ends, may_pack=True).packing is None
-    # and of states there are few
+    # contexts of states are short and never packed
     monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
     assert model.model.encode(ids, every_segment=ends, may_pack=True).packing is not None
     model = make_model(decoder_context="memory")
@@ -282,7 +282,7 @@ def test_ragged_documents_are_decoded_as_alone(make_model, fields):
 
 @of_every_context
 def test_a_state_continues_to_the_same_numbers(make_model, fields):
-    """What the decoder sees of segments before is in the state too."""
+    """Check that the state carries the context of earlier segments."""
     model, ids, labels = make_model(**fields), random_ids(2, 5, 8), random_ids(2, 4)
     mask = torch.ones_like(ids)
     mask[1, 4] = 0
@@ -315,7 +315,7 @@ def test_bptt_gradient_through_the_context_reaches_as_far_as_through_the_state(m
 
 @pytest.mark.parametrize("context_name", ["last", "memory", "section", "all"])
 def test_a_batch_with_nothing_to_read_is_finite_and_touches_every_parameter(make_model, context_name):
-    """Some processes may have nothing in a window of gradient in which others do."""
+    """Check a rank that has no text in a BPTT window in which other ranks have some."""
     model = make_model(decoder_context=context_name)
     ids = torch.ones(2, 1, 1, dtype=torch.long)
     output = model(
@@ -337,7 +337,7 @@ def test_memory_without_a_state_is_refused():
 
 
 def test_a_segment_that_a_document_does_not_have_ends_no_section(make_model):
-    """Marks there are in front of what is read once documents end together, and the section began before that."""
+    """Mark a segment that, once documents are aligned at the end, lies before the document's first."""
     model = make_model(decoder_context="section")
     state = model.model.encode(random_ids(2, 2, 8)).state
     mask = torch.ones(2, 4, 8, dtype=torch.long)
@@ -349,5 +349,5 @@ def test_a_segment_that_a_document_does_not_have_ends_no_section(make_model):
     found = model.model.encode(**documents, every_segment=marked)
     torch.testing.assert_close(found.rows(torch.tensor([0, 1])).last_hidden_state, expected.last_hidden_state)
     assert torch.equal(found.rows(torch.tensor([0, 1])).context_mask, expected.context_mask)
-    # the state's two segments and its own
+    # two segments from the state and one of this call
     assert expected.context_mask[1].sum() == expected.n_memory + 3 * 8

@@ -1,4 +1,4 @@
-"""Without recurrence, one segment compiles and exports as BART does: as one graph, with the same numbers."""
+"""Tests that without recurrence one segment compiles and exports to one graph with BART's results."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tiny import TINY, random_ids
 
 @pytest.fixture
 def model(bart):
-    """The tiny BART's weights in our model."""
+    """Return our model with the weights of the tiny BART."""
     model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY, pre_seq_len=0)).eval()
     model.load_state_dict(bart.state_dict())
     return model
@@ -52,7 +52,7 @@ def test_it_exports(bart, model, document, strict):
 
 
 def test_other_documents_are_still_right_when_compiled(model, document):
-    """A long document or one in segments is computed by the code for documents, with graph breaks."""
+    """Check long and segmented documents, whose code has graph breaks."""
     model.config.segment_size = model.config.input_size = 8
     for ids in (document["input_ids"], document["input_ids"][:, :16].reshape(2, 2, 8)):
         inputs = {"input_ids": ids, "decoder_input_ids": random_ids(2, 6)}

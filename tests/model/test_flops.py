@@ -1,4 +1,4 @@
-"""The arithmetic counted from the architecture is what PyTorch counts while a model runs."""
+"""Tests that the counted operations equal the count of PyTorch during a run."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from recurrent_bart.model import flops as module
 from recurrent_bart.model.flops import Arithmetic, peak_flops
 from tiny import random_ids, tiny_model
 
-# what the embeddings of slots, positions and gates add is no product of matrices
+# FLOPs of adding embeddings and gates are not matrix products
 CASES = [
     {},
     {"prefix_attention": "concat"},
@@ -30,7 +30,7 @@ CASES = [
 
 
 def counted(model, ids, labels):
-    """FLOPs of a forward and backward pass by PyTorch's own counter."""
+    """Return the FLOPs of a forward and backward pass by PyTorch's counter."""
     model.set_attn_implementation("eager")
     model.config.schedule = "sequential"
     return counted_flops(lambda: model(ids, labels=labels).loss.backward())
@@ -42,14 +42,14 @@ def test_it_is_what_a_model_does(changes, task):
     model = tiny_model(**changes).train()
     ids = random_ids(2, 4, 8)
     labels = random_ids(2, 5) if task == "document" else random_ids(2, 4, 5)
-    # contexts that grow from segment to segment are padded, which is not counted
+    # contexts that grow with the segments are padded; the count excludes padding
     is_exact = task == "document" or model.config.decoder_context == "last"
     if task == "sections":
-        # windows are the trainer's matter: here all is one pass
+        # the trainer splits documents into BPTT windows; this test runs one pass
         model.config.bptt_depth = -1
     expected = counted(model, ids, labels)
     found = Arithmetic(model.config).training(torch.ones_like(ids), labels)
-    # of equations PyTorch counts what their backward pass multiplies, and we nothing
+    # for triangular solves PyTorch counts only the products in the backward pass, and we do not count them
     tolerance = 0.02 if model.config.associative_memory else 0.001
     assert found == pytest.approx(expected, rel=tolerance if is_exact else 0.15)
     assert found <= expected
@@ -94,7 +94,7 @@ def test_the_peak_of_a_processor_is_measured():
 
 
 def test_a_moment_in_which_others_use_the_device_does_not_lower_its_peak(monkeypatch):
-    """All products but one in the middle take a hundred times as long as they would alone."""
+    """Simulate products that are all 100 times too slow, except one in the middle."""
     clock = itertools.accumulate([0.0, *[0.005] * 23, 0.00005, *[0.005] * 100])
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     assert module._measured_peak(torch.device("cpu"), torch.float32) == pytest.approx(2 * 512**3 / 0.00005)

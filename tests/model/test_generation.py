@@ -1,4 +1,4 @@
-"""`generate` does with documents of several segments what Hugging Face's does with short ones."""
+"""Tests that `generate` on documents of several segments behaves as Hugging Face's on short inputs."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ N_NEW = 8
 
 @pytest.fixture
 def documents():
-    """Of three, one and two segments."""
+    """Return documents of three, one and two segments."""
     mask = torch.ones(3, 3, 8, dtype=torch.long)
     mask[1, 1:] = mask[2, 2:] = mask[0, 2, 5:] = mask[1, 0, 3:] = 0
     return {"input_ids": random_ids(3, 3, 8), "attention_mask": mask}
 
 
 def alone(documents, row):
-    """One document without what pads it to the others."""
+    """Return one document without padding segments."""
     is_read = documents["attention_mask"][row].bool().any(-1)
     return {name: tensor[row, is_read].unsqueeze(0) for name, tensor in documents.items()}
 
@@ -53,13 +53,13 @@ def test_the_cache_changes_no_id(make_model, documents, fields, how):
     assert torch.equal(found.sequences, recomputed.sequences)
     for scores, expected in zip(found.scores, recomputed.scores, strict=True):
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-10)
-    # were all documents alike, a cache of the wrong row would not show
+    # equal scores would hide a cache of the wrong row
     assert len(found.scores[0].unique(dim=0)) > 1
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_greedy_ids_are_those_of_the_logits(make_model, documents, fields):
-    """By hand: the whole prefix through `forward` again for every id."""
+    """Compare with `forward` on the whole prefix for every id."""
     model = make_model(**fields)
     ids = torch.full((3, 1), model.config.decoder_start_token_id)
     for _ in range(N_NEW):
@@ -88,7 +88,7 @@ def test_the_context_is_projected_once_while_a_text_is_generated(make_model, doc
     for layer in model.model.decoder.layers:
         for projection in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj):
             projection.register_forward_hook(lambda module, args, output: n_rows.append(len(output)))
-    # texts that do not end, so that every word would be a further call
+    # without an end token, so that a call too many per token would be visible
     generate(model, documents, **how, every_segment=every_segment, eos_token_id=None, forced_eos_token_id=None)
     n_contexts = int(documents["attention_mask"].any(-1).sum()) if every_segment else len(documents["input_ids"])
     n_projections = 2 * model.config.decoder_layers
@@ -119,12 +119,12 @@ def test_several_sequences_of_each_document_stand_one_behind_the_other(make_mode
 
 
 def test_scores_are_those_of_forward_on_what_was_generated(make_model, documents):
-    """Greedy and by beams, from the state of the document that each row belongs to."""
+    """Check greedy and beam search; each row must use its document's context."""
     model = make_model()
     wanted = {"return_dict_in_generate": True, "output_scores": True, "forced_eos_token_id": None}
     greedy = generate(model, documents, **wanted, output_logits=True, eos_token_id=None)
     logits = model(**documents, decoder_input_ids=greedy.sequences[:, :-1]).logits
-    # generate keeps them in single precision
+    # generate stores logits in float32
     torch.testing.assert_close(torch.stack(greedy.logits, dim=1), logits.float())
     beam = generate(model, documents, **wanted, num_beams=3, length_penalty=0.0, eos_token_id=None)
     logits = model(**documents, decoder_input_ids=beam.sequences[:, :-1]).logits
@@ -156,7 +156,7 @@ def test_after_every_segment_stands_what_reading_so_far_gives(make_model, docume
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beam"])
 def test_after_chosen_segments_stands_what_stands_there_after_every_one(make_model, documents, how):
-    """Also where one is chosen that a document does not have."""
+    """Select also a segment that its document does not have."""
     model = make_model()
     chosen = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1]]).bool()
     n_texts = how.get("num_return_sequences", 1)
@@ -176,7 +176,7 @@ def test_after_chosen_segments_stands_what_stands_there_after_every_one(make_mod
 @pytest.mark.parametrize("fields", [{}, {"prefix_attention": "gated"}, {"recurrence": "none"}], ids=str)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beam"])
 def test_sections_of_similar_length_together_give_the_same_ids(make_model, monkeypatch, how, fields):
-    """Texts of several lengths in each group, and one is chosen that a document does not have."""
+    """Generate texts of several lengths per group; select also a segment that its document does not have."""
     monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
     model = make_model(decoder_context="section", **fields)
     mask = torch.ones(3, 6, 8, dtype=torch.long)
@@ -196,7 +196,7 @@ def test_sections_of_similar_length_together_give_the_same_ids(make_model, monke
     assert contexts == [(5, n_slots + 32), (2, n_slots + 8), (3, n_slots + 32)]
     assert torch.equal(packed, rows)
     assert len(rows.unique(dim=1)) > 1
-    # of which there is a row for each text
+    # a dictionary has one row per text, so contexts are not packed
     more = generate(model, documents, **how, every_segment=chosen, may_pack=True, return_dict_in_generate=True)
     assert torch.equal(more.sequences, rows)
     begun = torch.full((5, 1), 2)
@@ -205,7 +205,7 @@ def test_sections_of_similar_length_together_give_the_same_ids(make_model, monke
 
 
 def test_several_sequences_after_every_segment(make_model, documents):
-    """Rows are documents times sequences, as without segments."""
+    """Check that there are documents times sequences rows, as without segments."""
     model = make_model()
     texts = generate(model, documents, num_beams=3, num_return_sequences=2, every_segment=True)
     best = generate(model, documents, num_beams=3, every_segment=True)

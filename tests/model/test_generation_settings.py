@@ -1,4 +1,4 @@
-"""Settings of generation that a model was saved with are shown, can be changed, and targets are held against them."""
+"""Tests of a saved model's generation settings: printing, changing, and comparison with targets."""
 
 import pytest
 from transformers import GenerationConfig
@@ -13,7 +13,7 @@ from recurrent_bart.model.generation_settings import (
 )
 from tiny import tiny_model
 
-# as facebook/bart-large-cnn has them
+# settings of facebook/bart-large-cnn
 CNN = {
     "min_length": 56,
     "max_length": 142,
@@ -42,7 +42,7 @@ def test_all_settings_that_change_texts_are_in_one_line():
         "min_length 56",
         "no_repeat_ngram_size 3",
     ]
-    # what only beam search looks at is not in force
+    # settings of beam search have no effect in greedy search
     greedy = describe_settings(GenerationConfig(**CNN), 64, num_beams=1)
     assert greedy.startswith("generation up to 64 tokens; greedy; of the model: ")
     assert "length_penalty" not in greedy
@@ -55,14 +55,14 @@ def test_a_model_without_settings_of_its_own_has_a_short_line():
 
 
 def targets(length, n_targets=10):
-    """Different ids between BART's special tokens."""
+    """Return lists of different ids between BART's special tokens."""
     return [[0, *range(4 + number, 2 + number + length), 2] for number in range(n_targets)]
 
 
 @pytest.mark.parametrize(
     ("settings", "length", "n_contradicted"),
     [
-        # 55 tokens, and then the end
+        # 55 tokens, then the end token
         ({"min_length": 56}, 55, 1),
         ({"min_length": 56}, 56, 0),
         ({"min_new_tokens": 56}, 56, 1),
@@ -86,21 +86,21 @@ def test_the_warning_names_setting_share_and_remedy():
         "warning: 20 % of the targets could not be generated with no_repeat_ngram_size 3, which the model was saved "
         "with; --no_repeat_ngram_size 0 lifts it"
     )
-    # few of them are no warning
+    # no warning for a small share
     assert not contradictions(GenerationConfig(no_repeat_ngram_size=3), repeated[:1] + targets(8, n_targets=20))
     assert not contradictions(GenerationConfig(no_repeat_ngram_size=3), [])
 
 
 @pytest.mark.parametrize("least", [0, 5])
 def test_what_the_warning_says_can_be_generated_is_what_generate_does(least):
-    """`min_length` of a model gives texts of as many tokens as the warning takes it for, and a flag changes it."""
+    """Check that `min_length` yields as many tokens as the warning assumes, and that a flag changes it."""
     model = tiny_model(forced_eos_token_id=None).eval()
     model.final_logits_bias[:, model.config.eos_token_id] = 1e4
     model.generation_config.min_length = 12
 
     def n_tokens():
         ids = model.generate(inputs=model.dummy_inputs["input_ids"][:1], max_new_tokens=20)[0].tolist()
-        # behind the decoder's start
+        # skip the decoder's start token
         return ids[1:].index(model.config.eos_token_id) + 1
 
     assert n_tokens() == 12

@@ -1,4 +1,4 @@
-"""What Hugging Face expects of a model, with several segments switched on: a choice of its own common tests."""
+"""Tests of Hugging Face's model interface with several segments, adapted from its common tests."""
 
 import copy
 import inspect
@@ -37,7 +37,7 @@ SHARED = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.
 
 @pytest.fixture
 def documents():
-    """Flat ids of three segments, and of two."""
+    """Return flat ids of three segments and of two."""
     ids = random_ids(2, 20)
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
@@ -46,7 +46,7 @@ def documents():
 
 @pytest.fixture
 def build():
-    """Builds a tiny model of a class, all its gates open."""
+    """Return a function that builds a tiny model of a class with open gates."""
 
     def build(kind, **fields):
         model = kind(RecurrentBartConfig(**TINY | RECURRENT | fields))
@@ -57,12 +57,12 @@ def build():
 
 
 def first(output):
-    """Logits, or the decoder's hidden states of a bare model."""
+    """Return logits, or a bare model's last decoder hidden state."""
     return output[0]
 
 
 def settings(config):
-    """All of a configuration but where it comes from."""
+    """Return all fields of a configuration except its origin."""
     return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
 
 
@@ -141,14 +141,14 @@ def test_every_parameter_gets_a_gradient(build, documents, fields):
     documents.pop("decoder_input_ids")
     model(**documents, labels=random_ids(2, 5)).loss.backward()
     still = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum()]
-    # with one softmax over all, a bias of keys moves every score by the same
+    # with one softmax, a key bias shifts all scores equally, so its gradient is zero
     assert all(name.endswith("k_proj.bias") for name in still)
 
 
 @pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_built_on_the_meta_device_nothing_is_left_uninitialised(kind, fields):
-    """As `from_pretrained` builds it, and initialises afterwards what a checkpoint lacks."""
+    """Build as `from_pretrained` does, which then initializes the weights that a checkpoint lacks."""
     config = RecurrentBartConfig(**TINY | RECURRENT | fields)
     with torch.device("meta"):
         model = kind(config)
@@ -209,7 +209,7 @@ def test_checkpointing_asked_for_by_the_configuration_is_on(build):
 
 
 def test_a_frozen_model_can_be_trained_through_its_embeddings_under_checkpointing(build, documents):
-    """As PEFT asks for it: gradient must reach what is trained above frozen embeddings."""
+    """Check PEFT's setup: gradients must reach adapters above frozen embeddings."""
     model = build(RecurrentBartForConditionalGeneration).train()
     model.requires_grad_(False)
     query = model.model.encoder.layers[0].self_attn.q_proj.weight.requires_grad_()
@@ -299,7 +299,7 @@ def test_encoder_outputs_of_other_segments_are_refused(build, reading, told):
         return model.generate(encoder_outputs=encoded, every_segment=marks.get(told, told), max_new_tokens=4)
 
     given = reading.get("every_segment", False)
-    # contexts after every segment hold those after the chosen ones
+    # contexts after every segment include the contexts after selected ones
     if given == told or (given is True and told == "chosen"):
         assert generate().shape[:-1] == ((2,) if told is False else (2, 3))
     elif not (given == "chosen" and told is False):
@@ -392,7 +392,7 @@ def test_checkpointing_is_not_reentrant_unless_asked_and_can_be_switched_off(bui
 
 
 class ProductsOnly(torch.Tensor):
-    """A weight as quantised ones are: `linear` knows it, and nothing else does."""
+    """Weight that supports only `linear`, as a quantized weight does."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -426,7 +426,7 @@ def test_encoder_layerdrop_of_a_checkpoint_can_be_switched_off_as_the_error_says
 
 
 def prenorm_weights(bart):
-    """Weights of mBART's layout: a norm above each stack. Everything else has BART's names and shapes."""
+    """Return weights with a norm above each stack, as in mBART; all other names and shapes are BART's."""
     norm = {"weight": torch.ones(16), "bias": torch.zeros(16)}
     names = ("encoder.layer_norm", "decoder.layer_norm")
     return bart.state_dict() | {f"model.{name}.{part}": norm[part].clone() for name in names for part in norm}

@@ -1,4 +1,4 @@
-"""Hidden states and attention weights that the models give, stacked over segments."""
+"""Tests of the models' hidden states and attention weights, stacked over segments."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ WANTED = {"output_attentions": True, "output_hidden_states": True}
 
 @pytest.fixture
 def documents():
-    """Ragged in segments and tokens, their targets behind them."""
+    """Return documents of different numbers of segments and tokens, with targets after them."""
     mask = torch.ones(2, 3, 8, dtype=torch.long)
     mask[1, 2:] = mask[0, 2, 5:] = 0
     return {"input_ids": random_ids(2, 3, 8), "attention_mask": mask, "labels": random_ids(2, 5)}
@@ -27,7 +27,7 @@ def documents():
 
 @pytest.fixture
 def make_eager(make_model):
-    """Makes `make_model`'s model with the eager back-end."""
+    """Return `make_model` with the eager back end."""
 
     def make(**changes):
         model = make_model(**changes)
@@ -59,7 +59,7 @@ def test_the_last_hidden_state_is_what_the_decoder_sees_and_the_first_is_the_emb
     model = make_eager(**fields)
     output = model(**documents, **WANTED)
     context = output.encoder_last_hidden_state[:, -8:]
-    # each document's last segment
+    # index of each document's last segment
     for row, last in enumerate((2, 1)):
         assert torch.equal(output.encoder_hidden_states[-1][row, last], context[row])
     encoder = model.model.encoder
@@ -98,7 +98,7 @@ def test_weights_of_tokens_sum_to_1_and_padding_has_none(make_eager, documents, 
 
 
 def test_weights_give_what_was_read(make_eager):
-    """Times the values and through the rest of the layer, they give the layer's output."""
+    """Recompute a layer's output from the attention weights."""
     model, ids = make_eager(), random_ids(1, 1, 8)
     encoder = model.model.encoder
     output = encoder(ids, **WANTED)
@@ -140,7 +140,7 @@ def test_a_plain_tuple_holds_the_same(make_eager, documents):
 
 
 def test_the_gradient_horizon_takes_no_segment_out_of_the_outputs(make_eager, documents):
-    """Also segments that run without a graph have outputs."""
+    """Check that segments without an autograd graph have outputs too."""
     expected = make_eager()(**documents, **WANTED)
     torch.manual_seed(0)
     model = make_eager()
@@ -167,7 +167,7 @@ def test_generate_gives_them_too(make_eager, documents, how):
     expected = model.model.encoder(**documents, **WANTED)
     for found, name in ((output.encoder_hidden_states, "hidden_states"), (output.encoder_attentions, "attentions")):
         assert all(torch.equal(*pair) for pair in zip(found, expected[name], strict=True))
-    # by step, by layer
+    # indexed by step, then by layer
     assert output.decoder_hidden_states[1][2].shape == (2 * how["num_beams"], 1, WIDTH)
     assert output.cross_attentions[1][1].shape == (2 * how["num_beams"], N_HEADS, 1, N_SLOTS + 8)
 
@@ -183,7 +183,7 @@ def test_generate_takes_the_wish_from_its_configuration(make_eager, documents):
 
 @pytest.mark.parametrize("as_embeddings", [False, True], ids=["ids", "embeddings"])
 def test_without_recurrence_outputs_of_one_segment_are_barts(bart, as_embeddings):
-    """Names, shapes and values; documents that come in segments keep the dimension of segments."""
+    """Compare names, shapes and values; segmented documents keep the segment dimension."""
     model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY, pre_seq_len=0)).eval()
     model.load_state_dict(bart.state_dict())
     for one in (model, bart):

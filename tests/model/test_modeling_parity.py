@@ -1,4 +1,4 @@
-"""Where Recurrent BART is BART, it gives BART's numbers."""
+"""Tests that Recurrent BART without an active recurrence gives BART's results."""
 
 import json
 
@@ -28,7 +28,7 @@ def load_with_report(folder):
 
 
 def document(lengths):
-    """Ids `(B, n)` with their mask."""
+    """Return ids `(B, n)` with their mask."""
     mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
@@ -42,7 +42,7 @@ def labels():
 
 
 def assert_same_numbers(ours, bart, inputs):
-    """Logits, loss and every gradient."""
+    """Compare logits, loss and every gradient."""
     expected, got = bart(**inputs), ours(**inputs)
     torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=1e-5)
@@ -64,7 +64,7 @@ def test_parity_without_recurrence_logits_loss_and_all_gradients(bart, bart_fold
 
 
 def test_parity_of_a_checkpoint_whose_stacks_have_embeddings_of_their_own(tmp_path):
-    """Untied, encoder, decoder and head have a matrix each, and nothing reads the one that they would share."""
+    """Check untied embeddings: encoder, decoder and head each have a matrix, and the shared one is unused."""
     bart = BartForConditionalGeneration(BartConfig(**PLAIN, tie_word_embeddings=False)).eval()
     bart.save_pretrained(tmp_path)
     ours = load(tmp_path, pre_seq_len=0)
@@ -91,7 +91,7 @@ def test_parity_of_generate(bart, bart_folder, fields, how):
     ids=lambda fields: "-".join(fields) or "default",
 )
 def test_parity_of_a_converted_checkpoint_with_closed_gates(bart, bart_folder, fields):
-    """The recurrence is there, but what it reads is not let in before training opens the gates."""
+    """Check that closed gates hide the prefix until training opens them."""
     ours = load(bart_folder, pre_seq_len=3, prefix_attention="gated", **fields)
     inputs = document((12, 7)) | {"labels": labels()}
     torch.testing.assert_close(ours(**inputs).logits, bart(**inputs).logits, rtol=0, atol=1e-5)
@@ -99,7 +99,7 @@ def test_parity_of_a_converted_checkpoint_with_closed_gates(bart, bart_folder, f
 
 @pytest.mark.parametrize("associative_memory", [False, True])
 def test_parity_of_a_converted_checkpoint_on_its_last_segment(bart, bart_folder, associative_memory):
-    """With closed gates a long document is its last segment to the decoder."""
+    """Check that with closed gates the decoder sees only a long document's last segment."""
     ours = load(bart_folder, pre_seq_len=3, prefix_attention="gated", associative_memory=associative_memory)
     ids, targets = random_ids(2, 3, 16), labels()
     expected = bart(input_ids=ids[:, -1], labels=targets).logits
@@ -107,7 +107,7 @@ def test_parity_of_a_converted_checkpoint_on_its_last_segment(bart, bart_folder,
 
 
 def test_parity_of_concat_with_bart_given_the_prefix_as_past_key_values(bart, bart_folder):
-    """`concat` reads the prefix as HF BART reads keys and values that are passed in."""
+    """Compare `concat` with HF BART whose `past_key_values` hold the prefix."""
     ours = load(bart_folder, pre_seq_len=3, prefix_attention="concat")
     core = ours.model.encoder.recurrence
     torch.nn.init.normal_(core.projection_out, std=0.5)
@@ -145,7 +145,7 @@ def test_loading_a_bare_bart_model(bart, tmp_path):
     assert torch.equal(ours.lm_head.weight, bart.model.shared.weight)
 
 
-# what the hub's configurations of these checkpoints say beside BartConfig's defaults
+# fields of these checkpoints' configurations on the hub that differ from BartConfig's defaults
 LAYOUTS = {
     "bart-base": {"architectures": ["BartModel"], "forced_eos_token_id": 2, "scale_embedding": False},
     "bart-large": {
@@ -216,7 +216,7 @@ def test_save_and_load_round_trip_through_the_auto_classes(make_model, tmp_path)
 
 
 def test_new_parameters_are_initialised_alike_from_scratch_and_on_a_checkpoint(bart_folder):
-    """Models are built on the meta device: a value given in __init__ alone would be lost."""
+    """Build models on the meta device, which loses values set in `__init__`."""
     config = RecurrentBartConfig(**TINY | RECURRENT, prefix_attention="gated")
     converted = load(bart_folder, pre_seq_len=3, prefix_attention="gated")
     for model in (RecurrentBartForConditionalGeneration(config), converted):

@@ -1,4 +1,4 @@
-"""What must and must not change an output of documents of several segments."""
+"""Tests of changes to segmented documents that must, or must not, change an output."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ N_SEGMENTS, LENGTH = 3, 8
 
 @pytest.fixture
 def documents():
-    """Two documents of three segments."""
+    """Return two documents of three segments."""
     return random_ids(2, N_SEGMENTS, LENGTH)
 
 
@@ -37,7 +37,7 @@ def test_first_segment_is_forgotten_without_recurrence(make_model, documents):
 
 
 def test_tokens_never_see_slots(make_model, documents):
-    """With the prefix closed, the token stream is BART's whatever the slots hold."""
+    """Check that with a closed prefix tokens get BART's hidden states for any slots."""
     model = make_model(prefix_attention="gated")
     core = model.model.encoder.recurrence
     torch.nn.init.zeros_(core.prefix_gate)
@@ -137,7 +137,7 @@ def test_a_state_continues_in_generate(make_model):
 
 
 def test_flat_documents_are_those_cut_by_hand(make_model):
-    """Special tokens around the document stand around every segment."""
+    """Check that every segment gets the special tokens at the document's ends."""
     model, labels = make_model(), random_ids(1, 4)
     bos, eos, text = torch.tensor([[0]]), torch.tensor([[2]]), random_ids(1, 15)
     flat = torch.cat([bos, text, eos], dim=1)
@@ -226,7 +226,7 @@ def test_unusable_inputs_are_refused_with_their_row(make_model, change, message)
 
 
 def test_a_batch_without_any_target_has_no_loss_and_touches_every_parameter(make_model, documents):
-    """One process may have none in a step in which others do."""
+    """Check a rank without targets in a step in which other ranks have some."""
     model = make_model()
     loss = loss_of(model, documents, labels=torch.full((2, N_SEGMENTS, 4), -100))
     loss.backward()

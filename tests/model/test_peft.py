@@ -1,4 +1,4 @@
-"""PEFT wraps the model, trains it, and leaves it as it would be without."""
+"""Tests that PEFT wraps, trains and unwraps the model."""
 
 import copy
 
@@ -40,7 +40,7 @@ def test_lora_trains_merges_and_loads_as_a_plain_model(tmp_path):
 
 
 def test_adapters_for_summarisation_are_saved_alone_and_put_on_the_model_again(tmp_path):
-    """PEFT's class for models with an encoder and a decoder has `forward` and `generate` of its own."""
+    """Use PEFT's encoder-decoder class, which has separate `forward` and `generate`."""
     base, inputs = tiny_model().eval(), {"input_ids": random_ids(2, 20), "labels": random_ids(2, 5)}
     config = LoraConfig(
         task_type="SEQ_2_SEQ_LM",
@@ -77,13 +77,13 @@ def test_adapters_train_under_checkpointing_as_without():
     for found in gradients[1:]:
         for name, expected in gradients[0].items():
             torch.testing.assert_close(found[name], expected, msg=name)
-    # A has none while B is zero
+    # A gets no gradient while B is zero
     assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if "lora_B" in name)
 
 
 @pytest.fixture
 def convert(bart, tmp_path):
-    """Converts one checkpoint of plain BART, whose recurrence is drawn anew each time."""
+    """Convert a checkpoint of plain BART; each call draws a new recurrence."""
     bart.save_pretrained(tmp_path / "bart")
 
     def convert(**fields):
@@ -94,7 +94,7 @@ def convert(bart, tmp_path):
 
 
 def trained(model, inputs):
-    """The model after two large steps, in evaluation mode."""
+    """Return the model after two large steps, in evaluation mode."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
         model(**inputs).loss.backward()
@@ -161,6 +161,6 @@ def test_checkpointing_of_a_quantised_model_is_not_reentrant():
     prepare_model_for_kbit_training(model)
     model = get_peft_model(model, LoraConfig(r=2))
     loss = model(**inputs).loss
-    # reentrant checkpointing would go through the graph twice here
+    # reentrant checkpointing would run backward through the graph twice
     loss.backward()
     assert torch.equal(loss, expected)

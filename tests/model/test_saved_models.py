@@ -1,4 +1,4 @@
-"""What is no model is refused with what to give instead, and a model that cannot be read in one line."""
+"""Tests of the error messages for paths without a model and for unreadable models."""
 
 import json
 
@@ -10,7 +10,7 @@ from recurrent_bart.model.saved_models import check_model_place, reading_model
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder, with a model and a checkpoint."""
+    """Return a run's folder with a model and a checkpoint."""
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(json.dumps({"arguments": {}, "model": {"model_type": "x"}}))
     (tmp_path / "run" / "model" / "config.json").write_text(json.dumps({"model_type": "recurrent_bart"}))
@@ -45,7 +45,7 @@ def test_a_run_without_a_model_is_named(run):
 
 def test_a_model_is_accepted(run):
     check_model_place("--model", str(run / "model"))
-    # plain BART of old has no type; what is damaged is told of by who reads it
+    # configurations of old BART have no model type; the model loader reports damaged files
     for content in ("{}", '{"d_model": 8}', "{"):
         (run / "model" / "config.json").write_text(content)
         check_model_place("--model", str(run / "model"))
@@ -70,6 +70,6 @@ def test_what_cannot_be_read_is_told_in_one_line():
     message = r"--model x: the model cannot be read \(a b\); if a file is incomplete"
     with pytest.raises(ValueError, match=message), reading_model("--model", "x"):
         raise RuntimeError("a\n b")
-    # memory that is not enough is no file that is damaged
+    # an out-of-memory error is not a damaged file
     with pytest.raises(torch.OutOfMemoryError), reading_model("--model", "x"):
         raise torch.OutOfMemoryError

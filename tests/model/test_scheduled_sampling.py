@@ -1,4 +1,4 @@
-"""Exposure bias: what the oracles write, how much of it is read, and that nothing else changes.
+"""Tests of scheduled sampling: the oracles' tokens, their share of the inputs, and that nothing else changes.
 
 Shape suffixes as in recurrent_bart/model/scheduled_sampling.py.
 """
@@ -33,7 +33,7 @@ DROPOUT = {"dropout": 0.2, "attention_dropout": 0.2, "hidden_dropout_prob": 0.2}
 
 
 def make_batch(shape):
-    """Ragged documents and targets, one segment without a target and one that there is not."""
+    """Return documents and targets of different lengths; one segment has no target, and one does not exist."""
     torch.manual_seed(7)
     mask = torch.ones(3, 4, 8, dtype=torch.long)
     mask[1, 2:], mask[2, 1, 5:] = 0, 0
@@ -53,7 +53,7 @@ def loss_and_gradients(model, batch, oracle, seed=1):
 
 
 def record_inputs(model):
-    """The ids that are embedded for the decoder at each of its calls, and whether a graph is made."""
+    """Return a list that collects the decoder's input ids of each call, and if autograd is enabled."""
     calls = []
 
     def hook(module, args):
@@ -79,10 +79,10 @@ def test_the_share_of_the_targets_words_is_a_half_where_the_documentation_says()
 def test_of_many_words_the_share_that_was_asked_for_stays(share):
     inputs, labels, words = torch.full((400, 251), 5), torch.full((400, 251), 6), torch.full((400, 251), 7)
     mixed = mix_inputs(inputs, words, labels, share)
-    # 100,000 coins: five standard deviations are below 0.008
+    # 100,000 samples: five standard deviations are below 0.008
     assert (mixed[:, 1:] == 5).double().mean() == pytest.approx(share, abs=0.008 if 0 < share < 1 else 0)
     assert ((mixed == 5) | (mixed == 7)).all()
-    # a coin for each word, not one for a row
+    # each token is sampled separately, not each row
     if 0 < share < 1:
         assert (mixed[:, 1:] == 5).any(dim=1).all()
         assert (mixed[:, 1:] == 7).any(dim=1).all()
@@ -111,7 +111,7 @@ def test_the_word_oracle_never_ends_a_text_nor_pads_it():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_the_temperature_scales_the_noise_and_so_the_words_are_drawn_from_a_softmax(temperature):
-    """Were the noisy scores divided by it, the shares would be those of temperature 1."""
+    """Check the shares; dividing the noisy scores by the temperature would give the shares of temperature 1."""
     logits = torch.tensor([2.0, -50.0, -50.0, 0.5, 1.0])
     drawn = word_oracle(logits.expand(1, 100_000, -1), temperature, SPECIAL)
     shares = torch.bincount(drawn.flatten(), minlength=5) / drawn.numel()
@@ -127,7 +127,7 @@ def test_noise_is_added_in_float32_and_is_finite():
 
 
 def markov(table_VV):
-    """A decoder step whose scores depend on the last id alone."""
+    """Return a decoder step whose scores depend only on the last id."""
 
     def next_logits(ids_M, parents_M):
         return table_VV[ids_M]
@@ -137,7 +137,7 @@ def markov(table_VV):
 
 def test_beams_have_the_length_that_is_forced_on_them():
     table = torch.randn(9, 9)
-    # all that the model wants is to end, or to pad
+    # the model prefers end and padding
     table[:, [EOS, PAD]] += 50
     lengths = torch.tensor([5, 1, 0, 3])
     texts = forced_length_beams(markov(table), torch.full((4,), EOS), lengths, 6, 3, 0.0, SPECIAL)
@@ -149,7 +149,7 @@ def test_beams_have_the_length_that_is_forced_on_them():
 
 
 def test_beam_search_finds_what_a_search_through_all_texts_finds():
-    """Scores depend on the last two ids, so that each beam must be told which one it continues, in its own row."""
+    """Use scores that depend on the last two ids, so that each step needs the right parent beam and row."""
     table, starts, words = torch.randn(7, 7, 7), (EOS, 0), [0, 3, 4, 5, 6]
     table[..., [EOS, PAD]] = -math.inf
     log_probs = table.log_softmax(-1)
@@ -198,16 +198,16 @@ def test_a_beam_search_makes_as_many_steps_as_it_is_told_to(lengths):
     [
         ([5, 6, 7, 8], [5, 6, 7, 8], 1.0),
         ([9, 9, 9, 9], [5, 6, 7, 8], 0.0),
-        # words 3 of 4, pairs 2 of 3, triples 1 of 2
+        # unigrams 3 of 4, bigrams 2 of 3, trigrams 1 of 2
         ([5, 6, 7, 9], [5, 6, 7, 8], (3 / 4 + 2 / 3 + 1 / 2) / 4),
-        # all words, no pair
+        # all unigrams, no bigram
         ([8, 7, 6, 5], [5, 6, 7, 8], 1 / 4),
-        # one is in the target once, however often it is written; the pair is there once of three
+        # a repeated id counts once, as in the target; one bigram of three matches
         ([5, 5, 5, 6], [5, 6, 7, 8], (2 / 4 + 1 / 3) / 4),
         ([5, 5, 5, 5], [5, 5, 7, 8], (2 / 4 + 1 / 3) / 4),
-        # too short for triples
+        # too short for trigrams
         ([5, 6], [5, 6], 2 / 4),
-        # what stands at no target is not compared, and what stands on both sides of it is no pair
+        # positions without a target are ignored and interrupt n-grams
         ([5, 6, 7, 8], [5, -100, 7, -100], 1 / 4),
         ([5, 6, 9, 9], [5, 6, -100, -100], 2 / 4),
         ([9, 9, 9, 9], [-100, -100, -100, -100], 0.0),
@@ -249,7 +249,7 @@ def test_with_nothing_but_the_targets_words_it_is_plain_training_to_the_bit(kind
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_is_that_of_the_last_decoder_pass_alone(kind, shape):
-    """Equal to plain training on the inputs that it read, in loss and gradients."""
+    """Compare loss and gradients with plain training on the same inputs."""
     model, batch = tiny_model().double().train(), make_batch(shape)
     calls = record_inputs(model)
     loss, gradients = loss_and_gradients(model, batch, Oracle(kind, 0.5))
@@ -257,7 +257,7 @@ def test_the_graph_is_that_of_the_last_decoder_pass_alone(kind, shape):
     mixed = calls[-1][0]
     plain = model.prepare_decoder_input_ids_from_labels
 
-    # the same inputs, handed in where they are else made from labels
+    # pass the same inputs in place of shifted labels
     model.prepare_decoder_input_ids_from_labels = lambda labels: mixed
     expected_loss, expected = loss_and_gradients(model, batch, None)
     model.prepare_decoder_input_ids_from_labels = plain
@@ -273,7 +273,7 @@ def test_the_encoder_is_run_once(kind, n_passes, shape):
     calls, n_encoder_calls = record_inputs(model), []
     model.model.encoder.register_forward_hook(lambda *_: n_encoder_calls.append(1))
     model(**batch, oracle=Oracle(kind, 0.5))
-    # the word oracle reads the target once, a beam search writes all of its 6 words but the end
+    # one pass for the word oracle; the beam search generates all 6 tokens but the end
     assert (len(n_encoder_calls), len(calls)) == (1, n_passes)
 
 
@@ -296,13 +296,13 @@ def test_the_word_oracles_words_are_those_the_model_predicts(shape):
 
 
 def test_a_sentence_oracle_of_one_beam_writes_what_greedy_generation_writes():
-    """With ids that end a text forbidden there too: the cache, its order and the memory are as in `generate`."""
+    """Forbid end and padding in `generate` too; cache, order and state must then be the same."""
     model, batch = tiny_model().double().eval(), make_batch((3, 6))
     batch["labels"] = random_ids(3, 6)
     calls = record_inputs(model)
     model(**batch, oracle=Oracle("sentence", 0.0, temperature=0.0, n_beams=1))
     documents = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    # min_new_tokens forbids eos until the last step, which forces it
+    # min_new_tokens forbids eos until the last step, where it is forced
     written = model.generate(**documents, max_new_tokens=6, min_new_tokens=6, num_beams=1, suppress_tokens=[1])
     assert torch.equal(calls[5][0], written[:, :6])
 
@@ -329,7 +329,7 @@ def test_a_sentence_oracles_cache_gives_what_reading_all_again_gives(fields):
 @pytest.mark.parametrize("grain", ["layer", "segment"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_nothing(kind, grain):
-    """It drops the cache of a decoder in training, in silence: the beam search would read one word at a time."""
+    """Check that the cache survives: checkpointing silently drops it in training, and each step would see one token."""
     model, batch = tiny_model(**DROPOUT).double().train(), make_batch((3, 6))
     loss, gradients = loss_and_gradients(model, batch, Oracle(kind, 0.3))
     model.set_gradient_checkpointing(grain)
@@ -375,7 +375,7 @@ def test_the_seed_decides_what_is_read(kind, shape):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_decoder_reads_holds_no_pad_and_no_end(kind, shape):
     model, batch = tiny_model().train(), make_batch(shape)
-    # all that the model wants is to pad or to end
+    # the model prefers padding and end
     model.final_logits_bias[:, [1, 2]] = 100.0
     calls = record_inputs(model)
     model(**batch, oracle=Oracle(kind, 0.0))

@@ -1,4 +1,4 @@
-"""Hugging Face's own Seq2SeqTrainer trains the model and reports the right loss."""
+"""Tests that Hugging Face's Seq2SeqTrainer trains the model and logs the right loss."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ N_DOCUMENTS, RATE = 8, 0.1
 
 @pytest.fixture
 def documents():
-    """Flat documents of one to four segments; targets of different lengths."""
+    """Return flat documents of one to four segments with targets of different lengths."""
     return [
         {"input_ids": random_ids(8 * (number % 4) + 5), "labels": random_ids(3 + number % 3)}
         for number in range(N_DOCUMENTS)
@@ -30,7 +30,7 @@ def collate(rows):
 
 
 def by_hand(documents):
-    """One step over all documents: the loss of every target token counts the same."""
+    """Run one step over all documents; the loss weights every target token equally."""
     torch.manual_seed(0)
     model = tiny_model().train()
     loss = model(**collate(documents)).loss
@@ -62,7 +62,7 @@ def test_loss_and_weights_are_those_of_plain_pytorch_whatever_the_accumulation(d
     trainer = Seq2SeqTrainer(model=model, args=arguments, train_dataset=documents, data_collator=collate)
     trainer.train()
     (loss,) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    # the trainer rounds what it logs
+    # the trainer rounds logged values
     assert loss == pytest.approx(expected_loss, abs=1e-3)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=name)
@@ -74,7 +74,7 @@ def test_loss_and_weights_are_those_of_plain_pytorch_whatever_the_accumulation(d
     ids=["state", "no recurrence", "all", "static"],
 )
 def test_predictions_and_metrics_are_of_logits_as_bart_gives_them(documents, tmp_path, fields):
-    """Without `predict_with_generate`, Hugging Face's trainer collects all outputs but those to be ignored."""
+    """Evaluate without `predict_with_generate`: the trainer collects all outputs that are not ignored."""
     seen = []
 
     def compute_metrics(predictions):

@@ -1,4 +1,4 @@
-"""Clients that keep parameters elsewhere and bring them for the calls of modules: FSDP, offloading, device maps."""
+"""Tests with sharded or offloaded parameters that hooks load for module calls: FSDP, offloading, device maps."""
 
 import accelerate
 import pytest
@@ -56,7 +56,7 @@ def test_an_offloaded_model_runs_layer_by_layer_whatever_its_schedule():
 def test_a_model_loaded_by_a_device_map_gives_the_same(tmp_path, fields, place):
     model, inputs = tiny_model(**fields).eval(), documents()
     model.save_pretrained(tmp_path / "model")
-    # the tied embedding stays: transformers cannot offload it to disk, of plain BART neither
+    # do not move the tied embedding: transformers cannot offload it to disk, in plain BART neither
     here = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head", "final_logits_bias")
     parts = ("layers", "embed_positions", "layernorm_embedding")
     away = [f"model.{side}.{part}" for side in ("encoder", "decoder") for part in parts] + ["model.encoder.recurrence"]
@@ -82,7 +82,7 @@ def test_each_layer_is_called_as_a_module_once_per_segment():
     for number, layer in enumerate(model.model.encoder.layers):
         layer.register_forward_hook(lambda *_, number=number: calls.append(number))
     model(**inputs)
-    # three segments of eight tokens at most
+    # three segments of at most eight tokens
     assert calls == [0, 1, 2] * 3
 
 
@@ -116,7 +116,7 @@ def test_a_step_with_sharded_layers_is_that_of_one_process(tmp_path, shard, chec
             sharded = shard(sharded)
             for model in (plain, sharded):
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-                # the mean over two processes with the same documents
+                # both processes have the same documents, so the mean equals one process
                 model(**inputs).loss.backward()
                 optimizer.step()
             if shard is fsdp1:

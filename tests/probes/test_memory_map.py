@@ -1,4 +1,4 @@
-"""The map holds what tokens read, segment by segment."""
+"""Tests that the map holds the reads of the state, segment by segment."""
 
 import matplotlib.image
 import pytest
@@ -12,7 +12,7 @@ from tiny import random_ids
 
 
 def document(n_tokens=20):
-    """Three segments of 8, special tokens included: 6, 6 and 6 of the text, and 2."""
+    """Return three segments of 8 tokens, special tokens included: 6 tokens of text each, and 2."""
     return torch.cat([torch.tensor([[0]]), random_ids(1, n_tokens), torch.tensor([[2]])], dim=1)
 
 

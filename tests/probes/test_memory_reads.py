@@ -1,4 +1,4 @@
-"""The size of what is read from memory is that of what attention adds to a layer."""
+"""Tests that the size of a read equals its contribution to the layer's output."""
 
 import itertools
 

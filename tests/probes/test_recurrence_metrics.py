@@ -1,4 +1,4 @@
-"""What is said of the recurrence is what it does, and looking at it changes nothing."""
+"""Tests that the metrics of the recurrence are correct and that measuring changes nothing."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ def document(n_segments=3, n_targets=5, task="document"):
 
 @torch.no_grad()
 def states(model, ids):
-    """The state before the first segment and after each, each `(E, P, D)`, of documents read as a whole."""
+    """Return the state before the first segment and after each, each `(E, P, D)`, of documents read at once."""
     first = model.model.encoder.recurrence.initial_memory.detach()
     return [first, *(model.model.encode(ids[:, : n + 1]).state.memory[0] for n in range(ids.shape[1]))]
 
@@ -42,7 +42,7 @@ def test_gates_have_the_openings_that_they_were_given(make_model):
     figures = recurrence_metrics(model, [document()])
     assert figures["update_gate"] == pytest.approx([0.3] * N_LAYERS, rel=1e-5)
     assert figures["prefix_gate"] == pytest.approx([0.0, 0.5, 0.25], abs=1e-6)
-    # the prefix has a softmax of its own, scaled by the gate, beside that of the tokens
+    # separate softmax over the prefix, scaled by the gate
     expected = [[0.0] * 3, [0.5 / 1.5] * 3, [0.25 / 1.25] * 3]
     assert torch.tensor(figures["prefix_mass"]) == pytest.approx(torch.tensor(expected), abs=1e-5)
 
@@ -76,7 +76,7 @@ def test_states_are_those_of_reading_the_document(make_model, recurrence):
 
 @pytest.mark.parametrize(("task", "is_tied"), [("document", True), ("sections", True), ("document", False)])
 def test_gradient_by_distance_is_that_of_the_last_target(make_model, task, is_tied):
-    # whatever the horizon of training
+    # the metric does not depend on the truncated-BPTT window
     model = make_model(bptt_depth=0, tie_word_embeddings=is_tied)
     ids, mask, labels = document(3, task=task)
     figures = recurrence_metrics(model, [(ids, mask, labels)])
@@ -98,7 +98,7 @@ def test_a_section_without_a_target_behind_the_last_one_is_not_counted(make_mode
 
 @pytest.mark.parametrize("context", ["last", "all", "section"])
 def test_a_first_target_behind_the_first_segments_is_the_one_that_is_differentiated(make_model, context):
-    """The segments are as many as ever, and end with the target's."""
+    """Check that there are still `MOST_SEGMENTS` segments, and that the target's is the last."""
     model = make_model(decoder_context=context)
     ids, mask, labels = document(module.MOST_SEGMENTS + 4, task="sections")
     last = module.MOST_SEGMENTS + 1
@@ -169,7 +169,7 @@ def test_what_a_model_does_not_have_is_left_out(make_model, changes, names):
 
 
 def test_figures_of_a_state_are_of_its_slots(make_model):
-    """Before a gate opens, an associative memory changes nothing but its own rows."""
+    """Compare with an associative memory, which changes only its matrix rows while its gate is closed."""
     model, beside = make_model(), make_model(associative_memory=True)
     beside.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
