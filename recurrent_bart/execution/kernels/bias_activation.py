@@ -1,8 +1,7 @@
-"""Bias and what follows it, GELU or tanh, in one pass.
+"""Fused kernel of a bias and its activation, GELU or tanh."""
 
-Shape suffixes: E encoder layers (of a diagonal), M rows of a layer, F width of the feed-forward's inside or
-of the projection's.
-"""
+# Shape suffixes: E encoder layers (of a diagonal), M rows of a layer, F inner width of the feed-forward block or of the
+# prefix projection.
 
 from typing import Any
 
@@ -14,17 +13,17 @@ from triton import language as tl
 
 from recurrent_bart.execution.kernels.programs import add_up, n_chunks
 
-# of a program's tile
+# size of a program's tile
 ROWS, COLUMNS = 8, 256
 
 
 def bias_gelu(hidden_EMF: Tensor, bias: Tensor) -> Tensor:
-    """`gelu(hidden + bias)`, the exact one, computed in float32; the bias `(E, 1, F)` is each layer's own."""
+    """Return `gelu(hidden + bias)`, exact GELU in float32; `bias` is `(E, 1, F)`."""
     return _BiasActivation.apply(hidden_EMF, bias, False)
 
 
 def bias_tanh(hidden_EMF: Tensor, bias: Tensor) -> Tensor:
-    """`tanh(hidden + bias)`, likewise."""
+    """Return `tanh(hidden + bias)`, computed in float32; `bias` is `(E, 1, F)`."""
     return _BiasActivation.apply(hidden_EMF, bias, True)
 
 

@@ -1,10 +1,10 @@
-"""What tokens read of the prefix by a softmax of its own, and the sum with all else that was read, in one pass.
+"""Fused kernel of the tokens' gated attention over the prefix and its sum with the other attention output.
 
-A prefix is so short that its keys and values stay in a processor's registers.
-
-Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, S = slots and tokens of a segment, P prefix
-length (= slots), L tokens in a segment, H heads, K head width, D model width.
+A prefix is short, so its keys and values stay in the registers of a streaming multiprocessor.
 """
+
+# Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, S = slots and tokens of a segment, P prefix
+# length (= slots), L tokens in a segment, H heads, K head width, D model width.
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-# tokens of a tile; a product's sides are at least LEAST
+# tokens per tile; least size of a matrix product's sides
 TOKENS, LEAST = 64, 16
 
 
@@ -27,16 +27,10 @@ def add_prefix_read(
     gate_EH: Tensor,
     scaling: float,
 ) -> Tensor:
-    """What slots and tokens read, `(R, S, D)`, what tokens read of the prefix added through `tanh(gate)`.
+    """Return the attention output of slots and tokens, `(R, S, D)`, with the gated prefix attention added to tokens.
 
-    Args:
-        slots_RPHK: What slots read.
-        tokens_RLHK: What tokens read of each other.
-        query_RHLK: Of tokens.
-        prefix_key: `(R, H, P, K)`.
-        prefix_value: Likewise.
-        gate_EH: Of each layer's heads.
-        scaling: Of products of queries and keys.
+    Prefix keys and values are `(R, H, P, K)`, `scaling` multiplies the products of queries and keys, and the gate is
+    `tanh(gate_EH)`.
     """
     return _AddPrefixRead.apply(slots_RPHK, tokens_RLHK, query_RHLK, prefix_key, prefix_value, gate_EH, scaling)
 
@@ -78,7 +72,7 @@ class _AddPrefixRead(torch.autograd.Function):
 
 
 def _sizes(key: Tensor) -> dict[str, Any]:
-    """Sides of a program's tiles; single precision is kept as it is."""
+    """Return the tile sizes; float32 products use full precision instead of TF32."""
     n_prefix, head_dim = (max(LEAST, triton.next_power_of_2(size)) for size in key.shape[2:])
     return {
         "TOKENS": TOKENS, "PREFIX": n_prefix, "WIDTH": head_dim,
@@ -146,7 +140,7 @@ def _backward(
         weights = weights / tl.sum(weights, axis=1)[:, None]
         weight_gradients = tl.dot(arriving, tl.trans(values), input_precision=PRECISION)
         along = tl.sum(weight_gradients * weights, axis=1)
-        # what was read times what arrives
+        # gradient of the gate: prefix attention output times the output gradient
         gate_sum += along
         value_sum += tl.dot(tl.trans(weights.to(values.dtype)), arriving, input_precision=PRECISION)
         into_scores = (weights * (weight_gradients - along[:, None]) * (opening * scaling)).to(values.dtype)

@@ -1,7 +1,6 @@
-"""The state's update in one pass behind its gate's product.
+"""Fused kernel of the gated state update, after the gate's matrix product."""
 
-Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * slots, D model width.
-"""
+# Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * slots, D model width.
 
 from typing import Any
 
@@ -17,14 +16,11 @@ from recurrent_bart.execution.kernels.programs import add_up, n_chunks
 def gated_update(
     gate_EMD: Tensor, gate_bias: Tensor, both_EMX: Tensor, is_read_EB: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
-    """`memory + sigmoid(gate + gate_bias) * (slots - memory)`, computed in float32; `memory` where nothing was read.
+    """Return `memory + sigmoid(gate + gate_bias) * (slots - memory)`, computed in float32.
 
-    Args:
-        gate_EMD: The gate's product, without its bias.
-        gate_bias: Of each layer, `(E, 1, D)`.
-        both_EMX: Memory and slots beside each other, `(E, M, 2 * D)`.
-        is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
-        out: Where to leave it, without a graph.
+    `gate_EMD` is the gate's product without its bias `(E, 1, D)`. `both_EMX` holds state and slots, concatenated,
+    `(E, M, 2 * D)`. Where `is_read_EB` is False, the document has no text in the layer's segment, so its state stays
+    unchanged; None means that all documents have text. `out` is an output buffer, without autograd.
     """
     return _GatedUpdate.apply(gate_EMD, gate_bias, both_EMX, is_read_EB, out)
 
@@ -37,7 +33,7 @@ class _GatedUpdate(torch.autograd.Function):
         n_layers, n_rows, width = gate.shape
         gate, gate_bias, both = gate.contiguous(), gate_bias.contiguous(), both.contiguous()
         n_slots = 0 if is_read is None else n_layers * n_rows // is_read.numel()
-        # any tensor where nobody reads it
+        # any tensor: the kernel does not read it
         is_read = gate_bias if is_read is None else is_read.contiguous().view(torch.uint8)
         out = torch.empty_like(gate) if out is None else out
         _forward[(n_layers * n_rows,)](

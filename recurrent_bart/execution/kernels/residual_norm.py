@@ -1,8 +1,7 @@
-"""Bias, dropout, residual sum and layer norm in one pass.
+"""Fused kernel of bias, dropout, residual sum and layer norm."""
 
-Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * positions, P prefix
-length (= slots), D model width.
-"""
+# Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * positions, P prefix
+# length (= slots), D model width.
 
 from typing import Any
 
@@ -18,9 +17,9 @@ from recurrent_bart.execution.kernels.programs import add_up, draw_seed, drop, n
 def residual_norm(
     stream_EMD: Tensor, hidden_EMD: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor, epsilon: float, p: float
 ) -> Tensor:
-    """`LayerNorm(stream + dropout(hidden + hidden_bias))`; biases and weight `(E, 1, D)` are each layer's own.
+    """Return `LayerNorm(stream + dropout(hidden + hidden_bias))`; biases and weight are `(E, 1, D)`.
 
-    Sums are in float32, what leaves is in the stream's type.
+    Sums are in float32; the output has the stream's dtype.
     """
     is_kept = torch.is_grad_enabled()
     place = 1, 0, None, None
@@ -40,10 +39,10 @@ def residual_norm_and_slots(
     memory: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `residual_norm`, and the slots in front of each document, with a gradient of their own.
+    """Return `residual_norm`, and the slots of each document, which have a separate gradient.
 
-    Slots are `(E, B, P, D)`; where `memory` `(E, B * P, D)` is given, both beside each other, `(E, B * P, 2 * D)`.
-    Without a graph, `out` is where to leave the stream.
+    Slots are `(E, B, P, D)`. If `memory` `(E, B * P, D)` is given, the second output is state and slots, concatenated:
+    `(E, B * P, 2 * D)`. `out` is an output buffer of the stream, without autograd.
     """
     is_kept = torch.is_grad_enabled()
     place = n_documents, n_slots, memory, out
@@ -70,7 +69,7 @@ class _ResidualNorm(torch.autograd.Function):
         n_layers, n_rows, width = stream.shape
         stream, hidden = stream.contiguous(), hidden.contiguous()
         out = torch.empty_like(stream) if out is None else out
-        # for the backward pass
+        # saved for the backward pass
         total = torch.empty_like(stream) if is_kept else out
         mean, scale = stream.new_empty(2, n_layers * n_rows if is_kept else 0, dtype=torch.float32)
         seed = draw_seed(stream.device) if p else mean
@@ -95,7 +94,7 @@ class _ResidualNorm(torch.autograd.Function):
         chunks = n_chunks(n_layers, n_rows, total.device)
         stream_gradient = torch.empty_like(total)
         into_hidden = torch.empty_like(total) if ctx.p else stream_gradient
-        # of bias, weight and the hidden's bias
+        # gradients of the bias, the weight and the hidden bias
         sums = total.new_empty(chunks, 3, n_layers, 1, width, dtype=torch.float32)
         into_memory, slots = None, total.unsqueeze(1) if slots_gradient is None else slots_gradient
         slots = slots if slots.stride(-1) == 1 else slots.contiguous()
@@ -138,7 +137,7 @@ def _forward(
     added = tl.load(hidden + place, inside, 0.0).to(tl.float32) + tl.load(hidden_bias + own, inside, 0.0).to(tl.float32)
     if HAS_DROPOUT:
         added = drop(added, seed, row, p, BLOCK)
-    # as the backward pass will read it
+    # rounded as the backward pass will read it
     summed = (tl.load(stream + place, inside, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     if IS_KEPT:
         tl.store(total + place, summed, inside)
