@@ -75,13 +75,13 @@ def fused_cell(
     hidden = bias_gelu(hidden, weights["fc1_bias"])
     hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
     hidden, affine = linear(hidden, weights["fc2"]), norm_of("fc2", "final_layer_norm")
-    stream_gradient, into_memory = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
+    stream_out, memory_out = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
     memory_beside = memory_EMD if recurrence.has_update_gate else None
     stream_EMD, slots = residual_norm_and_slots(
-        stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, stream_gradient
+        stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, stream_out
     )
     memory_EBPD = memory_EMD.view_as(memory_EBPD)
-    memory_EBPD = _next_memory(recurrence, weights, memory_EBPD, slots, is_read_EB, into_memory)
+    memory_EBPD = _next_memory(recurrence, weights, memory_EBPD, slots, is_read_EB, memory_out)
     return stream_EMD.view_as(stream_EBSD), memory_EBPD
 
 
@@ -126,7 +126,7 @@ def _next_memory(
 
     if recurrence.has_update_gate:
         gate, both = linear_with_input(slots, weights["update_gate"])
-        place = None if out is None else out.flatten(1, 2)
-        return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, place).view_as(memory_EBPD)
+        rows_out = None if out is None else out.flatten(1, 2)
+        return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, rows_out).view_as(memory_EBPD)
     new = recurrence.next_memory(memory_EBPD, slots, is_read_EB, weights)
     return new if out is None else out.copy_(new)

@@ -86,7 +86,9 @@ class GraphedWavefront(Wavefront):
         streams = self._embed_segments(segments, memory_EBPD)
         recorder.record(diagonals, with_backward=True)
         if self.checkpointing == "none":
-            recorder.keep(diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._kept_elsewhere(recorder))
+            recorder.keep(
+                diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._bytes_kept_by_other_shapes(recorder)
+            )
         tops, memories, memory = _Replayed.apply(
             recorder, diagonals, list(weights), streams, memory_EBPD, *weights.values()
         )
@@ -116,7 +118,7 @@ class GraphedWavefront(Wavefront):
         assert self.recurrence is not None
         return *settings_of(self.layer, self.recurrence), backend_settings()
 
-    def _kept_elsewhere(self, recorder: DiagonalGraphs) -> int:
+    def _bytes_kept_by_other_shapes(self, recorder: DiagonalGraphs) -> int:
         assert self.recurrence is not None
         return sum(it.kept_bytes for it in _recorders[self.recurrence].values()) - recorder.kept.n_bytes
 
@@ -195,20 +197,20 @@ class _Replayed(torch.autograd.Function):
         with recorder.user.whole_pass():
             # the settings may have changed since the forward pass
             recorder.captures = ctx.captures
-            into_streams = _differentiate(ctx, *gradients)
+            grad_streams = _differentiate(ctx, *gradients)
             weight_gradients = [recorder.weight_gradients[name].clone() for name in ctx.names]
-            return None, None, None, into_streams, recorder.into_memory.clone(), *weight_gradients
+            return None, None, None, grad_streams, recorder.into_memory.clone(), *weight_gradients
 
 
-def _differentiate(ctx: Any, into_tops: Tensor, into_memories: Tensor, into_memory: Tensor) -> Tensor:
+def _differentiate(ctx: Any, grad_tops: Tensor, grad_memories: Tensor, grad_memory: Tensor) -> Tensor:
     """Replay the backward passes of all diagonals; gradients of weights and states end up in the recorder's buffers.
 
     Returns:
         Gradients of the streams that entered the first layer.
     """
-    recorder, n_layers = ctx.recorder, len(into_memory)
-    into_streams = into_tops.new_empty(ctx.shape)
-    recorder.begin_backward(into_memory)
+    recorder, n_layers = ctx.recorder, len(grad_memory)
+    grad_streams = grad_tops.new_empty(ctx.shape)
+    recorder.begin_backward(grad_memory)
     kept = recorder.kept.of(ctx.diagonals)
     for number in reversed(range(len(ctx.diagonals))):
         diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.entered[number]
@@ -219,10 +221,10 @@ def _differentiate(ctx: Any, into_tops: Tensor, into_memories: Tensor, into_memo
             recorder.stream[span].copy_(stream)
             recorder.memory[span].copy_(memory)
         if diagonal.stop == n_layers:
-            recorder.stream_gradient[-1][:, recorder.n_slots :].copy_(into_tops[number - n_layers + 1])
-            recorder.into_memory[-1].add_(into_memories[number - n_layers + 1])
+            recorder.stream_gradient[-1][:, recorder.n_slots :].copy_(grad_tops[number - n_layers + 1])
+            recorder.into_memory[-1].add_(grad_memories[number - n_layers + 1])
         with rng_offset(recorder.generator, offset):
             recorder.replay(diagonal, is_backward=True, graph=own.backward if own else None)
-        if number < len(into_streams):
-            into_streams[number].copy_(recorder.stream_gradient[0])
-    return into_streams
+        if number < len(grad_streams):
+            grad_streams[number].copy_(recorder.stream_gradient[0])
+    return grad_streams

@@ -117,14 +117,18 @@ class Grid:
             memory = _started_or_initial(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
         # unbind, because the backward pass of each index would write a gradient of all segments
         segments = [*earlier, *(_constant_segment(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
-        stretches = self._stretches(n_segments, window, kept)
+        windows = self._windows(n_segments, window, kept)
         run = self._sequential
-        has_several = any(part.stop - part.start > 1 for part, _ in stretches)
-        if has_several and self._uses_wavefront(segments_BNLD, kept) and not self._is_elsewhere(segments_BNLD.device):
+        has_several = any(part.stop - part.start > 1 for part, _ in windows)
+        if (
+            has_several
+            and self._uses_wavefront(segments_BNLD, kept)
+            and not self._is_on_other_device(segments_BNLD.device)
+        ):
             weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
             run = functools.partial(self._wavefront, weights)
         output = GridOutput()
-        for part, has_graph in stretches:
+        for part, has_graph in windows:
             with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
                 if self.config.has_state and (n_segments - part.start) % window == 0:
                     is_begun_B = is_begun_B | on_device(is_read_BN[:, : part.start].any(dim=1), is_begun_B.device)
@@ -136,7 +140,7 @@ class Grid:
         output.memory = memory if self.config.has_state else None
         return output
 
-    def _stretches(self, n_segments: int, window: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
+    def _windows(self, n_segments: int, window: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
         """Return the windows as slices, and True for each one that has an autograd graph."""
         # without a carried state, only the outputs of earlier segments could matter
         first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
@@ -163,12 +167,12 @@ class Grid:
             logger.warning_once(f"schedule='wavefront': segments are computed one after the other, because {obstacle}")
         return not obstacle
 
-    def _is_elsewhere(self, device: torch.device) -> bool:
+    def _is_on_other_device(self, device: torch.device) -> bool:
         """Return True if layers are offloaded or on another device, where module calls move parameters and inputs."""
-        is_elsewhere = any(parameter.device != device for parameter in self.layers.parameters())
-        if is_elsewhere and self.config.schedule == "wavefront":
+        is_on_other_device = any(parameter.device != device for parameter in self.layers.parameters())
+        if is_on_other_device and self.config.schedule == "wavefront":
             logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")
-        return is_elsewhere
+        return is_on_other_device
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: OutputSelection, is_last: bool) -> None:
         if kept.every_segment or kept.tokens or is_last:

@@ -66,8 +66,8 @@ def _linear(
     rows: Tensor, weight: Tensor | StackedWeightSlice, bias: Tensor | None, columns: slice
 ) -> tuple[Tensor, Tensor]:
     if isinstance(weight, StackedWeightSlice):
-        place, stack = (weight.layers, slice(None), columns), weight.stacks[weight.name]
-        mapped, rows, weight.stacks[weight.name] = _SliceProduct.apply(place, rows, stack, bias)
+        index, stack = (weight.layers, slice(None), columns), weight.stacks[weight.name]
+        mapped, rows, weight.stacks[weight.name] = _SliceProduct.apply(index, rows, stack, bias)
         return mapped, rows
     return _product(rows, weight[..., columns], bias), rows
 
@@ -96,15 +96,15 @@ class _SliceWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         n_stacks = len(ctx.shapes)
-        own, whole = gradients[:n_stacks], list(gradients[n_stacks:])
+        own, grad_stack = gradients[:n_stacks], list(gradients[n_stacks:])
         there = [number for number, gradient in enumerate(own) if gradient is not None]
         for number in there:
-            if whole[number] is None:
-                whole[number] = own[number].new_zeros(ctx.shapes[number])
+            if grad_stack[number] is None:
+                grad_stack[number] = own[number].new_zeros(ctx.shapes[number])
         if there:
             # in place: the buffer was made here or by the next slice's backward pass, and nothing else uses it
-            torch._foreach_add_([whole[number][ctx.layers] for number in there], [own[number] for number in there])
-        return None, *whole
+            torch._foreach_add_([grad_stack[number][ctx.layers] for number in there], [own[number] for number in there])
+        return None, *grad_stack
 
 
 class _SliceProduct(torch.autograd.Function):
@@ -112,29 +112,29 @@ class _SliceProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, place: tuple[slice, ...], rows: Tensor, stack: Tensor, bias: Tensor | None
+        ctx: Any, index: tuple[slice, ...], rows: Tensor, stack: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.place = place
+        ctx.index = index
         ctx.save_for_backward(rows, stack)
         ctx.set_materialize_grads(False)
-        return _product(rows, stack[place], bias), rows, stack
+        return _product(rows, stack[index], bias), rows, stack
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, arriving: Tensor | None, input_gradient: Tensor | None, whole: Tensor | None
+        ctx: Any, grad_output: Tensor | None, grad_input: Tensor | None, grad_stack: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if arriving is None:
-            return None, input_gradient, whole, None
+        if grad_output is None:
+            return None, grad_input, grad_stack, None
         rows, stack = ctx.saved_tensors
-        if whole is None:
-            whole = torch.zeros_like(stack)
+        if grad_stack is None:
+            grad_stack = torch.zeros_like(stack)
         # in place as above; transposed, because a layer's own maps have this memory layout
-        whole[ctx.place].mT.baddbmm_(arriving.mT, rows)
+        grad_stack[ctx.index].mT.baddbmm_(grad_output.mT, rows)
         if ctx.needs_input_grad[1]:
-            weight = stack[ctx.place].mT
-            input_gradient = (
-                torch.bmm(arriving, weight) if input_gradient is None else input_gradient.baddbmm_(arriving, weight)
+            weight = stack[ctx.index].mT
+            grad_input = (
+                torch.bmm(grad_output, weight) if grad_input is None else grad_input.baddbmm_(grad_output, weight)
             )
-        bias_gradient = arriving.sum(dim=1, keepdim=True) if ctx.needs_input_grad[3] else None
-        return None, input_gradient, whole, bias_gradient
+        grad_bias = grad_output.sum(dim=1, keepdim=True) if ctx.needs_input_grad[3] else None
+        return None, grad_input, grad_stack, grad_bias

@@ -50,14 +50,14 @@ class _GatedUpdate(torch.autograd.Function):
         gate, gate_bias, both, is_read = ctx.saved_tensors
         n_layers, n_rows, width = gate.shape
         chunks = n_chunks(n_layers, n_rows, gate.device)
-        into_gate, into_both = torch.empty_like(gate), torch.empty_like(both)
+        grad_gate, grad_both = torch.empty_like(gate), torch.empty_like(both)
         sums = gate.new_empty(chunks, n_layers, 1, width, dtype=torch.float32)
         _backward[(n_layers * chunks,)](
-            gradient.contiguous(), gate, gate_bias, both, is_read, into_gate, into_both, sums,
+            gradient.contiguous(), gate, gate_bias, both, is_read, grad_gate, grad_both, sums,
             n_layers, n_rows, chunks, ctx.n_slots, width,
             MAY_REST=ctx.n_slots > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        return into_gate, add_up(sums, gate_bias.dtype), into_both, None, None
+        return grad_gate, add_up(sums, gate_bias.dtype), grad_both, None, None
 
 
 @triton.jit
@@ -67,20 +67,20 @@ def _forward(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    place = row * width + column
+    offset = row * width + column
     memory = tl.load(both + row * 2 * width + column, inside, 0.0).to(tl.float32)
     slots = tl.load(both + (row * 2 + 1) * width + column, inside, 0.0).to(tl.float32)
-    opening = tl.load(gate + place, inside, 0.0).to(tl.float32)
+    opening = tl.load(gate + offset, inside, 0.0).to(tl.float32)
     opening += tl.load(gate_bias + (row // n_rows) * width + column, inside, 0.0).to(tl.float32)
     new = memory + tl.sigmoid(opening) * (slots - memory)
     if MAY_REST:
         new = tl.where(tl.load(is_read + row // n_slots) != 0, new, memory)
-    tl.store(out + place, new.to(out.dtype.element_ty), inside)
+    tl.store(out + offset, new.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _backward(
-    gradient, gate, gate_bias, both, is_read, into_gate, into_both, sums,
+    gradient, gate, gate_bias, both, is_read, grad_gate, grad_both, sums,
     n_layers, n_rows, n_chunks, n_slots, width, MAY_REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
@@ -90,16 +90,16 @@ def _backward(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for own_row in range(chunk, n_rows, n_chunks):
         row = layer.to(tl.int64) * n_rows + own_row
-        place, beside = row * width + column, row * 2 * width + column
+        offset, beside = row * width + column, row * 2 * width + column
         memory = tl.load(both + beside, inside, 0.0).to(tl.float32)
         slots = tl.load(both + beside + width, inside, 0.0).to(tl.float32)
-        opening = tl.sigmoid(tl.load(gate + place, inside, 0.0).to(tl.float32) + added)
+        opening = tl.sigmoid(tl.load(gate + offset, inside, 0.0).to(tl.float32) + added)
         if MAY_REST:
             opening = tl.where(tl.load(is_read + row // n_slots) != 0, opening, 0.0)
-        arriving = tl.load(gradient + place, inside, 0.0).to(tl.float32)
+        arriving = tl.load(gradient + offset, inside, 0.0).to(tl.float32)
         leaving = arriving * (slots - memory) * opening * (1.0 - opening)
-        tl.store(into_gate + place, leaving.to(into_gate.dtype.element_ty), inside)
-        tl.store(into_both + beside, (arriving * (1.0 - opening)).to(into_both.dtype.element_ty), inside)
-        tl.store(into_both + beside + width, (arriving * opening).to(into_both.dtype.element_ty), inside)
+        tl.store(grad_gate + offset, leaving.to(grad_gate.dtype.element_ty), inside)
+        tl.store(grad_both + beside, (arriving * (1.0 - opening)).to(grad_both.dtype.element_ty), inside)
+        tl.store(grad_both + beside + width, (arriving * opening).to(grad_both.dtype.element_ty), inside)
         total += leaving
     tl.store(sums + (chunk * n_layers + layer) * width + column, total, inside)

@@ -99,23 +99,23 @@ class _SplitHeads(torch.autograd.Function):
         parts = [_without_heads(part) for part in gradients]
         slots, tokens, prefix = parts[:3], parts[3:6], parts[6:]
         n_rows, n_positions = len(slots[0]), n_slots + tokens[0].shape[1]
-        into_qkv = slots[0].new_empty(n_rows, n_positions, 3 * width)
-        into_prefix = slots[0].new_empty(n_layers, n_rows // n_layers * n_slots, 2 * width)
-        chunks = n_chunks(n_layers, n_rows // n_layers * n_positions, into_qkv.device)
+        grad_qkv = slots[0].new_empty(n_rows, n_positions, 3 * width)
+        grad_prefix = slots[0].new_empty(n_layers, n_rows // n_layers * n_slots, 2 * width)
+        chunks = n_chunks(n_layers, n_rows // n_layers * n_positions, grad_qkv.device)
         # gradients of both biases, concatenated
-        sums = into_qkv.new_empty(chunks, n_layers * 5 * width, dtype=torch.float32)
+        sums = grad_qkv.new_empty(chunks, n_layers * 5 * width, dtype=torch.float32)
         for number in range(3):
             three = slots[number], tokens[number], prefix[number] if ctx.is_gated else tokens[number]
             _gather[(n_layers * chunks,)](
                 *(given for part in three for given in (part, *part.stride()[:2])),
-                seed if ctx.p else sums, into_qkv, into_prefix, sums,
+                seed if ctx.p else sums, grad_qkv, grad_prefix, sums,
                 n_layers, n_rows // n_layers, chunks, n_positions, n_slots, number, width, ctx.p,
                 IS_QUERY=number == 0, IS_GATED=ctx.is_gated, HAS_DROPOUT=ctx.p > 0,
                 BLOCK=triton.next_power_of_2(width),
             )  # fmt: skip
-        into_biases = add_up(sums, ctx.bias_type).split((n_layers * 3 * width, n_layers * 2 * width))
-        bias_gradient, into_prefix_bias = (part.view(n_layers, 1, -1) for part in into_biases)
-        return into_qkv, bias_gradient, into_prefix, into_prefix_bias, None, None, None
+        grad_biases = add_up(sums, ctx.bias_type).split((n_layers * 3 * width, n_layers * 2 * width))
+        grad_bias, grad_prefix_bias = (part.view(n_layers, 1, -1) for part in grad_biases)
+        return grad_qkv, grad_bias, grad_prefix, grad_prefix_bias, None, None, None
 
 
 def _without_heads(gradient: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _split(
 @triton.jit
 def _gather(
     slots, slots_row, slots_place, tokens, tokens_row, tokens_place, prefix, prefix_row, prefix_place,
-    seed, into_qkv, into_prefix, sums, n_layers, n_documents, n_chunks, n_positions, n_slots, number, width, p,
+    seed, grad_qkv, grad_prefix, sums, n_layers, n_documents, n_chunks, n_positions, n_slots, number, width, p,
     IS_QUERY: tl.constexpr, IS_GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
@@ -190,7 +190,7 @@ def _gather(
             if IS_GATED:
                 leaving += tl.load(of_prefix, inside & (place >= n_slots), 0.0).to(tl.float32)
             target = (row * n_positions + place) * 3
-            tl.store(into_qkv + target * width + column, leaving.to(into_qkv.dtype.element_ty), inside)
+            tl.store(grad_qkv + target * width + column, leaving.to(grad_qkv.dtype.element_ty), inside)
             total += leaving
         else:
             leaving += tl.load(of_slots, inside, 0.0).to(tl.float32)
@@ -200,11 +200,11 @@ def _gather(
                 target = (row * n_slots + place - n_slots) * 2 + number - 1
                 if HAS_DROPOUT:
                     leaving = drop(leaving, seed, target, p, BLOCK)
-                tl.store(into_prefix + target * width + column, leaving.to(into_prefix.dtype.element_ty), inside)
+                tl.store(grad_prefix + target * width + column, leaving.to(grad_prefix.dtype.element_ty), inside)
                 prefix_total += leaving
             else:
                 target = (row * n_positions + tl.where(place < n_slots, place, place - n_slots)) * 3 + number
-                tl.store(into_qkv + target * width + column, leaving.to(into_qkv.dtype.element_ty), inside)
+                tl.store(grad_qkv + target * width + column, leaving.to(grad_qkv.dtype.element_ty), inside)
                 total += leaving
     sums += chunk * n_layers * 5 * width + column
     tl.store(sums + (layer * 3 + number) * width, total, inside)
