@@ -1,4 +1,4 @@
-"""A real browser without a window, and what it tells of a page."""
+"""A headless browser and its report on a page."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PACKAGE = "chromium-headless-shell"
 
 
 def program():
-    """The browser that there is."""
+    """Return the path of an installed browser, or None."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
@@ -23,7 +23,7 @@ def install():
     """Install a browser if there is none.
 
     Returns:
-        Why this machine can have none; None if it can.
+        The reason why this machine cannot have one; None if it has one.
     """
     if program():
         return None
@@ -38,13 +38,13 @@ def install():
 
 @dataclass
 class Seen:
-    """What a browser shows of a page.
+    """Report of a browser on a page.
 
     Attributes:
-        html: The page as it stands after it was loaded.
+        html: Page after loading.
         console: Lines of the console.
-        requests: Addresses that were asked for over the network.
-        picture: What is to be seen, by row, column and colour.
+        requests: Addresses requested over the network.
+        picture: Screenshot by row, column and colour.
     """
 
     html: str
@@ -57,16 +57,16 @@ def look_at(page, folder, is_dark=False, size=(1000, 1400)):
     """Open a page.
 
     Args:
-        page: The HTML file.
-        folder: Where to put the screenshot and what the browser leaves.
-        is_dark: Whether the reader prefers dark pages.
+        page: HTML file.
+        folder: Folder for the screenshot and the browser's files.
+        is_dark: True if the reader prefers dark pages.
         size: Width and height of the window.
     """
     shot, log = Path(folder, "shot.png"), Path(folder, "network.json")
     command = [
         program(),
         "--headless",
-        # root has none
+        # the sandbox does not work for root
         "--no-sandbox",
         "--disable-gpu",
         "--hide-scrollbars",

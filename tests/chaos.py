@@ -1,7 +1,7 @@
-"""`make chaos`: a run that is killed again and again ends with the bits of one that was left alone.
+"""`make chaos`: a run that is killed repeatedly ends bit-identical to an uninterrupted run.
 
-All of its processes are killed at once with SIGKILL, at moments drawn from a seed: while they start, between steps, and
-while a checkpoint is written. Each time the run is resumed. It takes some minutes, so it is no part of the tests.
+SIGKILL ends all processes at once, at moments drawn from a seed: during startup, between steps, and while a checkpoint
+is written. The run is resumed each time. It takes minutes, so it is not part of the test suite.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from runs import flags, write_documents
 from saved_tensors import differing, saved_tensors
 
 TRAIN = launching.TESTS.parent / "launch" / "train.py"
-# how long anything may take that is waited for
+# timeout of each wait
 PATIENCE_SECONDS = 300
 MOMENTS = ("while saving", "after a step", "while starting")
 SHARES = (5, 4, 1)
 
 
 class Run:
-    """The processes of one run, started by hand: a launcher's own would outlive it."""
+    """Processes of one run, started directly: the workers of a launcher would outlive it."""
 
     def __init__(self, argv, n_processes):
         port = str(launching.free_port())
@@ -42,7 +42,7 @@ class Run:
                 env=launching.environment(RANK=str(rank), LOCAL_RANK=str(rank), **common),
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
-                # a group of its own, with the processes that make its batches
+                # a process group with the data workers
                 start_new_session=True,
             )
             for rank in range(n_processes)
@@ -58,7 +58,7 @@ class Run:
             process.wait()
 
     def finish(self):
-        """Wait for its end, which must be a good one."""
+        """Wait until all processes end, and check that they succeed."""
         try:
             codes = [process.wait(timeout=PATIENCE_SECONDS) for process in self.processes]
         except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ class Run:
 
 
 def wait_until(condition, run):
-    """Whether it came true before the run was over."""
+    """Wait for a condition; return False if the run ends before it holds."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         if run.is_over():
@@ -91,7 +91,7 @@ def is_saving(folder):
 
 
 def kill_once(run, folder, moment, step, choice):
-    """Kill a run at a moment, once it has done so many steps; whether it was still there to be killed."""
+    """Kill a run at a moment after step `step`; return True if it was still running."""
     if moment == "while starting":
         time.sleep(choice.uniform(0, 8))
     elif not wait_until(lambda: last_step(folder) >= step, run):
@@ -107,7 +107,7 @@ def kill_once(run, folder, moment, step, choice):
 
 
 def train_with_kills(begin, folder, n_processes, n_kills, max_steps, choice):
-    """Kill and resume a run until it is done; how often it was killed, and how often while it saved."""
+    """Kill and resume a run until it is done; return the number of kills, and of kills during a save."""
     steps = sorted(choice.sample(range(1, max_steps - 1), n_kills))
     n_killed = n_saving = 0
     for step, moment in zip(steps, choice.choices(MOMENTS, SHARES, k=n_kills), strict=True):
@@ -123,7 +123,7 @@ def train_with_kills(begin, folder, n_processes, n_kills, max_steps, choice):
 
 
 def resume_or(begin, folder):
-    """The command line that goes on with a run; one that was killed before it had a configuration begins anew."""
+    """Return the command line that resumes a run; a run killed before it wrote its configuration begins anew."""
     return ["--resume", str(folder)] if (folder / "config.json").exists() else begin
 
 
@@ -133,7 +133,7 @@ def logged_losses(folder):
 
 
 def main():
-    """Run both, compare, report."""
+    """Run both, compare them and print a report."""
     parser = argparse.ArgumentParser(description="Kill a run again and again.", allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--max_steps", type=int, default=200)

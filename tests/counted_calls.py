@@ -1,11 +1,11 @@
-"""Whether something is called."""
+"""Counters of calls."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def count_calls(monkeypatch, owner, name):
-    """A list that grows by one with each call of a function of a module or a class, which still does its work."""
+    """Return a list that grows by one with each call of a function of a module or a class; the function still runs."""
     counted, original = [], getattr(owner, name)
 
     def counting(*arguments, **options):
@@ -17,10 +17,10 @@ def count_calls(monkeypatch, owner, name):
 
 
 class OperationsCalled(TorchDispatchMode):
-    """Names of operations that give tensors and no views of them, while it is entered.
+    """Context that collects the names of operations that return new tensors, not views.
 
     Args:
-        sizes: Numbers of elements that the tensors may have; None: any.
+        sizes: Allowed numbers of elements of the tensors; None allows any.
     """
 
     def __init__(self, sizes=None):

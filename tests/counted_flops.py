@@ -1,10 +1,10 @@
-"""FLOPs of some work by PyTorch's own counter."""
+"""FLOPs of a function, by PyTorch's counter."""
 
 from torch.utils.flop_counter import FlopCounterMode
 
 
 class _Nowhere:
-    """In place of the counter's tracker of modules, which cannot follow segments that have no graph."""
+    """Replacement of the counter's module tracker, which cannot follow segments without an autograd graph."""
 
     parents = frozenset({"Global"})
 
@@ -16,7 +16,7 @@ class _Nowhere:
 
 
 def counted_flops(work):
-    """FLOPs of calling `work`; of attention alone those of eager attention, which is made of products."""
+    """Return the FLOPs of calling `work`; attention counts only if it is eager, which consists of matrix products."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _Nowhere()
     with counter:

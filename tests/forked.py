@@ -1,6 +1,6 @@
-"""Scripts in processes of their own, forked from one that has imported what they need.
+"""Scripts in processes that are forked from a server with all imports done.
 
-Started anew, a process imports for several seconds before it does what takes a second or two here.
+A new process would import for several seconds before a run of one or two seconds.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# as multiprocessing, but functions within functions can be sent too
+# like multiprocessing, but it can pickle nested functions
 import multiprocess
 import torch
 
 import launching
 from recurrent_bart.training import session as experiment
 
-# a process that has no threads: forked from one that may have some, others could wait for ever for a lock that one held
+# a server without threads: a fork of a process with threads could wait forever for a lock that one of them held
 SERVER = multiprocess.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -32,17 +32,17 @@ SERVER.set_forkserver_preload(
         "recurrent_bart.benchmarks.models.session",
         "recurrent_bart.probes.memory_map",
         "recurrent_bart.report.page",
-        # half of the time that an engine takes to be built
+        # importing it takes half of the time that building an engine takes
         "deepspeed.runtime.zero.muon.muon_optimizer",
     ]
 )
-# how a process is started by hand
+# environment of a single process without a launcher
 ALONE = ({},)
 
 
 @dataclass
 class Ended:
-    """What processes have left: exit codes (-9: killed), and what each of them printed."""
+    """Results of processes: exit codes (-9: killed) and printed output of each."""
 
     codes: list[int]
     printed: list[str]
@@ -52,7 +52,7 @@ class Ended:
 
 
 def start(function, *arguments):
-    """A process that calls a function, by the name of its module or with what it refers to."""
+    """Start a process that calls a function, pickled by its module's name or with the objects it refers to."""
     with _environment():
         process = SERVER.Process(target=_alone, args=(function, *arguments))
         process.start()
@@ -60,7 +60,7 @@ def start(function, *arguments):
 
 
 def launched(n_processes):
-    """What a launcher tells each of several processes on this machine."""
+    """Return the environment variables that a launcher sets for each of several processes on this machine."""
     place = {"WORLD_SIZE": n_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launching.free_port()}
     return [{"RANK": rank, "LOCAL_RANK": rank, **place} for rank in range(n_processes)]
 
@@ -69,14 +69,14 @@ def run_script(script, *arguments, environments=ALONE, firsts=None, timeout=270,
     """Run a script's `__main__` until all processes have ended.
 
     Args:
-        script: Its file.
-        arguments: Its command line.
-        environments: For each process, what is in its environment beside that of `launching.environment`.
-        firsts: For each process, what it calls before.
-        timeout: Seconds after which those left are killed, and the test fails.
-        ends_when: Once these processes have ended, the others are killed: they hang on purpose.
-        folder: Where they work; this checkout if it is not given.
-        stdin: File that they read.
+        script: File of the script.
+        arguments: Command line arguments.
+        environments: Environment variables of each process, added to `launching.environment`.
+        firsts: Function that each process calls first.
+        timeout: Seconds after which remaining processes are killed and the test fails.
+        ends_when: Ranks after whose end the remaining processes are killed; these hang on purpose.
+        folder: Working directory; by default this checkout.
+        stdin: File for the standard input.
     """
     argv = [str(launching.TESTS.parent / script), *map(str, arguments)]
     given = [{name: str(value) for name, value in place.items()} for place in environments]
@@ -99,7 +99,7 @@ def run_script(script, *arguments, environments=ALONE, firsts=None, timeout=270,
 
 
 def _end(process):
-    """Kill it if it is there, and what it has started."""
+    """Kill a process, if it exists, and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
@@ -107,7 +107,7 @@ def _end(process):
 
 @contextlib.contextmanager
 def _environment():
-    """What the fork server is started with and hands on, and where a process finds the modules of tests."""
+    """Set the environment of the fork server, including the path of the test modules."""
     before, path = dict(os.environ), sys.path[:]
     sys.path.append(str(launching.TESTS.parent))
     os.environ.update(launching.environment())
@@ -123,9 +123,9 @@ def _environment():
 
 def _alone(function, *arguments):
     os.setsid()
-    # the threads of the process that was forked are not here
+    # the fork does not have the server's threads
     torch.set_num_threads(1)
-    # of the processes that it starts in turn, as where it is started by a launcher
+    # start method of child processes, as under a launcher
     multiprocessing.set_start_method("fork", force=True)
     function(*arguments)
 
@@ -138,7 +138,7 @@ def _run(argv, variables, log, first, place, stdin):
     os.chdir(place)
     sys.argv = argv
     sys.path.insert(0, str(Path(argv[0]).parent))
-    # half of the time of a short run, and tested elsewhere
+    # plots take half of a short run's time and have separate tests
     experiment.draw_curves = lambda records, path: None
     if first:
         first()

@@ -1,4 +1,4 @@
-"""Scripts that tests load; processes that they start: what they inherit, how long they may take, that none is left."""
+"""Scripts that tests load, and processes that tests start: environment, timeout and cleanup."""
 
 import importlib.util
 import os
@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-# what a launcher told the process that runs the tests is not meant for those it starts
+# variables of the launcher that runs the tests, which started processes must not inherit
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(**changes):
-    """The environment of a started process: this checkout and the modules beside the tests, one thread, no network."""
+    """Return the environment of a started process: this checkout and the test modules, one thread, no network."""
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     scripts = Path(sys.executable).parent
     return inherited | {
@@ -28,10 +28,10 @@ def environment(**changes):
 
 
 def run(command, timeout, **changes):
-    """Run a command; it and all that it started are killed when the time is over.
+    """Run a command; after the timeout, kill it and its children.
 
     Returns:
-        Its return code and all that it printed.
+        Return code and printed output.
     """
     started = subprocess.Popen(
         list(map(str, command)),
@@ -52,34 +52,34 @@ def run(command, timeout, **changes):
 
 
 def torchrun(n_processes, script, *arguments, timeout=270, **changes):
-    """Run a script in several processes, which find a free port by themselves; as `run`."""
+    """Run a script in several processes by torchrun, which finds a free port; see `run`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     return run([*command, script, *arguments], timeout, **changes)
 
 
 def deepspeed(script, *arguments, timeout=270, **changes):
-    """Run a script by the deepspeed launcher on a free port; as `run`."""
+    """Run a script by the deepspeed launcher on a free port; see `run`."""
     return run(["deepspeed", "--master_port", free_port(), script, *arguments], timeout, **changes)
 
 
 def load_script(name):
-    """The module of `launch/NAME.py`, whose `main` is to be called in this process."""
+    """Return the module of `launch/NAME.py`, whose `main` can run in this process."""
     spec = importlib.util.spec_from_file_location(f"launch_{name}", TESTS.parent / "launch" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    # where dataclasses look their module up
+    # dataclasses look their module up here
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
 def assert_one_error(printed, message):
-    """A script said in one line, and nothing else, what is wrong; `printed` is what pytest captured."""
+    """Check that a script printed the error in one line and nothing more; `printed` is pytest's captured output."""
     assert printed.out == ""
     assert re.fullmatch(rf"error: .*{message}.*\n", printed.err)
 
 
 def free_port():
-    """A port that nobody listens on now."""
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,17 +1,17 @@
-"""CUDA graphs on a processor: the work itself, done again; and calls in orders that ask much of recordings.
+"""CUDA graphs on a CPU, which run the captured function at each replay; and call orders that are hard for graphs.
 
-Recordings of a module share here the tensors that they read and write, and the autograd graph of what was computed
-last, which a backward pass takes away. A backward pass that comes when it must not fails, or gives other numbers.
+As on a GPU, graphs of a module share input and output buffers, and the autograd graph of the last forward pass, which a
+backward pass consumes. A backward pass at a wrong time fails or gives wrong results.
 """
 
 import torch
 from torch import nn
 
-from recurrent_bart.execution import cuda_graphs as recorded_call
+from recurrent_bart.execution import cuda_graphs
 
 
 class PlayedGraph:
-    """Does again what was recorded, into the tensors that came of it."""
+    """Graph that runs the captured function again and copies the results to the captured outputs."""
 
     def __init__(self, work):
         self.work, self.found = work, work()
@@ -26,7 +26,7 @@ class PlayedGraph:
 
 
 class PlayedGenerator:
-    """Of any device: the processor's, whose offsets are numbers of the states that were asked for."""
+    """Generators of any device: the CPU's generator, whose offsets are indices of saved states."""
 
     def __init__(self):
         self.states = []
@@ -43,7 +43,7 @@ class PlayedGenerator:
 
 
 def play_graphs(monkeypatch, *modules):
-    """Have modules record such graphs; a list of them, which grows."""
+    """Have modules capture played graphs; return the growing list of graphs."""
     made = []
 
     def capture(work, stream, pool=None):
@@ -64,7 +64,7 @@ def play_graphs(monkeypatch, *modules):
     return made
 
 
-# forward and backward passes of the calls that `call_in_order` makes, and how many graphs are replayed for them
+# forward (f) and backward (b) passes of `call_in_order`, and the number of replayed graphs
 ORDERS = {
     "as usual": ("f0 b0 f1 b1 f2 b2", 6),
     "another shape in between": ("f0 f1 b0 b1", 6),
@@ -76,25 +76,25 @@ ORDERS = {
 
 
 def call_plain(module, inputs):
-    """What a recorded call has to give."""
+    """Return the reference result of a captured call."""
     return module(inputs)
 
 
 def call_graphed(module, inputs):
-    """What `module(inputs)` gives, by replays."""
-    return recorded_call.call_graphed(module, module, [inputs])
+    """Return `module(inputs)` by replays."""
+    return cuda_graphs.call_graphed(module, module, [inputs])
 
 
 def call_in_order(call, order, device):
-    """Values and gradients of three calls, the first and the last of the same shape, of a small module with dropout.
+    """Return values and gradients of three calls of a small module with dropout; the first and the last have one shape.
 
     Args:
-        call: `call_graphed`, or `call_plain`.
-        order: `f1` is the second call, `b1` its backward pass.
+        call: `call_graphed` or `call_plain`.
+        order: `f1` is the forward pass of the second call, `b1` its backward pass.
     """
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)).to(device).double()
-    # has no gradient
+    # a parameter without a gradient
     module[0].unused = nn.Parameter(torch.zeros(2, dtype=torch.double, device=device))
     inputs = [torch.randn(n, 4, dtype=torch.double, device=device).requires_grad_() for n in (2, 5, 2)]
     out = {}

@@ -1,4 +1,4 @@
-"""Runs a function in several processes of one group."""
+"""Functions in several processes of one process group."""
 
 import os
 import traceback
@@ -9,7 +9,7 @@ from forked import SERVER, start
 
 
 def run_in_processes(function, n_processes, folder):
-    """What `function(rank)` returned on each of them, which must be picklable; they meet in a file of the folder."""
+    """Return `function(rank)` of each rank, which must be picklable; ranks meet in a file of the folder."""
     results = SERVER.Queue()
     workers = [
         start(_work, function, rank, n_processes, f"file://{folder}/meeting", results) for rank in range(n_processes)

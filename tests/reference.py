@@ -1,6 +1,6 @@
-"""The grid of cells in the shortest code that is right: one document, no padding, no batch.
+"""Naive reference of the grid: one document, no padding, no batch.
 
-Everything fast is compared with this. Shapes: P slots, L tokens, D model width.
+All fast paths are compared with it. Shapes: P slots, L tokens, D model width.
 """
 
 import torch
@@ -13,11 +13,11 @@ def encode(model, segments, cuts=()):
     Args:
         model: The model.
         segments: Segments of the document.
-        cuts: Numbers of segments at whose beginning all states are detached.
+        cuts: Indices of segments before which all states are detached.
 
     Returns:
-        After each segment, the last layer's state `(P, D)` and token stream `(L, D)`; and all layers' final state, with
-        the rows of an associative memory.
+        The last layer's state `(P, D)` and token stream `(L, D)` after each segment; and the final state of all layers,
+        with the rows of an associative memory.
     """
     encoder, config = model.model.encoder, model.config
     core = encoder.recurrence
@@ -48,14 +48,14 @@ def encode(model, segments, cuts=()):
             states[0] = update(core, states[0], slots, 0, config)
         after.append((states[-1] if config.has_state else tokens[:0], tokens))
     if matrices:
-        # row i: of all heads what the i-th number of a key gives
+        # row i holds the i-th key dimension of all heads
         rows = [matrix.transpose(0, 1).reshape(width, -1) for matrix in matrices]
         states = [torch.cat(both) for both in zip(states, rows, strict=True)]
     return after, states if config.has_state else []
 
 
 def context(config, after, t, ends=()):
-    """What the decoder attends to after segment t, `(A, D)`; sections end after the segments of these numbers."""
+    """Return the decoder's context after segment t, `(A, D)`; `ends` are the last segments of sections."""
     memory, tokens = after[t]
     most = t + 1 if config.context_segments == -1 else config.context_segments
     begin, first = max((end + 1 for end in ends if end < t), default=0), max(0, t + 1 - most)
@@ -69,7 +69,7 @@ def context(config, after, t, ends=()):
 
 
 def detached_outside(after, first, stop):
-    """Return what `encode` gives after each segment, with gradient from segments `first` to `stop` alone."""
+    """Return the results of `encode` after each segment, with gradient from segments `first` to `stop` only."""
     numbered = enumerate(after)
     return [pair if first <= t < stop else tuple(part.detach() for part in pair) for t, pair in numbered]
 
@@ -90,7 +90,7 @@ def update(core, state, slots, e, config):
 
 
 def written(attention, tokens, matrix, core, e):
-    """The matrix of each head after tokens, one by one, by the delta rule."""
+    """Return the matrix of each head after the tokens, written one by one by the delta rule."""
     strength = torch.sigmoid(tokens @ core.write_strength[e] + core.write_strength_bias[e])
     key, value = attention.k_proj(tokens), attention.v_proj(tokens)
     heads = []
@@ -104,14 +104,14 @@ def written(attention, tokens, matrix, core, e):
 
 
 def read_matrix(attention, rows, matrix, gate):
-    """What rows find in it."""
+    """Return the values that rows read from the matrix."""
     heads = attention.q_proj(rows).unflatten(1, (len(matrix), -1)).transpose(0, 1)
     found = torch.tanh(gate)[:, None, None] * (heads / heads.norm(dim=-1, keepdim=True)) @ matrix
     return found.transpose(0, 1).flatten(1)
 
 
 def cell(layer, tokens, slots, prefix, core, e, config, matrix=None):
-    """New tokens and new slots of a layer."""
+    """Return new tokens and new slots of a layer."""
     attention = layer.self_attn
 
     def project_both(rows):
@@ -140,7 +140,7 @@ def join(*parts):
 
 
 def attend(attention, rows, key_value, gate=None):
-    """What rows `(L, D)` read, head by head."""
+    """Return the attention output of rows `(L, D)`, head by head."""
     query, (key, value) = attention.q_proj(rows), key_value
     width = attention.head_dim
     heads = []

@@ -1,4 +1,4 @@
-"""Folders of runs whose figures are known, and pages as a reader sees them."""
+"""Run folders with known metrics, and HTML pages as a reader sees them."""
 
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ DEFAULTS = {"model_size": "tiny", "segment_size": None, "dataset": "stdlib", "ta
 
 
 def step_record(step, **changes):
-    """A line of the log, of two processes."""
+    """Return the log record of a step, of two ranks."""
     return {
         "step": step,
         "loss": 8.0 - step / 10,
@@ -45,7 +45,7 @@ def step_record(step, **changes):
 
 
 def evaluation_record(step, **changes):
-    """A line of an evaluation, of two layers and three segments."""
+    """Return the log record of an evaluation, of two layers and three segments."""
     return {
         "step": step,
         "validation_loss": 7.0 - step / 10,
@@ -66,7 +66,7 @@ def evaluation_record(step, **changes):
 
 
 def write_run(path, records, samples=(), **flags):
-    """A run folder; further flags of the run may be given or changed."""
+    """Write a run folder; extra arguments add or change flags of the run."""
     folder = RunFolder(path)
     folder.create()
     arguments = {**FLAGS, "run": {**FLAGS["run"], **flags}}
@@ -79,16 +79,16 @@ def write_run(path, records, samples=(), **flags):
 
 
 def sample(name, source, target, generated):
-    """A generated text."""
+    """Return the record of a generated text."""
     return SimpleNamespace(id=name, source=source, target=target, generated=generated)
 
 
 class Page(HTMLParser):
-    """The elements and the text of a page, every element closed in its turn.
+    """Elements and text of a page; checks that every element is closed in order.
 
     Attributes:
         elements: Names and attributes of all elements.
-        texts: What is to be read, piece by piece.
+        texts: Text of the page, piece by piece.
     """
 
     def __init__(self, html):
@@ -114,9 +114,9 @@ class Page(HTMLParser):
             self.texts.append(" ".join(data.split()))
 
     def tags(self):
-        """Names of all elements."""
+        """Return the names of all elements."""
         return {tag for tag, _ in self.elements}
 
     def text(self):
-        """All there is to be read."""
+        """Return the whole text."""
         return "\n".join(self.texts)

@@ -1,4 +1,4 @@
-"""Short runs: documents of a few words, flags under which training takes a second or two, a folder with a model."""
+"""Short runs: documents of a few words, flags for a training of one or two seconds, and a folder with a model."""
 
 import json
 import random
@@ -13,7 +13,7 @@ WORDS = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu", "hen", "koi", "owl", "
 
 
 def write_documents(folder):
-    """Write `train.jsonl` and `validation.jsonl`, which both tasks can read; the same ones each time."""
+    """Write `train.jsonl` and `validation.jsonl`, which both tasks can read; their content is fixed."""
     choice = random.Random(0)
     for split, n_documents in (("train", 24), ("validation", 5)):
         with (folder / f"{split}.jsonl").open("w") as file:
@@ -27,7 +27,7 @@ def write_documents(folder):
 
 
 def flags(documents, output_dir, **changes):
-    """The command line of a run on the documents of a folder; further flags may be given or changed."""
+    """Return the command line of a run on the documents of a folder; extra arguments add or change flags."""
     values = {
         "train_file": documents / "train.jsonl",
         "validation_file": documents / "validation.jsonl",
@@ -52,7 +52,7 @@ def flags(documents, output_dir, **changes):
 
 
 def write_run_with_model(path, texts, arguments, **changes):
-    """Write what a run with these arguments leaves: a tiny model, fields changed, with a tokenizer of some texts."""
+    """Write the folder of a run with these arguments: a tiny model and a tokenizer trained on `texts`."""
     torch.manual_seed(0)
     folder = RunFolder(path)
     folder.create()

@@ -1,15 +1,15 @@
-"""What a checkpoint holds, to be compared."""
+"""Tensors of checkpoints, for comparison."""
 
 import torch
 
 from recurrent_bart.checkpointing.checkpoint_files import read_tensors
 
-# equal to no tensor that is saved
+# a placeholder that equals no saved tensor
 NOTHING = torch.empty(0, 0, 0)
 
 
 def saved_tensors(checkpoint):
-    """All tensors of its files, by file and where they stand in it."""
+    """Return all tensors of a checkpoint by file and by path inside the file."""
     return {
         f"{file.relative_to(checkpoint)}{path}": tensor
         for file in sorted(checkpoint.rglob("*.pt"))
@@ -18,7 +18,7 @@ def saved_tensors(checkpoint):
 
 
 def differing(found, expected):
-    """Names of those that are not the same bits."""
+    """Return the names of tensors that are not bit-identical."""
     return [
         name for name in {**expected, **found} if not torch.equal(found.get(name, NOTHING), expected.get(name, NOTHING))
     ]

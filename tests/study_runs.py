@@ -15,7 +15,7 @@ MODEL = {
 
 
 def short_run(**changes):
-    """A run of few steps on one symbol, said in the first segment; fields may be changed."""
+    """Return a run of few steps on one symbol, shown in the first segment; extra arguments change fields."""
     fields = {
         "name": "layerwise",
         "task": {"name": "copy", "n_payload": 1, "n_symbols": 4, "n_fillers": 2},
@@ -34,7 +34,7 @@ def short_run(**changes):
 
 
 def begun(folder, *runs):
-    """Files of runs that are to be done."""
+    """Write and return the files of runs to do."""
     files = [RunFile(folder / run.file_name()) for run in runs]
     for file, run in zip(files, runs, strict=True):
         file.begin(run)
@@ -51,7 +51,7 @@ def all_turns(turns):
 
 
 def record_of(run, accuracy, **changes):
-    """What a finished run leaves, with the same accuracy at each number of segments."""
+    """Return the record of a finished run, with the same accuracy at each number of segments."""
     tested = {str(n): {"exact_match": accuracy / 2, "token_accuracy": accuracy} for n in run.test_segments}
     record = {
         "run": vars(run),

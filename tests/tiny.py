@@ -5,7 +5,7 @@ import torch
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
 from recurrent_bart.recurrence.segmentation import pad_segments
 
-# large weights: a difference that matters is not lost in a nearly linear model
+# large weights, so that the model is far from linear and errors show
 TINY = {
     "vocab_size": 60,
     "d_model": 16,
@@ -20,14 +20,14 @@ TINY = {
     "dropout": 0.0,
     "hidden_dropout_prob": 0.0,
 }
-# of which plain BART has these
+# the same sizes without the recurrence's fields
 PLAIN = {name: value for name, value in TINY.items() if name != "hidden_dropout_prob"}
-# numbers of gradients that DeepSpeed collects before it reduces them; of its own default, every engine takes 2 GB of
-# addresses that a process does not get back, until none can be forked from it
+# gradient elements per reduction bucket. DeepSpeed's default takes 2 GB of addresses per engine, which a process does
+# not get back; after several engines it could not fork any more
 BUCKET = {"reduce_bucket_size": 1_000_000}
 RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bptt_depth": -1}
 
-# what diagonals differ in
+# fields that change the computation of diagonals
 DIAGONALS = {
     "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
@@ -39,33 +39,33 @@ DIAGONALS = {
 
 @torch.no_grad()
 def open_gates(model):
-    """Give zero-initialised parameters values, or half of the model would be tested at zero."""
+    """Set zero-initialized parameters to random values, so that tests do not run half of the model at zero."""
     for name, parameter in model.named_parameters():
         if "gate" in name or name.endswith("bias"):
             parameter.normal_(0.0, 0.5)
 
 
 def random_ids(*shape, vocab_size=60):
-    """Ids that are no special tokens."""
+    """Return ids without special tokens."""
     return torch.randint(4, vocab_size, shape)
 
 
 def batch_of(lengths):
-    """Ids of documents with segments of these lengths, as lists and as one padded batch with its mask."""
+    """Return ids of documents with segments of these lengths, as lists and as one padded batch with its mask."""
     documents = [[random_ids(n).tolist() for n in segments] for segments in lengths]
     input_ids = torch.tensor(pad_segments(documents, padding=-1))
     return documents, input_ids.clamp(min=1), (input_ids >= 0).long()
 
 
 def tiny_model(**changes):
-    """A tiny model, all its gates open; fields may be changed."""
+    """Return a tiny model with open gates; extra arguments change fields."""
     model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**{**TINY, **RECURRENT, **changes}))
     open_gates(model)
     return model
 
 
 def two_steps(model, lengths, task):
-    """Losses and gradients of two steps on documents of such segments, the second of others and changed weights."""
+    """Return losses and gradients of two steps; documents and weights change between the steps."""
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)

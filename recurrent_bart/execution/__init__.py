@@ -1,1 +1,1 @@
-"""The same numbers, faster: schedules, stacked layers, kernels and CUDA graphs."""
+"""Faster execution with equal results: schedules, stacked layers, kernels and CUDA graphs."""

@@ -1,8 +1,7 @@
-"""A function of tensors recorded as CUDA graphs, with its backward pass.
+"""CUDA graphs of a function of tensors and of its backward pass, for work that is bound by kernel launches.
 
-For work whose kernels take less time than launching them one by one. What the forward pass keeps for the backward pass
-stays where it was recorded until anything else of the module is replayed; a call that is differentiated later than that
-is computed again, so that memory is that of one call, whatever the number of calls and of shapes.
+Activations stay in the graph's memory until another graph of the module is replayed. A backward pass after that
+recomputes them. So memory is that of one call, for any number of calls and shapes.
 """
 
 import contextlib
@@ -22,13 +21,13 @@ from recurrent_bart.execution.graph_guards import device_guard, graph_user
 from recurrent_bart.execution.module_settings import backend_settings, has_hooks, settings_of
 from recurrent_bart.recurrence.segmentation import is_sharded
 
-# shapes whose recordings are kept of a module, the last used ones
+# number of shapes per module whose graphs are kept, by last use
 MOST_SHAPES = 32
 _recorded: weakref.WeakKeyDictionary[nn.Module, "GraphedModule"] = weakref.WeakKeyDictionary()
 
 
 def can_capture(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Return True if a training step may replay a module: its weights are on one GPU and its parts have no hooks."""
+    """Return True if a training step may replay a module: one GPU holds its weights, its submodules have no hooks."""
     parameters = list(module.parameters())
     return (
         torch.is_grad_enabled()
@@ -37,7 +36,7 @@ def can_capture(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
         and all(part.device == inputs[0].device for part in (*inputs, *parameters))
         and not torch.cuda.is_current_stream_capturing()
         and not torch.is_autocast_enabled("cuda")
-        # ZeRO-3 may not have gathered them
+        # ZeRO-3 may not have gathered the parameters
         and all(part.numel() == getattr(part, "ds_numel", part.numel()) for part in parameters)
         and not any(has_hooks(part) for part in module.modules() if part is not module)
     )
@@ -46,14 +45,14 @@ def can_capture(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
 def call_graphed(
     module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor], *settings: Hashable
 ) -> Tensor:
-    """Return what a function gives for these inputs, by replaying a CUDA graph.
+    """Return the result of a function for these inputs, by replaying a CUDA graph.
 
-    Everything that a graph depends on is in its key: shapes and types of the inputs, `settings`, the settings of the
-    module and those of PyTorch. A call with a new key captures a new graph.
+    The key of a graph holds everything that it depends on: shapes and dtypes of the inputs, `settings`, the module's
+    settings and PyTorch's. A call with a new key captures a new graph.
 
     Args:
         module: Module whose parameters the function uses.
-        function: Gives one tensor from the inputs and the module's parameters.
+        function: Returns one tensor from the inputs and the module's parameters.
         inputs: Tensors on the module's device.
         settings: Constants of the function that are not the module's.
 
@@ -73,32 +72,28 @@ def call_graphed(
 
 
 class GraphedModule:
-    """Recordings of a module, which work in the same memory, one after the other.
-
-    Attributes:
-        weights: The module's, the same numbers, but leaves of graphs that nobody else has made, on another stream. They
-            lie where the module's lie; ZeRO-3 gathers these elsewhere each time, so there are copies of them.
-        weight_gradients: Gradients of those that have some, of the last replay.
-        user: Guard of that memory.
-        undifferentiated: What was computed last, with its autograd graph, from which the backward pass is recorded.
-        n_overwrites: So many times was the memory written over that a forward pass leaves to its backward pass.
-    """
+    """CUDA graphs of a module, which share memory and run one at a time."""
 
     def __init__(self, module: nn.Module):
         self.is_copied, self.user = is_sharded(module), graph_user(module)
         with torch.no_grad():
             weights = {name: it.clone() if self.is_copied else it.detach() for name, it in module.named_parameters()}
+        # autograd leaves that share the module's parameter memory; copies under ZeRO-3, which gathers parameters at
+        # other addresses each time
         self.weights = {name: weights[name].requires_grad_(it.requires_grad) for name, it in module.named_parameters()}
         with torch.no_grad():
+            # gradients of the trainable weights after the last replay
             self.weight_gradients = [torch.zeros_like(part) for part in self.weights.values() if part.requires_grad]
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.calls: dict[Hashable, GraphedCall] = {}
+        # output of the last forward pass, whose autograd graph the backward capture needs
         self.undifferentiated: Tensor | None = None
+        # number of times saved activations were overwritten
         self.n_overwrites = 0
         self._places: dict[Hashable, Tensor] = {}
 
     def is_of(self, module: nn.Module) -> bool:
-        """Return True if the module's parameters still are where they were, or have the shapes of the copies."""
+        """Return True if the parameters have the addresses of the weights, or for copies their shapes."""
 
         def place(part: Tensor) -> tuple:
             address = part.shape if self.is_copied else part.data_ptr()
@@ -108,19 +103,19 @@ class GraphedModule:
 
     @torch.no_grad()
     def load(self, module: nn.Module) -> None:
-        """Take the module's parameters, if these are copies."""
+        """Copy the module's parameters if the weights are copies."""
         if self.is_copied:
             torch._foreach_copy_(list(self.weights.values()), list(module.parameters()))
 
     def call(self, key: Hashable, build: Callable[["GraphedModule"], "GraphedCall"]) -> "GraphedCall":
-        """The recording of a shape; the oldest is forgotten where there are too many."""
+        """Return the graph for a key, built if it is missing; drop the oldest graph beyond `MOST_SHAPES`."""
         self.calls[key] = self.calls.pop(key) if key in self.calls else build(self)
         if len(self.calls) > MOST_SHAPES:
             del self.calls[next(iter(self.calls))]
         return self.calls[key]
 
     def place(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of such a shape that recordings read or write, where those of other shapes have theirs."""
+        """Return a buffer of this shape, shared by the graphs of all shapes."""
         key = name, like.dtype
         if key not in self._places or self._places[key].numel() < like.numel():
             self._places[key] = torch.zeros(like.numel(), dtype=like.dtype, device=like.device)
@@ -128,7 +123,7 @@ class GraphedModule:
 
 
 class GraphedCall:
-    """Graphs of a function and of its backward pass, and the tensors that they read and write."""
+    """Graphs of a function's forward and backward pass, and their input and output buffers."""
 
     def __init__(
         self, module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor], shared: GraphedModule
@@ -142,7 +137,7 @@ class GraphedCall:
             shared.place(f"into input {number}", part) for number, part in enumerate(inputs) if part.requires_grad
         ]
         self.out = self.output_gradient = torch.empty(0)
-        # of inputs and weights that require one; and whether they have one
+        # gradient buffers of inputs and weights that require a gradient, and True for each one that gets a gradient
         self.gradients, self.is_used = [*input_gradients, *shared.weight_gradients], [True]
         weights = {f"module.{name}": weight for name, weight in shared.weights.items()}
         compute = functools.partial(self._compute, functools.partial(functional_call, _Held(module, function), weights))
@@ -151,7 +146,7 @@ class GraphedCall:
         self._load(inputs)
         warm_up([compute, self._differentiate], shared.stream)
         _, self._forward = capture(compute, shared.stream, shared.pool)
-        # with the autograd graph it gives back to the pool what the forward pass keeps: other recordings take it
+        # freeing the autograd graph returns its activations to the pool, where other captures reuse the memory
         _, self._backward = capture(self._differentiate, shared.stream, shared.pool)
         self.generator.set_offset(offset)
 
@@ -180,18 +175,18 @@ class GraphedCall:
             place.detach().copy_(part)
 
     def forward(self, inputs: Sequence[Tensor]) -> int:
-        """Compute `out`; gives `shared.n_overwrites`: while it stays that, the backward pass finds what it needs."""
+        """Run the forward pass into `out`; return `shared.n_overwrites`, which changes when activations are lost."""
         self._load(inputs)
         self._forward.replay()
         return self.shared.n_overwrites
 
     def backward(self, output_gradient: Tensor) -> list[Tensor | None]:
-        """Gradients of the inputs and weights that require some, directly after `forward`."""
+        """Return gradients of the inputs and weights that require one; call it directly after `forward`."""
         self.shared.n_overwrites += 1
         self.output_gradient.copy_(output_gradient)
         self._backward.replay()
         used = list(itertools.compress(self.gradients, self.is_used))
-        # some hundred weights in few kernels
+        # one fused copy instead of hundreds of kernel launches
         given = [torch.empty_like(part) for part in used]
         torch._foreach_copy_(given, used)
         rest = iter(given)
@@ -199,12 +194,12 @@ class GraphedCall:
 
 
 class _Held(nn.Module):
-    """A function and the module whose parameters it uses, which can be exchanged for it."""
+    """Function with the module whose parameters it uses, in a form that `functional_call` accepts."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Tensor]):
         super().__init__()
         self.module = module
-        # no part of it, not even if it is the module itself
+        # wrapped, so that it does not become a submodule if it is the module itself
         self.function = functools.partial(function)
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -212,13 +207,13 @@ class _Held(nn.Module):
 
 
 def record(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
-    """As `capture`, of work that is done once before."""
+    """Warm up and capture, see `capture`."""
     warm_up([work], stream)
     return capture(work, stream, pool)
 
 
 def warm_up(works: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> None:
-    """Do works before they are recorded: kernels are compiled and libraries made ready, which cannot be recorded."""
+    """Run work before its capture, because kernel compilation and library initialization cannot be captured."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for work in works:
@@ -227,16 +222,13 @@ def warm_up(works: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> No
 
 
 def capture(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
-    """Record work that waits for nothing; gives also what it gives, which replays write again.
+    """Capture work without running it; return its result, which replays overwrite, and the graph.
 
-    Args:
-        work: Not done now, only recorded.
-        stream: Where it is recorded.
-        pool: Of memory, shared with recordings on the same stream that are not replayed at the same time; None: its
-            own.
+    The work must not synchronize. `pool` is a memory pool, shared with graphs on the same stream that are not replayed
+    at the same time; None means a new pool.
     """
     graph = torch.cuda.CUDAGraph()
-    # other threads may copy batches meanwhile
+    # other threads may copy batches during the capture
     how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
     with garbage_collection_paused(), torch.cuda.graph(graph, **how):
         result = work()
@@ -245,7 +237,7 @@ def capture(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Graphs of models that are no longer there, freed in the middle of a recording, would make an end of it."""
+    """Pause garbage collection: freeing the graphs of a deleted model during a capture would abort the capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -269,7 +261,7 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         recorded = ctx.recorded
         with recorded.shared.user.whole_pass():
-            # another call was made since, or this one's backward pass: both write over what it kept
+            # another call, or this call's own backward pass, has overwritten the activations
             if ctx.n_overwrites != recorded.shared.n_overwrites:
                 with rng_offset(recorded.generator, ctx.offset):
                     recorded.forward(ctx.saved_tensors)
@@ -280,7 +272,7 @@ class _Replayed(torch.autograd.Function):
 
 @contextlib.contextmanager
 def rng_offset(generator: torch.Generator, offset: int) -> Iterator[None]:
-    """Have replays draw the random numbers of an earlier place, and the generator stand where it was afterwards."""
+    """Set the generator's offset for replays, and restore it afterwards."""
     now = generator.get_offset()
     generator.set_offset(offset)
     try:

@@ -1,8 +1,7 @@
-"""CUDA graphs of diagonals for one shape of batch, and the tensors that they read and write.
+"""CUDA graphs of diagonals for one batch shape, and their input and output buffers."""
 
-Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
-segment, E encoder layers, D model width.
-"""
+# Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
+# segment, E encoder layers, D model width.
 
 import functools
 import weakref
@@ -19,61 +18,55 @@ from recurrent_bart.recurrence.cell import AttentionMasks
 from recurrent_bart.recurrence.grouped_linear import slice_weights
 from recurrent_bart.recurrence.prefix_recurrence import Weights
 
-# segments that are read together: one is too small to keep a GPU busy with its embedding, and what begins with each of
-# them is one recording, for between two of them a GPU waits
+# number of segments in one graph without autograd. Embedding one segment cannot keep a GPU busy, and a GPU idles
+# between two replays
 READ_TOGETHER = 16
-# settings of the layers and the recurrence whose graphs are kept, the last used ones; training and evaluation are two
+# number of settings (of layers and recurrence) whose graphs are kept, by last use; training and evaluation are two
 MOST_SETTINGS = 4
 
 
 class Captures:
-    """CUDA graphs that were captured under the same settings of the layers, the recurrence and PyTorch.
-
-    Attributes:
-        graphs: By what `DiagonalGraphs.key` gives.
-        seen: Keys of the diagonals that have been read.
-        kept: Graphs that keep what their backward passes need.
-        masks: Masks that the graphs read, of tokens and of slots; their form depends on the attention implementation.
-    """
+    """CUDA graphs that were captured under the same settings of the layers, the recurrence and PyTorch."""
 
     def __init__(self, recorder: "DiagonalGraphs"):
+        # by `DiagonalGraphs.key`
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        # keys of the diagonals that have run
         self.seen: set[tuple] = set()
+        # graphs that keep the activations for their backward passes
         self.kept = RetainedDiagonals(recorder)
+        # buffers of the masks of tokens and of slots; their form depends on the attention implementation
         self.masks: list[Tensor | None] = [None, None]
 
 
 class DiagonalGraphs:
-    """CUDA graphs of diagonals for one shape of batch, and the tensors that they read and write.
+    """CUDA graphs of diagonals for one batch shape, and their input and output buffers.
 
-    Args:
-        wavefront: Encoder whose diagonals are captured.
-        weights: Stacked weights of all layers; their values do not matter.
-        tokens_BLD: Token embeddings of a segment; their values do not matter.
+    `weights` and `tokens_BLD` (embeddings of a segment) give shapes and dtypes; their values do not matter.
     """
 
     def __init__(self, wavefront: Wavefront, weights: Weights, tokens_BLD: Tensor):
-        # not the modules themselves, which this must not keep alive
+        # weak references: the graphs must not keep the modules alive
         self.layer, self.recurrence = weakref.ref(wavefront.layer), weakref.ref(wavefront.recurrence)
         n_layers, self.n_slots = wavefront.config.encoder_layers, wavefront.n_slots
         n_documents, n_tokens, width = tokens_BLD.shape
         with torch.inference_mode(False):
-            # one more than there are layers: below the first and above the last; what leaves one enters the next
+            # entry i enters layer i; the last entry leaves the last layer
             self.stream = tokens_BLD.new_zeros(n_layers + 1, n_documents, self.n_slots + n_tokens, width)
             self.memory = tokens_BLD.new_zeros(n_layers, n_documents, self.n_slots, width)
             self.weights = {name: torch.empty_like(weight, requires_grad=False) for name, weight in weights.items()}
             self.is_read = torch.zeros(n_layers, n_documents, dtype=torch.bool, device=tokens_BLD.device)
-        # gradients, made when they are first needed
+        # gradients, allocated by the first backward pass
         self.stream_gradient = self.into_memory = torch.empty(0)
         self.weight_gradients: dict[str, Tensor] = {}
-        # of diagonals that are read together: streams that enter below all layers, tokens and states above them
+        # buffers of a graph of several diagonals: streams into the first layer, tokens and states of the last layer
         self.together: tuple[Tensor, ...] = ()
-        # what one recording gives back to the pool, another can take on the same stream alone
+        # one stream for all captures: memory that a graph returns to the pool can be reused on the same stream only
         self.where = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.user = graph_user(wavefront.recurrence)
         self.captures = Captures(self)
         self._by_settings: dict[Hashable, Captures] = {}
-        # passes that have written where kept diagonals keep
+        # number of passes that have overwritten the kept activations
         self.n_passes = 0
         self.generator = torch.cuda.default_generators[tokens_BLD.device.index]
 
@@ -84,16 +77,16 @@ class DiagonalGraphs:
 
     @property
     def kept(self) -> RetainedDiagonals:
-        """Graphs of this pass that keep what their backward passes need."""
+        """Graphs of this pass that keep activations for their backward passes."""
         return self.captures.kept
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that the graphs of all settings keep for their backward passes."""
+        """Bytes of activations that the graphs of all settings keep."""
         return sum(captures.kept.n_bytes for captures in self._by_settings.values())
 
     def begin(self, weights: Weights, settings: Hashable) -> None:
-        """Take the weights of this pass, and the graphs that were captured under its settings."""
+        """Copy the weights of this pass, and select the graphs that were captured under its settings."""
         self.captures = self._by_settings.pop(settings, None) or Captures(self)
         self._by_settings[settings] = self.captures
         if len(self._by_settings) > MOST_SETTINGS:
@@ -101,13 +94,13 @@ class DiagonalGraphs:
         torch._foreach_copy_(list(self.weights.values()), [weights[name].detach() for name in self.weights])
 
     def record(self, diagonals: list[Diagonal], with_backward: bool) -> None:
-        """Record what these diagonals need and has not been recorded; the random generator stays where it is."""
+        """Capture the graphs of these diagonals that are missing; the random generator's offset does not change."""
         offset = self.generator.get_offset()
         if with_backward and not self.weight_gradients:
             with torch.inference_mode(False):
                 self.weight_gradients = {name: torch.empty_like(weight) for name, weight in self.weights.items()}
                 self.stream_gradient, self.into_memory = torch.zeros_like(self.stream), torch.empty_like(self.memory)
-        # the largest first: the others find room in its memory
+        # the largest first: smaller graphs then fit into its pool memory
         for diagonal in sorted(diagonals, key=lambda it: it.first - it.stop):
             for is_backward in (False, True)[: 1 + with_backward]:
                 if self.key(diagonal, is_backward) not in self.captures.graphs:
@@ -119,32 +112,24 @@ class DiagonalGraphs:
         self.generator.set_offset(offset)
 
     def keep(self, diagonals: list[Diagonal], most_bytes: float) -> None:
-        """Record them as diagonals that keep what their backward passes need, where there is room."""
+        """Capture graphs that keep their activations, up to `most_bytes`."""
         offset = self.generator.get_offset()
         self.kept.record(diagonals, most_bytes)
         self.generator.set_offset(offset)
 
     def replay(self, diagonal: Diagonal, is_backward: bool = False, graph: torch.cuda.CUDAGraph | None = None) -> None:
-        """Compute a diagonal: from the streams and states that are there, those that it leaves; or their gradients.
-
-        Args:
-            diagonal: Of which kind.
-            is_backward: Whether gradients are wanted.
-            graph: One that does so; None: that which keeps nothing.
-        """
+        """Replay a diagonal's forward or backward pass; `graph=None` uses the graph that keeps no activations."""
         self.place(diagonal)
         (graph or self.captures.graphs[self.key(diagonal, is_backward)]).replay()
 
     def was_seen(self, diagonal: Diagonal) -> bool:
-        """Whether one like this has been read."""
+        """Return True if a diagonal with the same key has run."""
         return self.key(diagonal, False) in self.captures.seen
 
     def read(self, diagonals: Sequence[Diagonal], streams: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Compute diagonals, replayed where they are recorded, and give what each leaves above the last layer.
+        """Run consecutive diagonals, by replay where a graph exists; yield tokens and state above the last layer.
 
-        Args:
-            diagonals: Some that follow one another.
-            streams: What enters below the first layer, `(N, B, S, D)`, for those of them that begin a segment.
+        `streams` `(N, B, S, D)` enter the first layer, one for each diagonal that begins a segment.
         """
         for number, diagonal in enumerate(diagonals):
             if diagonal.segment is not None and streams is not None:
@@ -159,7 +144,7 @@ class DiagonalGraphs:
             yield self.top, self.memory[-1:]
 
     def can_read_together(self, diagonals: Sequence[Diagonal]) -> bool:
-        """Whether these are one recording: as many as that has, with all layers and nothing masked, recorded before."""
+        """Return True if one graph can run these diagonals: `READ_TOGETHER` full ones without masks, captured."""
         keys = {self.key(diagonal, False) for diagonal in diagonals}
         diagonal = diagonals[0]
         return (
@@ -173,7 +158,7 @@ class DiagonalGraphs:
         )
 
     def read_together(self, diagonals: Sequence[Diagonal], streams: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `read`, of diagonals that are one recording."""
+        """Run diagonals as `read` does, with one graph."""
         assert streams is not None
         key = ("together", *self.key(diagonals[0], False))
         if key not in self.captures.graphs:
@@ -184,7 +169,7 @@ class DiagonalGraphs:
                     like.new_zeros(READ_TOGETHER, *like.shape) for like in (self.stream[0], self.top, self.memory[-1])
                 )
                 _, self.captures.graphs[key] = record(functools.partial(self._read_together, diagonals[0]), *self.where)
-            # where they stood before it was done to be recorded
+            # restore the buffers, which the warm-up before the capture has changed
             self.stream.copy_(stream)
             self.memory.copy_(memory)
             self.generator.set_offset(offset)
@@ -202,12 +187,12 @@ class DiagonalGraphs:
             memory.copy_(self.memory[-1])
 
     def key(self, diagonal: Diagonal, is_backward: bool) -> tuple:
-        """Return what a graph depends on, beside the settings and the shape of the batch."""
+        """Return the key of a graph, within the settings and the batch shape."""
         has_padding = diagonal.visible.slots is not None
         return diagonal.first, diagonal.stop, has_padding, diagonal.is_read is None, is_backward
 
     def place(self, diagonal: Diagonal) -> None:
-        """Put the masks where graphs read them."""
+        """Copy the masks to the buffers that graphs read."""
         places = self.captures.masks
         for number, mask in enumerate((diagonal.visible.tokens, diagonal.visible.slots)):
             if mask is None:
@@ -233,7 +218,7 @@ class DiagonalGraphs:
 
     @torch.enable_grad()
     def with_graph(self, diagonal: Diagonal, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """A diagonal with its autograd graph: its sources, streams, states and weights; and what came of each."""
+        """Run a diagonal with autograd; return the inputs (stream, state, weights) and the outputs of each."""
         stacks = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
         given_on = dict(stacks)
         outputs = self._step(diagonal, given_on, inputs[0], inputs[1])
@@ -242,9 +227,9 @@ class DiagonalGraphs:
     def differentiate(
         self, span: slice, sources: list[Tensor], outputs: list[Tensor], retain_graph: bool = False
     ) -> None:
-        """From gradients of what `with_graph` gave, where they arrive, those of its sources, where these are."""
+        """Compute input gradients in the buffers from the output gradients in the buffers, see `with_graph`."""
         arriving = self.stream_gradient[span.start + 1 : span.stop + 1], self.into_memory[span]
-        # gradients of weights are added to those of the diagonals behind, where they are
+        # weight gradients accumulate in place in their buffers
         stream_gradient, into_memory, *_ = torch.autograd.grad(
             outputs, sources, [*arriving, *self.weight_gradients.values()], retain_graph=retain_graph
         )
@@ -264,7 +249,7 @@ class DiagonalGraphs:
         masks = [mask[:n_rows] if has_padding else None for mask in self.captures.masks]
         masks.append(None if diagonal.is_read is None else self.is_read[:n_layers])
         if torch.is_grad_enabled():
-            # those of the next diagonal come to the same place
+            # the next diagonal overwrites the mask buffers, and the backward pass needs these masks
             masks = [None if mask is None else mask.clone() for mask in masks]
         tokens, slots, is_read = masks
         visible = AttentionMasks(tokens, slots, self.n_slots, slots_read_prefix=True)
@@ -272,6 +257,6 @@ class DiagonalGraphs:
         return diagonal_step(weights, self.layer(), self.recurrence(), stream, memory, visible, is_read, into)
 
     def begin_backward(self, into_memory: Tensor) -> None:
-        """Make ready for the backward pass of the last diagonal."""
+        """Reset the weight gradients and set the gradient of the final state."""
         torch._foreach_zero_(list(self.weight_gradients.values()))
         self.into_memory.copy_(into_memory)

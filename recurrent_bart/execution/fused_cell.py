@@ -1,8 +1,7 @@
-"""A diagonal's cells with few passes over memory between their matrix products.
+"""Cells of a diagonal with few memory passes between their matrix products."""
 
-Shape suffixes: B documents, R = layers * documents, S = slots and tokens of a segment, P prefix length (= slots),
-E encoder layers (of a diagonal), M rows of a layer, H heads, D model width.
-"""
+# Shape suffixes: B documents, R = layers * documents, S = slots and tokens of a segment, P prefix length (= slots),
+# E encoder layers (of a diagonal), M rows of a layer, H heads, D model width.
 
 import importlib.util
 from typing import TYPE_CHECKING
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def can_fuse(layer: BartEncoderLayer, stream: Tensor) -> bool:
-    """Return True if there are kernels for a layer's cells: on a GPU, with slots that read a prefix, in one type."""
+    """Return True if kernels exist for a layer's cells: on a GPU, with slots that read a prefix, in one dtype."""
     config, activation = layer.self_attn.config, layer.activation_fn
     return (
         stream.is_cuda
         and importlib.util.find_spec("triton") is not None
         and config.has_state
         and not config.associative_memory
-        # the exact one
+        # the exact GELU, not the tanh approximation
         and isinstance(activation, GELUActivation)
         and activation.act is nn.functional.gelu
         and stream.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -47,21 +46,8 @@ def fused_cell(
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `diagonal_step`, whose numbers it gives but for rounding.
-
-    Args:
-        layers: The layers that the diagonal has a cell of.
-        recurrence: What all layers' have in common.
-        stream_EBSD: Slots and tokens that enter the layers.
-        memory_EBPD: Their states.
-        visible: What the rows `(E * B)` see.
-        is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
-        into: Where to leave both, without a graph.
-
-    Returns:
-        Slots and tokens that leave the layers, and their new states.
-    """
-    # else a processor without Triton could not import this
+    """Compute `diagonal_step` with fused kernels; results differ by rounding only. See there for the arguments."""
+    # imported here, because a CPU installation may lack Triton
     from recurrent_bart.execution.kernels.bias_activation import bias_gelu
     from recurrent_bart.execution.kernels.heads import split_heads
     from recurrent_bart.execution.kernels.residual_norm import residual_norm, residual_norm_and_slots
@@ -89,18 +75,18 @@ def fused_cell(
     hidden = bias_gelu(hidden, weights["fc1_bias"])
     hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
     hidden, affine = linear(hidden, weights["fc2"]), norm_of("fc2", "final_layer_norm")
-    stream_gradient, into_memory = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
+    stream_out, memory_out = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
     memory_beside = memory_EMD if recurrence.has_update_gate else None
     stream_EMD, slots = residual_norm_and_slots(
-        stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, stream_gradient
+        stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, stream_out
     )
     memory_EBPD = memory_EMD.view_as(memory_EBPD)
-    memory_EBPD = _next_memory(recurrence, weights, memory_EBPD, slots, is_read_EB, into_memory)
+    memory_EBPD = _next_memory(recurrence, weights, memory_EBPD, slots, is_read_EB, memory_out)
     return stream_EMD.view_as(stream_EBSD), memory_EBPD
 
 
 def _project(recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values `(E, M, 2 * D)` of the prefix without their bias, the bias, and the states again."""
+    """Return prefix keys and values `(E, M, 2 * D)` without bias, their bias, and the states again."""
     from recurrent_bart.execution.kernels.bias_activation import bias_tanh
 
     if not recurrence.has_projection:
@@ -113,7 +99,7 @@ def _project(recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor)
 
 
 def _attend(attention: BartAttention, heads: "Heads", visible: AttentionMasks, gate_EH: Tensor | None) -> Tensor:
-    """What slots and tokens read, `(R, S, D)`."""
+    """Return the attention output of slots and tokens, `(R, S, D)`."""
     from recurrent_bart.execution.kernels.gated_prefix import add_prefix_read
 
     slots_read, _ = attend(attention, heads.slots_query, (heads.slots_key, heads.slots_value), visible.slots)
@@ -135,12 +121,12 @@ def _next_memory(
     is_read_EB: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """The states after the segment, from `slots` as `residual_norm_and_slots` gives them."""
+    """Return the new states from `slots` as `residual_norm_and_slots` returns them."""
     from recurrent_bart.execution.kernels.gated_update import gated_update
 
     if recurrence.has_update_gate:
         gate, both = linear_with_input(slots, weights["update_gate"])
-        place = None if out is None else out.flatten(1, 2)
-        return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, place).view_as(memory_EBPD)
+        rows_out = None if out is None else out.flatten(1, 2)
+        return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, rows_out).view_as(memory_EBPD)
     new = recurrence.next_memory(memory_EBPD, slots, is_read_EB, weights)
     return new if out is None else out.copy_(new)

@@ -1,4 +1,4 @@
-"""Guards of CUDA graphs: they are captured on their own device, and one pass at a time uses their memory."""
+"""Guards of CUDA graphs: capture on the graph's own device, and one pass at a time in the graph's memory."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ Step = TypeVar("Step")
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context that makes a GPU PyTorch's current one, which streams, captures and Triton's kernels use."""
+    """Return a context in which PyTorch's streams, captures and Triton kernels use the given GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -27,19 +27,19 @@ def graph_user(module: nn.Module) -> "GraphUser":
 class GraphUser:
     """Guard of the memory that all CUDA graphs of a module share: one pass at a time uses it.
 
-    A second pass at the same time would change the numbers of the first one, so it is refused.
+    A second pass at the same time is refused, because it would overwrite the first pass's values.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # the last pass that has begun
+        # the pass that began last
         self._owner: object = None
 
     def whole_pass(self) -> contextlib.AbstractContextManager[None]:
         """Return a context that holds the graphs for a whole pass.
 
         Raises:
-            ValueError: Another thread holds them.
+            ValueError: Another thread holds the graphs.
         """
         return self._part_of(object(), is_first=True)
 
@@ -47,7 +47,7 @@ class GraphUser:
         """Yield the steps of a pass, and hold the graphs while each step is computed.
 
         Raises:
-            ValueError: Another thread holds them, or another pass has begun since the last step.
+            ValueError: Another thread holds the graphs, or another pass has begun since the last step.
         """
         owner = object()
         for number in itertools.count():

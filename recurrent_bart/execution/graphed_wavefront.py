@@ -1,12 +1,12 @@
-"""Diagonals recorded as CUDA graphs, for batches that leave a GPU waiting for the processor.
+"""Wavefront schedule with CUDA graphs, for small batches that are bound by kernel launches.
 
-A small batch's kernels take less time than launching them one by one. Recorded once for each span of layers, whatever
-the number of segments, they are launched together. What a diagonal keeps for its backward pass is computed again there,
-so that nothing recorded has to outlive the next replay; without checkpointing, as much as there is room for is kept.
-
-Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
-segment, E encoder layers, D model width.
+A graph is captured once per span of layers and serves any number of segments. The backward pass recomputes a
+diagonal's activations, so no activation has to survive the next replay. Without checkpointing, activations are kept
+as far as memory allows.
 """
+
+# Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
+# segment, E encoder layers, D model width.
 
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
@@ -28,19 +28,20 @@ from recurrent_bart.execution.wavefront import Diagonal, Wavefront
 from recurrent_bart.recurrence.prefix_recurrence import Weights
 from recurrent_bart.recurrence.segmentation import Segment
 
-# of all documents in a segment; at 8,192 replays take 1 to 4 % less time than launching, and half the processor's
+# tokens of one segment over all documents. At 8,192, replays take 1 to 4 % less time than launches, and half the
+# CPU time
 MOST_TOKENS = 8_192
-# shapes of batches whose recordings are kept, the last used ones
+# number of batch shapes whose graphs are kept, by last use
 MOST_SHAPES = 16
-# each keeps its part of what there is room for; `share_device` says how many there are
+# processes that share the device's memory for kept activations; set by `share_device`
 processes_per_device = 1
 _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, DiagonalGraphs]] = weakref.WeakKeyDictionary()
 
 
 def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, checkpointing: str) -> bool:
-    """Return True if replaying is faster for a batch: its diagonals are fused, and too small to keep a GPU busy.
+    """Return True if CUDA graphs are faster for a batch: its cells are fused, and too small to keep a GPU busy.
 
-    Where each diagonal is recomputed in any case, replays cost nothing, however large they are.
+    If checkpointing recomputes each diagonal anyway, replays cost nothing extra, so the size does not matter.
     """
     n_documents, n_tokens, _ = tokens_BLD.shape
     return (
@@ -53,15 +54,16 @@ def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, che
 
 @dataclass(frozen=True)
 class GraphedWavefront(Wavefront):
-    """Identical to Wavefront except: diagonals are replayed, and recomputed in the backward pass unless kept.
+    """Identical to Wavefront except: it replays diagonals, and recomputes activations that are not kept.
 
-    They are so one by one, whatever is checkpointed. Of states but for the last it gives the last layer's alone.
+    It recomputes diagonals one by one under any checkpointing. Before the last segment, it yields only the last layer's
+    state.
     """
 
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Compute what Wavefront's does; without autograd, states hold until the next ones are asked for.
+        """Run as `Wavefront.run` does; without autograd, a yielded state is valid until the next one is requested.
 
         Raises:
             ValueError: Another thread runs the same encoder.
@@ -84,7 +86,9 @@ class GraphedWavefront(Wavefront):
         streams = self._embed_segments(segments, memory_EBPD)
         recorder.record(diagonals, with_backward=True)
         if self.checkpointing == "none":
-            recorder.keep(diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._kept_elsewhere(recorder))
+            recorder.keep(
+                diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._bytes_kept_by_other_shapes(recorder)
+            )
         tops, memories, memory = _Replayed.apply(
             recorder, diagonals, list(weights), streams, memory_EBPD, *weights.values()
         )
@@ -94,7 +98,7 @@ class GraphedWavefront(Wavefront):
     def _read(
         self, recorder: DiagonalGraphs, diagonals: list[Diagonal], memory_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
-        """Forward passes alone; outside training, what comes for the first time is not worth a recording."""
+        """Run forward passes only; in evaluation mode, a diagonal is captured the second time it occurs."""
         again = diagonals if self.layer.training else [it for it in diagonals if recorder.was_seen(it)]
         recorder.record(again, with_backward=False)
         recorder.memory.copy_(memory_EBPD)
@@ -110,22 +114,21 @@ class GraphedWavefront(Wavefront):
                     yield tokens_BLD, recorder.memory.clone() if is_last else memory_1BPD
 
     def _settings(self) -> Hashable:
-        """Return the constants that a captured diagonal keeps; they are the same for all layers."""
+        """Return the constants that a capture keeps; all layers share them."""
         assert self.recurrence is not None
         return *settings_of(self.layer, self.recurrence), backend_settings()
 
-    def _kept_elsewhere(self, recorder: DiagonalGraphs) -> int:
+    def _bytes_kept_by_other_shapes(self, recorder: DiagonalGraphs) -> int:
         assert self.recurrence is not None
         return sum(it.kept_bytes for it in _recorders[self.recurrence].values()) - recorder.kept.n_bytes
 
     def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
-        """Streams `(N, B, S, D)` that enter below the first layer."""
+        """Return the streams `(N, B, S, D)` that enter the first layer."""
         assert self.recurrence is not None
         slots = self.recurrence.slots(memory_EBPD).repeat(len(segments), 1, 1)
         return self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
 
     def _recorder(self, weights: Weights, tokens_BLD: Tensor) -> DiagonalGraphs:
-        """Recordings for batches of this shape."""
         assert self.recurrence is not None
         kept = _recorders.setdefault(self.recurrence, {})
         key = tokens_BLD.shape, tokens_BLD.dtype, tokens_BLD.device
@@ -139,20 +142,20 @@ class GraphedWavefront(Wavefront):
 
 
 def share_device(n_processes: int) -> None:
-    """Keep no more of a pass than leaves as much for each of so many processes on one device."""
+    """Divide the memory for kept activations among `n_processes` processes on one device."""
     global processes_per_device
     processes_per_device = n_processes
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All that a device has for this process."""
+    """Return this process's share of the device's memory."""
     return torch.cuda.get_device_properties(device).total_memory // processes_per_device
 
 
 class _Replayed(torch.autograd.Function):
-    """Tokens above the last layer `(N, B, L, D)`, its states `(N, B, P, D)`, and all states at the end.
+    """Tokens above the last layer `(N, B, L, D)`, its states `(N, B, P, D)`, and all final states.
 
-    Takes the streams `(N, B, S, D)` that enter below the first layer.
+    The input streams `(N, B, S, D)` enter the first layer.
     """
 
     @staticmethod
@@ -194,34 +197,34 @@ class _Replayed(torch.autograd.Function):
         with recorder.user.whole_pass():
             # the settings may have changed since the forward pass
             recorder.captures = ctx.captures
-            into_streams = _differentiate(ctx, *gradients)
+            grad_streams = _differentiate(ctx, *gradients)
             weight_gradients = [recorder.weight_gradients[name].clone() for name in ctx.names]
-            return None, None, None, into_streams, recorder.into_memory.clone(), *weight_gradients
+            return None, None, None, grad_streams, recorder.into_memory.clone(), *weight_gradients
 
 
-def _differentiate(ctx: Any, into_tops: Tensor, into_memories: Tensor, into_memory: Tensor) -> Tensor:
-    """Replay the backward passes of all diagonals; gradients of weights and states lie in the recorder then.
+def _differentiate(ctx: Any, grad_tops: Tensor, grad_memories: Tensor, grad_memory: Tensor) -> Tensor:
+    """Replay the backward passes of all diagonals; gradients of weights and states end up in the recorder's buffers.
 
     Returns:
-        Gradients of the streams that entered below the first layer.
+        Gradients of the streams that entered the first layer.
     """
-    recorder, n_layers = ctx.recorder, len(into_memory)
-    into_streams = into_tops.new_empty(ctx.shape)
-    recorder.begin_backward(into_memory)
+    recorder, n_layers = ctx.recorder, len(grad_memory)
+    grad_streams = grad_tops.new_empty(ctx.shape)
+    recorder.begin_backward(grad_memory)
     kept = recorder.kept.of(ctx.diagonals)
     for number in reversed(range(len(ctx.diagonals))):
         diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.entered[number]
-        # another pass keeps its own there now
+        # a later pass has overwritten the kept activations
         own = kept[number] if ctx.n_passes == recorder.n_passes else None
         if own is None:
             span = slice(diagonal.first, diagonal.stop)
             recorder.stream[span].copy_(stream)
             recorder.memory[span].copy_(memory)
         if diagonal.stop == n_layers:
-            recorder.stream_gradient[-1][:, recorder.n_slots :].copy_(into_tops[number - n_layers + 1])
-            recorder.into_memory[-1].add_(into_memories[number - n_layers + 1])
+            recorder.stream_gradient[-1][:, recorder.n_slots :].copy_(grad_tops[number - n_layers + 1])
+            recorder.into_memory[-1].add_(grad_memories[number - n_layers + 1])
         with rng_offset(recorder.generator, offset):
             recorder.replay(diagonal, is_backward=True, graph=own.backward if own else None)
-        if number < len(into_streams):
-            into_streams[number].copy_(recorder.stream_gradient[0])
-    return into_streams
+        if number < len(grad_streams):
+            grad_streams[number].copy_(recorder.stream_gradient[0])
+    return grad_streams

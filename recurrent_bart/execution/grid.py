@@ -1,8 +1,7 @@
-"""In which order the grid of cells (segment, layer) is computed.
+"""Schedules of the grid of cells (segment, layer)."""
 
-Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), E encoder layers,
-D model width.
-"""
+# Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), E encoder layers,
+# D model width.
 
 import functools
 import itertools
@@ -22,38 +21,35 @@ from recurrent_bart.recurrence.cell import AttentionMasks
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.recurrence.segmentation import Segment, on_device
 
-# of all documents in a segment: an H100 was still 1.5 to 1.9 times as fast by diagonals at 8,192 (RESULTS.md); not
-# measured beyond, where streams of all layers at once take the more memory
+# tokens of one segment over all documents, up to which `schedule="auto"` uses the wavefront. An H100 still ran 1.5 to
+# 1.9 times as fast with it at 8,192 (RESULTS.md). Larger sizes are not measured; streams of all layers take more memory
 MOST_TOKENS = 16_384
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class OutputSelection:
-    """What of the grid is wanted.
+    """Outputs of the grid that the caller needs; the last segment's tokens and state are always given."""
 
-    Attributes:
-        every_segment: Outputs of every segment, each with its graph; False: of the last one.
-        tokens: Token streams of all segments, whether or not they have a graph.
-        memories: Likewise states.
-        hidden_states: Token streams of every layer.
-        attentions: Attention weights of every layer.
-    """
-
+    # tokens and states of every segment, each with its autograd graph
     every_segment: bool = False
+    # token streams of all segments, with or without an autograd graph
     tokens: bool = False
+    # states after all segments, with or without an autograd graph
     memories: bool = False
+    # token streams of every layer
     hidden_states: bool = False
+    # attention weights of every layer
     attentions: bool = False
 
     def all_segments(self) -> bool:
-        """Whether segments are wanted that nothing is carried from."""
+        """Return True if segments are needed even without a carried state."""
         return self.every_segment or self.tokens or self.memories or self.hidden_states or self.attentions
 
 
 @dataclass
 class SegmentOutput:
-    """What one segment gives: token streams `(B, L, D)` below and above every layer, if wanted, and weights."""
+    """Outputs of one segment: tokens `(B, L, D)`, state `(E, B, P, D)`, and streams and attention weights of layers."""
 
     tokens: Tensor | None
     memory: Tensor | None
@@ -63,39 +59,31 @@ class SegmentOutput:
 
 @dataclass
 class GridOutput:
-    """What the grid gives, of each kept segment.
+    """Outputs of the selected segments, one list entry per segment."""
 
-    Attributes:
-        tokens: The last layer's token stream `(B, L, D)`.
-        memories: The last layer's state after it `(B, P, D)`.
-        hidden_states: Token streams below and above every layer.
-        attentions: Weights `(B, H, L, A)` of every layer.
-        memory: The state `(E, B, P, D)` after the last segment.
-    """
-
+    # token streams (B, L, D) of the last layer
     tokens: list[Tensor] = field(default_factory=list)
+    # states (B, P, D) of the last layer after the segment
     memories: list[Tensor] = field(default_factory=list)
+    # token streams (B, L, D) below and above every layer
     hidden_states: list[list[Tensor]] = field(default_factory=list)
+    # attention weights (B, H, L, A) of every layer
     attentions: list[list[Tensor]] = field(default_factory=list)
+    # state (E, B, P, D) after the last segment
     memory: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of some documents and how they are run.
-
-    Attributes:
-        config: The architecture.
-        layers: The encoder's layers.
-        recurrence: Their recurrence; None where `pre_seq_len` is 0.
-        embed: Gives the first layer's stream `(B, P + L, D)` from a segment's token embeddings and its slots.
-        checkpoints_segments: Recompute each segment as a whole in the backward pass.
-    """
+    """The cells of a batch and the settings of their computation."""
 
     config: RecurrentBartConfig
     layers: nn.ModuleList
+    # None if `pre_seq_len` is 0
     recurrence: PrefixRecurrence | None
+    # returns the first layer's stream (B, P + L, D) from a segment's token embeddings and its slots
     embed: Callable[[Tensor, Tensor | None], Tensor]
+    # the backward pass recomputes each segment as a whole
     checkpoints_segments: bool = False
 
     def run(
@@ -108,16 +96,16 @@ class Grid:
     ) -> GridOutput:
         """Run the grid in the order that `config.schedule` names.
 
-        Gradient crosses `config.bptt_depth` segment boundaries: segments form windows of one more than that, aligned
-        to the last one, and the state is cut between windows. Segments whose output reaches no kept one by gradient
-        run without a graph.
+        The gradient crosses at most `config.bptt_depth` segment boundaries. Segments form windows of
+        `bptt_depth + 1` segments, aligned to the last segment, and the state is detached between windows. Segments
+        run without an autograd graph if no selected output needs their gradient.
 
         Args:
-            segments_BNLD: Token embeddings of the last segments, at which all documents end.
-            mask_BNL: 1 at tokens, on the host; a segment without any leaves its document's state unchanged.
-            state: What was read before; None at the head of the documents.
-            kept: What is wanted.
-            earlier: The segments before those, which gradient does not reach.
+            segments_BNLD: Token embeddings of the last segments; all documents end at the last one.
+            mask_BNL: 1 at tokens, on the host. A segment without tokens leaves its document's state unchanged.
+            state: State after earlier calls; None at the start of the documents.
+            kept: Outputs that the caller needs.
+            earlier: Segments before `segments_BNLD`, which the gradient does not reach.
         """
         n_segments = mask_BNL.shape[1]
         window = self.config.bptt_window or n_segments + 1
@@ -127,30 +115,34 @@ class Grid:
         if state is not None and state.memory is not None:
             is_begun_B = state.position > 0
             memory = _started_or_initial(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
-        # one view for each segment, not one index into all: its backward pass would write all of them each time
+        # unbind, because the backward pass of each index would write a gradient of all segments
         segments = [*earlier, *(_constant_segment(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
-        stretches = self._stretches(n_segments, window, kept)
+        windows = self._windows(n_segments, window, kept)
         run = self._sequential
-        has_several = any(part.stop - part.start > 1 for part, _ in stretches)
-        if has_several and self._uses_wavefront(segments_BNLD, kept) and not self._is_elsewhere(segments_BNLD.device):
+        has_several = any(part.stop - part.start > 1 for part, _ in windows)
+        if (
+            has_several
+            and self._uses_wavefront(segments_BNLD, kept)
+            and not self._is_on_other_device(segments_BNLD.device)
+        ):
             weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
             run = functools.partial(self._wavefront, weights)
         output = GridOutput()
-        for part, has_graph in stretches:
+        for part, has_graph in windows:
             with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
                 if self.config.has_state and (n_segments - part.start) % window == 0:
                     is_begun_B = is_begun_B | on_device(is_read_BN[:, : part.start].any(dim=1), is_begun_B.device)
                     memory = _started_or_initial(is_begun_B, memory.detach(), learned)
                 for t, segment in enumerate(run(segments[part], mask_BNL[:, part], memory, kept), start=part.start):
-                    # a prefix that never changes is learned: what a window without a graph gives of it has no gradient
+                    # a static prefix stays the parameter: the output of a window without a graph has no gradient
                     memory = segment.memory if self.config.has_state else learned
                     self._keep(output, segment, kept, is_last=t == n_segments - 1)
         output.memory = memory if self.config.has_state else None
         return output
 
-    def _stretches(self, n_segments: int, window: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
-        """Segments between which the state is cut, and whether they have a graph."""
-        # without a state nothing is left of a segment but its own output
+    def _windows(self, n_segments: int, window: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
+        """Return the windows as slices, and True for each one that has an autograd graph."""
+        # without a carried state, only the outputs of earlier segments could matter
         first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
         if not torch.is_grad_enabled():
             return [(slice(first, n_segments), False)]
@@ -162,8 +154,8 @@ class Grid:
     def _uses_wavefront(self, segments_BNLD: Tensor, kept: OutputSelection) -> bool:
         """Return True if the wavefront schedule computes the segments.
 
-        The sequential schedule alone gives the hidden states and attention weights of every layer, and lets layers
-        differ in more than their parameters.
+        Only the sequential schedule gives hidden states and attention weights of every layer. Only it supports layers
+        that differ in more than their parameters.
         """
         schedule = self.config.schedule
         if schedule == "sequential" or kept.hidden_states or kept.attentions:
@@ -175,18 +167,18 @@ class Grid:
             logger.warning_once(f"schedule='wavefront': segments are computed one after the other, because {obstacle}")
         return not obstacle
 
-    def _is_elsewhere(self, device: torch.device) -> bool:
-        """Return True if layers are offloaded or on another device: only their calls bring parameters and inputs."""
-        is_elsewhere = any(parameter.device != device for parameter in self.layers.parameters())
-        if is_elsewhere and self.config.schedule == "wavefront":
+    def _is_on_other_device(self, device: torch.device) -> bool:
+        """Return True if layers are offloaded or on another device, where module calls move parameters and inputs."""
+        is_on_other_device = any(parameter.device != device for parameter in self.layers.parameters())
+        if is_on_other_device and self.config.schedule == "wavefront":
             logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")
-        return is_elsewhere
+        return is_on_other_device
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: OutputSelection, is_last: bool) -> None:
         if kept.every_segment or kept.tokens or is_last:
             output.tokens.append(segment.tokens)
         if self.config.has_state and (kept.every_segment or kept.memories or is_last):
-            # not a view, which would keep the states of all layers
+            # a view would keep the states of all layers alive
             output.memories.append(self.recurrence.without_matrix(segment.memory)[-1].clone())
         if kept.hidden_states:
             output.hidden_states.append(segment.hidden_states)
@@ -201,7 +193,7 @@ class Grid:
         memory_EBPD: Tensor | None,
         kept: OutputSelection,
     ) -> Iterator[SegmentOutput]:
-        """By diagonals: all cells that need nothing of each other at once; of a single segment, each is one cell."""
+        """Run the wavefront schedule; a single segment has one cell per diagonal, so it runs sequentially."""
         if len(segments) == 1:
             yield from self._sequential(segments, mask_BNL, memory_EBPD, kept)
             return
@@ -221,7 +213,7 @@ class Grid:
     def _sequential(
         self, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
     ) -> Iterator[SegmentOutput]:
-        """Segment after segment, layer after layer: the reference."""
+        """Run one segment after the other, layer by layer; this is the reference for the other schedules."""
         is_checkpointed = self.checkpoints_segments and torch.is_grad_enabled()
         for read, mask_BL in zip(segments, mask_BNL.unbind(dim=1), strict=True):
             inputs = read(), mask_BL, memory_EBPD, kept
@@ -234,7 +226,6 @@ class Grid:
     def _segment(
         self, tokens_BLD: Tensor, mask_BL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
     ) -> SegmentOutput:
-        """One segment through all layers."""
         recurrence, config = self.recurrence, self.config
         n_slots = recurrence.n_slots if recurrence else 0
         stream = self.embed(tokens_BLD, recurrence.slots(memory_EBPD) if recurrence else None)
@@ -275,18 +266,18 @@ def _constant_segment(tokens_BLD: Tensor) -> Segment:
 
 
 def is_wavefront_faster(segments_BNLD: Tensor) -> bool:
-    """Whether a device is better filled by several layers at once.
+    """Return True if computing several layers at once is faster on the device.
 
-    A processor is busy with one layer, and then copying the weights costs more than it saves.
+    One layer already saturates a CPU, and there copying the weights costs more than it saves.
     """
     n_documents, _, n_tokens, _ = segments_BNLD.shape
     return segments_BNLD.device.type != "cpu" and n_documents * n_tokens <= MOST_TOKENS
 
 
 def _started_or_initial(is_begun_B: Tensor, memory_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:
-    """The state of documents that have begun, the learned one of those that have not.
+    """Return the state of documents that have begun, and the learned state of the other documents.
 
-    The learned one takes part with a gradient of zero at least: ZeRO-3 would give a parameter that gets none in a step
-    the one of the step before.
+    The learned state always gets a gradient, at least zero. If a parameter gets no gradient in a step, ZeRO-3 uses its
+    gradient of the step before.
     """
     return torch.where(is_begun_B.view(1, -1, 1, 1), memory_EBPD, learned_EBPD)

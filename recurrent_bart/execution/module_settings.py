@@ -1,7 +1,7 @@
-"""Constants that a module computes with: everything besides its inputs, its parameters and random numbers.
+"""Constants that a module computes with, besides its inputs, its parameters and random numbers.
 
-Python code reads them at each call. A CUDA graph keeps those of its capture, and a diagonal of the wavefront schedule
-has one value of each for all its layers.
+Python code reads the constants at each call. A CUDA graph keeps the constants of its capture, and a diagonal of the
+wavefront schedule uses one value of each constant for all its layers.
 """
 
 import functools
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# attributes of every module: its tensors, its parts and its hooks
+# attributes that hold every module's tensors, submodules and hooks
 BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
-# constants that are their own keys
+# types whose values serve as keys directly
 PLAIN = frozenset({bool, float, str, type(None)})
 
 
 def settings_of(*modules: nn.Module) -> list[tuple]:
-    """Return, for each module, the constants of the module and of all its parts, as a hashable key.
+    """Return for each module a hashable key of the constants of the module and all its submodules.
 
-    The constants are the parts' types, flags, rates, names (such as the active adapter's) and functions, the fields of
-    their configurations, and the addresses of their buffers. Integers are left out: sizes follow from the shapes of the
-    parameters, and libraries count calls in attributes.
+    Constants are types, flags, rates, names (for example of the active adapter), functions, configuration fields,
+    and buffer addresses. Integers are left out: parameter shapes determine sizes, and libraries count calls in
+    integer attributes.
     """
     # a configuration is an attribute of many parts
     configs: dict[int, Hashable] = {}
@@ -38,7 +38,6 @@ def different_settings(module: nn.Module, other: nn.Module) -> list[str]:
 
 
 def _named_settings(module: nn.Module, configs: dict[int, Hashable]) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the value of each constant; see `_constant` for `configs`."""
     for prefix, part in module.named_modules():
         yield prefix, type(part)
         for attributes in (vars(part), part._buffers):
@@ -63,18 +62,16 @@ def backend_settings() -> tuple:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True if a call of the module would also call a hook."""
+    """Return True if a call of the module also calls a hook."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def _constant(configs: dict[int, Hashable], value: Any) -> Hashable:
-    """Return a key that is equal for values with which a module computes the same, and None for other values.
+    """Return a key that is equal for values with equal effect on a computation, or None if a value has no effect.
 
-    Args:
-        configs: Keys of configurations by their ids; this function adds to them.
-        value: Value of an attribute.
+    `configs` caches keys of configurations by `id`; this function adds to it.
     """
     constant = functools.partial(_constant, configs)
     if type(value) in PLAIN:
@@ -85,13 +82,13 @@ def _constant(configs: dict[int, Hashable], value: Any) -> Hashable:
         return tuple((str(name), constant(part)) for name, part in value.items())
     if isinstance(value, functools.partial):
         return constant(value.func), constant(value.args), constant(value.keywords)
-    # ZeRO-3 gathers parameters elsewhere each time
+    # parameters are left out: ZeRO-3 gathers them at other addresses each time
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.data_ptr(), value.shape, value.dtype
     if isinstance(value, PreTrainedConfig):
         if id(value) not in configs:
             configs[id(value)] = constant(vars(value)), ALL_ATTENTION_FUNCTIONS.get(value._attn_implementation)
         return configs[id(value)]
-    # a bound method is another object each time
+    # Python makes a new object for each access of a bound method
     function = getattr(value, "__func__", value)
     return function if callable(function) and not isinstance(function, type | nn.Module) else None

@@ -1,7 +1,8 @@
-"""Recorded diagonals that keep what their backward passes need, as many as there is room for.
+"""CUDA graphs of diagonals that keep their activations for the backward pass, up to a memory limit.
 
-What a graph keeps lies where it was recorded, so each diagonal of a pass has graphs and memory of its own: the first
-of a span, the second, and so on. A pass that is differentiated after another one has it computed again.
+A CUDA graph writes activations to fixed addresses. So each diagonal of a pass has its own graphs and memory: one entry
+for the first diagonal of a span of layers, one for the second, and so on. If another pass runs before a pass is
+differentiated, its backward pass recomputes the activations.
 """
 
 import functools
@@ -19,29 +20,23 @@ from recurrent_bart.execution.wavefront import STREAMS_PER_CELL, Diagonal
 if TYPE_CHECKING:
     from recurrent_bart.execution.diagonal_graphs import DiagonalGraphs
 
-# of a device's memory
+# share of a device's memory that activations may fill
 MOST_KEPT = 0.4
 
 
 class RetainedDiagonals:
-    """Of one shape of batch.
-
-    Args:
-        recorder: Whose streams, states and gradients they read and write.
-    """
+    """Graphs that keep activations, for one batch shape and the buffers of one `DiagonalGraphs`."""
 
     def __init__(self, recorder: "DiagonalGraphs"):
-        # it has this one
+        # weak, because the recorder holds this object
         self._recorder = weakref.ref(recorder)
         self._kept: dict[tuple, RetainedDiagonal] = {}
         self.n_bytes = 0
 
     def record(self, diagonals: Sequence[Diagonal], most_bytes: float) -> None:
-        """Record what a pass of these needs and there is room for.
+        """Capture the graphs that a pass needs and that fit in `most_bytes`.
 
-        Args:
-            diagonals: In their order; each has been recorded as one that is computed again.
-            most_bytes: That all together may keep.
+        `diagonals` are in order of execution. Each has already been captured as a graph without retained activations.
         """
         for diagonal, key in zip(diagonals, self._keys(diagonals), strict=True):
             recorder = self._recorder()
@@ -52,7 +47,7 @@ class RetainedDiagonals:
                 self.n_bytes += n_bytes
 
     def of(self, diagonals: Sequence[Diagonal]) -> "list[RetainedDiagonal | None]":
-        """For each diagonal of a pass, the one that keeps it."""
+        """Return for each diagonal of a pass the graphs that keep its activations, or None."""
         return [self._kept.get(key) for key in self._keys(diagonals)]
 
     def _keys(self, diagonals: Sequence[Diagonal]) -> list[tuple]:
@@ -66,22 +61,17 @@ class RetainedDiagonals:
 
 
 class RetainedDiagonal:
-    """Graphs of one diagonal's forward and backward pass, and what lies between them.
-
-    Args:
-        recorder: Whose it is.
-        diagonal: One of its kind.
-    """
+    """CUDA graphs of one diagonal's forward and backward pass, with the activations between them."""
 
     def __init__(self, recorder: "DiagonalGraphs", diagonal: Diagonal):
         span = slice(diagonal.first, diagonal.stop)
         with torch.inference_mode(False):
             self.inputs = [torch.empty_like(part[span]).requires_grad_() for part in (recorder.stream, recorder.memory)]
             recorder.place(diagonal)
-            # sources of gradients and outputs, with the autograd graph between them
+            # inputs and outputs of the forward pass, with the autograd graph between them
             self._pass: tuple[list[Tensor], list[Tensor]] = [], []
             stream, pool = recorder.where
-            # memory of its own: in the others' recordings write what they need no longer
+            # no shared pool for the forward pass: graphs that share a pool overwrite each other's activations
             _, self.forward = capture(functools.partial(self._compute, recorder, diagonal), stream)
             _, self.backward = capture(functools.partial(self._differentiate, recorder, span), stream, pool)
 
@@ -96,5 +86,5 @@ class RetainedDiagonal:
             recorder.memory[span].copy_(outputs[1][1])
 
     def _differentiate(self, recorder: "DiagonalGraphs", span: slice) -> None:
-        # what is kept stays where it is, for another backward pass
+        # retained, so that a second backward pass finds the activations
         recorder.differentiate(span, *self._pass, retain_graph=True)

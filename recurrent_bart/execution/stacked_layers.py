@@ -1,8 +1,7 @@
-"""Several encoder layers as one: their weights stacked, each map one batched matrix product.
+"""Several encoder layers with stacked weights; each linear map is one batched matrix product."""
 
-Shape suffixes: B documents, R = layers * documents, L tokens (slots included), E encoder layers, H heads,
-K head width, D model width.
-"""
+# Shape suffixes: B documents, R = layers * documents, L tokens (slots included), E encoder layers, H heads,
+# K head width, D model width.
 
 from typing import Any
 
@@ -21,16 +20,16 @@ LINEAR = {
     "fc2": ("fc2",),
 }
 NORMS = ("self_attn_layer_norm", "final_layer_norm")
-# all parts of a layer that hold parameters
+# all submodules of a layer that hold parameters
 KINDS: dict[str, type[nn.Module]] = {name: nn.Linear for names in LINEAR.values() for name in names}
 KINDS |= dict.fromkeys(NORMS, nn.LayerNorm)
 PARAMETERS = {f"{name}.{part}" for name in KINDS for part in ("weight", "bias")}
 
 
 def why_not_stacked(layers: nn.ModuleList) -> str:
-    """Return what keeps the layers from being computed at once; an empty string if nothing does.
+    """Return the reason why the layers cannot be stacked; an empty string if they can.
 
-    Layers that are computed at once may differ in the values of their parameters alone.
+    Stacked layers may differ only in the values of their parameters.
     """
     shapes = [{name: (it.shape, it.dtype, it.device) for name, it in layer.named_parameters()} for layer in layers]
     settings = settings_of(*layers)
@@ -48,9 +47,10 @@ def why_not_stacked(layers: nn.ModuleList) -> str:
 
 
 def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
-    """A copy of the weights, stacked by layer, through which gradient reaches the layers' own.
+    """Copy and stack the layers' weights; gradients flow back to the layers' parameters.
 
-    Maps are `(E, in, out)`, biases `(E, 1, out)`, so that the gradient of a product has the weight's own layout.
+    Maps are `(E, in, out)`, views of `(E, out, in)`, so that the gradient has the parameter's memory layout. Biases are
+    `(E, 1, out)`.
     """
     stacked: dict[str, Tensor] = {}
     for name, parts in LINEAR.items():
@@ -66,24 +66,19 @@ def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
 
 
 class StackedLayers:
-    """Several layers with the parts of a `CellLayer`; rows `(R, L, D)` are layer by layer, document by document.
-
-    Args:
-        weights: Of these layers, stacked.
-        shared: Any layer, for what all have in common.
-    """
+    """Several layers as a `CellLayer`, with stacked weights; rows `(R, L, D)` are ordered by layer, then document."""
 
     def __init__(self, weights: Weights, shared: BartEncoderLayer):
         self.weights, self.shared = weights, shared
 
     def query_key_value(self, stream_RLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of attention, each `(R, H, L, K)`."""
+        """Project to queries, keys and values, each `(B, H, L, K)`."""
         both = self._map("query_key_value", stream_RLD)
         query, key, value = both.unflatten(-1, (3, -1, self.shared.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
         return query, key, value
 
     def key_value(self, memory_EBPD: Tensor) -> KeyValue:
-        """Keys and values of states, each `(E, B, P, D)`."""
+        """Project states to keys and values, each `(E, B, P, D)`."""
         columns = slice(memory_EBPD.shape[-1], None)
         weight, bias = self.weights["query_key_value"], self.weights["query_key_value_bias"]
         both = linear(memory_EBPD.flatten(1, 2), weight, bias[..., columns], columns)
@@ -91,23 +86,23 @@ class StackedLayers:
         return key, value
 
     def out_proj(self, read_RLD: Tensor) -> Tensor:
-        """Attention's last map."""
+        """Apply the output projection of attention."""
         return self._map("out_proj", read_RLD)
 
     def self_attn_layer_norm(self, stream_RLD: Tensor) -> Tensor:
-        """The norm behind attention."""
+        """Apply the layer norm after attention."""
         return self._norm("self_attn_layer_norm", stream_RLD)
 
     def fc1(self, stream_RLD: Tensor) -> Tensor:
-        """The feed-forward's first map."""
+        """Apply the first feed-forward map."""
         return self._map("fc1", stream_RLD)
 
     def fc2(self, hidden: Tensor) -> Tensor:
-        """The feed-forward's second map."""
+        """Apply the second feed-forward map."""
         return self._map("fc2", hidden)
 
     def final_layer_norm(self, stream_RLD: Tensor) -> Tensor:
-        """The norm behind the feed-forward."""
+        """Apply the layer norm after the feed-forward block."""
         return self._norm("final_layer_norm", stream_RLD)
 
     def _map(self, name: str, rows: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Cells of the grid by diagonals: those whose segment and layer add up to the same are computed at once.
+"""Wavefront schedule: compute all cells with an equal sum of segment and layer in one step.
 
-Cell (segment, layer) needs the layer below in its segment and its own layer in the segment before, so the cells of a
-diagonal need nothing of each other: N + E - 1 steps instead of N * E.
-
-Shape suffixes: B documents, N segments, R = layers * documents, S = slots and tokens of a segment, P prefix length
-(= slots), L tokens in a segment, E encoder layers (of a diagonal: those it has a cell of), H heads, D model width.
+Cell (segment, layer) needs the layer below in its segment, and its own layer in the segment before. So the cells of a
+diagonal are independent, and the grid takes N + E - 1 steps instead of N * E.
 """
+
+# Shape suffixes: B documents, N segments, R = layers * documents, S = slots and tokens of a segment, P prefix length
+# (= slots), L tokens in a segment, E encoder layers (of a diagonal: its cells' layers), H heads, D model width.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,68 +24,60 @@ from recurrent_bart.recurrence.grouped_linear import slice_weights
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, Weights
 from recurrent_bart.recurrence.segmentation import Segment, on_device
 
-# what a cell keeps for its backward pass, in streams of its segment
+# activations that a cell saves for its backward pass, in units of its segment's stream
 STREAMS_PER_CELL = 16
 
 
 @dataclass(frozen=True)
 class Diagonal:
-    """The cells of a diagonal: layers counted up are at segments counted down.
+    """Cells of one wavefront step: from layer to layer upwards, the segment index falls by one."""
 
-    Attributes:
-        first: Lowest layer that it has a cell of.
-        stop: One above the highest.
-        segment: The one that begins here; None behind the last one.
-        visible: What the rows (layer, document) see.
-        is_read: False where the document has no text in the segment that the layer is at, `(E, B)`; None: nowhere.
-    """
-
+    # lowest layer
     first: int
+    # one above the highest layer
     stop: int
+    # segment that enters the first layer in this step; None after the last segment
     segment: Segment | None
+    # attention masks of the rows (layer, document)
     visible: AttentionMasks
+    # (E, B), False where a document has no text in the layer's segment; None if all documents have text
     is_read: Tensor | None
 
 
 @dataclass(frozen=True)
 class Wavefront:
-    """An encoder whose segments are computed by diagonals.
-
-    Attributes:
-        config: The architecture.
-        layer: A layer, for what all have in common.
-        recurrence: Their recurrence; None where `pre_seq_len` is 0.
-        embed: Gives the first layer's stream `(B, P + L, D)` from a segment's token embeddings and its slots.
-        checkpointing: What is recomputed in the backward pass, so that of the diagonals before it only streams and
-            states are kept: `"layer"`: each diagonal for itself; `"segment"`: as many together as makes the whole
-            smallest; `"none"`.
-        gives_all_tokens: Whether tokens are wanted of every segment, not of the last one alone.
-    """
+    """Encoder with the wavefront schedule."""
 
     config: RecurrentBartConfig
+    # any layer, for the settings that all layers share
     layer: BartEncoderLayer
+    # None if `pre_seq_len` is 0
     recurrence: PrefixRecurrence | None
+    # returns the first layer's stream (B, P + L, D) from a segment's token embeddings and its slots
     embed: Callable[[Tensor, Tensor | None], Tensor]
+    # "layer" recomputes each diagonal in the backward pass; "segment" recomputes groups of diagonals, of the size that
+    # minimizes memory; "none" recomputes nothing
     checkpointing: str
+    # tokens of every segment are needed, not only the last segment's tokens
     gives_all_tokens: bool = True
 
     @property
     def n_slots(self) -> int:
-        """Slots in front of each segment's tokens."""
+        """Number of slots in front of each segment's tokens."""
         return self.recurrence.n_slots if self.recurrence else 0
 
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """After each segment, the last layer's tokens `(B, L, D)`, if wanted, and the states `(E, B, P, D)`.
+        """Yield after each segment the last layer's tokens `(B, L, D)`, if needed, and states `(E, B, P, D)`.
 
-        Lower layers' states are of later segments already; behind the last segment all are of that.
+        The states of lower layers already belong to later segments; after the last segment all belong to it.
 
         Args:
-            weights: Of all layers, stacked.
-            segments: The documents', each read when its first diagonal begins.
+            weights: Stacked weights of all layers.
+            segments: Segments of the documents; each is read when its first diagonal begins.
             mask_BNL: 1 at tokens, on the host.
-            memory_EBPD: The states before the first segment.
+            memory_EBPD: State before the first segment.
         """
         diagonals = self._diagonals(segments, segments[0](), mask_BNL)
         size = _chunk_size(len(diagonals)) if self.checkpointing == "segment" else 1
@@ -101,24 +93,23 @@ class Wavefront:
     def _chunk(
         self, diagonals: list[Diagonal], weights: Weights, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
     ) -> tuple[Weights, Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-        """Diagonals one after the other: stacks and streams for the next one, states, and what `run` gives."""
+        """Run consecutive diagonals; return stacks, streams and state for the next chunk, and the items for `run`."""
         outputs, stacks = [], dict(weights)
         for diagonal in diagonals:
             stream_EBSD = self._entering(diagonal, frontier_EBSD, memory_EBPD)
             frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, stacks, stream_EBSD, memory_EBPD)
             if diagonal.stop == self.config.encoder_layers:
                 frontier_EBSD, top_1BSD = frontier_EBSD.split((len(frontier_EBSD) - 1, 1))
-                # not a view, which would keep the streams of all layers
+                # a view would keep the streams of all layers alive
                 tokens_BLD = top_1BSD[0, :, self.n_slots :].clone() if self._gives_tokens(diagonal) else None
                 outputs.append((tokens_BLD, memory_EBPD))
         return stacks, frontier_EBSD, memory_EBPD, outputs
 
     def _gives_tokens(self, diagonal: Diagonal) -> bool:
-        """Whether tokens that leave the last layer are wanted; those of the last segment do so in the last diagonal."""
+        """Return True if the diagonal's top tokens are needed; the last diagonal gives the last segment's."""
         return self.gives_all_tokens or diagonal.first == self.config.encoder_layers - 1
 
     def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:
-        """The stream below each layer of a diagonal: a new segment's below the first, if there is one."""
         if diagonal.segment is None:
             assert frontier_EBSD is not None
             return frontier_EBSD
@@ -138,12 +129,12 @@ class Wavefront:
         return stream_EBSD, own
 
     def _diagonals(self, segments: Sequence[Segment], tokens_BLD: Tensor, mask_BNL: Tensor) -> list[Diagonal]:
-        """All diagonals, with views of what each needs; any segment's tokens say of which type and where."""
+        """Build all diagonals, with views of the masks; `tokens_BLD` gives dtype and device only."""
         n_segments, n_layers, n_documents = len(segments), self.config.encoder_layers, len(mask_BNL)
-        # the last segment first, so that the segments of a diagonal are one block
+        # the last segment comes first, so that the segments of a diagonal are contiguous
         mask_NBL = mask_BNL.bool().transpose(0, 1).flip(0)
         is_read_NB = mask_NBL.any(dim=-1)
-        # a segment that a document does not have is seen whole, see AttentionMasks
+        # an absent segment needs no mask, see AttentionMasks.build
         has_padding = (~mask_NBL.all(dim=-1) & is_read_NB).any(dim=-1).tolist()
         all_read = is_read_NB.all(dim=-1).tolist()
         is_read_NB = on_device(is_read_NB, tokens_BLD.device)
@@ -171,20 +162,20 @@ def diagonal_step(
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One cell of each of several layers.
+    """Run one cell of each of several layers.
 
     Args:
-        weights: Of these layers.
-        layer: Any layer, for what all have in common.
-        recurrence: Likewise; its parameters are in `weights`.
+        weights: Stacked weights of these layers.
+        layer: Any layer, for the settings that all layers share.
+        recurrence: Recurrence of all layers; its parameters are in `weights`.
         stream_EBSD: Slots and tokens that enter the layers.
-        memory_EBPD: Their states.
-        visible: What the rows `(E * B)` see.
-        is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
-        into: Where to leave both, without a graph; may be where they came from.
+        memory_EBPD: States of the layers.
+        visible: Attention masks of the rows `(E * B)`.
+        is_read_EB: False where a document has no text in the layer's segment; None if all documents have text.
+        into: Output buffers of stream and state, without autograd; they may be the input buffers.
 
     Returns:
-        Slots and tokens that leave the layers, and their new states.
+        Slots and tokens that leave the layers, and the new states.
     """
     layers, prefix, gate_RH, matrix = StackedLayers(weights, layer), None, None, None
     if recurrence is not None and memory_EBPD is not None:
@@ -207,5 +198,5 @@ def diagonal_step(
 
 
 def _chunk_size(n_diagonals: int) -> int:
-    """Diagonals to recompute together: streams between chunks and what a chunk keeps cost as much as each other."""
+    """Return the number of diagonals per chunk that balances streams between chunks with activations inside one."""
     return max(1, round(math.sqrt(n_diagonals / STREAMS_PER_CELL)))

@@ -1,1 +1,1 @@
-"""The mathematics of the recurrence in plain PyTorch: state, prefix, cell, segmentation."""
+"""Recurrence in plain PyTorch: state, prefix, cell and segmentation."""

@@ -1,8 +1,7 @@
-"""Attention over tokens, slots and prefixes, by any of Hugging Face's attention implementations.
+"""Attention over tokens, slots and prefixes, with any of Hugging Face's attention implementations."""
 
-Shape suffixes: B documents, H heads, K head width, A attended length, M memory positions, Q querying length,
-D model width.
-"""
+# Shape suffixes: B documents, H heads, K head width, A attended length, M memory positions, Q querying length,
+# D model width.
 
 import contextlib
 import functools
@@ -16,17 +15,17 @@ from transformers.models.bart.modeling_bart import BartAttention, eager_attentio
 from recurrent_bart.recurrence.prefix_recurrence import KeyValue
 from recurrent_bart.recurrence.segmentation import is_traced
 
-# what was read (B, Q, H, K) and, from the eager back-end, the weights (B, H, Q, A)
+# attention output (B, Q, H, K) and, from the eager back-end, the attention weights (B, H, Q, A)
 Read = tuple[Tensor, Tensor | None]
 
 
 def split_heads(attention: BartAttention, hidden: Tensor) -> Tensor:
-    """`(B, A, D)` to `(B, H, A, K)`."""
+    """Reshape `(B, A, D)` to `(B, H, A, K)`."""
     return hidden.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Tensor], mask: Tensor | None) -> Read:
-    """Attention by the back-end that the configuration names; `mask` in the form that Hugging Face makes for it."""
+    """Run the attention implementation that the configuration names, with a mask in its Hugging Face form."""
     back_end = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     read = functools.partial(
         back_end,
@@ -35,7 +34,7 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Ten
         scaling=attention.scaling,
         is_causal=False,
     )
-    # flash attention's alone has two dimensions
+    # only the mask of flash attention has two dimensions
     if mask is not None and mask.dim() == 2:
         return _attend_unpadded(read, query_BHQK, key_value, mask.bool()), None
     with without_nan_backward(key_value[0].shape[2], mask is not None):
@@ -43,28 +42,24 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Ten
 
 
 def without_nan_backward(n_keys: int, has_mask: bool) -> contextlib.AbstractContextManager[None]:
-    """Attention of PyTorch without cuDNN where gradients of that could be NaN.
+    """Return a context that disables cuDNN attention where its gradients can be NaN.
 
-    With a mask, and keys that fill half of its last tile of 128, those of queries are where a query's scores are all
-    below -88 (https://github.com/pytorch/pytorch/issues/196678). Which kernel the backward pass has is decided in the
-    forward pass.
-
-    Args:
-        n_keys: Of the attention that follows.
-        has_mask: Whether it is given a mask.
+    The gradients of queries can be NaN if there is a mask, the keys fill half of their last tile of 128, and all scores
+    of a query are below -88 (https://github.com/pytorch/pytorch/issues/196678). PyTorch chooses the backward kernel
+    during the forward pass.
     """
     return without_cudnn() if has_mask and n_keys % 128 == 64 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Attention of PyTorch without cuDNN, which plans for each shape that is new to it.
+    """Disable cuDNN attention, which builds a plan for each new shape.
 
-    On an H100 with torch 2.11 a plan took 47 to 78 ms forward and 55 to 89 backward, of the processor's time
-    (RESULTS.md): more than a step, where the number of rows or their length often is another.
+    A plan costs 47 to 78 ms of CPU time forward and 55 to 89 ms backward (H100, torch 2.11, RESULTS.md). This exceeds
+    a training step, so cuDNN is slow where the number of rows or their length changes often.
     """
     if is_traced():
-        # a compiler plans for shapes itself
+        # a compiler chooses kernels itself
         yield
         return
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
@@ -78,10 +73,10 @@ def without_cudnn() -> Iterator[None]:
 def _attend_unpadded(
     read: Callable[..., Read], query_BHQK: Tensor, key_value: Sequence[Tensor], mask_BA: Tensor
 ) -> Tensor:
-    """Flash attention over keys of different number in each row, without their padding, one row behind the other.
+    """Run flash attention on rows packed without padding.
 
-    Hugging Face would take the last Q columns of the mask for the queries' own, which is right neither for slots nor
-    for cross-attention. Here every query is answered.
+    Hugging Face takes the last Q columns of the mask as the mask of the queries. This is wrong for slots and for
+    cross-attention. Here every query is computed.
     """
     n_rows, _, n_queries, _ = query_BHQK.shape
     n_keys_B = mask_BA.sum(dim=1, dtype=torch.int32)
@@ -101,15 +96,15 @@ def _attend_unpadded(
 
 
 def concat_keys(*parts: Sequence[Tensor]) -> KeyValue:
-    """Keys and values of several parts, one behind the other."""
+    """Concatenate keys and values of several parts along the attended length."""
     keys, values = zip(*parts, strict=True)
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
 def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
-    """What was read of memory, added through the gate of each head; memory's weights stand in front.
+    """Add `memory_read` to `read` through each head's gate; the attention weights of memory come first.
 
-    Gates are of each row, or `(1, H)` for all.
+    Gates are `(B, H)`, or `(1, H)` for all rows.
     """
     gate_BH1 = torch.tanh(gate_BH).unsqueeze(-1)
     values = read[0] + gate_BH1.unsqueeze(1) * memory_read[0]

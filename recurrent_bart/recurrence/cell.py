@@ -1,8 +1,7 @@
-"""One cell of the grid: a layer of the encoder over a segment's slots and tokens.
+"""One cell of the grid: one encoder layer applied to one segment's slots and tokens."""
 
-Shape suffixes: B documents, L tokens in a segment, P prefix length (= slots), H heads, K head width, A attended length,
-D model width.
-"""
+# Shape suffixes: B documents, L tokens in a segment, P prefix length (= slots), H heads, K head width,
+# A attended length, D model width.
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,37 +21,27 @@ from recurrent_bart.recurrence.segmentation import to_device
 
 @dataclass(frozen=True)
 class AttentionMasks:
-    """What the slots and the tokens of a segment see, as masks in the back-end's form; None: everything.
+    """Attention masks of a segment in the back-end's form; None means that everything is visible."""
 
-    Attributes:
-        tokens: Of tokens: the tokens, behind the prefix with one softmax over both.
-        slots: Of slots: prefix, slots and tokens, or slots and tokens.
-        n_slots: Number of slots in front of the stream.
-        slots_read_prefix: Whether slots see the prefix.
-        is_token: False at padding, `(B, L)`, where an associative memory is not to be written.
-    """
-
+    # mask of the tokens' keys; with one softmax over prefix and tokens, the prefix comes first
     tokens: Tensor | None
+    # mask of the slots' keys: prefix, slots and tokens, or slots and tokens
     slots: Tensor | None
+    # number of slots in front of the tokens
     n_slots: int
     slots_read_prefix: bool
+    # (B, L), False at padding, where an associative memory is not written
     is_token: Tensor | None = None
 
     @classmethod
     def build(
         cls, config: RecurrentBartConfig, stream_BLD: Tensor, mask_BL: Tensor, n_slots: int, slots_read_prefix: bool
     ) -> "AttentionMasks":
-        """Masks of segments; all queries of a row see the same, so that there is one line for all of them.
+        """Build the masks of segments from a host mask `(B, L)` that is 1 at tokens.
 
-        In a segment that a document does not have, everything is seen: what comes out is thrown away, and a softmax
-        over nothing would not be finite.
-
-        Args:
-            config: The architecture; its back-end decides on the form.
-            stream_BLD: Streams, for their type and device alone.
-            mask_BL: 1 at tokens, on the host; without padding no mask is made.
-            n_slots: Slots in front of the stream.
-            slots_read_prefix: Whether slots see the prefix.
+        All queries of a row see the same keys, so a mask has one line per row. Without padding no mask is built. If a
+        document has no tokens in the segment, everything is visible: a softmax over no key is not finite, and the
+        output is discarded. Only the dtype and device of `stream_BLD` matter.
         """
         mask_BL = mask_BL.bool() | ~mask_BL.bool().any(dim=1, keepdim=True)
         if mask_BL.all():
@@ -68,7 +57,7 @@ class AttentionMasks:
         return cls(tokens, slots if n_slots else None, n_slots, slots_read_prefix, is_token)
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "AttentionMasks":
-        """Move the masks as `Tensor.to` does; accelerate calls it where layers are on several devices."""
+        """Move the masks as `Tensor.to` does; accelerate calls it if layers are on several devices."""
         tokens, slots, is_token = (
             mask if mask is None else mask.to(device, non_blocking=non_blocking)
             for mask in (self.tokens, self.slots, self.is_token)
@@ -76,42 +65,39 @@ class AttentionMasks:
         return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
 
     def rows(self, rows: slice, has_padding: bool) -> "AttentionMasks":
-        """Of some rows; without padding in them all is seen, for which back-ends are faster."""
+        """Return the masks of some rows; without padding None, because back-ends are faster without a mask."""
         masks = self.tokens, self.slots, self.is_token
         tokens, slots, is_token = (None if mask is None or not has_padding else mask[rows] for mask in masks)
         return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
 
 
 class CellLayer(Protocol):
-    """The parts of a layer that a cell is made of; one layer's, or several layers' at once.
+    """Parts of a layer that a cell computes with, for one layer or for several stacked layers."""
 
-    Attributes:
-        shared: A layer that gives what all have in common: activation, dropout, attention's back-end.
-    """
-
+    # layer whose activation, dropout and attention implementation apply to all layers
     shared: BartEncoderLayer
 
     def query_key_value(self, stream_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of attention, each `(B, H, L, K)`."""
+        """Project to queries, keys and values, each `(B, H, L, K)`."""
 
     def out_proj(self, read_BLD: Tensor) -> Tensor:
-        """Attention's last map."""
+        """Apply the output projection of attention."""
 
     def self_attn_layer_norm(self, stream_BLD: Tensor) -> Tensor:
-        """The norm behind attention."""
+        """Apply the layer norm after attention."""
 
     def fc1(self, stream_BLD: Tensor) -> Tensor:
-        """The feed-forward's first map."""
+        """Apply the first feed-forward map."""
 
     def fc2(self, hidden: Tensor) -> Tensor:
-        """The feed-forward's second map."""
+        """Apply the second feed-forward map."""
 
     def final_layer_norm(self, stream_BLD: Tensor) -> Tensor:
-        """The norm behind the feed-forward."""
+        """Apply the layer norm after the feed-forward block."""
 
 
 class SingleLayer:
-    """One layer as it is, its modules called."""
+    """One encoder layer; calls run its modules."""
 
     def __init__(self, layer: BartEncoderLayer):
         self.shared = layer
@@ -119,7 +105,7 @@ class SingleLayer:
         self.self_attn_layer_norm, self.final_layer_norm = layer.self_attn_layer_norm, layer.final_layer_norm
 
     def query_key_value(self, stream_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of attention, each `(B, H, L, K)`."""
+        """Project to queries, keys and values, each `(B, H, L, K)`."""
         own = self.shared.self_attn
         query, key, value = (split_heads(own, part(stream_BLD)) for part in (own.q_proj, own.k_proj, own.v_proj))
         return query, key, value
@@ -133,19 +119,19 @@ def encoder_cell(
     gate_BH: Tensor | None,
     matrix: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One layer over one segment. Identical to BartEncoderLayer except: its attention.
+    """Run one layer on one segment. Identical to BartEncoderLayer except: its attention.
 
     Args:
-        layer: The layer; of several at once, B counts the documents of each.
+        layer: The layer, or several stacked layers; B then counts the documents of each layer.
         stream_BLD: `(B, P + L, D)`, slots in front of tokens.
-        visible: What slots and tokens see.
-        prefix: Keys and values `(B, H, P, K)` of the layer's state; None switches the recurrence off.
-        gate_BH: Gate of each head on the prefix, which then has a softmax of its own; None: one softmax over all.
+        visible: Attention masks of slots and tokens.
+        prefix: Keys and values `(B, H, P, K)` of the layer's state; None disables the recurrence.
+        gate_BH: Gate of each head on a separate softmax over the prefix; None means one softmax over all keys.
         matrix: The layer's associative memory, if it has one.
 
     Returns:
-        The stream above the layer; from the eager back-end, the tokens' weights `(B, H, L, A)`; and the values of the
-        matrix after the segment.
+        The layer's output stream; with the eager back-end, the tokens' attention weights `(B, H, L, A)`; the matrix
+        values after the segment.
     """
     shared, dropout = layer.shared, nn.functional.dropout
     read, weights, written = cell_attention(layer, stream_BLD, visible, prefix, gate_BH, matrix)
@@ -165,9 +151,9 @@ def cell_attention(
     gate_BH: Tensor | None,
     matrix: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What slots and tokens read, `(B, P + L, D)`, the tokens' weights and the matrix: tokens never see slots."""
+    """Return the attention output `(B, P + L, D)`, the tokens' weights and the new matrix; tokens never see slots."""
     attention, n_slots = layer.shared.self_attn, visible.n_slots
-    # split, not sliced: backward passes of slices would each write the whole
+    # split instead of slices: the backward pass of each slice would write the whole tensor
     parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(stream_BLD)]
     (slots_query, *slots), (token_query, *tokens) = zip(*parts, strict=True)
     tokens_see = concat_keys(prefix, tokens) if prefix is not None and gate_BH is None else tokens

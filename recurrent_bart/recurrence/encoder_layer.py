@@ -1,7 +1,6 @@
-"""An encoder layer whose `forward` is one cell of the grid.
+"""Encoder layer whose `forward` computes one cell of the grid."""
 
-Shape suffixes: B documents, P prefix length (= slots), L tokens in a segment, H heads, D model width.
-"""
+# Shape suffixes: B documents, P prefix length (= slots), L tokens in a segment, H heads, D model width.
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +16,8 @@ from recurrent_bart.recurrence.prefix_recurrence import KeyValue
 class RecurrentBartEncoderLayer(BartEncoderLayer):
     """Identical to BartEncoderLayer except: it also computes a cell.
 
-    The sequential schedule calls each layer as a module. So the hooks of the layer run: FSDP and accelerate bring the
-    parameters by such hooks, and gradient checkpointing recomputes the call.
+    The sequential schedule calls each layer as a module, so the layer's hooks run. FSDP and accelerate load parameters
+    in hooks, and gradient checkpointing recomputes the call.
     """
 
     def forward(
@@ -30,16 +29,10 @@ class RecurrentBartEncoderLayer(BartEncoderLayer):
         matrix: Matrix | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return a cell's outputs, see `encoder_cell`, or BART's where the mask is BART's.
+        """Return a cell's outputs (see `encoder_cell`), or the outputs of BartEncoderLayer if the mask is BART's.
 
-        Args:
-            hidden_states: `(B, P + L, D)`, slots in front of tokens.
-            attention_mask: What slots and tokens see, or a mask of BART's.
-            read_prefix: Gives the layer's prefix from the slots that enter it; None switches the recurrence off. The
-                prefix may need the layer's own parameters, so it is read here.
-            gate_BH: See `encoder_cell`.
-            matrix: See `encoder_cell`.
-            kwargs: Arguments of BartEncoderLayer.
+        `read_prefix` maps the slots that enter the layer to its prefix; None disables the recurrence. The prefix may
+        need the layer's own parameters, so it is computed inside this call.
         """
         if not isinstance(attention_mask, AttentionMasks):
             return super().forward(hidden_states, attention_mask, **kwargs)

@@ -1,11 +1,10 @@
-"""Some layers of stacked weights, and how their gradients are added up without a copy.
+"""Slices of stacked weights whose gradients are accumulated in place."""
 
-Views of one tensor would each have a gradient of the whole tensor's size, to be added up. Here each span gives the
-stack on to the next one, so that one gradient comes back from span to span, and each adds its own part to it; of a
-map, the product that computes the part does.
+# Autograd gives each view of a tensor a gradient of the whole tensor's size and adds these gradients. Here each slice
+# returns the stack for the next slice. So the backward pass hands one gradient buffer from slice to slice, and each
+# slice adds its part in place. For linear maps, the matrix product itself adds the part.
 
-Shape suffixes: E encoder layers (of a span), M rows of a layer, X any width.
-"""
+# Shape suffixes: E encoder layers (of a slice), M rows of a layer, X any width.
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,26 +16,18 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class StackedWeightSlice:
-    """Some layers' maps, to be multiplied with by `linear`.
+    """Linear maps of some layers, multiplied by `linear`."""
 
-    Attributes:
-        stacks: Stacks by name, as the last product has given them on.
-        name: Which of them.
-        layers: Which layers.
-    """
-
+    # stacks by name; each product replaces the stack that it used
     stacks: dict[str, Tensor]
     name: str
     layers: slice
 
 
 def slice_weights(stacks: dict[str, Tensor], first: int, stop: int) -> dict[str, Tensor | StackedWeightSlice]:
-    """Of layers `first` to `stop`, their weights: views, of maps that get a gradient spans.
+    """Return the weights of layers `first` to `stop - 1`: a `StackedWeightSlice` for each trained map, else a view.
 
-    Args:
-        stacks: By name, stacked by layer; in their place come those that the next span is to be taken from.
-        first: Lowest layer.
-        stop: One above the highest.
+    `stacks` are stacked by layer. The function replaces them by the stacks that the next slice must use.
     """
     layers = slice(first, stop)
     trained = [name for name, stack in stacks.items() if stack.requires_grad and torch.is_grad_enabled()]
@@ -53,13 +44,9 @@ def slice_weights(stacks: dict[str, Tensor], first: int, stop: int) -> dict[str,
 def linear(
     rows_EMX: Tensor, weight: Tensor | StackedWeightSlice, bias: Tensor | None = None, columns: slice = slice(None)
 ) -> Tensor:
-    """Each layer's map, or some columns of it, as one batched product: `(E, M, in)` to `(E, M, out)`.
+    """Apply each layer's map, or some of its output columns, as one batched product: `(E, M, in)` to `(E, M, out)`.
 
-    Args:
-        rows_EMX: Rows of each layer.
-        weight: `(E, in, all columns)`.
-        bias: `(E, 1, out)`.
-        columns: Which.
+    `weight` is `(E, in, all columns)` and `bias` is `(E, 1, out)`.
     """
     return _linear(rows_EMX, weight, bias, columns)[0]
 
@@ -67,10 +54,10 @@ def linear(
 def linear_with_input(
     rows_EMX: Tensor, weight: Tensor | StackedWeightSlice, columns: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """As `linear`, and the rows again, for what else is done with them.
+    """Apply `linear` and also return the input rows, for one other use of them.
 
-    Of a span, the product's gradient is then added to the one that comes back of that, in place: there must be one
-    such use, whose backward pass gives a tensor that nothing which comes after it needs.
+    The backward pass of a `StackedWeightSlice` adds the product's gradient in place to the gradient of that other use.
+    So the returned rows must be used exactly once, and nothing else may need the gradient tensor of that use.
     """
     return _linear(rows_EMX, weight, None, columns)
 
@@ -79,14 +66,14 @@ def _linear(
     rows: Tensor, weight: Tensor | StackedWeightSlice, bias: Tensor | None, columns: slice
 ) -> tuple[Tensor, Tensor]:
     if isinstance(weight, StackedWeightSlice):
-        place, stack = (weight.layers, slice(None), columns), weight.stacks[weight.name]
-        mapped, rows, weight.stacks[weight.name] = _SliceProduct.apply(place, rows, stack, bias)
+        index, stack = (weight.layers, slice(None), columns), weight.stacks[weight.name]
+        mapped, rows, weight.stacks[weight.name] = _SliceProduct.apply(index, rows, stack, bias)
         return mapped, rows
     return _product(rows, weight[..., columns], bias), rows
 
 
 def _is_map(stack: Tensor) -> bool:
-    """Not of a bias, a norm or gates; none under autocast, where products are of other types than their weights."""
+    """Return True for linear maps, but not under autocast, where products and weights have different dtypes."""
     device = stack.device.type
     is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return stack.dim() == 3 and stack.shape[1] > 1 and not is_cast
@@ -97,7 +84,7 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _SliceWeights(torch.autograd.Function):
-    """From stacks, views of some layers of each, and the stacks again."""
+    """Views of some layers of each stack, and the stacks again."""
 
     @staticmethod
     def forward(ctx: Any, layers: slice, *stacks: Tensor) -> tuple[Tensor, ...]:
@@ -109,45 +96,45 @@ class _SliceWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         n_stacks = len(ctx.shapes)
-        own, whole = gradients[:n_stacks], list(gradients[n_stacks:])
+        own, grad_stack = gradients[:n_stacks], list(gradients[n_stacks:])
         there = [number for number, gradient in enumerate(own) if gradient is not None]
         for number in there:
-            if whole[number] is None:
-                whole[number] = own[number].new_zeros(ctx.shapes[number])
+            if grad_stack[number] is None:
+                grad_stack[number] = own[number].new_zeros(ctx.shapes[number])
         if there:
-            # nobody else has what is added to: it was made here, or by the next span's backward pass
-            torch._foreach_add_([whole[number][ctx.layers] for number in there], [own[number] for number in there])
-        return None, *whole
+            # in place: the buffer was made here or by the next slice's backward pass, and nothing else uses it
+            torch._foreach_add_([grad_stack[number][ctx.layers] for number in there], [own[number] for number in there])
+        return None, *grad_stack
 
 
 class _SliceProduct(torch.autograd.Function):
-    """From rows and a stack, the rows' product with some of it, and both again."""
+    """Product of the rows with a slice of a stack, and the rows and the stack again."""
 
     @staticmethod
     def forward(
-        ctx: Any, place: tuple[slice, ...], rows: Tensor, stack: Tensor, bias: Tensor | None
+        ctx: Any, index: tuple[slice, ...], rows: Tensor, stack: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.place = place
+        ctx.index = index
         ctx.save_for_backward(rows, stack)
         ctx.set_materialize_grads(False)
-        return _product(rows, stack[place], bias), rows, stack
+        return _product(rows, stack[index], bias), rows, stack
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, arriving: Tensor | None, input_gradient: Tensor | None, whole: Tensor | None
+        ctx: Any, grad_output: Tensor | None, grad_input: Tensor | None, grad_stack: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if arriving is None:
-            return None, input_gradient, whole, None
+        if grad_output is None:
+            return None, grad_input, grad_stack, None
         rows, stack = ctx.saved_tensors
-        if whole is None:
-            whole = torch.zeros_like(stack)
-        # nobody else has it, as above; transposed as a layer's own maps are laid out
-        whole[ctx.place].mT.baddbmm_(arriving.mT, rows)
+        if grad_stack is None:
+            grad_stack = torch.zeros_like(stack)
+        # in place as above; transposed, because a layer's own maps have this memory layout
+        grad_stack[ctx.index].mT.baddbmm_(grad_output.mT, rows)
         if ctx.needs_input_grad[1]:
-            weight = stack[ctx.place].mT
-            input_gradient = (
-                torch.bmm(arriving, weight) if input_gradient is None else input_gradient.baddbmm_(arriving, weight)
+            weight = stack[ctx.index].mT
+            grad_input = (
+                torch.bmm(grad_output, weight) if grad_input is None else grad_input.baddbmm_(grad_output, weight)
             )
-        bias_gradient = arriving.sum(dim=1, keepdim=True) if ctx.needs_input_grad[3] else None
-        return None, input_gradient, whole, bias_gradient
+        grad_bias = grad_output.sum(dim=1, keepdim=True) if ctx.needs_input_grad[3] else None
+        return None, grad_input, grad_stack, grad_bias

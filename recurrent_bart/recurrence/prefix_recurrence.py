@@ -1,8 +1,7 @@
-"""The core: a state, its projection to each layer's key/value prefix, its update from the slots.
+"""State, its projection to each layer's key/value prefix, and its update from the slots."""
 
-Shape suffixes: B documents, P prefix length (= slots), E encoder layers (of a state: 1 with `recurrence="top"`),
-A attended length, H heads, K head width, D model width, S = slots and tokens of a segment, R = layers * documents.
-"""
+# Shape suffixes: B documents, P prefix length (= slots), E encoder layers (of a state: 1 with `recurrence="top"`),
+# A attended length, H heads, K head width, D model width, S = slots and tokens of a segment, R = layers * documents.
 
 import copy
 import functools
@@ -20,27 +19,26 @@ from recurrent_bart.recurrence.associative_memory import Matrix, as_rows, from_r
 from recurrent_bart.recurrence.grouped_linear import StackedWeightSlice, linear
 
 KeyValue = tuple[Tensor, Tensor]
-# tensors of several layers by name, stacked by layer; of a map also a `StackedWeightSlice`
+# tensors of several layers by name, stacked by layer; a map may be a `StackedWeightSlice`
 Weights = Mapping[str, Any]
-# parameters of all layers together
+# parameters that are not stacked by layer
 SHARED = ("initial_memory", "slot_embedding")
-# gives a layer's prefix by the layer's number and the slots (B, P, D) that enter it
+# returns a layer's prefix from the layer's index and the slots (B, P, D) that enter the layer
 PrefixReader = Callable[[int, Tensor], KeyValue]
 
 
 @dataclass
 class RecurrentState(ModelOutput):
-    """What has been read so far; goes into `forward` and `generate` and comes out again.
+    """State after the segments read so far; an argument and a result of `forward` and `generate`.
 
-    A dictionary of tensors, each with a row per document: Hugging Face and accelerate can gather it over processes.
+    It is a dictionary of tensors with one row per document, which Hugging Face and accelerate can gather over ranks.
 
     Attributes:
-        position: `(B,)`, number of segments read; a document at 0 begins with the learned first state.
-        memory: `(B, E, P, D)`, the state of every layer; None where nothing is carried. With `associative_memory`
-            its matrices are further rows, `(B, E, P + K, D)`.
-        context: `(B, A, D)`, what the decoder attends to of segments before the next, with `decoder_context` other
-            than `"last"`.
-        context_number: `(B, A)`, which segment of its document that is of, counted from 1; 0: nothing.
+        position: `(B,)`, number of segments read; a document at 0 starts from the learned initial state.
+        memory: `(B, E, P, D)`, states of all layers, or None without a carried state. `associative_memory` appends its
+            matrices as rows: `(B, E, P + K, D)`.
+        context: `(B, A, D)`, encoder outputs of earlier segments for the decoder, unless `decoder_context="last"`.
+        context_number: `(B, A)`, index from 1 of the segment that each context position comes from; 0 marks padding.
     """
 
     position: Tensor
@@ -52,34 +50,34 @@ class RecurrentState(ModelOutput):
     def unread(
         cls, config: RecurrentBartConfig, n_documents: int, device: torch.device | str = "cpu"
     ) -> "RecurrentState":
-        """The state before anything is read."""
+        """Return the state before the first segment."""
         shape = cls.memory_shape(config, n_documents)
         memory = None if shape is None else torch.zeros(shape, device=device)
         return cls(torch.zeros(n_documents, dtype=torch.long, device=device), memory)
 
     @staticmethod
     def memory_shape(config: RecurrentBartConfig, n_documents: int) -> tuple[int, ...] | None:
-        """Return the shape of `memory`; None where nothing is carried."""
+        """Return the shape of `memory`, or None without a carried state."""
         if not config.has_state:
             return None
         n_states = config.encoder_layers if config.recurrence == "layerwise" else 1
         return n_documents, n_states, config.n_state_rows, config.d_model
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name, to be written to a file."""
+        """Return all tensors by name, for saving to a file."""
         return dict(self.items())
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "RecurrentState":
-        """What `tensors` gave."""
+        """Build a state from the result of `tensors`."""
         return cls(**tensors)
 
     def carries_anything(self) -> bool:
-        """Return True if the next segment reads anything of the segments before it."""
+        """Return True if the next segment reads anything of earlier segments."""
         return self.memory is not None or self.context is not None
 
     def check(self, config: RecurrentBartConfig, n_documents: int) -> None:
-        """Refuse a state of another model or of another number of documents, which could broadcast.
+        """Check that the state fits the model and the batch; a wrong shape could broadcast silently.
 
         Raises:
             ValueError: A tensor has another shape; the message names the tensor.
@@ -95,11 +93,11 @@ class RecurrentState(ModelOutput):
             raise ValueError(f"state: memory has shape {found}, this model's has shape {needed}")
 
     def detach(self) -> "RecurrentState":
-        """The same numbers without their history."""
+        """Return the state detached from the autograd graph."""
         return self._each(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> "RecurrentState":
-        """Move it as `Tensor.to` does; a dtype applies to floating-point tensors alone."""
+        """Move the state as `Tensor.to` does; a dtype applies to floating-point tensors only."""
         probe = torch.empty(0).to(*args, **kwargs)
         return self._each(lambda tensor: tensor.to(probe if tensor.is_floating_point() else probe.device))
 
@@ -108,19 +106,14 @@ class RecurrentState(ModelOutput):
 
 
 class PrefixRecurrence(nn.Module):
-    """State and slots in, new state and next keys and values out, all layers in one batched matrix product.
+    """Map the state and slots to the new state and the next prefix, for all layers in one batched matrix product.
 
-    This class is `recurrence="layerwise"`: every layer has a state, which it reads as its prefix and writes from its
-    own slots. The other recurrences say where they differ.
-
-    Inside the encoder the state is kept layer first, `(E, B, P, D)`, so that a slice of layers is one block.
-    Parameters are stacked by layer. Prefix projection after P-tuning v2 (arXiv 2110.07602), update gate after
-    MemBART (arXiv 2209.07634).
-
-    Attributes:
-        slots_read_prefix: Whether slots attend to the prefix, beside slots and tokens.
+    This class is `recurrence="layerwise"`: each layer has a state, reads it as its prefix and writes it from its own
+    slots. Inside the encoder the state is layer first, `(E, B, P, D)`, so a slice of layers is contiguous.
+    Prefix projection follows P-tuning v2 (arXiv 2110.07602), the update gate MemBART (arXiv 2209.07634).
     """
 
+    # slots attend to the prefix, besides slots and tokens
     slots_read_prefix = True
 
     def __init__(self, config: RecurrentBartConfig):
@@ -149,13 +142,13 @@ class PrefixRecurrence(nn.Module):
             self.write_strength = nn.Parameter(torch.empty(n_layers, width, self.n_heads))
             self.write_strength_bias = nn.Parameter(torch.empty(n_layers, 1, self.n_heads))
         self._build_slots(config)
-        # FSDP replaces parameters by other tensors
+        # stored here because FSDP replaces parameters by other tensors
         self.stacked_names = [name for name, _ in self.named_parameters() if name not in SHARED]
 
     def forward(self, device: torch.device) -> "PrefixRecurrence":
         """Return the recurrence with its parameters on a device, for use until the encoder's call ends.
 
-        accelerate brings offloaded parameters for a call of `forward` alone; all else here are other methods.
+        accelerate loads offloaded parameters only for a call of `forward`, not for the other methods.
         """
         if not hasattr(self, "_hf_hook") and all(parameter.device == device for parameter in self.parameters()):
             return self
@@ -164,14 +157,14 @@ class PrefixRecurrence(nn.Module):
         return there
 
     def n_states(self, config: RecurrentBartConfig) -> int:
-        """Number of states carried."""
+        """Return the number of states carried."""
         return config.encoder_layers
 
     def _build_slots(self, config: RecurrentBartConfig) -> None:
         self.slot_embedding = nn.Parameter(torch.empty(config.pre_seq_len, config.d_model))
 
     def init_weights(self, std: float, matrix_gate: float) -> None:
-        """Embedding scale for weights, zero for biases and for the gates on the prefix; those on matrices are given."""
+        """Set biases and prefix gates to 0, matrix gates to `matrix_gate`; draw other parameters from N(0, std)."""
         for name, parameter in self.named_parameters():
             if name == "matrix_gate":
                 init.constant_(parameter, matrix_gate)
@@ -181,23 +174,23 @@ class PrefixRecurrence(nn.Module):
                 init.normal_(parameter, mean=0.0, std=std)
 
     def initial_state_memory(self, n_documents: int) -> Tensor:
-        """The learned state `(E, B, P, D)` before the first segment, without anything in a matrix."""
+        """Return the learned state `(E, B, P, D)` before the first segment, with empty matrices."""
         first_EBPD = self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
         return nn.functional.pad(first_EBPD, (0, 0, 0, self.n_matrix_rows)) if self.n_matrix_rows else first_EBPD
 
     def slots(self, memory_EBPD: Tensor) -> Tensor:
-        """Slots `(B, P, D)` that enter below the first layer."""
+        """Return the slots `(B, P, D)` that enter the first layer."""
         return self.slot_embedding.expand(memory_EBPD.shape[1], -1, -1)
 
     def by_layer(self) -> Weights:
-        """What every layer has of its own, stacked by layer."""
+        """Return the parameters that are stacked by layer."""
         return {name: getattr(self, name) for name in self.stacked_names}
 
     def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
-        """The prefix of each layer for one segment."""
+        """Return a function that gives each layer's prefix for one segment."""
         weights = self.by_layer()
         if not self.has_projection:
-            # by a layer's own maps, and only while the layer runs: FSDP has its parameters no longer
+            # project while the layer runs: only then does FSDP hold the layer's parameters
             return lambda layer_idx, slots_BPD: self._project_one(
                 layer_idx, memory_EBPD[layer_idx].to(slots_BPD.device), weights, layers
             )
@@ -205,19 +198,16 @@ class PrefixRecurrence(nn.Module):
         return lambda layer_idx, slots_BPD: (key[layer_idx].to(slots_BPD.device), value[layer_idx].to(slots_BPD.device))
 
     def _project_one(self, layer_idx: int, memory_BPD: Tensor, weights: Weights, layers: nn.ModuleList) -> KeyValue:
-        """Return keys and values `(B, H, P, K)` of one layer from the layer's state."""
         own = slice(layer_idx, layer_idx + 1)
         own_weights = {name: weight[own] for name, weight in weights.items()}
         key, value = self.project(memory_BPD.unsqueeze(0), own_weights, functools.partial(_own_projection, layers[own]))
         return key[0], value[0]
 
     def project(self, memory_EBPD: Tensor, weights: Weights, own: Callable[[Tensor], KeyValue]) -> KeyValue:
-        """Keys and values `(E, B, H, P, K)` of the layers that have these states.
+        """Return keys and values `(E, B, H, P, K)` of some layers from their states.
 
-        Args:
-            memory_EBPD: Their states.
-            weights: What `by_layer` gives of them.
-            own: The layers' own projections to keys and values `(E, B, P, D)`.
+        `weights` holds the layers' entries of `by_layer`. Without prefix projection, `own` applies the layers' own key
+        and value maps and returns `(E, B, P, D)`.
         """
         memory_EBPD = self.without_matrix(memory_EBPD)
         if self.has_projection:
@@ -229,19 +219,16 @@ class PrefixRecurrence(nn.Module):
         return self._heads(self.dropout(key)), self._heads(self.dropout(value))
 
     def without_matrix(self, memory_EBPD: Tensor) -> Tensor:
-        """Of a state what slots have written."""
+        """Return the state's rows that slots write, without the matrix rows."""
         return memory_EBPD[:, :, : -self.n_matrix_rows] if self.n_matrix_rows else memory_EBPD
 
     def matrix(
         self, memory_EBPD: Tensor, stream_EBSD: Tensor, is_token_RL: Tensor | None, weights: Weights
     ) -> Matrix | None:
-        """The associative memory of the layers that have these states, for a segment; None: there is none.
+        """Return the associative memory of some layers for one segment, or None without associative memory.
 
-        Args:
-            memory_EBPD: Their states.
-            stream_EBSD: Slots and tokens that enter them.
-            is_token_RL: False at padding; None: nowhere.
-            weights: What `by_layer` gives of them.
+        `stream_EBSD` enters the layers, `is_token_RL` is False at padding (None: no padding), and `weights` holds the
+        layers' entries of `by_layer`.
         """
         if not self.n_matrix_rows:
             return None
@@ -261,14 +248,15 @@ class PrefixRecurrence(nn.Module):
         weights: Weights,
         written_RHKK: Tensor | None = None,
     ) -> Tensor:
-        """State after a segment; a document that has no text in it keeps its state unchanged.
+        """Return the state after a segment.
 
         Args:
-            memory_EBPD: State before it.
+            memory_EBPD: State before the segment.
             slots_EBPD: Slots that leave each layer.
-            is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
-            weights: What `by_layer` gives of these layers.
-            written_RHKK: Matrices after the segment, of an associative memory.
+            is_read_EB: False where a document has no text in the layer's segment: its state stays unchanged. None: all
+                documents have text.
+            weights: Entries of `by_layer` for these layers.
+            written_RHKK: Matrices of an associative memory after the segment.
         """
         new, old_EBPD = slots_EBPD, self.without_matrix(memory_EBPD)
         if self.has_update_gate:
@@ -284,59 +272,59 @@ class PrefixRecurrence(nn.Module):
 
 
 class TopRecurrence(PrefixRecurrence):
-    """Identical to PrefixRecurrence except: one state is the slots, bottom to top (RMT, arXiv 2207.06881).
+    """Identical to PrefixRecurrence except: the one state is the slots, bottom to top (RMT, arXiv 2207.06881).
 
-    Layers read the slots that enter them as their prefix. Without projection and with `prefix_attention="concat"` that
-    is BART's attention over `memory, tokens`.
+    Layers read the slots that enter them as their prefix. Without prefix projection and with
+    `prefix_attention="concat"`, this is BART's attention over `memory, tokens`.
     """
 
     slots_read_prefix = False
 
     def n_states(self, config: RecurrentBartConfig) -> int:
-        """One, whatever the number of layers."""
+        """Return 1 for any number of layers."""
         return 1
 
     def _build_slots(self, config: RecurrentBartConfig) -> None:
-        """The state is the slots."""
+        pass
 
     def slots(self, memory_EBPD: Tensor) -> Tensor:
-        """The state itself."""
+        """Return the state, which serves as the slots."""
         return memory_EBPD[0]
 
     def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
-        """The prefix of each layer, made of the slots that have come up to it."""
+        """Return a function that projects the slots entering each layer to the layer's prefix."""
         weights = self.by_layer()
         return lambda layer_idx, slots_BPD: self._project_one(layer_idx, slots_BPD, weights, layers)
 
 
 class StaticPrefix(PrefixRecurrence):
-    """Identical to PrefixRecurrence except: no slots, so the prefix stays the learned one (P-tuning v2)."""
+    """Identical to PrefixRecurrence except: there are no slots, so the prefix stays the learned one (P-tuning v2)."""
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
         self.n_slots = 0
 
     def _build_slots(self, config: RecurrentBartConfig) -> None:
-        """Nothing is written."""
+        pass
 
     def slots(self, memory_EBPD: Tensor) -> Tensor:
-        """No slot."""
+        """Return an empty tensor `(B, 0, D)`."""
         return memory_EBPD[0, :, :0]
 
     def next_memory(self, memory_EBPD: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The same prefix again."""
+        """Return the state unchanged."""
         return memory_EBPD
 
 
 def build_recurrence(config: RecurrentBartConfig) -> PrefixRecurrence | None:
-    """The recurrence that a configuration names; None where `pre_seq_len` is 0."""
+    """Build the recurrence that a configuration names; None if `pre_seq_len` is 0."""
     if not config.pre_seq_len:
         return None
     return {"layerwise": PrefixRecurrence, "top": TopRecurrence, "none": StaticPrefix}[config.recurrence](config)
 
 
 def per_layer(hidden_EBPD: Tensor, weight: Tensor | StackedWeightSlice, bias: Tensor) -> Tensor:
-    """Each layer's linear map, `(E, B, P, in)` to `(E, B, P, out)`, as one batched product."""
+    """Apply each layer's linear map, `(E, B, P, in)` to `(E, B, P, out)`, as one batched product."""
     n_layers, n_documents, n_slots, _ = hidden_EBPD.shape
     mapped = linear(hidden_EBPD.reshape(n_layers, n_documents * n_slots, -1), weight, bias)
     return mapped.view(n_layers, n_documents, n_slots, -1)

@@ -1,10 +1,10 @@
-"""How a document becomes segments: which token goes where, in lists and in tensors.
+"""Segmentation of documents, in lists and in tensors.
 
-Masks are looked at on the host, where they are from the first step on, so that nothing waits for the device to tell
-what it was told.
-
-Shape suffixes: B documents, N segments, L tokens in a segment, X different tokens, D model width.
+Masks stay on the host, so it never waits for the GPU to read them back. `segment_size` is the length of a segment with
+its special tokens, `input_size` the length with its overlap.
 """
+
+# Shape suffixes: B documents, N segments, L tokens in a segment, X distinct tokens, D model width.
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 
-# gives the token embeddings (B, L, D) of a segment when it is read
+# returns the token embeddings (B, L, D) of a segment when the segment is read
 Segment = Callable[[], Tensor]
 
 Token = TypeVar("Token")
@@ -24,21 +24,18 @@ Token = TypeVar("Token")
 def split_into_segments(
     tokens: Sequence[Token], segment_size: int, input_size: int, n_leading: int = 1, n_trailing: int = 1
 ) -> list[list[Token]]:
-    """Cut one document into the segments that the encoder reads one after another.
+    """Cut one document into segments of at most `input_size` tokens.
 
-    The special tokens around the document are put around every segment, so each one looks like what BART was
-    pretrained on. In front of all segments but the first stands the overlap, the last `input_size - segment_size`
-    tokens read before it.
+    Each segment starts and ends with the document's special tokens, as in BART's pretraining. All segments but the
+    first begin with an overlap: the last `input_size - segment_size` text tokens before the segment. A document that
+    fits one segment is returned unchanged.
 
     Args:
-        tokens: The document's tokens with `n_leading` special tokens before and `n_trailing` after its text.
-        segment_size: Length of a segment, special tokens included and overlap not.
+        tokens: Tokens of the document: `n_leading` special tokens, the text, `n_trailing` special tokens.
+        segment_size: Length of a segment with its special tokens, without the overlap.
         input_size: Length of a segment with its overlap.
-        n_leading: Special tokens at the head.
-        n_trailing: Special tokens at the end.
-
-    Returns:
-        Lists of at most `input_size` tokens. A document that fits one segment comes back as it is.
+        n_leading: Number of special tokens before the text.
+        n_trailing: Number of special tokens after the text.
 
     Raises:
         ValueError: The document has no tokens, or a segment has no room for text.
@@ -60,20 +57,15 @@ def split_into_segments(
 def segment_positions(
     attention_mask: Tensor, input_ids: Tensor, special: tuple[int, int], segment_size: int, input_size: int
 ) -> Tensor:
-    """Where each token of each segment stands in its flat row.
+    """Return the index in the flat row of each segment's tokens, `(B, N, L)`, -1 at padding.
 
     Args:
         attention_mask: `(B, n)`, 1 at the document's tokens.
-        input_ids: `(B, n)`, to see whether rows begin and end with the special tokens.
+        input_ids: `(B, n)`; shows if a row begins and ends with the special tokens.
         special: Ids that begin and end a document, `(bos, eos)`.
-        segment_size: Length of a segment, special tokens included.
-        input_size: Length of a segment with its overlap.
-
-    Returns:
-        `(B, N, L)` positions in the flat row, -1 at padding.
 
     Raises:
-        ValueError: A row has no token; the message names it.
+        ValueError: A row has no token; the message names the row.
     """
     rows = []
     input_ids = input_ids.cpu()
@@ -88,7 +80,7 @@ def segment_positions(
 
 
 def pad_segments(rows: list[list[list[int]]], padding: int) -> list[list[list[int]]]:
-    """Give ragged documents one shape `(B, N, L)`, filled behind their tokens and behind their segments."""
+    """Pad ragged documents to one shape `(B, N, L)`, after their tokens and after their segments."""
     n_segments = max(len(row) for row in rows)
     length = max(len(segment) for row in rows for segment in row)
     empty = [padding] * length
@@ -99,7 +91,7 @@ def pad_segments(rows: list[list[list[int]]], padding: int) -> list[list[list[in
 
 
 def gather_segments(flat: Tensor, positions_BNL: Tensor, fill: float) -> Tensor:
-    """Take `(B, N, L, ...)` out of `(B, n, ...)` at the positions of `segment_positions`; `fill` at padding."""
+    """Gather `(B, N, L, ...)` from `(B, n, ...)` at the positions of `segment_positions`; padding gets `fill`."""
     positions_BNL = to_device(positions_BNL, flat.device)
     rows = torch.arange(len(flat), device=flat.device).view(-1, 1, 1)
     taken = flat[rows, positions_BNL.clamp(min=0)]
@@ -108,14 +100,10 @@ def gather_segments(flat: Tensor, positions_BNL: Tensor, fill: float) -> Tensor:
 
 
 def shift_segments(segments: Tensor, n_segments_B: Tensor) -> Tensor:
-    """Move each row of `(B, N, ...)` by its own number of segments, those at the end coming back in front.
+    """Roll each row of `(B, N, ...)` by its own number of segments, `n_segments_B` (on the host).
 
-    Shifted by the empty segments at their end, all documents end at the last segment: then all rows share the
-    boundaries at which gradient is cut, and the decoder finds each row's last segment in one place.
-
-    Args:
-        segments: On any device.
-        n_segments_B: On the host.
+    Rolled by the empty segments at their end, all documents end at the last segment. Then all rows share the window
+    boundaries, and the decoder finds each row's last segment at the same index.
     """
     if not n_segments_B.any():
         return segments
@@ -132,19 +120,19 @@ def segment_documents(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids or embeddings as `(B, N, L, ...)` with their mask, which is on the host.
+    """Return ids or embeddings as `(B, N, L, ...)`, and their mask on the host.
 
-    In training, documents are cut after `config.max_n_segments`.
+    In training, only the first `config.max_n_segments` segments remain.
 
     Raises:
-        ValueError: A segment is longer than `config.input_size`, or flat embeddings are of several segments.
+        ValueError: A segment is longer than `config.input_size`, or flat embeddings need several segments.
     """
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     is_flat = tokens.dim() == (2 if inputs_embeds is None else 3)
     shape = tokens.shape[: 2 if is_flat else 3]
     mask = torch.ones(shape, dtype=torch.long) if attention_mask is None else attention_mask.cpu()
     if is_flat and shape[1] <= config.segment_size:
-        # one segment: exactly as it came, as BART would see it
+        # one segment: unchanged, as BART would see it
         return tokens.unsqueeze(1), mask.unsqueeze(1)
     if is_flat and input_ids is None:
         raise ValueError(
@@ -168,33 +156,30 @@ def has_barts_shapes(config: RecurrentBartConfig, mask_BNL: Tensor) -> bool:
 
 
 def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Move documents so that all end at the last segment.
+    """Shift documents so that all end at the last segment.
 
-    Args:
-        segments: `(B, N, ...)`, on any device.
-        mask_BNL: 1 at tokens, on the host.
-        may_be_empty: Some documents may have no token at all here.
+    `mask_BNL` is on the host; `may_be_empty` allows documents without a token.
 
     Returns:
-        Both, moved, and by how many segments `(B,)` each row was moved.
+        Shifted segments, shifted mask, and the shift of each row in segments `(B,)`.
 
     Raises:
-        ValueError: A row has no token in any segment and may not; the message names it.
+        ValueError: A row has no token and `may_be_empty` is False; the message names the row.
     """
     is_read_BN = mask_BNL.bool().any(dim=-1)
     has_none = ~is_read_BN.any(dim=1)
     if not may_be_empty and has_none.any():
         raise ValueError(f"attention_mask: row {int(has_none.nonzero()[0])} is a document of 0 tokens")
-    # argmax finds the first: of a row without any, 0
+    # argmax returns the first maximum: 0 for a row without tokens
     n_empty_B = is_read_BN.flip(1).int().argmax(dim=1)
     return shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B), n_empty_B
 
 
 def align_marks(marked_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tensor:
-    """Booleans of segments moved as `align_at_end` has moved these.
+    """Shift a boolean per segment as `align_at_end` shifts the segments.
 
     Raises:
-        ValueError: They are of other documents or segments than there are.
+        ValueError: The shape differs from the number of documents and segments.
     """
     if marked_BN.shape != mask_BNL.shape[:2]:
         raise ValueError(
@@ -205,11 +190,11 @@ def align_marks(marked_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tenso
 
 
 def embed_segments_lazily(embed: nn.Module, ids_BNL: Tensor, vocab_size: int) -> list[Segment]:
-    """Token embeddings of segments, made as each is read; no gradient reaches them.
+    """Return a function per segment that gives its token embeddings when it is read; no gradient reaches them.
 
-    A sharded table is gathered by every call, in which all processes take part, whatever the number of their segments.
-    So it is called once, now, on whatever is the least: all these tokens, or the vocabulary, of which the rows are
-    taken later. Either way memory does not grow with the document.
+    A call of a sharded embedding table is a collective, and ranks have different numbers of segments. So the table is
+    called once, now, for all these tokens or for the whole vocabulary, whichever is smaller. Segments look their rows
+    up in the result, so memory does not grow with the document.
     """
     if not is_sharded(embed):
         return [functools.partial(embed, ids_BL) for ids_BL in ids_BNL.unbind(dim=1)]
@@ -221,27 +206,27 @@ def embed_segments_lazily(embed: nn.Module, ids_BNL: Tensor, vocab_size: int) ->
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ZeRO-3 holds its parameters, and gathers them for each call."""
+    """Return True if ZeRO-3 shards the module's parameters and gathers them for each call."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def is_traced() -> bool:
-    """Return True while torch.compile, torch.export or torch.jit.trace record tensors whose values are unknown."""
+    """Return True while torch.compile, torch.export or torch.jit.trace trace tensors whose values are unknown."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def on_device(known: Tensor, device: torch.device) -> Tensor:
-    """Booleans that the host knows, on a device that is not waited for; nothing is copied where all are the same."""
+    """Return host booleans on a device without waiting for it; if all are equal, no copy is made."""
     if known.device.type == device.type or (known.any() and not known.all()):
         return to_device(known, device)
     return torch.full_like(known, bool(known.any()), device=device)
 
 
 def to_device(known: Tensor, device: torch.device) -> Tensor:
-    """What the host knows, on a device that is not waited for.
+    """Return a host tensor on a device without waiting for the device.
 
-    From pinned memory: a copy of any other may wait for what the stream was given before ("API synchronization
-    behavior" of the CUDA runtime).
+    CUDA copies go through pinned memory. A copy from pageable memory may wait for earlier work of the stream ("API
+    synchronization behavior" of the CUDA runtime).
     """
     is_pinned_first = device.type == "cuda" and known.device.type == "cpu"
     return (known.pin_memory() if is_pinned_first else known).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""How far gradient reaches, exactly; and that cutting it changes no value and leaves no parameter without."""
+"""Truncated BPTT: the exact reach of the gradient; truncation changes no value, and every parameter gets a gradient."""
 
 import functools
 
@@ -17,7 +17,7 @@ VARIANTS = {"layerwise": {}, "top": {"recurrence": "top"}, "wavefront": {"schedu
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(make_model, fields, depth, k):
-    """From the loss at segment t to the state at t - k it crosses k boundaries."""
+    """The gradient from segment t to the state at t - k crosses k boundaries."""
     model = make_model(bptt_depth=depth, **fields)
     first = model.model.encoder(random_ids(2, 3, 8)).state
     memory = first.memory.detach().requires_grad_()
@@ -34,7 +34,7 @@ def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(m
 @pytest.mark.parametrize("every_segment", [False, True])
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
 def test_gradient_reaches_as_far_as_the_window(make_model, depth, every_segment, fields):
-    """Windows of depth + 1 segments end at the last one; what stands before the window gets no gradient at all."""
+    """Windows of depth + 1 segments end at the last segment; segments before the window get no gradient."""
     n_segments = 7
     model = make_model(bptt_depth=depth, **fields)
     ids = random_ids(2, n_segments, 8)
@@ -63,7 +63,7 @@ def test_bptt_changes_no_value(make_model, context):
 
 @pytest.mark.parametrize("fields", [*VARIANTS.values(), {"recurrence": "none"}], ids=str)
 def test_every_parameter_has_a_gradient_when_the_state_is_cut(make_model, fields):
-    """ZeRO-3 gives a parameter without a gradient the one of the step before."""
+    """ZeRO-3 reuses the gradient of the step before for a parameter without a gradient."""
     model = make_model(bptt_depth=1, **fields)
     model(input_ids=random_ids(1, 6, 8), labels=random_ids(1, 4)).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -72,7 +72,7 @@ def test_every_parameter_has_a_gradient_when_the_state_is_cut(make_model, fields
 
 
 def test_documents_that_have_not_begun_keep_the_learned_state_alive(make_model):
-    """The short document begins inside the last window, so its first state is learned from it."""
+    """The short document begins inside the last window, so the gradient reaches its initial state."""
     model = make_model(bptt_depth=1)
     ids, mask = random_ids(2, 5, 8), torch.ones(2, 5, 8, dtype=torch.long)
     mask[1, 2:] = 0
@@ -82,7 +82,7 @@ def test_documents_that_have_not_begun_keep_the_learned_state_alive(make_model):
 
 
 def test_no_segment_before_the_window_keeps_a_graph(make_model):
-    """Saved for the backward pass is what the window needs, however long the document."""
+    """The bytes saved for the backward pass do not grow with the document."""
 
     def saved_bytes(n_segments):
         total = 0
@@ -102,7 +102,7 @@ def test_no_segment_before_the_window_keeps_a_graph(make_model):
 
 
 def train_on(model, n_segments):
-    """One target behind a document."""
+    """Run a forward and a backward pass with one target per document."""
     model(input_ids=random_ids(1, n_segments, 8), labels=random_ids(1, 4)).loss.backward()
     model.zero_grad()
 
@@ -114,7 +114,7 @@ def read(model, n_segments):
 
 @pytest.fixture
 def shard(monkeypatch):
-    """Have tables of embeddings taken for sharded ones."""
+    """Mark embedding tables as sharded."""
     return lambda: monkeypatch.setattr(segmentation, "is_sharded", lambda module: True)
 
 
@@ -122,22 +122,22 @@ def shard(monkeypatch):
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_a_longer_document_takes_no_more_memory_than_its_ids_and_mask(make_model, shard, is_sharded, schedule, work):
-    """Of a sharded table, from where its tokens are more than the vocabulary.
+    """A sharded table needs no more either, once the document has more tokens than the vocabulary.
 
-    The embeddings of a segment alone would be 1,024 bytes.
+    The embeddings of one segment would take 1,024 bytes.
     """
     model = make_model(bptt_depth=2, schedule=schedule)
     if is_sharded:
         shard()
     peaks = [peak_bytes(functools.partial(work, model, n), torch.device("cpu")) for n in (16, 272)]
-    # of each token both are 64-bit numbers
+    # the id and the mask of a token take 8 bytes each
     assert (peaks[1] - peaks[0]) / 256 <= 8 * 2 * 8 + 2
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
 @pytest.mark.parametrize("scale", [False, True])
 def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monkeypatch, shard, schedule, scale):
-    """Beyond the window are 48 tokens: fewer than the 60 of the vocabulary, and more than 40."""
+    """48 tokens lie before the window: fewer than a vocabulary of 60, more than one of 40."""
     model = make_model(bptt_depth=1, schedule=schedule, scale_embedding=scale, vocab_size=60)
     inputs = {"input_ids": random_ids(2, 5, 8) % 40, "labels": random_ids(2, 4) % 40}
 
@@ -158,7 +158,7 @@ def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monk
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("depth", [0, 2, -1])
 def test_modules_are_called_as_often_however_many_segments_there_are(make_model, shard, depth, task):
-    """Under ZeRO-3 each call outside the encoder is a collective, and processes differ in their documents."""
+    """Under ZeRO-3, each module call outside the encoder is a collective, and ranks have different documents."""
     shard()
 
     def calls(n_segments):

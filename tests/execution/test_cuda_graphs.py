@@ -1,4 +1,4 @@
-"""A recorded decoder gives the numbers of a plain one; a graph is played by the work itself, on a processor."""
+"""A decoder with CUDA graphs equals a plain decoder; on a CPU, replaying a graph runs the captured function."""
 
 import contextlib
 import gc
@@ -8,40 +8,38 @@ import torch
 
 from counted_calls import count_calls
 from played_graphs import ORDERS, PlayedGraph, call_graphed, call_in_order, call_plain, play_graphs
-from recurrent_bart.execution import cuda_graphs as recorded_call
+from recurrent_bart.execution import cuda_graphs
 from recurrent_bart.model import modeling_decoder
 from tiny import random_ids, tiny_model, two_steps
 
 
 @pytest.fixture
-def recordings(monkeypatch):
-    """Recordings on a processor; each as it is made."""
-    made = play_graphs(monkeypatch, recorded_call)
+def graphs(monkeypatch):
+    """Capture on a CPU; return the growing list of graphs."""
+    made = play_graphs(monkeypatch, cuda_graphs)
     monkeypatch.setattr(modeling_decoder, "can_capture", lambda module, inputs: torch.is_grad_enabled())
     return made
 
 
 def losses_and_gradients(schedule, task):
-    """Of two steps."""
+    """Return losses and gradients of two steps."""
     torch.manual_seed(0)
     model = tiny_model(schedule=schedule).double().train()
     return two_steps(model, [[8, 8, 3], [5], [8, 2]], task)
 
 
 @pytest.mark.parametrize("task", ["document", "sections"])
-def test_numbers_are_those_of_a_plain_decoder(recordings, task):
+def test_numbers_are_those_of_a_plain_decoder(graphs, task):
     expected = losses_and_gradients("sequential", task)
-    assert not recordings
+    assert not graphs
     torch.testing.assert_close(losses_and_gradients("auto", task), expected, rtol=0, atol=1e-12)
-    # forward and backward, once for both steps
-    assert len(recordings) == 2
+    # one forward and one backward graph serve both steps
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize(("order", "n_replays"), ORDERS.values(), ids=ORDERS)
-def test_calls_in_any_order_are_exact_and_computed_again_only_where_they_must_be(
-    recordings, order, n_replays, monkeypatch
-):
-    """Also the numbers that dropout draws."""
+def test_calls_in_any_order_are_exact_and_computed_again_only_where_they_must_be(graphs, order, n_replays, monkeypatch):
+    """Random numbers of dropout are compared, too."""
     expected = call_in_order(call_plain, order, "cpu")
     replays = count_calls(monkeypatch, PlayedGraph, "replay")
     torch.testing.assert_close(call_in_order(call_graphed, order, "cpu"), expected, rtol=0, atol=1e-12)
@@ -49,7 +47,7 @@ def test_calls_in_any_order_are_exact_and_computed_again_only_where_they_must_be
 
 
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 40)], ids=["of one shape", "of two shapes"])
-def test_losses_of_two_passes_are_added_before_they_are_differentiated(recordings, lengths):
+def test_losses_of_two_passes_are_added_before_they_are_differentiated(graphs, lengths):
     found = []
     for schedule in ("sequential", "auto"):
         torch.manual_seed(0)
@@ -57,92 +55,92 @@ def test_losses_of_two_passes_are_added_before_they_are_differentiated(recording
         losses = [model(input_ids=random_ids(2, 2, 8), labels=random_ids(2, length)).loss for length in lengths]
         sum(losses).backward()
         found.append([*(loss.detach() for loss in losses), *(parameter.grad for parameter in model.parameters())])
-    assert recordings
+    assert graphs
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
 
 
-def test_recordings_of_other_shapes_take_no_memory_of_their_own(recordings, make_model):
-    """What they read and write is where the largest has it, which came first."""
+def test_recordings_of_other_shapes_take_no_memory_of_their_own(graphs, make_model):
+    """Smaller shapes use the buffers of the largest shape, which is captured first."""
     model = make_model(schedule="auto").train()
     places = set()
     for n_documents in (3, 2, 1):
         model(input_ids=random_ids(n_documents, 2, 8), labels=random_ids(n_documents, 4)).loss.backward()
-        *_, call = recorded_call._recorded[model.model.decoder].calls.values()
+        *_, call = cuda_graphs._recorded[model.model.decoder].calls.values()
         places.add(tuple(part.data_ptr() for part in (*call.inputs, *call.gradients, call.out, call.output_gradient)))
-    assert len(recordings) == 6
+    assert len(graphs) == 6
     assert len(places) == 1
 
 
-def test_lengths_share_recordings_and_the_oldest_are_forgotten(recordings, make_model, monkeypatch):
-    monkeypatch.setattr(recorded_call, "MOST_SHAPES", 2)
+def test_lengths_share_recordings_and_the_oldest_are_forgotten(graphs, make_model, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MOST_SHAPES", 2)
     model = make_model(schedule="auto").train()
 
     def step(n_documents, n_targets):
         labels = random_ids(n_documents, n_targets)
         model(input_ids=random_ids(n_documents, 2, 8), labels=labels).loss.backward()
-        return len(recordings) // 2
+        return len(graphs) // 2
 
     assert [step(1, length) for length in (2, 7, 32, 33, 40)] == [1, 1, 1, 2, 2]
     assert [step(2, 7), step(1, 40), step(1, 7), step(2, 7)] == [3, 3, 4, 5]
 
 
-def test_a_checkpointed_decoder_keeps_less(recordings, make_model, monkeypatch):
+def test_a_checkpointed_decoder_keeps_less(graphs, make_model, monkeypatch):
     monkeypatch.setattr(modeling_decoder, "MOST_CHECKPOINTED_TARGETS", 64)
     model = make_model(schedule="auto").train()
     model.set_gradient_checkpointing("layer")
     for n_documents, n_recordings in ((2, 2), (3, 2)):
         model(input_ids=random_ids(n_documents, 2, 8), labels=random_ids(n_documents, 4))
-        assert len(recordings) == n_recordings
+        assert len(graphs) == n_recordings
     model.set_gradient_checkpointing("none")
     model(input_ids=random_ids(3, 2, 8), labels=random_ids(3, 4))
-    assert len(recordings) == 4
+    assert len(graphs) == 4
 
 
-def test_longer_targets_than_there_are_positions_are_refused_as_ever(recordings, make_model):
+def test_longer_targets_than_there_are_positions_are_refused_as_ever(graphs, make_model):
     with pytest.raises((IndexError, ValueError)):
         make_model(schedule="auto").train()(input_ids=random_ids(1, 2, 8), labels=random_ids(1, 70))
-    assert not recordings
+    assert not graphs
 
 
-def test_parameters_that_moved_or_were_frozen_are_recorded_anew(recordings, make_model):
+def test_parameters_that_moved_or_were_frozen_are_recorded_anew(graphs, make_model):
     model, inputs = make_model(schedule="auto").train(), {"input_ids": random_ids(1, 2, 8), "labels": random_ids(1, 4)}
     model(**inputs).loss.backward()
     layer = model.model.decoder.layers[0].fc1
     layer.weight.data = layer.weight.data.clone()
     model(**inputs).loss.backward()
-    assert len(recordings) == 4
+    assert len(graphs) == 4
     layer.weight.requires_grad_(False).grad = None
     model(**inputs).loss.backward()
-    assert len(recordings) == 6
+    assert len(graphs) == 6
     assert layer.weight.grad is None
 
 
-def test_what_asks_for_more_than_states_is_not_recorded(recordings, make_model):
+def test_what_asks_for_more_than_states_is_not_recorded(graphs, make_model):
     model, inputs = make_model(schedule="auto"), {"input_ids": random_ids(1, 2, 8), "labels": random_ids(1, 4)}
     assert model(**inputs, output_hidden_states=True).decoder_hidden_states
     with torch.no_grad():
         model(**inputs)
-    assert not recordings
+    assert not graphs
 
 
-def test_layers_are_dropped_anew_each_time(recordings, make_model):
+def test_layers_are_dropped_anew_each_time(graphs, make_model):
     model = make_model(schedule="auto", decoder_layers=4, decoder_layerdrop=0.5).train()
     inputs = {"input_ids": random_ids(1, 2, 8), "labels": random_ids(1, 4)}
     assert len({model(**inputs).loss.item() for _ in range(12)}) > 2
-    assert not recordings
-    # in evaluation mode none are dropped
+    assert not graphs
+    # no layer is dropped in evaluation mode
     model.eval()(**inputs)
-    assert recordings
+    assert graphs
 
 
 def test_a_processor_records_nothing(make_model):
     model = make_model(schedule="auto")
-    assert not recorded_call.can_capture(model.model.decoder, [torch.zeros(1)])
+    assert not cuda_graphs.can_capture(model.model.decoder, [torch.zeros(1)])
 
 
 def test_no_garbage_is_collected_while_work_is_recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
-    is_collected, _ = recorded_call.capture(gc.isenabled, stream=None)
+    is_collected, _ = cuda_graphs.capture(gc.isenabled, stream=None)
     assert not is_collected
     assert gc.isenabled()

@@ -1,4 +1,4 @@
-"""Gradient checkpointing changes memory and nothing else."""
+"""Gradient checkpointing changes memory, and no result."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_the_same_with_dropout_on(fields, grain, labels_s
 
 @pytest.mark.parametrize("grain", ["layer", "segment"])
 def test_the_prefix_is_alive_under_it(grain):
-    """Hugging Face's own layer checkpointing drops the prefix: no gradient, and a loss that it does not change."""
+    """Hugging Face's layer checkpointing would drop the prefix: no gradient, and no effect on the loss."""
     loss, gradients = loss_and_gradients(grain, (2, 5))
     assert gradients["model.encoder.recurrence.projection_out"].abs().max() > 1e-6
     assert gradients["model.encoder.recurrence.initial_memory"].abs().max() > 1e-6
@@ -56,7 +56,7 @@ def test_the_prefix_is_alive_under_it(grain):
 
 
 def saved_bytes(grain, n_segments):
-    """Of the graph of a forward pass."""
+    """Return the bytes that a forward pass saves for its backward pass."""
     total = 0
 
     def count(tensor):
@@ -72,7 +72,7 @@ def saved_bytes(grain, n_segments):
 
 
 def test_memory_falls_with_the_grain():
-    """A segment more costs its whole graph, its layers' inputs, or its state."""
+    """One more segment adds its whole autograd graph, its layers' inputs, or its state."""
     growth = {grain: saved_bytes(grain, 8) - saved_bytes(grain, 4) for grain in ("none", "layer", "segment")}
     assert growth["none"] > 3 * growth["layer"]
     assert growth["layer"] > 2 * growth["segment"]

@@ -1,4 +1,4 @@
-"""Each trainable parameter has the gradient of the naive reference, whatever options are combined."""
+"""Gradients of all trainable parameters equal the naive reference's, for any combination of options."""
 
 import functools
 import itertools
@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from played_graphs import play_graphs
-from recurrent_bart import (
-    diagonal_recorder,
-    graphed_wavefront,
-    kept_diagonals,
-    modeling_decoder,
-    recorded_call,
-    schedules,
-)
+from recurrent_bart.execution import cuda_graphs, diagonal_graphs, graphed_wavefront, grid, retained_diagonals
+from recurrent_bart.model import modeling_decoder
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from reference import context, detached_outside, encode
 from tiny import batch_of, random_ids, tiny_model
@@ -61,7 +55,7 @@ def cases_of_all_pairs(seed=0):
 
 
 CASES = list(cases_of_all_pairs())
-# windows without a graph read the learned prefix too, and what the decoder sees of them has no gradient
+# windows without a graph read the learned prefix too, and their context for the decoder has no gradient
 STATIC = dict(CASES[0], recurrence="none", associative_memory=False, task="document", context_segments=-1)
 CASES += [STATIC | {"decoder_context": seen, "bptt_depth": n} for seen, n in (("section", 0), ("all", 1))]
 
@@ -70,10 +64,10 @@ CASES += [STATIC | {"decoder_context": seen, "bptt_depth": n} for seen, n in (("
 def captured(monkeypatch):
     """Capture graphs of the encoder and of the decoder, on a CPU."""
     monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: 200_000)
-    monkeypatch.setattr(schedules, "is_wavefront_faster", lambda segments: True)
-    monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
+    monkeypatch.setattr(grid, "is_wavefront_faster", lambda segments: True)
+    monkeypatch.setattr(grid, "can_graph", lambda *batch: True)
     monkeypatch.setattr(modeling_decoder, "can_capture", lambda module, inputs: torch.is_grad_enabled())
-    return play_graphs(monkeypatch, diagonal_recorder, kept_diagonals, recorded_call)
+    return play_graphs(monkeypatch, diagonal_graphs, retained_diagonals, cuda_graphs)
 
 
 def gradients_of(model, loss):

@@ -1,4 +1,4 @@
-"""A CUDA graph is replayed only with the settings of its capture; on a CPU, a graph is the work itself."""
+"""A CUDA graph is replayed only with the settings of its capture; on a CPU, a replay runs the captured function."""
 
 import contextlib
 import copy
@@ -11,16 +11,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from played_graphs import play_graphs
-from recurrent_bart import (
-    diagonal_recorder,
-    graphed_wavefront,
-    kept_diagonals,
-    modeling_decoder,
-    modeling_encoder,
-    recorded_call,
-    schedules,
-)
+from recurrent_bart.execution import cuda_graphs, diagonal_graphs, graphed_wavefront, grid, retained_diagonals
 from recurrent_bart.execution.graph_guards import GraphUser, device_guard
+from recurrent_bart.model import modeling_decoder, modeling_encoder
 from tiny import batch_of, random_ids
 
 
@@ -34,7 +27,7 @@ def of_adapters(change):
     return lambda model: [change(part) for part in model.modules() if isinstance(part, LoraLayer)]
 
 
-# how a model changes between two steps, and the fields under which this shows; dropout at rate 1 draws nothing
+# changes of a model between two steps, and the fields that make them visible; dropout at rate 1 draws no random number
 EAGER = {"attn_implementation": "eager"}
 CHANGES = {
     "dropout": (of_layers(lambda layer: setattr(layer, "dropout", 0.0)), {"dropout": 1.0}),
@@ -74,30 +67,30 @@ SAME_OUTPUTS = {"attention implementation", "type", "adapters merged"}
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Have schedule="auto" play graphs on a CPU; two lists of them, of the encoder and of the decoder."""
+    """Have schedule="auto" use played graphs on a CPU; return the lists of graphs of the encoder and of the decoder."""
     monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: 2**40)
-    monkeypatch.setattr(schedules, "is_wavefront_faster", lambda segments: True)
-    monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
+    monkeypatch.setattr(grid, "is_wavefront_faster", lambda segments: True)
+    monkeypatch.setattr(grid, "can_graph", lambda *batch: True)
     monkeypatch.setattr(modeling_decoder, "can_capture", lambda module, inputs: torch.is_grad_enabled())
-    return play_graphs(monkeypatch, diagonal_recorder, kept_diagonals), play_graphs(monkeypatch, recorded_call)
+    return play_graphs(monkeypatch, diagonal_graphs, retained_diagonals), play_graphs(monkeypatch, cuda_graphs)
 
 
 def build(make_model, fields, with_adapters=False):
     model = make_model(schedule="auto", **fields)
     if with_adapters:
-        # of the decoder alone: layers of the encoder with adapters are computed one after the other
+        # adapters on the decoder only: encoder layers with adapters run sequentially
         config = LoraConfig(r=2, target_modules=r".*decoder.*(q_proj|fc1)", init_lora_weights=False)
         for name in ("default", "other"):
             inject_adapter_in_model(config, model, name)
         model.double()
         for name, parameter in model.named_parameters():
-            # both alike, as adapters that are not trained are
+            # freeze both adapters alike, so that they do not differ in `requires_grad`
             parameter.requires_grad_("lora" not in name)
     return model.train()
 
 
 def inputs_of():
-    """Return ragged documents, whose masks have another form for each attention implementation."""
+    """Return ragged documents, whose masks have a different form for each attention implementation."""
     torch.manual_seed(1)
     _, input_ids, mask = batch_of([[8, 8, 3], [5], [8, 2]])
     return {"input_ids": input_ids, "attention_mask": mask, "labels": random_ids(3, 4)}
@@ -168,12 +161,12 @@ def test_training_and_evaluation_by_turns_capture_once(make_model, graphs):
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**40])
 def test_a_backward_pass_has_the_settings_of_its_forward_pass(make_model, graphs, monkeypatch, kept_bytes):
-    """Also where other settings came in between, more than are kept."""
+    """More settings than are kept run between the forward and the backward pass."""
     monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: kept_bytes)
     model, inputs, found = build(make_model, {}), inputs_of(), []
     for one in (sequential(model), model):
         loss = one(**inputs).loss
-        # last the ones of the loss, for a graph that is played has the settings of the moment
+        # the loss's settings come last: a played graph runs with the settings of its replay
         for epsilon in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1e-5):
             of_layers(lambda layer, epsilon=epsilon: setattr(layer.final_layer_norm, "eps", epsilon))(one)
             if epsilon != 1e-5:
@@ -182,7 +175,7 @@ def test_a_backward_pass_has_the_settings_of_its_forward_pass(make_model, graphs
         found.append([loss.detach(), *(parameter.grad for parameter in one.parameters())])
     check_equal(found[1], found[0])
     (recorder,) = graphed_wavefront._recorders[model.model.encoder.recurrence].values()
-    assert len(recorder._by_settings) == diagonal_recorder.MOST_SETTINGS
+    assert len(recorder._by_settings) == diagonal_graphs.MOST_SETTINGS
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -196,7 +189,7 @@ def test_a_second_thread_is_refused_and_changes_no_number(make_model, graphs, pa
             is_inside.set()
             assert may_go_on.wait(60)
 
-    # while the pass holds the graphs
+    # called while the pass holds the graphs
     place = model.model.encoder.layernorm_embedding if part == "encoder" else model.model.decoder.layers[0].fc1
     place.register_forward_pre_hook(wait)
     thread = threading.Thread(target=lambda: found.append(results(model, inputs)))
@@ -207,7 +200,7 @@ def test_a_second_thread_is_refused_and_changes_no_number(make_model, graphs, pa
     may_go_on.set()
     thread.join()
     check_equal(found[0], expected)
-    # one after the other they may
+    # sequential passes are allowed
     check_equal(results(model, inputs), expected)
 
 
@@ -231,12 +224,12 @@ def test_graphs_are_captured_on_the_device_of_the_model(make_model, graphs, monk
         yield
         inside.pop()
 
-    for module in (modeling_encoder, recorded_call):
+    for module in (modeling_encoder, cuda_graphs):
         monkeypatch.setattr(module, "device_guard", guard)
-    for module in (diagonal_recorder, recorded_call):
+    for module in (diagonal_graphs, cuda_graphs):
         monkeypatch.setattr(module, "warm_up", lambda *_: devices.append(list(inside)), raising=False)
-    record = diagonal_recorder.record
-    monkeypatch.setattr(diagonal_recorder, "record", lambda *its: devices.append(list(inside)) or record(*its))
+    record = diagonal_graphs.record
+    monkeypatch.setattr(diagonal_graphs, "record", lambda *its: devices.append(list(inside)) or record(*its))
     build(make_model, {})(**inputs_of())
     assert devices
     assert all(found == [torch.device("cpu")] for found in devices)

@@ -1,4 +1,4 @@
-"""Replayed diagonals give the numbers of the sequential schedule; a graph is the work itself, on a processor."""
+"""Replayed diagonals equal the sequential schedule; on a CPU, replaying a graph runs the captured function."""
 
 from types import SimpleNamespace
 
@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from played_graphs import play_graphs
-from recurrent_bart.execution import diagonal_graphs as diagonal_recorder
-from recurrent_bart.execution import graphed_wavefront
-from recurrent_bart.execution import grid as schedules
-from recurrent_bart.execution import retained_diagonals as kept_diagonals
+from recurrent_bart.execution import diagonal_graphs, graphed_wavefront, grid, retained_diagonals
 from tiny import DIAGONALS, random_ids, tiny_model, two_steps
 
 LENGTHS = [[8, 8, 3, 8, 7], [5], [8, 2, 1]]
@@ -17,17 +14,17 @@ LENGTHS = [[8, 8, 3, 8, 7], [5], [8, 2, 1]]
 
 @pytest.fixture
 def device_bytes():
-    """Memory of the device; without any nothing is kept."""
+    """Return the device's memory in bytes; with 0, no activations are kept."""
     return 0
 
 
 @pytest.fixture
-def recordings(monkeypatch, device_bytes):
-    """Recordings on a processor; each as it is made."""
+def graphs(monkeypatch, device_bytes):
+    """Capture on a CPU; return the growing list of graphs."""
     monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: device_bytes)
-    monkeypatch.setattr(schedules, "is_wavefront_faster", lambda segments: True)
-    monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
-    return play_graphs(monkeypatch, diagonal_recorder, kept_diagonals)
+    monkeypatch.setattr(grid, "is_wavefront_faster", lambda segments: True)
+    monkeypatch.setattr(grid, "can_graph", lambda *batch: True)
+    return play_graphs(monkeypatch, diagonal_graphs, retained_diagonals)
 
 
 def build(schedule, **fields):
@@ -38,16 +35,16 @@ def build(schedule, **fields):
 @pytest.mark.parametrize("device_bytes", [0, 700_000, 2**40], ids=["none", "some", "all"])
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", DIAGONALS.values(), ids=DIAGONALS)
-def test_numbers_are_the_sequential_ones(recordings, fields, task):
+def test_numbers_are_the_sequential_ones(graphs, fields, task):
     expected = two_steps(build("sequential", **fields), LENGTHS, task)
-    assert not recordings
+    assert not graphs
     torch.testing.assert_close(two_steps(build("auto", **fields), LENGTHS, task), expected, rtol=0, atol=1e-10)
-    assert recordings
+    assert graphs
 
 
 @pytest.mark.parametrize("without_graph", [torch.no_grad, torch.inference_mode])
-def test_reading_records_what_comes_back(recordings, without_graph):
-    """4 layers: of 5 segments 7 spans of them, of 2 segments one more that was not among those."""
+def test_reading_records_what_comes_back(graphs, without_graph):
+    """4 layers and 5 segments have 7 spans of layers; 2 segments add one span."""
     expected, model = (build(schedule, encoder_layers=4).eval() for schedule in ("sequential", "auto"))
     made = []
     for n_segments in (5, 5, 5, 2, 2):
@@ -56,13 +53,16 @@ def test_reading_records_what_comes_back(recordings, without_graph):
             found, plain = model.model.encode(ids), expected.model.encode(ids)
         torch.testing.assert_close(found.last_hidden_state, plain.last_hidden_state, rtol=0, atol=1e-10)
         torch.testing.assert_close(found.state.memory, plain.state.memory, rtol=0, atol=1e-10)
-        made.append(len(recordings))
+        made.append(len(graphs))
     assert made == [0, 7, 7, 7, 8]
 
 
 @pytest.mark.parametrize("context", ["last", "all"])
-def test_many_segments_are_read_by_one_recording(recordings, context):
-    """2 layers: 53 diagonals of 52 segments, of them twice 16 with all layers; a last segment of fewer tokens."""
+def test_many_segments_are_read_by_one_recording(graphs, context):
+    """2 layers and 52 segments have 53 diagonals; 51 have all layers, and two groups of 16 run as one graph.
+
+    The last segment has fewer tokens.
+    """
     fields = {"encoder_layers": 2, "decoder_context": context}
     expected, model = (build(schedule, **fields).eval() for schedule in ("sequential", "auto"))
     made = []
@@ -73,24 +73,24 @@ def test_many_segments_are_read_by_one_recording(recordings, context):
             found, plain = (it.model.encode(ids, attention_mask=mask) for it in (model, expected))
         torch.testing.assert_close(found.last_hidden_state, plain.last_hidden_state, rtol=0, atol=1e-10)
         torch.testing.assert_close(found.state.memory, plain.state.memory, rtol=0, atol=1e-10)
-        made.append(len(recordings))
-    # one layer, both, both and one with a mask; both together
+        made.append(len(graphs))
+    # graphs: first layer, second layer, both, both with a mask, and the group of diagonals
     assert made == [0, 5, 5]
 
 
-def test_training_records_at_first_sight_also_what_has_no_graph(recordings):
-    """4 segments before the window: 5 spans, forwards; the window: 4 of these, backwards."""
+def test_training_records_at_first_sight_also_what_has_no_graph(graphs):
+    """The 4 segments before the window have 5 spans (forward graphs); the window has 4 of these (backward graphs)."""
     model = build("auto", bptt_depth=1)
     model(input_ids=random_ids(2, 6, 8), labels=random_ids(2, 4)).loss.backward()
-    assert len(recordings) == 9
+    assert len(graphs) == 9
     model(input_ids=random_ids(2, 6, 8), labels=random_ids(2, 4)).loss.backward()
-    assert len(recordings) == 9
+    assert len(graphs) == 9
 
 
 @pytest.mark.parametrize("device_bytes", [2**40])
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-def test_a_pass_that_another_one_came_after_is_computed_again(recordings, order):
-    """What it kept is no longer there."""
+def test_a_pass_that_another_one_came_after_is_computed_again(graphs, order):
+    """The later pass overwrites the kept activations."""
     gradients = []
     for schedule in ("sequential", "auto"):
         model = build(schedule)
@@ -103,14 +103,14 @@ def test_a_pass_that_another_one_came_after_is_computed_again(recordings, order)
 
 
 @pytest.mark.parametrize("device_bytes", [2**40])
-def test_checkpointing_keeps_nothing(recordings):
-    """5 spans of 3 segments and 3 layers, forwards and backwards; kept, each has two more graphs."""
+def test_checkpointing_keeps_nothing(graphs):
+    """3 segments and 3 layers have 5 spans with two graphs each; kept activations add two more graphs per diagonal."""
     for checkpointing, n_made in (("layer", 10), ("none", 20)):
-        recordings.clear()
+        graphs.clear()
         model = build("auto")
         model.set_gradient_checkpointing(checkpointing)
         model(input_ids=random_ids(2, 3, 8), labels=random_ids(2, 4)).loss.backward()
-        assert len(recordings) == n_made
+        assert len(graphs) == n_made
 
 
 def test_processes_of_one_device_share_what_they_keep(monkeypatch):

@@ -1,4 +1,4 @@
-"""The grid against the naive reference: values and gradients, ragged documents, all variants."""
+"""The grid equals the naive reference in values and gradients, for ragged documents and all variants."""
 
 import itertools
 
@@ -103,7 +103,7 @@ def test_without_recurrence_segments_are_read_alone(make_model, schedule):
 
 
 def test_top_without_projection_is_barts_attention_over_memory_and_tokens(make_model):
-    """RMT as published: BART itself reads `memory, tokens`, and the memory's outputs are the next memory."""
+    """RMT as published: BART reads `memory, tokens`, and the outputs at the memory positions are the next state."""
     model = make_model(recurrence="top", prefix_attention="concat", prefix_projection=False, update_gate=False)
     encoder, ids = model.model.encoder, random_ids(1, 2, 8)
     stream = torch.empty(0)

@@ -1,4 +1,4 @@
-"""Each encoder layer computes with its own settings in each schedule."""
+"""Encoder layers compute with their own settings in each schedule."""
 
 import copy
 
@@ -9,10 +9,7 @@ from transformers import AttentionInterface
 
 from counted_calls import count_calls
 from played_graphs import play_graphs
-from recurrent_bart.execution import diagonal_graphs as diagonal_recorder
-from recurrent_bart.execution import graphed_wavefront, wavefront
-from recurrent_bart.execution import grid as schedules
-from recurrent_bart.execution import retained_diagonals as kept_diagonals
+from recurrent_bart.execution import diagonal_graphs, graphed_wavefront, grid, retained_diagonals, wavefront
 from tiny import random_ids
 
 
@@ -29,7 +26,7 @@ def own_attention(layer):
     layer.self_attn.config._attn_implementation_internal = "first_value"
 
 
-# changes of a layer of a model in training mode; dropout at rate 0 or 1 draws no random number
+# changes of a layer in training mode; dropout at rate 0 or 1 draws no random number
 CHANGES = {
     "dropout": lambda layer: setattr(layer, "dropout", 0.0),
     "activation_dropout": lambda layer: setattr(layer, "activation_dropout", 0.0),
@@ -42,14 +39,14 @@ CHANGES = {
     "self_attn.config": own_attention,
     "final_layer_norm.eps": lambda layer: setattr(layer.final_layer_norm, "eps", 0.5),
 }
-# changes that one diagonal cannot compute for any layers
+# changes that the wavefront schedule supports for no layer
 OBSTACLES = {
     "hooks": lambda layer: layer.fc1.register_forward_hook(lambda module, inputs, output: output.tanh()),
     "parts": lambda layer: setattr(layer, "fc2", nn.Sequential(layer.fc2, nn.Tanh())),
     "weighted activation": lambda layer: setattr(layer, "activation_fn", nn.PReLU(init=0.3).double()),
     "no bias": lambda layer: setattr(layer.fc1, "bias", None),
 }
-# under which a change of one attribute shows in the outputs
+# fields that make a change of one attribute visible in the outputs
 FIELDS = {
     "dropout": {"dropout": 1.0},
     "activation_dropout": {"activation_dropout": 1.0},
@@ -61,15 +58,15 @@ FIELDS = {
 
 @pytest.fixture
 def graphed(monkeypatch):
-    """Have schedule="auto" play graphs on a CPU; a list of them."""
+    """Have schedule="auto" use played graphs on a CPU; return the growing list of graphs."""
     monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: 0)
-    monkeypatch.setattr(schedules, "is_wavefront_faster", lambda segments: True)
-    monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
-    return play_graphs(monkeypatch, diagonal_recorder, kept_diagonals)
+    monkeypatch.setattr(grid, "is_wavefront_faster", lambda segments: True)
+    monkeypatch.setattr(grid, "can_graph", lambda *batch: True)
+    return play_graphs(monkeypatch, diagonal_graphs, retained_diagonals)
 
 
 def build(make_model, name, change, layers, schedule):
-    """Return a model with changed layers, and the sequential model that it must agree with."""
+    """Return a model with changed layers, and the sequential model that it must equal."""
     torch.manual_seed(0)
     model = make_model(attn_implementation="eager", **FIELDS.get(name, {})).train()
     for number in layers:
@@ -89,7 +86,7 @@ def outputs(model, ids):
 @pytest.mark.parametrize(("name", "change"), (CHANGES | OBSTACLES).items(), ids=CHANGES | OBSTACLES)
 def test_a_layer_with_settings_of_its_own_keeps_them(make_model, graphed, monkeypatch, name, change, changed, schedule):
     said = []
-    monkeypatch.setattr(schedules.logger, "warning_once", said.append)
+    monkeypatch.setattr(grid.logger, "warning_once", said.append)
     ids = random_ids(2, 4, 8)
     model, expected = build(make_model, name, change, [changed], schedule)
     torch.testing.assert_close(outputs(model, ids), outputs(expected, ids), rtol=0, atol=1e-10)
@@ -108,7 +105,7 @@ def test_a_layer_with_settings_of_its_own_keeps_them(make_model, graphed, monkey
 def test_settings_that_all_layers_share_leave_the_schedule_as_it_is(
     make_model, graphed, monkeypatch, name, change, schedule
 ):
-    steps = count_calls(monkeypatch, wavefront if schedule == "wavefront" else diagonal_recorder, "diagonal_step")
+    steps = count_calls(monkeypatch, wavefront if schedule == "wavefront" else diagonal_graphs, "diagonal_step")
     ids = random_ids(2, 4, 8)
     model, expected = build(make_model, name, change, [0, 1, 2], schedule)
     torch.testing.assert_close(outputs(model, ids), outputs(expected, ids), rtol=0, atol=1e-10)
@@ -120,10 +117,10 @@ def test_layers_of_different_types_or_devices_are_not_stacked(make_model):
     model = make_model(schedule="wavefront")
     for change in (nn.Module.float, lambda layer: layer.to("meta")):
         model.model.encoder.layers[1] = change(copy.deepcopy(model.model.encoder.layers[0]))
-        assert "types or devices" in schedules.why_not_stacked(model.model.encoder.layers)
+        assert "types or devices" in grid.why_not_stacked(model.model.encoder.layers)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_python", "gelu_pytorch_tanh", "relu", "leaky_relu"])
 def test_layers_as_they_are_built_are_stacked(make_model, activation):
-    """Each of them has an activation of its own, and its own number."""
-    assert not schedules.why_not_stacked(make_model(activation_function=activation).model.encoder.layers)
+    """Every layer has a separate activation module and a separate layer index."""
+    assert not grid.why_not_stacked(make_model(activation_function=activation).model.encoder.layers)

@@ -1,4 +1,4 @@
-"""By diagonals the grid gives the numbers that it gives segment after segment."""
+"""The wavefront schedule equals the sequential schedule."""
 
 import functools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from recurrent_bart.execution import grid as schedules
+from recurrent_bart.execution import grid as grid_module
 from recurrent_bart.execution import wavefront
 from recurrent_bart.execution.stacked_layers import stack_layers
 from recurrent_bart.monitoring.memory import peak_bytes
@@ -33,7 +33,7 @@ FIELDS = {
 
 
 def both(make_model, **fields):
-    """The same model with each schedule."""
+    """Return the same model with each schedule."""
     torch.manual_seed(0)
     sequential = make_model(schedule="sequential", **fields)
     by_diagonals = make_model(schedule="wavefront", **fields)
@@ -42,7 +42,7 @@ def both(make_model, **fields):
 
 
 def results(model, **inputs):
-    """Loss, logits, state and every gradient."""
+    """Return loss, logits, state and all gradients."""
     model.zero_grad()
     output = model(**inputs)
     output.loss.backward()
@@ -76,7 +76,7 @@ def test_documents_given_flat_are_cut_with_overlap_alike(make_model):
 
 
 def test_it_goes_on_from_a_state(make_model):
-    """Of three documents the second has not begun, the third reads nothing more."""
+    """The second of three documents has not begun, and the third has no further text."""
     sequential, by_diagonals = both(make_model)
     _, input_ids, mask = batch_of([[8, 8, 3], [5, 8], [8]])
     mask[2] = 0
@@ -128,7 +128,7 @@ def test_what_layers_give_is_handed_out(make_model):
     ids=str,
 )
 def test_dropout_stands_where_it_does_in_sequence(make_model, rates):
-    """At rate 1 it can be compared, for it draws nothing."""
+    """Schedules are comparable at rate 1, which draws no random number."""
     models = [model.train() for model in both(make_model, attn_implementation="eager", **rates)]
     ids = random_ids(2, 4, 8)
     expected, found = (model.model.encoder(ids) for model in models)
@@ -150,9 +150,10 @@ def test_dropout_differs_by_layer_segment_and_pass(make_model):
     [(6, False, -1, 8), (6, False, 1, 10), (6, True, 1, 12), (6, False, 0, 7)],
 )
 def test_it_takes_as_many_steps_as_there_are_diagonals(make_model, monkeypatch, n_segments, every, depth, steps):
-    """3 layers: 6 + 2; 4 segments without a graph, then 2 with one: 6 + 4; three windows of two: 3 * 4.
+    """N segments and 3 layers have N + 2 diagonals.
 
-    5 segments without a graph: 5 + 2; of the last one, alone, each diagonal would be a single cell.
+    Examples: 4 segments without a graph and 2 with one have 6 + 4 diagonals. Three windows of two have 3 * 4.
+    5 segments without a graph have 5 + 2. A single last segment runs sequentially.
     """
     calls = []
     step = wavefront.diagonal_step
@@ -180,7 +181,7 @@ def test_frozen_parameters_stay_without_gradient(make_model, frozen):
 
 
 def test_a_graph_is_gone_through_twice(make_model):
-    """The gradients of spans are added up in one tensor, which must be a new one each time."""
+    """The gradients of slices accumulate in one buffer, which must be new in each backward pass."""
     _, model = both(make_model)
     loss = model(input_ids=random_ids(2, 4, 8), labels=random_ids(2, 4)).loss
     wanted = dict(model.model.encoder.layers.named_parameters())
@@ -208,8 +209,8 @@ def test_adapters_run_in_sequence_and_it_is_said(make_model, monkeypatch):
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model)
     by_diagonals.load_state_dict(sequential.state_dict())
     said = []
-    monkeypatch.setattr(schedules.logger, "warning_once", said.append)
-    monkeypatch.setattr(schedules, "is_wavefront_faster", lambda segments: True)
+    monkeypatch.setattr(grid_module.logger, "warning_once", said.append)
+    monkeypatch.setattr(grid_module, "is_wavefront_faster", lambda segments: True)
     ids = random_ids(2, 3, 8)
     expected, found = (model.model.encoder(ids).last_hidden_state for model in (sequential, by_diagonals))
     assert torch.equal(found, expected)
@@ -229,7 +230,7 @@ def test_adapters_run_in_sequence_and_it_is_said(make_model, monkeypatch):
         ({"recurrence": "none", "decoder_context": "all"}, True, True),
         ({"schedule": "sequential"}, True, False),
         ({"schedule": "wavefront"}, False, True),
-        # nothing but the last segment is run
+        # only the last segment runs
         ({"pre_seq_len": 0}, True, False),
     ],
 )
@@ -237,7 +238,7 @@ def test_the_schedule_is_chosen(make_model, monkeypatch, fields, is_faster, expe
     calls = []
     step = wavefront.diagonal_step
     monkeypatch.setattr(wavefront, "diagonal_step", lambda *inputs: calls.append(inputs) or step(*inputs))
-    monkeypatch.setattr(schedules, "is_wavefront_faster", lambda segments: is_faster)
+    monkeypatch.setattr(grid_module, "is_wavefront_faster", lambda segments: is_faster)
     make_model(**fields).model.encoder(random_ids(2, 3, 8))
     assert bool(calls) == expected
 
@@ -252,11 +253,11 @@ def test_the_schedule_is_chosen(make_model, monkeypatch, fields, is_faster, expe
     ],
 )
 def test_diagonals_are_for_devices_that_a_layer_does_not_fill(shape, device, expected):
-    assert schedules.is_wavefront_faster(torch.empty(shape, device=device)) == expected
+    assert grid_module.is_wavefront_faster(torch.empty(shape, device=device)) == expected
 
 
 def saved_bytes(model, n_segments):
-    """Of the graph of a forward pass."""
+    """Return the bytes that a forward pass saves for its backward pass."""
     total = 0
 
     def count(tensor):
@@ -270,7 +271,7 @@ def saved_bytes(model, n_segments):
 
 
 def test_memory_falls_with_the_grain(make_model):
-    """A segment more costs the graph of a diagonal, or its streams; more together keep fewer streams."""
+    """One more segment adds the autograd graph of a diagonal, or its streams; recomputed groups keep fewer streams."""
     _, model = both(make_model)
     growth = {}
     for grain in ("none", "layer", "segment"):
@@ -281,7 +282,7 @@ def test_memory_falls_with_the_grain(make_model):
 
 
 def test_gradients_of_weights_are_not_kept_until_the_last_diagonal(make_model):
-    """What a segment more costs in a whole step is far below the weights of the layers that read it."""
+    """One more segment adds far less memory to a step than the weights of its layers."""
     _, model = both(make_model)
     model.train().set_gradient_checkpointing("layer")
     peaks = [peak_bytes(functools.partial(step, model, n_segments), torch.device("cpu")) for n_segments in (10, 50)]
@@ -295,7 +296,7 @@ def step(model, n_segments):
 
 
 def test_diagonals_recomputed_together_change_no_number(make_model, monkeypatch):
-    """8 diagonals, 3 at a time."""
+    """8 diagonals run in groups of 3."""
     monkeypatch.setattr(wavefront, "STREAMS_PER_CELL", 1)
     _, model = both(make_model, dropout=0.2, attention_dropout=0.2, hidden_dropout_prob=0.2)
     _, input_ids, mask = batch_of([[8] * 5 + [3], [8, 4]])
@@ -311,13 +312,13 @@ def test_diagonals_recomputed_together_change_no_number(make_model, monkeypatch)
 def test_what_is_kept_of_a_segment_holds_no_other_layers_streams(make_model, monkeypatch):
     _, model = both(make_model, decoder_context="all")
     sizes = []
-    keep = schedules.Grid._keep
+    keep = grid_module.Grid._keep
 
     def weigh(grid, output, segment, *others, **named):
         sizes.append(segment.tokens.untyped_storage().nbytes())
         keep(grid, output, segment, *others, **named)
 
-    monkeypatch.setattr(schedules.Grid, "_keep", weigh)
+    monkeypatch.setattr(grid_module.Grid, "_keep", weigh)
     with torch.no_grad():
         model.model.encoder(random_ids(2, 6, 8))
     assert sizes == [2 * 8 * 16 * 8] * 6
@@ -329,7 +330,7 @@ def test_no_segment_before_the_window_keeps_a_graph(make_model):
 
 
 def test_the_step_is_compiled_whole_with_equal_numbers(make_model):
-    """aot_eager traces forward and backward as any back-end does, and needs no compiler of C++."""
+    """aot_eager traces forward and backward like other back-ends, and needs no C++ compiler."""
     encoder = make_model().model.encoder
     weights = stack_layers(encoder.layers) | dict(encoder.recurrence.by_layer())
     weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}

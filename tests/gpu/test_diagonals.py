@@ -1,4 +1,4 @@
-"""Fused and recorded diagonals, and recorded decoders, give the numbers of plain ones; run with `pytest -m gpu`."""
+"""Fused and captured diagonals, and captured decoders, equal plain ones; run with `pytest -m gpu`."""
 
 import pytest
 import torch
@@ -6,9 +6,7 @@ from torch import nn
 
 from counted_calls import count_calls
 from played_graphs import ORDERS, call_graphed, call_in_order, call_plain
-from recurrent_bart.execution import diagonal_graphs as diagonal_recorder
-from recurrent_bart.execution import graphed_wavefront, wavefront
-from recurrent_bart.execution import grid as schedules
+from recurrent_bart.execution import diagonal_graphs, graphed_wavefront, grid, wavefront
 from recurrent_bart.model import modeling_decoder
 from tiny import DIAGONALS, random_ids, tiny_model
 
@@ -16,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 FIELDS = DIAGONALS | {"all": {"decoder_context": "all"}}
 SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_layers": 3}
-# of weights as large as TINY's a model this wide makes of float32's rounding what a check would have to let pass
+# TINY's larger weights would raise the float32 rounding error of this wider model to the tolerance of the checks
 SHAPE |= {"init_std": 0.15}
 
 
@@ -61,12 +59,12 @@ def check_equal(found, expected):
 
 @pytest.fixture
 def replays(monkeypatch):
-    return count_calls(monkeypatch, diagonal_recorder.DiagonalGraphs, "replay")
+    return count_calls(monkeypatch, diagonal_graphs.DiagonalGraphs, "replay")
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Decoder passes that are replayed."""
+    """Count replayed decoder passes."""
     return count_calls(monkeypatch, modeling_decoder, "call_graphed")
 
 
@@ -83,7 +81,7 @@ def test_numbers_are_the_sequential_ones(schedule, fields, is_ragged, task, repl
     inputs = documents(is_ragged, task)
     expected = results(build("sequential", **fields), inputs)
     model = build(schedule, **fields)
-    # the second time of recordings that were made for other weights
+    # the second step replays graphs that were captured with other weights
     if schedule == "auto":
         with torch.no_grad():
             weights = [parameter.clone() for parameter in model.parameters()]
@@ -107,12 +105,12 @@ def test_reading_gives_the_sequential_states(is_ragged, replays):
         read += [model.model.encode(**inputs), model.model.encode(**inputs)]
     for found in read[1:]:
         torch.testing.assert_close(found.last_hidden_state, read[0].last_hidden_state, rtol=1e-4, atol=1e-5)
-    # the second time
+    # the second call replays
     assert len(replays) > n_before
 
 
 def test_many_segments_are_read_by_one_recording(monkeypatch):
-    calls = count_calls(monkeypatch, diagonal_recorder.DiagonalGraphs, "read_together")
+    calls = count_calls(monkeypatch, diagonal_graphs.DiagonalGraphs, "read_together")
     torch.manual_seed(2)
     ids, models = random_ids(3, 56, 8).cuda(), [build(schedule).eval() for schedule in ("auto", "sequential")]
     for _ in range(4):
@@ -120,7 +118,7 @@ def test_many_segments_are_read_by_one_recording(monkeypatch):
             found, expected = (model.model.encode(ids) for model in models)
         torch.testing.assert_close(found.state.memory, expected.state.memory, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
-    # from the second time on; of 56 segments twice 16 are in diagonals of all layers
+    # from the second call on; of 56 segments, two groups of 16 diagonals have all layers
     assert len(calls) == 3 * 2
 
 
@@ -128,7 +126,7 @@ def test_many_segments_are_read_by_one_recording(monkeypatch):
 @pytest.mark.parametrize("is_ragged", [False, True])
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_what_is_kept_is_what_would_be_computed_again(n_bytes, is_ragged, order, replays, monkeypatch):
-    """With dropout; beside diagonals that are computed again; and where another pass or a reading comes in between."""
+    """Dropout is on. Recomputed diagonals, other passes and readings come in between."""
     monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: n_bytes / graphed_wavefront.MOST_KEPT)
     found = []
     for checkpointing in ("none", "layer"):
@@ -148,12 +146,12 @@ def test_what_is_kept_is_what_would_be_computed_again(n_bytes, is_ragged, order,
         found.append((torch.stack(losses).detach(), torch.zeros(()), gradients))
     check_equal(*found)
     (recorder,) = graphed_wavefront._recorders[model.model.encoder.recurrence].values()
-    # of the second model
+    # the recorder of the second model
     assert not recorder.kept.n_bytes
 
 
 def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
-    """Of 5 segments and 3 layers 7 diagonals."""
+    """5 segments and 3 layers have 7 diagonals."""
     kept = []
     for n_bytes in (0, 2**40):
         monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device, n_bytes=n_bytes: n_bytes)
@@ -165,7 +163,7 @@ def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
 
 
 def test_the_same_dropout_is_drawn_again_in_the_backward_pass(replays):
-    """The gradient is the slope of the loss along it, under the same masks."""
+    """The gradient equals the loss's slope along it under the same dropout masks."""
     model, inputs = build("auto", dropout=0.3, hidden_dropout_prob=0.3, attention_dropout=0.0), documents(False)
     parameters = list(model.parameters())
 
@@ -176,13 +174,13 @@ def test_the_same_dropout_is_drawn_again_in_the_backward_pass(replays):
     results(model, inputs)
     gradients = torch.autograd.grad(loss(), parameters)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    # so small that the loss is linear in it
+    # a small step, in which the loss is linear
     step = 1e-4 / norm
     found = []
     for sign in (1, -1):
         with torch.no_grad():
             torch._foreach_add_(parameters, gradients, alpha=float(sign * step))
-        # with a graph, for without one other numbers are drawn
+        # with an autograd graph, because other random numbers are drawn without one
         found.append(float(loss().detach()))
         with torch.no_grad():
             torch._foreach_add_(parameters, gradients, alpha=float(-sign * step))
@@ -201,7 +199,7 @@ def test_recording_leaves_the_random_numbers_as_they_are():
 
 @pytest.mark.parametrize("grain", ["none", "layer", "segment"])
 def test_a_step_of_an_optimizer_is_seen_by_replays(grain, replays, decoded):
-    """Weights change in place; gradients of two passes are added up."""
+    """Weights change in place, and gradients of two passes accumulate."""
     inputs, losses = documents(True), []
     for schedule in ("sequential", "auto"):
         model = build(schedule)
@@ -232,7 +230,7 @@ def test_a_module_that_somebody_listens_to_is_not_replayed(decoded):
 def test_recorded_calls_in_any_order_are_exact_and_computed_again_only_where_they_must_be(
     order, n_replays, monkeypatch
 ):
-    """Also the numbers that dropout draws."""
+    """Random numbers of dropout are compared, too."""
     expected = call_in_order(call_plain, order, "cuda")
     counted = count_calls(monkeypatch, torch.cuda.CUDAGraph, "replay")
     torch.testing.assert_close(call_in_order(call_graphed, order, "cuda"), expected, rtol=0, atol=1e-12)
@@ -243,14 +241,14 @@ LENGTHS = pytest.mark.parametrize("lengths", [(32, 32), (32, 64)], ids=["of one 
 
 
 def decoded_twice(lengths, decode, is_interleaved, **fields):
-    """Two passes of a decoder and their gradients; the second time of what may have been recorded."""
+    """Return outputs and gradients of two decoder passes, the second time they run."""
     decoder = build("auto", dropout=0.3, **fields).model.decoder
     hidden = torch.randn(2, 9, 48, device="cuda").requires_grad_()
     for _ in range(2):
         decoder.zero_grad()
         hidden.grad = None
         torch.manual_seed(2)
-        # all before the first pass: one that is launched draws numbers of the host's too
+        # drawn before the first pass, because kernel launches also draw random numbers of the host
         inputs, out = [random_ids(2, length).cuda() for length in lengths], []
         for ids in inputs:
             out.append(decode(decoder, ids, hidden))
@@ -283,7 +281,7 @@ def test_decoders_of_two_passes_draw_the_numbers_of_plain_ones(lengths):
 
 @LENGTHS
 def test_attention_drops_the_same_when_a_decoder_is_computed_again(lengths):
-    """Other weights than where nothing is recorded, for a back-end draws otherwise there."""
+    """Dropped weights differ from a run without capture, because back-ends draw differently during capture."""
     usual, late = (decoded_twice(lengths, decode_recorded, late, attention_dropout=0.3) for late in (False, True))
     check_each(late, usual)
 
@@ -303,7 +301,7 @@ def test_losses_of_two_passes_are_added_before_they_are_differentiated(task, dec
 
 
 def test_the_most_targets_are_recorded(decoded):
-    """More than 3,072: PyTorch then adds an embedding's gradient up by other kernels."""
+    """Above 3,072 targets, PyTorch accumulates an embedding's gradient with other kernels."""
     inputs = {"input_ids": random_ids(64, 2, 8).cuda(), "labels": random_ids(64, 60).cuda()}
     expected, model = results(build("sequential"), inputs), build("auto")
     check_equal(results(model, inputs), expected)
@@ -324,12 +322,12 @@ def test_recordings_of_other_shapes_take_no_memory_of_their_own():
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
-    # the second time nothing is made for the first time
+    # the second call allocates nothing for the first time
     bytes_after(4096)
     allocated, reserved = bytes_after(4096)
     found = [bytes_after(n_rows) for n_rows in range(4096 - 128, 2048, -128)]
     assert found[-1][0] - allocated < 2**23
-    # half of what one call keeps, which all recordings together keep in the pool; 15 more were made
+    # half the activations of one call, which all graphs share in the pool; 15 more graphs were captured
     assert found[-1][1] - reserved < 2 * n_layers * 4096 * width * 4 // 2
 
 
@@ -337,7 +335,7 @@ def test_large_batches_are_not_recorded(monkeypatch, replays):
     monkeypatch.setattr(graphed_wavefront, "MOST_TOKENS", 3 * 8 - 1)
     results(build("auto"), documents(False))
     assert not replays
-    assert schedules.is_wavefront_faster(torch.zeros(3, 5, 8, 48, device="cuda"))
+    assert grid.is_wavefront_faster(torch.zeros(3, 5, 8, 48, device="cuda"))
 
 
 def of_layers(change):
@@ -345,7 +343,7 @@ def of_layers(change):
     return lambda model: [change(layer) for part in (model.model.encoder, model.model.decoder) for layer in part.layers]
 
 
-# a model's changes between two steps that its outputs show; dropout at rate 1 draws nothing
+# changes of a model between two steps that its outputs show; dropout at rate 1 draws no random number
 CHANGES = {
     "dropout": (of_layers(lambda layer: setattr(layer, "dropout", 0.0)), {"dropout": 1.0}),
     "eval() of the layers": (of_layers(nn.Module.eval), {"activation_dropout": 1.0}),
@@ -383,7 +381,7 @@ def test_graphs_do_not_go_on_with_settings_that_were_changed(change, fields, rep
 
 
 def test_a_backward_pass_has_the_settings_of_its_forward_pass(replays):
-    """Although the layers were put in evaluation mode in between."""
+    """The layers are set to evaluation mode in between."""
     found = []
     for schedule in ("sequential", "auto"):
         model, inputs = build(schedule, activation_dropout=1.0), documents(False)
@@ -397,11 +395,11 @@ def test_a_backward_pass_has_the_settings_of_its_forward_pass(replays):
 
 
 def test_another_attention_implementation_is_captured_anew(replays, monkeypatch):
-    """The form of its masks is another one."""
+    """Its masks have another form."""
     inputs, model = documents(True), build("auto", attn_implementation="eager")
     expected = results(model, inputs)
     model.set_attn_implementation("sdpa")
-    captures = count_calls(monkeypatch, diagonal_recorder, "record")
+    captures = count_calls(monkeypatch, diagonal_graphs, "record")
     check_equal(results(model, inputs), expected)
     assert captures
     assert replays

@@ -1,4 +1,4 @@
-"""What a GPU computes is what the processor does, in every precision it is trained in; run with `pytest -m gpu`."""
+"""A GPU gives the CPU's results in every training precision; run with `pytest -m gpu`."""
 
 import json
 from pathlib import Path
@@ -42,12 +42,12 @@ CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 @pytest.fixture(autouse=True)
 def packed_contexts(monkeypatch):
-    """Contexts after marked segments are packed, however little that saves."""
+    """Pack contexts of target segments even if packing saves little."""
     monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
 
 
 def ragged(task):
-    """Ragged documents with padding inside a segment and behind one, and sections of 1 and of 3 segments."""
+    """Return ragged documents with padding inside a segment and after one, and sections of 1 and of 3 segments."""
     mask = torch.ones(3, 4, 8, dtype=torch.long)
     mask[1, 3], mask[1, 2, 5:], mask[2, 1:] = 0, 0, 0
     labels = random_ids(3, 4, 6)
@@ -62,7 +62,7 @@ def ragged(task):
 
 
 def run(device, dtype, inputs, grain="none", **fields):
-    """Loss and gradients of a model with the same weights everywhere."""
+    """Return loss and gradients of a model with the same weights on every device."""
     torch.manual_seed(0)
     model = tiny_model(**fields).to(device, dtype).train()
     model.set_gradient_checkpointing(grain)
@@ -85,7 +85,7 @@ def test_float32_is_the_processors_float64(fields, task):
     assert relative(loss, expected_loss) < 1e-5
     scale = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in gradients.items():
-        # k_proj's bias has a true gradient of 0, which no relative error can be taken of
+        # the true gradient of k_proj's bias is 0, so a relative error is undefined
         assert float((gradient - expected[name]).norm()) < 1e-4 * float(expected[name].norm()) + 1e-6 * scale, name
 
 
@@ -110,7 +110,7 @@ def test_checkpointing_draws_the_same_dropout_again(fields, grain):
     loss, gradients = run("cuda", torch.float32, inputs, grain, **fields)
     assert loss == expected_loss
     for name, gradient in gradients.items():
-        # an embedding's gradient is added up in an order that differs from run to run
+        # the summation order of an embedding's gradient differs from run to run
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -164,7 +164,7 @@ def test_a_training_step_waits_for_nothing(schedule, task):
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_what_the_host_knows_is_copied_from_pinned_memory(fields):
-    """A copy of any other may wait, which PyTorch's mode that finds waiting does not look for."""
+    """A copy from pageable memory may wait, and PyTorch's sync debug mode does not detect it."""
     inputs = ragged("sections")
     inputs["input_ids"] = inputs["input_ids"].to("cuda")
     model = tiny_model(**fields).to("cuda").train()
@@ -222,7 +222,7 @@ def test_a_recorded_training_step_is_the_step_itself(schedule, task):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = step()
-    # other documents than those that were recorded
+    # documents that differ from the captured ones
     ids.copy_(random_ids(*ids.shape))
     labels.copy_(random_ids(*labels.shape))
     for parameter in model.parameters():
@@ -238,7 +238,10 @@ def test_a_recorded_training_step_is_the_step_itself(schedule, task):
 
 @pytest.mark.parametrize("n_keys", [64, 192, 448])
 def test_gradients_are_finite_where_all_scores_are_far_below_zero(n_keys):
-    """With a mask and half a tile of keys cuDNN's are not (https://github.com/pytorch/pytorch/issues/196678)."""
+    """Gradients of cuDNN are NaN with a mask and half a tile of keys.
+
+    See https://github.com/pytorch/pytorch/issues/196678.
+    """
     torch.manual_seed(0)
     attention = tiny_model(d_model=256, encoder_attention_heads=4).model.encoder.layers[0].self_attn.eval()
     query, key, value = (0.1 * torch.randn(1, 4, n_keys, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -250,13 +253,13 @@ def test_gradients_are_finite_where_all_scores_are_far_below_zero(n_keys):
 
 
 def test_deepspeeds_streams_are_pytorchs():
-    """As with PyTorch's own `torch.cuda.stream`: within one another, where something fails, and without a stream."""
+    """Nested streams, exceptions and `None` behave as in `torch.cuda.stream`."""
     shorten_accelerator_calls()
     accelerator, before = get_accelerator(), torch.cuda.current_stream()
     outer, inner = torch.cuda.Stream(), torch.cuda.Stream()
 
     def is_current(stream):
-        # torch.accelerator gives a torch.Stream, which no torch.cuda.Stream equals
+        # torch.accelerator returns a torch.Stream, which never equals a torch.cuda.Stream
         return torch.cuda.current_stream() == stream and accelerator.current_stream().stream_id == stream.stream_id
 
     def fail():

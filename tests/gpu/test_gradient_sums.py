@@ -1,4 +1,4 @@
-"""What sums of gradients in float32 cost and give on a GPU: `pytest -m gpu -s tests/gpu/test_gradient_sums.py`."""
+"""Cost and accuracy of float32 gradient sums on a GPU: `pytest -m gpu -s tests/gpu/test_gradient_sums.py`."""
 
 import math
 import statistics
@@ -15,13 +15,13 @@ from tiny import random_ids, tiny_model
 pytestmark = pytest.mark.gpu
 
 N_PASSES, N_ROUNDS, N_STEPS = 8, 5, 4
-# shares of a step's time and of the norm of a gradient
+# limits relative to a step's time and to a gradient's norm
 MOST_TIME, MOST_ERROR = 0.02, 1e-3
 stages = pytest.mark.parametrize("stage", [2, 3])
 
 
 def bart_large():
-    """BART-large with the recurrence, untrained; a pass reads a window of 2 segments of 512 tokens."""
+    """Build an untrained BART-large with the recurrence; a pass reads a window of 2 segments of 512 tokens."""
     config = RecurrentBartConfig(
         **{"vocab_size": 50265, "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12},
         **{"encoder_attention_heads": 16, "decoder_attention_heads": 16},
@@ -68,7 +68,7 @@ def step_seconds(engine, batches):
 @stages
 @pytest.mark.parametrize("n_documents", [1, 4])
 def test_sums_in_float32_cost_little_of_a_step(alone, stage, n_documents):
-    """Rounds of both kinds take turns, so that a clock that slows down slows both."""
+    """Rounds of both dtypes alternate, so that a falling clock rate slows both."""
     batches = [
         (random_ids(n_documents, 2, 512, vocab_size=50265).cuda(), random_ids(n_documents, 64, vocab_size=50265).cuda())
         for _ in range(N_PASSES)
@@ -77,7 +77,7 @@ def test_sums_in_float32_cost_little_of_a_step(alone, stage, n_documents):
     for dtype in ("bf16", "fp32"):
         torch.manual_seed(0)
         engines[dtype] = build(bart_large(), stage, dtype)
-        # kernels are compiled and CUDA graphs captured
+        # compiles kernels and captures CUDA graphs
         step_seconds(engines[dtype], batches)
     seconds = {dtype: [] for dtype in engines}
     for _ in range(N_ROUNDS):
@@ -95,7 +95,7 @@ def test_sums_in_float32_cost_little_of_a_step(alone, stage, n_documents):
     )
     print(f"peak memory of a step: {extra:+.2f} bytes a parameter")
     assert cost <= MOST_TIME
-    # sums of 4 bytes, less the 2 of the gradients that they replace
+    # 4-byte sums replace 2-byte gradients
     assert extra <= 4.1
 
 

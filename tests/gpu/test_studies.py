@@ -1,4 +1,4 @@
-"""Runs of studies on a GPU: recorded steps are the steps themselves, and runs beside each other what each is alone."""
+"""Runs of studies on a GPU: captured steps equal plain steps, and runs in parallel equal runs alone."""
 
 import itertools
 import math
@@ -24,14 +24,14 @@ TASKS = {
 
 @pytest.fixture
 def device():
-    """Whoever builds a run on it has it as his own stream's, as runs in turns have."""
+    """Return the GPU, with a stream that is not the default one, as runs in turns have it."""
     device = torch.device("cuda", torch.cuda.current_device())
     with torch.cuda.stream(torch.cuda.Stream(device)):
         yield device
 
 
 def twenty_steps(**changes):
-    # each evaluation ends a stage, so that lengths are new on the way and come again
+    # each evaluation ends a stage, so new lengths appear and old ones return
     fields = {"stages": (1, 2, 3), "threshold": 0.0, "max_steps": 20, "eval_every": 5, "segment_size": 8}
     model = {"model": MODEL | changes.pop("model", {})}
     return short_run(**fields | model | changes)
@@ -44,13 +44,13 @@ def test_recorded_steps_and_evaluations_are_the_steps_and_evaluations_themselves
     for single in (recorded, plain):
         assert all_turns(single.train()) == "steps"
     n_recorded = [sum(map(bool, work.recordings.values())) for work in (recorded.update, recorded.predict)]
-    # steps of 1, 2 and 3 segments; of evaluations those of 3 alone come again
+    # steps of 1, 2 and 3 segments; among evaluations, only lengths of 3 segments return
     assert n_recorded == [3, 1]
     assert [point["n_segments"] for point in recorded.curve] == [1, 2, 3, 3]
     rounding = 2e-2 if recorded.run.bf16 else 1e-3
     for one, other in zip(recorded.curve, plain.curve, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=rounding)
-        # of a hundred answers, a few are near the border
+        # of a hundred answers, a few are close to the decision boundary
         assert one["token_accuracy"] == pytest.approx(other["token_accuracy"], abs=0.1)
 
 
@@ -125,7 +125,7 @@ def test_babis_documents_are_put_together_on_it(device):
     words = {number: word for word, number in vocabulary.ids.items()}
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(2):
-        # the second time its tables are there
+        # the second call finds its tables on the GPU
         input_ids, labels = task.batch(generator, 32, 3, 8)
         torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""The matrix gives back a token's value for its key, whatever was written between and however it is cut."""
+"""The matrix returns a token's value for its key, for any writes in between and any chunk size."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_what_is_padding_writes_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_grows_with_the_number_of_tokens(dtype):
     key, value = tokens(3000, dtype=dtype)
-    # all keys alike: a sum over them would be of thousands
+    # nearly equal keys: a plain sum over them would be of the order of thousands
     key = key[:, :, :1] + 0.01 * key
     written = empty(3000, 0.9, dtype).written(key, value)
     assert written.dtype == dtype
@@ -63,7 +63,7 @@ def test_matrices_are_rows_of_a_state():
     rows = as_rows(values, n_layers=3)
     assert rows.shape == (3, 2, 5, 20)
     assert torch.equal(from_rows(rows), values)
-    # row i: of all heads what the i-th number of a key gives
+    # row i holds the i-th key dimension of all heads
     assert torch.equal(rows[1, 0, 2, 5:10], values[2, 1, 2])
 
 

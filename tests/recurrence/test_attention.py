@@ -1,7 +1,7 @@
-"""All attention back-ends give the same numbers, or are refused.
+"""All attention back-ends give equal results or are refused.
 
-No flash attention runs on a processor. What Hugging Face hands over to its kernels is given to a stand-in here, which
-computes what they document.
+Flash attention does not run on a CPU. A stand-in computes the function that its kernels document, from the arguments
+that Hugging Face passes.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from transformers import modeling_utils
 
 from tiny import random_ids
 
-# cuDNN's backward pass gives NaN where a mask is given and keys fill half of a tile of 128
+# cuDNN's backward pass gives NaN if there is a mask and the keys fill half of a tile of 128
 BAD, GOOD = 64, 65
 FIELDS = {
     "gated": {"prefix_attention": "gated"},
@@ -27,7 +27,7 @@ FIELDS = {
 
 
 def kernel(query, key, value, dropout_p=0.0, softmax_scale=None, causal=False):
-    """Of `flash_attn_func`: `(B, L, H, K)`; a causal mask is aligned to the last query and the last key."""
+    """Compute `flash_attn_func` on `(B, L, H, K)`; a causal mask is aligned to the last query and the last key."""
     scores = torch.einsum("bqhk,bahk->bhqa", query, key) * softmax_scale
     if causal:
         n_queries, n_keys = scores.shape[-2:]
@@ -48,7 +48,7 @@ def packed_kernel(
     softmax_scale=None,
     causal=False,
 ):
-    """Of `flash_attn_varlen_func`: `(total, H, K)`, rows one behind the other, their borders in `cu_seqlens`."""
+    """Compute `flash_attn_varlen_func` on `(total, H, K)`: concatenated rows with borders in `cu_seqlens`."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()) == (max_seqlen_q, max_seqlen_k)
     assert (cu_seqlens_q[-1], cu_seqlens_k[-1]) == (len(query), len(key))
@@ -59,7 +59,7 @@ def packed_kernel(
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """Puts the stand-ins where Hugging Face imports the kernels; gives their calls."""
+    """Patch the stand-ins in where Hugging Face imports the kernels; return a list of their calls."""
     calls = []
 
     def noting(function, name):
@@ -67,7 +67,7 @@ def kernel_calls(monkeypatch):
             calls.append(name)
             return function(*args, **kwargs)
 
-        # by its signature Hugging Face decides what to pass
+        # Hugging Face chooses the arguments by the signature
         noted.__signature__ = flash.inspect.signature(function)
         return noted
 
@@ -81,7 +81,7 @@ def kernel_calls(monkeypatch):
 
 @pytest.fixture
 def documents():
-    """Ragged in segments and tokens."""
+    """Return documents with padding tokens and absent segments."""
     mask = torch.ones(3, 3, 8, dtype=torch.long)
     mask[1, 1:] = 0
     mask[0, 2, 5:] = mask[1, 0, 3:] = 0
@@ -89,7 +89,6 @@ def documents():
 
 
 def results(model, inputs, attention):
-    """Logits, loss and all gradients."""
     model.set_attn_implementation(attention)
     model.zero_grad()
     output = model(**inputs)
@@ -128,7 +127,7 @@ def test_flash_attention_gives_the_values_and_gradients_of_eager(
 
 
 def test_flash_attention_is_right_where_target_and_context_have_one_length(make_model, kernel_calls):
-    """Then queries would be taken for padding where the context is."""
+    """Hugging Face would apply the context's padding mask to the queries."""
     model = make_model(pre_seq_len=0)
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[1, 2:] = 0
@@ -157,7 +156,7 @@ def test_flex_attention_is_refused(make_model):
 
 @pytest.fixture
 def cudnn_calls(monkeypatch):
-    """Of PyTorch's attention: number of keys, whether there is a mask, and whether cuDNN may compute it."""
+    """Record for each call of PyTorch's attention: number of keys, presence of a mask, and if cuDNN is enabled."""
     calls = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -187,7 +186,7 @@ def test_the_encoders_is_not_cudnns_where_gradients_could_be_nan(
     at_risk = [is_enabled for n_keys, has_mask, is_enabled in cudnn_calls if has_mask and n_keys % 128 == BAD]
     assert bool(at_risk) == (n_tokens == BAD)
     assert not any(at_risk)
-    # elsewhere it stays as it was
+    # cuDNN stays enabled elsewhere
     assert all(is_enabled for n_keys, _, is_enabled in cudnn_calls if n_keys % 128 != BAD)
 
 
@@ -199,9 +198,9 @@ def test_the_decoders_is_never_cudnns_which_plans_for_each_shape(make_model, cud
     read = model.model.encode(random_ids(2, 2, 8))
     cudnn_calls.clear()
     model(encoder_outputs=read, labels=random_ids(2, 5)).loss.backward()
-    # to itself and to what was read, there from memory too; computed again in the backward pass where checkpointed
+    # per layer: self-attention, cross-attention, and cross-attention to memory if gated; twice under checkpointing
     of_layer = 3 if "prefix_attention" in fields else 2
     n_calls = model.config.decoder_layers * of_layer * (2 if checkpointing == "layer" else 1)
-    # the encoder's own, computed again, are not counted
+    # the encoder's recomputed calls are not counted
     assert [is_enabled for *_, is_enabled in cudnn_calls][: n_calls // 2] == [False] * (n_calls // 2)
     assert sum(not is_enabled for *_, is_enabled in cudnn_calls) == n_calls

@@ -1,4 +1,4 @@
-"""Gradients that are handed from span to span are those of autograd, whatever is asked for."""
+"""Gradients accumulated from slice to slice equal autograd's."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SECOND_HALF = slice(3, None)
 
 @pytest.fixture
 def stacks():
-    """Of three layers: a map, laid out as a layer's own is, its bias, and the gates of two heads."""
+    """Return stacks of three layers: a map in a layer's own memory layout, its bias, and the gates of two heads."""
     return {
         "map": torch.randn(3, 6, 4, dtype=torch.float64).mT.requires_grad_(),
         "map_bias": torch.randn(3, 1, 6, dtype=torch.float64, requires_grad=True),
@@ -26,7 +26,7 @@ def plain_span(stacks, first, stop):
 
 
 def work(take, stacks, rows, columns=EVERYTHING):
-    """What each span gives of the same rows; the map is used twice of each."""
+    """Return a loss per span on the same rows; each span uses the map twice."""
     given_on, found = dict(stacks), []
     for first, stop in SPANS:
         weights = take(given_on, first, stop)
@@ -40,7 +40,7 @@ def work(take, stacks, rows, columns=EVERYTHING):
 @pytest.mark.parametrize("used", [SPANS, SPANS[:2], SPANS[3:4]])
 @pytest.mark.parametrize("columns", [EVERYTHING, SECOND_HALF])
 def test_values_and_gradients_are_autograds(stacks, wanted, used, columns):
-    """Of all spans or of some, gone through twice, for any of what has gradients."""
+    """Losses of all or some spans, differentiated twice, for any subset of inputs."""
     rows = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
     sources = [{**stacks, "rows": rows}[name] for name in wanted]
     expected = work(plain_span, stacks, rows, columns)
@@ -76,7 +76,7 @@ def test_without_a_graph_weights_are_views(stacks):
 
 
 def test_gradients_are_added_to_what_arrives_in_place(stacks):
-    """What recorded diagonals rest on."""
+    """Captured diagonals rely on this."""
     rows = torch.randn(3, 5, 4, dtype=torch.float64)
 
     def loss(weights):
@@ -93,11 +93,11 @@ def test_gradients_are_added_to_what_arrives_in_place(stacks):
 
 
 def test_a_maps_gradient_is_computed_where_it_is_added_up(stacks):
-    """A layer's map has 24 numbers; no other operation gives as many as one, two or three layers' have."""
+    """A layer's map has 24 numbers. No other tensor has the size of one, two or three layers' maps."""
     losses = work(slice_weights, stacks, torch.randn(3, 5, 4, dtype=torch.float64))
     with OperationsCalled({24, 48, 72}) as operations:
         sum(losses).backward()
-    # twice of each span, and the whole once
+    # two products per span, and one buffer for the stack
     assert sorted(operations.found) == ["baddbmm_.default"] * 2 * len(SPANS) + ["zeros_like.default"]
 
 

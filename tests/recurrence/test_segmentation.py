@@ -1,4 +1,4 @@
-"""How documents become segments."""
+"""Segmentation of documents."""
 
 import pytest
 import torch

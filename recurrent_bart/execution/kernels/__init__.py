@@ -1,1 +1,1 @@
-"""Triton kernels for what surrounds the matrix products of several encoder layers at once; on a GPU alone."""
+"""Triton kernels for the operations around the matrix products of several encoder layers; GPU only."""

@@ -1,8 +1,7 @@
-"""Bias and what follows it, GELU or tanh, in one pass.
+"""Fused kernel of a bias and its activation, GELU or tanh."""
 
-Shape suffixes: E encoder layers (of a diagonal), M rows of a layer, F width of the feed-forward's inside or
-of the projection's.
-"""
+# Shape suffixes: E encoder layers (of a diagonal), M rows of a layer, F inner width of the feed-forward block or of the
+# prefix projection.
 
 from typing import Any
 
@@ -14,17 +13,17 @@ from triton import language as tl
 
 from recurrent_bart.execution.kernels.programs import add_up, n_chunks
 
-# of a program's tile
+# size of a program's tile
 ROWS, COLUMNS = 8, 256
 
 
 def bias_gelu(hidden_EMF: Tensor, bias: Tensor) -> Tensor:
-    """`gelu(hidden + bias)`, the exact one, computed in float32; the bias `(E, 1, F)` is each layer's own."""
+    """Return `gelu(hidden + bias)`, exact GELU in float32; `bias` is `(E, 1, F)`."""
     return _BiasActivation.apply(hidden_EMF, bias, False)
 
 
 def bias_tanh(hidden_EMF: Tensor, bias: Tensor) -> Tensor:
-    """`tanh(hidden + bias)`, likewise."""
+    """Return `tanh(hidden + bias)`, computed in float32; `bias` is `(E, 1, F)`."""
     return _BiasActivation.apply(hidden_EMF, bias, True)
 
 
@@ -45,14 +44,14 @@ class _BiasActivation(torch.autograd.Function):
         hidden, bias = ctx.saved_tensors
         n_layers, n_rows, width = hidden.shape
         chunks = n_chunks(n_layers, triton.cdiv(n_rows, ROWS), hidden.device)
-        into_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden)
         sums = hidden.new_empty(chunks, n_layers, 1, width, dtype=torch.float32)
         grid = (n_layers * chunks, triton.cdiv(width, COLUMNS))
         _backward[grid](
-            gradient.contiguous(), hidden, bias, into_hidden, sums,
+            gradient.contiguous(), hidden, bias, grad_hidden, sums,
             n_layers, n_rows, chunks, width, IS_TANH=ctx.is_tanh, ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
-        return into_hidden, add_up(sums, bias.dtype), None
+        return grad_hidden, add_up(sums, bias.dtype), None
 
 
 @triton.jit
@@ -64,19 +63,19 @@ def _forward(
     row = block * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < n_rows) & (column < width)
-    place = (layer.to(tl.int64) * n_rows + row) * width + column
-    value = tl.load(hidden + place, inside, 0.0).to(tl.float32)
+    offset = (layer.to(tl.int64) * n_rows + row) * width + column
+    value = tl.load(hidden + offset, inside, 0.0).to(tl.float32)
     value += tl.load(bias + layer * width + column, column < width, 0.0).to(tl.float32)
     if IS_TANH:
         active = 2.0 * tl.sigmoid(2.0 * value) - 1.0
     else:
         active = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
-    tl.store(out + place, active.to(out.dtype.element_ty), inside)
+    tl.store(out + offset, active.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _backward(
-    gradient, hidden, bias, into_hidden, sums,
+    gradient, hidden, bias, grad_hidden, sums,
     n_layers, n_rows, n_chunks, width, IS_TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
@@ -86,16 +85,16 @@ def _backward(
     for first in range(chunk * ROWS, n_rows, n_chunks * ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         inside = (row < n_rows) & (column < width)
-        place = (layer.to(tl.int64) * n_rows + row) * width + column
-        value = tl.load(hidden + place, inside, 0.0).to(tl.float32) + added
+        offset = (layer.to(tl.int64) * n_rows + row) * width + column
+        value = tl.load(hidden + offset, inside, 0.0).to(tl.float32) + added
         if IS_TANH:
             active = 2.0 * tl.sigmoid(2.0 * value) - 1.0
             slope = 1.0 - active * active
         else:
             share = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
             slope = share + value * tl.exp(-0.5 * value * value) * 0.3989422804014327
-        leaving = tl.load(gradient + place, inside, 0.0).to(tl.float32) * slope
-        tl.store(into_hidden + place, leaving.to(into_hidden.dtype.element_ty), inside)
+        leaving = tl.load(gradient + offset, inside, 0.0).to(tl.float32) * slope
+        tl.store(grad_hidden + offset, leaving.to(grad_hidden.dtype.element_ty), inside)
         total += leaving
-    place = (chunk * n_layers + layer) * width + column
-    tl.store(sums + place, tl.sum(total, axis=0)[None, :], column < width)
+    offset = (chunk * n_layers + layer) * width + column
+    tl.store(sums + offset, tl.sum(total, axis=0)[None, :], column < width)

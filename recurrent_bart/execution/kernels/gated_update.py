@@ -1,7 +1,6 @@
-"""The state's update in one pass behind its gate's product.
+"""Fused kernel of the gated state update, after the gate's matrix product."""
 
-Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * slots, D model width.
-"""
+# Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * slots, D model width.
 
 from typing import Any
 
@@ -17,14 +16,11 @@ from recurrent_bart.execution.kernels.programs import add_up, n_chunks
 def gated_update(
     gate_EMD: Tensor, gate_bias: Tensor, both_EMX: Tensor, is_read_EB: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
-    """`memory + sigmoid(gate + gate_bias) * (slots - memory)`, computed in float32; `memory` where nothing was read.
+    """Return `memory + sigmoid(gate + gate_bias) * (slots - memory)`, computed in float32.
 
-    Args:
-        gate_EMD: The gate's product, without its bias.
-        gate_bias: Of each layer, `(E, 1, D)`.
-        both_EMX: Memory and slots beside each other, `(E, M, 2 * D)`.
-        is_read_EB: False where the document has no text in the segment that the layer is at; None: nowhere.
-        out: Where to leave it, without a graph.
+    `gate_EMD` is the gate's product without its bias `(E, 1, D)`. `both_EMX` holds state and slots, concatenated,
+    `(E, M, 2 * D)`. Where `is_read_EB` is False, the document has no text in the layer's segment, so its state stays
+    unchanged; None means that all documents have text. `out` is an output buffer, without autograd.
     """
     return _GatedUpdate.apply(gate_EMD, gate_bias, both_EMX, is_read_EB, out)
 
@@ -37,7 +33,7 @@ class _GatedUpdate(torch.autograd.Function):
         n_layers, n_rows, width = gate.shape
         gate, gate_bias, both = gate.contiguous(), gate_bias.contiguous(), both.contiguous()
         n_slots = 0 if is_read is None else n_layers * n_rows // is_read.numel()
-        # any tensor where nobody reads it
+        # any tensor: the kernel does not read it
         is_read = gate_bias if is_read is None else is_read.contiguous().view(torch.uint8)
         out = torch.empty_like(gate) if out is None else out
         _forward[(n_layers * n_rows,)](
@@ -54,14 +50,14 @@ class _GatedUpdate(torch.autograd.Function):
         gate, gate_bias, both, is_read = ctx.saved_tensors
         n_layers, n_rows, width = gate.shape
         chunks = n_chunks(n_layers, n_rows, gate.device)
-        into_gate, into_both = torch.empty_like(gate), torch.empty_like(both)
+        grad_gate, grad_both = torch.empty_like(gate), torch.empty_like(both)
         sums = gate.new_empty(chunks, n_layers, 1, width, dtype=torch.float32)
         _backward[(n_layers * chunks,)](
-            gradient.contiguous(), gate, gate_bias, both, is_read, into_gate, into_both, sums,
+            gradient.contiguous(), gate, gate_bias, both, is_read, grad_gate, grad_both, sums,
             n_layers, n_rows, chunks, ctx.n_slots, width,
             MAY_REST=ctx.n_slots > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        return into_gate, add_up(sums, gate_bias.dtype), into_both, None, None
+        return grad_gate, add_up(sums, gate_bias.dtype), grad_both, None, None
 
 
 @triton.jit
@@ -71,20 +67,20 @@ def _forward(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    place = row * width + column
+    offset = row * width + column
     memory = tl.load(both + row * 2 * width + column, inside, 0.0).to(tl.float32)
     slots = tl.load(both + (row * 2 + 1) * width + column, inside, 0.0).to(tl.float32)
-    opening = tl.load(gate + place, inside, 0.0).to(tl.float32)
+    opening = tl.load(gate + offset, inside, 0.0).to(tl.float32)
     opening += tl.load(gate_bias + (row // n_rows) * width + column, inside, 0.0).to(tl.float32)
     new = memory + tl.sigmoid(opening) * (slots - memory)
     if MAY_REST:
         new = tl.where(tl.load(is_read + row // n_slots) != 0, new, memory)
-    tl.store(out + place, new.to(out.dtype.element_ty), inside)
+    tl.store(out + offset, new.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _backward(
-    gradient, gate, gate_bias, both, is_read, into_gate, into_both, sums,
+    gradient, gate, gate_bias, both, is_read, grad_gate, grad_both, sums,
     n_layers, n_rows, n_chunks, n_slots, width, MAY_REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
@@ -94,16 +90,16 @@ def _backward(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for own_row in range(chunk, n_rows, n_chunks):
         row = layer.to(tl.int64) * n_rows + own_row
-        place, beside = row * width + column, row * 2 * width + column
+        offset, beside = row * width + column, row * 2 * width + column
         memory = tl.load(both + beside, inside, 0.0).to(tl.float32)
         slots = tl.load(both + beside + width, inside, 0.0).to(tl.float32)
-        opening = tl.sigmoid(tl.load(gate + place, inside, 0.0).to(tl.float32) + added)
+        opening = tl.sigmoid(tl.load(gate + offset, inside, 0.0).to(tl.float32) + added)
         if MAY_REST:
             opening = tl.where(tl.load(is_read + row // n_slots) != 0, opening, 0.0)
-        arriving = tl.load(gradient + place, inside, 0.0).to(tl.float32)
+        arriving = tl.load(gradient + offset, inside, 0.0).to(tl.float32)
         leaving = arriving * (slots - memory) * opening * (1.0 - opening)
-        tl.store(into_gate + place, leaving.to(into_gate.dtype.element_ty), inside)
-        tl.store(into_both + beside, (arriving * (1.0 - opening)).to(into_both.dtype.element_ty), inside)
-        tl.store(into_both + beside + width, (arriving * opening).to(into_both.dtype.element_ty), inside)
+        tl.store(grad_gate + offset, leaving.to(grad_gate.dtype.element_ty), inside)
+        tl.store(grad_both + beside, (arriving * (1.0 - opening)).to(grad_both.dtype.element_ty), inside)
+        tl.store(grad_both + beside + width, (arriving * opening).to(grad_both.dtype.element_ty), inside)
         total += leaving
     tl.store(sums + (chunk * n_layers + layer) * width + column, total, inside)

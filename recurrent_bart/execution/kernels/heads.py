@@ -1,11 +1,11 @@
-"""What stands between matrix products and attention: queries, keys and values for all that reads, and what was read.
+"""Fused kernel between the projections and attention: queries, keys and values of slots, tokens and prefix.
 
-A cell's keys are `slots, prefix, tokens`, one behind the other, so that slots see all of them, and tokens and the
-prefix's own softmax a part, without a copy.
-
-Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, M = documents * slots, S = slots and tokens
-of a segment, P prefix length (= slots), A attended length, H heads, K head width, D model width.
+A cell's keys are `slots, prefix, tokens` in one buffer. Slots attend to all of them. Tokens and the softmax over the
+prefix attend to a view.
 """
+
+# Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, M = documents * slots, S = slots and tokens
+# of a segment, P prefix length (= slots), A attended length, H heads, K head width, D model width.
 
 from typing import Any, NamedTuple
 
@@ -19,10 +19,10 @@ from recurrent_bart.execution.kernels.programs import add_up, draw_seed, drop, n
 
 
 class Heads(NamedTuple):
-    """Queries `(R, H, Q, K)`, and keys and values `(R, H, A, K)`, for each attention of a cell.
+    """Queries `(R, H, Q, K)`, keys and values `(R, H, A, K)` of each attention of a cell.
 
-    Each has a gradient of its own, though they are views of the same numbers. With one softmax over prefix and tokens,
-    `tokens_key` and `tokens_value` begin with the prefix and the last three are None.
+    Each field has its own gradient, though fields are views of shared buffers. With one softmax over prefix and tokens,
+    `tokens_key` and `tokens_value` begin with the prefix, and the last three fields are None.
     """
 
     slots_query: Tensor
@@ -39,16 +39,16 @@ class Heads(NamedTuple):
 def split_heads(
     qkv_RSX: Tensor, bias: Tensor, prefix_EMX: Tensor, prefix_bias: Tensor, n_heads: int, is_gated: bool, p: float
 ) -> Heads:
-    """Add biases, drop out of the prefix, and lay out heads.
+    """Add biases, apply dropout to the prefix, and split heads.
 
     Args:
-        qkv_RSX: Queries, keys and values `(R, S, 3 * D)` without their bias, slots in front of tokens.
-        bias: Of each layer, `(E, 1, 3 * D)`.
-        prefix_EMX: Keys and values `(E, M, 2 * D)` of the prefix without theirs.
-        prefix_bias: Of each layer, `(E, 1, 2 * D)`.
+        qkv_RSX: Queries, keys and values `(R, S, 3 * D)` without bias, slots in front of tokens.
+        bias: `(E, 1, 3 * D)`.
+        prefix_EMX: Keys and values `(E, M, 2 * D)` of the prefix, without bias.
+        prefix_bias: `(E, 1, 2 * D)`.
         n_heads: Number of heads.
-        is_gated: Whether the prefix has a softmax of its own.
-        p: Probability with which the prefix's numbers are dropped.
+        is_gated: True if the prefix has a separate softmax.
+        p: Dropout probability of the prefix.
     """
     return Heads(*_SplitHeads.apply(qkv_RSX, bias, prefix_EMX, prefix_bias, n_heads, is_gated, p))
 
@@ -94,32 +94,32 @@ class _SplitHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         n_slots, n_layers, width = ctx.n_slots, ctx.n_layers, ctx.width
-        # once: checkpointing gives what was saved back a single time
+        # read once, because checkpointing unpacks saved tensors a single time
         (seed,) = ctx.saved_tensors
         parts = [_without_heads(part) for part in gradients]
         slots, tokens, prefix = parts[:3], parts[3:6], parts[6:]
         n_rows, n_positions = len(slots[0]), n_slots + tokens[0].shape[1]
-        into_qkv = slots[0].new_empty(n_rows, n_positions, 3 * width)
-        into_prefix = slots[0].new_empty(n_layers, n_rows // n_layers * n_slots, 2 * width)
-        chunks = n_chunks(n_layers, n_rows // n_layers * n_positions, into_qkv.device)
-        # of both biases, one behind the other
-        sums = into_qkv.new_empty(chunks, n_layers * 5 * width, dtype=torch.float32)
+        grad_qkv = slots[0].new_empty(n_rows, n_positions, 3 * width)
+        grad_prefix = slots[0].new_empty(n_layers, n_rows // n_layers * n_slots, 2 * width)
+        chunks = n_chunks(n_layers, n_rows // n_layers * n_positions, grad_qkv.device)
+        # gradients of both biases, concatenated
+        sums = grad_qkv.new_empty(chunks, n_layers * 5 * width, dtype=torch.float32)
         for number in range(3):
             three = slots[number], tokens[number], prefix[number] if ctx.is_gated else tokens[number]
             _gather[(n_layers * chunks,)](
                 *(given for part in three for given in (part, *part.stride()[:2])),
-                seed if ctx.p else sums, into_qkv, into_prefix, sums,
+                seed if ctx.p else sums, grad_qkv, grad_prefix, sums,
                 n_layers, n_rows // n_layers, chunks, n_positions, n_slots, number, width, ctx.p,
                 IS_QUERY=number == 0, IS_GATED=ctx.is_gated, HAS_DROPOUT=ctx.p > 0,
                 BLOCK=triton.next_power_of_2(width),
             )  # fmt: skip
-        into_biases = add_up(sums, ctx.bias_type).split((n_layers * 3 * width, n_layers * 2 * width))
-        bias_gradient, into_prefix_bias = (part.view(n_layers, 1, -1) for part in into_biases)
-        return into_qkv, bias_gradient, into_prefix, into_prefix_bias, None, None, None
+        grad_biases = add_up(sums, ctx.bias_type).split((n_layers * 3 * width, n_layers * 2 * width))
+        grad_bias, grad_prefix_bias = (part.view(n_layers, 1, -1) for part in grad_biases)
+        return grad_qkv, grad_bias, grad_prefix, grad_prefix_bias, None, None, None
 
 
 def _without_heads(gradient: Tensor) -> Tensor:
-    """`(R, H, A, K)` as `(R, A, D)`: a view where heads stand beside each other, as attention on a GPU has it."""
+    """Reshape `(R, H, A, K)` to `(R, A, D)`; a view for the layout that attention on a GPU returns."""
     rows = gradient.transpose(1, 2).flatten(2)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
@@ -129,7 +129,7 @@ def _split(
     qkv, bias, prefix, prefix_bias, seed, query, key, value, n_documents, n_positions, n_slots, width, p,
     HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # place among the keys: behind the slots stands the prefix
+    # position among the keys, where the prefix follows the slots
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -164,7 +164,7 @@ def _split(
 @triton.jit
 def _gather(
     slots, slots_row, slots_place, tokens, tokens_row, tokens_place, prefix, prefix_row, prefix_place,
-    seed, into_qkv, into_prefix, sums, n_layers, n_documents, n_chunks, n_positions, n_slots, number, width, p,
+    seed, grad_qkv, grad_prefix, sums, n_layers, n_documents, n_chunks, n_positions, n_slots, number, width, p,
     IS_QUERY: tl.constexpr, IS_GATED: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
@@ -172,7 +172,7 @@ def _gather(
     inside = column < width
     total = tl.zeros([BLOCK], dtype=tl.float32)
     prefix_total = tl.zeros([BLOCK], dtype=tl.float32)
-    # where the gradients of tokens begin
+    # position of the first token's gradient
     n_places, first = n_positions, n_slots
     if not IS_QUERY:
         n_places = n_positions + n_slots
@@ -190,7 +190,7 @@ def _gather(
             if IS_GATED:
                 leaving += tl.load(of_prefix, inside & (place >= n_slots), 0.0).to(tl.float32)
             target = (row * n_positions + place) * 3
-            tl.store(into_qkv + target * width + column, leaving.to(into_qkv.dtype.element_ty), inside)
+            tl.store(grad_qkv + target * width + column, leaving.to(grad_qkv.dtype.element_ty), inside)
             total += leaving
         else:
             leaving += tl.load(of_slots, inside, 0.0).to(tl.float32)
@@ -200,11 +200,11 @@ def _gather(
                 target = (row * n_slots + place - n_slots) * 2 + number - 1
                 if HAS_DROPOUT:
                     leaving = drop(leaving, seed, target, p, BLOCK)
-                tl.store(into_prefix + target * width + column, leaving.to(into_prefix.dtype.element_ty), inside)
+                tl.store(grad_prefix + target * width + column, leaving.to(grad_prefix.dtype.element_ty), inside)
                 prefix_total += leaving
             else:
                 target = (row * n_positions + tl.where(place < n_slots, place, place - n_slots)) * 3 + number
-                tl.store(into_qkv + target * width + column, leaving.to(into_qkv.dtype.element_ty), inside)
+                tl.store(grad_qkv + target * width + column, leaving.to(grad_qkv.dtype.element_ty), inside)
                 total += leaving
     sums += chunk * n_layers * 5 * width + column
     tl.store(sums + (layer * 3 + number) * width, total, inside)

@@ -1,27 +1,26 @@
-"""What kernels share: how work is divided and put together again, and dropout.
+"""Helpers of all kernels: division of rows into programs, sums over programs, and dropout."""
 
-Shape suffixes: E encoder layers (of a diagonal), W width of a row.
-"""
+# Shape suffixes: E encoder layers (of a diagonal), W width of a row.
 
 import torch
 import triton
 from torch import Tensor
 from triton import language as tl
 
-# of each processor, for kernels that add up over rows
+# programs per streaming multiprocessor, for kernels that sum over rows
 PROGRAMS_PER_PROCESSOR = 4
-# of a program's tile where sums of several programs are added up
+# size of a program's tile in `add_up`
 CHUNKS, COLUMNS = 16, 128
 
 
 def n_chunks(n_layers: int, n_rows: int, device: torch.device) -> int:
-    """Programs that share a layer's rows, so that a device is busy with all layers."""
+    """Return the number of programs that share a layer's rows, enough to keep the GPU busy with all layers."""
     n_processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, min(n_rows, PROGRAMS_PER_PROCESSOR * n_processors // n_layers))
 
 
 def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the first dimension, of one for each chunk, in another type; in one pass, and in a fixed order."""
+    """Sum over the first dimension, one entry per program, in a fixed order, and convert to `dtype`."""
     out = sums.new_empty(sums.shape[1:], dtype=dtype)
     _add_up[(triton.cdiv(out.numel(), COLUMNS),)](
         sums, out, len(sums), out.numel(), CHUNKS=CHUNKS, COLUMNS=COLUMNS
@@ -30,7 +29,7 @@ def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Seed of one dropout, of the device's own generator: `(1,)`."""
+    """Draw the seed `(1,)` of one dropout from the device's generator."""
     return torch.randint(2**31 - 1, (1,), device=device)
 
 
@@ -46,7 +45,7 @@ def _add_up(sums, out, n_chunks, width, CHUNKS: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def drop(values, seed_pointer, row, p, BLOCK: tl.constexpr):
-    """A row of `BLOCK` values, each zero with probability `p`; again the same for the same seed and row."""
+    """Apply dropout with probability `p` to a row; the same seed and row give the same zeros."""
     quarter = row.to(tl.int32) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     first, second, third, fourth = tl.rand4x(tl.load(seed_pointer), quarter)
     uniform = tl.reshape(tl.join(tl.join(first, second), tl.join(third, fourth)), [BLOCK])

@@ -1,8 +1,7 @@
-"""Bias, dropout, residual sum and layer norm in one pass.
+"""Fused kernel of bias, dropout, residual sum and layer norm."""
 
-Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * positions, P prefix
-length (= slots), D model width.
-"""
+# Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * positions, P prefix
+# length (= slots), D model width.
 
 from typing import Any
 
@@ -18,9 +17,9 @@ from recurrent_bart.execution.kernels.programs import add_up, draw_seed, drop, n
 def residual_norm(
     stream_EMD: Tensor, hidden_EMD: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor, epsilon: float, p: float
 ) -> Tensor:
-    """`LayerNorm(stream + dropout(hidden + hidden_bias))`; biases and weight `(E, 1, D)` are each layer's own.
+    """Return `LayerNorm(stream + dropout(hidden + hidden_bias))`; biases and weight are `(E, 1, D)`.
 
-    Sums are in float32, what leaves is in the stream's type.
+    Sums are in float32; the output has the stream's dtype.
     """
     is_kept = torch.is_grad_enabled()
     place = 1, 0, None, None
@@ -40,10 +39,10 @@ def residual_norm_and_slots(
     memory: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `residual_norm`, and the slots in front of each document, with a gradient of their own.
+    """Return `residual_norm`, and the slots of each document, which have a separate gradient.
 
-    Slots are `(E, B, P, D)`; where `memory` `(E, B * P, D)` is given, both beside each other, `(E, B * P, 2 * D)`.
-    Without a graph, `out` is where to leave the stream.
+    Slots are `(E, B, P, D)`. If `memory` `(E, B * P, D)` is given, the second output is state and slots, concatenated:
+    `(E, B * P, 2 * D)`. `out` is an output buffer of the stream, without autograd.
     """
     is_kept = torch.is_grad_enabled()
     place = n_documents, n_slots, memory, out
@@ -70,7 +69,7 @@ class _ResidualNorm(torch.autograd.Function):
         n_layers, n_rows, width = stream.shape
         stream, hidden = stream.contiguous(), hidden.contiguous()
         out = torch.empty_like(stream) if out is None else out
-        # for the backward pass
+        # saved for the backward pass
         total = torch.empty_like(stream) if is_kept else out
         mean, scale = stream.new_empty(2, n_layers * n_rows if is_kept else 0, dtype=torch.float32)
         seed = draw_seed(stream.device) if p else mean
@@ -89,37 +88,37 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, slots_gradient: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, grad_slots: Tensor | None = None) -> tuple[Tensor | None, ...]:
         total, weight, mean, scale, seed = ctx.saved_tensors
         n_layers, n_rows, width = total.shape
         chunks = n_chunks(n_layers, n_rows, total.device)
-        stream_gradient = torch.empty_like(total)
-        into_hidden = torch.empty_like(total) if ctx.p else stream_gradient
-        # of bias, weight and the hidden's bias
+        grad_stream = torch.empty_like(total)
+        grad_hidden = torch.empty_like(total) if ctx.p else grad_stream
+        # gradients of the bias, the weight and the hidden bias
         sums = total.new_empty(chunks, 3, n_layers, 1, width, dtype=torch.float32)
-        into_memory, slots = None, total.unsqueeze(1) if slots_gradient is None else slots_gradient
+        grad_memory, slots = None, total.unsqueeze(1) if grad_slots is None else grad_slots
         slots = slots if slots.stride(-1) == 1 else slots.contiguous()
         if ctx.has_memory:
-            into_memory, slots = slots.chunk(2, dim=-1)
+            grad_memory, slots = slots.chunk(2, dim=-1)
             slots = slots.unflatten(1, (ctx.n_documents, -1))
         _backward[(n_layers * chunks,)](
             gradient.contiguous(), slots, *slots.stride()[:3], total, weight, mean, scale, seed,
-            stream_gradient, into_hidden, sums,
+            grad_stream, grad_hidden, sums,
             n_layers, n_rows, chunks, n_rows // ctx.n_documents, ctx.n_slots, width, ctx.p,
             HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        bias_gradient, into_weight, into_hidden_bias = add_up(sums, weight.dtype)
+        grad_bias, grad_weight, grad_hidden_bias = add_up(sums, weight.dtype)
         return (
-            stream_gradient,
-            into_hidden,
-            into_hidden_bias,
-            into_weight,
-            bias_gradient,
+            grad_stream,
+            grad_hidden,
+            grad_hidden_bias,
+            grad_weight,
+            grad_bias,
             None,
             None,
             None,
             None,
-            into_memory,
+            grad_memory,
             None,
             None,
         )
@@ -138,7 +137,7 @@ def _forward(
     added = tl.load(hidden + place, inside, 0.0).to(tl.float32) + tl.load(hidden_bias + own, inside, 0.0).to(tl.float32)
     if HAS_DROPOUT:
         added = drop(added, seed, row, p, BLOCK)
-    # as the backward pass will read it
+    # rounded as the backward pass will read it
     summed = (tl.load(stream + place, inside, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     if IS_KEPT:
         tl.store(total + place, summed, inside)
@@ -162,7 +161,7 @@ def _forward(
 @triton.jit
 def _backward(
     gradient, slots, slots_layer, slots_document, slots_position, total, weight, mean, scale, seed,
-    stream_gradient, into_hidden, sums, n_layers, n_rows, n_chunks, n_positions, n_slots, width, p,
+    grad_stream, grad_hidden, sums, n_layers, n_rows, n_chunks, n_positions, n_slots, width, p,
     HAS_SLOTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
@@ -188,10 +187,10 @@ def _backward(
         scaled = arriving * own_weight
         along = tl.sum(scaled * normed, axis=0) / width
         leaving = (scaled - tl.sum(scaled, axis=0) / width - normed * along) * factor
-        tl.store(stream_gradient + place, leaving.to(stream_gradient.dtype.element_ty), inside)
+        tl.store(grad_stream + place, leaving.to(grad_stream.dtype.element_ty), inside)
         if HAS_DROPOUT:
             leaving = drop(leaving, seed, row, p, BLOCK)
-            tl.store(into_hidden + place, leaving.to(into_hidden.dtype.element_ty), inside)
+            tl.store(grad_hidden + place, leaving.to(grad_hidden.dtype.element_ty), inside)
         hidden_sum += leaving
     place = (chunk * 3 * n_layers + layer) * width + column
     stride = n_layers * width

@@ -1,4 +1,4 @@
-"""Kernels run by Triton's interpreter, which takes the place of its compiler when Triton is imported."""
+"""Kernels run in Triton's interpreter, which is selected when Triton is imported."""
 
 import os
 
@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def interpreter():
-    """Without it there is nothing to run kernels on a processor with."""
+    """Skip if Triton's interpreter, the only way to run the kernels on a CPU, is missing."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1 from the beginning, as make test has it")

@@ -1,4 +1,4 @@
-"""Fused cells give the numbers of plain ones; kernels run by Triton's interpreter, on a processor."""
+"""Fused cells equal plain cells; the kernels run in Triton's interpreter on a CPU."""
 
 from types import SimpleNamespace
 
@@ -8,12 +8,10 @@ from transformers.activations import ACT2FN
 
 from counted_calls import OperationsCalled, count_calls
 from played_graphs import play_graphs
-from recurrent_bart.execution import diagonal_graphs as diagonal_recorder
-from recurrent_bart.execution import fused_cell, wavefront
-from recurrent_bart.execution import grid as schedules
+from recurrent_bart.execution import diagonal_graphs, fused_cell, grid, wavefront
 from tiny import random_ids, tiny_model
 
-# a width that is no power of two
+# a width that is not a power of two
 SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "gelu"}
 FIELDS = {
     "gated": {"prefix_attention": "gated"},
@@ -24,13 +22,13 @@ FIELDS = {
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Diagonals on a processor are fused; counts the cells."""
+    """Fuse diagonals on a CPU; return a list that grows by one with each cell."""
     monkeypatch.setattr(wavefront, "can_fuse", lambda config, stream: True)
     return count_calls(monkeypatch, wavefront, "fused_cell")
 
 
 def documents(task, n_documents=2, n_segments=3):
-    """Ragged ones: padding inside a segment and segments that are not there."""
+    """Return ragged documents, with padding inside a segment and absent segments."""
     torch.manual_seed(1)
     mask = torch.ones(n_documents, n_segments, 8, dtype=torch.long)
     mask[1, -1], mask[1, -2, 5:] = 0, 0
@@ -67,7 +65,7 @@ def test_values_and_gradients_are_the_plain_ones(interpreted, monkeypatch, field
 
 
 def test_checkpointing_changes_no_number(interpreted):
-    """With dropout, whose seeds are kept for the backward pass."""
+    """Dropout is on; its seeds are kept for the backward pass."""
     inputs = documents("document", n_segments=2)
     fields = {"dropout": 0.2, "hidden_dropout_prob": 0.2, "encoder_layers": 1}
     expected_loss, expected = results("wavefront", inputs, **fields)
@@ -80,10 +78,10 @@ def test_checkpointing_changes_no_number(interpreted):
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_replayed_ones_too(interpreted, monkeypatch, fields):
-    """Of those the forward passes leave what they give where the next ones read it."""
-    monkeypatch.setattr(schedules, "is_wavefront_faster", lambda segments: True)
-    monkeypatch.setattr(schedules, "can_graph", lambda *batch: True)
-    play_graphs(monkeypatch, diagonal_recorder)
+    """Forward passes write their outputs where the next diagonal reads them."""
+    monkeypatch.setattr(grid, "is_wavefront_faster", lambda segments: True)
+    monkeypatch.setattr(grid, "can_graph", lambda *batch: True)
+    play_graphs(monkeypatch, diagonal_graphs)
     model = {schedule: build(schedule, **fields).eval() for schedule in ("sequential", "auto")}
     inputs = documents("document")
     inputs.pop("labels")
@@ -108,7 +106,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize(("change", "fields"), SETTINGS.values(), ids=SETTINGS)
 def test_settings_of_layers_that_were_changed_hold(interpreted, change, fields):
-    """Under rates that draw nothing."""
+    """All rates are 0 or 1, so no random number is drawn."""
     found, inputs = [], documents("document")
     inputs.pop("labels")
     for schedule in ("sequential", "wavefront"):
@@ -124,17 +122,17 @@ def test_settings_of_layers_that_were_changed_hold(interpreted, change, fields):
 
 @pytest.mark.parametrize(("activation", "expected"), [("gelu", True), ("gelu_python", False), ("relu", False)])
 def test_cells_are_fused_of_layers_with_the_exact_gelu_alone(monkeypatch, activation, expected):
-    """The layers' own activation counts, not the configuration's."""
+    """The layers' activation modules count, not the configuration."""
     model = build("wavefront")
     for layer in model.model.encoder.layers:
         layer.activation_fn = ACT2FN[activation]
-    # CUDA alone is missing
+    # stands for a tensor on a GPU
     stream = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     assert fused_cell.can_fuse(model.model.encoder.layers[0], stream) == expected
 
 
 def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
-    """Of a sum of zeros and dropped ones, gradients are zero where the ones are."""
+    """The inputs are ones on a stream of zeros. Outputs below 0 are dropped ones, whose gradients are 0."""
     from recurrent_bart.execution.kernels.residual_norm import residual_norm
 
     torch.manual_seed(0)
@@ -149,7 +147,7 @@ def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
 
 @pytest.mark.parametrize(("fields", "n_maps"), [("gated", 7), ("concat", 7), ("own projection", 5)])
 def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fields, n_maps):
-    """Four of a layer, two of the projection and the gate, or the keys' and values' of the layer again; 4 diagonals."""
+    """A layer has four maps, plus projection and gate (three) or keys and values again (one); there are 4 diagonals."""
     model = build("wavefront", **FIELDS[fields])
     loss = model(**documents("document", 3, 2)).loss
     layer, recurrence = model.model.encoder.layers[0], model.model.encoder.recurrence.by_layer()

@@ -1,4 +1,4 @@
-"""Each kernel gives what the plain formulas give in double precision, values and gradients, but for rounding."""
+"""Kernels equal plain formulas in double precision, in values and gradients, up to rounding."""
 
 import pytest
 import torch
@@ -6,18 +6,18 @@ from torch.nn.functional import gelu, layer_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 every_type = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-# layers, documents, positions, slots, width; no power of two, one of each, and more rows than a tile has
+# layers, documents, positions, slots, width: not powers of two, minimal sizes, and more rows than a tile
 every_size = pytest.mark.parametrize("sizes", [(2, 3, 11, 3, 48), (1, 1, 2, 1, 16), (3, 2, 21, 5, 20)], ids=str)
 
 
 def randoms(dtype, *shapes):
-    """Numbers that gradients are asked of, the last dimension taken out of a wider one."""
+    """Return random tensors that require gradients, with a non-contiguous last dimension."""
     torch.manual_seed(0)
     return [torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., : shape[-1]].requires_grad_() for shape in shapes]
 
 
 def check(fused, plain, inputs):
-    """Compare what two functions give of the same numbers, and gradients of theirs that are not contiguous."""
+    """Compare values and gradients of two functions on the same inputs, for non-contiguous output gradients."""
     dtype = inputs[0].dtype
     doubles = [part.detach().double().requires_grad_() for part in inputs]
     found, expected = fused(*inputs), plain(*doubles)
@@ -82,7 +82,7 @@ def test_residual_norm(dtype, sizes, gives):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_without_a_graph_results_are_left_in_their_places(p):
-    """The same ones; the stream's place may be where it came from."""
+    """Output buffers get the same values; the stream's buffer may be the input."""
     from recurrent_bart.execution.kernels.gated_update import gated_update
     from recurrent_bart.execution.kernels.residual_norm import residual_norm_and_slots
 
@@ -118,7 +118,7 @@ def test_bias_activation(dtype, sizes, activation):
 
 
 def plain_heads(n_documents, n_slots, n_heads, is_gated):
-    """`split_heads` by plain operations."""
+    """Compute `split_heads` by plain operations."""
 
     def plain(qkv, bias, prefix, prefix_bias):
         qkv = qkv + bias.repeat_interleave(n_documents, dim=0)
@@ -155,7 +155,7 @@ def test_split_heads(dtype, sizes, is_gated):
 
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_the_same_numbers_of_a_prefix_are_dropped_in_the_backward_pass(is_gated):
-    """A gradient is zero where a number is, and as much larger as that elsewhere."""
+    """A gradient is zero where the output is zero, and scaled like the output elsewhere."""
     from recurrent_bart.execution.kernels.heads import split_heads
 
     torch.manual_seed(0)
@@ -170,11 +170,11 @@ def test_the_same_numbers_of_a_prefix_are_dropped_in_the_backward_pass(is_gated)
     assert not torch.equal(again.slots_key, heads.slots_key)
 
 
-# the interpreter multiplies the bits of bfloat16
+# without bfloat16, whose bit patterns the interpreter's matrix product multiplies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 3, 70, 3, 48), (1, 1, 1, 1, 16), (3, 2, 21, 5, 20)], ids=str)
 def test_add_prefix_read(dtype, sizes):
-    """Sums of 64 tokens at once, and a few more."""
+    """More than one tile of 64 tokens."""
     from recurrent_bart.execution.kernels.gated_prefix import add_prefix_read
 
     n_layers, n_documents, n_tokens, n_slots, width = sizes
