@@ -56,7 +56,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
 
     def check_new(self) -> None:
-        """Check that a new run can begin in this folder. No file is left behind.
+        """Check that a new run can begin in this folder, without writing to it.
 
         Raises:
             ValueError: The folder already holds a run, or cannot be written.

@@ -143,7 +143,7 @@ class Checkpoints:
         self._raise_on_all_ranks(error, self.writing_step)
 
     def load(self, engine: DeepSpeedEngine) -> Resumed:
-        """Load the newest whole checkpoint. Without any checkpoint, return the state of step 0.
+        """Load the newest whole checkpoint, or return the state of step 0 if there is no checkpoint.
 
         Raises:
             ValueError: No checkpoint is whole, or the checkpoint belongs to another model.

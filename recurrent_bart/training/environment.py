@@ -64,7 +64,7 @@ class Rendezvous:
 
 
 def launched_rendezvous() -> Rendezvous:
-    """Return the rendezvous that the launcher set. Without a launcher, set one of a single process.
+    """Return the rendezvous that the launcher set, or one of a single process without a launcher.
 
     Raises:
         ValueError: The launcher set RANK, but not all other variables.
@@ -201,11 +201,7 @@ def has_wandb_key(given: Mapping[str, str]) -> bool:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Return True if the run computes in bf16; with `auto`, if the GPU supports it.
-
-    Raises:
-        ValueError: bf16 is requested on a GPU that does not support it.
-    """
+    """Return True if the run computes in bf16; raise ValueError if it is requested and the GPU does not support it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError("--precision bf16: this GPU does not have it, use fp32")

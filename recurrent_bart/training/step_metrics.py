@@ -25,12 +25,9 @@ COUNTED = (
 
 @dataclass
 class StepMetrics(RankMetrics):
-    """Metrics of this rank over some optimizer steps.
+    """Metrics of this rank over `n_steps` optimizer steps.
 
-    Attributes:
-        n_steps: Number of optimizer steps.
-        started: Start time in seconds by `time.perf_counter`.
-        learning_rate: Learning rate of the last step.
+    `started` is a time in seconds by `time.perf_counter`; `learning_rate` belongs to the last step.
     """
 
     n_steps: int = 0

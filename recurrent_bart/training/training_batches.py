@@ -24,14 +24,7 @@ class TrainingBatches(Iterator[Batch]):
     """Endless iterator of one rank's micro-batches.
 
     Worker processes make batches in advance with the stage's number of segments. When a stage ends, prepared batches
-    are discarded and made again.
-
-    Args:
-        documents: Training documents.
-        order: Documents of each step.
-        run: Arguments of the run.
-        environment: Rank and device.
-        state: Trainer state; its step and stage are read whenever a loader starts.
+    are discarded and made again. The step and stage of `state` are read whenever a loader starts.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def window_losses(
 
     Args:
         model: Model, or an engine around it.
-        config: Configuration of the model.
+        config: Its configuration.
         batch: Documents.
         device: Device of the model.
         n_windows: Number from `count_windows`, or more.

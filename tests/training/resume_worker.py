@@ -13,7 +13,7 @@ from recurrent_bart.training.session import Session, run_experiment
 from recurrent_bart.training.trainer import Trainer
 from runs import flags
 
-# ZeRO stage and precision of the runs with two processes; runs of one process cover the other two combinations
+# ZeRO stage and precision of the runs with two processes; one process runs the other two combinations
 CASES = [(2, "fp32"), (3, "bf16")]
 # the run is cut off one step after a checkpoint that is neither at an evaluation nor at the end of a log line
 RESUMED = {

@@ -72,15 +72,9 @@ PLAIN = {
 
 
 def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: float, use_bf16: bool) -> dict[str, Any]:
-    """Read a DeepSpeed configuration and set the keys that the run owns.
+    """Read a JSON file with a DeepSpeed configuration and set the keys that the run owns.
 
     The trainer accumulates gradients itself, over windows as well as batches, so DeepSpeed's accumulation is 1.
-
-    Args:
-        path: JSON file.
-        micro_batch: Documents of a forward pass.
-        max_grad_norm: Clipping norm; 0: no clipping.
-        use_bf16: True for weights and activations in bfloat16.
 
     Raises:
         ValueError: The file cannot be read, or has an unknown key or a key that the run owns.

@@ -26,15 +26,12 @@ from recurrent_bart.training.zero.gradient_sums import StepGradients
 def build_engine(
     model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, config: dict[str, Any]
 ) -> DeepSpeedEngine:
-    """Shard a model and its optimizer.
+    """Shard a model and its optimizer; raise ValueError if DeepSpeed lacks a name that is needed for correct numbers.
 
     ZeRO-3 gathers parameters at each call of a module. The recurrence calls every layer once per segment. The encoder
-    is therefore a leaf, which is gathered as a whole once per forward pass, and ranks may read different numbers of
+    is therefore a leaf, which is gathered as a whole once per forward pass. Ranks may then read different numbers of
     segments in one step. The decoder is a leaf too: hooks on its submodules take more CPU time than the submodules take
-    GPU time, and a whole decoder can be replayed as a CUDA graph.
-
-    Raises:
-        ValueError: The installed DeepSpeed lacks a name that is needed for correct numbers.
+    GPU time. A whole decoder can also be replayed as a CUDA graph.
     """
     if config["zero_optimization"]["stage"] == 3:
         set_z3_leaf_modules(model, [RecurrentBartEncoder, RecurrentBartDecoder])
