@@ -1,4 +1,4 @@
-"""What processes tell each other. Works without a process group, as the only process."""
+"""Communication between ranks. Without a process group, each function works as for a single rank."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,31 +12,31 @@ Result = TypeVar("Result")
 
 
 class SharedError(ValueError):
-    """An error that another process met first and reports."""
+    """Error that another rank met first and reports."""
 
 
 def is_distributed() -> bool:
-    """Whether there is more than one process."""
+    """Return True if there is more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
-    """Number of this process, 0 for the one that prints and writes."""
+    """Return the rank of this process. Rank 0 prints and writes."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes."""
+    """Return True on rank 0."""
     return rank() == 0
 
 
 def sum_over_ranks(*values: float, device: torch.device | None = None) -> list[float]:
-    """Each value summed over all processes."""
+    """Sum each value over all ranks; one collective in float64."""
     if not is_distributed():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -45,7 +45,7 @@ def sum_over_ranks(*values: float, device: torch.device | None = None) -> list[f
 
 
 def max_over_ranks(value: int, device: torch.device | None = None) -> int:
-    """The largest of all processes' values."""
+    """Return the largest value of all ranks."""
     if not is_distributed():
         return value
     largest = torch.tensor(value, device=device)
@@ -54,7 +54,7 @@ def max_over_ranks(value: int, device: torch.device | None = None) -> int:
 
 
 def gather_rows(row: Sequence[float], device: torch.device | None = None) -> list[list[float]]:
-    """Every process's numbers, as many of each, in order of rank; one collective."""
+    """Gather a list of numbers, of equal length on all ranks, in order of rank; one collective in float64."""
     if not is_distributed():
         return [list(row)]
     rows = torch.empty(world_size() * len(row), dtype=torch.float64, device=device)
@@ -63,7 +63,7 @@ def gather_rows(row: Sequence[float], device: torch.device | None = None) -> lis
 
 
 def gather_objects(item: Any) -> list[Any]:
-    """Every process's item, in order of rank."""
+    """Gather an object from each rank, in order of rank."""
     if not is_distributed():
         return [item]
     items: list[Any] = [None] * world_size()
@@ -72,7 +72,7 @@ def gather_objects(item: Any) -> list[Any]:
 
 
 def from_first(item: Result | None) -> Result:
-    """The first process's item, on every process."""
+    """Return rank 0's object on every rank."""
     if not is_distributed():
         return item
     items = [item]
@@ -81,24 +81,23 @@ def from_first(item: Result | None) -> Result:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every rank has called this function."""
     if is_distributed():
         dist.barrier()
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """How long this process waits for another one from now on, in every group there is."""
+    """Set the timeout of later collectives in all process groups."""
     if is_distributed():
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def first_then_all(make: Callable[[], Result]) -> Result:
-    """Let the first process do something before all others do it, to find it in a cache.
+    """Run a function on rank 0, then on the other ranks, which find the result in a cache.
 
-    Raises:
-        ValueError: A process met one. The first one raises it, or says whose it was; the others stop with it
-            (SharedError) instead of waiting for ever. Errors of any other kind are shared likewise.
+    If any rank meets an error, all ranks stop and none waits forever. Rank 0 raises its own error, or a ValueError that
+    names the failed rank. The other ranks raise SharedError.
     """
     if is_first():
         result, error = _attempt(make)
@@ -114,10 +113,9 @@ def first_then_all(make: Callable[[], Result]) -> Result:
 
 
 def all_together(make: Callable[[], Result]) -> Result:
-    """Let every process do something at the same time; a ValueError of one stops all, and the first one raises it.
+    """Run a function on all ranks at the same time. If it raises a ValueError on any rank, all ranks stop.
 
-    Raises:
-        ValueError: A process met one; on all but the first process a SharedError.
+    Rank 0 then raises ValueError and the other ranks SharedError.
     """
     error: ValueError | None = None
     try:
@@ -127,29 +125,25 @@ def all_together(make: Callable[[], Result]) -> Result:
     texts = gather_objects(None if error is None else str(error))
     if all(text is None for text in texts):
         return result
-    number = next(number for number, text in enumerate(texts) if text is not None)
-    where = "" if None not in texts else f"process {number}: "
-    raise (ValueError if is_first() else SharedError)(f"{where}{texts[number]}") from error
+    failed_rank = next(rank for rank, text in enumerate(texts) if text is not None)
+    prefix = "" if None not in texts else f"process {failed_rank}: "
+    raise (ValueError if is_first() else SharedError)(f"{prefix}{texts[failed_rank]}") from error
 
 
 def only_first(act: Callable[[], Any]) -> None:
-    """Let the first process alone do something; its ValueError stops all, as in `first_then_all`."""
+    """Run a function on rank 0 alone. An error of the function stops all ranks, as in `first_then_all`."""
     first_then_all(lambda: act() if is_first() else None)
 
 
 def stop_all(message: str) -> NoReturn:
-    """End all processes, which all call it, with what the first one says.
-
-    Raises:
-        ValueError: Always.
-    """
+    """Raise ValueError with rank 0's message on rank 0, and SharedError on the other ranks; all ranks call it."""
     raise (ValueError if is_first() else SharedError)(message)
 
 
 def log_on_first_rank(seconds: float) -> None:
-    """Wait before leaving with an error that the first process reports.
+    """Sleep before this rank exits with an error, so that rank 0 has time to print it.
 
-    A launcher ends all processes with the first that leaves. Where that was another one, nobody would say why.
+    A launcher kills all processes when the first one exits.
     """
     time.sleep(seconds)
 
@@ -162,7 +156,6 @@ def _attempt(make: Callable[[], Result]) -> tuple[Result | None, Exception | Non
 
 
 def _raise_shared(error: Exception | None) -> None:
-    """Stop all processes if any one met an error."""
     met = [text for text in gather_objects(None if error is None else f"process {rank()}: {error}") if text]
     if met:
         raise (ValueError if is_first() else SharedError)(met[0]) from error

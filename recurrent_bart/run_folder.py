@@ -1,15 +1,15 @@
-"""The folder of a run: what is in it and how it is written.
+"""Folder of a run: its files and how they are written.
 
-RUN/config.json      model, run and DeepSpeed configuration, git commit, versions
-RUN/metrics.jsonl    one line for each logged step and each evaluation; fields.py says what is in it
-RUN/samples.md       at each evaluation, source, target and generated text side by side
-RUN/wandb/           what wandb wrote, to be uploaded if it was offline
-RUN/tensorboard/     curves for TensorBoard, if asked for
+RUN/config.json      configurations of the run, the model and DeepSpeed; git commit; versions
+RUN/metrics.jsonl    one line per logged step and per evaluation; fields.py documents the fields
+RUN/samples.md       source, target and generated text of some documents at each evaluation
+RUN/wandb/           files of wandb; can be uploaded later if wandb was offline
+RUN/tensorboard/     TensorBoard files, with --tensorboard
 RUN/curves.png       loss, ROUGE, learning rate and throughput against steps
-RUN/checkpoints/     what a run is continued from
-RUN/model/           the best model so far, for from_pretrained
-RUN/lock             while a run goes on, which process trains; see run_lock.py
-RUN/tokenizer/       its tokenizer
+RUN/checkpoints/     checkpoints, from which the run can be resumed
+RUN/model/           best model so far, for from_pretrained
+RUN/lock             process that trains in the folder; see run_lock.py
+RUN/tokenizer/       tokenizer
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "recurrent-bart")
 
 SAMPLE_TEXTS = ("source", "target", "generated")
-# of each text of a sample, and of a line of it
+# most characters of a text in samples.md, and width of its lines
 SAMPLE_CHARACTERS = 1200
 SAMPLE_WIDTH = 100
-# a title, the name of a sample, or one of its texts, which an empty line ends
+# matches a title, the id of a sample, or one of its texts up to an empty line
 SAMPLE_PART = re.compile(
     r"^## Step (?P<step>\d+)\n|^### (?P<fence>`+) (?P<id>.*) (?P=fence)\n"
     rf"|^(?P<name>{'|'.join(SAMPLE_TEXTS)})\n\n(?P<block>(?:    .*\n)+)\n",
@@ -43,7 +43,7 @@ SAMPLE_PART = re.compile(
 
 
 class RunFolder:
-    """Writes into the folder of a run."""
+    """Paths, readers and writers of a run's files."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -56,10 +56,10 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
 
     def check_new(self) -> None:
-        """Refuse a place where no run can begin, and leave nothing there.
+        """Check that a new run can begin in this folder, without writing to it.
 
         Raises:
-            ValueError: It holds a run already, or cannot be written.
+            ValueError: The folder already holds a run, or cannot be written.
         """
         if self.config_file.exists():
             again = shlex.quote(str(self.path))
@@ -68,26 +68,20 @@ class RunFolder:
         if not existing.is_dir():
             raise ValueError(f"--output_dir {self.path}: {existing} is not a folder")
         try:
-            # asks the file system, where a permission bit may not say all
+            # a temporary file detects what permission bits do not show, for example a read-only mount
             tempfile.TemporaryFile(dir=existing).close()
         except OSError as error:
             raise ValueError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
 
     def create(self, exist_ok: bool = True) -> list[Path]:
-        """Make the folder.
-
-        Args:
-            exist_ok: Accept a folder that is there.
-
-        Returns:
-            The paths that were made, the innermost first.
+        """Create the folder and its missing parents; return the created paths, the innermost first.
 
         Raises:
-            FileExistsError: The folder is there, and `exist_ok` is False.
-            ValueError: It cannot be made.
+            FileExistsError: The folder exists and `exist_ok` is False.
+            ValueError: The folder cannot be created.
         """
-        whole = self.path.absolute()
-        missing = list(itertools.takewhile(lambda path: not path.exists(), (whole, *whole.parents)))
+        absolute = self.path.absolute()
+        missing = list(itertools.takewhile(lambda path: not path.exists(), (absolute, *absolute.parents)))
         try:
             self.path.mkdir(parents=True, exist_ok=exist_ok)
             return missing
@@ -97,32 +91,28 @@ class RunFolder:
             raise ValueError(f"--output_dir {self.path}: cannot be made ({error.strerror})") from error
 
     def write_config(self, **sections: Any) -> None:
-        """Write the resolved configuration with the commit and the versions that it ran on."""
+        """Write the resolved configuration, the git commit and the versions of packages."""
         everything = {**sections, "git_commit": git_commit(), "versions": versions()}
         atomic_write(self.config_file, json.dumps(everything, indent=2, default=str) + "\n")
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration written before.
-
-        Raises:
-            ValueError: There is no run in the folder, or its configuration is unreadable.
-        """
+        """Read config.json; raise ValueError if it is missing or cannot be parsed."""
         try:
             return json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--resume {self.path}: no readable config.json there ({error})") from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line; a number that is not finite, which JSON has no name for, is written as null."""
+        """Append one line to metrics.jsonl. NaN and infinity are not valid JSON and are written as null."""
         line = json.dumps({name: _finite(value) for name, value in record.items()}) + "\n"
         with self.metrics_file.open("a+b") as file:
             file.seek(max(0, file.tell() - 1))
-            # what a full disk or a crash cut off stays a line of its own
+            # a full disk or a crash may leave an incomplete last line: begin a new line after it
             is_cut_off = file.read(1) not in (b"", b"\n")
             file.write(("\n" * is_cut_off + line).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines; those that were cut off are left out."""
+        """Read all records of metrics.jsonl; incomplete lines are skipped."""
         if not self.metrics_file.exists():
             return []
         records = []
@@ -132,21 +122,19 @@ class RunFolder:
         return records
 
     def forget_after(self, step: int, evaluated_step: int) -> None:
-        """Drop what was logged and evaluated later, for a run that goes on from there and does both again.
+        """Delete the metrics and samples that were logged after a checkpoint: the resumed run logs them again.
 
-        Args:
-            step: Steps done.
-            evaluated_step: The last step after which it was evaluated; -1: none.
+        The checkpoint follows `step` optimizer steps. `evaluated_step` is its last evaluated step; -1: none.
         """
         last = {True: evaluated_step, False: step}
-        kept = [record for record in self.read_metrics() if record["step"] <= last["validation_loss" in record]]
-        atomic_write(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        remaining = [record for record in self.read_metrics() if record["step"] <= last["validation_loss" in record]]
+        atomic_write(self.metrics_file, "".join(json.dumps(record) + "\n" for record in remaining))
         if self.samples_file.exists():
             parts = re.split(r"^(?=## Step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.MULTILINE)
             atomic_write(self.samples_file, "".join(part for part in parts if _step_of(part) <= max(0, evaluated_step)))
 
     def append_samples(self, title: str, samples: Sequence[Any]) -> None:
-        """Add some samples under a title, each of their texts on lines of its own, shortened if it is long."""
+        """Append samples under a title to samples.md. Long texts are shortened to `SAMPLE_CHARACTERS`."""
         parts = [f"## {title}\n\n"]
         for sample in samples:
             parts.append(f"### {_code(sample.id)}\n\n")
@@ -155,7 +143,7 @@ class RunFolder:
             file.write("".join(parts))
 
     def read_samples(self) -> list[dict[str, Any]]:
-        """Return all samples, each with `step`, `id` and its texts as written. A text that is cut off is missing."""
+        """Read samples.md. Each sample has `step`, `id` and its texts as written; an incomplete text is missing."""
         samples: list[dict[str, Any]] = []
         step = 0
         text = self.samples_file.read_text(encoding="utf-8") if self.samples_file.exists() else ""
@@ -170,14 +158,14 @@ class RunFolder:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file so that at any moment either the old or the new one is there, whole."""
+    """Write a file atomically: a reader finds the old or the new content, never a mixture."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 
 def git_commit() -> str | None:
-    """Commit of the code that runs; None outside a checkout."""
+    """Return the git commit of this package, with `-dirty` if files differ; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -186,7 +174,7 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of what the run depends on."""
+    """Return the versions of Python and of the main packages; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -207,19 +195,18 @@ def _step_of(samples: str) -> int:
     return int(title[1]) if title else 0
 
 
+# inline code and indented blocks are the Markdown that needs no escaping
 def _code(text: str) -> str:
-    """Return the text on one line as Markdown's inline code, which needs no escapes."""
     line = " ".join(text.split())
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}"
 
 
 def _block(text: str) -> str:
-    """Return the text as Markdown's indented code, which needs no escapes. A long text is shortened."""
     line = " ".join(text.split())
     if len(line) > SAMPLE_CHARACTERS:
         head = line[:SAMPLE_CHARACTERS]
         line = f"{head} [... {len(line) - len(head):,} characters more]"
-    # words are not broken, so that lines can be joined again
+    # words stay whole, so that `read_samples` can join the lines again
     lines = textwrap.wrap(line, SAMPLE_WIDTH, break_long_words=False, break_on_hyphens=False)
     return "".join(f"    {part}\n" for part in lines) or "    \n"

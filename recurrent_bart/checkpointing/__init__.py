@@ -1,1 +1,1 @@
-"""What a run is continued from: written whole, found again, read without running it."""
+"""Checkpoints: write them atomically, find the newest whole one, load it without running code from it."""

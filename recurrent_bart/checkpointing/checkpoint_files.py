@@ -1,4 +1,4 @@
-"""How the files of a checkpoint are written and read, DeepSpeed's among them."""
+"""Reading and writing of the files in a checkpoint, including DeepSpeed's files."""
 
 import contextlib
 import functools
@@ -19,30 +19,26 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from recurrent_bart.checkpointing.manifest import write_and_fsync, write_part
 
-# what DeepSpeed's files hold beside tensors, numbers, texts and their containers
-HARMLESS = (LossScaler, ZeroStageEnum, fragment_address)
+# classes in DeepSpeed's files, besides tensors, numbers, strings and their containers
+DEEPSPEED_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 
 
 def read_tensors(path: str | Path, map_location: Any = None) -> Any:
-    """What a file holds. It is never run: a file that asks for it is refused.
-
-    Raises:
-        ValueError: It holds something else than tensors, plain values and DeepSpeed's own few classes.
-    """
+    """Load a file without running code from it; raise ValueError if it holds more than tensors and plain values."""
     try:
         with refuse_code():
             return torch.load(path, map_location=map_location, weights_only=True)
-    # what a pickle that is refused is refused with
+    # torch.load raises many types of error for a refused pickle
     except Exception as error:
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
 @contextlib.contextmanager
 def refuse_code() -> Iterator[None]:
-    """While it lasts, torch.load takes DeepSpeed's own few classes beside tensors and plain values."""
-    # its own context manager takes them away at the end of an inner one
+    """Let `torch.load` accept a few DeepSpeed classes besides tensors and plain values, within this block."""
+    # PyTorch's context manager `safe_globals` cannot be nested: the inner one removes the outer one's classes
     before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(list(HARMLESS))
+    torch.serialization.add_safe_globals(list(DEEPSPEED_CLASSES))
     try:
         yield
     finally:
@@ -51,7 +47,7 @@ def refuse_code() -> Iterator[None]:
 
 
 def enums_as_values(item: Any) -> Any:
-    """The same with plain values for members of enumerations, which some versions of Python pickle as calls."""
+    """Replace members of enumerations by their values: Python may pickle them as calls, and calls are refused."""
     if isinstance(item, Enum):
         return item.value
     if type(item) is dict:
@@ -62,49 +58,44 @@ def enums_as_values(item: Any) -> Any:
 
 
 class CheckpointFiles(CheckpointEngine):
-    """Takes the place of DeepSpeed's own checkpoint engine: it gathers what a process has to write, then writes it.
-
-    Writing has a thread of its own. Whoever waits for it at once writes as if there were none.
+    """DeepSpeed checkpoint engine that first collects the content of a rank's files, then writes them in a thread.
 
     Args:
-        copies: Gather a copy in the processor's memory, so that training may go on while it is written.
+        copies: Copy the tensors to CPU memory, so that training can go on while they are written.
     """
 
     def __init__(self, copies: bool):
         super().__init__()
         self.copies = copies
         self.gathered: list[tuple[Path, Callable[[Any], Any]]] = []
-        # joined when the process ends by itself: what was begun is written
+        # Python joins this thread when the process ends normally, so a started write is completed
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """DeepSpeed begins."""
+        """Do nothing: DeepSpeed calls this method before the first `save`."""
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """DeepSpeed has handed over everything."""
+        """Return True: DeepSpeed calls this method after the last `save`."""
         return True
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Take note of what is to be written where."""
+        """Queue a state dictionary to be written to a file."""
         item = enums_as_values(clone_tensors_for_torch_save(state_dict) if self.copies else state_dict)
         self.gathered.append((Path(path), functools.partial(torch.save, item)))
 
     def save_json(self, content: Any, path: Path) -> None:
-        """Take note of plain values that are to be written."""
+        """Queue plain values to be written to a JSON file."""
         text = json.dumps(content).encode()
         self.gathered.append((path, lambda file: file.write(text)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read what was written."""
+        """Load a file that `save` wrote."""
         return read_tensors(path, map_location)
 
     def write(self, folder: Path, rank: int, then: Callable[[], None]) -> Future[None]:
-        """Begin to write what was gathered, and this process's part of the manifest.
+        """Start to write the collected files and this rank's part of the manifest in a thread.
 
-        Args:
-            folder: Of the checkpoint.
-            rank: Of this process.
-            then: Called after that.
+        The thread calls `then` after all files of the rank are written.
         """
         gathered, self.gathered = self.gathered, []
         return self.writer.submit(_write, folder, rank, gathered, then)

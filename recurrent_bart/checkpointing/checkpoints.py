@@ -1,10 +1,10 @@
-"""What a run is continued from.
+"""Checkpoints of a run.
 
 RUN/checkpoints/step-00000100/
-    engine/              DeepSpeed's shards: weights, optimizer, learning rate schedule
-    process-0.pt ...     what each process has for itself: random states, what it has counted
-    trainer.json         where the run stands
-    manifest.json        size and checksum of all of these
+    engine/              DeepSpeed's shards: weights, optimizer, learning rate scheduler
+    process-0.pt ...     state of each rank: random number generators and metrics counted so far
+    trainer.json         trainer state: step, best loss, position in the data
+    manifest.json        size and checksum of each file
 """
 
 import json
@@ -37,26 +37,26 @@ ENGINE = "engine"
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; raised on all processes, whichever met the error."""
+    """Error that a checkpoint cannot be written. All ranks raise it, even if only one rank met the cause."""
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands.
+    """Position of a run in its training.
 
     Attributes:
         step: Optimizer steps done.
-        evaluated_step: The last step after which it was evaluated; -1: none.
-        best_loss: Lowest validation loss so far.
-        best_step: Step that had it.
-        n_worse: Evaluations since then.
-        n_skipped: Steps not applied, for a gradient was not finite.
-        n_skipped_in_row: Those since the last one that was applied.
-        n_documents: Documents read, over all processes.
-        order_batch: Documents of a step when the run began, by which their order is made.
-        order_segments: With batches of a number of tokens, most segments of one when the round began, likewise.
-        stage: Of the curriculum.
-        stage_began: Steps done when it began.
+        evaluated_step: Last step that was followed by an evaluation; -1: no step yet.
+        best_loss: Lowest validation loss.
+        best_step: Step with the lowest validation loss.
+        n_worse: Evaluations since `best_step`.
+        n_skipped: Steps that were not applied because a gradient was not finite.
+        n_skipped_in_row: Skipped steps since the last step that was applied.
+        n_documents: Documents read by all ranks.
+        order_batch: Documents per step when the run began. The document order is built from this number.
+        order_segments: Most segments in a batch when the current epoch began, if batches are sized in tokens.
+        stage: Stage of the curriculum.
+        stage_began: Steps done when the stage began.
     """
 
     step: int = 0
@@ -74,19 +74,14 @@ class TrainerState:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "TrainerState":
-        """As it was saved, by a version that may have known more of it or less."""
+        """Build a state from saved fields. Unknown fields are ignored; missing fields get their defaults."""
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in saved.items() if name in known})
 
 
 @dataclass
 class Resumed:
-    """What a run goes on from.
-
-    Attributes:
-        state: Where it stands.
-        figures: What this process has counted since the last line of the log.
-    """
+    """Trainer state and metrics from which a run continues. `figures`: metrics of this rank since the last log line."""
 
     state: TrainerState = field(default_factory=TrainerState)
     figures: dict[str, float] = field(default_factory=dict)
@@ -94,14 +89,14 @@ class Resumed:
 
 @dataclass
 class Checkpoints:
-    """Writes, finds and reads the checkpoints of a run. All processes call every method together.
+    """Writer and reader of the checkpoints of a run. All ranks must call each method together.
 
     Attributes:
-        folder: Holds all of them.
-        keep_last: How many of the newest are kept, beside that of the lowest validation loss.
-        keep_every: Those at multiples of so many steps are kept too; 0: none.
-        in_background: Let training go on while one is written.
-        trusts: Read one that has no manifest.
+        folder: Folder of all checkpoints.
+        keep_last: Number of newest checkpoints to keep, besides the one with the lowest validation loss.
+        keep_every: Keep the checkpoints at multiples of this number of steps too; 0: none.
+        in_background: Let training go on while a checkpoint is written.
+        trusts: Read a checkpoint that has no manifest.
     """
 
     folder: Path
@@ -116,19 +111,18 @@ class Checkpoints:
         self.writing_step = 0
 
     def save(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float] | None = None) -> None:
-        """Write a checkpoint, under its name only once it is complete, and remove those that may go then.
+        """Write a checkpoint of the engine and the trainer state, then delete old ones.
 
-        Args:
-            engine: Its weights and optimizer are saved.
-            state: Where the run stands.
-            figures: What this process has counted since the last line of the log.
+        The checkpoint gets its name when it is complete. `figures` are the metrics that this rank has counted since the
+        last line of the log.
 
         Raises:
-            CheckpointError: It could not be written, or the one before in the background. Those before are whole.
+            CheckpointError: This checkpoint, or the one before it in the background, cannot be written. Older ones are
+                intact.
         """
         self.wait()
         draft = self._draft(state.step)
-        self._agree(self._attempt_room(draft), state.step)
+        self._raise_on_all_ranks(self._make_draft(draft), state.step)
         self._gather(engine, state, figures or {}, draft)
         n_processes, best_step = world_size(), state.best_step
 
@@ -142,28 +136,24 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until what is being written is whole and has its name.
-
-        Raises:
-            CheckpointError: It could not be written.
-        """
+        """Wait until the current checkpoint is complete; raise CheckpointError if it cannot be written."""
         if self.writing is None:
             return
         error, self.writing = self.writing.exception(), None
-        self._agree(error, self.writing_step)
+        self._raise_on_all_ranks(error, self.writing_step)
 
     def load(self, engine: DeepSpeedEngine) -> Resumed:
-        """Continue from the newest checkpoint that is whole; from the beginning if the run ended before its first.
+        """Load the newest whole checkpoint, or return the state of step 0 if there is no checkpoint.
 
         Raises:
-            ValueError: None is whole, or it is one of another model.
+            ValueError: No checkpoint is whole, or the checkpoint belongs to another model.
         """
         path = self._newest_whole()
         if path is None:
             return Resumed()
         saved = json.loads((path / "trainer.json").read_text())
         only_first(lambda: _check_model(path, saved["written_by"], engine))
-        # checkpoints of older versions tell their precision by the names of DeepSpeed's files alone
+        # older checkpoints store their precision only in the names of DeepSpeed's files
         precision = "bf16" if any((path / ENGINE).glob("bf16_*")) else "fp32"
         state, then = TrainerState.of(saved["state"]), {"precision": precision, **saved["written_by"]}
         with keep_given_settings(engine):
@@ -182,8 +172,8 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
-    def _attempt_room(self, draft: Path) -> OSError | None:
-        """Make an empty folder; drafts that a crash left behind go. The error that the first process meets."""
+    def _make_draft(self, draft: Path) -> OSError | None:
+        """Delete drafts left by a crash and make an empty folder. Return the error that rank 0 met, if any."""
         if is_first():
             for leftover in self.folder.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -193,8 +183,8 @@ class Checkpoints:
                 return error
         return None
 
-    def _agree(self, error: BaseException | None, step: int) -> None:
-        """Stop all processes if any has met an error."""
+    def _raise_on_all_ranks(self, error: BaseException | None, step: int) -> None:
+        """Raise a CheckpointError on all ranks if any rank has met an error."""
         errors = gather_objects(None if error is None else f"process {rank()}: {error}")
         met = next((text for text in errors if text), None)
         if met is not None:
@@ -203,9 +193,8 @@ class Checkpoints:
             raise CheckpointError(text) from error
 
     def _gather(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float], draft: Path) -> None:
-        """Gather what this process has to write."""
         engine.checkpoint_engine = self.files
-        # scripts that make one file of the shards, which RUN/model makes needless
+        # DeepSpeed copies a script that merges shards; RUN/model already holds the merged weights
         engine._copy_recovery_script = lambda folder: None
         engine.save_checkpoint(str(draft), tag=ENGINE, save_latest=False)
         self.files.save(process_state(figures), draft / f"process-{rank()}.pt")
@@ -214,9 +203,8 @@ class Checkpoints:
             self.files.save_json(content, draft / "trainer.json")
 
     def _publish(self, draft: Path, n_processes: int, best_step: int) -> None:
-        """Give a draft its name, on the process that was the last to write its part."""
         try:
-            # two may be the last
+            # two ranks may be the last to finish; the rank that creates this file renames the draft
             (draft / ".last").touch(exist_ok=False)
         except (FileExistsError, FileNotFoundError):
             return
@@ -234,10 +222,9 @@ class Checkpoints:
             _remove(self._path(old))
 
     def _newest_whole(self) -> Path | None:
-        """The newest whole checkpoint, each process having read its share of the files. None if there is none at all.
+        """Find the newest whole checkpoint; raise ValueError if there are checkpoints, but none is whole.
 
-        Raises:
-            ValueError: There are some, but none is whole.
+        The ranks divide the files among them. Without any checkpoint, return None.
         """
         only_first(self._undo_replacement)
         steps = from_first(self._steps() if is_first() else None)
@@ -250,11 +237,11 @@ class Checkpoints:
             damage.append(f"{self._path(step)}: {found[0]}")
             if is_first():
                 say(f"warning: {damage[-1]}; it is passed over")
-        only_first(lambda: _refuse(damage))
+        only_first(lambda: _raise_if_damaged(damage))
         return None
 
     def _undo_replacement(self) -> None:
-        """One that another of the same step was just about to replace is there again."""
+        """Restore a checkpoint if a crash interrupted its replacement by a new one of the same step."""
         for replaced in self.folder.glob(".step-*.replaced"):
             final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
             if not final.exists():
@@ -270,7 +257,7 @@ class Checkpoints:
         return [problem for share in gather_objects(own) for problem in share]
 
     def _set_aside(self, steps: Sequence[int]) -> None:
-        """Take their names from checkpoints that are damaged, so that none is kept in the place of a whole one."""
+        """Rename damaged checkpoints, so that they do not count among the `keep_last` newest."""
         if is_first():
             for step in steps:
                 path = self._path(step)
@@ -285,7 +272,7 @@ class Checkpoints:
         assert loaded, f"DeepSpeed cannot read {path}"
 
     def _load_universal(self, engine: DeepSpeedEngine, path: Path, stage_then: int) -> None:
-        """Load what was written by other processes, through a folder that goes away again."""
+        """Load a checkpoint of another world size, ZeRO stage or precision, through a temporary converted copy."""
         converted = self.folder / ".universal"
         stage = engine.zero_optimization_stage()
 
@@ -303,18 +290,17 @@ class Checkpoints:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Take its name away first: one that is half removed is no checkpoint."""
+    """Rename the checkpoint before deleting it, so that a half-deleted folder never has a checkpoint's name."""
     if checkpoint.exists():
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")), ignore_errors=True)
 
 
-def _refuse(damage: Sequence[str]) -> None:
+def _raise_if_damaged(damage: Sequence[str]) -> None:
     if damage:
         raise ValueError(f"no checkpoint is whole: {'; '.join(damage)}")
 
 
 def _written_by(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """By whom a checkpoint is written."""
     parameters = [
         [name, list(getattr(parameter, "ds_shape", parameter.shape)), parameter.requires_grad]
         for name, parameter in engine.module.named_parameters()
@@ -337,7 +323,7 @@ def _check_model(path: Path, then: dict[str, Any], engine: DeepSpeedEngine) -> N
 
 
 def _continue_process(path: Path, n_processes: int, step: int) -> dict[str, float]:
-    """Restore this process's random states; what it has counted."""
+    """Restore this rank's random states and return its counted metrics."""
     if n_processes == world_size():
         own = read_tensors(path / f"process-{rank()}.pt")
         continue_random_states(own["random_states"])

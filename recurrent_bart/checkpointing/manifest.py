@@ -1,7 +1,7 @@
-"""What a checkpoint consists of: size and checksum of each of its files.
+"""Manifest of a checkpoint: size and checksum of each file.
 
-Each process hashes what it writes while it writes it, and leaves `part-RANK.json`. When the part of every process is
-there the parts become `manifest.json`, so a folder that has one is whole.
+Each rank hashes its files while it writes them, and then writes `part-RANK.json`. When the parts of all ranks exist,
+they are joined into `manifest.json`. A folder with a `manifest.json` is therefore complete.
 """
 
 import hashlib
@@ -12,38 +12,33 @@ from pathlib import Path
 from typing import IO, Any
 
 MANIFEST = "manifest.json"
-# read and hashed at a time
+# size of one read in bytes, 4 MiB
 CHUNK_BYTES = 1 << 22
 
 
 class HashedFile:
-    """A file that is written from its beginning to its end, hashed on the way."""
+    """File that is written sequentially and hashed at the same time."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.n_bytes, self.hash = file, 0, hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        """Write bytes."""
+        """Write bytes, update the hash, and return the number of bytes written."""
         self.hash.update(data)
         self.n_bytes += memoryview(data).nbytes
         return self.file.write(data)
 
     def flush(self) -> None:
-        """Hand what was written to the operating system."""
+        """Flush the buffer of the file."""
         self.file.flush()
 
     def record(self) -> dict[str, Any]:
-        """Size and checksum so far."""
+        """Return the number of bytes written and their SHA-256 checksum."""
         return {"bytes": self.n_bytes, "sha256": self.hash.hexdigest()}
 
 
 def write_and_fsync(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
-    """Write a file so that it outlasts the machine's next moment; its size and checksum.
-
-    Args:
-        path: The file.
-        write: Called with a file to write into.
-    """
+    """Write and fsync a file; return its size and checksum. `write` is called with the open file."""
     with path.open("wb") as file:
         hashed = HashedFile(file)
         write(hashed)
@@ -53,12 +48,12 @@ def write_and_fsync(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> dict[str, Any]:
-    """`write_and_fsync` of something as JSON."""
+    """Write and fsync content as JSON; return the size and checksum of the file."""
     return write_and_fsync(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 def fsync_directories(folder: Path) -> None:
-    """What a folder lists outlasts the machine's next moment too."""
+    """Fsync one folder, so that its list of files survives a crash of the host."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,19 +62,19 @@ def fsync_directories(folder: Path) -> None:
 
 
 def write_part(folder: Path, rank: int, files: Mapping[str, dict[str, Any]]) -> None:
-    """Say which files a process has written, all of them."""
+    """Write the list of all files that one rank has written."""
     draft = folder / f".part-{rank}"
     write_json(draft, files)
     draft.rename(folder / f"part-{rank}.json")
 
 
 def has_all_parts(folder: Path, n_processes: int) -> bool:
-    """Whether every process has written its files."""
+    """Return True if every rank has written its files."""
     return all((folder / f"part-{rank}.json").exists() for rank in range(n_processes))
 
 
 def join_parts(folder: Path, n_processes: int, **facts: Any) -> None:
-    """Make the parts of all processes the folder's manifest, with further facts."""
+    """Join the parts of all ranks into the manifest of the folder, with additional facts."""
     files: dict[str, Any] = {}
     parts = [folder / f"part-{rank}.json" for rank in range(n_processes)]
     for part in parts:
@@ -87,16 +82,14 @@ def join_parts(folder: Path, n_processes: int, **facts: Any) -> None:
     write_json(folder / MANIFEST, {**facts, "files": files})
     for part in parts:
         part.unlink()
-    for place in {folder, *((folder / name).parent for name in files)}:
-        fsync_directories(place)
+    for directory in {folder, *((folder / name).parent for name in files)}:
+        fsync_directories(directory)
 
 
 def problems(folder: Path, share: slice = slice(None)) -> list[str]:
-    """What is wrong with the files of a checkpoint, each named; empty if it is whole.
+    """Return one message per damaged or missing file of a checkpoint; an empty list if the checkpoint is whole.
 
-    Args:
-        folder: The checkpoint.
-        share: Which of its files to read, so that processes can divide them.
+    `share` selects part of the sorted list of files, so that ranks can divide the work.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -105,10 +98,10 @@ def problems(folder: Path, share: slice = slice(None)) -> list[str]:
         return [f"there is no {MANIFEST}"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{MANIFEST} is unreadable ({error})"]
-    return list(_wrong(folder, listed[share]))
+    return list(_file_problems(folder, listed[share]))
 
 
-def _wrong(folder: Path, listed: Iterable[tuple[str, int, str]]) -> Iterable[str]:
+def _file_problems(folder: Path, listed: Iterable[tuple[str, int, str]]) -> Iterable[str]:
     for name, n_bytes, sha256 in listed:
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):

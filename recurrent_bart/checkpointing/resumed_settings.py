@@ -1,4 +1,4 @@
-"""What this run's flags say and a checkpoint would silently overrule with those of the time it was written."""
+"""Optimizer settings that a resumed run takes from its flags and not from the checkpoint."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,18 +8,19 @@ from deepspeed import DeepSpeedEngine
 
 @contextlib.contextmanager
 def keep_given_settings(engine: DeepSpeedEngine) -> Iterator[None]:
-    """While a checkpoint is loaded: clipping, weight decay, betas and highest learning rates are this run's afterwards.
+    """Restore clipping, weight decay, betas and peak learning rates after a checkpoint is loaded in this block.
 
-    DeepSpeed's universal format has those of one group of parameters for all of them.
+    DeepSpeed overwrites them with the checkpoint's values. Its universal format keeps only one parameter group's
+    values.
     """
     optimizer, scheduler = engine.optimizer, engine.lr_scheduler
     clip, base_rates = optimizer.clip_grad, scheduler and scheduler.base_lrs
-    kept = [
+    given = [
         {name: group[name] for name in ("weight_decay", "betas") if name in group} for group in optimizer.param_groups
     ]
     yield
     optimizer.clip_grad = clip
-    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+    for group, settings in zip(optimizer.param_groups, given, strict=True):
         group.update(settings)
     if scheduler:
         scheduler.base_lrs = base_rates

@@ -1,6 +1,6 @@
-"""A checkpoint read by another number of processes, or under another ZeRO stage, than wrote it.
+"""Checkpoints that are loaded with another world size, ZeRO stage or precision.
 
-DeepSpeed's universal format holds every parameter and both moments of it whole, so each process can take its own part.
+DeepSpeed's universal format stores each parameter and its two Adam moments unsharded. Each rank reads its own part.
 """
 
 import argparse
@@ -18,38 +18,32 @@ from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PAR
 
 from recurrent_bart.checkpointing.checkpoint_files import read_tensors, refuse_code
 
-# what DeepSpeed reads the counts of steps from: those of every process hold the same ones
+# file from which DeepSpeed reads the step counts, by ZeRO stage; the counts are equal on all ranks
 MODEL_STATES = {2: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
 
 
 def write_universal(shards: Path, output: Path, stage_then: int, stage_now: int) -> None:
-    """Write what all processes of a checkpoint had in the universal format.
-
-    Args:
-        shards: DeepSpeed's folder of the checkpoint.
-        output: Folder to write.
-        stage_then: ZeRO stage that wrote it.
-        stage_now: ZeRO stage that will read it.
+    """Convert the shards that ZeRO stage `stage_then` wrote into the universal format, for ZeRO stage `stage_now`.
 
     Raises:
-        ValueError: A file holds something that would have to be run.
+        ValueError: A file holds an object that `torch.load` refuses because it could run code.
     """
     settings = argparse.Namespace(
         input_folder=str(shards),
         output_folder=str(output),
-        # processes of its own would be forked from one that talks to others
+        # more workers would be forked from a process that has a process group, which is unsafe
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        # ZeRO-2 does not write which parameters are split over processes: none is
+        # ZeRO-2 does not store which parameters use tensor parallelism; none does
         inject_missing_state=True,
     )
     with contextlib.ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, "w"))
-        # it prints a page, and a bar for each part
-        stack.enter_context(contextlib.redirect_stdout(nowhere))
-        stack.enter_context(contextlib.redirect_stderr(nowhere))
+        null_device = stack.enter_context(open(os.devnull, "w"))
+        # the converter prints a page of text and one progress bar per part
+        stack.enter_context(contextlib.redirect_stdout(null_device))
+        stack.enter_context(contextlib.redirect_stderr(null_device))
         stack.enter_context(refuse_code())
         try:
             ds_to_universal.main(settings)
@@ -61,20 +55,20 @@ def write_universal(shards: Path, output: Path, stage_then: int, stage_now: int)
 
 @contextlib.contextmanager
 def reading_universal(engine: DeepSpeedEngine) -> Iterator[None]:
-    """While it lasts, the engine reads checkpoints in the universal format."""
+    """Let the engine read checkpoints in the universal format, within this block."""
     engine._config.load_universal_checkpoint = True
     try:
         with refuse_code():
             yield
     finally:
         engine._config.load_universal_checkpoint = False
-    # ZeRO-3 has given all groups of parameters one and the same count, which each of them would then add to
+    # ZeRO-3 loads one step tensor that all parameter groups share, so each group would increment it once per step
     for state in engine.optimizer.optimizer.state.values():
         state["step"] = state["step"].clone()
 
 
 def _change_stage(universal: Path, stage_then: int, stage_now: int) -> None:
-    """Put what is there in the form in which the other stage looks for it."""
+    """Convert a universal checkpoint from the file layout of one ZeRO stage to that of another."""
     names = [MODEL_STATES[3 if stage == 3 else 2] for stage in (stage_then, stage_now)]
     (universal / names[0]).rename(universal / names[1])
     file = universal / "zero" / "optimizer_state.pt"

@@ -1,4 +1,4 @@
-"""What each process finds out about its node before a long run, and how fast it reaches the others."""
+"""Checks that each rank makes of its node before a long run: GPUs, memory, disk, network, clock."""
 
 import contextlib
 import json
@@ -18,27 +18,27 @@ from recurrent_bart.training.environment import Rendezvous
 
 GIB = 2**30
 DISK_TEST_BYTES = 32 * 2**20
-# of a GPU that nobody else uses
-FREE_SHARE = 0.9
-# as many as fill the network; a processor would take seconds for those of a GPU
+# smallest share of free memory on a GPU that no other process uses
+LEAST_FREE_SHARE = 0.9
+# bytes of one all-reduce: enough to saturate the network; on a CPU the GPU's size would take seconds
 REDUCED_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
 N_REDUCTIONS = 5
 
 
 @dataclass
 class Report:
-    """What one process found.
+    """Result of the checks of one rank.
 
     Attributes:
-        host: Name of its node.
-        problems: What is wrong there, in words.
-        n_gpus: GPUs it sees.
-        memory_bytes: Memory of the node that is free.
-        disk_bytes: Free space of the folder that all share.
-        disk_rate: Bytes a second that it wrote there.
-        clock: Seconds since 1970, at a moment that is the same for all.
-        within: Bytes a second of an all-reduce on the node; None where it has one process.
-        between: Likewise with each neighbouring node, by its number.
+        host: Name of the node.
+        problems: One message per problem.
+        n_gpus: GPUs that the rank sees.
+        memory_bytes: Free CPU memory of the node.
+        disk_bytes: Free space in the shared folder.
+        disk_rate: Write rate to the shared folder in bytes per second.
+        clock: Seconds since the epoch, read right after a barrier of all ranks.
+        within: All-reduce rate on the node in bytes per second; None for a node with one process.
+        between: All-reduce rate with each neighbouring node in bytes per second, by the node's number.
     """
 
     host: str
@@ -53,7 +53,7 @@ class Report:
 
 
 def check_node(local_rank: int, n_gpus: int, shared: Path, scratch: Path) -> Report:
-    """Everything that needs no other process."""
+    """Run the checks that need no other rank: GPUs, CPU memory and disk."""
     report = Report(socket.gethostname(), n_gpus=torch.cuda.device_count())
     report.memory_bytes = psutil.virtual_memory().available
     report.problems += _gpu_problems(local_rank, report.n_gpus, n_gpus)
@@ -75,52 +75,47 @@ def _gpu_problems(local_rank: int, n_seen: int, n_expected: int) -> Iterator[str
         except RuntimeError as error:
             yield f"GPU {local_rank} does not work ({str(error).splitlines()[0]})"
         else:
-            if free < FREE_SHARE * total:
+            if free < LEAST_FREE_SHARE * total:
                 yield f"GPU {local_rank}: {(total - free) / GIB:.0f} of {total / GIB:.0f} GiB are taken"
 
 
 def write_rate(folder: Path) -> float:
-    """Bytes a second that reach the disk.
-
-    Raises:
-        OSError: They do not.
-    """
-    place = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
+    """Measure the bytes per second that reach the disk; raise OSError if the folder cannot be written."""
+    probe_file = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
     megabyte = os.urandom(2**20)
     started = time.perf_counter()
     try:
-        with place.open("wb") as file:
+        with probe_file.open("wb") as file:
             for _ in range(DISK_TEST_BYTES // len(megabyte)):
                 file.write(megabyte)
             file.flush()
             os.fsync(file.fileno())
     finally:
         with contextlib.suppress(OSError):
-            place.unlink(missing_ok=True)
+            probe_file.unlink(missing_ok=True)
     return DISK_TEST_BYTES / (time.perf_counter() - started)
 
 
 def meet(meeting: Rendezvous, seconds: float) -> dist.TCPStore:
-    """Where processes leave what they found, even such as cannot take part in a collective.
+    """Connect to the store for reports; raise RuntimeError if rank 0 does not answer.
 
-    Raises:
-        RuntimeError: The first process does not answer.
+    A store also works for ranks that cannot take part in a collective.
     """
     timeout = timedelta(seconds=seconds)
     is_first = meeting.rank == 0
-    # the first one does not wait: it is to say who is missing
+    # rank 0 does not wait for the workers, so that it can report which are missing
     return dist.TCPStore(
         meeting.address, meeting.port, meeting.world_size, is_first, timeout=timeout, wait_for_workers=False
     )
 
 
 def leave(store: dist.Store, stage: str, rank: int, report: Report) -> None:
-    """Let the first process read it."""
+    """Put a report into the store for rank 0."""
     store.set(f"{stage}-{rank}", json.dumps(asdict(report)))
 
 
 def collect(store: dist.Store, stage: str, world_size: int, seconds: float) -> list[Report | None]:
-    """What every process has left, in order of rank; None for those that leave nothing in time."""
+    """Read the reports of all ranks, in order of rank. A rank that reports nothing in time gives None."""
     end = time.monotonic() + seconds
     found: list[Report | None] = []
     for rank in range(world_size):
@@ -133,16 +128,16 @@ def collect(store: dist.Store, stage: str, world_size: int, seconds: float) -> l
 
 
 def neighbours(n_nodes: int) -> list[tuple[int, int]]:
-    """Pairs of nodes whose network is measured, each node in two: a slow one is slow in both.
+    """Return the pairs of nodes between which the network is measured; a slow node is slow in both of its pairs.
 
-    Pairs that share no node come one after the other, so that they are measured at the same time.
+    Pairs that share no node are adjacent in the list, so they are measured at the same time.
     """
     ring = [(node, (node + 1) % n_nodes) for node in range(n_nodes)] if n_nodes > 2 else [(0, 1)][: n_nodes - 1]
     return ring[::2] + ring[1::2]
 
 
 def measure_network(report: Report, meeting: Rendezvous, store: dist.Store, n_per_node: int, seconds: float) -> None:
-    """All-reduce on the node and with its neighbours; all processes call it, and have the same clock at its end."""
+    """Measure all-reduce rates on the node and with neighbours; read the clock after a barrier. All ranks call it."""
     device = torch.device("cuda", meeting.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -159,7 +154,7 @@ def measure_network(report: Report, meeting: Rendezvous, store: dist.Store, n_pe
         if first == node * n_per_node and n_per_node > 1:
             report.within = reduction_rate(group, device)
     for pair in neighbours(meeting.world_size // n_per_node):
-        ranks = [place * n_per_node + local for place in sorted(pair) for local in range(n_per_node)]
+        ranks = [number * n_per_node + local for number in sorted(pair) for local in range(n_per_node)]
         group = dist.new_group(ranks)
         if node in pair:
             other = pair[0] if node == pair[1] else pair[1]
@@ -172,14 +167,14 @@ def measure_network(report: Report, meeting: Rendezvous, store: dist.Store, n_pe
 
 
 def reduction_rate(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Bytes a second that each process sends in an all-reduce, the fastest of some."""
+    """Return the rate in bytes per second at which a rank sends in an all-reduce: the best of `N_REDUCTIONS`."""
     values = torch.ones(REDUCED_BYTES[device.type] // 4, device=device)
     size, best = dist.get_world_size(group), float("inf")
-    # the first one connects
+    # the first all-reduce also opens the connections
     for _ in range(N_REDUCTIONS + 1):
         started = time.perf_counter()
         dist.all_reduce(values, group=group)
-        # what was summed is there
+        # reading an element waits for the result
         values[0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * (size - 1) / size * values.nbytes / best

@@ -1,4 +1,4 @@
-"""Which nodes are not fit for a long run, and why, from what their processes found."""
+"""Decision which nodes are unfit for a long run, from the reports of their ranks."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from recurrent_bart.cluster.node_checks import GIB, Report
 
-# a node that is slower than this share of the others' is not as they are
-SHARE_OF_OTHERS = 0.5
+# smallest accepted share of the median all-reduce rate of all nodes
+LEAST_SHARE_OF_MEDIAN = 0.5
 
 
 @dataclass(frozen=True)
 class Expectations:
-    """What a node must have at least.
+    """Minimum requirements of a node.
 
     Attributes:
-        memory_gib: Free memory.
-        disk_gib: Free space in the folder that all share.
-        within: GB/s of an all-reduce on it.
-        between: GB/s of an all-reduce with a neighbour.
-        clock_seconds: What its clock may be off.
+        memory_gib: Free CPU memory in GiB.
+        disk_gib: Free space in the shared folder in GiB.
+        within: All-reduce rate on the node in GB/s.
+        between: All-reduce rate with a neighbouring node in GB/s.
+        clock_seconds: Largest accepted difference from the median clock in seconds.
     """
 
     memory_gib: float
@@ -31,52 +31,43 @@ class Expectations:
 
 @dataclass
 class Node:
-    """One node, all its processes together.
-
-    Attributes:
-        name: Of the host.
-        reports: Of its processes; None for those that said nothing.
-    """
+    """Reports of all ranks of one node; None for a rank that reported nothing."""
 
     name: str
     reports: list[Report | None]
 
     @property
     def found(self) -> list[Report]:
-        """What there is of reports."""
+        """Reports that arrived."""
         return [report for report in self.reports if report]
 
     @property
     def within(self) -> float | None:
-        """GB/s on the node."""
+        """All-reduce rate on the node in GB/s; None if it was not measured."""
         rates = [report.within for report in self.found if report.within]
         return min(rates) / 1e9 if rates else None
 
     @property
     def between(self) -> float | None:
-        """GB/s with the neighbour that it reaches best: a bad neighbour is not its fault."""
+        """All-reduce rate in GB/s with the neighbour that is reached fastest; a slow neighbour does not count."""
         neighbours = {name for report in self.found for name in report.between}
         rates = [min(r.between[name] for r in self.found if name in r.between) for name in neighbours]
         return max(rates) / 1e9 if rates else None
 
     def line(self) -> str:
-        """Its figures in a line."""
+        """Return the measurements of the node as one line of text."""
         if not self.found:
             return self.name
         first = self.found[0]
-        figures = [f"{first.n_gpus} GPUs", f"{first.memory_bytes / GIB:.0f} GiB of memory free"]
-        figures += [f"{first.disk_bytes / GIB:.0f} GiB of disk free, written at {first.disk_rate / 1e6:.0f} MB/s"]
-        figures += [f"all-reduce {self.within:.1f} GB/s on it"] if self.within else []
-        figures += [f"all-reduce {self.between:.1f} GB/s with the next"] if self.between else []
-        return f"{self.name}: {', '.join(figures)}"
+        parts = [f"{first.n_gpus} GPUs", f"{first.memory_bytes / GIB:.0f} GiB of memory free"]
+        parts += [f"{first.disk_bytes / GIB:.0f} GiB of disk free, written at {first.disk_rate / 1e6:.0f} MB/s"]
+        parts += [f"all-reduce {self.within:.1f} GB/s on it"] if self.within else []
+        parts += [f"all-reduce {self.between:.1f} GB/s with the next"] if self.between else []
+        return f"{self.name}: {', '.join(parts)}"
 
 
 def by_node(reports: Sequence[Report | None], n_per_node: int, hosts: Sequence[str]) -> list[Node]:
-    """Group what processes found, which are counted node by node.
-
-    Args:
-        hosts: Names of the nodes, for such as say nothing; may be empty.
-    """
+    """Group reports in order of rank by node. `hosts` names the nodes without any report; it may be empty."""
     nodes = []
     for first in range(0, len(reports), n_per_node):
         own = list(reports[first : first + n_per_node])
@@ -87,7 +78,7 @@ def by_node(reports: Sequence[Report | None], n_per_node: int, hosts: Sequence[s
 
 
 def judge(nodes: Sequence[Node], expected: Expectations) -> dict[str, list[str]]:
-    """What is wrong with each node; those with which nothing is are left out."""
+    """Return the problems of each unfit node by its name. Nodes without a problem are not in the result."""
     clocks = [report.clock for node in nodes for report in node.found if report.clock]
     typical = {name: _median([getattr(node, name) for node in nodes]) for name in ("within", "between")}
     wrong = {}
@@ -98,7 +89,7 @@ def judge(nodes: Sequence[Node], expected: Expectations) -> dict[str, list[str]]
         problems += _too_little(node, expected)
         for name, place in (("within", "on it"), ("between", "with the next")):
             rate = getattr(node, name)
-            least = max(getattr(expected, name), SHARE_OF_OTHERS * typical[name])
+            least = max(getattr(expected, name), LEAST_SHARE_OF_MEDIAN * typical[name])
             if rate is not None and rate < least:
                 problems.append(f"all-reduce {place} at {rate:.2g} GB/s, expected {least:.2g}")
         off = max((abs(r.clock - statistics.median(clocks)) for r in node.found if r.clock), default=0.0)
@@ -111,7 +102,7 @@ def judge(nodes: Sequence[Node], expected: Expectations) -> dict[str, list[str]]
 def _too_little(node: Node, expected: Expectations) -> list[str]:
     problems = []
     memory = min((report.memory_bytes / GIB for report in node.found), default=expected.memory_gib)
-    # where nothing can be written, that is told already
+    # a folder that cannot be written is already among the problems
     disk = min((report.disk_bytes / GIB for report in node.found if report.disk_rate), default=expected.disk_gib)
     if memory < expected.memory_gib:
         problems.append(f"{memory:.1f} GiB of memory free, expected {expected.memory_gib:g}")

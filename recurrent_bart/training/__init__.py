@@ -1,6 +1,6 @@
-"""Our own loop over a DeepSpeed engine, and what it needs."""
+"""Training loop on a DeepSpeed engine, and the preparation of a run."""
 
 import logging
 
-# DeepSpeed looks for a GPU while it is imported, and warns if there is none. The line `engine` of a run says it too
+# DeepSpeed warns at import if there is no GPU. The line `engine` of a run already names the device
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

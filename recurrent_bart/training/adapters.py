@@ -1,4 +1,4 @@
-"""Which parameters are trained: all, the recurrence's alone, or low-rank adapters beside it."""
+"""Choice of trained parameters: all, only the recurrence, or the recurrence and low-rank adapters."""
 
 import importlib.util
 
@@ -9,18 +9,18 @@ from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.training.arguments import ModelArguments
 from recurrent_bart.training.optimization import is_adapter
 
-# as in the paper, arXiv 2106.09685, and in the field's usual settings
+# the projections that the LoRA paper adapts, arXiv 2106.09685
 ADAPTED = ("q_proj", "v_proj")
 ADAPTER = "default"
 
 
 def choose_trained(model: nn.Module, arguments: ModelArguments) -> None:
-    """Freeze what `--train` and `--lora_r` leave as it is; put adapters in place.
+    """Freeze parameters according to `--train` and `--lora_r`, and inject adapters.
 
-    Adapters go into the model itself, which keeps its class, its names and its methods.
+    The adapters are injected in place, so the model keeps its class, parameter names and methods.
 
     Raises:
-        ValueError: Adapters are asked for and peft is not installed.
+        ValueError: Adapters are requested and peft is not installed.
     """
     if arguments.lora_r:
         _inject(model, arguments)
@@ -30,7 +30,7 @@ def choose_trained(model: nn.Module, arguments: ModelArguments) -> None:
 
 
 def merged(weights: dict[str, Tensor], arguments: ModelArguments) -> dict[str, Tensor]:
-    """Weights of a model with adapters as those of one without: `W + alpha / r * B A`."""
+    """Merge adapters into the weights of a model, as `W + alpha / r * B A`; the result has no adapters."""
     scale = arguments.lora_strength() / max(1, arguments.lora_r)
     plain = {name: weight for name, weight in weights.items() if ".base_layer." not in name and not is_adapter(name)}
     for name in weights:
@@ -51,5 +51,5 @@ def _inject(model: nn.Module, arguments: ModelArguments) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_strength(), target_modules=list(ADAPTED))
-    # not the model itself: it would have PEFT train a copy of the recurrence, which is trained in place here
+    # the model is wrapped because PEFT would otherwise train a copy of the recurrence; here the original is trained
     inject_adapter_in_model(config, nn.ModuleDict({"adapted": model}), adapter_name=ADAPTER)

@@ -1,4 +1,4 @@
-"""What a run is told on the command line. One dataclass for each concern; every field is a flag."""
+"""Command-line arguments of a run. There is one dataclass per concern, and every field is a flag."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -25,14 +25,14 @@ TRAINED = ("all", "prefix")
 
 
 def flag(default: Any, text: str) -> Any:
-    """A field with its line of documentation."""
+    """Declare a dataclass field with a default and the help text of its flag."""
     return field(default=default, metadata={"help": text})
 
 
 def _check_at_least(arguments: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
-        # so that nan is refused too
+        # `not >=` refuses NaN too
         if value is not None and not value >= least:
             raise ValueError(f"--{name} {value}: must be at least {least:g}")
 
@@ -50,35 +50,114 @@ def _check_choice(arguments: Any, name: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass
 class ModelArguments:
-    """Which model; what is not given stays as the checkpoint or RecurrentBartConfig has it."""
+    """Flags of the model. A flag that is not given keeps the model's value, or RecurrentBartConfig's default."""
 
-    model_name_or_path: str | None = flag(None, "pretrained BART or Recurrent BART; without it, one from scratch")
-    model_size: str = flag("tiny", "size of a model from scratch: tiny, small, base or large")
-    tokenizer_name: str | None = flag(None, "tokenizer to use instead of the model's own")
-    trust_remote_code: bool = flag(False, "run the code that a tokenizer's folder or repository brings along")
-    vocab_size: int = flag(4096, "ids of a tokenizer trained for a model from scratch")
-    pre_seq_len: int | None = flag(None, "prefix positions and slots, the width of the state; 0: no recurrence")
-    segment_size: int | None = flag(None, "tokens of a segment")
-    input_size: int | None = flag(None, "token positions the encoder sees per segment; more than segment_size: overlap")
-    max_n_segments: int | None = flag(8, "segments kept per document in training and its evaluations; -1: all")
-    bptt_depth: int | None = flag(None, "segment boundaries that gradient crosses; -1: all")
-    prefix_projection: bool | None = flag(None, "project the state by an MLP, not by the layer's own k_proj, v_proj")
-    prefix_hidden_size: int | None = flag(None, "width of that MLP")
-    hidden_dropout_prob: float | None = flag(None, "dropout on the projected prefix")
-    recurrence: str | None = flag(None, "layerwise: a state per layer; top: one, from the top to the bottom; none")
-    prefix_attention: str | None = flag(None, "gated or concat")
-    decoder_context: str | None = flag(
-        None, "what the decoder sees: last, memory, section or all segments; of a new model section for --task sections"
+    model_name_or_path: str | None = flag(
+        None,
+        "path or Hugging Face Hub name of a pretrained BART or Recurrent BART; if not given: a new model of size "
+        "--model_size",
     )
-    context_segments: int | None = flag(None, "segments that memory, section and all show, the last ones; -1: all")
-    update_gate: bool | None = flag(None, "carry the state over through a learned gate")
-    associative_memory: bool | None = flag(None, "beside the slots, a matrix per head from tokens' keys to values")
-    matrix_gate_init: float | None = flag(None, "its gates before training; 0: closed, 1: open, from scratch")
-    schedule: str | None = flag(None, "order of computation: sequential, wavefront (by diagonals) or auto, the faster")
-    dropout: float | None = flag(None, "BART's dropout")
-    train: str = flag("all", "all: every parameter; prefix: the recurrence's alone, the rest stays as it is")
-    lora_r: int = flag(0, "rank of adapters on q_proj and v_proj, trained beside the recurrence (needs peft); 0: none")
-    lora_alpha: int | None = flag(None, "what they are scaled by, over lora_r; default: twice lora_r")
+    model_size: str = flag(
+        "tiny", "size of a new model: tiny, small, base or large; not used with --model_name_or_path"
+    )
+    tokenizer_name: str | None = flag(
+        None,
+        "path or Hugging Face Hub name of a tokenizer; if not given: the pretrained model's tokenizer, or one trained "
+        "on the training documents",
+    )
+    trust_remote_code: bool = flag(False, "run Python code that is stored beside the tokenizer")
+    vocab_size: int = flag(4096, "number of ids of a tokenizer that is trained for a new model")
+    pre_seq_len: int | None = flag(
+        None,
+        "number of prefix positions per segment, which is also the width of the state; 0: no recurrence; if not "
+        "given: the pretrained model's value, else 20",
+    )
+    segment_size: int | None = flag(
+        None,
+        "tokens per segment, special tokens included; if not given: the pretrained model's value, else 512 (256 for "
+        "--model_size tiny)",
+    )
+    input_size: int | None = flag(
+        None,
+        "token positions that the encoder reads per segment; positions beyond --segment_size repeat the end of the "
+        "previous segment; if not given: --segment_size",
+    )
+    max_n_segments: int | None = flag(
+        8, "segments read per document in training and its evaluations; longer documents are cut; -1: all"
+    )
+    bptt_depth: int | None = flag(
+        None,
+        "number of segment boundaries that gradients cross (truncated BPTT); 0: none; -1: all; if not given: the "
+        "pretrained model's value, else 2",
+    )
+    prefix_projection: bool | None = flag(
+        None,
+        "compute the prefix keys and values from the state with an MLP; if false, with the layer's k_proj and v_proj; "
+        "if not given: the pretrained model's value, else true",
+    )
+    prefix_hidden_size: int | None = flag(
+        None, "hidden width of the MLP of --prefix_projection; if not given: the pretrained model's value, else 512"
+    )
+    hidden_dropout_prob: float | None = flag(
+        None,
+        "dropout probability on the projected prefix, from 0 to below 1; if not given: the pretrained model's value, "
+        "else 0.1",
+    )
+    recurrence: str | None = flag(
+        None,
+        "layerwise: one state per layer; top: one state, passed from the last layer to the first layer of the next "
+        "segment; none: no state; if not given: the pretrained model's value, else layerwise",
+    )
+    prefix_attention: str | None = flag(
+        None,
+        "concat: one softmax over prefix and tokens; gated: a separate softmax over the prefix, added through a gate "
+        "per head; if not given: the pretrained model's value, else concat",
+    )
+    decoder_context: str | None = flag(
+        None,
+        "encoder output that the decoder attends to: last (tokens of the last segment), memory (states of all "
+        "segments and tokens of the last), section (tokens since the previous target) or all (tokens of all "
+        "segments); if not given: a Recurrent BART's value, else last, or section with --task sections",
+    )
+    context_segments: int | None = flag(
+        None,
+        "with --decoder_context memory, section or all, show the decoder only the last N segments; -1: all; if not "
+        "given: the pretrained model's value, else -1",
+    )
+    update_gate: bool | None = flag(
+        None,
+        "update the state through a learned gate; if false, replace it; if not given: the pretrained model's value, "
+        "else true",
+    )
+    associative_memory: bool | None = flag(
+        None,
+        "add to each layer a matrix per head that maps the keys of earlier tokens to their values; needs --recurrence "
+        "layerwise; if not given: the pretrained model's value, else false",
+    )
+    matrix_gate_init: float | None = flag(
+        None,
+        "initial value of the gates of --associative_memory; 0: closed; 1: open, better for a new model; if not "
+        "given: the pretrained model's value, else 0",
+    )
+    schedule: str | None = flag(
+        None,
+        "order of the encoder's computation: sequential (segment by segment), wavefront (independent segments and "
+        "layers at once) or auto (the faster); if not given: the pretrained model's value, else auto",
+    )
+    dropout: float | None = flag(
+        None, "BART's dropout probability, from 0 to below 1; if not given: the pretrained model's value, else 0.1"
+    )
+    train: str = flag("all", "trained parameters: all, or prefix (only the recurrence)")
+    lora_r: int = flag(
+        0,
+        "rank of low-rank adapters on q_proj and v_proj, trained together with the recurrence; needs the package "
+        "peft; 0: no adapters",
+    )
+    lora_alpha: int | None = flag(
+        None,
+        "scale of the adapters of --lora_r: their output is multiplied by lora_alpha / lora_r; if not given: 2 x "
+        "lora_r",
+    )
 
     def __post_init__(self) -> None:
         _check_at_least(self, 0, "dropout")
@@ -92,38 +171,71 @@ class ModelArguments:
             raise ValueError("--train prefix: with --pre_seq_len 0 there is no prefix to train")
 
     def lora_strength(self) -> int:
-        """What the adapters' part is scaled by, over `lora_r`."""
+        """Return LoRA's alpha: the adapters' output is multiplied by alpha / `lora_r`."""
         return 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
 
     def config_fields(self) -> dict[str, Any]:
-        """Fields of RecurrentBartConfig that were given."""
+        """Return the given flags that are fields of RecurrentBartConfig."""
         names = {item.name for item in fields(self)} & set(RecurrentBartConfig.__dataclass_fields__) - {"vocab_size"}
         return {name: getattr(self, name) for name in sorted(names) if getattr(self, name) is not None}
 
 
 @dataclass
 class DataArguments:
-    """Which documents, and what they are summarised by."""
+    """Flags of the documents and their targets."""
 
-    dataset: str = flag("stdlib", "stdlib, a file, a folder with train.* and validation.*, or a name on the hub")
-    train_file: str | None = flag(None, "JSON Lines (.gz), CSV, Parquet, or a folder of texts; instead of dataset")
-    validation_file: str | None = flag(None, "likewise; without one, a tenth or so of the training documents")
-    test_file: str | None = flag(None, "likewise")
-    group_column: str | None = flag(None, "column that documents of one group share; a group is never split")
-    validation_share: float = flag(0.1, "share of the training documents held out, if there is no validation split")
-    held_out_by: str = flag("content", "what decides that: the id or content, or the id or line as older runs did")
-    encoding: str = flag("utf-8", "encoding of JSON Lines, CSV and texts, by its name in Python")
-    task: str = flag("document", "document: one target per document; sections: one per section")
-    text_column: str = flag(Columns.text, "column of the text")
-    summary_column: str = flag(Columns.summary, "column of the target")
-    sections_column: str = flag(Columns.sections, "column of the list of texts")
-    summaries_column: str = flag(Columns.summaries, "column of the list of targets")
-    gap_sentences: int = flag(
-        0, "times each training document comes again, with targets of its own sentences, kept or taken out (PEGASUS)"
+    dataset: str = flag(
+        "stdlib",
+        "documents: stdlib (built-in corpus), a file, a folder with train.* and validation.*, or a data set's name on "
+        "the Hugging Face Hub",
     )
-    max_target_length: int = flag(128, "tokens of a target; longer ones are cut, and generation stops there")
-    skip_bad_samples: bool = flag(False, "pass over documents that are unreadable or empty, and count them")
-    cache_dir: str = flag("~/.cache/recurrent_bart", "folder of tokenised documents and trained tokenizers")
+    train_file: str | None = flag(
+        None,
+        "training documents, instead of --dataset: JSON Lines (.jsonl or .jsonl.gz), CSV, Parquet, or a folder of "
+        "text files",
+    )
+    validation_file: str | None = flag(
+        None,
+        "validation documents, in the formats of --train_file; if not given: a share of the training documents "
+        "(--validation_share)",
+    )
+    test_file: str | None = flag(
+        None,
+        "test documents, in the formats of --train_file; if not given: the test split of --dataset, if there is one",
+    )
+    group_column: str | None = flag(
+        None,
+        "column with the name of a document's group; all documents of a group stay in the same split; if not given: "
+        "no groups",
+    )
+    validation_share: float = flag(
+        0.1, "share of the training documents held out for validation if there is no validation split, between 0 and 1"
+    )
+    held_out_by: str = flag(
+        "content",
+        "rule that chooses the documents of --validation_share: content (by id or content), or line (by id or line "
+        "number, as in older runs)",
+    )
+    encoding: str = flag("utf-8", "character encoding of JSON Lines, CSV and text files, by its Python name")
+    task: str = flag("document", "document: one target per document; sections: one target per section")
+    text_column: str = flag(Columns.text, "column with the text of a document, for --task document")
+    summary_column: str = flag(Columns.summary, "column with the target of a document, for --task document")
+    sections_column: str = flag(Columns.sections, "column with the list of section texts, for --task sections")
+    summaries_column: str = flag(Columns.summaries, "column with the list of section targets, for --task sections")
+    gap_sentences: int = flag(
+        0,
+        "copies of each training document whose targets are sentences of the document, left in or removed from the "
+        "text (PEGASUS); 0: none",
+    )
+    max_target_length: int = flag(
+        128, "most tokens of a target, at least 4; longer targets are cut, and generation stops at this length"
+    )
+    skip_bad_samples: bool = flag(
+        False, "skip documents that are unreadable or empty, and count them; if not given: the run stops at the first"
+    )
+    cache_dir: str = flag(
+        "~/.cache/recurrent_bart", "folder in which tokenised documents and trained tokenizers are cached"
+    )
 
     def __post_init__(self) -> None:
         _check_choice(self, "task", TASKS)
@@ -135,7 +247,7 @@ class DataArguments:
         _check_at_least(self, 0, "gap_sentences")
 
     def columns(self) -> Columns:
-        """Names of the fields to read."""
+        """Return the names of the columns to read."""
         return Columns(
             self.text_column, self.summary_column, self.sections_column, self.summaries_column, self.group_column
         )
@@ -143,14 +255,20 @@ class DataArguments:
 
 @dataclass(kw_only=True)
 class GenerationArguments:
-    """Settings of generation beside its length and beams; a setting that is not given is the model's."""
+    """Flags of generation, without length and beams. A flag that is not given keeps the model's value."""
 
-    min_new_tokens: int | None = flag(None, "fewest tokens of a generated text, 0: any; default: as the model has it")
+    min_new_tokens: int | None = flag(
+        None, "fewest tokens of a generated text; 0: no minimum; if not given: the model's generation_config.json"
+    )
     no_repeat_ngram_size: int | None = flag(
-        None, "no text has a sequence of this many tokens twice, 0: it may; default: as the model has it"
+        None,
+        "length in tokens of the sequences that no generated text contains twice; 0: no restriction; if not given: "
+        "the model's generation_config.json",
     )
     length_penalty: float | None = flag(
-        None, "exponent of the length in beam search, higher: longer texts; default: as the model has it"
+        None,
+        "exponent of the text length in beam search; higher values give longer texts; if not given: the model's "
+        "generation_config.json",
     )
 
     def __post_init__(self) -> None:
@@ -164,60 +282,128 @@ class GenerationArguments:
 
 @dataclass
 class RunArguments(GenerationArguments):
-    """How it is trained."""
+    """Flags of training, evaluation and checkpoints."""
 
-    output_dir: str | None = flag(None, "run folder; without it, a new one under runs/")
-    resume: str | None = flag(None, "run folder to continue from its last checkpoint, with its flags")
-    deepspeed: str | None = flag(None, "DeepSpeed configuration; without it, ds_configs/zero2.json")
-    max_steps: int = flag(50, "optimizer steps")
-    per_device_train_batch_size: int = flag(8, "documents of a forward pass; with tokens_per_batch, in evaluation")
+    output_dir: str | None = flag(None, "folder of the run; if not given: a new folder under runs/")
+    resume: str | None = flag(
+        None, "folder of a run to continue from its last checkpoint; flags that are not given keep the run's values"
+    )
+    deepspeed: str | None = flag(None, "path of a DeepSpeed configuration in JSON; if not given: ds_configs/zero2.json")
+    max_steps: int = flag(50, "optimizer steps of the run, including the steps before --resume")
+    per_device_train_batch_size: int = flag(
+        8, "documents per device in a forward pass; with --tokens_per_batch, only in evaluation"
+    )
     tokens_per_batch: int | None = flag(
-        None, "tokens of a forward pass, padding included, instead of documents: many short ones, few long ones"
+        None,
+        "most tokens per device in a forward pass, padding included, instead of --per_device_train_batch_size; if not "
+        "given: not used",
     )
-    gradient_accumulation_steps: int = flag(1, "forward passes of an optimizer step")
-    learning_rate: float | None = flag(None, "highest one; default: 3e-5 pretrained, 3e-3 x 128 / d_model from scratch")
-    recurrence_learning_rate: float | None = flag(None, "the recurrence's own; default: 10 times it where pretrained")
-    lr_scheduler: str = flag("linear", "decay after warm-up: linear, cosine or constant")
-    warmup_steps: int | None = flag(None, "steps over which the learning rate rises from 0; default: a tenth of all")
-    weight_decay: float = flag(0.01, "of matrices; biases, norms and gates of attention heads have none")
+    gradient_accumulation_steps: int = flag(1, "forward and backward passes per optimizer step")
+    learning_rate: float | None = flag(
+        None, "peak learning rate; if not given: 3e-5 for a pretrained model, 3e-3 x 128 / d_model for a new model"
+    )
+    recurrence_learning_rate: float | None = flag(
+        None,
+        "peak learning rate of the recurrence and of adapters; if not given: 10 x --learning_rate for a pretrained "
+        "model, else --learning_rate",
+    )
+    lr_scheduler: str = flag("linear", "decay of the learning rate after warm-up: linear, cosine or constant")
+    warmup_steps: int | None = flag(
+        None,
+        "optimizer steps over which the learning rate rises linearly to its peak; if not given: a tenth of --max_steps",
+    )
+    weight_decay: float = flag(
+        0.01, "weight decay of matrices; biases, norms and gates of attention heads do not decay"
+    )
     adam_beta2: float = flag(
-        0.999, "what a step keeps of the mean of squared gradients; lower: a large one is sooner forgotten"
+        0.999,
+        "Adam's beta2, the decay rate of the mean of squared gradients, from 0 to below 1; lower values forget a "
+        "large gradient sooner",
     )
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all")
-    precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
-    gradient_checkpointing: str = flag("none", "recompute each layer or segment in the backward pass; or none")
-    oracle: str = flag("none", "whose words the decoder reads beside the target's: word, sentence (slower) or none")
-    oracle_decay: float = flag(10.0, "mu: the target's share of them is mu / (mu + exp(epoch / mu))")
-    oracle_temperature: float = flag(1.0, "scale of the Gumbel noise on the oracle's scores; 0: none")
-    oracle_beams: int = flag(3, "beams of the search for the sentence nearest to the target")
+    max_grad_norm: float = flag(1.0, "norm to which gradients are clipped; 0: no clipping")
+    precision: str = flag(
+        "auto", "precision of weights and activations: bf16, fp32 or auto (bf16 if the GPU supports it, else fp32)"
+    )
+    gradient_checkpointing: str = flag(
+        "none", "part of the model that is recomputed in the backward pass to save memory: none, layer or segment"
+    )
+    oracle: str = flag(
+        "none",
+        "words of the model that replace some of the target's words in the decoder's input (scheduled sampling): word "
+        "(best next word), sentence (text from a beam search, slower) or none",
+    )
+    oracle_decay: float = flag(
+        10.0,
+        "decay mu of the share of target words in the decoder's input with --oracle: mu / (mu + exp(epoch / mu)); at "
+        "least 1",
+    )
+    oracle_temperature: float = flag(1.0, "scale of the Gumbel noise on the word scores of --oracle; 0: no noise")
+    oracle_beams: int = flag(3, "beams of the search with --oracle sentence")
     curriculum: str | None = flag(
-        None, "most segments of a document stage by stage, such as 1,2,4,8; each step draws a number from 1 to it"
+        None,
+        "most segments of a document in each training stage, for example 1,2,4,8; each step draws a number from 1 to "
+        "this limit; if not given: no stages",
     )
-    curriculum_steps: int | None = flag(None, "steps that end a stage in any case; default: all stages the same")
-    curriculum_loss: float | None = flag(None, "training loss, of a line of the log, that ends a stage before that")
-    seed: int = flag(42, "of weights, dropout and data order")
-    log_every: int = flag(10, "steps between lines of the log")
+    curriculum_steps: int | None = flag(
+        None,
+        "optimizer steps after which a stage of --curriculum ends in any case; if not given: --max_steps / number of "
+        "stages",
+    )
+    curriculum_loss: float | None = flag(
+        None,
+        "training loss at which a stage of --curriculum ends early, checked at each line of the log; if not given: "
+        "not checked",
+    )
+    seed: int = flag(42, "seed of initial weights, dropout and document order")
+    log_every: int = flag(10, "optimizer steps between two lines of the log")
     eval_every: int = flag(
-        0, "steps between evaluations, with a checkpoint at each; default: a tenth of all, at least 25"
+        0,
+        "optimizer steps between two evaluations, each followed by a checkpoint; 0: a tenth of --max_steps, at least "
+        "25",
     )
-    save_every: int = flag(0, "steps between checkpoints beside those written at evaluations; 0: none")
-    eval_documents: int = flag(32, "validation documents that are summarised at an evaluation; all count for the loss")
-    per_device_eval_batch_size: int | None = flag(None, "documents of a pass in evaluation; default: as in training")
-    num_beams: int = flag(1, "beams of generation in evaluation")
-    patience: int = flag(0, "stop after so many evaluations without a lower validation loss; 0: never")
-    async_save: bool = flag(False, "write a checkpoint while training goes on, from a copy in the processor's memory")
-    keep_last: int = flag(2, "checkpoints kept, beside that of the lowest validation loss")
-    keep_every: int = flag(0, "checkpoints at multiples of so many steps are kept too; 0: none")
-    trust_checkpoint: bool = flag(False, "resume from files that no manifest vouches for")
-    dataloader_num_workers: int = flag(2, "processes that make batches")
-    max_skipped_steps: int = flag(10, "so many steps in a row without a finite gradient end it, with a checkpoint")
-    max_loss_spikes: int = flag(0, "so many lines of the log in a row with a loss far above the median end it; 0: none")
-    max_minutes: float | None = flag(None, "stop so long after the start, with a checkpoint to resume from")
-    timeout_minutes: int = flag(60, "how long a process waits for another one before it gives up")
+    save_every: int = flag(
+        0, "optimizer steps between two checkpoints, in addition to those at evaluations; 0: only at evaluations"
+    )
+    eval_documents: int = flag(
+        32, "validation documents for which an evaluation generates texts; the validation loss uses all documents"
+    )
+    per_device_eval_batch_size: int | None = flag(
+        None, "documents per device in a forward pass of an evaluation; if not given: --per_device_train_batch_size"
+    )
+    num_beams: int = flag(1, "beams of generation in evaluations; 1: greedy search")
+    patience: int = flag(0, "evaluations in a row without a lower validation loss after which the run stops; 0: never")
+    async_save: bool = flag(
+        False, "write checkpoints in the background from a copy in CPU memory, while training goes on"
+    )
+    keep_last: int = flag(
+        2,
+        "number of newest checkpoints to keep, at least 2; the checkpoint with the lowest validation loss is kept too",
+    )
+    keep_every: int = flag(0, "keep also the checkpoints at multiples of this number of optimizer steps; 0: none")
+    trust_checkpoint: bool = flag(
+        False, "resume from a checkpoint without a manifest or outside the run's folder, whose files cannot be verified"
+    )
+    dataloader_num_workers: int = flag(
+        2, "processes per device that prepare batches; 0: the training process prepares them"
+    )
+    max_skipped_steps: int = flag(
+        10, "steps in a row without a finite gradient after which the run writes a checkpoint and ends"
+    )
+    max_loss_spikes: int = flag(
+        0, "lines of the log in a row with a loss far above the median after which the run ends; 0: never"
+    )
+    max_minutes: float | None = flag(
+        None,
+        "minutes after the start of the process at which the run writes a checkpoint and stops; if not given: no limit",
+    )
+    timeout_minutes: int = flag(
+        60,
+        "longest time in minutes that a process waits for another one, at the start, in evaluations and in checkpoints",
+    )
     step_timeout_seconds: int = flag(
-        600, "likewise within a step after the first, evaluations and checkpoints left out"
+        600, "longest time in seconds that a process waits for another one within a step, except the first step"
     )
-    local_rank: int = flag(-1, "set by the deepspeed launcher")
+    local_rank: int = flag(-1, "rank of the process on its host; set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,7 +419,7 @@ class RunArguments(GenerationArguments):
         _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
         _check_at_least(self, 0, "adam_beta2")
         _check_below(self, 1, "adam_beta2")
-        # one may be half written when the next is due
+        # one of the two may be incomplete after a crash
         _check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
         _check_choice(self, "lr_scheduler", SCHEDULES)
@@ -247,15 +433,11 @@ class RunArguments(GenerationArguments):
         _check_at_least(self, 1, "curriculum_steps")
         if self.curriculum is None and (self.curriculum_steps or self.curriculum_loss is not None):
             raise ValueError("--curriculum_steps and --curriculum_loss need --curriculum")
-        # what cannot be read is found here
+        # raises ValueError if the stages cannot be parsed
         self.build_curriculum()
 
     def build_curriculum(self) -> Curriculum | None:
-        """How many segments documents have at each step; None: as many as ever.
-
-        Raises:
-            ValueError: Its stages are no growing numbers.
-        """
+        """Return the curriculum, or None without `--curriculum`; raise ValueError if its stages do not grow."""
         if self.curriculum is None:
             return None
         stages = parse_stages(self.curriculum)
@@ -264,35 +446,41 @@ class RunArguments(GenerationArguments):
 
 @dataclass
 class TrackingArguments:
-    """Where the figures of a run go beside its folder."""
+    """Flags of wandb and TensorBoard."""
 
     wandb_mode: str = flag(
-        "auto", "online, offline or disabled; auto: as WANDB_MODE says, else online if there is a key, else offline"
+        "auto",
+        "online, offline, disabled or auto; auto: the mode in WANDB_MODE, else online if there is an API key, else "
+        "offline",
     )
-    wandb_entity: str | None = flag(None, "wandb user or team; default: WANDB_ENTITY, else the owner of the key")
-    wandb_project: str | None = flag(None, "wandb project; default: WANDB_PROJECT, else recurrent-bart")
+    wandb_entity: str | None = flag(
+        None, "wandb user or team; if not given: WANDB_ENTITY, else the owner of the API key"
+    )
+    wandb_project: str | None = flag(None, "wandb project; if not given: WANDB_PROJECT, else recurrent-bart")
     wandb_group: str | None = flag(
-        None, "runs that wandb shows together; default: WANDB_RUN_GROUP, else the name of the run folder"
+        None,
+        "wandb group, under which runs are shown together; if not given: WANDB_RUN_GROUP, else the name of the run "
+        "folder",
     )
-    wandb_tags: str = flag("", "wandb tags, separated by commas; default: WANDB_TAGS")
-    tensorboard: bool = flag(False, "write curves for TensorBoard too (needs tensorboardX)")
+    wandb_tags: str = flag("", "wandb tags, separated by commas; if not given: WANDB_TAGS")
+    tensorboard: bool = flag(False, "write metrics for TensorBoard to RUN/tensorboard; needs the package tensorboardX")
 
     def __post_init__(self) -> None:
         _check_choice(self, "wandb_mode", ("auto", *WANDB_MODES))
 
     def tags(self) -> list[str]:
-        """Return each tag of `wandb_tags`."""
+        """Return the list of tags in `wandb_tags`."""
         return split_tags(self.wandb_tags)
 
 
 def split_tags(text: str) -> list[str]:
-    """Return the tags of a text that separates them by commas."""
+    """Split a text of tags at commas."""
     return [tag.strip() for tag in text.split(",") if tag.strip()]
 
 
 @dataclass
 class Arguments:
-    """All of a run's arguments."""
+    """All arguments of a run."""
 
     model: ModelArguments
     data: DataArguments
@@ -307,10 +495,10 @@ def build_parser() -> DataclassFlagParser:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Read a command line. With `--resume RUN`, flags that are not given are as they were in that run.
+    """Parse a command line. With `--resume RUN`, flags that are not given keep that run's values.
 
     Raises:
-        ValueError: A flag is unknown or out of range, there is no run to resume, or it cannot take a flag over.
+        ValueError: A flag is unknown or out of range, there is no run to resume, or the run cannot change a given flag.
     """
     parser = build_parser()
     known = parser.parse_flags(argv)
@@ -338,19 +526,19 @@ def given_flags(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _flags_of_run(folder: str, known: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags of a run that still exist; trust is given anew each time."""
+    """Return the saved flags of a run that still exist; permission to trust files must be given again."""
     saved = RunFolder(Path(folder)).read_config().get("arguments", {})
-    kept = set(known) - {"trust_checkpoint", "trust_remote_code"}
+    resumed_names = set(known) - {"trust_checkpoint", "trust_remote_code"}
     saved = {group: data_flags(values) if group == "data" else values for group, values in saved.items()}
-    flags = {name: value for group in saved.values() for name, value in group.items() if name in kept}
+    flags = {name: value for group in saved.values() for name, value in group.items() if name in resumed_names}
     if "max_steps" in given and flags.get("warmup_steps") is not None:
-        # resolved when the run began, for a run that was longer
+        # the saved value was derived from the earlier, larger --max_steps
         flags["warmup_steps"] = min(flags["warmup_steps"], given["max_steps"])
     return flags | {"resume": folder, "output_dir": folder}
 
 
 def _make_paths_absolute(arguments: Arguments) -> None:
-    """Make paths hold from every folder; names on the hub and paths that lead nowhere stay as they are."""
+    """Make existing paths absolute. Names on the Hugging Face Hub and missing paths stay as they are."""
     for group, names in (
         (arguments.model, ("model_name_or_path", "tokenizer_name")),
         (arguments.data, ("dataset", "train_file", "validation_file", "test_file", "cache_dir")),
@@ -358,11 +546,11 @@ def _make_paths_absolute(arguments: Arguments) -> None:
     ):
         for name in names:
             value = getattr(group, name)
-            # the cache is made where it is not there yet
+            # the cache folder may not exist yet
             if value not in (None, EMBEDDED) and (name == "cache_dir" or Path(value).expanduser().exists()):
                 setattr(group, name, str(Path(value).expanduser().absolute()))
 
 
 def data_flags(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the data flags of a run; one that is older than `--held_out_by` held out by line."""
+    """Return the data flags of a run. Runs older than `--held_out_by` held documents out by line."""
     return {"held_out_by": "line"} | saved

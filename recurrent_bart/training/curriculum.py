@@ -1,4 +1,4 @@
-"""How many segments documents have at each step: few at first, more once those are learnt."""
+"""Curriculum of document lengths: few segments at first, more in later stages."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Stages of ever longer documents.
-
-    It holds no position: that is the trainer's, which so resumes it exactly.
+    """Stages with a growing limit of segments per document; the trainer holds the current stage.
 
     Attributes:
         stages: Most segments of a document in each stage.
-        stage_steps: Optimizer steps that end a stage, whatever was reached; 0: none do.
-        seed: Of the numbers drawn.
+        stage_steps: Optimizer steps after which a stage ends in any case; 0: no limit.
+        seed: Seed of the drawn numbers.
 
     Raises:
-        ValueError: A stage has fewer segments than the one before it.
+        ValueError: A stage has fewer segments than the stage before.
     """
 
     stages: tuple[int, ...]
@@ -31,32 +29,25 @@ class Curriculum:
             )
 
     def longest(self, stage: int) -> int:
-        """Most segments of a document in a stage; after the last one, as in it."""
+        """Return the most segments of a document in a stage; after the last stage, its limit."""
         return self.stages[min(stage, len(self.stages) - 1)]
 
     def draw(self, stage: int, step: int) -> int:
-        """Number of segments of a step, any from 1 to the stage's with the same chance, equal on every process."""
+        """Draw the number of segments of a step uniformly from 1 to the stage's limit; equal on every rank."""
         digest = hashlib.sha256(f"{self.seed} segments {step}".encode()).digest()
         return 1 + int.from_bytes(digest[:8]) % self.longest(stage)
 
     def is_over(self, stage: int, n_steps: int, is_reached: bool) -> bool:
-        """Whether the next stage follows.
+        """Return True if the next stage begins.
 
-        Args:
-            stage: The one that is trained.
-            n_steps: Optimizer steps that it has had.
-            is_reached: What it is trained for was reached.
+        The current stage has had `n_steps` optimizer steps. `is_reached`: the training loss has reached its threshold.
         """
         is_last = stage >= len(self.stages) - 1
         return not is_last and (is_reached or 0 < self.stage_steps <= n_steps)
 
 
 def parse_stages(text: str) -> tuple[int, ...]:
-    """Stages written as `1,2,4,8`.
-
-    Raises:
-        ValueError: These are no numbers.
-    """
+    """Parse stages that are written as `1,2,4,8`; raise ValueError if they are not integers."""
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What is about to be trained, in words and numbers."""
+"""Description of a run before it starts, and values derived from its flags."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ from recurrent_bart.training.resumed_flags import describe_changes
 
 
 def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> LearningRates:
-    """Highest learning rates of a run."""
+    """Return the peak learning rates of a run."""
     return LearningRates.of(arguments.run, arguments.model.model_name_or_path is not None, config.d_model)
 
 
 def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict[str, Any]:
     """Return the values of flags whose default follows from other flags.
 
-    The flags themselves are saved as they were given: on `--resume`, their defaults follow from the flags given then.
+    The flags themselves are saved as given: on `--resume`, the defaults follow from the flags given then.
     """
     run, rates = arguments.run, learning_rates(arguments, config)
     curriculum = run.build_curriculum()
@@ -40,7 +40,7 @@ def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict
 
 
 def oracle_at(run: RunArguments, order: DocumentOrder, step: int) -> Oracle | None:
-    """Whose words the decoder reads beside the target's after so many steps; None: nobody's."""
+    """Build the oracle of scheduled sampling at a step; None without `--oracle`."""
     if run.oracle == "none":
         return None
     share = gold_probability(order.epoch(step), run.oracle_decay)
@@ -50,7 +50,7 @@ def oracle_at(run: RunArguments, order: DocumentOrder, step: int) -> Oracle | No
 def describe(
     arguments: Arguments, order: DocumentOrder, environment: Environment, prepared: Preparation, engine: DeepSpeedEngine
 ) -> list[str]:
-    """What is about to be trained, each derived quantity with where it comes from."""
+    """Return the lines that describe a run before it starts, with the derivation of each derived quantity."""
     run, config = arguments.run, prepared.config
     train, validation = prepared.splits["train"].plan, prepared.splits["validation"].plan
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
@@ -91,7 +91,6 @@ def describe(
 
 
 def _describe_generation(arguments: Arguments, prepared: Preparation, engine: DeepSpeedEngine) -> list[str]:
-    """Return the settings that evaluations generate texts with, and what of the targets contradicts them."""
     generation, validation = engine.module.generation_config, prepared.splits["validation"]
     return [
         *describe_limit(prepared.config, arguments.data.max_target_length),

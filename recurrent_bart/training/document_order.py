@@ -1,4 +1,4 @@
-"""Which documents each step reads: built from a run's arguments, from where the run stands."""
+"""Document order of a run: which documents each step reads, from the flags and the trainer state."""
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, DocumentOrder
@@ -7,22 +7,22 @@ from recurrent_bart.distributed import stop_all
 from recurrent_bart.training.arguments import Arguments, RunArguments
 from recurrent_bart.training.preparation import Preparation
 
-# steps whose padding is counted
-N_LOOKED_AT = 50
+# number of steps over which the share of padding is measured
+N_PADDING_STEPS = 50
 
 
 def build_order(arguments: Arguments, prepared: Preparation, world_size: int, state: TrainerState) -> DocumentOrder:
-    """Which training documents each step reads, from where a run stands.
+    """Build the order of the training documents, from the position of the trainer state.
 
     Raises:
-        ValueError: Up to there it has read them in batches of a number of documents, and is not to go on with that.
+        ValueError: `--tokens_per_batch` is given and the run began with batches of a fixed number of documents.
     """
     run, n_segments = arguments.run, prepared.splits["train"].plan.n_segments
     if run.tokens_per_batch is None:
         return by_documents(run, n_segments, world_size, state)
     if state.order_batch:
         stop_all(f"--tokens_per_batch {run.tokens_per_batch}: a run that was begun without goes on without")
-    # the configuration has filled it
+    # RecurrentBartConfig fills the default
     assert prepared.config.input_size is not None
     return TokenBatchOrder(
         n_segments,
@@ -36,7 +36,7 @@ def build_order(arguments: Arguments, prepared: Preparation, world_size: int, st
 
 
 def by_documents(run: RunArguments, n_segments: list[int], world_size: int, state: TrainerState) -> BatchOrder:
-    """Steps of ever the same number of documents."""
+    """Build an order with a fixed number of documents per step."""
     return BatchOrder(
         n_segments,
         run.per_device_train_batch_size * run.gradient_accumulation_steps * world_size,
@@ -48,7 +48,7 @@ def by_documents(run: RunArguments, n_segments: list[int], world_size: int, stat
 
 
 def store_data_position(order: DocumentOrder, state: TrainerState) -> None:
-    """Write down where an order stands, so that `build_order` goes on from there."""
+    """Store the position of an order in the trainer state, from which `build_order` continues."""
     state.n_documents = order.documents_before(state.step)
     if isinstance(order, TokenBatchOrder):
         state.order_segments = order.most_segments(state.step)
@@ -59,7 +59,7 @@ def store_data_position(order: DocumentOrder, state: TrainerState) -> None:
 def describe_data_order(
     arguments: Arguments, prepared: Preparation, world_size: int, order: DocumentOrder
 ) -> list[str]:
-    """What a step is, and how much of what is computed is padding."""
+    """Return lines with the documents or tokens of a step and the share of padding."""
     run = arguments.run
     parts = f"x {run.gradient_accumulation_steps} accumulated x {world_size} processes"
     times = f"{order.epoch(run.max_steps):.1f} times through the documents"
@@ -81,5 +81,5 @@ def describe_data_order(
 
 
 def _padding(run: RunArguments, world_size: int, order: DocumentOrder) -> str:
-    n_steps = min(N_LOOKED_AT, run.max_steps)
+    n_steps = min(N_PADDING_STEPS, run.max_steps)
     return f"{100 * order.padding(n_steps, world_size, run.gradient_accumulation_steps):.1f} %"

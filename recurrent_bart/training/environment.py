@@ -1,4 +1,4 @@
-"""The process that we are in: its rank, its device, its process group. The one place that reads `os.environ`."""
+"""Environment of this process: rank, device, process group. Only this module reads `os.environ`."""
 
 import configparser
 import logging
@@ -21,10 +21,10 @@ import transformers
 from recurrent_bart.monitoring.wandb_tracker import parse_wandb_mode
 from recurrent_bart.training.zero.deepspeed_patches import skip_shared_memory_operator
 
-# what a launcher tells each process
-GIVEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# environment variables that a launcher sets for each process
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# what wandb keeps beside its runs
+# kinds of folders that wandb has besides its runs
 WANDB_FOLDERS = ("CACHE", "CONFIG", "DATA")
 WANDB_SERVICE = "https://api.wandb.ai"
 TRUE_VALUES = ("1", "on", "yes", "true")
@@ -32,13 +32,13 @@ TRUE_VALUES = ("1", "on", "yes", "true")
 
 @dataclass(frozen=True)
 class Environment:
-    """Where this process stands.
+    """Rank and device of this process.
 
     Attributes:
-        rank: Number of the process, over all machines.
-        local_rank: Number on this machine, and of its device.
+        rank: Rank of the process over all hosts.
+        local_rank: Rank on this host, and index of the GPU.
         world_size: Number of processes.
-        device: Where it computes.
+        device: Device on which the process computes.
     """
 
     rank: int
@@ -48,13 +48,13 @@ class Environment:
 
 
 def launched_rank() -> int:
-    """Rank that the launcher gave, before anything is started."""
+    """Return the rank that the launcher set; no process group is needed."""
     return int(os.environ.get("RANK", 0))
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What a launcher tells a process: who it is and where the first one waits for the others."""
+    """Rank of a process, and address at which rank 0 waits for the other ranks."""
 
     rank: int
     local_rank: int
@@ -64,38 +64,38 @@ class Rendezvous:
 
 
 def launched_rendezvous() -> Rendezvous:
-    """Where this process is to go; alone if no launcher says otherwise.
+    """Return the rendezvous that the launcher set, or one of a single process without a launcher.
 
     Raises:
-        ValueError: A launcher says which process this is, but not all that is needed.
+        ValueError: The launcher set RANK, but not all other variables.
     """
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
-    missing = [name for name in GIVEN if name not in os.environ]
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(single | {"MASTER_PORT": str(_free_port())})
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
     if missing:
         raise ValueError(f"RANK is set in the environment, {', '.join(missing)} not: start with deepspeed or torchrun")
-    rank, local_rank, world_size, address, port = (os.environ[name] for name in GIVEN)
+    rank, local_rank, world_size, address, port = (os.environ[name] for name in LAUNCHER_VARIABLES)
     return Rendezvous(int(rank), int(local_rank), int(world_size), address, int(port))
 
 
 def start_processes(timeout_minutes: int) -> Environment:
-    """Join the process group: NCCL with a GPU, gloo without; alone if no launcher says otherwise.
+    """Join the process group: NCCL with a GPU, gloo without; a group of one process without a launcher.
 
-    Args:
-        timeout_minutes: How long a process waits for another one before it gives up.
+    `timeout_minutes` limits how long a process waits for another one.
 
     Raises:
-        ValueError: A launcher says which process this is, but not all that is needed, or where they meet is taken.
+        ValueError: The launcher set RANK, but not all other variables, or the port of the rendezvous is in use.
     """
-    meeting = launched_rendezvous()
-    # the loader's processes are forked from one that has used the tokenizer, and do not use it themselves
+    rendezvous = launched_rendezvous()
+    # the tokenizers library would warn: data loader workers are forked after this process has used the tokenizer; the
+    # workers do not use the tokenizer
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # DeepSpeed's conversion of checkpoints asks torch.load to run what a file holds
+    # DeepSpeed's conversion of checkpoints calls torch.load with weights_only=False, which could run code
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    _silence_others()
+    _silence_libraries()
     has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", meeting.local_rank) if has_gpu else torch.device("cpu")
+    device = torch.device("cuda", rendezvous.local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
     else:
@@ -104,38 +104,35 @@ def start_processes(timeout_minutes: int) -> Environment:
     try:
         deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
     except torch.distributed.DistNetworkError as error:
-        place = f"{meeting.address}:{meeting.port}"
+        address = f"{rendezvous.address}:{rendezvous.port}"
         raise ValueError(
-            f"processes cannot meet at {place} ({error}); give the launcher another port: `deepspeed --master_port "
+            f"processes cannot meet at {address} ({error}); give the launcher another port: `deepspeed --master_port "
             "PORT launch/train.py ...`, or likewise `torchrun --master_port PORT`"
         ) from error
-    return Environment(meeting.rank, meeting.local_rank, meeting.world_size, device)
+    return Environment(rendezvous.rank, rendezvous.local_rank, rendezvous.world_size, device)
 
 
 def end_processes() -> None:
-    """Wait for all processes and leave their group."""
+    """Wait for all processes and destroy the process group."""
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()
 
 
 def is_batch_job() -> bool:
-    """Whether SLURM runs this, whose output is a file."""
+    """Return True in a SLURM job, whose output goes to a file."""
     return "SLURM_JOB_ID" in os.environ
 
 
 def batch_job() -> tuple[str, int]:
-    """Return the id of the batch job that runs this, empty if there is none, and how often it was requeued."""
+    """Return the SLURM job id, empty outside a job, and the number of times the job was requeued."""
     return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def set_wandb_folders(folder: Path, given: Mapping[str, str]) -> None:
-    """Let wandb write into the folder of a run only. Call it before wandb is imported.
+    """Make wandb write only into the run folder. Call this before wandb is imported.
 
-    wandb then no longer finds its own settings file, so its settings are handed on as environment variables.
-
-    Args:
-        folder: Folder of the run.
-        given: Settings of `wandb_settings`.
+    wandb then no longer finds its settings files, so the settings from `wandb_settings` are passed as environment
+    variables.
 
     Raises:
         OSError: The folder cannot be written.
@@ -143,22 +140,22 @@ def set_wandb_folders(folder: Path, given: Mapping[str, str]) -> None:
     for name, value in given.items():
         os.environ.setdefault(f"WANDB_{name.upper()}", value)
     own = (folder / "wandb").absolute()
-    places = {"WANDB_DIR": own.parent, **{f"WANDB_{kind}_DIR": own / kind.lower() for kind in WANDB_FOLDERS}}
-    for name, place in places.items():
-        place.mkdir(parents=True, exist_ok=True)
-        os.environ[name] = str(place)
-    # wandb itself would go to another place in silence
+    directories = {"WANDB_DIR": own.parent, **{f"WANDB_{kind}_DIR": own / kind.lower() for kind in WANDB_FOLDERS}}
+    for name, directory in directories.items():
+        directory.mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(directory)
+    # if the folder cannot be written, wandb would silently use another folder
     tempfile.TemporaryFile(dir=own).close()
-    # its service is no Python: it knows no other place where /tmp cannot be written
+    # wandb's service is not written in Python and finds no other folder if /tmp cannot be written
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())
-    # one that was inherited still holds on to the id of a run that was killed in it
+    # an inherited service still holds the id of a killed run
     os.environ.pop("WANDB_SERVICE", None)
-    # the mode is an argument of wandb.init; wandb refuses to start if this one is not spelt as it spells it
+    # the mode is passed to wandb.init; wandb refuses to start if this variable has an unknown value
     os.environ.pop("WANDB_MODE", None)
 
 
 def wandb_settings() -> dict[str, str]:
-    """Return the settings that the user gave wandb itself, by name: `project` for the variable WANDB_PROJECT.
+    """Return the user's wandb settings by name, for example `project` for the variable WANDB_PROJECT.
 
     Variables take precedence over the settings files that `wandb offline` and `wandb login --host` write.
     """
@@ -168,7 +165,7 @@ def wandb_settings() -> dict[str, str]:
     try:
         files.read([system / "settings", workspace / "wandb" / "settings"], encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError):
-        # wandb, too, takes a damaged file for an empty one
+        # wandb also treats a damaged file as empty
         files.clear()
     saved = dict(files["default"]) if files.has_section("default") else {}
     prefix = "WANDB_"
@@ -177,14 +174,12 @@ def wandb_settings() -> dict[str, str]:
 
 
 def wandb_mode(asked: str, given: Mapping[str, str]) -> str:
-    """Return online, offline or disabled: the flag, else what the user told wandb, else online if there is a key.
+    """Return online, offline or disabled, from the flag `--wandb_mode` and the settings from `wandb_settings`.
 
-    Args:
-        asked: The flag `--wandb_mode`.
-        given: Settings of `wandb_settings`.
+    The flag has precedence over the settings. Without either, the mode is online if there is an API key.
 
     Raises:
-        ValueError: wandb was told a mode that does not exist.
+        ValueError: The settings name an unknown mode.
     """
     if asked != "auto":
         return asked
@@ -196,11 +191,7 @@ def wandb_mode(asked: str, given: Mapping[str, str]) -> str:
 
 
 def has_wandb_key(given: Mapping[str, str]) -> bool:
-    """Return True if wandb will find an API key, in the environment or where `wandb login` puts it.
-
-    Args:
-        given: Settings of `wandb_settings`.
-    """
+    """Return True if wandb will find an API key in `wandb_settings` or where `wandb login` stores it."""
     host = urlsplit(given.get("base_url", WANDB_SERVICE)).hostname
     try:
         known = netrc.netrc(os.environ.get("NETRC")).hosts
@@ -210,22 +201,18 @@ def has_wandb_key(given: Mapping[str, str]) -> bool:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: where it is fast, unless told otherwise.
-
-    Raises:
-        ValueError: It was asked for on a GPU that does not have it.
-    """
+    """Return True if the run computes in bf16; raise ValueError if it is requested and the GPU does not support it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError("--precision bf16: this GPU does not have it, use fp32")
     return has_bf16 if precision == "auto" else precision == "bf16"
 
 
-def _silence_others() -> None:
-    """Keep off the terminal what is of no use there: a bar for each file, and what DeepSpeed will have to change."""
+def _silence_libraries() -> None:
+    # one progress bar per file, and messages that only DeepSpeed's developers can act on
     deepspeed.utils.logger.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    # DeepSpeed calls collectives by names that newer PyTorch gives up
+    # DeepSpeed uses names of collectives that newer PyTorch deprecates
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, r"torch\.distributed\.")
 
 

@@ -1,4 +1,4 @@
-"""Parsers of command lines that take no abbreviation of a flag and suggest the right one for a wrong one."""
+"""Command-line parsers that accept no abbreviated flags and suggest the right flag for an unknown one."""
 
 import argparse
 import difflib
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from transformers import HfArgumentParser
 
-# flags of Hugging Face's Trainer and its example scripts, with the flags of ours that do the same
+# flags of Hugging Face's Trainer and example scripts, with this package's equivalent flags
 HUGGING_FACE_FLAGS = {
     "batch_size": ("per_device_train_batch_size",),
     "bf16": ("precision",),
@@ -50,7 +50,7 @@ HUGGING_FACE_FLAGS = {
     "val_max_target_length": ("max_target_length",),
     "warmup_ratio": ("warmup_steps",),
 }
-# what there is to know beside the names
+# hints that are printed after the suggested flag
 NOTES = {
     "num_train_epochs": "which counts optimizer steps; the line `steps` of a run names the epochs they come to",
     "overwrite_output_dir": "a run is never overwritten: name another folder, or go on with the run that is there",
@@ -60,35 +60,31 @@ NOTES = {
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Parser of a script. A mistake is one line on standard error, and exit code 2."""
+    """Parser of a script. A mistake prints one line on standard error and exits with code 2."""
 
     def __init__(self, description: str | None, epilog: str | None = None):
         super().__init__(description=description, epilog=epilog, allow_abbrev=False)
 
     def parse_flags(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parse a command line, of which every flag must be known."""
+        """Parse a command line in which every flag must be known."""
         problem = describe_unknown_flag(self, args)
         if problem:
             self.error(problem)
         return self.parse_args(args)
 
     def error(self, message: str) -> NoReturn:
-        """Print the mistake, without the usage that argparse puts before it, and exit."""
+        """Print the mistake without argparse's usage text, and exit."""
         self.exit(2, f"error: {message}\n")
 
 
 class DataclassFlagParser(HfArgumentParser):
-    """Parser of dataclasses. A mistake is a ValueError, for the first process alone to report."""
+    """Parser of dataclasses. A mistake raises ValueError, so that only rank 0 prints it."""
 
     def __init__(self, dataclass_types: Sequence[type], description: str):
         super().__init__(dataclass_types, description=description, allow_abbrev=False)
 
     def parse_flags(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parse a command line, of which every argument must be known.
-
-        Raises:
-            ValueError: An argument is unknown or has no usable value.
-        """
+        """Parse a command line; raise ValueError if an argument is unknown or has no usable value."""
         problem = describe_unknown_flag(self, args)
         if problem:
             raise ValueError(problem)
@@ -98,30 +94,26 @@ class DataclassFlagParser(HfArgumentParser):
         return given
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print on every process.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise ValueError. argparse would print the message on every rank."""
         raise ValueError(message)
 
 
 def describe_unknown_flag(parser: argparse.ArgumentParser, args: Sequence[str]) -> str | None:
-    """Return what is wrong with the first flag that a parser does not know; None if it knows all."""
+    """Return an error message for the first unknown flag; None if all flags are known."""
     known = [name for name in parser._option_string_actions if name.startswith("--")]
     for argument in args:
         if "\r" in argument:
             return f"argument {argument!r}: it holds a carriage return, as of a file with Windows line ends"
         if argument == "--":
             return None
-        # argparse takes a text with a space in it for a value
+        # argparse treats a text that contains a space as a value
         if argument.startswith("--") and " " not in argument and argument.split("=")[0] not in known:
             return f"unknown argument {argument}{suggest_flag(argument, known)}"
     return None
 
 
 def suggest_flag(argument: str, known: Sequence[str]) -> str:
-    """Return the end of a message that names the known flags which an unknown one may mean; empty if there are none."""
+    """Return the end of an error message that suggests known flags for an unknown one; may be empty."""
     name = argument.split("=")[0].removeprefix("--").replace("-", "_")
     ours = [f"--{flag}" for flag in HUGGING_FACE_FLAGS.get(name, ()) if f"--{flag}" in known]
     if ours:

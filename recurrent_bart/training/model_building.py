@@ -1,4 +1,4 @@
-"""The model a run trains: pretrained, or from scratch in a named size."""
+"""Building of the model that a run trains: pretrained, or from scratch in a named size."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ from recurrent_bart.training.arguments import ModelArguments
 
 
 def _size(d_model: int, n_layers: int, n_heads: int) -> dict[str, int]:
-    both = {"layers": n_layers, "attention_heads": n_heads, "ffn_dim": 4 * d_model}
-    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in both.items()}
-    return {"d_model": d_model, **sides}
+    shared = {"layers": n_layers, "attention_heads": n_heads, "ffn_dim": 4 * d_model}
+    prefixed = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in shared.items()}
+    return {"d_model": d_model, **prefixed}
 
 
-# base and large have the dimensions of facebook/bart-base and facebook/bart-large; tiny is for a processor. With BART's
-# init_std of 0.02 the narrow layers of the others would stand still for the few steps they are trained
+# base and large have the dimensions of facebook/bart-base and facebook/bart-large; tiny is for a CPU. Narrow layers of
+# tiny and small would hardly learn in a few steps with BART's init_std of 0.02
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": _size(d_model=128, n_layers=2, n_heads=4) | {"segment_size": 256, "init_std": 0.06},
     "small": _size(d_model=256, n_layers=4, n_heads=4) | {"init_std": 0.06},
@@ -30,39 +30,35 @@ SIZES: dict[str, dict[str, Any]] = {
     "large": _size(d_model=1024, n_layers=12, n_heads=16),
 }
 
-# fields of a model that is not yet Recurrent BART. ROUGE of sections is higher if the decoder sees them (RESULTS.md)
+# config fields of a model that is not yet Recurrent BART, by task. With targets per section, ROUGE is higher if the
+# decoder sees the section (RESULTS.md)
 IF_NEW: dict[str, dict[str, Any]] = {"document": {}, "sections": {"decoder_context": "section"}}
 
 
 def build_config(
     arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, task: str = TASKS[0]
 ) -> RecurrentBartConfig:
-    """Architecture of a model from scratch, or of a pretrained one with what was given changed.
+    """Build the configuration of a model from scratch, or of a pretrained model with the given fields changed.
 
-    With a target per section, the decoder of a model that is not yet Recurrent BART sees the section, unless something
-    else was given.
-
-    Args:
-        arguments: What was given.
-        tokenizer: Whose ids it must have.
-        task: One of `TASKS`.
+    If a model is not yet Recurrent BART and `task` is `sections`, its decoder sees the section by default.
 
     Raises:
-        ValueError: A size is unknown, a field is out of range, layers would be dropped, or the vocabulary is smaller
-            than the tokenizer's.
+        ValueError: A size is unknown, a field is out of range, LayerDrop is used, or the vocabulary is smaller than the
+            tokenizer's.
     """
     given, new = arguments.config_fields(), IF_NEW[task]
     try:
         if arguments.model_name_or_path is None:
             return RecurrentBartConfig(**_from_scratch(arguments, tokenizer) | new | given)
         saved, _ = RecurrentBartConfig.get_config_dict(arguments.model_name_or_path)
-        # that of plain BART has no type there
+        # the saved configuration of a plain BART has no `model_type` here
         config = RecurrentBartConfig.from_dict(saved, **given if "model_type" in saved else new | given)
     except (OSError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"--model_name_or_path {arguments.model_name_or_path}: {text}") from error
     if config.decoder_layerdrop:
-        # ZeRO-3 would wait for processes that drop other layers, and take the gradients of a step before
+        # with LayerDrop under ZeRO-3, ranks that drop different layers would deadlock, and gradients of earlier steps
+        # would be used
         raise ValueError(
             f"--model_name_or_path {arguments.model_name_or_path}: decoder_layerdrop is {config.decoder_layerdrop} in "
             "its config.json, and must be 0 to be trained"
@@ -80,8 +76,7 @@ def _check_special_ids(
 ) -> None:
     """Check that a pretrained model and the tokenizer have the same special ids.
 
-    Raises:
-        ValueError: One differs: the model would never see the end of a text, or would take text for padding.
+    If they differ, the model never sees the end of a text, or takes text for padding.
     """
     names = ("bos_token_id", "pad_token_id", "eos_token_id")
     differing = [
@@ -100,9 +95,9 @@ def _check_special_ids(
 def build_model(
     arguments: ModelArguments, config: RecurrentBartConfig, seed: int
 ) -> RecurrentBartForConditionalGeneration:
-    """The model in float32 and in training mode, with the same weights on every process.
+    """Build the model in float32, in training mode, with the same weights on every rank.
 
-    `from_pretrained` gives one in evaluation mode, without dropout, and DeepSpeed leaves it so.
+    `from_pretrained` returns a model in evaluation mode, without dropout, and DeepSpeed does not change the mode.
 
     Raises:
         ValueError: The weights cannot be read.

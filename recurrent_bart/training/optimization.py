@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate."""
+"""Optimizer and learning rate scheduler."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.training.arguments import RunArguments
 
-# ends of the names of parameters that hold one vector a layer
+# name suffixes of parameters that stack one vector per layer
 STACKED_VECTORS = ("_bias", "prefix_gate", "matrix_gate")
 
 
@@ -23,9 +23,9 @@ def is_adapter(name: str) -> bool:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Highest learning rates of BART's own parameters and of the recurrence's.
+    """Peak learning rates of BART's parameters and of the recurrence's parameters.
 
-    They may be tensors on the parameters' device, to be changed there where steps are recorded.
+    They may be tensors on the parameters' device, so that a captured CUDA graph can read changed values.
     """
 
     backbone: float | Tensor
@@ -33,7 +33,10 @@ class LearningRates:
 
     @classmethod
     def of(cls, run: RunArguments, is_pretrained: bool, d_model: int) -> "LearningRates":
-        """Those given, or what suits the model: new parameters of a pretrained one have further to go."""
+        """Return the given rates or their defaults.
+
+        The default of the recurrence is 10 times the backbone's for a pretrained model, because its parameters are new.
+        """
         backbone, recurrence = run.learning_rate, run.recurrence_learning_rate
         if backbone is None:
             backbone = 3e-5 if is_pretrained else 3e-3 * 128 / d_model
@@ -45,21 +48,15 @@ class LearningRates:
 def build_optimizer(
     model: nn.Module, rates: LearningRates, weight_decay: float, adam_beta2: float = 0.999
 ) -> Optimizer:
-    """Build AdamW over the trained parameters, in groups by kind.
+    """Build AdamW over the trained parameters; matrices decay, all other parameters do not.
 
-    The groups depend on names and shapes alone. A checkpoint therefore fits an optimizer with other learning rates or
-    another weight decay, even where two groups then have the same values.
-
-    Args:
-        model: Its trained parameters are optimized.
-        rates: Learning rate of each kind.
-        weight_decay: Decay of matrices; all other parameters have none.
-        adam_beta2: Share of the mean of squared gradients that a step keeps.
+    The parameter groups depend only on names and shapes. A checkpoint therefore fits an optimizer with other learning
+    rates or another weight decay, even if two groups then have the same values.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # adapters are as new as the recurrence
+            # adapters are new parameters too and get the recurrence's learning rate
             is_new = is_recurrence(name) or is_adapter(name)
             groups.setdefault((is_new, is_matrix(name, parameter)), []).append(parameter)
     return AdamW(
@@ -72,19 +69,19 @@ def build_optimizer(
             for (is_new, is_decayed), members in groups.items()
         ],
         betas=(0.9, adam_beta2),
-        # one kernel over DeepSpeed's flat partition, instead of a temporary of its size for each operation
+        # one fused kernel over DeepSpeed's flat partition; the default allocates a temporary of that size per operation
         fused=True,
         capturable=torch.is_tensor(rates.backbone),
     )
 
 
 def build_scheduler(optimizer: Optimizer, run: RunArguments) -> LambdaLR:
-    """Linear warm-up, then the decay that `--lr_scheduler` names, to 0 at `--max_steps`."""
+    """Build a linear warm-up, followed by the decay that `--lr_scheduler` names, to 0 at `--max_steps`."""
     return LambdaLR(optimizer, learning_rate_factor(run.lr_scheduler, run.warmup_steps or 0, run.max_steps))
 
 
 def learning_rate_factor(schedule: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
-    """Share of the highest learning rate at a step counted from 0."""
+    """Return the function from a step, counted from 0, to the share of the peak learning rate."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -100,9 +97,9 @@ def learning_rate_factor(schedule: str, warmup_steps: int, max_steps: int) -> Ca
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Return True for a matrix or a stack of matrices, False for a bias, a norm's weight or a gate of attention heads.
+    """Return True for a matrix or a stack of matrices, False for biases, norm weights and gates of attention heads.
 
-    The recurrence stacks the parameters of all layers in a first dimension. A stack of vectors has two dimensions or
-    more, so it is known by its name.
+    The recurrence stacks the parameters of all layers in a first dimension. A stack of vectors therefore has two
+    dimensions or more and is recognised by its name.
     """
     return parameter.dim() > 1 and not name.endswith(STACKED_VECTORS)

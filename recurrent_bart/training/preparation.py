@@ -1,4 +1,4 @@
-"""All that a run needs before a model is built; whatever a user can get wrong is found here."""
+"""Preparation of a run before a model is built. User errors are found here, before a file is written."""
 
 import contextlib
 import itertools
@@ -27,20 +27,20 @@ from recurrent_bart.training.model_building import build_config
 from recurrent_bart.training.resumed_flags import changed_flags
 from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
 
-# of documents that are passed over
-N_TOLD = 5
+# number of skipped documents whose reasons are printed
+N_SHOWN = 5
 DEFAULT_DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
 
 
 @dataclass
 class Documents:
-    """Documents of a split, ready to be batched.
+    """Tokenised documents of one split.
 
     Attributes:
         corpus: Rows of `load_corpus`.
-        plan: Which of them are read.
-        collator: How they are cut.
-        skipped: Why other documents were passed over.
+        plan: Indices and lengths of the documents that are read.
+        collator: Function that cuts and batches them.
+        skipped: One reason per skipped document.
         fingerprint: Hash of the texts.
     """
 
@@ -51,17 +51,17 @@ class Documents:
     fingerprint: str = ""
 
     def targets(self, n_documents: int = 256) -> list[list[int]]:
-        """Return the labels of the first documents, target by target."""
+        """Return the labels of the first `n_documents` documents, one list of ids per target."""
         rows = (self.corpus[index] for index in self.plan.indices[:n_documents])
         return [self.collator.target(summary) for row in rows for summary in row["summaries"] if summary]
 
 
 @dataclass
 class Preparation:
-    """What a run starts from.
+    """Inputs of a run: folder, configurations, tokenizer and documents.
 
     Attributes:
-        changes: Flags of a resumed run that are not what they were, each with the value before and now.
+        changes: Changed flags of a resumed run, each with the value before and now.
     """
 
     folder: RunFolder
@@ -72,7 +72,7 @@ class Preparation:
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def documents(self) -> dict[str, dict[str, Any]]:
-        """Return what tells the documents of each split from others."""
+        """Return the number of documents and the fingerprint of each split."""
         return {
             split: {"number": len(documents.corpus), "fingerprint": documents.fingerprint}
             for split, documents in self.splits.items()
@@ -80,16 +80,16 @@ class Preparation:
 
 
 def prepare(arguments: Arguments, environment: Environment) -> Preparation:
-    """Check all arguments, and make or find the tokenizer and the tokenised documents.
+    """Check all arguments, and load or make the tokenizer and the tokenised documents.
 
     Raises:
-        ValueError: Something is wrong with them. Nothing is left behind then.
+        ValueError: An argument or a document is wrong. The run folder is then unchanged.
     """
     run = arguments.run
     folder = RunFolder(Path(run.output_dir))
     if not run.resume:
         folder.check_new()
-    # a mode that does not exist is refused here, before anything is written
+    # an unknown mode is refused here, before a file is written
     wandb_mode(arguments.tracking.wandb_mode, wandb_settings())
     deepspeed = load_deepspeed_config(
         run.deepspeed or DEFAULT_DEEPSPEED,
@@ -109,11 +109,7 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
 
 
 def check_same_documents(folder: RunFolder, now: dict[str, dict[str, Any]]) -> None:
-    """Check that a run that is resumed has the documents it was begun with.
-
-    Raises:
-        ValueError: It has others.
-    """
+    """Check that a resumed run has the documents it began with; raise ValueError if they differ."""
     then = folder.read_config().get("documents")
     if then is None:
         say(f"warning: {folder.path} does not say which documents it was begun with, so they are not compared")
@@ -130,15 +126,12 @@ def check_same_documents(folder: RunFolder, now: dict[str, dict[str, Any]]) -> N
 def open_splits(
     model: ModelArguments, data: DataArguments, saved: Path | None = None
 ) -> tuple[PreTrainedTokenizerBase, RecurrentBartConfig, dict[str, Documents]]:
-    """Tokenizer, architecture, and the documents to train and to validate on.
+    """Return the tokenizer, the configuration and the documents for training and validation.
 
-    Args:
-        model: Which model.
-        data: Which documents.
-        saved: Where the tokenizer is; None: it is found or made.
+    `saved` is the folder of a saved tokenizer. Without it, the tokenizer is loaded by name, or trained.
 
     Raises:
-        ValueError: Something is wrong with them.
+        ValueError: An argument or a document is wrong.
     """
     sources = find_training_sources(data)
     tokenizer = find_tokenizer(model, data, sources["train"], saved)
@@ -151,11 +144,7 @@ def open_splits(
 
 
 def find_training_sources(data: DataArguments) -> dict[str, Source]:
-    """Sources with a training and a validation split.
-
-    Raises:
-        ValueError: There are no training documents.
-    """
+    """Find the sources of all splits; raise ValueError if there is no training split."""
     sources = sources_of(data)
     if "train" not in sources:
         raise ValueError(f"--dataset {data.dataset}: no training split; there are {', '.join(sources) or 'none'}")
@@ -163,7 +152,7 @@ def find_training_sources(data: DataArguments) -> dict[str, Source]:
 
 
 def sources_of(data: DataArguments) -> dict[str, Source]:
-    """Return the source of each split that there is, and say what else the data set holds."""
+    """Return the source of each existing split, and print notes about unused data."""
     held_out = HeldOut(data.validation_share, data.held_out_by)
     sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file, held_out)
     for note in dict.fromkeys(note for source in sources.values() for note in source.notes):
@@ -180,13 +169,13 @@ def sources_of(data: DataArguments) -> dict[str, Source]:
 def find_tokenizer(
     model: ModelArguments, data: DataArguments, train: Source, saved: Path | None = None
 ) -> PreTrainedTokenizerBase:
-    """The saved one, the one named, the pretrained model's, or one trained on the training documents and cached."""
+    """Load the saved, the named or the pretrained model's tokenizer, or train one and cache it."""
     name = saved or model.tokenizer_name or model.model_name_or_path
     if model.model_name_or_path:
         check_model_place("--model_name_or_path", model.model_name_or_path, may_be_on_hub=True)
     if name:
         return load_tokenizer(str(name), model.trust_remote_code)
-    # the same words, in the same numbers
+    # copies made with --gap_sentences contain the same words and would not change the tokenizer
     train = replace(train, n_made=0)
     key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()))
     folder = Path(data.cache_dir).expanduser() / "tokenizers" / key
@@ -205,15 +194,15 @@ def open_documents(
     tokenizer: PreTrainedTokenizerBase,
     max_n_segments: int,
 ) -> Documents:
-    """Tokenised documents of a split and how they are cut.
+    """Load the tokenised documents of a split and plan how they are cut.
 
     Raises:
-        ValueError: One is unusable, or none has a target in the part that is read.
+        ValueError: A document is unusable, or no document has a target in its first `max_n_segments` segments.
     """
     found = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
     corpus, skipped = found.rows, found.skipped
     if skipped:
-        say(f"warning: {len(skipped)} documents of {source.place} are passed over: {'; '.join(skipped[:N_TOLD])}")
+        say(f"warning: {len(skipped)} documents of {source.place} are passed over: {'; '.join(skipped[:N_SHOWN])}")
     leading, trailing = special_tokens_around(tokenizer)
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
     longest = longest_text(config, data.max_target_length)
@@ -226,13 +215,13 @@ def open_documents(
 
 
 def make_run_folder(arguments: Arguments) -> tuple[RunFolder, list[Path]]:
-    """Make the folder of a new run: `--output_dir`, or a folder under `runs/` that no other run has.
+    """Create the folder of a new run: `--output_dir`, or a unique folder under `runs/`.
 
     Returns:
-        The folder, and the paths that were made for it, the innermost first.
+        The folder, and the paths that were created, the innermost first.
 
     Raises:
-        ValueError: A run is in the folder already, or it cannot be made.
+        ValueError: The folder already holds a run, or cannot be created.
     """
     if arguments.run.output_dir:
         folder = RunFolder(Path(arguments.run.output_dir))
@@ -241,7 +230,7 @@ def make_run_folder(arguments: Arguments) -> tuple[RunFolder, list[Path]]:
     first = Path(default_output_dir(arguments))
     RunFolder(first).check_new()
     for number in itertools.count(1):
-        # another run of the same second may have the name
+        # another run that began in the same second may have this name
         folder = RunFolder(first if number == 1 else first.with_name(f"{first.name}-{number}"))
         with contextlib.suppress(FileExistsError):
             return folder, folder.create(exist_ok=False)
@@ -249,7 +238,7 @@ def make_run_folder(arguments: Arguments) -> tuple[RunFolder, list[Path]]:
 
 
 def default_output_dir(arguments: Arguments) -> str:
-    """Return the name of a new folder under `runs/`: when the run begins and what it trains."""
+    """Return the name of a new folder under `runs/`: start time, data set, task and model size."""
     data = arguments.data
     name = Path(data.train_file or data.dataset).name.split(".")[0]
     size = Path(arguments.model.model_name_or_path or arguments.model.model_size).name

@@ -1,4 +1,4 @@
-"""Looks at what the recurrence does with some validation documents, at each evaluation with the same ones."""
+"""Probes of the recurrence at each evaluation, always on the same validation documents."""
 
 from typing import Any
 
@@ -12,16 +12,14 @@ N_DOCUMENTS = 2
 
 
 def probe_recurrence(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -> dict[str, Any]:
-    """Figures of `recurrence_metrics`, on every process. The first one looks, the others wait.
+    """Return the metrics of `recurrence_metrics` on every rank; rank 0 computes them and the other ranks wait.
 
-    Args:
-        model: Whole, in evaluation mode.
-        evaluator: Of the documents, of which those of the most segments are taken.
+    They are computed on the `N_DOCUMENTS` longest documents. `model` must be gathered and in evaluation mode.
     """
-    return from_first(_look(model, evaluator) if is_first() else None)
+    return from_first(_probe(model, evaluator) if is_first() else None)
 
 
-def _look(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -> dict[str, Any]:
+def _probe(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -> dict[str, Any]:
     plan = evaluator.plan
     longest = sorted(zip(plan.n_segments, plan.indices, strict=True), key=lambda pair: (-pair[0], pair[1]))
     documents = []
@@ -29,7 +27,7 @@ def _look(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) ->
         batch = evaluator.collator([{**evaluator.corpus[index], "index": index}])
         inputs = batch.model_inputs(evaluator.device)
         documents.append((inputs["input_ids"], inputs["attention_mask"], inputs["labels"]))
-    # others wait for this process, and no figure is worth a run
+    # the other ranks wait for this one; a failed metric must not end the run
     try:
         return recurrence_metrics(model, documents)
     except Exception as error:

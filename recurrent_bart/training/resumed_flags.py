@@ -1,36 +1,35 @@
-"""Flags of a resumed run: which hold when they are given again, and which it keeps."""
+"""Flags of a resumed run: which may change and which must stay."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-# flags by their group, as config.json has them under "arguments"
+# flags by group, as in the section "arguments" of config.json
 Flags = dict[str, dict[str, Any]]
 
-# which parameters there are, what they began with, and how texts become ids
+# flags that decide the parameters, their initial values or the tokenizer; they cannot change
 KEPT_MODEL = (
     *("model_name_or_path", "model_size", "tokenizer_name", "vocab_size", "train", "lora_r", "lora_alpha"),
     *("pre_seq_len", "prefix_projection", "prefix_hidden_size", "recurrence", "prefix_attention", "update_gate"),
     *("associative_memory", "matrix_gate_init"),
 )
-# what a document is, by which the run knows its place among them
+# flags that decide what a document is; a change would invalidate the position in the data
 KEPT_DATA = (
     *("dataset", "train_file", "validation_file", "task", "gap_sentences"),
     *("text_column", "summary_column", "sections_column", "summaries_column"),
 )
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")
-# what a validation loss is measured on
+# flags that change what the validation loss measures
 MEASURED = ("max_target_length", "max_n_segments", "segment_size", "input_size", "decoder_context", "context_segments")
-# not the run's: how this start was made
-OF_THE_START = ("output_dir", "resume", "local_rank", "trust_checkpoint")
+# flags of this start only, which are not compared
+NOT_COMPARED = ("output_dir", "resume", "local_rank", "trust_checkpoint")
 
 
 def changed_flags(given: Flags, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the flags whose value is not the run's, each with the value before and now.
+    """Return the flags that differ from the run's, each with the value before and now.
 
-    Args:
-        given: All flags of the resumed run.
-        saved: Content of its config.json. A flag that was not given has the value that was resolved.
+    `given` holds all flags of the resumed run; `saved` is the content of config.json. A saved flag that was None is
+    compared by its resolved value.
     """
     flags = {name: value for group in saved.get("arguments", {}).values() for name, value in group.items()}
     resolved = saved.get("model", {})
@@ -40,17 +39,13 @@ def changed_flags(given: Flags, saved: dict[str, Any]) -> dict[str, tuple[Any, A
             then = flags.get(name, now)
             if then is None and now is not None:
                 then = resolved.get(name)
-            if name not in OF_THE_START and then != now and not _is_same_path(name, then, now):
+            if name not in NOT_COMPARED and then != now and not _is_same_path(name, then, now):
                 changes[name] = (then, now)
     return changes
 
 
 def check_resumed(given: Flags, saved: dict[str, Any]) -> None:
-    """Refuse flags that a resumed run cannot take over; nothing was changed on disk yet.
-
-    Raises:
-        ValueError: A flag is another than the run's; the message names it.
-    """
+    """Check that a resumed run changes no flag that must stay; raise ValueError with the flag's name if it does."""
     for name, (then, now) in changed_flags(given, saved).items():
         if name not in KEPT_MODEL + KEPT_DATA or (name in PATHS and _has_moved(then)):
             continue
@@ -62,9 +57,9 @@ def check_resumed(given: Flags, saved: dict[str, Any]) -> None:
 
 
 def describe_changes(changes: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Return a line for the flags that hold from here on, and a warning where validation losses cannot be compared."""
-    told = [f"--{name} {now} (before: {then})" for name, (then, now) in changes.items()]
-    lines = [f"changed    {', '.join(told)}"] if told else []
+    """Return a line with the changed flags, and a warning if validation losses are no longer comparable."""
+    descriptions = [f"--{name} {now} (before: {then})" for name, (then, now) in changes.items()]
+    lines = [f"changed    {', '.join(descriptions)}"] if descriptions else []
     measured = [f"--{name}" for name in changes if name in MEASURED]
     if measured:
         lines.append(
@@ -77,10 +72,10 @@ def describe_changes(changes: dict[str, tuple[Any, Any]]) -> list[str]:
 def _is_same_path(name: str, then: Any, now: Any) -> bool:
     if name not in (*PATHS, "test_file", "cache_dir", "deepspeed") or then is None or now is None:
         return False
-    paths = [Path(place).expanduser().absolute() for place in (then, now)]
+    paths = [Path(path).expanduser().absolute() for path in (then, now)]
     return paths[0] == paths[1] or (all(path.exists() for path in paths) and os.path.samefile(*paths))
 
 
-def _has_moved(place: str | None) -> bool:
-    """Return whether a path is no longer there, as on another machine, so that another one may stand for it."""
-    return place is not None and Path(place).is_absolute() and not Path(place).exists()
+def _has_moved(path: str | None) -> bool:
+    """Return True if an absolute path no longer exists, for example on another host. Another path may replace it."""
+    return path is not None and Path(path).is_absolute() and not Path(path).exists()

@@ -1,4 +1,4 @@
-"""A run from its arguments to its last evaluation: what `launch/train.py` calls."""
+"""Session of a run, from its arguments to its last evaluation; `launch/train.py` calls `run_experiment`."""
 
 import contextlib
 import functools
@@ -57,22 +57,22 @@ from recurrent_bart.training.trainer import Trainer
 from recurrent_bart.training.training_batches import TrainingBatches
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict, gathered_for_evaluation, save_model
 
-# samples shown at each evaluation
+# number of samples written at each evaluation
 N_SAMPLES = 5
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
-# without a step or an evaluation for so long, the user is told
+# a warning is printed after this time without a step or an evaluation
 STALL_SECONDS = 600.0
 
 AnySession = TypeVar("AnySession", bound="Session")
 
 
 def run_experiment(arguments: Arguments, environment: Environment) -> Path:
-    """Train, evaluate and save; returns the run folder.
+    """Train, evaluate and save; return the run folder.
 
     Raises:
-        Interrupted: The run was asked to stop before its end; its last checkpoint is that of the last step.
-        ValueError: Something is wrong with the arguments or the documents.
+        Interrupted: The run was asked to stop early. A checkpoint of its last step exists.
+        ValueError: An argument or a document is wrong.
     """
     with open_session(arguments, environment, Session) as session:
         session.train()
@@ -80,15 +80,12 @@ def run_experiment(arguments: Arguments, environment: Environment) -> Path:
 
 
 def open_session(arguments: Arguments, environment: Environment, kind: type[AnySession]) -> AnySession:
-    """Lock the run folder and prepare a run, from its documents to its sharded model, to begin or to go on.
+    """Lock the run folder and build a session: documents, model, engine, and the checkpoint of a resumed run.
 
-    Args:
-        arguments: The run's arguments.
-        environment: The calling process.
-        kind: Class of the session, which the caller enters.
+    The caller must enter the session, which is an instance of the class `kind`.
 
     Raises:
-        ValueError: Something is wrong with the arguments or the documents, or a run is going on in the folder.
+        ValueError: An argument or a document is wrong, or another run trains in the folder.
     """
     lock = lock_folder(arguments)
     try:
@@ -99,10 +96,10 @@ def open_session(arguments: Arguments, environment: Environment, kind: type[AnyS
 
 
 def lock_folder(arguments: Arguments) -> RunLock:
-    """Make the run folder and lock it, on the first process; every process then has its name in `output_dir`.
+    """Create and lock the run folder on rank 0, and set `output_dir` on every rank.
 
     Raises:
-        ValueError: A run is in the folder or is going on there, or it cannot be written.
+        ValueError: The folder holds a run, is locked by another run, or cannot be written.
     """
     run, holder = arguments.run, Holder.here(*batch_job())
     locks: list[RunLock] = []
@@ -126,11 +123,11 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     prepared = first_then_all(lambda: prepare(arguments, environment))
     model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
     choose_trained(model, arguments.model)
-    change_settings(model.generation_config, run.generation_settings(), _longest(prepared), run.num_beams)
+    change_settings(model.generation_config, run.generation_settings(), _max_target_length(prepared), run.num_beams)
     rates = learning_rates(arguments, prepared.config)
     optimizer = build_optimizer(model, rates, run.weight_decay, run.adam_beta2)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
-    # from here on processes differ in their dropout
+    # from here on, each rank draws its own dropout masks
     torch.manual_seed(run.seed + 1 + environment.rank)
     model.set_gradient_checkpointing(run.gradient_checkpointing)
     checkpoints = Checkpoints(
@@ -142,24 +139,23 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
             f"--max_steps {run.max_steps}: the run has done {resumed.state.step} steps; --max_steps counts these too"
         )
     if "seed" in prepared.changes:
-        # the checkpoint's random states are those of the seed before
+        # the checkpoint's random states come from the previous seed
         torch.manual_seed(run.seed + 1 + environment.rank)
         reseed_random_states(resumed.state.step)
     return kind(arguments, environment, prepared, engine, checkpoints, resumed, lock)
 
 
-def _longest(prepared: Preparation) -> int:
-    """Return the most tokens of a generated text, which are those of a target."""
+def _max_target_length(prepared: Preparation) -> int:
     return prepared.splits["validation"].collator.max_target_length
 
 
 def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
     folder = prepared.folder
-    # nothing of an earlier end was touched while the run could still be refused
+    # files of the previous start are deleted only now, when the run can no longer be refused
     for name in (STOP_FILE, OUTCOME_FILE):
         (folder.path / name).unlink(missing_ok=True)
     save_tokenizer(prepared.tokenizer, folder.tokenizer)
-    # what makes it a run that can be resumed, so it comes last
+    # a folder with config.json can be resumed, so it is written last
     folder.write_config(
         arguments=asdict(arguments),
         resolved=resolved_settings(arguments, prepared.config),
@@ -171,7 +167,7 @@ def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerStat
 
 
 class Session:
-    """What happens beside the steps: evaluation, checkpoints, the log. All processes have one each."""
+    """Evaluation, checkpoints and logging of a run, besides its steps. Each rank has one session."""
 
     def __init__(
         self,
@@ -187,7 +183,7 @@ class Session:
         self.engine, self.checkpoints, self.resumed, self.lock = engine, checkpoints, resumed, lock
         self.state = state = resumed.state
         self.order = build_order(arguments, prepared, environment.world_size, state)
-        # nothing that could still be refused comes after it
+        # the folder is changed only after the last check that can refuse the run
         only_first(lambda: _open_folder(prepared, arguments, state))
         self.folder = prepared.folder
         self.display = ProgressDisplay(state.step, arguments.run.max_steps, is_plain=is_batch_job())
@@ -195,11 +191,11 @@ class Session:
         self.places = RankTopology.gather(environment.local_rank, peak)
         self.trackers = start_trackers(arguments.tracking, environment, self.folder, self.places)
         self.stall_watch = StallWatch(STALL_SECONDS, self._report_stall)
-        self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes, self._tell_of_signal)
+        self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes, self._announce_stop)
         self.evaluator = self._evaluator(prepared.splits["validation"])
         self.spikes = SpikeWatch()
         self.saved = (state.step, state.evaluated_step)
-        # whose model is in the folder
+        # step of the model in RUN/model
         self.model_step = state.best_step if math.isfinite(state.best_loss) else None
 
     def __enter__(self) -> Self:
@@ -218,13 +214,13 @@ class Session:
             self.display.__exit__()
             self.lock.renew()
         if is_first() and not self.lock.is_lost:
-            # a full disk may be what ends it
+            # the run may end because the disk is full
             with contextlib.suppress(OSError):
                 atomic_write(self.folder.path / OUTCOME_FILE, json.dumps(outcome.fields()) + "\n")
         self.lock.release()
 
     def train(self) -> None:
-        """Run the loop."""
+        """Run the training loop."""
         documents, run = self.prepared.splits["train"], self.arguments.run
         batches = contextlib.closing(TrainingBatches(documents, self.order, run, self.environment, self.state))
         with self.interruption.watching(), self.stall_watch, batches as read:
@@ -236,7 +232,7 @@ class Session:
                 self.display.say(f"stopped    after step {self.state.step}: {reason}")
                 raise
             finally:
-                self._tell_of_model()
+                self._announce_saved_model()
 
     def _trainer(self, batches: Iterator[Batch]) -> Trainer:
         return Trainer(
@@ -258,18 +254,14 @@ class Session:
         )
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write and show the figures of some steps."""
+        """Log and display the metrics of the last steps."""
         train = self.prepared.splits["train"]
         self.trackers.log({**record, "n_cut_documents": train.plan.n_cut, "n_bad_documents": len(train.skipped)})
         self.display.show(record)
         self.watch(record)
 
     def watch(self, record: dict[str, Any]) -> None:
-        """Say that the loss is far above what it was.
-
-        Raises:
-            ValueError: It has been for so long that the run is to end.
-        """
+        """Warn of a loss spike; raise ValueError after `--max_loss_spikes` warnings in a row."""
         warning = self.spikes.warning(record)
         if warning:
             self.trackers.alert("loss is high", warning)
@@ -278,20 +270,20 @@ class Session:
             stop_all(f"{warning}; lower --learning_rate and --resume from a checkpoint before, or begin anew")
 
     def step(self, step: int) -> None:
-        """Show that a step is done; what the first one takes long for, no other does."""
+        """Record that a step is done. The first step takes longest, so shorten the timeout after it."""
         self.lock.check()
         self.stall_watch.beat()
         self.display.step(step)
         set_timeout(timedelta(seconds=self.arguments.run.step_timeout_seconds))
 
     def wait_longer(self) -> None:
-        """Let the others take their time, as long as at the start."""
+        """Set the long timeout again, before an evaluation or a checkpoint."""
         self.lock.renew()
         self.lock.check()
         set_timeout(timedelta(minutes=self.arguments.run.timeout_minutes))
 
     def skip(self, reason: str) -> None:
-        """Write and say why a step was not applied."""
+        """Log the reason why a step was not applied."""
         self.trackers.log({"step": self.state.step, "skipped": reason})
         self.trackers.alert("step skipped", reason)
         self.display.say(f"warning: {reason}")
@@ -301,11 +293,11 @@ class Session:
         self.trackers.alert("run stalls", text)
         self.display.say(f"warning: {text}")
 
-    def _tell_of_signal(self, name: str) -> None:
+    def _announce_stop(self, name: str) -> None:
         self.display.say(f"stopping   {name} received: finishing this step (or batch of an evaluation), then saving")
 
-    def _tell_of_model(self) -> None:
-        """Say which step's model is in the folder, which need not be that of the last step."""
+    def _announce_saved_model(self) -> None:
+        """Print which step's model is in RUN/model; it need not be the last step's."""
         if self.model_step is not None:
             lowest = f"validation loss {self.state.best_loss:.4f}, the lowest"
             self.display.say(f"saved      {self.folder.model}, the model after step {self.model_step}: {lowest}")
@@ -317,13 +309,13 @@ class Session:
             self.display.say(f"upload     {line}")
 
     def evaluate(self) -> bool:
-        """Validation loss and ROUGE, the best model so far; says whether to stop early."""
+        """Compute validation loss and ROUGE, save the model if it is the best, and return True to stop early."""
         self.wait_longer()
         state, samples = self.state, []
         started = time.perf_counter()
         with gathered_for_evaluation(self.engine) as model:
             loss = self.evaluator.loss(model)
-            # an untrained model has nothing to tell
+            # an untrained model generates only noise
             if state.step:
                 samples = self.evaluator.summarise(model, self._generation())
             recurrence = probe_recurrence(model, self.evaluator)
@@ -349,7 +341,7 @@ class Session:
         return bool(patience) and state.n_worse >= patience
 
     def save(self, figures: dict[str, float]) -> None:
-        """Write a checkpoint, unless there is this very one; of step 0 there is nothing that is not made again."""
+        """Write a checkpoint, unless it exists already or no step is done."""
         state = self.state
         if state.step and (state.step, state.evaluated_step) != self.saved:
             self.wait_longer()
@@ -367,7 +359,6 @@ class Session:
         self.display.say(f"step {record['step']}: validation loss {record['validation_loss']:.4f}  {figures}".rstrip())
 
     def _export(self) -> None:
-        """Write the model as it is now to RUN/model, for from_pretrained."""
         weights = full_state_dict(self.engine)
         if is_first():
             with telling_of_disk(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
@@ -376,7 +367,7 @@ class Session:
 
     def _generation(self) -> Generation:
         run = self.arguments.run
-        return Generation(_longest(self.prepared), run.num_beams, run.eval_documents)
+        return Generation(_max_target_length(self.prepared), run.num_beams, run.eval_documents)
 
     def _evaluator(self, documents: Documents) -> Evaluator:
         run = self.arguments.run

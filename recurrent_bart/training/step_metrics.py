@@ -1,4 +1,4 @@
-"""What has happened since the last line of the log."""
+"""Metrics since the last line of the log."""
 
 import time
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.monitoring.rank_metrics import RankMetrics
 
-# what is counted and so can be gone on from
+# counters that a checkpoint saves and a resumed run continues
 COUNTED = (
     "loss",
     "n_targets",
@@ -25,12 +25,9 @@ COUNTED = (
 
 @dataclass
 class StepMetrics(RankMetrics):
-    """This process's figures, and the steps that they are of.
+    """Metrics of this rank over `n_steps` optimizer steps.
 
-    Attributes:
-        n_steps: Optimizer steps.
-        started: When they began.
-        learning_rate: Of the last one.
+    `started` is a time in seconds by `time.perf_counter`; `learning_rate` belongs to the last step.
     """
 
     n_steps: int = 0
@@ -38,7 +35,7 @@ class StepMetrics(RankMetrics):
     learning_rate: float = 0.0
 
     def add(self, batch: Batch, n_flops: float) -> None:
-        """Count a batch and the useful operations of its passes."""
+        """Count a batch and the useful floating-point operations of its passes."""
         self.n_targets += batch.n_targets()
         self.n_tokens += batch.n_tokens()
         self.n_documents += len(batch.labels)
@@ -46,18 +43,18 @@ class StepMetrics(RankMetrics):
         self.n_flops += n_flops
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Count time by kind of work."""
+        """Add seconds by kind of work."""
         for kind, value in seconds.items():
             setattr(self, f"{kind}_seconds", getattr(self, f"{kind}_seconds") + value)
 
     def figures(self) -> dict[str, float]:
-        """What a checkpoint keeps, for a line of the log that ends after it."""
-        kept = {name: float(getattr(self, name)) for name in COUNTED}
-        return {**kept, "seconds": time.perf_counter() - self.started}
+        """Return the counters that a checkpoint saves."""
+        counters = {name: float(getattr(self, name)) for name in COUNTED}
+        return {**counters, "seconds": time.perf_counter() - self.started}
 
     @classmethod
     def of(cls, figures: Mapping[str, float]) -> "StepMetrics":
-        """Go on from those of a checkpoint; without any, from nothing."""
+        """Continue from a checkpoint's counters; start from zero if there are none."""
         tally = cls(started=time.perf_counter() - figures.get("seconds", 0.0))
         for name in COUNTED:
             setattr(tally, name, figures.get(name, 0.0))

@@ -1,4 +1,4 @@
-"""Starts the trackers that a run's arguments ask for."""
+"""Start of the trackers that a run's flags ask for."""
 
 import functools
 import socket
@@ -22,26 +22,26 @@ from recurrent_bart.training.environment import (
     wandb_settings,
 )
 
-# of runs for which neither a flag nor WANDB_PROJECT names another one
+# default wandb project
 PROJECT = "recurrent-bart"
 
 
 def start_trackers(
     arguments: TrackingArguments, environment: Environment, folder: RunFolder, places: RankTopology
 ) -> Trackers:
-    """The run's file and TensorBoard for the first process, wandb for the first one of each machine.
+    """Start metrics.jsonl and TensorBoard on rank 0, and wandb on the first rank of each host.
 
-    All processes call it together, once the folder holds what is logged of the run so far.
+    All ranks call this together, after the records that a resumed run logs again are deleted from the folder.
     """
     trackers: list[Tracker] = []
     if is_first():
         trackers.append(Guarded("metrics.jsonl", lambda: MetricsFile(folder), warn, gives_up=False))
     if is_first() and arguments.tensorboard:
-        place = folder.path / "tensorboard"
-        trackers.append(Guarded("TensorBoard", lambda: TensorBoardTracker(place, folder.read_metrics()), warn))
+        directory = folder.path / "tensorboard"
+        trackers.append(Guarded("TensorBoard", lambda: TensorBoardTracker(directory, folder.read_metrics()), warn))
     given = wandb_settings()
     mode = wandb_mode(arguments.wandb_mode, given)
-    # sent in any case: machines may have been told different modes, and none may wait for the others
+    # sent in every mode: hosts may have different modes, and no rank may wait for a message that is not sent
     first = from_first(_first_id(folder, given.get("run_id")) if is_first() and mode != "disabled" else None)
     if first is not None and mode != "disabled" and environment.local_rank == 0:
         identity, problem = first
@@ -51,21 +51,21 @@ def start_trackers(
 
 
 def warn(text: str) -> None:
-    """Say a warning, on other machines with their name."""
+    """Print a warning; on other ranks than 0, with host name and rank."""
     if is_first():
         say(f"warning: {text}")
     else:
         print(f"warning: {text} ({socket.gethostname()}, rank {rank()})", file=sys.stderr, flush=True)
 
 
-def _first_id(folder: RunFolder, wanted: str | None) -> tuple[str, str]:
-    """Return the id of the run and why there is none: no process may be left waiting for it."""
+def _first_id(folder: RunFolder, requested_id: str | None) -> tuple[str, str]:
+    """Return the wandb id and an error text. Errors are not raised, because other ranks wait for the id."""
     try:
-        identity = run_id(folder.path / "wandb", wanted)
+        identity = run_id(folder.path / "wandb", requested_id)
     except OSError as error:
         return "", str(error)
-    if wanted not in (None, identity):
-        warn(f"WANDB_RUN_ID {wanted} is not used: this run has begun as {identity} in wandb")
+    if requested_id not in (None, identity):
+        warn(f"WANDB_RUN_ID {requested_id} is not used: this run has begun as {identity} in wandb")
     return identity, ""
 
 
@@ -94,13 +94,13 @@ def _start_wandb(
         host=places.hosts[rank()],
         config=folder.read_config(),
         given=frozenset(given),
-        **_shown(arguments, given, folder.path.name),
+        **_wandb_names(arguments, given, folder.path.name),
     )
     return start_wandb(run, folder.read_metrics(), warn)
 
 
-def _shown(arguments: TrackingArguments, given: Mapping[str, str], name: str) -> dict[str, Any]:
-    """Return the names a run has in wandb: by flag, else as the user told wandb, else by the run folder."""
+def _wandb_names(arguments: TrackingArguments, given: Mapping[str, str], name: str) -> dict[str, Any]:
+    """Return the run's names in wandb: from flags, else from the user's wandb settings, else from the run folder."""
     return {
         "name": given.get("name", name),
         "group": arguments.wandb_group or given.get("run_group", name),

@@ -1,4 +1,4 @@
-"""The training loop, in three levels: `train`, `train_step`, `forward_backward`."""
+"""Training loop, in three levels: `train`, `train_step`, `forward_backward`."""
 
 import contextlib
 import functools
@@ -31,24 +31,24 @@ from recurrent_bart.training.zero.gradient_norms import GradientNorms
 
 @dataclass
 class Trainer:
-    """Trains an engine on batches.
+    """Training loop of an engine.
 
     Attributes:
-        engine: The sharded model.
-        batches: This process's micro-batches, without end.
-        run: Its arguments.
-        state: Where it stands.
-        on_log: Told the figures of a log line, the same on every process.
-        on_evaluation: Evaluates and says whether to stop.
-        on_save: Writes a checkpoint, which keeps the figures of the tally too.
-        on_step: Told the number of each step that is done.
-        on_skip: Told why a step was not applied, the same on every process.
-        oracle: Whose words the decoder reads beside the target's after so many steps, the same on every process.
-        interruption: What may ask the run to stop before its end.
-        curriculum: Whose stages it goes through.
-        places: Where the processes run.
-        watch: Times the parts of a step.
-        tally: This process's figures since the last line of the log.
+        engine: Sharded model.
+        batches: Micro-batches of this rank, endless.
+        run: Arguments of the run.
+        state: Trainer state, changed in place.
+        on_log: Called with the metrics of a log line, which are equal on every rank.
+        on_evaluation: Runs an evaluation; returns True to stop.
+        on_save: Writes a checkpoint; called with the counters of `tally`.
+        on_step: Called with the number of each finished step.
+        on_skip: Called with the reason why a step was not applied, which is equal on every rank.
+        oracle: Returns the oracle of scheduled sampling at a step, equal on every rank.
+        interruption: Requests to stop early.
+        curriculum: Stages of the document length.
+        places: Hosts and devices of all ranks.
+        watch: Timer of the parts of a step.
+        tally: Metrics of this rank since the last line of the log.
     """
 
     engine: DeepSpeedEngine
@@ -68,11 +68,11 @@ class Trainer:
     tally: StepMetrics = field(default_factory=StepMetrics)
 
     def train(self) -> None:
-        """Train to `--max_steps` or until an evaluation says to stop.
+        """Train to `--max_steps`, or until an evaluation returns True.
 
         Raises:
-            Interrupted: It was asked to stop, between two steps or in an evaluation; a checkpoint is written.
-            ValueError: No gradient was finite for many steps.
+            Interrupted: The run was asked to stop, between two steps or in an evaluation. A checkpoint is written.
+            ValueError: No gradient was finite for `--max_skipped_steps` steps in a row.
         """
         try:
             self.run_steps_and_evaluations()
@@ -81,7 +81,7 @@ class Trainer:
             raise
 
     def run_steps_and_evaluations(self) -> None:
-        """Steps and evaluations, each at its interval."""
+        """Alternate steps with evaluations, log lines and checkpoints, each at its interval."""
         while True:
             if self.is_evaluation_step() and self.state.evaluated_step != self.state.step and self.evaluate():
                 return
@@ -89,7 +89,7 @@ class Trainer:
                 return
             self.train_step()
             self.on_step(self.state.step)
-            # a tally ends at an evaluation: its time is not counted, and a run resumed there logs the same
+            # a log line ends at each evaluation: the evaluation's time is not counted, and a resumed run logs the same
             if self.is_logged_at(self.state.step):
                 self.log()
             self.advance_curriculum(is_reached=False)
@@ -97,41 +97,41 @@ class Trainer:
                 self.save()
 
     def is_evaluation_step(self) -> bool:
-        """Whether an evaluation belongs after the steps done so far."""
+        """Return True if the last step is followed by an evaluation."""
         return self.is_evaluated_after(self.state.step)
 
     def is_evaluated_after(self, step: int) -> bool:
-        """Whether an evaluation belongs after so many steps."""
+        """Return True if step `step` is followed by an evaluation."""
         return step == self.run.max_steps or step % self.run.eval_every == 0
 
     def is_logged_at(self, step: int) -> bool:
-        """Whether a line of the log ends after so many steps."""
+        """Return True if a line of the log ends at step `step`."""
         return self.is_evaluated_after(step) or step % self.run.log_every == 0
 
     def evaluate(self) -> bool:
-        """Evaluate and write a checkpoint; says whether to stop."""
+        """Evaluate and write a checkpoint; return True to stop."""
         stops = self.on_evaluation()
-        # one that is interrupted is made by the run that goes on
+        # set after the evaluation, so that a resumed run repeats an interrupted evaluation
         self.state.evaluated_step = self.state.step
         self.tally = StepMetrics()
         self.save()
         return stops
 
     def save(self) -> None:
-        """Write a checkpoint, between two lines of the log with what the next one has so far."""
+        """Write a checkpoint with the counters since the last line of the log."""
         self.tally.add_seconds(self.watch.seconds())
         self.on_save(self.tally.figures())
 
     def train_step(self) -> None:
-        """One optimizer step over `--gradient_accumulation_steps` micro-batches of every process.
+        """Run one optimizer step over `--gradient_accumulation_steps` micro-batches of every rank.
 
-        The loss of each is divided by the number of targets in the whole step, so that every target counts the same
-        wherever it stands. Gradients of several passes are reduced once.
+        Each loss is divided by the number of targets in the whole step, so that every target token has the same weight.
+        The gradients of several passes are reduced once.
 
         Raises:
-            Interrupted: The run is asked to stop. The step has not begun then.
+            Interrupted: The run is asked to stop. The step has then not begun.
         """
-        # a sum of its own: the tally's is added to in place
+        # `+ 0.0` copies the tensor, because the tally's loss is changed in place
         loss_before, n_targets_before = self.tally.loss + 0.0, self.tally.n_targets
         with self.watch.measure("data", on_host=True):
             batches = [next(self.batches) for _ in range(self.run.gradient_accumulation_steps)]
@@ -145,11 +145,11 @@ class Trainer:
             for batch in batches:
                 with explain_out_of_memory(batch, self.state.step + 1):
                     self.forward_backward(batch, n_targets)
-        # the step moves it on to the next one's
+        # read before the step, which advances the learning rate scheduler
         self.tally.learning_rate = self.engine.get_lr()[0]
         if self.is_logged_at(self.state.step + 1):
             self.tally.backbone_square, self.tally.recurrence_square = self.norms.squares()
-        # applied on all processes or on none: DeepSpeed looks at the norm of the whole gradient
+        # DeepSpeed checks the norm over all ranks, so a step is applied on all ranks or on none
         with self.watch.measure("optimizer"):
             self.engine.step()
         self.state.step += 1
@@ -161,20 +161,24 @@ class Trainer:
             self.tally.loss, self.tally.n_targets = loss_before, n_targets_before
 
     def advance_curriculum(self, is_reached: bool) -> None:
-        """Begin the curriculum's next stage if this one is over; the same is decided on every process."""
+        """Begin the next stage of the curriculum if the current one is over; equal on every rank."""
         state = self.state
         if self.curriculum and self.curriculum.is_over(state.stage, state.step - state.stage_began, is_reached):
             state.stage, state.stage_began = state.stage + 1, state.step
 
     def is_reached(self, loss: float, n_steps: float) -> bool:
-        """Whether the loss of the last steps, all of them of this stage, is what the curriculum trains it to."""
+        """Return True if the loss has reached `--curriculum_loss` within the current stage.
+
+        `loss` is the mean over the last `n_steps` steps.
+        """
         threshold = self.run.curriculum_loss
         return threshold is not None and loss <= threshold and n_steps <= self.state.step - self.state.stage_began
 
     def forward_backward(self, batch: Batch, n_targets: float) -> None:
-        """Add a micro-batch's gradient, window after window, in as many passes on every process.
+        """Add the gradients of a micro-batch, one window of truncated BPTT after the other.
 
-        DeepSpeed averages gradients over processes, which sums them once each is divided by the targets per process.
+        Every rank makes the same number of passes. DeepSpeed averages gradients over ranks, so each loss is divided by
+        the targets per rank; the result is the sum over ranks.
         """
         per_process = n_targets / self.engine.world_size
         device = self.engine.device
@@ -193,27 +197,23 @@ class Trainer:
 
     @property
     def config(self) -> RecurrentBartConfig:
-        """The model's architecture."""
+        """Configuration of the model."""
         return self.engine.module.config
 
     @functools.cached_property
     def norms(self) -> GradientNorms:
-        """Of the parts of the gradient."""
+        """Gradient norms of BART's parameters and of the recurrence."""
         return GradientNorms(self.engine)
 
     @functools.cached_property
     def arithmetic(self) -> Arithmetic:
-        """Counts what is useful of a batch's passes."""
+        """Counter of useful floating-point operations."""
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.engine.module.parameters()]
         trained = sum(size for size, is_trained in sizes if is_trained)
         return Arithmetic(self.config, trained / sum(size for size, _ in sizes))
 
     def skip(self) -> None:
-        """Count a step that was not applied and find the processes that caused it.
-
-        Raises:
-            ValueError: It is one of many in a row.
-        """
+        """Count a step that was not applied and report the ranks that caused it. After too many in a row, stop."""
         is_finite = gather_objects(math.isfinite(float(self.tally.loss)))
         ranks = [str(rank) for rank, finite in enumerate(is_finite) if not finite]
         what = f"loss was not finite on rank {', '.join(ranks)}" if ranks else "gradient was not finite, every loss was"
@@ -224,7 +224,7 @@ class Trainer:
             self.stop_after_skips()
 
     def stop_after_skips(self) -> None:
-        """Write a checkpoint of the weights, which no skipped step has changed, and end."""
+        """Write a checkpoint and stop; skipped steps have not changed the weights."""
         n_steps, self.state.n_skipped_in_row = self.state.n_skipped_in_row, 0
         self.save()
         message = (
@@ -234,7 +234,7 @@ class Trainer:
         stop_all(message)
 
     def log(self) -> None:
-        """Sum up the steps since the last line, over all processes."""
+        """Combine the metrics of all ranks since the last line of the log, and pass them on."""
         tally, self.tally = self.tally, StepMetrics()
         tally.add_seconds(self.watch.seconds())
         tally.read_memory(self.engine.device)

@@ -1,4 +1,4 @@
-"""What a process trains on, batch after batch, in the curriculum's length."""
+"""Training batches of a rank, in the document length of the curriculum."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,22 +16,15 @@ from recurrent_bart.training.lifecycle.faults import explain_loader_errors
 from recurrent_bart.training.lifecycle.interruption import ignore_signals
 from recurrent_bart.training.preparation import Documents
 
-# a document by its place in the plan, and how many segments of it are read; None: as many as ever
+# index of a document in the plan, and number of its segments to read; None: no limit by a curriculum
 Reading = tuple[int, int | None]
 
 
 class TrainingBatches(Iterator[Batch]):
-    """Micro-batches of one process, without end.
+    """Endless iterator of one rank's micro-batches.
 
-    Batches are made ahead, by other processes, of as many segments as the stage says; so where a stage ends, those that
-    are made are thrown away and the next are made anew.
-
-    Args:
-        documents: The documents.
-        order: Which of them each step reads.
-        run: How they are read.
-        environment: Which process this is.
-        state: Where the run stands; its step and stage are looked at whenever batches are begun.
+    Worker processes make batches in advance with the stage's number of segments. When a stage ends, prepared batches
+    are discarded and made again. The step and stage of `state` are read whenever a loader starts.
     """
 
     def __init__(
@@ -53,9 +46,9 @@ class TrainingBatches(Iterator[Batch]):
             return next(self.loader)
 
     def close(self) -> None:
-        """End the processes that make batches.
+        """End the worker processes.
 
-        They ignore the signal that ends them where a process leaves before its loader: it would wait for them for ever.
+        The workers ignore signals. If this process exited before its loader, it would wait for the workers forever.
         """
         self.loader = iter(())
 
@@ -75,7 +68,8 @@ class TrainingBatches(Iterator[Batch]):
             num_workers=self.run.dataloader_num_workers,
             worker_init_fn=ignore_signals,
             pin_memory=self.environment.device.type == "cuda",
-            # it draws a number when it starts: from the model's generator, a resumed run would have other dropout
+            # a loader draws a seed when it starts; from the default generator, this would change the dropout of a
+            # resumed run
             generator=torch.Generator(),
         )
         return iter(loader)
@@ -84,16 +78,16 @@ class TrainingBatches(Iterator[Batch]):
 def _readings(
     micro_batches: RankBatches, curriculum: Curriculum | None, first_step: int, stage: int
 ) -> Iterator[list[Reading]]:
-    # a function: a method's generator would hold on to the loader that holds on to it, and with it its processes
-    for number, places in enumerate(micro_batches):
+    # a function and not a method: a reference cycle between generator and loader would keep the workers alive
+    for number, indices in enumerate(micro_batches):
         step = first_step + number // micro_batches.accumulation
         n_segments = curriculum.draw(stage, step) if curriculum else None
-        yield [(place, n_segments) for place in places]
+        yield [(index, n_segments) for index in indices]
 
 
 @dataclass
 class IndexedRows(Dataset[dict[str, Any]]):
-    """The documents of a plan, by their place in it."""
+    """Documents of a plan, by their index in the plan."""
 
     documents: Documents
 
@@ -101,11 +95,11 @@ class IndexedRows(Dataset[dict[str, Any]]):
         return len(self.documents.plan.indices)
 
     def __getitem__(self, reading: Reading) -> dict[str, Any]:
-        place, n_segments = reading
+        index, n_segments = reading
         plan = self.documents.plan
-        row = {**self.documents.corpus[plan.indices[place]], "index": plan.indices[place]}
+        row = {**self.documents.corpus[plan.indices[index]], "index": plan.indices[index]}
         if n_segments is None:
             return row
-        # without any target a document would be read for nothing
-        cut = max(n_segments, plan.n_least[place])
-        return row | {"max_n_segments": min(cut, plan.n_segments[place])}
+        # read at least up to the first target, because a document without a target gives no gradient
+        cut = max(n_segments, plan.n_least[index])
+        return row | {"max_n_segments": min(cut, plan.n_segments[index])}

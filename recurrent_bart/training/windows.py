@@ -1,4 +1,4 @@
-"""Batches cut where gradient is cut, so that each part has a backward pass of its own.
+"""Windows of truncated BPTT: parts of a batch with separate backward passes.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -27,16 +27,16 @@ def window_losses(
     n_items: float,
     oracle: Oracle | None = None,
 ) -> Iterator[Tensor]:
-    """Loss of each window of a batch, one after the other; the caller runs the backward pass of each before the next.
+    """Yield the loss of each window of a batch. The caller must run each backward pass before the next window.
 
     Args:
-        model: The model, or an engine around it.
-        config: Its architecture.
+        model: Model, or an engine around it.
+        config: Its configuration.
         batch: Documents.
-        device: Where the model is.
-        n_windows: From `count_windows`, or more.
-        n_items: What the summed losses are divided by.
-        oracle: Whose words the decoder reads beside the target's.
+        device: Device of the model.
+        n_windows: Number from `count_windows`, or more.
+        n_items: Divisor of the summed losses.
+        oracle: Oracle of scheduled sampling.
     """
     windows: Iterable[Batch] = [batch]
     state = None
@@ -51,36 +51,37 @@ def window_losses(
 
 
 def has_windows(batch: Batch, config: RecurrentBartConfig) -> bool:
-    """Whether parts of a batch have backward passes of their own: gradient has a horizon, and targets within each.
+    """Return True if the windows of a batch have separate backward passes.
 
-    With one target behind it all, what stands before the last window runs without a graph.
+    This needs truncated BPTT and one target per segment. With one target at the end, the segments before the last
+    window run without an autograd graph.
     """
     return config.bptt_window is not None and batch.labels.dim() == 3
 
 
 def count_windows(batch: Batch, config: RecurrentBartConfig) -> int:
-    """Number of backward passes of a batch."""
+    """Return the number of backward passes of a batch."""
     return -(-batch.input_ids.shape[1] // config.bptt_window) if has_windows(batch, config) else 1
 
 
 def bptt_windows(batch: Batch, window: int, n_windows: int) -> Iterator[Batch]:
-    """Cut a batch with a target per segment at the boundaries that gradient does not cross.
+    """Cut a batch with one target per segment at the boundaries that gradients do not cross.
 
-    Memory then holds the graph of one window, however many segments there are. Documents end together, as in the
-    encoder, so that all have the same boundaries; one that begins late has nothing to read in the first windows.
+    Memory then holds the autograd graph of one window, for any number of segments. Documents are aligned at their end,
+    as in the encoder, so all have the same boundaries. A short document has only padding in the first windows.
 
     Args:
-        batch: Labels `(B, N, T)`.
-        window: Segments of a window; the first has what is left over.
-        n_windows: How many to give, at least `count_windows`: windows with nothing in them stand in front, for
-            processes must make the same number of passes.
+        batch: Batch with labels `(B, N, T)`.
+        window: Segments per window; the first window has the remainder.
+        n_windows: Windows to yield, at least `count_windows`. Empty windows come first, because all ranks must make the
+            same number of passes.
     """
     ids_BNL, mask_BNL, n_empty_B = align_at_end(batch.input_ids, batch.attention_mask)
     labels_BNT = shift_segments(batch.labels, n_empty_B)
     n_segments = ids_BNL.shape[1]
     for _ in range(n_windows - -(-n_segments // window)):
-        nothing = torch.zeros(len(ids_BNL), 1, 1, dtype=torch.long)
-        yield replace(batch, input_ids=nothing, attention_mask=nothing, labels=torch.full_like(nothing, IGNORED))
+        empty = torch.zeros(len(ids_BNL), 1, 1, dtype=torch.long)
+        yield replace(batch, input_ids=empty, attention_mask=empty, labels=torch.full_like(empty, IGNORED))
     for start in range(-(-n_segments % window), n_segments, window):
         part = slice(max(0, start), start + window)
         yield replace(batch, input_ids=ids_BNL[:, part], attention_mask=mask_BNL[:, part], labels=labels_BNT[:, part])

@@ -1,4 +1,4 @@
-"""Checkpoints: which one is read, which are kept, and what is refused."""
+"""Checkpoints: which one is loaded, which are kept, and what is refused."""
 
 import errno
 import hashlib
@@ -24,7 +24,7 @@ from tiny import BUCKET, random_ids, tiny_model
 STATE = TrainerState(
     step=2, best_loss=1.5, best_step=1, n_worse=1, n_skipped=3, n_skipped_in_row=2, n_documents=8, order_batch=4
 )
-# an odd sum in single precision, and counts
+# a loss that is not a round number in float32, and counters
 FIGURES = {"loss": 1.1000000238418579, "n_targets": 7, "n_tokens": 90, "n_steps": 2, "seconds": 3.5}
 
 
@@ -62,14 +62,14 @@ def names(checkpoints):
 
 
 def break_file(path, how):
-    """Damage a file in one of the ways that happen."""
+    """Damage a file in one of several ways."""
     content = path.read_bytes()
     if how == "missing":
         path.unlink()
     elif how == "cut off":
         path.write_bytes(content[:-1])
     else:
-        # a bit that turned: its length says nothing
+        # a flipped byte: the length stays the same
         place = len(content) // 2
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
 
@@ -215,7 +215,7 @@ class TestFullDisk:
         assert "step-00000003" not in names(checkpoints)
         full_disk.undo()
         assert checkpoints.load(make_engine()).state == STATE
-        # the next one takes its place
+        # the next checkpoint of the same step replaces it
         checkpoints.save(engine, replace(STATE, step=4))
         assert names(checkpoints) == ["step-00000002", "step-00000004"]
 
@@ -248,7 +248,7 @@ def test_in_the_background_what_was_there_when_it_began_is_written(saved, monkey
     monkeypatch.setattr(checkpoint_files, "write_and_fsync", wait_and_write)
     expected = full_state_dict(engine)
     background.save(engine, replace(STATE, step=3))
-    # training goes on before a byte is written
+    # train before the file is written
     train(engine, 1)
     assert "step-00000003" not in names(checkpoints)
     assert any(not torch.equal(value, expected[name]) for name, value in full_state_dict(engine).items())
@@ -285,7 +285,7 @@ class TestTrust:
             ("engine/*model_states.pt", 2),
             ("engine/*optim_states.pt", 2),
             ("process-0.pt", 2),
-            # put together by DeepSpeed for another stage
+            # a file that is read when the checkpoint is converted for another ZeRO stage
             ("engine/*model_states.pt", 3),
             ("engine/*optim_states.pt", 3),
         ],
@@ -296,12 +296,12 @@ class TestTrust:
         made = tmp_path_factory.mktemp("made") / "by a stranger"
         (file,) = path.glob(pattern)
         torch.save({**read_tensors(file), "stranger": Stranger(str(made))}, file)
-        # the stranger can make a manifest too
+        # an attacker can write a matching manifest too
         forge(path, file)
         with pytest.raises(ValueError, match="cannot be read"):
             Checkpoints(checkpoints.folder, trusts=trusts).load(make_engine(stage))
         assert not made.exists()
-        # what it would have done
+        # check that unpickling this object really has an effect
         pickle.loads(pickle.dumps(Stranger(str(made))))
         assert made.exists()
 
@@ -316,7 +316,7 @@ class TestTrust:
 
 
 def forge(checkpoint, file):
-    """Make the manifest one that vouches for a file."""
+    """Change the manifest so that it matches a file."""
     manifest_file = checkpoint / "manifest.json"
     content = json.loads(manifest_file.read_text())
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -325,7 +325,7 @@ def forge(checkpoint, file):
 
 
 class Stranger:
-    """A pickle that makes a folder when it is read."""
+    """Object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -342,7 +342,7 @@ def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(alone, tmp
     other = make_engine(now, rate=0.001)
     assert checkpoints.load(other).state == STATE
     assert names(checkpoints) == ["step-00000002"]
-    # DeepSpeed tells of each parameter
+    # DeepSpeed's converter prints a line per parameter; it must be silenced
     assert len(capsys.readouterr().out.splitlines()) == 1
     found, expected = full_state_dict(other), full_state_dict(engine)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -352,7 +352,7 @@ def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(alone, tmp
         train(trained, 1)
     found, expected = full_state_dict(other), full_state_dict(engine)
     for name in expected:
-        # its true gradient is 0: Adam makes steps of the noise
+        # its exact gradient is 0, so Adam's steps follow rounding noise
         if "k_proj.bias" not in name:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
 
@@ -414,7 +414,7 @@ def test_settings_that_are_given_anew_hold(alone, tmp_path, stage):
     "now", [{"decay": 0.0}, {"recurrence_rate": 0.5}, {"decay": 0.0, "recurrence_rate": 0.5}], ids=str
 )
 def test_flags_that_make_groups_alike_load_the_moments(alone, tmp_path, stage, now):
-    """No weight decay, or one learning rate for all, and back."""
+    """Change to zero weight decay or to one learning rate for all groups, and back."""
     checkpoints = Checkpoints(tmp_path)
     engine = train(make_engine(stage))
     checkpoints.save(engine, STATE)

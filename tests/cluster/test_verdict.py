@@ -1,4 +1,4 @@
-"""A bad node is named, with what is wrong with it, and no good one."""
+"""Verdict on nodes: a bad node is reported with its problem, a good node is not."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ NAMES = ["ada", "bob", "cyd"]
 
 
 def report(host, rates=(20e9, 20e9), **changes):
-    """Of a process that found nothing wrong; one of two on its node, which is one of three."""
+    """Build a report without problems from one of two ranks of a node in a ring of three nodes."""
     number = NAMES.index(host)
     others = {str((number + 1) % 3): rates[0], str((number + 2) % 3): rates[1]}
     values = {"n_gpus": 2, "memory_bytes": 64 * GIB, "disk_bytes": 100 * GIB, "disk_rate": 1e9, "clock": 1e9}
@@ -20,7 +20,7 @@ def report(host, rates=(20e9, 20e9), **changes):
 
 
 def verdict(changed, **changes):
-    """On three nodes, of which one is changed."""
+    """Return the verdict on three nodes, of which one is changed."""
     reports = [report(name, **(changes if name == changed else {})) for name in NAMES for _ in range(2)]
     return judge(by_node(reports, 2, NAMES), EXPECTED)
 
@@ -41,7 +41,7 @@ def test_good_nodes_are_not_named():
     ],
 )
 def test_a_bad_node_is_named_with_what_is_wrong(changes, expected):
-    # the middle one, told once for both of its processes
+    # bob, the middle node; the problem of both ranks is reported once
     assert verdict("bob", **changes) == {"bob": [expected]}
 
 

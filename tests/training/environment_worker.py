@@ -1,4 +1,4 @@
-"""Started by test_environment.py: joins the group, does what others are noisy about, and says where it stands."""
+"""Worker of test_environment.py: joins the process group, triggers noisy library code and prints its rank."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Started by test_evaluation.py, one process a rank: ZeRO-3 steps with an evaluation between them and without."""
+"""Worker of test_evaluation.py, one process per rank: ZeRO-3 steps with and without an evaluation between them."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def build():
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
-        # 0: a tiny model's parameters would else never be gathered
+        # 0, because parameters below the threshold are never partitioned
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     return build_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-2), None, config)
@@ -35,12 +35,12 @@ def train(engine, rank, steps):
 
 
 def evaluate(engine, rank):
-    """Texts of another number and length on each process."""
+    """Generate texts whose number and length differ between ranks."""
     torch.manual_seed(5)
     documents = random_ids(2, 3, 8).to(engine.device)
     with gathered_for_evaluation(engine) as model:
         texts = [model.generate(documents, max_new_tokens=4 + rank) for _ in range(1 + rank)]
-    # the last id is forced to end the text
+    # without the last id, which is always the end-of-text id
     return texts[0][:, :4].tolist()
 
 

@@ -1,4 +1,4 @@
-"""Started by test_oracle.py, one process a rank: steps with an oracle under ZeRO, each rank's targets of one length."""
+"""Worker of test_oracle.py, one process per rank: steps with an oracle under ZeRO; target lengths differ by rank."""
 
 import json
 import sys
@@ -16,26 +16,26 @@ from recurrent_bart.training.zero.engine import build_engine, full_state_dict
 from tiny import tiny_model
 
 N_STEPS, N_SEGMENTS, LENGTH = 3, 4, 8
-# of the targets of even and odd rows, which are the first and the second rank's
+# target lengths of even rows (rank 0) and of odd rows (rank 1)
 TARGET_LENGTHS = 3, 7
 RATE = 0.3
 
 
 def make_batches(task):
-    """Four documents a step, the same on every process."""
+    """Make four documents per step, equal on every rank."""
     random = torch.Generator().manual_seed(3)
     for _ in range(N_STEPS):
         ids = torch.randint(4, 60, (4, N_SEGMENTS, LENGTH), generator=random)
         labels = torch.randint(4, 60, (4, N_SEGMENTS, max(TARGET_LENGTHS)), generator=random)
         for parity, length in enumerate(TARGET_LENGTHS):
             labels[parity::2, :, length:] = -100
-        # a window without any target on the first rank
+        # rank 0 has a window without any target
         labels[::2, :2] = -100
         yield Batch(ids, torch.ones_like(ids), labels[:, -1] if task == "document" else labels, indices=[])
 
 
 def own_part(batch, rank):
-    """One rank's documents, their targets cut to their own length."""
+    """Select one rank's documents and cut their targets to this rank's longest."""
     rows = slice(rank, None, 2)
     return Batch(
         batch.input_ids[rows], batch.attention_mask[rows], batch.labels[rows, ..., : TARGET_LENGTHS[rank]], indices=[]
@@ -44,20 +44,20 @@ def own_part(batch, rank):
 
 def build(case):
     torch.manual_seed(0)
-    # weights of a size at which float32 itself is good to 1e-5
+    # with weights of this size, float32 rounding errors stay below 1e-5
     model = tiny_model(init_std=0.15, **case["fields"]).train()
     model.set_gradient_checkpointing(case["checkpointing"])
     return model, torch.optim.SGD(model.parameters(), lr=RATE), Oracle(**case["oracle"])
 
 
 def run_case(case, environment):
-    """Under ZeRO, through the trainer's own step."""
+    """Run steps under ZeRO through the trainer's `train_step`."""
     model, optimizer, oracle = build(case)
     zero = {"stage": case["stage"], **({"stage3_param_persistence_threshold": 0} if case["stage"] == 3 else {})}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # not given, it would be 1
+        # DeepSpeed's default is 1
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
@@ -82,7 +82,7 @@ def run_case(case, environment):
 
 
 def run_alone(case):
-    """The same in plain PyTorch, one process, all documents in one pass."""
+    """Run the same steps in plain PyTorch, in one process, with all documents in one pass."""
     model, optimizer, oracle = build(case)
     losses = []
     for batch in make_batches(case["task"]):

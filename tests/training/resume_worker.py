@@ -1,4 +1,4 @@
-"""Started by test_resume.py, or called in its process: runs that are cut off and resumed, and such as are not."""
+"""Worker of test_resume.py, also called within its process: interrupted and resumed runs, and uninterrupted runs."""
 
 import contextlib
 import json
@@ -13,9 +13,9 @@ from recurrent_bart.training.session import Session, run_experiment
 from recurrent_bart.training.trainer import Trainer
 from runs import flags
 
-# those of two processes; one process resumes the two others
+# ZeRO stage and precision of the runs with two processes; one process runs the other two combinations
 CASES = [(2, "fp32"), (3, "bf16")]
-# a run is cut off in the step after a checkpoint that stands at no evaluation, in the middle of a line of the log
+# the run is cut off one step after a checkpoint that is neither at an evaluation nor at the end of a log line
 RESUMED = {
     "gradient_accumulation_steps": 2,
     "dropout": 0.1,
@@ -25,17 +25,17 @@ RESUMED = {
     "save_every": 3,
     "log_every": 2,
 }
-# and goes on with another number of processes
+# settings of a run that is cut off and continues with another world size
 RESIZED = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "eval_every": 6, "save_every": 3, "log_every": 1}
 CUT_OFF_AFTER = 4
 
 
 class CutOffError(Exception):
-    """The end of a process, as far as it can be had without one."""
+    """Exception that stands for a killed process."""
 
 
 def train(environment, argv):
-    """As launch/train.py does."""
+    """Train as launch/train.py does."""
     return run_experiment(parse_arguments(argv), environment)
 
 
@@ -60,7 +60,7 @@ def train_until_cut_off(environment, argv):
 
 @contextlib.contextmanager
 def noting_documents(file):
-    """Write down which documents each step of this process reads."""
+    """Record which documents each step of this rank reads."""
     forward_backward = Trainer.forward_backward
 
     def noting(trainer, batch, n_targets):
@@ -76,7 +76,7 @@ def noting_documents(file):
 
 
 def run_all(environment, documents, output, stage, precision, **flags_of_both):
-    """Write the runs `whole` and `resumed` under the output folder."""
+    """Write the runs `whole` and `resumed` to the output folder."""
     changes = {
         "deepspeed": f"ds_configs/zero{stage}.json",
         "precision": precision,
@@ -90,7 +90,7 @@ def run_all(environment, documents, output, stage, precision, **flags_of_both):
 
 
 def begin_resized(environment, documents, output, stage):
-    """Write a run `cut` that others may go on with, and where there are two processes `whole`."""
+    """Write a run `cut` for another world size to resume and, with two ranks, a run `whole`."""
     per_process = {1: 2, 2: 1}[environment.world_size]
     changes = {
         "deepspeed": f"ds_configs/zero{stage}.json",
@@ -110,7 +110,7 @@ if __name__ == "__main__":
     with noting_documents(output / f"read-{environment.rank}.jsonl"):
         for stage in (2, 3):
             begin_resized(environment, documents, output / f"resized{stage}", stage)
-            # one process has begun it
+            # a run that one process began
             cut = str(output / f"resized{stage}" / "cut-1")
             train(environment, ["--resume", cut, "--gradient_accumulation_steps", "1"])
     deepspeed.comm.barrier()

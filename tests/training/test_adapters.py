@@ -1,4 +1,4 @@
-"""What is trained and what stays, and that adapters leave a plain model behind."""
+"""Trained and frozen parameters; a model with merged adapters is a plain model."""
 
 import sys
 
@@ -41,7 +41,7 @@ def test_merged_weights_give_the_logits_of_the_adapters(fields):
     model.double().eval()
     for name, parameter in model.named_parameters():
         if is_adapter(name):
-            # B is zero at first, so that nothing would be merged
+            # B is initially zero, so merging would have no effect
             torch.nn.init.normal_(parameter)
     plain = tiny_model(**fields).double().eval()
     inputs = {"input_ids": random_ids(2, 3, 8), "labels": random_ids(2, 5)}
@@ -82,7 +82,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def changed(run, before):
-    """Names of the weights of `RUN/model` that differ from those of a run's first model."""
+    """Return the names of weights in `RUN/model` that differ from the initial model of a run."""
     after = load_file(run / "model" / "model.safetensors")
     assert after.keys() == before.keys()
     return {name for name, weight in after.items() if not torch.equal(weight, before[name])}
@@ -107,7 +107,7 @@ def test_runs_change_what_they_train_and_leave_a_plain_model(train_main, documen
                 expected |= {weight for weight in before if weight.endswith(("q_proj.weight", "v_proj.weight"))}
             found = changed(run, before)
             assert found <= expected
-            # a few entries may stand still in so few steps, whole kinds may not
+            # in a few steps, single weights may stay equal, but not all weights of one kind
             assert {weight.rsplit(".", 2)[-2] for weight in expected} == {weight.rsplit(".", 2)[-2] for weight in found}
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "lora3" / "model")
     tokenizer = load_tokenizer(str(tmp_path / "lora3" / "model"))
@@ -121,7 +121,7 @@ def test_a_resumed_run_with_adapters_is_the_one_never_cut_off(train_main, docume
     assert train_main(flags(documents, whole, lora_r=2, max_steps=4)) == 0
     assert train_main(flags(documents, cut, lora_r=2, max_steps=4, patience=0, eval_every=2)) == 0
     for folder in (cut / "checkpoints").glob("step-00000004"):
-        # as if it had ended after the second step
+        # simulate a run that ended after its second step
         folder.rename(tmp_path / "taken away")
     assert train_main(["--resume", str(cut)]) == 0
     expected = load_file(whole / "model" / "model.safetensors")

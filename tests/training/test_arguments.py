@@ -1,4 +1,4 @@
-"""What stands on the command line is what a run gets, and what is wrong there is said by its flag."""
+"""Command-line arguments: a run gets the given values, and errors name the wrong flag."""
 
 from dataclasses import asdict, fields
 
@@ -19,7 +19,7 @@ GROUPS = (ModelArguments, DataArguments, RunArguments)
 
 
 def save_run(path, argv):
-    """The folder of a run that was started with some flags."""
+    """Write the folder of a run that was started with the given flags."""
     folder = RunFolder(path)
     folder.create()
     folder.write_config(arguments=asdict(parse_arguments(argv)))
@@ -126,7 +126,7 @@ def test_mistakes_are_one_line_that_names_the_flag(argv, message, capsys):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")) as caught:
         parse_arguments(argv.split())
     assert "\n" not in str(caught.value)
-    # the launch script says it, once
+    # nothing is printed here: the launch script prints the error once
     assert capsys.readouterr() == ("", "")
 
 
@@ -148,7 +148,7 @@ def test_flags_given_on_resuming_take_precedence(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run on two files, with the architecture that was resolved."""
+    """Write the folder of a run on two files, with its resolved configuration."""
     for name in ("train.jsonl", "other.jsonl", "validation.jsonl"):
         (tmp_path / name).write_text("")
     given = ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "validation.jsonl"]
@@ -195,7 +195,7 @@ def test_a_flag_that_a_resumed_run_cannot_take_over_is_refused_by_name(run, tmp_
 def test_a_flag_that_is_given_again_as_it_was_changes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.jsonl").symlink_to("train.jsonl")
-    # the first three were resolved from defaults, the last is another name of the same file
+    # the first three equal the resolved defaults; the last is another path of the same file
     given = ["--recurrence", "layerwise", "--prefix_attention", "concat", "--warmup_steps", "5"]
     resumed = parse_arguments(["--resume", str(run.path), *given, "--train_file", "link.jsonl"])
     assert changed_flags(asdict(resumed), run.read_config()) == {}

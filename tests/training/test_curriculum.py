@@ -1,4 +1,4 @@
-"""A curriculum: what is drawn follows from seed and step, stages end by accuracy or by steps."""
+"""Curriculum: draws depend only on seed and step; stages end by loss or by steps."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""A run with a curriculum: stages end by steps and by loss, are logged, and are gone on from."""
+"""Run with a curriculum: stages end by steps and by loss, are logged, and are resumed."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_a_stage_ends_at_its_loss_which_all_of_a_line_must_be_of(documents, tmp_
     assert stages(tmp_path / "run") == [1, 2, 3, 3]
     changes |= {"curriculum_loss": 0.1}
     assert train_main(flags(documents, tmp_path / "other", **changes)) == 0
-    # after steps 3 and 6
+    # stages end after steps 3 and 6
     assert stages(tmp_path / "other") == [1, 2, 2, 3]
 
 

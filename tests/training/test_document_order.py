@@ -1,4 +1,4 @@
-"""The order of a run's documents is that of its flags, and goes on from where it was written down."""
+"""Document order of a run: built from its flags, and continued from a stored position."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ TWO = ["--per_device_train_batch_size", "2"]
 
 @pytest.fixture
 def prepared():
-    """Segments of ten tokens."""
+    """Prepare documents with segments of ten tokens."""
     return SimpleNamespace(
         splits={"train": SimpleNamespace(plan=SimpleNamespace(n_segments=LENGTHS))},
         config=SimpleNamespace(input_size=10),

@@ -1,4 +1,4 @@
-"""A process finds its place, whatever started it, and the terminal is not littered."""
+"""Environment of a process under each launcher, and a terminal without library messages."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""An evaluation between steps, with the model whole on every process, leaves no trace in training."""
+"""Evaluation between steps: every rank has the gathered model, and training is not affected."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_processes_evaluate_on_their_own_under_zero3_and_train_on_as_if_they_had
     found = json.loads(next(line for line in ended.printed[0].splitlines() if line.startswith("{")))
     assert found["differ"] == []
     assert found["is_training"] == [True, True]
-    # the same documents and the same whole model
+    # both ranks have the same documents and the same gathered model
     assert found["texts"][0] == found["texts"][1]
-    # and given back in parts afterwards
+    # parameters are partitioned again afterwards
     assert all(size == 0 for sizes in found["sizes"] for size in sizes)

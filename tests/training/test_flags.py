@@ -1,4 +1,4 @@
-"""No command takes an abbreviation of a flag, and a wrong flag is answered with the right one."""
+"""Flags: no command accepts an abbreviation, and an unknown flag is answered with a suggestion."""
 
 import ast
 from pathlib import Path

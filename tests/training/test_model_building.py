@@ -1,4 +1,4 @@
-"""The model that the flags ask for."""
+"""Model that the flags ask for."""
 
 import logging
 
@@ -15,7 +15,7 @@ from recurrent_bart.training.model_building import SIZES, build_config, build_mo
 
 
 class Tokenizer:
-    """As many ids as facebook/bart-base has, and its special ones."""
+    """Tokenizer stub with the vocabulary size and special ids of facebook/bart-base."""
 
     bos_token_id, pad_token_id, eos_token_id = 0, 1, 2
 
@@ -99,7 +99,7 @@ def test_a_pretrained_model_keeps_its_weights_and_trains_in_float32(pretrained, 
 
 @pytest.fixture
 def logged(caplog):
-    """The lines that transformers logs, which does not hand them on to the root."""
+    """Capture the log lines of transformers, whose logger does not propagate to the root logger."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     yield caplog
@@ -113,7 +113,7 @@ def test_that_the_recurrence_is_new_is_said_in_one_line(pretrained, capsys, logg
     line = f"new        the recurrence ({size:.1f} M parameters) is new and untrained: {pretrained} has none\n"
     assert capsys.readouterr().out == line
     assert not logged.records
-    # one that has been trained has nothing new
+    # a saved Recurrent BART has no new parameters
     model.save_pretrained(tmp_path / "saved")
     arguments = ModelArguments(model_name_or_path=str(tmp_path / "saved"))
     build_model(arguments, build_config(arguments, Tokenizer(40)), seed=0)
@@ -206,6 +206,6 @@ def test_a_tokenizer_with_other_special_ids_than_the_model_is_refused(pretrained
     vars(tokenizer).update(ids)
     with pytest.raises(ValueError, match=f"--tokenizer_name other has other special ids than .*bart: {message}"):
         build_config(ModelArguments(model_name_or_path=pretrained, tokenizer_name="other"), tokenizer)
-    # a model from scratch has the tokenizer's
+    # a new model gets the tokenizer's special ids
     config = build_config(ModelArguments(), tokenizer)
     assert all(getattr(config, name) == value for name, value in ids.items())

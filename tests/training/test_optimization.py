@@ -1,4 +1,4 @@
-"""Which parameters decay, how fast each kind learns, and how the learning rate goes."""
+"""Optimizer: decayed parameters, learning rates by kind, and the learning rate scheduler."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from recurrent_bart.training.optimization import (
 )
 from tiny import tiny_model
 
-# every field that adds parameters or takes some away
+# each field that adds or removes parameters
 CASES = [
     {"recurrence": "layerwise", "prefix_projection": True, "prefix_attention": "gated"},
     {"recurrence": "layerwise", "prefix_projection": False, "prefix_attention": "concat"},
@@ -30,7 +30,7 @@ CASES = [
     {"pre_seq_len": 0},
     {"tie_word_embeddings": False},
 ]
-# by the last part of the name: what decays, and what does not
+# True for parameters that decay, by the last part of their names
 DECAYED = {
     *("initial_memory", "slot_embedding", "projection_in", "projection_out", "update_gate", "write_strength"),
     *("shared", "embed_tokens", "embed_positions", "lm_head", "k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2"),
@@ -44,7 +44,7 @@ NOT_DECAYED = {
 
 
 def is_decayed(name):
-    """Return whether a parameter decays by the tables above; raise KeyError for a name that they do not have."""
+    """Return True if a parameter decays by the tables above; raise KeyError for an unknown name."""
     *path, last = name.removesuffix(".default.weight").split(".")
     if last == "bias":
         return False
@@ -55,7 +55,7 @@ def is_decayed(name):
 
 
 def optimizer_of(model, backbone=0.1, recurrence=0.2, weight_decay=0.5):
-    """The optimizer and, for each parameter's name, its learning rate and decay."""
+    """Return the optimizer, and the learning rate and decay of each parameter by name."""
     optimizer = build_optimizer(model, LearningRates(backbone, recurrence), weight_decay)
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {
@@ -77,7 +77,7 @@ def test_every_parameter_is_in_one_group(changes):
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_what_bart_does_not_have_is_the_recurrences_and_has_its_rate(changes, bart):
     _, found = optimizer_of(tiny_model(**changes))
-    # tied weights under every name
+    # includes each name of tied weights
     in_bart = set(bart.state_dict())
     for name, (rate, _) in found.items():
         assert is_recurrence(name) == (name not in in_bart), name
@@ -87,7 +87,7 @@ def test_what_bart_does_not_have_is_the_recurrences_and_has_its_rate(changes, ba
 @pytest.mark.parametrize("trained", [{}, {"train": "prefix"}, {"lora_r": 2}], ids=str)
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_every_parameter_by_name_is_in_the_group_of_its_kind(changes, trained, bart):
-    """Biases, norms and gates of heads do not decay, although stacks of them have two dimensions or more."""
+    """Check that biases, norms and gates do not decay, although stacks of them have two or more dimensions."""
     if changes.get("pre_seq_len") == 0 and trained.get("train") == "prefix":
         pytest.skip("there is nothing to train")
     model = tiny_model(**changes)
@@ -101,7 +101,7 @@ def test_every_parameter_by_name_is_in_the_group_of_its_kind(changes, trained, b
 
 
 def test_the_tables_of_this_file_hold_the_names_of_models_alone():
-    """A name that no model has any more would hide that a new one is missing."""
+    """Find outdated names in the tables, which could hide that a new name is missing."""
     last_parts = set()
     for changes in CASES:
         model = tiny_model(**changes)
@@ -112,7 +112,7 @@ def test_the_tables_of_this_file_hold_the_names_of_models_alone():
 
 @pytest.mark.parametrize(("backbone", "recurrence", "decay"), [(0.1, 0.1, 0.5), (0.1, 0.2, 0.0), (0.0, 0.0, 0.0)])
 def test_groups_are_the_same_whatever_their_values(backbone, recurrence, decay):
-    """Otherwise a checkpoint would not fit a run with other flags."""
+    """Compare the groups for equal and different values: a checkpoint must fit a run with other flags."""
 
     def members(*values):
         model = tiny_model(associative_memory=True)
@@ -125,7 +125,7 @@ def test_groups_are_the_same_whatever_their_values(backbone, recurrence, decay):
 
 
 def test_a_step_keeps_of_squared_gradients_what_is_asked_for():
-    """Of a gradient of 1, with a step of 0 behind it."""
+    """Check the second moment after a step with gradient 1 and a step with gradient 0."""
     model = torch.nn.Linear(1, 1, bias=False)
     optimizer = build_optimizer(model, LearningRates(0.1, 0.1), 0.0, adam_beta2=0.75)
     for gradient in (1.0, 0.0):
@@ -178,7 +178,7 @@ def test_warm_up_and_decay(schedule, shares):
 
 
 def test_every_step_of_a_run_moves_the_weights():
-    """Neither the first nor the last one has a learning rate of 0."""
+    """Check that neither the first nor the last step has learning rate 0."""
     for schedule in ("linear", "cosine"):
         factor = learning_rate_factor(schedule, 0, 3)
         assert [factor(step) > 0 for step in range(4)] == [True, True, True, False]

@@ -1,4 +1,4 @@
-"""Training with an oracle: by flags, over processes, and resumed."""
+"""Training with an oracle: from flags, over several ranks, and resumed."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ WORKER = Path(__file__).with_name("oracle_worker.py")
 
 
 def case(kind, stage, task="document", checkpointing="none", share=0.0, temperature=0.0, **fields):
-    """With neither gold nor noise nor dropout, what is read does not depend on who draws which number."""
+    """Build a case whose inputs do not depend on random draws: no target words, no noise, no dropout."""
     oracle = {"kind": kind, "gold_probability": share, "temperature": temperature}
     return {"oracle": oracle, "stage": stage, "task": task, "checkpointing": checkpointing, "fields": fields}
 
@@ -38,7 +38,7 @@ RANDOM = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """All cases, run in one start of two processes."""
+    """Run all cases in one start of two processes."""
     output = tmp_path_factory.mktemp("oracle") / "results.pt"
     cases = EXACT | RANDOM
     ended = run_script(WORKER, json.dumps(list(cases.values())), output, environments=launched(2), timeout=240)
@@ -74,7 +74,7 @@ def test_by_default_there_is_no_oracle():
 def test_the_flags_make_the_oracle_of_a_step():
     given = {"oracle": "sentence", "oracle_decay": 2, "oracle_temperature": 0.5, "oracle_beams": 5}
     run = parse_arguments([f"--{name}={value}" for name, value in given.items()]).run
-    # three steps are one round through the documents
+    # three steps are one epoch
     order = BatchOrder([1] * 12, 4, seed=0)
     assert oracle_at(run, order, 0) == Oracle("sentence", 2 / 3, 0.5, 5)
     assert oracle_at(run, order, 6).gold_probability == pytest.approx(gold_probability(2.0, 2.0))
@@ -95,7 +95,7 @@ def test_flags_out_of_range_are_refused(name, value, message):
 
 
 def records(folder):
-    """What was logged of the steps, without what depends on the clock."""
+    """Return the logged records of the steps, without values that depend on time."""
     names = ("step", "loss", "gradient_norm", "gold_probability")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [tuple(line[name] for name in names) for line in lines if "gold_probability" in line]
@@ -109,5 +109,5 @@ def test_a_run_logs_the_share_and_resumes_to_the_bit(alone, documents, tmp_path,
     run_experiment(parse_arguments(["--resume", str(tmp_path / "resumed"), "--max_steps", "4"]), alone)
     found = records(tmp_path / "resumed")
     assert found == records(tmp_path / "whole")
-    # two of 24 documents a step
+    # a step reads 2 of 24 documents
     assert [share for *_, share in found] == pytest.approx([gold_probability(step / 12, 1) for step in range(4)])

@@ -1,4 +1,4 @@
-"""All that a user can get wrong is found before anything is made, and said in one line."""
+"""User errors: each is found before a file is written, and reported in one line."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def write(path, records=RECORDS):
 
 @pytest.fixture
 def prepare_run(tmp_path):
-    """Prepares a run on a file in `tmp_path`, with flags changed."""
+    """Return a function that prepares a run on a file in `tmp_path` with changed flags."""
     if not (tmp_path / "train.jsonl").exists():
         write(tmp_path / "train.jsonl")
 
@@ -52,7 +52,7 @@ def test_a_run_has_all_that_it_starts_from(prepare_run, tmp_path):
     assert batch.input_ids[0, 0, 0] == 0
     assert batch.input_ids[0, 0, 31] == 2
     assert batch.labels.shape[1] <= 5
-    # nothing of the run itself is made yet
+    # the run folder does not exist yet
     assert not (tmp_path / "run").exists()
 
 
@@ -79,7 +79,7 @@ def test_training_documents_come_again_with_sentences_of_their_own_as_targets(pr
     plain = prepare_run()
     capsys.readouterr()
     again = prepare_run(gap_sentences=2)
-    # of the words that there are without them; and what is validated on stays as it is
+    # the tokenizer is trained without the copies, and the validation documents do not change
     said = capsys.readouterr().out
     assert said.count("tokenising") == 1
     assert "training a tokenizer" not in said
@@ -155,7 +155,7 @@ def test_mistakes_are_one_line_and_leave_nothing(prepare_run, tmp_path, records,
         prepare_run(**flags)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-    # what the cache holds is complete
+    # the cache holds no incomplete files
     left = [path for path in (tmp_path / "cache").rglob("*") if path.name.startswith(".")]
     assert left == []
 
@@ -217,7 +217,7 @@ def resume(tmp_path, **flags):
 
 @pytest.fixture
 def begun(prepare_run, tmp_path):
-    """The configuration of a run that was begun, and its tokenizer."""
+    """Write the configuration and the tokenizer of a started run."""
     write(tmp_path / "train.jsonl", [{name: record[name] for name in ("document", "summary")} for record in RECORDS])
     prepared = prepare_run()
     arguments = parse_arguments(["--dataset", str(tmp_path / "train.jsonl"), "--cache_dir", str(tmp_path / "cache")])

@@ -1,4 +1,4 @@
-"""A run that is cut off and resumed ends with the same bits as one that is not; with other processes, as well."""
+"""Resumed runs: bitwise equal to uninterrupted runs, also with another world size."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from saved_tensors import differing, saved_tensors
 from training.resume_worker import CASES, begin_resized, noting_documents, run_all, train
 
 WORKER = Path(__file__).with_name("resume_worker.py")
-# how long something took, and on how much memory, is no result
+# suffixes of metrics that are not compared: times and memory
 TIMES = ("_per_second", "_per_second_per_device", "_seconds", "_left", "_share", "_bytes", "est_rank")
 N_DOCUMENTS = 24
 
 
 @pytest.fixture(scope="module")
 def two_processes(documents, tmp_path_factory):
-    """Runs of two processes; among them such as one process, this one, has begun."""
+    """Run with two processes; some of the runs were begun by one process, this one."""
     output = tmp_path_factory.mktemp("resume")
     before = dict(os.environ)
     environment = start_processes(timeout_minutes=2)
@@ -51,7 +51,7 @@ def check_equal(output, n_processes):
     assert [record["step"] for record in metrics(whole) if "loss" in record] == [2, 4, 6]
     found, expected = (saved_tensors(run / "checkpoints" / "step-00000006") for run in (resumed, whole))
     assert not differing(found, expected)
-    # weights, both moments of each, and random states of every process were among them
+    # the comparison includes weights, both Adam moments and the random states of each rank
     assert sum("exp_avg" in name for name in expected) >= 2 * n_processes
     assert sum(name.startswith("process-") for name in expected) == n_processes
     assert (resumed / "model" / "model.safetensors").read_bytes() == (
@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_one_that_was_never_cut_off(alone, documents, tmp_p
 def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut_off(two_processes, stage, precision):
     output = two_processes / f"zero{stage}-{precision}"
     check_equal(output, n_processes=2)
-    # what one process draws is not what the other draws
+    # the ranks have different random states
     last = output / "whole" / "checkpoints" / "step-00000006"
     states = [read_tensors(last / f"process-{rank}.pt")["random_states"]["cpu"] for rank in (0, 1)]
     assert not torch.equal(*states)
@@ -109,7 +109,7 @@ class TestAnotherNumberOfProcesses:
         assert sorted(path.name for path in (resumed / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
 
     def test_no_document_of_the_epoch_is_repeated_or_lost(self, two_processes, alone, stage):
-        """Three steps of four documents by two processes, six steps of two by one."""
+        """Check three steps of four documents by two processes, then six steps of two by one."""
         output = two_processes / f"resized{stage}"
         resumed = shutil.copytree(output / "cut-2", output / "smaller-steps")
         file = two_processes / f"read-smaller{stage}.jsonl"

@@ -1,4 +1,4 @@
-"""What a run writes, and where: no secret, and nothing outside of its folder."""
+"""Files of a run: they hold no secret, and none lies outside the run folder."""
 
 import json
 
@@ -20,7 +20,7 @@ def files_below(folder):
 
 @pytest.fixture
 def run(train_main, tmp_path, monkeypatch):
-    """A run with secrets in its environment, of documents whose names would lead out of its folder."""
+    """Train with secrets in the environment and with document names that point outside the run folder."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     documents = tmp_path / "documents"
@@ -47,7 +47,7 @@ def test_a_run_writes_no_secret_and_nothing_outside_of_its_folder(run, tmp_path)
         found = [name for name, value in SECRETS.items() if value.encode() in content]
         assert not found, f"{path} holds {found}"
     assert "outside-0" in (run / "samples.md").read_text()
-    # documents and their cache, given by flags, stand beside it
+    # the documents and their cache are beside the run folder, as given by flags
     assert {path.parts[0] for path in files_below(tmp_path)} == {"documents", "place"}
     assert {path.parts[0] for path in files_below(tmp_path / "place")} == {"run"}
     assert {path.parts[0] for path in files_below(tmp_path / "documents")} == {

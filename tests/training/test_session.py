@@ -1,4 +1,4 @@
-"""A run as a whole: it stops early, keeps its best model, says what it skips, and can be begun again."""
+"""Whole run: early stopping, best model, skipped steps, and several runs in one process."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def read_metrics(folder):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Makes the loss of some steps, counted from 1, not finite."""
+    """Make the loss of some steps, counted from 1, not finite."""
 
     def spoil_steps(steps):
         train_step = Trainer.train_step
@@ -67,7 +67,7 @@ def test_it_stops_when_the_loss_rises_and_keeps_the_best_model(documents, tmp_pa
     assert saved
     assert all(saved[name].equal(weights[2][name]) for name in saved)
     assert not all(saved[name].equal(weights[5][name]) for name in saved)
-    # the last two, and that of the lowest loss
+    # the last two checkpoints, and the one with the lowest loss
     lines = capsys.readouterr().out.splitlines()
     assert f"saved      {tmp_path}/run/model, the model after step 2: validation loss 3.0000, the lowest" in lines
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -82,7 +82,7 @@ def test_a_skipped_step_is_logged_and_said(documents, tmp_path, train_main, caps
     assert [record for record in records if "skipped" in record] == [{"step": 3, "skipped": reason}]
     assert f"warning: {reason}" in capsys.readouterr().out
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 4]
-    # every line is JSON for readers that know no NaN
+    # each line is standard JSON, without NaN
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
 
@@ -129,7 +129,7 @@ def test_the_configuration_has_the_values_that_follow_from_other_flags(documents
     expected = {"learning_rate": 0.25, "recurrence_learning_rate": 0.25, "per_device_eval_batch_size": 2}
     expected |= {"curriculum_steps": 1, "lora_alpha": 4}
     assert json.loads((run / "config.json").read_text())["resolved"] == expected
-    # of a model from scratch with d_model 128; what follows from what is given on resuming follows anew
+    # the default for a new model with d_model 128; derived defaults are derived again on resume
     assert train_main(flags(documents, tmp_path / "second", max_steps=2)) == 0
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     assert config["resolved"]["learning_rate"] == config["resolved"]["recurrence_learning_rate"] == 3e-3
@@ -141,7 +141,7 @@ def test_the_configuration_has_the_values_that_follow_from_other_flags(documents
 
 @pytest.fixture
 def finished(documents, tmp_path, train_main):
-    """The folder of a run of two steps."""
+    """Return the folder of a run of two steps."""
     assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
     return tmp_path / "run"
 
@@ -194,7 +194,7 @@ def test_another_seed_draws_other_numbers_from_there_on(finished, train_main, mo
     monkeypatch.setattr(Session, "train", lambda session: drawn.append(torch.rand(()).item()))
     for seed in (42, 42, 43, 44):
         assert train_main(["--resume", str(finished), "--max_steps", "4", "--seed", str(seed)]) == 0
-        # which has become the run's own
+        # restore the saved seed, which the resumed run has changed
         (finished / "config.json").write_text(
             (finished / "config.json").read_text().replace(f'"seed": {seed}', '"seed": 42')
         )
@@ -223,7 +223,7 @@ def _interrupt(*_):
 
 @pytest.fixture
 def hold_lock(tmp_path):
-    """Lets another process hold the lock of the run's folder, once it is called."""
+    """Yield a function that lets another process hold the lock of the run folder."""
     other = subprocess.Popen(["sleep", "100"])
     (tmp_path / "run").mkdir(exist_ok=True)
     lock = RunLock(tmp_path / "run", Holder.here("", 0))
@@ -235,7 +235,7 @@ def hold_lock(tmp_path):
 
 
 def contents(folder):
-    """Every file of a folder, by its name."""
+    """Return the content of each file of a folder, by name."""
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""A run as its trackers saw it: on two machines, cut off and resumed, and with everything out of order."""
+"""Trackers of a run: on two hosts, interrupted and resumed, and with failing services."""
 
 import contextlib
 import json
@@ -23,14 +23,14 @@ from recurrent_bart.training.trainer import Trainer
 from runs import flags
 
 WORKER = Path(__file__).with_name("tracking_worker.py")
-# of documents of one to three sections, two segments are read of those that have more
+# the documents have one to three sections, and at most two segments are read
 RUN = {
     "max_steps": 4,
     "eval_every": 2,
     "wandb_mode": "offline",
     "max_n_segments": 2,
     "tensorboard": True,
-    # which has all figures
+    # this setting logs all metrics
     "prefix_attention": "gated",
 }
 
@@ -44,14 +44,14 @@ def wandb_files(folder):
 
 
 def run_nodes(arguments, **variables):
-    """What two processes left that were told each to be the only one of its machine."""
+    """Run two processes that are each told to be the only one of its host; return what they left."""
     nodes = [{**place, "LOCAL_RANK": 0, **variables} for place in launched(2)]
     return run_script(WORKER, *arguments, environments=nodes, timeout=200)
 
 
 @pytest.fixture(scope="module")
 def two_nodes(documents, tmp_path_factory):
-    """The folder of a run on two machines that was killed after step 3 and resumed, and what it printed at last."""
+    """Return the folder and last output of a run on two hosts, killed after step 3 and resumed."""
     folder = tmp_path_factory.mktemp("runs") / "papers"
     ended = run_nodes(flags(documents, folder, **RUN), KILL="1")
     assert ended.codes == [-9, -9], ended.text()
@@ -132,7 +132,7 @@ class TestTwoMachines:
 def test_documents_that_are_cut_are_counted(documents, tmp_path, train_main):
     assert train_main(flags(documents, tmp_path / "run", max_steps=2, max_n_segments=2)) == 0
     lengths = [json.loads(line)["sections"] for line in (documents / "train.jsonl").open()]
-    # segments of 16 tokens, two of them special ones; a word is one token or more
+    # segments have 16 tokens, including 2 special tokens; a word has at least one token
     at_least = sum(len(" ".join(sections).split()) > 2 * 14 for sections in lengths)
     line, _ = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert at_least <= line["n_cut_documents"] <= len(lengths)
@@ -141,7 +141,7 @@ def test_documents_that_are_cut_are_counted(documents, tmp_path, train_main):
 
 @pytest.fixture
 def _fresh_wandb():
-    """Its service keeps what it read from the environment when it was started."""
+    """Stop wandb's service, which keeps the environment variables of its start."""
     wandb.teardown()
     yield
     wandb.teardown()
@@ -149,7 +149,7 @@ def _fresh_wandb():
 
 @contextlib.contextmanager
 def asked_service():
-    """A server in place of wandb's, which refuses everything: its address, and the requests that it got."""
+    """Start a server that refuses each request; yield its address and the requests it received."""
     requests = []
 
     class Refusing(BaseHTTPRequestHandler):
@@ -288,7 +288,7 @@ class TestOutOfOrder:
             step(trainer)
 
         monkeypatch.setattr(Trainer, "train_step", slow)
-        # an evaluation comes first
+        # the run begins with an evaluation
         monkeypatch.setattr("recurrent_bart.training.session.STALL_SECONDS", 0.9)
         assert train_main(flags(documents, tmp_path / "run", max_steps=2, wandb_mode="offline")) == 0
         (file,) = wandb_files(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The loop: what is counted, when it logs and evaluates, what it does with a step that is not finite."""
+"""Training loop: counters, intervals of logs and evaluations, and steps that are not finite."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from recurrent_bart.training.trainer import Trainer
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict
 from tiny import BUCKET, random_ids, tiny_model
 
-# losses of test_twenty_steps_give_the_losses_they_always_gave
+# golden losses of test_twenty_steps_give_the_losses_they_always_gave
 # fmt: off
 GOLDEN = [
     4.60226, 4.79905, 4.51216, 4.81208, 4.32846, 4.54066, 4.24295, 4.39634, 4.08356, 4.53248,
@@ -40,7 +40,7 @@ def make_batch(n_documents=2, n_segments=3, n_targets=6):
 
 
 def make_trainer(batches, stage=2, rate=0.1, **changes):
-    """A trainer with SGD, whose weights show a wrong gradient where Adam's would hide its size."""
+    """Build a trainer with SGD: a wrong gradient scale changes its weights, but not Adam's."""
     model = tiny_model(init_std=0.15).train()
     engine = build_engine(model, torch.optim.SGD(model.parameters(), lr=rate), None, engine_config(stage))
     told = {"log": [], "skip": []}
@@ -68,7 +68,7 @@ def poison(trainer, steps, factor=math.nan):
 
 
 class CountingTrainer(Trainer):
-    """Its steps do nothing but count."""
+    """Trainer whose steps only count."""
 
     def train_step(self):
         self.state.step += 1
@@ -98,7 +98,7 @@ def follow(stops_at=None, first_step=0, evaluated_step=-1, **run):
 
 
 def after(seconds, call):
-    """The call, after a pause."""
+    """Call a function after a pause."""
 
     def late(*arguments):
         time.sleep(seconds)
@@ -108,7 +108,7 @@ def after(seconds, call):
 
 
 def test_the_time_of_a_step_is_told_by_kind_of_work(alone):
-    """Nothing takes less than its pause, nor the parts more than the whole, however slow the machine is."""
+    """Check bounds that hold on slow machines: a part lasts at least its pause, all parts at most the step."""
     pauses = {"data": 0.05, "forward": 0.1, "backward": 0.15, "optimizer": 0.2}
     began = time.perf_counter()
     trainer, told = make_trainer(map(after(pauses["data"], lambda _: make_batch()), range(2)))
@@ -128,7 +128,7 @@ def test_it_logs_and_evaluates_at_its_intervals_and_at_the_end():
     events = follow(max_steps=11, log_every=3, eval_every=5)
     assert events["step"] == list(range(1, 12))
     assert events["evaluation"] == [0, 5, 10, 11]
-    # before an evaluation too, so that no step is in no line
+    # also before an evaluation, so that each step is in a log line
     assert events["log"] == [3, 5, 6, 9, 10, 11]
 
 
@@ -207,12 +207,12 @@ def test_many_skipped_steps_in_a_row_end_the_run(alone):
     trainer, told = make_trainer(batches, max_steps=len(batches), max_skipped_steps=3)
     saved = []
     trainer.on_save = lambda figures: saved.append(trainer.state.step)
-    # the first one in a row is the third step
+    # the row of skipped steps begins at step 3
     poison(trainer, {1, 3, 4, 5, 6})
     with pytest.raises(ValueError, match="step 5: no finite gradient in 3 steps"):
         trainer.train()
     assert len(told["skip"]) == 4
-    # the first evaluation's, and the last one, from which a run that goes on has as many steps again
+    # the checkpoint of the first evaluation, and the last one, from which a resumed run may again skip as many steps
     assert saved == [0, 5]
     assert trainer.state.n_skipped_in_row == 0
 
@@ -251,5 +251,5 @@ def test_twenty_steps_give_the_losses_they_always_gave(alone):
     micro_batches = (batches[number % 8] for number in range(40))
     Trainer(engine, micro_batches, run, TrainerState(), on_log=lines.append, on_evaluation=lambda: False).train()
     losses = [round(line["loss"], 5) for line in lines]
-    # what float32 leaves open between machines is far below, what another dropout or decay changes far above
+    # float32 differences between machines are far below this bound; another dropout or decay changes losses far more
     assert losses == pytest.approx(GOLDEN, abs=2e-3), f"found {losses}"

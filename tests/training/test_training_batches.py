@@ -1,4 +1,4 @@
-"""What is trained on: documents in the curriculum's length, which is the same on every process and after a resume."""
+"""Training batches: documents in the curriculum's length, equal on all ranks and after a resume."""
 
 import itertools
 import multiprocessing
@@ -19,7 +19,7 @@ N_DOCUMENTS = 40
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Documents of four sections of one or two segments, where the first section may have no target."""
+    """Make documents of four sections with one or two segments; the first section may have no target."""
     random = torch.Generator().manual_seed(0)
     documents = []
     for _ in range(N_DOCUMENTS):
@@ -105,7 +105,7 @@ def test_batches_for_a_gpu_are_pinned_before_they_are_asked_for(corpus, monkeypa
 @pytest.mark.parametrize("n_processes", [0, 2])
 def test_the_processes_that_make_batches_end_when_they_are_closed(corpus, n_processes):
     batches = make_batches(corpus, dataloader_num_workers=n_processes)
-    # what holds on to itself is not gone when nobody needs it any more
+    # a reference cycle keeps the object alive until the garbage collector runs
     batches.itself = batches
     next(batches)
     assert len(multiprocessing.active_children()) == n_processes

@@ -1,4 +1,4 @@
-"""wandb is online only if there is a key and nothing that the user told wandb says otherwise."""
+"""wandb mode: online only with an API key, unless the user's wandb settings say otherwise."""
 
 import os
 
@@ -9,7 +9,7 @@ from recurrent_bart.training.environment import has_wandb_key, set_wandb_folders
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch, tmp_path):
-    """No variable of wandb, no key, and settings files in folders of the test."""
+    """Remove wandb's variables and keys, and put settings files into folders of the test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -30,7 +30,7 @@ def test_a_key_stands_in_the_environment_or_where_logging_in_puts_it(monkeypatch
     assert not has_wandb_key(wandb_settings())
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password 0123\n")
     assert has_wandb_key(wandb_settings())
-    # that of another server
+    # this variable names another server, for which there is no key
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert not has_wandb_key(wandb_settings())
     monkeypatch.setenv("WANDB_API_KEY", "0123")
@@ -90,7 +90,7 @@ def test_the_older_variable_disables_too(monkeypatch, text, expected):
 
 @pytest.mark.usefixtures("_environ")
 def test_what_the_commands_of_wandb_have_set_holds(monkeypatch, tmp_path):
-    """`wandb offline` and `wandb login --host` write into the folder of work or of the user."""
+    """Read what `wandb offline` and `wandb login --host` write to the working folder or the user's folder."""
     monkeypatch.setenv("WANDB_API_KEY", "0123")
     write_settings(tmp_path / ".config" / "wandb", "base_url = http://wandb.example.org\nmode = disabled")
     assert mode() == "disabled"
@@ -100,7 +100,7 @@ def test_what_the_commands_of_wandb_have_set_holds(monkeypatch, tmp_path):
     assert mode() == "online"
     given = wandb_settings()
     assert given["base_url"] == "http://wandb.example.org"
-    # where wandb finds it although its own files are out of its sight
+    # wandb no longer finds its settings files, but it reads this variable
     set_wandb_folders(tmp_path / "run", given)
     assert os.environ["WANDB_BASE_URL"] == "http://wandb.example.org"
 

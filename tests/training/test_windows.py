@@ -1,4 +1,4 @@
-"""A backward pass per window gives the gradient of one pass over the whole batch."""
+"""Windows: their backward passes give the gradient of one pass over the whole batch."""
 
 from dataclasses import replace
 
@@ -10,13 +10,13 @@ from recurrent_bart.training.windows import bptt_windows, count_windows, window_
 from tiny import random_ids
 
 CPU = torch.device("cpu")
-# and segments of it at most
+# decoder_context and context_segments
 CONTEXTS = [("last", -1), ("memory", 2), ("section", -1), ("all", -1)]
 
 
 @pytest.fixture
 def batch():
-    """Three documents of 7, 1 and 4 segments, some without a target."""
+    """Make three documents of 7, 1 and 4 segments, some without a target."""
     ids, mask = random_ids(3, 7, 8), torch.ones(3, 7, 8, dtype=torch.long)
     mask[1, 1:], mask[2, 4:], mask[0, 6, 5:] = 0, 0, 0
     labels = random_ids(3, 7, 5)
@@ -63,7 +63,7 @@ def test_bptt_windows_give_the_loss_and_gradient_of_one_pass(make_model, batch, 
 def test_windows_are_counted(make_model, batch, depth, n_windows):
     config = make_model(bptt_depth=depth).config
     assert count_windows(batch, config) == n_windows
-    # one target behind it all: what stands before the last window needs no graph
+    # with one target at the end, segments before the last window need no autograd graph
     assert count_windows(replace(batch, labels=batch.labels[:, 0]), config) == 1
 
 

@@ -1,4 +1,4 @@
-"""Started by test_tracking.py: launch/train.py's run, ended by force in a step after a checkpoint if it is told so."""
+"""Worker of test_tracking.py: runs launch/train.py; if told to, kills itself in a step after a checkpoint."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""How a run ended, as its exit code says it."""
+"""Exit code and outcome of a run."""
 
 import enum
 from dataclasses import asdict, dataclass
@@ -7,24 +7,24 @@ from recurrent_bart.training.lifecycle.interruption import Interrupted
 
 
 class ExitCode(enum.IntEnum):
-    """What launch/train.py returns to whoever started it."""
+    """Exit code of launch/train.py."""
 
     DONE = 0
-    # nobody's mistake, or nobody's that is known: memory, disk, a process that was lost; resuming may help
+    # no known user error: out of memory, full disk, lost process; resuming may help
     FAULT = 1
     # a flag, a file or the documents must be changed first
     MISTAKE = 2
-    # EX_TEMPFAIL of sysexits.h: --resume goes on from a whole checkpoint
+    # EX_TEMPFAIL of sysexits.h: the run can be continued with --resume
     STOPPED = 75
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Written to RUN/outcome.json: some launchers return a code of their own, torchrun 1 for every other than 0.
+    """Content of RUN/outcome.json. Some launchers change exit codes: torchrun returns 1 for every code except 0.
 
     Attributes:
-        code: Exit code of the first process.
-        reason: What stopped it; empty if it came to its end.
+        code: Exit code of rank 0.
+        reason: Error that ended the run; empty if the run is complete.
         step: Optimizer steps done.
     """
 
@@ -34,16 +34,16 @@ class Outcome:
 
     @classmethod
     def of(cls, error: BaseException | None, step: int) -> "Outcome":
-        """The outcome of a run that ended with an error, or with none."""
+        """Build the outcome from the error that ended the run, or from None."""
         return cls(code_of(error), "" if error is None else str(error) or type(error).__name__, step)
 
     def fields(self) -> dict[str, object]:
-        """As it is written."""
+        """Return the fields as a dictionary."""
         return asdict(self)
 
 
 def code_of(error: BaseException | None) -> ExitCode:
-    """The exit code that stands for an error, or for none."""
+    """Return the exit code for an error, or for None."""
     if error is None:
         return ExitCode.DONE
     if isinstance(error, Interrupted):

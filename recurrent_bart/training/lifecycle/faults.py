@@ -1,4 +1,4 @@
-"""What goes wrong while a run trains, told so that somebody can act on it."""
+"""Error messages for faults during training that say what the user can do."""
 
 import contextlib
 import errno
@@ -15,24 +15,20 @@ from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import rank
 from recurrent_bart.training.lifecycle.run_lock import RunLockLostError
 
-# what gloo and NCCL say where another process ended, or does not answer
+# texts in the errors of gloo and NCCL when another process has ended or does not answer
 LOST_CONTACT = ("connection closed by peer", "connection reset", "timed out", "broken pipe", "nccl", "socket closed")
 
-# what a full disk or a used-up quota is told as
+# error numbers of a full disk and of an exhausted quota
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Fault(RuntimeError):  # noqa: N818, named as its exit code is
-    """One that is no mistake in a flag or a file; its message says all there is to say."""
+    """Error that is not a mistake in a flag or a file. Its message is complete without a traceback."""
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
-    """Say what did not fit in the memory of the device, and what makes it smaller.
-
-    Raises:
-        Fault: There was not enough.
-    """
+    """Turn an out-of-memory error into a Fault that names the batch size and the flags that reduce memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -48,11 +44,7 @@ def explain_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling_of_disk(path: Path) -> Iterator[None]:
-    """Say what could not be written, and that the run can go on.
-
-    Raises:
-        Fault: A file could not be written.
-    """
+    """Turn a write error into a Fault that names the file, the free space and how to resume."""
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:
@@ -67,11 +59,7 @@ def telling_of_disk(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_loader_errors() -> Iterator[None]:
-    """Say what another process met that makes batches, without what lies between it and this one.
-
-    Raises:
-        ValueError: It met one.
-    """
+    """Reduce the ValueError of a data loader worker to its last line, without the worker's traceback."""
     try:
         yield
     except ValueError as error:
@@ -79,12 +67,12 @@ def explain_loader_errors() -> Iterator[None]:
 
 
 def describe_fault(error: Exception) -> str:
-    """What to print of an error that ended this process: a line where that says all, else where it came from."""
+    """Return the text to print for an error that ended this process: one line if possible, else the traceback."""
     if isinstance(error, (Fault, CheckpointError, RunLockLostError)):
         return str(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"the disk is full: {error}; make room, and --resume where a run has begun"
-    # raised wherever this process was just then
+    # PyTorch raises this error in a signal handler, at any line of the main process
     if str(error).startswith("DataLoader worker"):
         return (
             f"a process that makes batches has ended ({_first_line(error)}); where memory was not enough for it, lower "
@@ -96,7 +84,7 @@ def describe_fault(error: Exception) -> str:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether it tells of another process alone."""
+    """Return True if the error only reports that another process is lost."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in LOST_CONTACT)
 

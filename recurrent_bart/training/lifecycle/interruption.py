@@ -1,4 +1,4 @@
-"""How a run is asked to stop before its end: by a signal, by a file in its folder, or by the clock."""
+"""Requests to stop a run early: a signal, a file in its folder, or a time limit."""
 
 import contextlib
 import queue
@@ -20,33 +20,33 @@ REASONS = (*(number.name for number in SIGNALS), "the stop file", "--max_minutes
 
 
 class Interrupted(Exception):  # noqa: N818, for it is no error
-    """All processes have agreed to stop here; says why."""
+    """Exception that all ranks raise at the same step when the run was asked to stop. It names the reason."""
 
 
 @dataclass
 class Interruption:
-    """Knows whether this process was asked to stop, and brings all processes to one mind about it.
+    """Watcher of requests to stop, which makes all ranks stop at the same step.
 
-    Each process votes at each step, in a sum over the processes that the step makes anyway. So a signal to one of them
-    is enough, and all stop at the same step.
+    Each rank votes at each step. The votes join a sum over ranks that the step computes anyway, so a signal to one rank
+    is enough.
 
     Attributes:
-        stop_file: A file that asks to stop by being there; the first process looks.
-        max_minutes: Minutes after the start of the process at which it is to stop.
-        on_signal: Called with the name of each signal at its first arrival, in a thread of its own.
-        received: Signals received so far.
+        stop_file: Path whose existence asks to stop; only rank 0 checks it.
+        max_minutes: Time limit in minutes, counted from the start of the process.
+        on_signal: Called once per signal with its name, in a separate thread.
+        received: Numbers of the received signals.
     """
 
     stop_file: Path | None = None
     max_minutes: float | None = None
     on_signal: Callable[[str], None] = lambda name: None
     received: set[int] = field(default_factory=set)
-    # a signal may come in the middle of anything, of a print too; this queue may be used even then
+    # SimpleQueue.put is reentrant, so a signal handler may call it at any point, even during a print
     _arrivals: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Take note of signals, which then end nothing by themselves, however many come."""
+        """Record signals within this block. They do not end the process."""
         announcer = threading.Thread(target=self._announce, daemon=True)
         announcer.start()
         try:
@@ -57,27 +57,20 @@ class Interruption:
             announcer.join()
 
     def votes(self) -> list[float]:
-        """1 for each of the reasons to stop that this process knows of, 0 for the others."""
-        # all processes need not see the file at the same time
+        """Return 1 for each reason to stop that this rank knows, else 0, in the order of `REASONS`."""
+        # on a network file system, ranks may see the file at different times
         is_there = is_first() and self.stop_file is not None and self.stop_file.exists()
         is_late = self.max_minutes is not None and minutes_since_start() >= self.max_minutes
         return [float(known) for known in (*(number in self.received for number in SIGNALS), is_there, is_late)]
 
     def obey(self, votes: Sequence[float]) -> None:
-        """Stop if any process voted for it.
-
-        Args:
-            votes: Those of all processes, summed.
-
-        Raises:
-            Interrupted: One did.
-        """
+        """Raise Interrupted if any rank voted to stop; `votes` are summed over ranks."""
         for reason, count in zip(REASONS, votes, strict=True):
             if count:
                 raise Interrupted(reason)
 
     def ask(self, device: torch.device | None = None) -> None:
-        """Vote and obey, where there is no other sum to join. All processes call it together."""
+        """Vote and obey with a separate sum over ranks. All ranks must call it."""
         self.obey(sum_over_ranks(*self.votes(), device=device))
 
     def _receive(self, number: int, _: Any) -> None:
@@ -94,7 +87,7 @@ class Interruption:
 
 @contextlib.contextmanager
 def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call this for every signal that asks to stop."""
+    """Call a handler for each signal that asks to stop, within this block."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
@@ -104,11 +97,11 @@ def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def minutes_since_start() -> float:
-    """How long this process has been there, its imports included."""
+    """Return the minutes since this process started, including its imports."""
     return (time.time() - psutil.Process().create_time()) / 60
 
 
 def ignore_signals(_: int) -> None:
-    """For a process that makes batches: it ends with the one it makes them for, which stops in its own time."""
+    """Ignore signals in a data loader worker. The main process stops at a step and then ends its workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""The lock of a run folder: one run at a time trains in it.
+"""Lock of a run folder: only one run at a time trains in it.
 
-RUN/lock names the process that trains there. While the process lives, a thread of it renews the file's time. A lock
-whose process is gone is taken over: at once where that can be known, else after the time has stood still for a minute.
+RUN/lock names the process that trains. A thread of the process renews the file's modification time. The lock of a dead
+process is taken over: at once if its death can be verified, else after a minute without renewal.
 """
 
 import contextlib
@@ -22,27 +22,27 @@ import psutil
 
 LOCK_FILE = "lock"
 RENEWAL_SECONDS = 10.0
-# the process of another host is gone if it has not renewed its lock for this time
+# a process on another host counts as dead if it has not renewed its lock for this time
 STALE_SECONDS = 60.0
-# psutil computes the start of a process from the clock, which may be set
+# psutil computes the start of a process from the system clock, which may be adjusted
 CLOCK_TOLERANCE_SECONDS = 5.0
 
 
 class RunLockLostError(RuntimeError):
-    """Another run has taken over the folder of this one."""
+    """Error that another run has taken over the folder of this run."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock.
+    """Process that holds a lock.
 
     Attributes:
-        host: Name of its host.
-        machine: Boot and process namespace; two process ids can be compared if theirs is the same.
-        pid: Its process id.
-        started: Seconds since the epoch at which it began, because process ids are used again.
-        job: Its batch job; empty: none.
-        n_restarts: How often that job was put back into the queue.
+        host: Host name.
+        machine: Boot id and process namespace; process ids are comparable only if it is equal.
+        pid: Process id.
+        started: Start of the process in seconds since the epoch, because process ids are reused.
+        job: Batch job id; empty: none.
+        n_restarts: Number of times the job was requeued.
         token: Random text, different for each lock.
     """
 
@@ -69,7 +69,7 @@ class Holder:
         )
 
     def is_gone(self, here: "Holder") -> bool | None:
-        """Return whether the process has ended; None if that cannot be known from here."""
+        """Return True if the process has ended, False if it runs, None if this host cannot know."""
         if self.machine == here.machine:
             return not _is_running(self.pid, self.started)
         if self.job and self.job == here.job and self.n_restarts < here.n_restarts:
@@ -83,7 +83,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Seen:
-    """A lock file as it was read. `holder` is None where the file names none, because it was cut off."""
+    """Content and modification time of a lock file. `holder` is None if the content is incomplete."""
 
     holder: Holder | None
     renewed: float
@@ -95,13 +95,13 @@ class Seen:
 
 
 class RunLock:
-    """The lock of one run folder; does nothing until it is acquired.
+    """Lock of one run folder. Before `acquire`, its methods do nothing.
 
     Args:
-        folder: The run folder.
-        holder: The calling process.
-        made: Folders that were made for it, the innermost first.
-        say: Called with a line before something that takes long.
+        folder: Run folder.
+        holder: Calling process.
+        made: Folders that were created for the run, the innermost first.
+        say: Called with a line of text before a long wait.
     """
 
     def __init__(
@@ -112,13 +112,13 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock, also from a process that is gone, and keep renewing it.
+        """Take the lock, also from a dead process, and start to renew it.
 
         Raises:
-            ValueError: A run is going on in the folder, or the file cannot be written.
+            ValueError: Another run trains in the folder, or the file cannot be written.
         """
         try:
-            while not self._take(seen := self._look()):
+            while not self._create(seen := self._read()):
                 if seen:
                     self._wait_until_gone(seen)
                     if self._take_over(seen):
@@ -129,25 +129,21 @@ class RunLock:
         threading.Thread(target=self._keep_renewing, name="run lock", daemon=True).start()
 
     def renew(self) -> None:
-        """Renew the time of the file, and notice if another run has taken the lock over."""
+        """Renew the file's modification time, and detect if another run has taken over the lock."""
         if not self.is_held or self.is_lost:
             return
-        # a file system that does not answer is no other run
+        # an error of the file system does not mean that another run has the lock
         with contextlib.suppress(OSError):
-            seen = self._look()
+            seen = self._read()
             if seen is None:
-                self._take(None)
+                self._create(None)
             elif seen.token == self.holder.token:
                 os.utime(self.file)
             else:
                 self.is_lost = True
 
     def check(self) -> None:
-        """Refuse to go on in a folder that is another run's now.
-
-        Raises:
-            RunLockLostError: Another run has taken the lock over, because this one had not renewed it for long.
-        """
+        """Raise RunLockLostError if another run has taken over the lock, because this one did not renew it in time."""
         if self.is_lost:
             raise RunLockLostError(
                 f"{self.folder}: another run has taken it over, because this one stood still for more than "
@@ -155,7 +151,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._released.set()
         self.renew()
         if self.is_held and not self.is_lost:
@@ -164,13 +160,13 @@ class RunLock:
         self.is_held = False
 
     def abandon(self) -> None:
-        """Release it for a run that has not begun, and remove the folders that were made for the run and are empty."""
+        """Release the lock of a run that has not begun, and remove the empty folders that were created for it."""
         self.release()
         for folder in self.made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def _look(self) -> Seen | None:
+    def _read(self) -> Seen | None:
         """Read the lock file; None if there is none. Opening it makes a network file system ask its server."""
         try:
             with self.file.open(encoding="utf-8") as file:
@@ -182,21 +178,21 @@ class RunLock:
         except (ValueError, TypeError):
             return Seen(None, renewed)
 
-    def _take(self, seen: Seen | None) -> bool:
-        """Make the file if there is none; return whether it is ours."""
+    def _create(self, seen: Seen | None) -> bool:
+        """Create the lock file if there is none; return True if this process created it."""
         if seen is not None:
             return False
-        with self._drafted() as draft:
+        with self._draft() as draft:
             try:
-                # the file has its content as soon as it has its name
+                # a hard link gives the file its name and its content at the same time
                 os.link(draft, self.file)
             except FileExistsError:
                 return False
             except OSError:
-                return self._take_without_links()
+                return self._create_without_links()
         return True
 
-    def _take_without_links(self) -> bool:
+    def _create_without_links(self) -> bool:
         try:
             with self.file.open("x", encoding="utf-8") as file:
                 file.write(self._content())
@@ -208,7 +204,7 @@ class RunLock:
         return json.dumps(asdict(self.holder))
 
     @contextlib.contextmanager
-    def _drafted(self) -> Iterator[Path]:
+    def _draft(self) -> Iterator[Path]:
         draft = self.file.with_name(f".{LOCK_FILE}.{self.holder.token}")
         try:
             draft.write_text(self._content(), encoding="utf-8")
@@ -217,20 +213,16 @@ class RunLock:
             draft.unlink(missing_ok=True)
 
     def _take_over(self, seen: Seen) -> bool:
-        """Replace the file of a process that is gone; return whether it is ours and not a third process's."""
-        with _guarding(self.folder):
-            if self._look() != seen:
+        """Replace a dead process's file; return False if a third process changed it first."""
+        with _folder_lock(self.folder):
+            if self._read() != seen:
                 return False
-            with self._drafted() as draft:
+            with self._draft() as draft:
                 draft.replace(self.file)
         return True
 
     def _wait_until_gone(self, seen: Seen) -> None:
-        """Wait until the holder is known to be gone, or the file has changed hands.
-
-        Raises:
-            ValueError: The holder lives.
-        """
+        """Wait until the holder is dead or the file has changed hands; raise ValueError if the holder lives."""
         is_gone = seen.holder and seen.holder.is_gone(self.holder)
         if is_gone is False:
             raise self._refusal(seen)
@@ -242,7 +234,7 @@ class RunLock:
         end = time.monotonic() + left
         while time.monotonic() < end:
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
-            now = self._look()
+            now = self._read()
             if now is None or now.token != seen.token:
                 return
             if now.renewed != seen.renewed:
@@ -255,7 +247,7 @@ class RunLock:
         )
 
     def _now(self) -> float:
-        """Return the time by the clock of the file system, with which the lock was renewed."""
+        """Return the time by the file system's clock, because renewal times use this clock."""
         with tempfile.TemporaryFile(dir=self.folder) as probe:
             return os.fstat(probe.fileno()).st_mtime
 
@@ -282,8 +274,8 @@ def _is_running(pid: int, started: float) -> bool:
 
 
 @contextlib.contextmanager
-def _guarding(folder: Path) -> Iterator[None]:
-    """Let one process at a time take a lock over, where the file system has locks for folders."""
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time take over a lock, if the file system supports flock on folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

@@ -1,21 +1,21 @@
-"""Notices a loss that is far above what it was."""
+"""Detection of loss spikes."""
 
 import statistics
 from collections import deque
 from collections.abc import Mapping
 
-# lines of the log: fewer tell nothing yet, more are forgotten
+# number of log lines over which the median is taken: fewest and most
 FEWEST, MOST = 8, 64
-# times the median, and nats above it: near zero, a multiple of little is still little
+# a spike exceeds both FACTOR times the median and the median plus MARGIN nats; the margin matters near zero loss
 FACTOR, MARGIN = 2.0, 0.5
 
 
 class SpikeWatch:
-    """Compares the loss of each line of the log with the median of those before.
+    """Comparison of each log line's loss with the median of earlier lines.
 
-    It reads what is there already, the same on every process, and so costs a step nothing. It does not skip a step:
-    for that all processes would have to agree on the loss of each before its gradient is applied, and what one batch
-    can do is bounded by `--max_grad_norm` already.
+    It uses logged values, which are equal on every rank, so it adds no cost to a step. It does not skip steps: all
+    ranks would have to agree on the loss before each update, and `--max_grad_norm` already bounds the effect of one
+    batch.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class SpikeWatch:
         self.n_in_row = 0
 
     def warning(self, record: Mapping[str, float]) -> str | None:
-        """What to say of a line of the log, if its loss is far above."""
+        """Return a warning if the loss of a log line is a spike, else None."""
         if "loss" not in record:
             return None
         loss = record["loss"]

@@ -1,20 +1,20 @@
-"""Notices that a run stands still."""
+"""Detection of a run that makes no progress."""
 
 import threading
 from collections.abc import Callable
 
 
 class StallWatch:
-    """Says once that nothing has happened for long, and again only if something has happened since.
+    """Watchdog that reports once when there is no heartbeat, and again only after a new heartbeat.
 
     Args:
-        seconds: What is long.
-        on_stall: Told; by a thread of its own, for the one that trains may be what waits.
+        seconds: Longest time without a heartbeat.
+        on_stall: Called in a separate thread, because the training thread may be the stalled one.
     """
 
     def __init__(self, seconds: float, on_stall: Callable[[], None]):
         self.seconds, self.on_stall = seconds, on_stall
-        self._beaten, self._is_over = threading.Event(), False
+        self._heartbeat, self._is_over = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "StallWatch":
@@ -27,12 +27,12 @@ class StallWatch:
         self._thread.join()
 
     def beat(self) -> None:
-        """Something has happened."""
-        self._beaten.set()
+        """Record a heartbeat."""
+        self._heartbeat.set()
 
     def _watch(self) -> None:
         while not self._is_over:
-            if not self._beaten.wait(self.seconds):
+            if not self._heartbeat.wait(self.seconds):
                 self.on_stall()
-                self._beaten.wait()
-            self._beaten.clear()
+                self._heartbeat.wait()
+            self._heartbeat.clear()

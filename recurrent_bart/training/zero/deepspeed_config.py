@@ -1,4 +1,4 @@
-"""The sharding configuration, read strictly: DeepSpeed itself accepts a mistyped top-level key in silence."""
+"""Strict reader of the DeepSpeed configuration. DeepSpeed itself silently accepts a mistyped top-level key."""
 
 import difflib
 import json
@@ -13,13 +13,13 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
 AUTO = "auto"
-# keys that the run owns: "auto" in the file, filled from its flags
+# keys that the run sets from its flags; the file must say "auto"
 FILLED = {
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
     "gradient_clipping": "--max_grad_norm",
 }
-# keys that sharding owns
+# keys that the file may set
 KNOWN = {
     "zero_optimization",
     "bf16",
@@ -36,7 +36,7 @@ KNOWN = {
     "memory_breakdown",
     "log_level",
 }
-# keys that something else owns
+# keys that are refused, with the reason
 REFUSED = {
     "optimizer": "the optimizer is AdamW, set by --learning_rate and --weight_decay",
     "scheduler": "the schedule is set by --lr_scheduler and --warmup_steps",
@@ -47,16 +47,16 @@ REFUSED = {
     "tensorboard": "monitoring is the run's own",
     "csv_monitor": "monitoring is the run's own",
 }
-# sections that DeepSpeed has a schema for
+# sections for which DeepSpeed has a schema
 SCHEMAS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "bf16": DeepSpeedBF16Config,
     "comms_logger": CommsLoggerConfig,
 }
-# sections that it takes key by key, passing over those it does not know
+# sections without a schema: DeepSpeed ignores their unknown keys
 PLAIN = {
     "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
-    # how checkpoints are written and read is the run's own
+    # the run itself decides how checkpoints are written and read
     "checkpoint": {"tag_validation"},
     "flops_profiler": {
         "enabled",
@@ -72,18 +72,12 @@ PLAIN = {
 
 
 def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: float, use_bf16: bool) -> dict[str, Any]:
-    """Read a DeepSpeed configuration and fill what the run owns.
+    """Read a JSON file with a DeepSpeed configuration and set the keys that the run owns.
 
-    Accumulation is the trainer's own, over windows as well as batches, so DeepSpeed is told of one step.
-
-    Args:
-        path: JSON file.
-        micro_batch: Documents of a forward pass.
-        max_grad_norm: Norm to clip to; 0: not at all.
-        use_bf16: Precision of weights and activations.
+    The trainer accumulates gradients itself, over windows as well as batches, so DeepSpeed's accumulation is 1.
 
     Raises:
-        ValueError: The file is unreadable, or holds a key that is unknown or is not its own.
+        ValueError: The file cannot be read, or has an unknown key or a key that the run owns.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
@@ -95,7 +89,7 @@ def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: flo
     except ValueError as error:
         raise ValueError(f"--deepspeed {path}: {error}") from error
     config = _without_auto(config)
-    # DeepSpeed's own default is the precision of the weights
+    # DeepSpeed's default is the precision of the weights
     types = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
     return config | {
         "data_types": types,
@@ -138,7 +132,7 @@ def _check_section(name: str, section: Any) -> None:
 
 
 def _check_against(schema: type[BaseModel], section: dict[str, Any], name: str) -> None:
-    """Let DeepSpeed's own schema judge a section, and say its first complaint in one line."""
+    """Validate a section with DeepSpeed's schema, and report only the first error, in one line."""
     known = {field.alias or key: field for key, field in schema.model_fields.items()}
     for key, value in section.items():
         _check_known(key, known.keys(), f"{name}.")
@@ -149,18 +143,18 @@ def _check_against(schema: type[BaseModel], section: dict[str, Any], name: str) 
         schema.model_validate(_without_auto(section))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in (name, *first["loc"]))
-        raise ValueError(f"{place}: {first['msg']}") from error
+        key_path = ".".join(str(part) for part in (name, *first["loc"]))
+        raise ValueError(f"{key_path}: {first['msg']}") from error
 
 
 def _schema_in(annotation: Any) -> type[BaseModel] | None:
-    """The schema of a field that is a section itself, which may be optional."""
+    """Return the schema of a field that is a section, optional or not; None for other fields."""
     choices = [annotation, *typing.get_args(annotation)]
     return next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """The section without what is left to DeepSpeed's own default."""
+    """Remove keys with the value `auto`, so that DeepSpeed uses its defaults."""
     inner = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in section.items()}
     return {key: value for key, value in inner.items() if value != AUTO}
 

@@ -1,11 +1,11 @@
-"""Changes to DeepSpeed's own objects: every name that they rely on, and the versions they were tested with.
+"""Patches of DeepSpeed objects, with the DeepSpeed names they use and the versions they were tested with.
 
-DeepSpeed may rename a private function in any release. To replace a name that nothing reads any more has no effect and
-raises no error. So all names are looked up when an engine is built:
+DeepSpeed may rename a private function in any release. Replacing a name that is no longer read has no effect and raises
+no error. Therefore all names are checked when an engine is built:
 
-- A patch that saves time is left out, with one warning, if a name is absent or the version is not a tested one.
-- A patch without which numbers or files would be wrong raises a ValueError if a name is absent. It is applied under
-  other versions too, with the warning.
+- A patch that saves time is skipped, with one warning, if a name is absent or the version is untested.
+- A patch that is needed for correct numbers or files raises ValueError if a name is absent. It is applied under
+untested versions too, with the warning.
 """
 
 import contextlib
@@ -29,23 +29,22 @@ from recurrent_bart.training.zero.accelerator_calls import on_stream
 from recurrent_bart.training.zero.gradient_buckets import PRIVATE, average_and_scatter, keep_partitions
 from recurrent_bart.training.zero.gradients_together import has_infinite, norm_of_all
 
-# of DeepSpeed; the tests of this package pass with these
+# DeepSpeed versions with which the tests of this package pass
 TESTED_VERSIONS = ("0.19.8",)
 FLUSHES = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")
-# DeepSpeed's operator for all-reduce over shared memory
 SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A change to DeepSpeed.
+    """Change to DeepSpeed.
 
     Attributes:
-        purpose: What it is for, as it stands in a message.
-        names: Names that it relies on, from `engine`, `optimizer`, `accelerator` or `nvtx` on.
-        stages: ZeRO stages that it concerns.
-        apply: Makes the change for an engine. None: the change is made where it is used.
-        is_needed: Numbers or files would be wrong without it.
+        purpose: Purpose of the patch, as printed in messages.
+        names: DeepSpeed names that the patch uses, starting at `engine`, `optimizer`, `accelerator` or `nvtx`.
+        stages: ZeRO stages that need the patch.
+        apply: Applies the patch to an engine. None: the patch is applied where it is used.
+        is_needed: True if numbers or files would be wrong without the patch.
     """
 
     purpose: str
@@ -61,10 +60,10 @@ class Patch:
 
 
 def apply_patches(engine: DeepSpeedEngine) -> None:
-    """Make all changes that concern an engine.
+    """Apply the patches for the ZeRO stage of an engine.
 
     Raises:
-        ValueError: DeepSpeed lacks a name without which numbers or files would be wrong.
+        ValueError: DeepSpeed lacks a name that is needed for correct numbers or files.
     """
     is_tested = deepspeed.__version__ in TESTED_VERSIONS
     left_out = []
@@ -85,7 +84,7 @@ def apply_patches(engine: DeepSpeedEngine) -> None:
 
 
 def skip_shared_memory_operator() -> None:
-    """Keep DeepSpeed from compiling, for a minute, an all-reduce that only inference on a CPU uses."""
+    """Stop DeepSpeed from compiling, for a minute, an all-reduce that only CPU inference uses."""
     operators = getattr(deepspeed.ops, "__compatible_ops__", None)
     if operators is None:
         say(f"warning: DeepSpeed {deepspeed.__version__} has no ops.__compatible_ops__: it may compile for a minute")
@@ -95,7 +94,7 @@ def skip_shared_memory_operator() -> None:
 
 @contextlib.contextmanager
 def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Within this block, an object has other methods."""
+    """Replace methods of an object within this block."""
     own = vars(owner)
     before = {name: own[name] for name in methods if name in own}
     own.update(methods)
@@ -110,8 +109,8 @@ def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
 def without_bf16_optimizer(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration with which ZeRO-1 in bfloat16 reduces gradients as ZeRO-2 does.
 
-    DeepSpeed gives ZeRO-1 another optimizer wrapper if gradients are summed in float32. That wrapper can neither reduce
-    several passes once nor tell the norms of single gradients. `sum_in` sets the data type afterwards.
+    If ZeRO-1 sums gradients in float32, DeepSpeed uses another optimizer wrapper. That wrapper cannot reduce several
+    passes once and has no norms of single gradients. `sum_in` sets the data type afterwards.
     """
     if config["zero_optimization"]["stage"] != 1 or not config.get("bf16", {}).get("enabled"):
         return dict(config)
@@ -119,16 +118,16 @@ def without_bf16_optimizer(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def sum_in(optimizer: Any, config: dict[str, Any]) -> None:
-    """Have ZeRO-1 keep its part of the gradient in the data type that the configuration names."""
+    """Make ZeRO-1 accumulate its gradient partition in the data type that the configuration names."""
     if config["zero_optimization"]["stage"] == 1 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
         optimizer.gradient_accumulation_dtype = torch.float32
 
 
 @contextlib.contextmanager
 def exchanging_gradients_in(optimizer: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Within this block, a ZeRO optimizer takes gradients of a data type, and exchanges them in it.
+    """Make a ZeRO optimizer accept and exchange gradients in a data type, within this block.
 
-    ZeRO-1 and ZeRO-2 read them from `parameter.grad_accum` and not from `parameter.grad`.
+    ZeRO-1 and ZeRO-2 read gradients from `parameter.grad_accum`, ZeRO-3 from `parameter.grad`.
     """
     settings = {
         "communication_data_type": dtype,
@@ -137,7 +136,7 @@ def exchanging_gradients_in(optimizer: Any, dtype: torch.dtype) -> Iterator[None
     if _reads_grad_accum(optimizer):
         settings["use_grad_accum_attribute"] = True
     else:
-        # ZeRO-3 fills a buffer of the bucket's data type only to copy from it again
+        # ZeRO-3 would copy gradients into a contiguous buffer and out again, without need
         settings["contiguous_gradients"] = False
     before = {name: getattr(optimizer, name) for name in settings}
     vars(optimizer).update(settings)
@@ -152,7 +151,8 @@ def give_gradient(optimizer: Any, parameter: Any, gradient: Tensor) -> None:
     if _reads_grad_accum(optimizer):
         parameter.grad_accum = gradient
     else:
-        # the parameter's own data is empty or in another type, which PyTorch would compare with the gradient's
+        # PyTorch checks a gradient's shape and type against the parameter, whose data is partitioned or in another
+        # type; setting `.data` skips this check
         parameter.grad = torch.empty_like(parameter)
         parameter.grad.data = gradient
 
@@ -182,20 +182,20 @@ def _has_offload(optimizer: Any) -> bool:
 
 
 def shorten_accelerator_calls(engine: DeepSpeedEngine | None = None) -> None:
-    """Have DeepSpeed ask for streams in PyTorch's shortest way, and mark nothing for profilers; in all engines."""
+    """Make DeepSpeed read streams from PyTorch directly and emit no profiler ranges, in all engines."""
     nvtx.enable_nvtx = False
     accelerator = get_accelerator()
     if accelerator.device_name() == "cuda":
         accelerator.current_stream = torch.accelerator.current_stream
         accelerator.stream = on_stream
-        # otherwise it records an event for each gathered parameter, and waits in the middle of a step for buckets to be
-        # reduced; a step ends with waiting for all of them
+        # if False, DeepSpeed records an event per gathered parameter and waits within a step until buckets are reduced;
+        # the end of a step waits for all buckets anyway
         accelerator.handles_memory_backpressure = lambda: True
 
 
 def _reduce_whole_buckets(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
-    # gradients that are kept in the CPU's memory, or reduced in other ways, are not touched
+    # not for gradients in CPU memory (offload) or with other reductions
     if not (_has_offload(optimizer) or optimizer.zenflow or optimizer.all2all_process_group is not None):
         setattr(optimizer, f"{PRIVATE}avg_scatter_grads", functools.partial(average_and_scatter, optimizer))
         optimizer.partition_grads = functools.partial(keep_partitions, optimizer)
@@ -214,7 +214,7 @@ def _check_finite_together(engine: DeepSpeedEngine) -> None:
 
 
 def _forget_skipped_gradients(engine: DeepSpeedEngine) -> None:
-    """With offload, DeepSpeed adds the gradients of the next step to those of a step that was not finite."""
+    """Clear gradients after a skipped step: with offload, DeepSpeed would add them to the next step's gradients."""
     optimizer = engine.optimizer
     if not optimizer.cpu_offload:
         return
@@ -312,6 +312,6 @@ PATCHES = (
         (*_names("engine", "checkpoint_engine", "_config.load_universal_checkpoint"), "optimizer.clip_grad"),
         is_needed=True,
     ),
-    # `Checkpoints` replaces it
+    # `Checkpoints` replaces this method
     Patch("write checkpoints without scripts", ("engine._copy_recovery_script",)),
 )

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around a model, and the whole model out of it again."""
+"""Construction of the DeepSpeed engine, and export of the gathered model."""
 
 import contextlib
 import copy
@@ -26,22 +26,19 @@ from recurrent_bart.training.zero.gradient_sums import StepGradients
 def build_engine(
     model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, config: dict[str, Any]
 ) -> DeepSpeedEngine:
-    """Shard a model and its optimizer.
+    """Shard a model and its optimizer; raise ValueError if DeepSpeed lacks a name that is needed for correct numbers.
 
-    ZeRO-3 gathers parameters at each call of a module. The recurrence calls every layer once per segment, so the
-    encoder is made a leaf: it is gathered once per forward pass, as a whole. Ranks may then read different numbers of
-    segments in one step. The decoder is a leaf too: hooks on each of its parts take more CPU time than the parts take
-    GPU time, and a whole decoder can be replayed as a CUDA graph.
-
-    Raises:
-        ValueError: The installed DeepSpeed lacks a name without which numbers would be wrong.
+    ZeRO-3 gathers parameters at each call of a module. The recurrence calls every layer once per segment. The encoder
+    is therefore a leaf, which is gathered as a whole once per forward pass. Ranks may then read different numbers of
+    segments in one step. The decoder is a leaf too: hooks on its submodules take more CPU time than the submodules take
+    GPU time. A whole decoder can also be replayed as a CUDA graph.
     """
     if config["zero_optimization"]["stage"] == 3:
         set_z3_leaf_modules(model, [RecurrentBartEncoder, RecurrentBartDecoder])
         for owner in [module for module in model.modules() if isinstance(module, RecurrentBartModel)]:
             for part in ("encoder", "decoder"):
                 _take_embedding_out(owner, part)
-    # the engine writes into its configuration, so it gets a copy
+    # the engine changes its configuration, so it gets a copy
     sharding = without_bf16_optimizer(config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=sharding)
     sum_in(engine.optimizer, config)
@@ -51,29 +48,29 @@ def build_engine(
 
 
 def _take_embedding_out(model: RecurrentBartModel, name: str) -> None:
-    """Make a leaf's token embedding a child of the model, and a plain attribute of the leaf.
+    """Make the token embedding of a leaf a child of the model, and a plain attribute of the leaf.
 
-    It makes the leaf's input, so it is gathered for itself, and gets its gradient when the leaf's backward pass is done
-    and the leaf's gradients are reduced: that of a part of the leaf would be lost in silence.
+    The embedding computes the leaf's input, so its gradient arrives after the leaf's backward pass. DeepSpeed has then
+    already reduced the leaf's gradients, and the embedding's gradient would be silently lost.
     """
     leaf = model.get_submodule(name)
     embedding = leaf.get_submodule("embed_tokens")
-    # a place without a module, for weights that are loaded have that name
+    # keep the name without a module, because loaded weights have this name
     leaf.embed_tokens = None
     object.__setattr__(leaf, "embed_tokens", embedding)
-    # which add_module would refuse for its dot
+    # `add_module` refuses a name that contains a dot
     model._modules[f"{name}.embed_tokens"] = embedding
 
 
 @contextlib.contextmanager
 def reducing_once(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Within this block, sum the gradients of all backward passes; reduce the sums over ranks once, at its end.
+    """Sum the gradients of all backward passes in this block, and reduce the sums over ranks once at its end.
 
-    The sums are in `grad_accum_dtype` of the sharding configuration. Nothing is reduced if a pass fails: the other
-    ranks are elsewhere then, and this one would wait for them instead of ending with its error.
+    The sums have the data type `grad_accum_dtype` of the configuration. If a pass fails, nothing is reduced: this rank
+    would wait forever for ranks that do not reduce.
 
     Raises:
-        RuntimeError: DeepSpeed did not reduce the gradients where this package expects it to.
+        RuntimeError: DeepSpeed did not reduce the gradients in the function that this package replaces.
     """
     gradients = StepGradients(engine)
     with gradients.collected(), engine.coalesce_grad_reduction():
@@ -101,7 +98,7 @@ def gathered_for_evaluation(engine: DeepSpeedEngine) -> Iterator[Any]:
     else:
         offload = engine.optimizer.parameter_offload
         with GatheredParameters(list(module.parameters())):
-            # else they would give the parts back after each call
+            # the hooks would partition the parameters again after each call
             offload._remove_module_hooks()
             offload.forward_hooks.clear()
             offload.backward_hooks.clear()
@@ -115,20 +112,20 @@ def gathered_for_evaluation(engine: DeepSpeedEngine) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _unreduced(engine: DeepSpeedEngine) -> Iterator[None]:
-    """A backward pass through a leaf, as the figures of the recurrence need one, is none of training's meanwhile."""
+    """Remove ZeRO-3's hooks on leaves, so that a backward pass for metrics does not count as a training pass."""
     hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in engine.optimizer.leaf_parameters]
     for registered, _ in hooks:
         registered.clear()
     try:
         yield
     finally:
-        for registered, kept in hooks:
-            registered.update(kept)
+        for registered, saved in hooks:
+            registered.update(saved)
 
 
 @torch.no_grad()
 def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """All weights in float32 on the first process; empty on the others, which must call it too."""
+    """Return all weights in float32 on rank 0, and an empty dictionary on other ranks. All ranks must call it."""
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         whole = _full_parameter(parameter)
@@ -136,15 +133,15 @@ def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
             state[name] = whole.detach().float().cpu().clone()
     if is_first():
         state |= {name: buffer.detach().float().cpu() for name, buffer in engine.module.named_buffers()}
-        # the further names of shared weights, which named_parameters gives once
+        # named_parameters yields a tied weight under one name only; add its other names
         state |= {name: state[source] for name, source in engine.module.all_tied_weights_keys.items()}
     return state
 
 
 def save_model(engine: DeepSpeedEngine, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write weights of `full_state_dict` for `from_pretrained`, which reads them in the precision they have."""
+    """Save weights from `full_state_dict` for `from_pretrained`, which then loads them in float32."""
     engine.module.save_pretrained(folder, state_dict=weights)
-    # what was just written names the precision that the engine computes in
+    # save_pretrained has stored the engine's precision in config.json; overwrite it
     config = copy.deepcopy(engine.module.config)
     config.dtype = torch.float32
     config.save_pretrained(folder)

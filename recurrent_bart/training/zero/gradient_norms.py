@@ -1,4 +1,4 @@
-"""How large the gradients of BART's own parameters and of the recurrence's are."""
+"""Gradient norms of BART's parameters and of the recurrence's parameters."""
 
 import math
 from collections.abc import Iterator
@@ -11,13 +11,10 @@ from recurrent_bart.model.loading import is_recurrence
 
 
 class GradientNorms:
-    """Squared norms of this process's part of the gradient, by whose it is.
+    """Squared gradient norms of this rank's partition, for backbone and recurrence.
 
-    Summed over processes they give the squares of the whole gradient's norms: under ZeRO each element of it is kept by
-    one process. DeepSpeed's own norm, of all parameters, is that of the same numbers.
-
-    Args:
-        engine: The sharded model.
+    Their sum over ranks is the square of the whole gradient's norm, because ZeRO keeps each gradient element on one
+    rank. DeepSpeed's norm over all parameters is computed from the same numbers.
     """
 
     def __init__(self, engine: DeepSpeedEngine):
@@ -26,9 +23,9 @@ class GradientNorms:
 
     @torch.no_grad()
     def squares(self) -> tuple[float, float]:
-        """Backbone's and recurrence's, between the last backward pass of a step and its update.
+        """Return the squared norms of backbone and recurrence, between the last backward pass of a step and its update.
 
-        NaN with an optimizer that keeps no gradients of single parameters (ZeRO-1 with `grad_accum_dtype`).
+        Both are NaN if the optimizer keeps no gradients of single parameters (ZeRO-1 with `grad_accum_dtype`).
         """
         if not hasattr(self.optimizer, "averaged_gradients"):
             return math.nan, math.nan
@@ -39,15 +36,14 @@ class GradientNorms:
         return backbone, recurrence
 
     def _norms(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Of what this process keeps of each parameter's gradient."""
         optimizer = self.optimizer
-        # ZeRO-1 and -2 name their groups otherwise than ZeRO-3
+        # ZeRO-1 and ZeRO-2 use another name for their groups than ZeRO-3
         groups = getattr(optimizer, "params_in_partition", None) or optimizer.fp16_groups
         for number, parameters in enumerate(groups):
             if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
-                # they have left for the processor, their norms were kept
-                kept = optimizer.norm_for_param_grads
-                found = [(p, kept.get(optimizer.get_param_id(p))) for p in parameters]
+                # with offload, gradients are in CPU memory, and DeepSpeed has stored their norms
+                stored_norms = optimizer.norm_for_param_grads
+                found = [(p, stored_norms.get(optimizer.get_param_id(p))) for p in parameters]
                 yield from ((p, torch.as_tensor(norm)) for p, norm in found if norm is not None)
             elif parameters:
                 gradients = [g for g in optimizer.averaged_gradients[number] if not getattr(g, "_zero_padding", False)]

@@ -1,8 +1,7 @@
-"""Gradients of several backward passes, summed in float32 and reduced over processes once.
+"""Gradients of several backward passes, summed in float32 and reduced over ranks once.
 
-A bfloat16 number has 8 significant bits: a sum of 256 equal numbers does not grow any more. Autograd adds the gradients
-of all passes in the precision of the weights. Here each pass starts without gradients, and what it gives is added to
-sums in float32.
+A bfloat16 number has 8 significant bits, so a sum of 256 equal numbers stops growing. Autograd accumulates gradients in
+the precision of the weights. Here each pass starts without gradients, and its gradients are added to float32 sums.
 """
 
 import contextlib
@@ -22,15 +21,10 @@ from recurrent_bart.training.zero.deepspeed_patches import FLUSHES, exchanging_g
 def add_gradients(
     sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None], dtype: torch.dtype = torch.float32
 ) -> list[Tensor | None]:
-    """Add gradients to sums of another data type and return the sums.
+    """Add gradients to sums of another data type; return the sums.
 
-    A sum that exists is changed in place. Where there is a gradient but no sum yet, the gradient is the sum. Where
-    there is no gradient, the sum stays.
-
-    Args:
-        sums: One for each parameter.
-        gradients: One for each parameter.
-        dtype: Data type of new sums.
+    Existing sums are changed in place. A gradient without a sum becomes the sum, in data type `dtype`. A sum without a
+    gradient stays.
     """
     pairs = [(total, new) for total, new in zip(sums, gradients, strict=True) if new is not None]
     earlier = [(total, new) for total, new in pairs if total is not None]
@@ -64,13 +58,10 @@ def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 class StepGradients:
-    """Gradients of one optimizer step of an engine, over several backward passes.
+    """Gradients of one optimizer step of a ZeRO engine, over several backward passes.
 
-    DeepSpeed leaves the gradients of the passes in `parameter.grad`. Where `grad_accum_dtype` is another data type than
-    that of the weights, this class takes them from there after each pass and puts the sums back before the reduction.
-
-    Args:
-        engine: Around the model, under ZeRO.
+    DeepSpeed leaves the gradients of the passes in `parameter.grad`. If `grad_accum_dtype` differs from the data type
+    of the weights, this class collects them after each pass. It puts the sums back before the reduction.
     """
 
     def __init__(self, engine: DeepSpeedEngine):
@@ -82,20 +73,20 @@ class StepGradients:
         self.is_dropped = self.is_reduced = False
 
     def collect(self) -> None:
-        """Add the gradients of a backward pass to the sums, and free them."""
+        """Add the gradients of a backward pass to the sums, and free the gradients."""
         if self.has_sums:
             self.sums = add_gradients(self.sums, [parameter.grad for parameter in self.parameters], self.dtype)
             self._free()
 
     def drop(self) -> None:
-        """Forget the gradients of all passes: the step is not made."""
+        """Discard the gradients of all passes, because the step is not applied."""
         self.is_dropped, self.sums = True, []
         self._free()
 
     def reduce(self, flush: Callable[[Any], None], optimizer: Any) -> None:
-        """Reduce the sums over processes, by DeepSpeed's own `flush`; do nothing if the step is not made.
+        """Reduce the sums over ranks with DeepSpeed's `flush`; do nothing after `drop`.
 
-        The sums are exchanged in their own data type, or in `communication_data_type` if the configuration names one.
+        The sums are exchanged in their data type, or in `communication_data_type` if the configuration names one.
         """
         if self.is_dropped:
             return
@@ -107,12 +98,12 @@ class StepGradients:
         with exchanging_gradients_in(optimizer, self.engine._config.communication_data_type or self.dtype):
             self._put_back()
             flush(optimizer)
-            # under some settings ZeRO-2 keeps them until the update
+            # with some settings, ZeRO-2 keeps the gradients until the update
             self._free()
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[None]:
-        """Within this block, collect after each backward pass of the engine, and reduce where DeepSpeed flushes."""
+        """Collect after each backward pass in this block, and reduce when DeepSpeed flushes."""
         engine = self.engine
         backward = engine.backward
 
@@ -126,7 +117,7 @@ class StepGradients:
             yield
 
     def _put_back(self) -> None:
-        """Give the sums to DeepSpeed, which frees each of them once it is reduced."""
+        """Give the sums to DeepSpeed, which frees each sum after its reduction."""
         sums, self.sums = self.sums, []
         for parameter, total in zip(self.parameters, sums, strict=True):
             if total is not None:
@@ -134,5 +125,5 @@ class StepGradients:
 
     def _free(self) -> None:
         for parameter in self.parameters:
-            # DeepSpeed's `grad_accum` is an attribute of ZeRO-1 and ZeRO-2
+            # `grad_accum` is an attribute that DeepSpeed's ZeRO-1 and ZeRO-2 set
             parameter.grad = parameter.grad_accum = None

@@ -1,7 +1,7 @@
-"""Norm and finiteness of all gradients at once.
+"""Norm and finiteness of all gradients, computed together.
 
-DeepSpeed asks each of BART-large's 532 gradients for them. With that, its update took 103 ms of a step's 304, on an
-H100 with 8 documents of 8 segments (RESULTS.md).
+DeepSpeed computes them separately for each of BART-large's 532 gradients. Its update then took 103 ms of a 304 ms step,
+on an H100 with 8 documents of 8 segments (RESULTS.md).
 """
 
 import itertools
@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 def norm_of_all(
     norm_of_each: Callable[..., Tensor], gradients: Sequence[Tensor], parameters: Sequence[Tensor], norm_type: float = 2
 ) -> Tensor:
-    """Return the norm of the gradients of all ranks: DeepSpeed's own function gets this rank's norm as one gradient."""
+    """Return the gradient norm over all ranks: DeepSpeed's function gets this rank's norm as a single gradient."""
     own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     if not own:
         return norm_of_each(gradients, parameters, norm_type)

@@ -1,4 +1,4 @@
-"""What asks a run to stop, and that one vote is enough."""
+"""Requests to stop: signals, stop file and time limit; one vote is enough."""
 
 import os
 import queue
@@ -24,14 +24,14 @@ def test_a_signal_is_noted_and_handlers_are_put_back(number):
 
 
 def test_a_signal_is_told_at_once_and_once():
-    """While the step goes on; `told` is read by the step itself."""
+    """Report a signal while the step still runs; the step itself reads `told`."""
     told = queue.Queue()
     asked = Interruption(on_signal=told.put)
     with asked.watching():
         for number in [signal.SIGINT] * 10 + [signal.SIGTERM]:
             os.kill(os.getpid(), number)
         assert [told.get(timeout=10) for _ in range(2)] == ["SIGINT", "SIGTERM"]
-        # it asks to stop all the same
+        # the signal still asks to stop
         assert sum(asked.votes()) == 2
     assert told.empty()
 
@@ -89,7 +89,7 @@ def test_a_loss_is_far_above_when_it_is_twice_the_median_and_half_a_nat_more():
     assert watch.warning({"step": 8, "loss": 1.9}) is None
     assert watch.warning({"step": 9, "loss": 2.1}) == "step 9: the loss is 2.1, its median before was 1"
     assert watch.n_in_row == 1
-    # every step of which was skipped
+    # a log line without a loss: all of its steps were skipped
     assert watch.warning({"step": 10}) is None
     assert watch.warning({"step": 11, "loss": 1.1}) is None
     assert watch.n_in_row == 0

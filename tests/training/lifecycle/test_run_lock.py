@@ -1,4 +1,4 @@
-"""One run at a time trains in a folder; a lock whose process is gone is taken over."""
+"""Run lock: one run at a time trains in a folder; the lock of a dead process is taken over."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ def holder(job="", n_restarts=0, **changes):
 
 
 def write_lock(folder, content, age=0.0):
-    """A lock file that another process has left, renewed some seconds ago."""
+    """Write the lock file of another process, last renewed some seconds ago."""
     text = content if isinstance(content, str) else json.dumps(dataclasses.asdict(content))
     (folder / "lock").write_text(text)
     renewed = time.time() - age
@@ -27,7 +27,7 @@ def write_lock(folder, content, age=0.0):
 
 @pytest.fixture
 def lock(tmp_path):
-    """A lock of this process, which is released in the end."""
+    """Yield a lock of this process, and release it at the end."""
     own = RunLock(tmp_path, holder())
     yield own
     own.release()
@@ -54,7 +54,7 @@ def test_a_second_run_is_refused_and_told_who_holds_it(lock, tmp_path):
 
 
 def _fork(folder, start):
-    """A process that takes the lock at a time, ends with 2 where it is refused, and holds it for long enough."""
+    """Fork a process that takes the lock at a given time and holds it; it exits with 2 if it is refused."""
     child = os.fork()
     if child:
         return child

@@ -1,4 +1,4 @@
-"""A run that stands still is noticed, once."""
+"""Stall watch: a run that makes no progress is reported once."""
 
 import time
 

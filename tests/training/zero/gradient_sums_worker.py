@@ -1,4 +1,4 @@
-"""Started by test_gradient_sums.py, one process a rank: gradients in bfloat16, summed and exchanged."""
+"""Worker of test_gradient_sums.py, one process per rank: bfloat16 gradients, summed and exchanged."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ N_PASSES = 16
 
 
 def exchange_error(stage, rank):
-    """Relative difference between the gradient of a step and the mean over ranks of their own sums, in float64."""
+    """Return the relative error of a step's gradient against the float64 mean over ranks of their sums."""
     torch.manual_seed(0)
     model = tiny_model(init_std=0.1).train()
     config = {

@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration is read strictly: what DeepSpeed would pass over in silence is refused."""
+"""DeepSpeed configuration: keys that DeepSpeed would silently ignore are refused."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_what_the_run_owns_is_filled(load):
     assert config == {
         "zero_optimization": {"stage": 2},
         "train_micro_batch_size_per_gpu": 3,
-        # accumulation is the trainer's own
+        # the trainer accumulates gradients itself
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
@@ -63,7 +63,7 @@ def test_gradients_are_summed_in_float32_unless_the_file_says_otherwise(load, ty
 
 
 def test_auto_elsewhere_leaves_it_to_deepspeed(load):
-    """As in files written for Hugging Face's Trainer, which fills them in by formulas of its own."""
+    """Accept files for Hugging Face's Trainer, which replaces `auto` by its formulas."""
     zero = {"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu", "pin_memory": "auto"}}
     config = load({"zero_optimization": zero, "train_batch_size": "auto", "optimizer": "auto"})
     assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}

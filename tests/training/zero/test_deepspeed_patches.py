@@ -1,4 +1,4 @@
-"""Names inside DeepSpeed: all are there; without one a patch is left out and said, or the run does not begin."""
+"""DeepSpeed names: all exist; if one is absent, its patch is skipped with a warning or the run is refused."""
 
 import types
 
@@ -35,7 +35,7 @@ def build(stage=2, bf16=True):
 
 
 def trained(engine):
-    """Weights after a step of two passes."""
+    """Return the weights after a step of two passes."""
     torch.manual_seed(1)
     with reducing_once(engine):
         for _ in range(2):
@@ -45,7 +45,7 @@ def trained(engine):
 
 
 def hide(monkeypatch, owner, name):
-    """Have a class hold a method under another name, as after a rename."""
+    """Rename a method of a class, as a new DeepSpeed version might."""
     method = vars(owner)[name]
     monkeypatch.delattr(owner, name)
     monkeypatch.setattr(owner, "renamed", method, raising=False)
@@ -76,7 +76,7 @@ def test_what_saves_time_is_left_out_where_a_name_is_absent(alone, owner, name, 
     assert len(lines) == 1
     assert f"DeepSpeed {deepspeed.__version__}" in lines[0]
     assert f"optimizer.{name}" in lines[0]
-    # nothing that DeepSpeed does not read
+    # no attribute is set that DeepSpeed does not read
     assert name not in vars(engine.optimizer)
 
 
@@ -106,7 +106,7 @@ def test_another_version_trains_the_same_without_what_saves_time(alone, stage, m
 
 
 def test_a_flush_that_deepspeed_does_not_call_is_an_error(alone, monkeypatch):
-    """The names are there, but nothing reads them any more."""
+    """Check the case in which the names exist but are no longer called."""
     engine = build()
     monkeypatch.setattr(type(engine), "coalesce_grad_reduction", lambda self: replaced(self))
     with pytest.raises(RuntimeError, match="has not reduced the gradients"), reducing_once(engine):
@@ -122,7 +122,7 @@ def test_without_the_table_of_operators_it_says_that_it_may_compile(monkeypatch,
 def test_tested_versions_lie_in_the_range_that_is_installed():
     (requirement,) = [it for it in required() if it.name == "deepspeed"]
     assert all(requirement.specifier.contains(version) for version in TESTED_VERSIONS)
-    # a minor version may rename what is private
+    # a minor version may rename private functions
     newest = max(map(Version, TESTED_VERSIONS))
     assert not requirement.specifier.contains(f"{newest.major}.{newest.minor + 1}.0")
 

@@ -1,4 +1,4 @@
-"""The engine: the whole model out of it, frozen parameters, bf16."""
+"""Engine: export of the gathered model, frozen parameters, bf16."""
 
 import math
 
@@ -48,14 +48,14 @@ def test_the_whole_state_is_the_models_own(alone, stage, is_frozen, is_tied):
         parameter.requires_grad_(not is_frozen or "recurrence." in name)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = full_state_dict(build(model, stage))
-    # shared weights under every name that they have
+    # tied weights under all of their names
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @STAGES
 def test_frozen_parameters_stay_and_the_others_learn_as_in_plain_pytorch(alone, stage):
-    # of the decoder's first layer too, whose input from below has no gradient
+    # also in the decoder's first layer, whose input needs no gradient
     trained = ("recurrence.", "memory_gate")
 
     def freeze(model):
@@ -101,7 +101,7 @@ def test_a_decoder_is_replayed_with_the_weights_of_each_step(alone, monkeypatch,
             engine.backward(engine(**batch).loss)
             engine.step()
         found.append(full_state_dict(engine))
-        # forward and backward, once for all steps
+        # one capture of the forward pass and one of the backward pass, for all steps
         assert len(recordings) == (2 if schedule == "auto" else 0)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
@@ -115,7 +115,7 @@ def test_bf16_computes_its_loss_in_float32_and_keeps_master_weights(alone, stage
     assert output.encoder_last_hidden_state.dtype == torch.bfloat16
     assert output.loss.dtype == torch.float32
     expected = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch["labels"].flatten())
-    # to a precision that bf16 does not have
+    # this tolerance is below the precision of bf16
     torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
     first = float(output.loss)
     engine.backward(output.loss)
@@ -126,7 +126,7 @@ def test_bf16_computes_its_loss_in_float32_and_keeps_master_weights(alone, stage
     assert float(engine(**batch).loss) < 0.9 * first
     after = full_state_dict(engine)
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
-    # weights between two bf16 numbers: they are not read from the model's own
+    # some values are not representable in bf16, so they come from the float32 weights and not from the model's
     weight = after["model.shared.weight"]
     assert not torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, before["model.shared.weight"])
@@ -134,7 +134,7 @@ def test_bf16_computes_its_loss_in_float32_and_keeps_master_weights(alone, stage
 
 @pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
 def test_gradients_are_looked_at_together(alone, kind, monkeypatch):
-    """DeepSpeed is given one norm of them all, and finds the one that is not finite without asking each."""
+    """Give DeepSpeed one norm of all gradients, and find a gradient that is not finite in one check."""
     lengths, norm_of_each = [], kind.get_grad_norm_direct
 
     def counted(self, gradients, parameters, norm_type=2):
@@ -158,7 +158,7 @@ def test_gradients_are_looked_at_together(alone, kind, monkeypatch):
 
 @STAGES
 def test_a_step_marks_nothing_for_profilers(alone, monkeypatch, stage):
-    """At every parameter it would take the processor as long as what is marked."""
+    """Emit no profiler range: one per parameter takes as much CPU time as the work it marks."""
     monkeypatch.setattr(nvtx, "_range_push", None)
     engine = build(tiny_model(), stage)
     engine.backward(engine(**inputs()).loss)

@@ -1,4 +1,4 @@
-"""Norms of the parts of a gradient are those of the gradient that PyTorch gives, however it is sharded."""
+"""Gradient norms of parts: equal to PyTorch's, under every ZeRO stage."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ def test_each_part_has_the_norm_of_its_gradient(alone, zero):
                 engine.backward(engine(ids, labels=labels).loss)
         backbone, recurrence = (math.sqrt(square) for square in norms.squares())
         engine.step()
-        # before clipping, as DeepSpeed's own
+        # before clipping, like DeepSpeed's norm
         assert math.hypot(backbone, recurrence) == pytest.approx(float(engine.get_global_grad_norm()), rel=1e-5)
         if number == 0:
             assert (backbone, recurrence) == pytest.approx(expected_norms(plain, batches), rel=1e-4)

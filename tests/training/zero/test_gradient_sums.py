@@ -1,4 +1,4 @@
-"""Gradients of several passes are summed in float32 and reduced once, under every ZeRO stage."""
+"""Gradients of several passes: summed in float32 and reduced once, under every ZeRO stage."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def configuration(zero, types=None, bf16=True):
 
 
 def build(zero, types=None, rate=0.0, trained=lambda name: True, bf16=True, **changes):
-    """An engine around a tiny model, with SGD."""
+    """Build an engine around a tiny model, with SGD."""
     torch.manual_seed(0)
     model = tiny_model(init_std=0.1, **changes).train()
     for name, parameter in model.named_parameters():
@@ -65,7 +65,7 @@ def run_passes(engine, documents):
 
 
 def step_gradients(engine, documents, once=True, call=None):
-    """Whole gradients in float32 that an optimizer step gets; `call` gives another loss than the model's."""
+    """Return the unsharded float32 gradients of a step; `call` may replace the model's loss."""
     with reducing_once(engine) if once else contextlib.nullcontext():
         if call is None:
             run_passes(engine, documents)
@@ -92,7 +92,7 @@ def float64_sum(each, counts):
 
 @sharded
 def test_sums_of_many_passes_are_those_of_float32(alone, zero):
-    """Four documents are read again and again; each of them alone gives a term of the sum."""
+    """Read four documents repeatedly; each document alone gives a term of the expected sum."""
     documents = batches(4)
     engine = build(zero)
     each = [step_gradients(engine, [document], once=False) for document in documents]
@@ -102,8 +102,8 @@ def test_sums_of_many_passes_are_those_of_float32(alone, zero):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_512_passes_are_summed_to_more_than_a_thousandth(alone, stage, monkeypatch):
-    """Of two layers, for passes of the whole model take too long; in bfloat16 the error would be 30 %."""
-    # of which these layers are none
+    """Use two layers, because passes of the whole model take too long. In bfloat16 the error would be 30 %."""
+    # these two layers have no encoder and decoder to make leaves of
     monkeypatch.setattr("recurrent_bart.training.zero.engine.set_z3_leaf_modules", lambda model, kinds: None)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 1)).train()
@@ -116,7 +116,7 @@ def test_512_passes_are_summed_to_more_than_a_thousandth(alone, stage, monkeypat
 
 
 def test_sums_in_bfloat16_are_had_for_the_asking(alone):
-    """`grad_accum_dtype` of the configuration holds; what it costs is far above the bound of the test above."""
+    """Set `grad_accum_dtype` to bfloat16; its error is far above the bound of the test above."""
     documents = batches(4)
     engine = build({"stage": 2}, {"grad_accum_dtype": "bf16"})
     each = [step_gradients(engine, [document], once=False) for document in documents]
@@ -125,7 +125,7 @@ def test_sums_in_bfloat16_are_had_for_the_asking(alone):
 
 @sharded
 def test_a_step_of_several_passes_moves_the_weights_by_their_sum(alone, zero):
-    """The update too is made of the sums; a second step starts from none."""
+    """Check the update as well as the gradient; a second step must start without sums."""
     documents = batches(6)
     engine = build(zero, rate=0.5)
     expected = full_state_dict(engine)
@@ -200,7 +200,7 @@ def test_tied_and_frozen_parameters_are_summed_too(alone, zero, is_tied, is_froz
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_in_float32_sums_are_autograds_own(alone, stage):
-    """To the last bit, as DeepSpeed itself has them."""
+    """Compare bitwise with DeepSpeed's own accumulation."""
     documents = batches(5)
     found = step_gradients(build({"stage": stage}, bf16=False), documents)
     engine = build({"stage": stage}, bf16=False)
@@ -213,7 +213,7 @@ def test_in_float32_sums_are_autograds_own(alone, stage):
 
 @pytest.mark.distributed
 def test_ranks_exchange_their_sums_in_float32(tmp_path):
-    """In bfloat16 the exchange alone would have an error of 1e-3."""
+    """Bound the error of the exchange, which in bfloat16 would be 1e-3."""
     output = tmp_path / "errors.json"
     ended = run_script(WORKER, output, environments=launched(2))
     assert set(ended.codes) == {0}, ended.text()

@@ -1,4 +1,4 @@
-"""ZeRO-2 and ZeRO-3 give one process's losses, gradients and weights, however often a layer is used in a step."""
+"""ZeRO-2 and ZeRO-3: losses, gradients and weights equal one process's, however often a step uses a layer."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ RUN = {
 
 
 def case(stage, **changes):
-    """Settings of the run by name; all others are fields of the model's configuration."""
+    """Build the settings of a case; other keywords are fields of the model's configuration."""
     fields = {name: value for name, value in changes.items() if name not in RUN}
     return RUN | {"stage": stage, "fields": fields} | {k: v for k, v in changes.items() if k in RUN}
 
@@ -46,16 +46,17 @@ CASES = {
         "zero2-uneven": case(2, uneven=True, bptt_depth=1),
         "zero3-frozen": case(3, frozen=True),
         "zero3-spoilt": case(3, spoilt=True, accumulation=2),
-        # of a number of tokens one process has one document and the other three, of other numbers of segments
+        # with batches sized in tokens, one rank has one document and the other has three, with different numbers of
+        # segments
         "zero3-uneven": case(3, uneven=True, bptt_depth=1),
-        # beyond the window the three have more tokens than there are in the vocabulary, the one has fewer
+        # outside the window, the three documents have more tokens than the vocabulary, the single document has fewer
         "zero3-uneven-vocabulary": case(3, uneven=True, bptt_depth=0),
         "zero3-uneven-windows": case(3, uneven=True, task="sections", bptt_depth=1, schedule="wavefront"),
         "zero3-document": case(3),
         "zero3-document-accumulated": case(3, accumulation=2),
         "zero3-untied-bptt-accumulated": case(3, tie_word_embeddings=False, bptt_depth=1, accumulation=2),
         "zero3-document-bptt-small-buckets": case(3, bptt_depth=1, bucket=500),
-        # one process's documents fit the window, the other's do not
+        # the documents of one rank fit the window, the documents of the other rank do not
         "zero3-document-bptt-on-one-process": case(3, bptt_depth=3),
         "zero3-sections-concat": case(3, task="sections", prefix_attention="concat"),
         "zero3-windows-accumulated-by-layer": case(
@@ -66,7 +67,7 @@ CASES = {
         "zero3-windows-section": case(3, task="sections", bptt_depth=1, decoder_context="section", context_segments=3),
         "zero3-document-all-top": case(3, bptt_depth=1, decoder_context="all", recurrence="top"),
         "zero3-wavefront-accumulated": case(3, accumulation=2, schedule="wavefront", bucket=500),
-        # without a graph up to the window, of which one process's documents have nothing
+        # segments before the window run without an autograd graph; one rank has no segments there
         "zero3-wavefront-bptt-by-layer": case(3, bptt_depth=2, schedule="wavefront", checkpointing="layer"),
         "zero3-wavefront-windows-by-segment": case(
             3, task="sections", bptt_depth=1, schedule="wavefront", checkpointing="segment"
@@ -82,7 +83,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda n: f"{n} processes")
 def results(request, tmp_path_factory):
-    """All cases of a number of processes, run in one start of them."""
+    """Run all cases for a world size in one start of its processes."""
     output = tmp_path_factory.mktemp("zero") / "results.pt"
     cases = CASES[request.param]
     environments = launched(request.param)
@@ -92,12 +93,12 @@ def results(request, tmp_path_factory):
 
 
 def differs(found, expected):
-    """Beyond 1e-5 of the largest entry; 1e-7 is what float32 resolves of a gradient of norm 1."""
+    """Return True beyond 1e-5 of the largest entry; float32 resolves 1e-7 of a gradient of norm 1."""
     return float((found - expected).abs().max()) > TOLERANCE * float(expected.abs().max()) + 1e-7
 
 
 def differing(result):
-    """What is not as in one process, of losses, norms, gradients and weights."""
+    """Return the names of losses, norms, gradients and weights that differ from one process."""
     found, expected = result["zero"], result["alone"]
     for what in ("losses", "norms"):
         if differs(torch.tensor(found[what]), torch.tensor(expected[what])):
@@ -108,11 +109,15 @@ def differing(result):
         yield from ((step, key) for key in tensors if differs(tensors[key], expected_tensors[key]))
 
 
-# one test, for two might be run by two processes of pytest-xdist, which would start all cases twice
+# one test and not two: pytest-xdist might run two tests in two processes, and each would start all cases
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_zero_equals_one_process(results):
-    """Also, ZeRO-3 reduces each bucket to the bits of DeepSpeed's code, and a step that one process spoils all skip."""
+    """Compare each case with one process.
+
+    ZeRO-3 reduces each bucket to the same bits as DeepSpeed's code. If one rank's loss is not finite, all ranks skip
+    the step.
+    """
     for name, result in results.items():
         assert list(differing(result)) == [], name
         skipped, have_same_bits = result["zero"]["skipped"], result["zero"]["have_same_bits"]

@@ -1,4 +1,4 @@
-"""Started by test_zero.py, one process a rank: optimizer steps under ZeRO, their losses, gradients and weights."""
+"""Worker of test_processes.py, one process per rank: losses, gradients and weights of steps under ZeRO."""
 
 import json
 import sys
@@ -20,14 +20,14 @@ from tiny import tiny_model
 
 N_STEPS, N_DOCUMENTS, N_SEGMENTS, LENGTH = 3, 4, 5, 8
 RATE, CLIP = 0.5, 0.7
-# step, counted from 0, in which the last process's loss is not finite
+# step, counted from 0, in which the last rank's loss is not finite
 SPOILT = 1
-# contexts of sections are packed wherever they differ, by one process into more groups than by another
+# always pack section contexts of different lengths; the ranks then have different numbers of groups
 decoder_context.LEAST_SAVING = 0
 
 
 def make_batches(task):
-    """Per step, documents with ragged segments and targets; the same on every process."""
+    """Make documents with ragged segments and targets for each step, equal on every rank."""
     random = torch.Generator().manual_seed(3)
     for _ in range(N_STEPS):
         mask = torch.ones(N_DOCUMENTS, N_SEGMENTS, LENGTH, dtype=torch.long)
@@ -35,7 +35,7 @@ def make_batches(task):
             mask[row, n_segments + 1 :] = 0
         labels = torch.randint(4, 60, (N_DOCUMENTS, N_SEGMENTS, 6), generator=random)
         labels[torch.rand(labels.shape, generator=random) < 0.3] = -100
-        # sections of several segments
+        # drop some targets, so that sections have several segments
         labels[torch.rand(labels.shape[:2], generator=random) < 0.4] = -100
         labels[:, 0, 0] = 5
         labels[~mask.bool().any(-1)] = -100
@@ -44,9 +44,9 @@ def make_batches(task):
 
 
 def own_part(batch, rank, world_size, accumulation, uneven):
-    """This rank's micro-batches, cut to their own number of segments, so that ranks differ in it.
+    """Select this rank's micro-batches and cut them to their longest document, so that the ranks' lengths differ.
 
-    Uneven ones differ in the number of documents too: of two, the first has the longest alone.
+    With `uneven`, the number of documents differs too: rank 0 of two has only the longest document.
     """
     by_length = batch.attention_mask.any(-1).sum(-1).argsort(descending=True)
     for micro in range(accumulation):
@@ -61,12 +61,12 @@ def own_part(batch, rank, world_size, accumulation, uneven):
 
 def build(case):
     torch.manual_seed(0)
-    # weights of a size at which float32 itself is good to 1e-5
+    # with weights of this size, float32 rounding errors stay below 1e-5
     model = tiny_model(**case["fields"] | {"init_std": 0.15}).train()
     model.set_gradient_checkpointing(case["checkpointing"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not case["frozen"] or "recurrence." in name)
-    # without weight decay and momentum an error in a gradient is an error in a weight
+    # without weight decay and momentum, an error in a gradient is visible in a weight
     return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
 
@@ -75,7 +75,7 @@ def trained_parameters(model):
 
 
 def reduce_as_deepspeed_too(optimizer, have_same_bits):
-    """Of each bucket that ZeRO-3 reduces, note whether DeepSpeed's own code gives the same bits."""
+    """Record for each bucket that ZeRO-3 reduces whether DeepSpeed's code gives the same bits."""
     name = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
     ours, theirs = getattr(optimizer, name), getattr(type(optimizer), name)
     assert (ours.func, optimizer.partition_grads.func) == (average_and_scatter, keep_partitions)
@@ -83,7 +83,7 @@ def reduce_as_deepspeed_too(optimizer, have_same_bits):
     def reduce(parameters, dtype):
         found = ours(parameters, dtype)
         for part, expected in zip(found, theirs(optimizer, parameters, dtype), strict=True):
-            # a spoilt step's are not numbers, which are never equal
+            # compared as integers, because a spoilt step has NaN, which never equals itself
             whole, rest = part.view(torch.int32).split([len(expected), len(part) - len(expected)])
             have_same_bits.append(torch.equal(whole, expected.view(torch.int32)) and not rest.any())
         return found
@@ -92,7 +92,7 @@ def reduce_as_deepspeed_too(optimizer, have_same_bits):
 
 
 def run_case(case, environment):
-    """Under ZeRO, through the trainer's own step."""
+    """Run steps under ZeRO through the trainer's `train_step`."""
     model, optimizer = build(case)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -102,7 +102,7 @@ def run_case(case, environment):
         "zero_optimization": {
             "stage": case["stage"],
             "reduce_bucket_size": case["bucket"],
-            # 0: a tiny model's parameters would else never be gathered
+            # 0, because parameters below the threshold are never partitioned
             **({"stage3_param_persistence_threshold": 0} if case["stage"] == 3 else {}),
         },
     }
@@ -156,7 +156,7 @@ def run_case(case, environment):
 
 
 def run_alone(case):
-    """The same in plain PyTorch, one process, all documents in one pass."""
+    """Run the same steps in plain PyTorch, in one process, with all documents in one pass."""
     model, optimizer = build(case)
     losses, norms, gradients = [], [], []
     for number, batch in enumerate(make_batches(case["task"])):
@@ -165,7 +165,7 @@ def run_alone(case):
         loss = model(**batch.model_inputs(torch.device("cpu"))).loss
         loss.backward()
         for _, parameter in trained_parameters(model):
-            # under ZeRO also one that nothing reads has a gradient
+            # under ZeRO, an unused parameter has a gradient too
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients.append({name: p.grad.clone() for name, p in trained_parameters(model)})
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
