@@ -1,7 +1,7 @@
 """CUDA graphs on a CPU, which run the captured function at each replay; and call orders that are hard for graphs.
 
-As on a GPU, graphs of a module share input and output buffers, and the autograd graph of the last forward pass, which a
-backward pass consumes. A backward pass at a wrong time fails or gives wrong results.
+As on a GPU, graphs of a module share input and output buffers. They also share the autograd graph of the last forward
+pass, which a backward pass consumes. A backward pass at a wrong time fails or gives wrong results.
 """
 
 import torch

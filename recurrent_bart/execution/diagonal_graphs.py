@@ -28,13 +28,13 @@ MOST_SETTINGS = 4
 class Captures:
     """CUDA graphs that were captured under the same settings of the layers, the recurrence and PyTorch."""
 
-    def __init__(self, recorder: "DiagonalGraphs"):
+    def __init__(self, owner: "DiagonalGraphs"):
         # by `DiagonalGraphs.key`
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         # keys of the diagonals that have run
         self.seen: set[tuple] = set()
         # graphs that keep the activations for their backward passes
-        self.kept = RetainedDiagonals(recorder)
+        self.kept = RetainedDiagonals(owner)
         # buffers of the masks of tokens and of slots; their form depends on the attention implementation
         self.masks: list[Tensor | None] = [None, None]
 

@@ -78,49 +78,49 @@ class GraphedWavefront(Wavefront):
         assert memory_EBPD is not None
         tokens_BLD = segments[0]()
         diagonals = self._diagonals(segments, tokens_BLD, mask_BNL)
-        recorder = self._recorder(weights, tokens_BLD)
-        recorder.begin(weights, self._settings())
+        graphs = self._graphs_of_shape(weights, tokens_BLD)
+        graphs.begin(weights, self._settings())
         if not torch.is_grad_enabled():
-            yield from self._read(recorder, diagonals, memory_EBPD)
+            yield from self._read(graphs, diagonals, memory_EBPD)
             return
         streams = self._embed_segments(segments, memory_EBPD)
-        recorder.record(diagonals, with_backward=True)
+        graphs.record(diagonals, with_backward=True)
         if self.checkpointing == "none":
-            recorder.keep(
-                diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._bytes_kept_by_other_shapes(recorder)
+            graphs.keep(
+                diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._bytes_kept_by_other_shapes(graphs)
             )
         tops, memories, memory = _Replayed.apply(
-            recorder, diagonals, list(weights), streams, memory_EBPD, *weights.values()
+            graphs, diagonals, list(weights), streams, memory_EBPD, *weights.values()
         )
         for number, top in enumerate(tops.unbind()):
             yield top, memory if number == len(segments) - 1 else memories[number].unsqueeze(0)
 
     def _read(
-        self, recorder: DiagonalGraphs, diagonals: list[Diagonal], memory_EBPD: Tensor
+        self, graphs: DiagonalGraphs, diagonals: list[Diagonal], memory_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Run forward passes only; in evaluation mode, a diagonal is captured the second time it occurs."""
-        again = diagonals if self.layer.training else [it for it in diagonals if recorder.was_seen(it)]
-        recorder.record(again, with_backward=False)
-        recorder.memory.copy_(memory_EBPD)
+        again = diagonals if self.layer.training else [it for it in diagonals if graphs.was_seen(it)]
+        graphs.record(again, with_backward=False)
+        graphs.memory.copy_(memory_EBPD)
         for first in range(0, len(diagonals), READ_TOGETHER):
             group = diagonals[first : first + READ_TOGETHER]
             arriving = [it.segment for it in group if it.segment is not None]
             streams = self._embed_segments(arriving, memory_EBPD) if arriving else None
-            read = recorder.read_together if recorder.can_read_together(group) else recorder.read
+            read = graphs.read_together if graphs.can_read_together(group) else graphs.read
             for diagonal, (top_BLD, memory_1BPD) in zip(group, read(group, streams), strict=True):
                 if diagonal.stop == self.config.encoder_layers:
                     is_last = diagonal is diagonals[-1]
                     tokens_BLD = top_BLD.clone() if self._gives_tokens(diagonal) else None
-                    yield tokens_BLD, recorder.memory.clone() if is_last else memory_1BPD
+                    yield tokens_BLD, graphs.memory.clone() if is_last else memory_1BPD
 
     def _settings(self) -> Hashable:
         """Return the constants that a capture keeps; all layers share them."""
         assert self.recurrence is not None
         return *settings_of(self.layer, self.recurrence), backend_settings()
 
-    def _bytes_kept_by_other_shapes(self, recorder: DiagonalGraphs) -> int:
+    def _bytes_kept_by_other_shapes(self, graphs: DiagonalGraphs) -> int:
         assert self.recurrence is not None
-        return sum(it.kept_bytes for it in _recorders[self.recurrence].values()) - recorder.kept.n_bytes
+        return sum(it.kept_bytes for it in _recorders[self.recurrence].values()) - graphs.kept.n_bytes
 
     def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
         """Return the streams `(N, B, S, D)` that enter the first layer."""
@@ -128,17 +128,17 @@ class GraphedWavefront(Wavefront):
         slots = self.recurrence.slots(memory_EBPD).repeat(len(segments), 1, 1)
         return self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
 
-    def _recorder(self, weights: Weights, tokens_BLD: Tensor) -> DiagonalGraphs:
+    def _graphs_of_shape(self, weights: Weights, tokens_BLD: Tensor) -> DiagonalGraphs:
         assert self.recurrence is not None
         kept = _recorders.setdefault(self.recurrence, {})
         key = tokens_BLD.shape, tokens_BLD.dtype, tokens_BLD.device
-        recorder = kept.pop(key, None)
-        if recorder is None or recorder.layer() is not self.layer:
-            recorder = DiagonalGraphs(self, weights, tokens_BLD)
-        kept[key] = recorder
+        graphs = kept.pop(key, None)
+        if graphs is None or graphs.layer() is not self.layer:
+            graphs = DiagonalGraphs(self, weights, tokens_BLD)
+        kept[key] = graphs
         while len(kept) > MOST_SHAPES:
             del kept[next(iter(kept))]
-        return recorder
+        return graphs
 
 
 def share_device(n_processes: int) -> None:
@@ -161,7 +161,7 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        recorder: DiagonalGraphs,
+        graphs: DiagonalGraphs,
         diagonals: list[Diagonal],
         names: list[str],
         streams: Tensor,
@@ -169,62 +169,62 @@ class _Replayed(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n_segments, n_layers = len(streams), len(memory)
-        tops = streams.new_empty(n_segments, *recorder.top.shape)
+        tops = streams.new_empty(n_segments, *graphs.top.shape)
         memories = memory.new_empty(n_segments, *memory.shape[1:])
-        recorder.memory.copy_(memory)
-        recorder.n_passes += 1
+        graphs.memory.copy_(memory)
+        graphs.n_passes += 1
         entered = []
-        for number, (diagonal, kept) in enumerate(zip(diagonals, recorder.kept.of(diagonals), strict=True)):
+        for number, (diagonal, kept) in enumerate(zip(diagonals, graphs.kept.of(diagonals), strict=True)):
             span = slice(diagonal.first, diagonal.stop)
             if number < n_segments:
-                recorder.stream[0].copy_(streams[number])
-            here = recorder.stream[span].clone(), recorder.memory[span].clone(), recorder.generator.get_offset()
+                graphs.stream[0].copy_(streams[number])
+            here = graphs.stream[span].clone(), graphs.memory[span].clone(), graphs.generator.get_offset()
             entered.append(here)
-            recorder.replay(diagonal, graph=kept.forward if kept else None)
+            graphs.replay(diagonal, graph=kept.forward if kept else None)
             if diagonal.stop == n_layers:
-                tops[number - n_layers + 1].copy_(recorder.top)
-                memories[number - n_layers + 1].copy_(recorder.memory[-1])
-        ctx.recorder, ctx.diagonals, ctx.entered, ctx.names = recorder, diagonals, entered, names
-        ctx.captures = recorder.captures
-        ctx.n_passes = recorder.n_passes
+                tops[number - n_layers + 1].copy_(graphs.top)
+                memories[number - n_layers + 1].copy_(graphs.memory[-1])
+        ctx.graphs, ctx.diagonals, ctx.entered, ctx.names = graphs, diagonals, entered, names
+        ctx.captures = graphs.captures
+        ctx.n_passes = graphs.n_passes
         ctx.shape = streams.shape
-        return tops, memories, recorder.memory.clone()
+        return tops, memories, graphs.memory.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        recorder = ctx.recorder
-        with recorder.user.whole_pass():
+        graphs = ctx.graphs
+        with graphs.user.whole_pass():
             # the settings may have changed since the forward pass
-            recorder.captures = ctx.captures
+            graphs.captures = ctx.captures
             grad_streams = _differentiate(ctx, *gradients)
-            weight_gradients = [recorder.weight_gradients[name].clone() for name in ctx.names]
-            return None, None, None, grad_streams, recorder.into_memory.clone(), *weight_gradients
+            weight_gradients = [graphs.weight_gradients[name].clone() for name in ctx.names]
+            return None, None, None, grad_streams, graphs.into_memory.clone(), *weight_gradients
 
 
 def _differentiate(ctx: Any, grad_tops: Tensor, grad_memories: Tensor, grad_memory: Tensor) -> Tensor:
-    """Replay the backward passes of all diagonals; gradients of weights and states end up in the recorder's buffers.
+    """Replay the backward passes of all diagonals; the buffers then hold the gradients of weights and states.
 
     Returns:
         Gradients of the streams that entered the first layer.
     """
-    recorder, n_layers = ctx.recorder, len(grad_memory)
+    graphs, n_layers = ctx.graphs, len(grad_memory)
     grad_streams = grad_tops.new_empty(ctx.shape)
-    recorder.begin_backward(grad_memory)
-    kept = recorder.kept.of(ctx.diagonals)
+    graphs.begin_backward(grad_memory)
+    kept = graphs.kept.of(ctx.diagonals)
     for number in reversed(range(len(ctx.diagonals))):
         diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.entered[number]
         # a later pass has overwritten the kept activations
-        own = kept[number] if ctx.n_passes == recorder.n_passes else None
+        own = kept[number] if ctx.n_passes == graphs.n_passes else None
         if own is None:
             span = slice(diagonal.first, diagonal.stop)
-            recorder.stream[span].copy_(stream)
-            recorder.memory[span].copy_(memory)
+            graphs.stream[span].copy_(stream)
+            graphs.memory[span].copy_(memory)
         if diagonal.stop == n_layers:
-            recorder.stream_gradient[-1][:, recorder.n_slots :].copy_(grad_tops[number - n_layers + 1])
-            recorder.into_memory[-1].add_(grad_memories[number - n_layers + 1])
-        with rng_offset(recorder.generator, offset):
-            recorder.replay(diagonal, is_backward=True, graph=own.backward if own else None)
+            graphs.stream_gradient[-1][:, graphs.n_slots :].copy_(grad_tops[number - n_layers + 1])
+            graphs.into_memory[-1].add_(grad_memories[number - n_layers + 1])
+        with rng_offset(graphs.generator, offset):
+            graphs.replay(diagonal, is_backward=True, graph=own.backward if own else None)
         if number < len(grad_streams):
-            grad_streams[number].copy_(recorder.stream_gradient[0])
+            grad_streams[number].copy_(graphs.stream_gradient[0])
     return grad_streams

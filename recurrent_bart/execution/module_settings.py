@@ -1,6 +1,6 @@
 """Constants that a module computes with, besides its inputs, its parameters and random numbers.
 
-Python code reads the constants at each call. A CUDA graph keeps the constants of its capture, and a diagonal of the
+Python code reads the constants at each call. A CUDA graph keeps the constants of its capture. A diagonal of the
 wavefront schedule uses one value of each constant for all its layers.
 """
 

@@ -27,9 +27,9 @@ MOST_KEPT = 0.4
 class RetainedDiagonals:
     """Graphs that keep activations, for one batch shape and the buffers of one `DiagonalGraphs`."""
 
-    def __init__(self, recorder: "DiagonalGraphs"):
-        # weak, because the recorder holds this object
-        self._recorder = weakref.ref(recorder)
+    def __init__(self, graphs: "DiagonalGraphs"):
+        # weak, because `graphs` holds this object
+        self._graphs = weakref.ref(graphs)
         self._kept: dict[tuple, RetainedDiagonal] = {}
         self.n_bytes = 0
 
@@ -39,11 +39,11 @@ class RetainedDiagonals:
         `diagonals` are in order of execution. Each has already been captured as a graph without retained activations.
         """
         for diagonal, key in zip(diagonals, self._keys(diagonals), strict=True):
-            recorder = self._recorder()
-            assert recorder is not None
-            n_bytes = STREAMS_PER_CELL * recorder.stream[diagonal.first : diagonal.stop].nbytes
+            graphs = self._graphs()
+            assert graphs is not None
+            n_bytes = STREAMS_PER_CELL * graphs.stream[diagonal.first : diagonal.stop].nbytes
             if key not in self._kept and self.n_bytes + n_bytes <= most_bytes:
-                self._kept[key] = RetainedDiagonal(recorder, diagonal)
+                self._kept[key] = RetainedDiagonal(graphs, diagonal)
                 self.n_bytes += n_bytes
 
     def of(self, diagonals: Sequence[Diagonal]) -> "list[RetainedDiagonal | None]":
@@ -51,10 +51,10 @@ class RetainedDiagonals:
         return [self._kept.get(key) for key in self._keys(diagonals)]
 
     def _keys(self, diagonals: Sequence[Diagonal]) -> list[tuple]:
-        recorder, seen, keys = self._recorder(), Counter[tuple](), []
-        assert recorder is not None
+        graphs, seen, keys = self._graphs(), Counter[tuple](), []
+        assert graphs is not None
         for diagonal in diagonals:
-            key = recorder.key(diagonal, is_backward=False)
+            key = graphs.key(diagonal, is_backward=False)
             keys.append((key, seen[key]))
             seen[key] += 1
         return keys
@@ -63,28 +63,28 @@ class RetainedDiagonals:
 class RetainedDiagonal:
     """CUDA graphs of one diagonal's forward and backward pass, with the activations between them."""
 
-    def __init__(self, recorder: "DiagonalGraphs", diagonal: Diagonal):
+    def __init__(self, graphs: "DiagonalGraphs", diagonal: Diagonal):
         span = slice(diagonal.first, diagonal.stop)
         with torch.inference_mode(False):
-            self.inputs = [torch.empty_like(part[span]).requires_grad_() for part in (recorder.stream, recorder.memory)]
-            recorder.place(diagonal)
+            self.inputs = [torch.empty_like(part[span]).requires_grad_() for part in (graphs.stream, graphs.memory)]
+            graphs.place(diagonal)
             # inputs and outputs of the forward pass, with the autograd graph between them
             self._pass: tuple[list[Tensor], list[Tensor]] = [], []
-            stream, pool = recorder.where
+            stream, pool = graphs.where
             # no shared pool for the forward pass: graphs that share a pool overwrite each other's activations
-            _, self.forward = capture(functools.partial(self._compute, recorder, diagonal), stream)
-            _, self.backward = capture(functools.partial(self._differentiate, recorder, span), stream, pool)
+            _, self.forward = capture(functools.partial(self._compute, graphs, diagonal), stream)
+            _, self.backward = capture(functools.partial(self._differentiate, graphs, span), stream, pool)
 
-    def _compute(self, recorder: "DiagonalGraphs", diagonal: Diagonal) -> None:
+    def _compute(self, graphs: "DiagonalGraphs", diagonal: Diagonal) -> None:
         span, after = (slice(diagonal.first + more, diagonal.stop + more) for more in (0, 1))
         with torch.no_grad():
-            self.inputs[0].copy_(recorder.stream[span])
-            self.inputs[1].copy_(recorder.memory[span])
-        outputs = self._pass = recorder.with_graph(diagonal, self.inputs)
+            self.inputs[0].copy_(graphs.stream[span])
+            self.inputs[1].copy_(graphs.memory[span])
+        outputs = self._pass = graphs.with_graph(diagonal, self.inputs)
         with torch.no_grad():
-            recorder.stream[after].copy_(outputs[1][0])
-            recorder.memory[span].copy_(outputs[1][1])
+            graphs.stream[after].copy_(outputs[1][0])
+            graphs.memory[span].copy_(outputs[1][1])
 
-    def _differentiate(self, recorder: "DiagonalGraphs", span: slice) -> None:
+    def _differentiate(self, graphs: "DiagonalGraphs", span: slice) -> None:
         # retained, so that a second backward pass finds the activations
-        recorder.differentiate(span, *self._pass, retain_graph=True)
+        graphs.differentiate(span, *self._pass, retain_graph=True)

@@ -44,9 +44,9 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Ten
 def without_nan_backward(n_keys: int, has_mask: bool) -> contextlib.AbstractContextManager[None]:
     """Return a context that disables cuDNN attention where its gradients can be NaN.
 
-    The gradients of queries can be NaN if there is a mask, the keys fill half of their last tile of 128, and all scores
-    of a query are below -88 (https://github.com/pytorch/pytorch/issues/196678). PyTorch chooses the backward kernel
-    during the forward pass.
+    cuDNN can give NaN for the gradients of queries with a mask and keys that fill half of their last tile of 128. It
+    happens where all scores of a query are below -88 (https://github.com/pytorch/pytorch/issues/196678). PyTorch
+    chooses the backward kernel during the forward pass.
     """
     return without_cudnn() if has_mask and n_keys % 128 == 64 else contextlib.nullcontext()
 
@@ -102,7 +102,7 @@ def concat_keys(*parts: Sequence[Tensor]) -> KeyValue:
 
 
 def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
-    """Add `memory_read` to `read` through each head's gate; the attention weights of memory come first.
+    """Add `memory_read` to `read` through each head's gate; its attention weights come first.
 
     Gates are `(B, H)`, or `(1, H)` for all rows.
     """

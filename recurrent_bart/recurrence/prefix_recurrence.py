@@ -106,7 +106,7 @@ class RecurrentState(ModelOutput):
 
 
 class PrefixRecurrence(nn.Module):
-    """Map the state and slots to the new state and the next prefix, for all layers in one batched matrix product.
+    """Recurrence of all layers: computes prefix and next state from state and slots, in batched matrix products.
 
     This class is `recurrence="layerwise"`: each layer has a state, reads it as its prefix and writes it from its own
     slots. Inside the encoder the state is layer first, `(E, B, P, D)`, so a slice of layers is contiguous.
