@@ -188,9 +188,9 @@ def disk_full(from_checkpoint):
 
 def writing_fails(what, at):
     """The `at`-th time that something is written beside the checkpoints, the disk is full."""
-    from recurrent_bart.training import experiment
+    from recurrent_bart.training import session
 
-    write, times = getattr(experiment, what), [0]
+    write, times = getattr(session, what), [0]
 
     def patched(*args, **options):
         times[0] += 1
@@ -200,7 +200,7 @@ def writing_fails(what, at):
         kind = SafetensorError if what == "save_model" else OSError
         raise kind("I/O error: No space left on device (os error 28)")
 
-    setattr(experiment, what, patched)
+    setattr(session, what, patched)
 
 
 def disk_full_and_signalled():

@@ -149,7 +149,7 @@ def test_the_gradient_horizon_takes_no_segment_out_of_the_outputs(make_eager, do
 
 
 def test_back_ends_without_weights_give_none_and_say_so(make_model, documents, monkeypatch):
-    from recurrent_bart import modeling_encoder
+    from recurrent_bart.model import modeling_encoder
 
     said = []
     monkeypatch.setattr(modeling_encoder.logger, "warning_once", said.append)

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from recurrent_bart.studies.memory.single_run import SingleRun, execute
-from recurrent_bart.studies.memory.turns import all_turns
 from recurrent_bart.studies.study_run import RunFile
 from recurrent_bart.studies.tasks.memory_tasks import score
-from study_runs import MODEL, short_run
+from study_runs import MODEL, all_turns, short_run
 
 CPU = torch.device("cpu")
 LONG = {"max_steps": 1500, "eval_every": 50, "warmup_steps": 20, "stage_steps": 0}
