@@ -87,8 +87,8 @@ class ModelArguments:
     )
     bptt_depth: int | None = flag(
         None,
-        "number of segment boundaries that gradients cross (truncated BPTT); 0: none; -1: all; if not given: the "
-        "pretrained model's value, else 2",
+        "number of segment boundaries that gradients cross (truncated BPTT); 0: none; -1: all; if not given: a "
+        "Recurrent BART's value, else -1 for a new model with one target per document, else 2",
     )
     prefix_projection: bool | None = flag(
         None,
@@ -117,7 +117,7 @@ class ModelArguments:
         None,
         "encoder output that the decoder attends to: last (tokens of the last segment), memory (states of all "
         "segments and tokens of the last), section (tokens since the previous target) or all (tokens of all "
-        "segments); if not given: a Recurrent BART's value, else last, or section with --task sections",
+        "segments); if not given: a Recurrent BART's value, else all, or section with --task sections",
     )
     context_segments: int | None = flag(
         None,

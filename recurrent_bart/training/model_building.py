@@ -30,9 +30,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "large": _size(d_model=1024, n_layers=12, n_heads=16),
 }
 
-# config fields of a model that is not yet Recurrent BART, by task. With targets per section, ROUGE is higher if the
-# decoder sees the section (RESULTS.md)
-IF_NEW: dict[str, dict[str, Any]] = {"document": {}, "sections": {"decoder_context": "section"}}
+# config fields of a model that is not yet Recurrent BART, by task. ROUGE is higher if the decoder sees all segments of
+# its document, or of its section, and if the gradient reaches all of them (RESULTS.md)
+IF_NEW: dict[str, dict[str, Any]] = {
+    "document": {"decoder_context": "all", "bptt_depth": -1},
+    "sections": {"decoder_context": "section"},
+}
 
 
 def build_config(
@@ -40,13 +43,16 @@ def build_config(
 ) -> RecurrentBartConfig:
     """Build the configuration of a model from scratch, or of a pretrained model with the given fields changed.
 
-    If a model is not yet Recurrent BART and `task` is `sections`, its decoder sees the section by default.
+    A model that is not yet Recurrent BART has the fields of `IF_NEW` by default. Another `decoder_context` switches all
+    of them off.
 
     Raises:
         ValueError: A size is unknown, a field is out of range, LayerDrop is used, or the vocabulary is smaller than the
             tokenizer's.
     """
     given, new = arguments.config_fields(), IF_NEW[task]
+    if given.get("decoder_context", new["decoder_context"]) != new["decoder_context"]:
+        new = {}
     try:
         if arguments.model_name_or_path is None:
             return RecurrentBartConfig(**_from_scratch(arguments, tokenizer) | new | given)

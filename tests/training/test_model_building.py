@@ -74,7 +74,12 @@ def test_the_decoder_of_a_new_model_sees_the_section_that_it_writes_of(pretraine
         arguments = ModelArguments(model_name_or_path=start)
         assert build_config(arguments, Tokenizer(60), "sections").decoder_context == expected
     for start in (None, pretrained):
-        assert build_config(ModelArguments(model_name_or_path=start), Tokenizer(60)).decoder_context == "last"
+        default = build_config(ModelArguments(model_name_or_path=start), Tokenizer(60))
+        assert (default.decoder_context, default.bptt_depth) == ("all", -1)
+        changed = build_config(ModelArguments(model_name_or_path=start, decoder_context="last"), Tokenizer(60))
+        assert (changed.decoder_context, changed.bptt_depth) == ("last", 2)
+        changed = build_config(ModelArguments(model_name_or_path=start, bptt_depth=1), Tokenizer(60))
+        assert (changed.decoder_context, changed.bptt_depth) == ("all", 1)
         changed = ModelArguments(model_name_or_path=start, **given)
         assert build_config(changed, Tokenizer(60), "sections").decoder_context == "memory"
 

@@ -29,6 +29,7 @@ WORK: dict[str, dict[str, Any]] = {
 }
 EVERYWHERE = {
     "bptt_depth": -1,
+    "decoder_context": "last",
     "wandb_mode": "disabled",
     "lr_scheduler": "constant",
     "eval_documents": 1,
