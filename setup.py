@@ -26,7 +26,7 @@ setup(
         "datasets>=4.0,<6",
         "wandb>=0.28,<1",
         "sentencepiece>=0.2,<1",
-        "regex>=2025.10.22",
+        "regex>=2025.10.22,<2027",
         "rouge-score>=0.1.2,<1",
         "matplotlib>=3.8,<4",
         "rich>=13,<16",

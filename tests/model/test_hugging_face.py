@@ -404,7 +404,9 @@ class ProductsOnly(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_a_quantised_head_gives_the_loss_without_logits(build, documents):
+def test_a_quantised_head_gives_the_loss_without_logits(build, documents, monkeypatch):
+    # an engine of ZeRO-3 that another test made leaves its own function there
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     model = build(RecurrentBartForConditionalGeneration, tie_word_embeddings=False)
     documents.pop("decoder_input_ids")
     inputs = {**documents, "labels": random_ids(2, 5)}

@@ -112,10 +112,11 @@ def test_parity_of_concat_with_bart_given_the_prefix_as_past_key_values(bart, ba
     core = ours.model.encoder.recurrence
     torch.nn.init.normal_(core.projection_out, std=0.5)
     inputs = document((12, 7))
-    prefix = core.prefix_reader(core.initial_state_memory(2), ours.model.encoder.layers)
+    state = core.initial_state_memory(2)
+    prefix = core.prefix_reader(state, ours.model.encoder.layers)
     cache = DynamicCache()
     for layer in range(ours.config.encoder_layers):
-        cache.update(*prefix(layer, None), layer)
+        cache.update(*prefix(layer, state[layer]), layer)
     mask = torch.cat([torch.ones(2, 3, dtype=torch.long), inputs["attention_mask"]], dim=1)
     expected = bart.model.encoder(inputs["input_ids"], attention_mask=mask, past_key_values=cache).last_hidden_state
     got = ours.model.encoder(**inputs).last_hidden_state[:, 3:]

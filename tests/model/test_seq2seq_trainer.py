@@ -1,7 +1,10 @@
 """Tests that Hugging Face's Seq2SeqTrainer trains the model and logs the right loss."""
 
+import os
+
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import nested_concat, nested_detach, nested_numpify
@@ -106,6 +109,10 @@ def test_states_of_batches_can_be_put_together(documents, fields):
 
 def test_states_are_gathered_over_processes(tmp_path):
     def work(rank):
+        # accelerate looks at what a launcher would have set
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        PartialState._reset_state()
+        assert PartialState(cpu=True).num_processes == 2
         torch.manual_seed(0)
         model, ids = tiny_model(decoder_context="all").eval(), random_ids(4, 30)
         with torch.no_grad():
