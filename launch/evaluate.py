@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers.utils import logging
@@ -37,6 +38,8 @@ PLACES = ("dataset", "train_file", "validation_file", "test_file")
 @dataclass(kw_only=True)
 class EvaluationArguments(GenerationArguments):
     """What is evaluated, and how."""
+
+    _argument_group_name: ClassVar[str] = "evaluation and generation"
 
     model: str = field(metadata={"help": "folder of the model: RUN/model"})
     split: str = flag("validation", "train, validation or test")

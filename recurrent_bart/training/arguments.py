@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.held_out import SPLIT_RULES
@@ -51,6 +51,8 @@ def _check_choice(arguments: Any, name: str, allowed: tuple[str, ...]) -> None:
 @dataclass
 class ModelArguments:
     """Flags of the model. A flag that is not given keeps the model's value, or RecurrentBartConfig's default."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = flag(
         None,
@@ -184,6 +186,8 @@ class ModelArguments:
 class DataArguments:
     """Flags of the documents and their targets."""
 
+    _argument_group_name: ClassVar[str] = "documents"
+
     dataset: str = flag(
         "stdlib",
         "documents: stdlib (built-in corpus), a file, a folder with train.* and validation.*, or a data set's name on "
@@ -257,6 +261,8 @@ class DataArguments:
 class GenerationArguments:
     """Flags of generation, without length and beams. A flag that is not given keeps the model's value."""
 
+    _argument_group_name: ClassVar[str] = "generation"
+
     min_new_tokens: int | None = flag(
         None, "fewest tokens of a generated text; 0: no minimum; if not given: the model's generation_config.json"
     )
@@ -283,6 +289,8 @@ class GenerationArguments:
 @dataclass
 class RunArguments(GenerationArguments):
     """Flags of training, evaluation and checkpoints."""
+
+    _argument_group_name: ClassVar[str] = "training, evaluation and generation"
 
     output_dir: str | None = flag(None, "folder of the run; if not given: a new folder under runs/")
     resume: str | None = flag(
@@ -447,6 +455,8 @@ class RunArguments(GenerationArguments):
 @dataclass
 class TrackingArguments:
     """Flags of wandb and TensorBoard."""
+
+    _argument_group_name: ClassVar[str] = "tracking"
 
     wandb_mode: str = flag(
         "auto",

@@ -77,11 +77,24 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help formatter that shows each default, except None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class DataclassFlagParser(HfArgumentParser):
     """Parser of dataclasses. A mistake raises ValueError, so that only rank 0 prints it."""
 
     def __init__(self, dataclass_types: Sequence[type], description: str):
-        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+        super().__init__(
+            dataclass_types,
+            description=description,
+            usage="%(prog)s [--flag value ...]",
+            allow_abbrev=False,
+            formatter_class=DefaultsFormatter,
+        )
 
     def parse_flags(self, args: Sequence[str]) -> argparse.Namespace:
         """Parse a command line; raise ValueError if an argument is unknown or has no usable value."""
