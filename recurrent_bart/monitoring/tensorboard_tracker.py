@@ -1,4 +1,4 @@
-"""Curves for TensorBoard."""
+"""TensorBoard event files."""
 
 import shutil
 from collections.abc import Iterable
@@ -8,11 +8,9 @@ from recurrent_bart.monitoring.tracker import Record, curves_of
 
 
 class TensorBoardTracker:
-    """Writes event files. A run that goes on writes them anew: they hold nothing that `metrics.jsonl` does not.
+    """Tracker that writes event files.
 
-    Args:
-        folder: Where they lie.
-        history: What was logged before.
+    A resumed run writes them again from `history`, because they contain only data of `metrics.jsonl`.
 
     Raises:
         ValueError: The package `tensorboardX` is not installed.
@@ -35,10 +33,10 @@ class TensorBoardTracker:
                 self.writer.add_scalar(name, number, record["step"])
 
     def alert(self, title: str, text: str) -> None:
-        """Add a text."""
+        """Add the alert as a text."""
         self.writer.add_text(title, text)
 
     def finish(self, is_success: bool) -> str | None:
-        """Close the file."""
+        """Close the event file."""
         self.writer.close()
         return None
