@@ -74,13 +74,9 @@ class Batch:
 class Collator:
     """Callable that cuts documents into segments and pads them to one shape.
 
-    Attributes:
-        task: `"document"` (one target per document) or `"sections"` (each section's target is at its last segment).
-        sizes: Segmentation settings.
-        leading: Ids of the special tokens before each segment and target.
-        trailing: Ids of the special tokens after each segment and target.
-        pad_token_id: Id that fills padding.
-        max_target_length: Maximum length of a target in tokens, special tokens included.
+    For task `"document"`, a document has one target. For `"sections"`, each section's target is at its last segment.
+    `leading` and `trailing` are ids of special tokens around each segment and target. `max_target_length` is in tokens,
+    special tokens included.
     """
 
     task: str
@@ -157,14 +153,14 @@ class DocumentPlan:
     """Documents to read, planned from token counts only.
 
     Attributes:
-        indices: Documents with a target in the part that is read.
+        indices: Documents with a target before the cut.
         n_segments: Number of segments that are read, for each document of `indices`.
         n_least: Minimum number of segments that still contains a target, for each document of `indices`.
         n_cut: Number of documents of `indices` that are cut.
-        n_left_out: Number of documents without a target in the part that is read.
+        n_left_out: Number of documents without a target before the cut.
         n_targets: Number of targets in the whole documents.
         n_unread_targets: Number of targets after the cut.
-        n_cut_targets: Number of targets that are read and exceed the maximum target length.
+        n_cut_targets: Number of read targets that exceed the maximum target length.
     """
 
     indices: list[int]
@@ -186,15 +182,9 @@ def plan_documents(
 ) -> DocumentPlan:
     """Count the segments and targets of each document without building them.
 
-    Args:
-        section_lengths: Tokens of each section of each document, without special tokens.
-        summary_lengths: Tokens of each section's target, without special tokens; 0 marks a section without a target.
-        sizes: Segmentation settings.
-        n_special: Special tokens per segment and per target.
-        max_target_length: Maximum length of a target in tokens; None means no limit.
-
-    Raises:
-        ValueError: The special tokens fill the whole segment.
+    Lengths are in tokens without the `n_special` special tokens of each segment and target. A summary length of 0 marks
+    a
+    section without a target. Raises ValueError if the special tokens fill the whole segment.
     """
     room = sizes.segment_size - n_special
     if room < 1:
@@ -274,14 +264,10 @@ class BatchOrder(DocumentOrder):
     shuffled. The sequence depends only on the seed and `unit`. A resumed run with another `global_batch` continues the
     sequence: it repeats no document and skips none.
 
-    Args:
-        n_segments: Number of segments of each document.
+    Args (see also `DocumentOrder`):
         global_batch: Documents of one optimizer step, over all ranks and accumulation steps.
-        seed: Seed of the order.
         pool: Maximum number of batches that are sorted together.
         unit: Documents of one batch of the sequence; default: `global_batch`.
-        first_step: Step whose position in the sequence is known.
-        first_document: Number of documents read before `first_step`.
     """
 
     def __init__(

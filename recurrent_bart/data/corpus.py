@@ -56,12 +56,10 @@ SCHEMA = pa.schema(
 class Corpus(NamedTuple):
     """Tokenised documents of a source.
 
-    Attributes:
-        rows: Fields `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, `section_lengths`
-            and
-            `summary_lengths` (tokens).
-        skipped: Reason for each skipped document.
-        fingerprint: Hash of the texts and their order; it does not depend on the tokenizer.
+    The rows have `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, `section_lengths` and
+    `summary_lengths` (tokens). `skipped` has the reason for each skipped document. `fingerprint` is a hash of the texts
+    and
+    their order; it does not depend on the tokenizer.
     """
 
     rows: Dataset

@@ -44,13 +44,10 @@ class CsvRows:
 def csv_records(
     path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the records, each with its `file:line` for error messages. The first row names the columns.
+    """Yield the records, each with its `file:line`; the first row names the columns.
 
-    If `on_bad` returns, the faulty row is skipped.
-
-    Raises:
-        ValueError: A row does not have one field per column, a quote is missing or misplaced, or two columns have the
-            same name. A faulty row of several lines always raises: the start of the next row is unknown.
+    If `on_bad` returns, the faulty row is skipped. A wrong number of fields, a wrong quote and equal column names raise
+    ValueError. A faulty row of several lines always raises: the start of the next row is unknown.
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path, encoding, newline="") as file:

@@ -33,13 +33,9 @@ def kind_of(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class SplitPath:
-    """File or folder that belongs to a split by its name.
+    """File or folder that belongs to a split by its name, in lower case.
 
-    Attributes:
-        path: Path of the file or folder.
-        name: Split as the file name spells it, in lower case.
-        number: Number of the file among several files; -1 if the name has no number.
-        total: Number of files, if the name gives it.
+    `number` and `total` come from names like train-00000-of-00002; `number` is -1 if the name has none.
     """
 
     path: Path
@@ -57,11 +53,7 @@ class SplitPath:
 
 
 def find_splits(folder: Path) -> tuple[dict[str, tuple[Path, ...]], tuple[str, ...]]:
-    """Find the paths of each split, sorted by number, and a note for each ignored file.
-
-    Raises:
-        ValueError: A split has several paths that are not numbered files of one type, or a numbered file is missing.
-    """
+    """Find the paths of each split by number, and a note per ignored file; raise ValueError if a split is ambiguous."""
     found: dict[str, list[SplitPath]] = {}
     left = []
     for path in sorted(folder.iterdir()):

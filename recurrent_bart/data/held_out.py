@@ -30,18 +30,11 @@ def split_by_line(row: Row) -> str:
 
 
 def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[str]:
-    """Return the text digests of the validation documents: at least one document, and never all.
+    """Return the text digests of the validation documents.
 
-    Documents with the same text, id or group are on the same side. The side of a document does not depend on other
-    documents, unless there are very few.
-
-    Args:
-        rows: All documents.
-        share: Approximate share of groups in the validation split, between 0 and 1.
-        place: Path or name of the data set, for error messages.
-
-    Raises:
-        ValueError: All documents belong to one group.
+    They are about `share` (0 to 1) of all groups: at least one, and never all. Documents with the same text, id or
+    group are on the same side. The side of a document does not depend on other documents, unless there are very few.
+    Raises ValueError if all documents belong to one group.
     """
     groups = _Groups()
     for row in rows:

@@ -53,15 +53,9 @@ class Columns:
 
 
 def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) -> Row:
-    """Build a document from one record of a file or data set.
+    """Build a document from one record; `place` (file and line) stands in error messages.
 
     For the document task, a list of sections or summaries is joined if the text column is missing.
-
-    Args:
-        record: Fields by name.
-        task: `"document"` or `"sections"`.
-        columns: Names of the fields to read.
-        place: File and line of the record, for error messages.
 
     Raises:
         ValueError: A field is missing, empty or of the wrong type.
@@ -88,11 +82,7 @@ def refuse(error: ValueError) -> None:
 
 
 def with_targets(row: Row, place: str) -> Row:
-    """Return the row unchanged after checking it.
-
-    Raises:
-        ValueError: All texts or all summaries are blank, or a text contains a lone surrogate.
-    """
+    """Return the row; raise ValueError if all texts or summaries are blank, or a text has a lone surrogate."""
     # Check the summaries first: sections without a following target are already dropped from the row.
     if not any(summary.strip() for summary in row.summaries):
         raise ValueError(f"{place}: no target, the summary is empty")

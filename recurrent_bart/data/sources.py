@@ -33,13 +33,10 @@ class Source:
     Attributes:
         kind: `"stdlib"`, `"file"`, `"folder"` or `"hub"`.
         place: Path of a file or folder, or name of a data set.
-        split: `"train"`, `"validation"` or `"test"`.
-        files: Files in reading order.
         hub_split: Name of the split in the data set.
         held_out: Rule for the validation documents, if there is no validation split.
         skips_bad: True if unusable documents are skipped.
         n_made: Maximum number of additional rows made of each document's own sentences.
-        encoding: Encoding of text files.
         notes: One line for each file or split that is not read.
     """
 
@@ -142,16 +139,12 @@ def find_sources(
     test_file: str | None = None,
     held_out: HeldOut | None = None,
 ) -> dict[str, Source]:
-    """Find the source of each split; without a validation split, hold out some training documents.
+    """Find the source of each split; without a validation split, hold out training documents by `held_out`.
 
-    Args:
-        dataset: `"stdlib"`; a file; a folder with files or folders named `train.*`, `validation.*`, `test.*` or
-            similar;
-            a folder of texts; or the name of a data set for `datasets.load_dataset`.
-        train_file: File or folder of training texts. If any of the three files is given, `dataset` is ignored.
-        validation_file: File or folder of validation texts.
-        test_file: File or folder of test texts.
-        held_out: Rule for the validation documents, if there is no validation split.
+    `dataset` is `"stdlib"`, a file, a folder of texts, a folder with files or folders named `train.*`, `validation.*`,
+    `test.*` or similar, or the name of a data set for `datasets.load_dataset`. If one of the three files is given (each
+    a
+    file or a folder of texts), `dataset` is ignored.
 
     Raises:
         ValueError: A file does not exist or has an unknown type.

@@ -11,10 +11,7 @@ WINDOW = 4096
 
 
 def group_by_segments(n_segments: Sequence[int], most: int) -> list[list[int]]:
-    """Group documents into batches of at most `most` segments, padding included, in decreasing order of segments.
-
-    A document with more than `most` segments forms a batch by itself. The batches contain indices into `n_segments`.
-    """
+    """Group document indices into batches of at most `most` segments with padding; longer documents stay alone."""
     by_length = sorted(range(len(n_segments)), key=n_segments.__getitem__, reverse=True)
     batches, start = [], 0
     while start < len(by_length):
@@ -34,14 +31,10 @@ class TokenBatchOrder(DocumentOrder):
     `n_batches` batches, so a run resumed with another number of ranks repeats no document and skips none. A run resumed
     with another `most` does not either: the rest of the epoch is regrouped, and later epochs use the new limit.
 
-    Args:
-        n_segments: Number of segments of each document.
+    Args (see also `DocumentOrder`):
         most: Maximum number of segments of a batch, padding included.
         n_batches: Batches of an optimizer step, over all ranks and accumulation steps.
-        seed: Seed of the order.
-        first_step: Step whose position in the sequence is known.
-        first_document: Number of documents read before `first_step`.
-        first_most: Maximum number of segments at the start of the first epoch; default: `most`.
+        first_most: Value of `most` at the start of the first epoch; default: `most`.
     """
 
     def __init__(

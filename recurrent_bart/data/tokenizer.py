@@ -135,10 +135,7 @@ def _one_line(error: Exception) -> str:
 
 
 class Lines:
-    """Iterable of lines short enough for sentencepiece.
-
-    `error` keeps an exception of the texts, which sentencepiece would replace by its own.
-    """
+    """Iterable of lines short enough for sentencepiece; `error` keeps an exception that sentencepiece would replace."""
 
     def __init__(self, texts: Iterable[str]):
         self.texts = texts

@@ -75,10 +75,7 @@ class Resamples:
         return Interval(mean, float(low), float(high))
 
     def over_seeds(self) -> Interval:
-        """Return the interval over seeds, with the documents fixed: Student's t with S - 1 degrees of freedom.
-
-        For a difference of two models, this is the paired t interval.
-        """
+        """Return the interval over seeds by Student's t; for a difference of models, this is the paired t interval."""
         means_S = self.means[0]
         mean, n = float(means_S.mean()), len(means_S)
         if n < 2:

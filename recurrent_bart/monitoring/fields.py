@@ -23,7 +23,7 @@ STEPS = {
     "backward_seconds": "time per step in backward passes, waiting for other ranks' gradients included, in seconds, "
     "mean over ranks",
     "optimizer_seconds": "time per step in the optimizer update, in seconds, mean over ranks",
-    "rank_seconds": "list by rank: time per step in data loading and forward passes, before synchronisation, in seconds",
+    "rank_seconds": "list by rank: time per step in data loading and forward passes, before ranks wait, in seconds",
     "slowest_rank": "rank with the largest value of rank_seconds",
     "slowest_host": "host name of the slowest rank",
     "slowest_seconds": "value of rank_seconds for the slowest rank, in seconds",

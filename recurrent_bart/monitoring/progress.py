@@ -27,14 +27,7 @@ class RunProgress(Progress):
 
 
 class ProgressDisplay:
-    """Progress bar with metrics and time left; plain lines if the output is not a terminal. Only rank 0 prints.
-
-    Args:
-        first_step: Number of steps already done.
-        max_steps: Total number of steps.
-        console: Output; default: standard output.
-        is_plain: Print plain lines on a terminal too.
-    """
+    """Progress bar with metrics and time left; plain lines if `is_plain` or without a terminal. Only rank 0 prints."""
 
     def __init__(self, first_step: int, max_steps: int, console: Console | None = None, is_plain: bool = False):
         self.console = console or Console()

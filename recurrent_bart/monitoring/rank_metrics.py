@@ -14,13 +14,7 @@ from recurrent_bart.distributed import gather_objects, gather_rows, rank
 
 @dataclass(frozen=True)
 class RankTopology:
-    """Hosts and devices of all ranks.
-
-    Attributes:
-        hosts: Host name of each rank.
-        nodes: Node index of each rank; ranks are numbered node by node.
-        peaks: Peak FLOP/s of each rank's device.
-    """
+    """Topology of all ranks: host name, node index and peak FLOP/s of the device; ranks are numbered node by node."""
 
     hosts: list[str]
     nodes: list[int]
@@ -47,21 +41,14 @@ class RankTopology:
 
 @dataclass
 class RankMetrics:
-    """Metrics of one rank over some steps.
+    """Metrics of one rank, summed over some steps.
 
-    Attributes:
-        loss: Cross-entropy summed over target tokens.
-        n_tokens: Number of document tokens.
-        n_flops: Useful floating-point operations.
-        data_seconds: Time spent waiting for batches.
-        backward_seconds: Time of backward passes, including the wait for other ranks' gradients.
-        optimizer_seconds: Time of optimizer updates.
-        seconds: Total time.
-        allocated_bytes: Peak memory of tensors; on CPU, peak memory of the process.
-        reserved_bytes: Peak memory reserved by the allocator; 0 on CPU.
-        n_retries: Number of allocator retries after a failed allocation.
-        backbone_square: Squared norm of this rank's part of the last gradient of BART's own parameters.
-        recurrence_square: Squared norm of this rank's part of the last gradient of the recurrence's parameters.
+    Seconds of backward passes include the wait for other ranks' gradients. On CPU, `allocated_bytes` is the peak memory
+    of
+    the process and `reserved_bytes` is 0. `n_retries` counts allocator retries after a failed allocation.
+    `backbone_square` and `recurrence_square` are squared norms of this rank's part of the last step's gradient: of
+    BART's
+    own parameters, and of the recurrence's.
     """
 
     loss: float = 0.0
@@ -102,13 +89,7 @@ class RankMetrics:
 
 
 def summarise(ranks: Sequence[RankMetrics], places: RankTopology, n_steps: int) -> dict[str, Any]:
-    """Reduce the metrics of all ranks to the log line that `fields.py` describes.
-
-    Args:
-        ranks: Metrics of every rank.
-        places: Topology of the ranks.
-        n_steps: Number of optimizer steps that the metrics cover.
-    """
+    """Reduce the metrics of all ranks over `n_steps` optimizer steps to the log line that `fields.py` describes."""
     # Rank 0's time, so that all ranks compute the same line.
     seconds = ranks[0].seconds
     n_tokens = _sum(ranks, "n_tokens")

@@ -8,13 +8,7 @@ from recurrent_bart.monitoring.tracker import Record, curves_of
 
 
 class TensorBoardTracker:
-    """Tracker that writes event files.
-
-    A resumed run writes them again from `history`, because they contain only data of `metrics.jsonl`.
-
-    Raises:
-        ValueError: The package `tensorboardX` is not installed.
-    """
+    """Tracker that writes event files; a resumed run writes them again from the history of `metrics.jsonl`."""
 
     def __init__(self, folder: Path, history: Iterable[Record]):
         try:

@@ -49,13 +49,9 @@ class MetricsFile:
 
 
 class Guarded:
-    """Tracker that turns exceptions of another tracker into one warning.
+    """Tracker that turns the exceptions of the tracker created by `make` into one warning.
 
-    Args:
-        name: Name in the warning.
-        make: Creates the other tracker.
-        warn: Prints the warning.
-        gives_up: Disable the tracker after its first failure, because a failure may take long; False: always retry.
+    `gives_up` disables it after its first failure, because a failure may take long; otherwise, each call tries again.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker], warn: Warn, gives_up: bool = True):

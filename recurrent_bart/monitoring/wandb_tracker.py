@@ -32,18 +32,11 @@ SECRET_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
 
 @dataclass(frozen=True)
 class WandbRun:
-    """Settings of a wandb run; fields without a description are arguments of `wandb.init`.
+    """Settings of a wandb run, in part arguments of `wandb.init`.
 
-    Attributes:
-        id: Id of the run, needed to resume it.
-        folder: `RUN/wandb`.
-        is_online: True if metrics are sent during the run.
-        node: Index of this node.
-        n_nodes: Number of nodes.
-        host: Host name of this node.
-        entity: Account or team; None means the user's default.
-        config: Settings of the run; `redact_secrets` masks secrets before they are sent.
-        given: Names of wandb settings that the user has set; our defaults do not override them.
+    `id` resumes the run; `folder` is `RUN/wandb`; `node` is the index of this node. `is_online` sends metrics during
+    the
+    run. `redact_secrets` masks secrets in `config`. Our defaults do not override the settings named in `given`.
     """
 
     id: str
@@ -158,11 +151,7 @@ class WandbTracker:
 
 
 def start_wandb(run: WandbRun, history: Sequence[Record], warn: Warn) -> WandbTracker:
-    """Return a tracker; fall back to offline mode if the service is not reachable.
-
-    Raises:
-        Exception: Offline mode fails too.
-    """
+    """Return a tracker; fall back to offline mode if the service is not reachable."""
     if run.is_online:
         try:
             return WandbTracker(run, history)
@@ -180,11 +169,7 @@ def _stop_service() -> None:
 
 
 def parse_wandb_mode(text: str) -> str:
-    """Return online, offline or disabled for a value of WANDB_MODE; upper and lower case are equal.
-
-    Raises:
-        ValueError: The mode is unknown.
-    """
+    """Return online, offline or disabled for a value of WANDB_MODE in any case; raise ValueError if unknown."""
     mode = text.strip().lower()
     mode = WANDB_MODE_ALIASES.get(mode, mode)
     if mode not in WANDB_MODES:

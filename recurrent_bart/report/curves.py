@@ -14,14 +14,7 @@ FEW = 40
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart of the PNG file.
-
-    Attributes:
-        title: Title with the unit.
-        series: Label of each field.
-        starts_at_0: True if the y axis starts at 0. A loss stays far from 0, so its curve would look flat.
-        numbers: Formatter of the y axis.
-    """
+    """One chart; `series` maps fields to labels, and `starts_at_0` suits metrics that come near 0, unlike a loss."""
 
     title: str
     series: dict[str, str]

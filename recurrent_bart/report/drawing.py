@@ -69,16 +69,9 @@ def lines(
     starts_at_0: bool = True,
     numbers: Formatter | None = None,
 ) -> None:
-    """Draw lines.
+    """Draw a line for each entry of `series`: label (empty: none), points, index of the colour, index of the style.
 
-    Args:
-        axes: Axes to draw on.
-        series: For each line: label (empty: none), points, index of the colour, index of the style.
-        text: Title.
-        x_label: Label of the x axis.
-        is_log: True if the y axis is logarithmic.
-        starts_at_0: True if a linear y axis starts at 0.
-        numbers: Formatter of the y axis.
+    `starts_at_0` applies to a linear y axis only; `numbers` formats the y axis.
     """
     for label, points, color, style in series:
         thin = thinned(points)
@@ -164,14 +157,8 @@ def heat_map(
 ) -> None:
     """Draw a table as a heat map with the first row at the top.
 
-    Args:
-        axes: Axes to draw on.
-        table: Rows of numbers.
-        text: Title.
-        x_label: Meaning of a column.
-        y_label: Meaning of a row.
-        limits: Values of the darkest and the lightest shade.
-        columns: Names of the columns; default: numbers from 1.
+    The labels say what a column and a row mean; `limits` are the values of the darkest and lightest shade. Columns are
+    numbered from 1 unless `columns` names them.
     """
     low, high = limits
     mesh = axes.pcolormesh(table, cmap=SHADES, vmin=low, vmax=high, edgecolors="face", linewidth=0.3)

@@ -24,14 +24,8 @@ Points = list[tuple[float, float]]
 class Run:
     """Run as the report shows it.
 
-    Attributes:
-        name: Name in the report.
-        config: Content of `config.json`.
-        records: Lines of `metrics.jsonl`.
-        samples: Generated texts of the last evaluation, by id.
-        outcome: Content of `outcome.json`; None if it is missing.
-        defaults: Default values of the flags.
-        warnings: Warnings about loss spikes.
+    `records` are the lines of `metrics.jsonl`, `samples` the generated texts of the last evaluation by id, `warnings`
+    about loss spikes, and `defaults` the default values of flags. `outcome` is None if `outcome.json` is missing.
     """
 
     name: str
