@@ -1,4 +1,4 @@
-"""The bytes that are counted are those that live."""
+"""Only live tensors count in the measured memory."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Kinds of work are timed one by one."""
+"""Each kind of work is timed separately."""
 
 import time
 
