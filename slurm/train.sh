@@ -15,8 +15,7 @@
 # Five minutes before the time limit, all processes save a checkpoint and stop, and the job is requeued. It then resumes
 # from the checkpoint. The run folder is runs/slurm-JOB, or --output_dir.
 #
-# In an array (`sbatch --array=1-5 slurm/train.sh`), each task has a separate run folder and uses its task number as
-seed.
+# In an array (`sbatch --array=1-5 slurm/train.sh`), each task has a separate run folder and takes its number as seed.
 # A flag @FILE is replaced by the flags in the line of FILE that has the task number; quotes work as in a shell.
 set -euo pipefail
 

@@ -1,4 +1,4 @@
-"""Each file of a data set's folder is read, or a note names it."""
+"""Files of a data set's folder are read, or a note names them."""
 
 import json
 

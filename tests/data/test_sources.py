@@ -78,7 +78,7 @@ def test_without_a_validation_split_some_documents_are_held_out(tmp_path, name):
 
 
 def test_a_data_set_by_name_is_loaded_by_datasets(tmp_path, monkeypatch):
-    """For `datasets`, a local folder can stand for a repository of the hub; our code must not see the folder."""
+    """The library `datasets` loads a local folder like a repository of the hub; our code must not see the folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     held_out = RECORDS[0] | {"id": "d12", "document": "held out"}

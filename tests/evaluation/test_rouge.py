@@ -12,7 +12,7 @@ REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of h
 
 
 def test_english_is_scored_as_rouge_score_does():
-    """Each sentence is on a line, as rouge-score requires for Lsum."""
+    """Sentences are on separate lines, as rouge-score requires for Lsum."""
     scorer = rouge_scorer.RougeScorer(list(METRICS), use_stemmer=True)
     reference = "A cat was sitting on the mat.\nRain fell: 3 mm.\nNo umbrella was of help?"
     prediction = "The cats sat on a mat.\nIt was raining, 3.5 mm fell!\nNobody's umbrella helped."

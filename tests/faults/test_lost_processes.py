@@ -1,4 +1,4 @@
-"""If one process dies, hangs or fails, the remaining ones end soon, and the last checkpoint is complete."""
+"""One process dies, hangs or fails: the remaining ones end soon, and the last checkpoint is complete."""
 
 import pytest
 

@@ -127,7 +127,7 @@ def test_what_many_texts_cannot_have_is_named_in_one_line(script, run, tmp_path,
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Write files of which the second to fourth are unreadable: empty, not UTF-8, missing."""
+    """Write five files; the second to fourth are unreadable: empty, not UTF-8, missing."""
     names = [str(tmp_path / f"{number}.txt") for number in range(5)]
     for name, content in zip(names, (b"the list", b" \n", b"\xff", None, b"of numbers"), strict=True):
         if content is not None:

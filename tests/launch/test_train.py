@@ -89,7 +89,7 @@ class TestTwoProcesses:
         assert config["arguments"]["run"]["max_steps"] == 6
         assert config["deepspeed"]["train_micro_batch_size_per_gpu"] == 2
         assert "auto" not in json.dumps(config["deepspeed"])
-        # A build suffix such as +cpu may follow the version.
+        # A build suffix like +cpu may follow the version.
         assert torch.__version__.startswith(config["versions"]["torch"])
 
     def test_the_log_holds_steps_and_evaluations(self, two_processes):

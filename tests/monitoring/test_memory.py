@@ -1,4 +1,4 @@
-"""Only live tensors count in the measured memory."""
+"""Measured memory contains live tensors only."""
 
 import torch
 

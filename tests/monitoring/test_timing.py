@@ -1,4 +1,4 @@
-"""Each kind of work is timed separately."""
+"""Kinds of work are timed separately."""
 
 import time
 

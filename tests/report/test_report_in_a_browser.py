@@ -56,7 +56,7 @@ def test_its_numbers_are_there(file, tmp_path):
 
 
 def test_it_fits_a_telephone(file, tmp_path):
-    """Only scrollable elements are wider than the page."""
+    """Elements wider than the page are scrollable."""
     marked = tmp_path / "marked.html"
     script = "<script>document.title = document.documentElement.scrollWidth</script></body>"
     marked.write_text(file.read_text().replace("default-src 'none';", "").replace("</body>", script))
