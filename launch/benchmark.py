@@ -1,4 +1,4 @@
-"""Measure our model beside others that read long documents: `python launch/benchmark.py --suite quick`."""
+"""Compare our model with other long-document models: `python launch/benchmark.py --suite quick`."""
 
 import argparse
 import platform
@@ -20,28 +20,81 @@ from recurrent_bart.training.model_building import SIZES
 
 
 def build_parser() -> FlagParser:
-    """Parser of all flags."""
+    """Build the parser of all flags."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, default="quick", help="what is measured")
-    parser.add_argument("--groups", nargs="+", help="parts of the suite, by the names in its tables; default: all")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models, all unless given")
-    parser.add_argument("--model_size", choices=SIZES, help="of all, from scratch; default: tiny, headline large")
-    parser.add_argument("--segment_size", type=int, help="tokens of a segment; default: the size's own")
-    parser.add_argument("--segments", type=int, nargs="+", default=[1, 4, 16, 64], help="of grid and memory")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="documents, of grid and memory")
-    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="of grid and memory")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16, not float32")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each case beside the others of its group")
-    parser.add_argument("--passes", type=int, default=2, help="timed steps of a turn; 0: memory alone")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them; the second records what is read")
-    parser.add_argument("--budget_seconds", type=float, default=float("inf"), help="nothing is begun after so long")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"), help="for results.json and plots")
+    parser.add_argument("--suite", choices=SUITES, default="quick", help="benchmark suite; default: %(default)s")
+    parser.add_argument("--groups", nargs="+", help="names of the suite's groups (tables) to run; default: all")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to run; default: all")
+    parser.add_argument(
+        "--model_size",
+        choices=SIZES,
+        help="size of all models, with random weights; default: tiny, or large for the headline suite",
+    )
+    parser.add_argument("--segment_size", type=int, help="tokens per segment; default: value of the model size, or 512")
+    parser.add_argument(
+        "--segments",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16, 64],
+        help="numbers of segments per document in the suites grid and memory; default: 1 4 16 64",
+    )
+    parser.add_argument(
+        "--batch_sizes",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="documents per batch in the suites grid and memory; default: 1",
+    )
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        choices=SCHEDULES,
+        default=SCHEDULES,
+        help="orders of the grid's cells in the suites grid and memory; default: all",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda or cpu; default: cuda if a GPU is available",
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="use bfloat16 for weights and activations; default: float32"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help="rounds over all cases of a group; cases alternate, so that clock drift affects all; default: %(default)s",
+    )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        default=2,
+        help="timed steps per round and case; 0 measures memory only; default: %(default)s",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=2,
+        help="untimed steps before the timed steps; the second captures CUDA graphs; default: %(default)s",
+    )
+    parser.add_argument(
+        "--budget_seconds",
+        type=float,
+        default=float("inf"),
+        help="time in seconds after which no case starts; default: none",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/benchmark"),
+        help="folder for results.json and plots; default: %(default)s",
+    )
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Parse, check, measure, print."""
+    """Run the benchmark and print its tables; return the exit code."""
     arguments = build_parser().parse_flags(argv)
     try:
         groups = chosen_groups(arguments)
@@ -49,7 +102,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     place = place_of(arguments)
-    # what others say about their own settings would come between the lines of each case
+    # Other models print notes on their settings between the lines of our output.
     transformers.logging.set_verbosity_error()
     faults = find_wrong_results(place.device)
     if faults:
@@ -72,10 +125,10 @@ def main(argv: list[str]) -> int:
 
 
 def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
-    """Groups of the suite that were asked for, with the models that were.
+    """Return the requested groups of the suite, reduced to the requested models.
 
     Raises:
-        ValueError: There is no such group, or no case of these models in it.
+        ValueError: A group is unknown, or no case is left.
     """
     suite = build_suite(arguments.suite, arguments.batch_sizes, arguments.segments, arguments.schedules)
     names = [group.name for group in suite]
@@ -93,7 +146,7 @@ def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
 
 
 def place_of(arguments: argparse.Namespace) -> Place:
-    """What all models share."""
+    """Return the settings that all models share."""
     model_size = arguments.model_size or ("large" if arguments.suite == "headline" else "tiny")
     return Place(
         model_size=model_size,
@@ -104,7 +157,7 @@ def place_of(arguments: argparse.Namespace) -> Place:
 
 
 def describe(place: Place) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Return the hardware, versions and settings that the results hold for."""
     is_gpu = place.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(place.device) if is_gpu else f"processor {platform.machine()}",

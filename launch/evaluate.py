@@ -31,27 +31,27 @@ from recurrent_bart.training.environment import Environment, launched_rank, star
 from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.preparation import open_documents, sources_of
 
-# where documents are; given one of them, those of the run do not count
+# Flags for the documents. If one of them is given, the run's values of all four are ignored.
 PLACES = ("dataset", "train_file", "validation_file", "test_file")
 
 
 @dataclass(kw_only=True)
 class EvaluationArguments(GenerationArguments):
-    """What is evaluated, and how."""
+    """Arguments of an evaluation."""
 
     _argument_group_name: ClassVar[str] = "evaluation and generation"
 
-    model: str = field(metadata={"help": "folder of the model: RUN/model"})
-    split: str = flag("validation", "train, validation or test")
-    num_beams: int = flag(1, "beams of generation; 1: greedy")
-    limit: int = flag(-1, "evaluate on the first so many documents; -1: all")
-    batch_size: int = flag(8, "documents of a pass")
-    max_n_segments: int = flag(-1, "segments read of a document, -1: all, as launch/summarize.py reads")
-    trust_remote_code: bool = flag(False, "run the code that the tokenizer's folder brings along")
-    json: str | None = flag(None, "file to write the results to")
-    precision: str = flag("auto", "auto: bf16 where the device has it, fp32 elsewhere; or bf16, fp32")
-    timeout_minutes: int = flag(60, "how long a process waits for another one before it gives up")
-    local_rank: int = flag(-1, "set by the deepspeed launcher")
+    model: str = field(metadata={"help": "folder of the model to evaluate: RUN/model"})
+    split: str = flag("validation", "split to evaluate on: train, validation or test")
+    num_beams: int = flag(1, "number of beams of beam search; 1 is greedy search")
+    limit: int = flag(-1, "number of documents to evaluate on, from the first on; -1 is all")
+    batch_size: int = flag(8, "documents per forward pass on each rank")
+    max_n_segments: int = flag(-1, "maximum number of segments read per document; -1 is all, as in launch/summarize.py")
+    trust_remote_code: bool = flag(False, "run Python code from the tokenizer's folder")
+    json: str | None = flag(None, "JSON file for the results; without it, they are only printed")
+    precision: str = flag("auto", "bf16, fp32, or auto: bf16 if the device supports it, fp32 otherwise")
+    timeout_minutes: int = flag(60, "minutes that a rank waits for another rank before it fails")
+    local_rank: int = flag(-1, "rank on this node; set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,13 +71,13 @@ class EvaluationArguments(GenerationArguments):
 
 @dataclass
 class Results:
-    """What is printed and written.
+    """Results of an evaluation.
 
     Attributes:
-        n_documents: Documents that count for the loss.
-        n_texts: Generated texts that count for ROUGE: one a document, or one a section.
-        loss: Cross-entropy per target token.
-        rouge: Scores by name.
+        n_documents: Number of documents in the loss.
+        n_texts: Number of generated texts in ROUGE: one per document, or one per section.
+        loss: Cross-entropy per target token, in nats.
+        rouge: ROUGE metrics by name, in percent.
     """
 
     n_documents: int
@@ -86,14 +86,14 @@ class Results:
     rouge: dict[str, Interval]
 
     def lines(self) -> list[str]:
-        """For a reader."""
+        """Return the lines to print."""
         figures = {"documents": str(self.n_documents), "texts": str(self.n_texts), "loss": f"{self.loss:.4f}"}
         scores = {name: f"{score:.2f}" for name, score in self.rouge.items()}
         return [f"{name:<10} {figure}" for name, figure in (figures | scores).items()]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArguments]:
-    """Read a command line; data flags that are not given are as in the run that the model came from.
+    """Parse a command line; data flags default to the values of the model's run.
 
     Raises:
         ValueError: A flag is unknown or out of range, or the run's configuration is unreadable.
@@ -113,16 +113,16 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
 def _given_places(argv: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name in PLACES:
-        # a flag may be written with hyphens too
+        # Flags accept hyphens and underscores.
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     return list(vars(parser.parse_known_args(argv)[0]))
 
 
 def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: Environment) -> Results:
-    """Read, generate, score; all processes share the documents and have the same results.
+    """Compute loss and ROUGE; ranks share the documents, and all return the same results.
 
     Raises:
-        ValueError: The model or the documents are not usable.
+        ValueError: The model or the documents are unusable.
     """
     dtype = torch.bfloat16 if use_bf16(arguments.precision, environment.device) else torch.float32
     model, tokenizer = load_model(arguments.model, environment.device, dtype, arguments.trust_remote_code)
@@ -152,16 +152,16 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
 
 
 def first_documents(plan: DocumentPlan, limit: int) -> DocumentPlan:
-    """The plan's first documents; all of them where the limit is -1."""
+    """Return a plan of the first `limit` documents; -1 keeps all."""
     end = None if limit == -1 else limit
     return replace(plan, indices=plan.indices[:end], n_segments=plan.n_segments[:end])
 
 
 def report(results: Results, file: str | None) -> None:
-    """Print the results, and write them where a file is named.
+    """Print the results, and write them to `file` if it is given.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: The file cannot be written.
     """
     print("\n".join(results.lines()), flush=True)
     if file:
@@ -172,12 +172,12 @@ def report(results: Results, file: str | None) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, evaluate, report."""
+    """Evaluate and report on rank 0; return the exit code."""
     rank = launched_rank()
     try:
         arguments, data = parse_arguments(argv)
     except ValueError as error:
-        # all processes read the same command line, some of them long before others
+        # All ranks parse the same command line, but some start much earlier.
         if rank == 0:
             return fail(error)
         log_on_first_rank(seconds=30)
@@ -192,14 +192,14 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         return fail(error) if is_first() else 2
     finally:
-        # a process that ends with its group's threads alive is now and then aborted, after all is done
+        # A process that exits with live threads of the process group sometimes aborts at the end.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
 
 
 def fail(error: ValueError) -> int:
-    """Say in one line what is wrong; the return code."""
+    """Print the error on one line; return the exit code."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return 2
 

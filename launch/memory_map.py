@@ -1,4 +1,4 @@
-"""Show what is read from memory where in one document: `python launch/memory_map.py --model RUN/model FILE`."""
+"""Show which parts of a document are read from the state: `python launch/memory_map.py --model RUN/model FILE`."""
 
 import argparse
 import sys
@@ -18,20 +18,25 @@ from recurrent_bart.training.flags import FlagParser
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Flags of this script."""
+    """Parse the flags of this script."""
     parser = FlagParser(description="Show what is read from memory where in one document.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("file", type=Path, metavar="FILE", help="UTF-8 text file with one document")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the tokenizer brings along")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="the picture; default: FILE's name with .memory.png")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code from the tokenizer's folder")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PNG",
+        help="file for the plot; default: FILE.memory.png, without the folder and suffix of FILE",
+    )
     return parser.parse_flags(argv)
 
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
     Raises:
-        ValueError: It cannot be read, or there is none.
+        ValueError: The file is unreadable or empty.
     """
     try:
         text = file.read_text(encoding=ENCODING)
@@ -43,10 +48,10 @@ def read_text(file: Path) -> str:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Print the tables and the summary, draw the picture.
+    """Print the tables and the summary, and write the plot.
 
     Raises:
-        ValueError: The model or the text is not usable, or the picture cannot be written.
+        ValueError: The model or the text is unusable, or the plot cannot be written.
     """
     text = read_text(arguments.file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +72,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Parse, show."""
+    """Run the script; return the exit code."""
     arguments = parse_arguments(argv)
     logging.disable_progress_bar()
     try:

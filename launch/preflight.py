@@ -1,4 +1,4 @@
-"""Look at every node before a long run, and name the bad ones: `sbatch slurm/preflight.sh`."""
+"""Test every node before a long run, and name the bad ones: `sbatch slurm/preflight.sh`."""
 
 import argparse
 import os
@@ -16,30 +16,65 @@ from recurrent_bart.cluster.verdict import Expectations, Node, by_node, judge
 from recurrent_bart.training.environment import Rendezvous, launched_rendezvous
 from recurrent_bart.training.flags import FlagParser
 
-# of all-reduces, in GB/s: NVLink within a node, a network made for training between nodes; a processor has neither
+# Minimum all-reduce bandwidth in GB/s, within a node (NVLink) and between nodes (training network); 0 without GPUs.
 RATES = {True: (50.0, 5.0), False: (0.0, 0.0)}
 
 
 def build_parser() -> FlagParser:
-    """Parser of all flags."""
+    """Build the parser of all flags."""
     within, between = RATES[torch.cuda.is_available()]
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="GPUs that each node must have")
-    parser.add_argument("--per_node", type=int, default=1, help="processes of each node")
-    parser.add_argument("--hosts", nargs="*", default=[], help="names of the nodes, for those that say nothing")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="folder that all nodes share")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder of each node's own")
-    parser.add_argument("--min_memory", type=float, default=8.0, help="GiB of memory free on each node")
-    parser.add_argument("--min_disk", type=float, default=10.0, help="GiB free in the folder")
-    parser.add_argument("--min_within", type=float, default=within, help="GB/s of an all-reduce on a node")
-    parser.add_argument("--min_between", type=float, default=between, help="GB/s of one with the next node")
-    parser.add_argument("--max_clock", type=float, default=2.0, help="seconds that a clock may be off")
-    parser.add_argument("--wait", type=float, default=40.0, help="seconds that nodes have for each part of it")
+    parser.add_argument(
+        "--gpus", type=int, default=torch.cuda.device_count(), help="required GPUs per node; default: GPUs of this node"
+    )
+    parser.add_argument("--per_node", type=int, default=1, help="processes per node; default: %(default)s")
+    parser.add_argument(
+        "--hosts", nargs="*", default=[], help="names of all nodes, to report nodes that do not answer; default: none"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("."), help="folder shared by all nodes; default: current folder"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="local folder of each node; default: %(default)s",
+    )
+    parser.add_argument(
+        "--min_memory", type=float, default=8.0, help="required free CPU memory per node, in GiB; default: %(default)s"
+    )
+    parser.add_argument(
+        "--min_disk",
+        type=float,
+        default=10.0,
+        help="required free disk space in --folder, in GiB; default: %(default)s",
+    )
+    parser.add_argument(
+        "--min_within",
+        type=float,
+        default=within,
+        help="required all-reduce bandwidth within a node, in GB/s; default: 50, or 0 without GPUs",
+    )
+    parser.add_argument(
+        "--min_between",
+        type=float,
+        default=between,
+        help="required all-reduce bandwidth with the next node, in GB/s; default: 5, or 0 without GPUs",
+    )
+    parser.add_argument(
+        "--max_clock",
+        type=float,
+        default=2.0,
+        help="largest clock difference of a node, in seconds; default: %(default)s",
+    )
+    parser.add_argument(
+        "--wait", type=float, default=40.0, help="time limit of each part of the test, in seconds; default: %(default)s"
+    )
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Look, tell the first process, let it judge."""
+    """Test this node, send the report to rank 0, and let rank 0 judge; return the exit code."""
     arguments = build_parser().parse_flags(argv)
     meeting = launched_rendezvous()
     try:
@@ -59,9 +94,9 @@ def main(argv: list[str]) -> int:
 
 
 def lead(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.Store, report: Report) -> int:
-    """As the first process, ask for what the others found, and say which nodes are bad."""
+    """Collect the reports of all ranks on rank 0, judge the nodes and print the result; return the exit code."""
     reports = collect(store, "alone", meeting.world_size, arguments.wait)
-    # a GPU that is not there, or a process, would keep all the others waiting
+    # A missing GPU or process would block all ranks in the network test.
     can_meet = all(other and other.n_gpus >= arguments.gpus for other in reports)
     store.set("decision", "network" if can_meet else "over")
     if can_meet:
@@ -76,9 +111,9 @@ def lead(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.Store, 
 
 
 def decision(store: dist.Store, seconds: float) -> bool:
-    """Whether the network is measured, as the first process says."""
+    """Return True if rank 0 decides to test the network."""
     try:
-        # it waits for others itself before
+        # Twice the time, because rank 0 waits for other ranks before it decides.
         store.wait(["decision"], timedelta(seconds=2 * seconds))
     except RuntimeError:
         return False
@@ -86,7 +121,7 @@ def decision(store: dist.Store, seconds: float) -> bool:
 
 
 def try_network(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.Store, report: Report) -> None:
-    """Measure it; what fails is part of the report."""
+    """Measure the network; add a failure to the report."""
     try:
         measure_network(report, meeting, store, arguments.per_node, arguments.wait)
     except RuntimeError as error:
@@ -94,7 +129,7 @@ def try_network(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.
 
 
 def tell(nodes: list[Node], wrong: dict[str, list[str]]) -> int:
-    """Print what was found; the return code."""
+    """Print the results; return the exit code."""
     for node in nodes:
         print(node.line())
     for name, problems in wrong.items():
@@ -109,5 +144,5 @@ def tell(nodes: list[Node], wrong: dict[str, list[str]]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    # the others may never answer, and what is left of a group would wait for them
+    # Other ranks may never answer, and the threads of a process group would wait for them.
     os._exit(code)

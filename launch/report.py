@@ -17,27 +17,29 @@ KINDS = (ModelArguments, DataArguments, RunArguments, TrackingArguments)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Flags of this script."""
+    """Parse the flags of this script."""
     parser = FlagParser(description="Report on runs as one HTML page.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several are compared")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the page; default: report.html in the first RUN")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several runs are compared")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="HTML file of the report; default: report.html in the first RUN"
+    )
     return parser.parse_flags(argv)
 
 
 def default_flags() -> dict[str, Any]:
-    """Flags of launch/train.py, as they are if they are not given."""
+    """Return the default values of the flags of launch/train.py."""
     return {item.name: item.default for kind in KINDS for item in fields(kind)}
 
 
 def spikes(folder: Path) -> list[str]:
-    """What was said of high losses while the run was going on."""
+    """Return the warnings about loss spikes in a run's log."""
     watch = SpikeWatch()
     logged = [record for record in RunFolder(folder).read_metrics() if record.get("loss") is not None]
     return [warning for record in logged if (warning := watch.warning(record))]
 
 
 def main(argv: list[str]) -> int:
-    """Parse, write."""
+    """Write the report; return the exit code."""
     arguments = parse_arguments(argv)
     page = arguments.output or arguments.runs[0] / "report.html"
     try:

@@ -24,44 +24,73 @@ from recurrent_bart.studies.report import draw, read_results, report
 from recurrent_bart.studies.study_run import Run, RunFile
 from recurrent_bart.training.flags import FlagParser
 
-# of a GPU, as many as PyTorch has streams: CUDA's own 8 would make runs wait for each other
+# Number of hardware queues of a GPU, equal to PyTorch's number of streams. With CUDA's default of 8, runs wait for each
+# other.
 QUEUES = 32
 
 
 def build_parser() -> FlagParser:
-    """Parser of all flags."""
+    """Build the parser of all flags."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("name", nargs="?", help=f"study: {', '.join((*STUDIES, *TEXT_STUDIES))}")
-    parser.add_argument("--output_dir", type=Path, help="folder of its runs and its report; default: runs/study-NAME")
-    parser.add_argument("--devices", type=int, help="GPUs to use; default: all there are, or the processor")
-    parser.add_argument("--processes_per_device", type=int, default=1, help="processes at once")
+    parser.add_argument("name", nargs="?", help=f"name of the study: {', '.join((*STUDIES, *TEXT_STUDIES))}")
+    parser.add_argument("--output_dir", type=Path, help="folder for runs and report; default: runs/study-NAME")
+    parser.add_argument("--devices", type=int, help="number of GPUs; default: all GPUs, or the CPU")
     parser.add_argument(
-        "--runs_at_once", type=int, help="runs that take turns in a process; default: 16 on a GPU, 1 on a processor"
+        "--processes_per_device", type=int, default=1, help="simultaneous processes per device; default: %(default)s"
     )
-    parser.add_argument("--budget_seconds", type=float, default=math.inf, help="runs are cut off after so many")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
-    parser.add_argument("--max_steps", type=int, help="steps of a run at most; default: the study's own")
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="TEXT", help="leave out runs whose file name contains none of these"
+        "--runs_at_once", type=int, help="runs that alternate in one process; default: 16 on a GPU, 1 on CPU"
     )
-    parser.add_argument("--facts", help="folder of bAbI's train.jsonl and validation.jsonl")
-    parser.add_argument("--filler", help="folder of other text, likewise")
     parser.add_argument(
-        "--dataset", default="stdlib", help="of the studies document and sections, as in launch/train.py"
+        "--budget_seconds",
+        type=float,
+        default=math.inf,
+        help="time in seconds after which all runs stop; default: no limit",
     )
-    parser.add_argument("--seconds", type=float, default=300.0, help="of training, of their runs")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="their flags of launch/train.py")
-    parser.add_argument("--report_only", action="store_true", help="run nothing, make the report again")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds per setting; default: %(default)s")
+    parser.add_argument("--max_steps", type=int, help="maximum optimizer steps of a run; default: value of the study")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="do only runs whose file name contains one of these texts; default: all runs",
+    )
+    parser.add_argument("--facts", help="folder with train.jsonl and validation.jsonl of bAbI; default: none")
+    parser.add_argument(
+        "--filler", help="folder with train.jsonl and validation.jsonl of distractor text; default: none"
+    )
+    parser.add_argument(
+        "--dataset",
+        default="stdlib",
+        help="documents of the studies document and sections, as in launch/train.py; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=300.0,
+        help="training time in seconds of each run in the studies document and sections; default: %(default)s",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="flags of launch/train.py for the studies document and sections; default: none",
+    )
+    parser.add_argument("--report_only", action="store_true", help="start no run, only write the report again")
     worker = parser.add_argument_group("one process of a study, which starts it itself")
-    worker.add_argument("--run", type=Path, nargs="+", help="do the runs that these files describe")
-    worker.add_argument("--device", default="cpu", help="where they compute")
-    worker.add_argument("--deadline", type=float, default=math.inf, help="the time, in seconds since 1970, to end by")
-    worker.add_argument("--threads", type=int, default=1, help="processor threads")
+    worker.add_argument("--run", type=Path, nargs="+", help="files that describe the runs to do")
+    worker.add_argument("--device", default="cpu", help="PyTorch device; default: %(default)s")
+    worker.add_argument(
+        "--deadline", type=float, default=math.inf, help="end of the process, in seconds since 1970; default: none"
+    )
+    worker.add_argument("--threads", type=int, default=1, help="CPU threads; default: %(default)s")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Parse, run, report."""
+    """Do the study or, with --run, the runs of one process; return the exit code."""
     arguments = build_parser().parse_flags(argv)
     try:
         return work(arguments) if arguments.run else run_study(arguments)
@@ -71,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """Do some runs of a study; each says in its file what came of it, and a line is printed when it has ended."""
+    """Do runs of a study in this process; results go to the run files, and a line is printed at the end of each run."""
     torch.set_num_threads(arguments.threads)
     share_device(arguments.processes_per_device)
     device = torch.device(arguments.device)
@@ -83,7 +112,7 @@ def work(arguments: argparse.Namespace) -> int:
 
     def begin(file: RunFile) -> Turns[None]:
         if "flags" in described[file]:
-            # the runs that need no documents start the sooner without what reads them
+            # Import late: runs on memory tasks start faster without the modules for documents.
             from recurrent_bart.studies.documents.training import execute_text
 
             execute_text(file, device, arguments.deadline - time.time())
@@ -95,14 +124,14 @@ def work(arguments: argparse.Namespace) -> int:
     for file, error in take_turns(in_time, begin, arguments.runs_at_once or 1, device):
         if error is not None:
             file.fail(error)
-        # it has ended early for its tests, and nothing that is begun now would get further
+        # A run that stopped early for its final tests shows that there is no time left for another run.
         is_over = is_over or file.read().get("stopped") == "budget"
         print(f"{ENDED}{file.path}", flush=True)
     return 0
 
 
 def run_study(arguments: argparse.Namespace) -> int:
-    """Do the runs that are not done, then report on all; the number of those that failed decides the exit code."""
+    """Do all unfinished runs, write the report, and return 1 if a run failed, else 0."""
     runs = find_runs(arguments)
     folder = arguments.output_dir or Path("runs") / f"study-{arguments.name}"
     n_failed = 0 if arguments.report_only else do_runs(runs, folder, arguments)
@@ -118,10 +147,10 @@ def run_study(arguments: argparse.Namespace) -> int:
 
 
 def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
-    """The runs that are asked for.
+    """Return the requested runs.
 
     Raises:
-        ValueError: There are none.
+        ValueError: No run matches.
     """
     texts, seeds = Texts(arguments.facts, arguments.filler, arguments.dataset), range(arguments.seeds)
     runs: list[Any]
@@ -137,10 +166,10 @@ def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
 
 
 def changed_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Flags of launch/train.py that are others than the study's own.
+    """Return the flags of launch/train.py that replace the study's values.
 
     Raises:
-        ValueError: One has no value.
+        ValueError: A flag has no value.
     """
     without = [text for text in arguments.set if "=" not in text]
     if without:
@@ -152,7 +181,7 @@ def changed_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) -> int:
-    """Start all that are not finished; gives how many failed."""
+    """Start all unfinished runs; return the number of failed runs."""
     deadline = time.time() + arguments.budget_seconds
     places = find_places(arguments.devices, arguments.processes_per_device)
     todo = [run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)]
@@ -186,10 +215,10 @@ def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) ->
 
 
 def find_runs_at_once(asked: int | None, is_text: bool, device: str) -> int:
-    """How many runs take turns in a process.
+    """Return the number of runs that alternate in one process.
 
     Raises:
-        ValueError: Several are asked for that are processes of their own.
+        ValueError: More than 1 is requested, but each run on documents needs its process.
     """
     if is_text and (asked or 1) > 1:
         raise ValueError(f"--runs_at_once {asked}: runs on documents are processes of their own")
@@ -197,13 +226,13 @@ def find_runs_at_once(asked: int | None, is_text: bool, device: str) -> int:
 
 
 def deal(files: Sequence[Path], n_processes: int, runs_at_once: int) -> list[Sequence[Path]]:
-    """Files of each process: of one run each, begun where another has ended, or all of them dealt out."""
+    """Distribute files over processes; if each process does one run at a time, each run is a group."""
     n_groups = len(files) if runs_at_once == 1 else min(n_processes, len(files))
     return [files[number::n_groups] for number in range(n_groups)]
 
 
 def find_places(n_devices: int | None, processes_per_device: int) -> list[str]:
-    """Devices for processes, each as often as it is shared; neighbours in the list are different ones."""
+    """Return a device for each process; consecutive processes use different devices."""
     n_gpus = torch.cuda.device_count() if n_devices is None else n_devices
     if n_gpus > torch.cuda.device_count():
         raise ValueError(f"--devices {n_devices}: there are {torch.cuda.device_count()} GPUs")
@@ -212,14 +241,14 @@ def find_places(n_devices: int | None, processes_per_device: int) -> list[str]:
 
 
 def worker(files: Sequence[Path], device: str, **flags: Any) -> list[str]:
-    """Command that does some runs."""
+    """Return the command that does some runs in a process."""
     queues = [] if device == "cpu" else ["env", f"CUDA_DEVICE_MAX_CONNECTIONS={QUEUES}"]
     told = (f"--{name}={value}" for name, value in {"device": device, **flags}.items())
     return [*queues, sys.executable, __file__, *told, "--run", *map(str, files)]
 
 
 def outcome(ended: Ended) -> tuple[bool, str]:
-    """Whether a run failed, and what became of it, in a line."""
+    """Return True if a run failed, and a line about its result."""
     if ended.code is None:
         return False, "not started, the time is over"
     if ended.code:

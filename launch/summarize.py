@@ -23,49 +23,67 @@ from recurrent_bart.model.generation_settings import change_settings, describe_s
 from recurrent_bart.training.arguments import DataArguments, GenerationArguments
 from recurrent_bart.training.flags import FlagParser
 
-# texts in memory at a time, of which those of like length are summarised together
+# Texts in memory at a time; texts of similar length among them share a batch.
 WINDOW = 256
 STANDARD_INPUT = "standard input"
-# bytes asked for at a time
+# Bytes per read.
 BLOCK = 2**16
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Flags of this script."""
+    """Parse the flags of this script."""
     parser = FlagParser(description="Summarise texts of any length.")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 text; without one, standard input")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 text file; default: standard input")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
-    parser.add_argument("--num_beams", type=positive, help="beams of generation; default: as the model was saved with")
-    parser.add_argument("--max_new_tokens", type=positive, help="default: max_target_length of the model's run")
-    parser.add_argument("--every_segment", action="store_true", help="one summary for each segment, as it comes")
-    parser.add_argument("--each_line", action="store_true", help="each line is a text of its own")
     parser.add_argument(
-        "--tokens_per_batch", type=positive, default=16_384, help="of several texts, tokens read together, with padding"
+        "--num_beams", type=positive, help="number of beams of beam search; default: value of the model"
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=positive,
+        help="maximum length of a summary, in tokens; default: max_target_length of the model's run",
+    )
+    parser.add_argument(
+        "--every_segment", action="store_true", help="print a summary after each segment, as soon as it is read"
+    )
+    parser.add_argument("--each_line", action="store_true", help="treat each line as a separate text")
+    parser.add_argument(
+        "--tokens_per_batch",
+        type=positive,
+        default=16_384,
+        help="maximum number of tokens in a batch of several texts, padding included; default: %(default)s",
     )
     for item in fields(GenerationArguments):
         kind = float if item.name == "length_penalty" else int
         parser.add_argument(f"--{item.name}", type=kind, help=item.metadata["help"])
     parser.add_argument(
-        "--skip_bad_samples", action="store_true", help="pass over texts that cannot be read: an empty line for each"
+        "--skip_bad_samples", action="store_true", help="skip unreadable texts and print an empty line for each"
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the tokenizer brings along")
-    parser.add_argument("--save_state", type=Path, metavar="FILE", help="write what was read, to go on with more text")
-    parser.add_argument("--load_state", type=Path, metavar="FILE", help="go on from there: the text is what follows")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code from the tokenizer's folder")
+    parser.add_argument(
+        "--save_state",
+        type=Path,
+        metavar="FILE",
+        help="save the state after the text, to continue with more text later",
+    )
+    parser.add_argument(
+        "--load_state", type=Path, metavar="FILE", help="continue from a saved state: the text follows the earlier text"
+    )
     return parser.parse_flags(argv)
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
     return int(text)
 
 
 def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
-    """The text of a file as it comes, with line ends as `open` gives them.
+    """Yield the text of a file in pieces as they arrive, with universal newlines.
 
     Raises:
-        ValueError: It is not UTF-8, or nothing but white space; the message names it.
+        ValueError: The file is not UTF-8 or contains only white space; the message names the file.
     """
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(ENCODING)(), translate=True)
     read = getattr(file, "read1", file.read)
@@ -87,23 +105,23 @@ def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Text:
-    """One of several texts, with the file or line that it is from."""
+    """One of several texts, with its file or line for messages."""
 
     name: str
     content: str
 
     @property
     def is_passed_over(self) -> bool:
-        """True if there is nothing to read, which has been said."""
+        """True if the text is blank; its warning is already printed."""
         return not self.content.strip()
 
 
 class Progress:
-    """How much was read, on standard error.
+    """Progress line on standard error: tokens and segments read, and speed.
 
     Args:
-        reader: What reads.
-        in_place: One line that changes, as a terminal shows it; otherwise a line now and then.
+        reader: Reader whose counters are shown.
+        in_place: Overwrite one line, as on a terminal; otherwise print a line every 10 seconds.
     """
 
     def __init__(self, reader: TextReader, in_place: bool):
@@ -113,7 +131,7 @@ class Progress:
         self.shown_at = self.start
 
     def show(self, is_last: bool = False) -> None:
-        """Show it, if it is time to."""
+        """Print the progress if it is due."""
         now = time.monotonic()
         if not is_last and now - self.shown_at < self.every_seconds:
             return
@@ -126,10 +144,10 @@ class Progress:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
-    """The model, its tokenizer, and how texts are generated.
+    """Load the model and its tokenizer; return them with the arguments of `generate`.
 
     Raises:
-        ValueError: The model is not usable.
+        ValueError: The model is unusable.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -149,16 +167,16 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
 
 
 def show_settings(model: Any, generation: dict[str, int]) -> None:
-    """Say on standard error how texts are generated."""
+    """Print the generation settings on standard error."""
     line = describe_settings(model.generation_config, generation["max_new_tokens"], generation.get("num_beams"))
     print(line, file=sys.stderr, flush=True)
 
 
 def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
-    """Read the file, print its summary or those of its segments, save what was read.
+    """Summarise one text: print its summary, or the summary after each segment, and save the state.
 
     Raises:
-        ValueError: The model, the text or a state's file is not usable.
+        ValueError: The model, the text or a state file is unusable.
     """
     save_state = arguments.save_state
     if save_state and not save_state.absolute().parent.is_dir():
@@ -186,10 +204,10 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
 
 
 def summarize_all(arguments: argparse.Namespace) -> None:
-    """Print a line for each text, in their order: its summary.
+    """Summarise several texts: print one line per text, in order.
 
     Raises:
-        ValueError: The model or a text is not usable, or one text alone can be treated like that.
+        ValueError: The model or a text is unusable, or a flag applies to a single text only.
     """
     for flag in ("every_segment", "save_state", "load_state"):
         if getattr(arguments, flag):
@@ -207,26 +225,26 @@ def summarize_all(arguments: argparse.Namespace) -> None:
 
 
 def summarize_window(summariser: Summariser, window: list[Text], skips: bool) -> Iterator[str]:
-    """Yield the summary of each text, an empty one for those that are passed over.
+    """Yield the summary of each text; skipped texts have an empty summary.
 
     Raises:
-        ValueError: A text has no token; the message names it.
+        ValueError: A text has no tokens; the message names it.
     """
     readable = [text for text in window if not text.is_passed_over]
     try:
         summaries = iter(summariser.summarise([text.content for text in readable]) if readable else [])
     except ValueError:
-        # each by itself shows which one it is
+        # Summarise each text by itself to find the unusable one.
         summaries = (summarize_alone(summariser, text, skips) for text in readable)
     for text in window:
         yield "" if text.is_passed_over else next(summaries)
 
 
 def summarize_alone(summariser: Summariser, text: Text, skips: bool) -> str:
-    """Return the summary of one text, an empty one if it is passed over.
+    """Return the summary of one text; empty if the text is skipped.
 
     Raises:
-        ValueError: It has no token; the message names it.
+        ValueError: The text has no tokens; the message names it.
     """
     try:
         return summariser.summarise([text.content])[0]
@@ -236,10 +254,10 @@ def summarize_alone(summariser: Summariser, text: Text, skips: bool) -> str:
 
 
 def all_texts(arguments: argparse.Namespace) -> Iterator[Text]:
-    """Yield every file's text, or every line's.
+    """Yield the text of every file or of every line.
 
     Raises:
-        ValueError: A text cannot be read or is empty; the message names it.
+        ValueError: A text is unreadable or empty; the message names it.
     """
     for name in arguments.files or [STANDARD_INPUT]:
         try:
@@ -258,10 +276,10 @@ def all_texts(arguments: argparse.Namespace) -> Iterator[Text]:
 
 
 def pass_over(error: ValueError, skips: bool) -> None:
-    """Warn of a text that is passed over.
+    """Print a warning about a skipped text.
 
     Raises:
-        ValueError: Texts are not to be passed over.
+        ValueError: `skips` is False.
     """
     if not skips:
         raise ValueError(f"{error}; --skip_bad_samples passes over it") from error
@@ -269,19 +287,19 @@ def pass_over(error: ValueError, skips: bool) -> None:
 
 
 def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:
-    """What the reader gives, at last after the whole text."""
+    """Yield the reader's encoder outputs; the last one covers the whole text."""
     for piece in pieces:
         yield from reader.feed(piece)
     yield from reader.finish()
 
 
 def target_length(model: str) -> int:
-    """Tokens of a summary in the run that the model came from."""
+    """Return the maximum target length, in tokens, of the model's run."""
     return run_flags(model).get("data", {}).get("max_target_length", DataArguments.max_target_length)
 
 
 def main(argv: list[str]) -> int:
-    """Parse, summarise."""
+    """Summarise; return the exit code."""
     arguments = parse_arguments(argv)
     logging.disable_progress_bar()
     try:
@@ -296,17 +314,17 @@ def main(argv: list[str]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        # a full disk behind standard output, say
+        # For example, the disk of standard output is full.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
 def open_file(name: str) -> BinaryIO:
-    """The file to be read.
+    """Open a file for reading.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The file cannot be read.
     """
     try:
         return Path(name).open("rb")
@@ -315,6 +333,6 @@ def open_file(name: str) -> BinaryIO:
 
 
 if __name__ == "__main__":
-    # `| head` ends it without a word, as it does other programs
+    # End silently after `| head`, as other programs do.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -16,12 +16,12 @@ from recurrent_bart.training.session import run_experiment
 
 
 def main(argv: list[str]) -> ExitCode:
-    """Parse, train, report."""
+    """Parse the flags, train, and return the exit code."""
     rank = launched_rank()
     try:
         arguments = parse_arguments(argv)
     except ValueError as error:
-        # all processes read the same command line, some of them long before others
+        # All ranks parse the same command line, but some start much earlier.
         if rank == 0:
             return fail(error)
         log_on_first_rank(seconds=30)
@@ -47,14 +47,14 @@ def main(argv: list[str]) -> ExitCode:
 
 
 def leave(number: int, _: Any) -> None:
-    """End at once: until training begins there is nothing to save."""
+    """Exit at once: before training there is nothing to save."""
     if launched_rank() == 0:
         print(f"stopped    before training began: {signal.Signals(number).name}", file=sys.stderr, flush=True)
     raise SystemExit(ExitCode.STOPPED)
 
 
 def fail(error: ValueError, where: str = "") -> ExitCode:
-    """Say in one line what is wrong; the return code."""
+    """Print the error on one line; return the exit code."""
     print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return ExitCode.MISTAKE
 
@@ -62,9 +62,9 @@ def fail(error: ValueError, where: str = "") -> ExitCode:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     if code in (ExitCode.DONE, ExitCode.STOPPED):
-        # a process that leaves while another one is still at work can look like a crash to it and to the launcher
+        # A rank that exits before the last rank has finished can look like a crash to other ranks and to the launcher.
         end_processes()
         sys.exit(code)
-    # at once: what else a process does before it ends may wait for the others, who wait for it
+    # Exit without cleanup, which could wait for ranks that in turn wait for this rank.
     sys.stdout.flush()
     os._exit(code)

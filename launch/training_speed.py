@@ -1,4 +1,4 @@
-"""Measure what training costs beyond the model: processes, sharding, the loop: `python launch/training_speed.py`."""
+"""Measure the cost of processes, sharding and the training loop: `python launch/training_speed.py`."""
 
 import argparse
 import functools
@@ -38,36 +38,68 @@ from recurrent_bart.training.lifecycle.interruption import handling_signals
 
 SCRIPTS = Path(__file__).absolute().parent
 SHARDINGS = [SCRIPTS.parent / "ds_configs" / f"{name}.json" for name in ("zero2", "zero3")]
-# steps of a run, its warm-up included; those of the warm-up; rounds of the loop
+# Steps of a run with its warm-up, warm-up steps, and rounds of the loop benchmark.
 EFFORT = {"cuda": {"steps": 40, "warmup": 10, "rounds": 10}, "cpu": {"steps": 8, "warmup": 2, "rounds": 3}}
-# first argument of one process of several, which this script starts itself; flags of launch/train.py follow
+# First argument of a worker process that this script starts; flags of launch/train.py follow.
 WORKER = "--as_worker"
-# of what the figures hold for, what is printed
+# Entries of the description that are printed.
 SHOWN = ("device", "torch", "transformers", "deepspeed", "git_commit")
 
 
 def build_parser() -> FlagParser:
-    """Parser of this script's own flags."""
+    """Build the parser of this script's flags."""
     parser = FlagParser(
         description=__doc__,
         epilog="Further flags are those of launch/train.py: --model_size large, --wandb_mode offline and the like.",
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
-    parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4, ... GPUs; without one 1 and 2")
-    parser.add_argument("--deepspeed", type=Path, nargs="+", default=SHARDINGS, help="configurations to compare")
-    parser.add_argument("--steps", type=int, help="of a run, its warm-up included; default: 40, or 8 on a processor")
-    parser.add_argument("--warmup", type=int, help="steps that are not looked at; default: 10, or 2")
-    parser.add_argument("--rounds", type=int, help="turns of the loop beside bare steps; default: 10, or 3")
-    parser.add_argument("--timeout_seconds", type=float, default=240, help="what takes longer has failed")
-    parser.add_argument("--budget_seconds", type=float, default=math.inf, help="nothing is begun after so long")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/training_speed"), help="for results.json and logs"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="benchmarks to run: whole runs, or the loop compared with bare steps; default: both",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        help="numbers of processes; default: powers of two up to the number of GPUs, or 1 and 2 without GPUs",
+    )
+    parser.add_argument(
+        "--deepspeed",
+        type=Path,
+        nargs="+",
+        default=SHARDINGS,
+        help="DeepSpeed configurations to compare; default: zero2.json and zero3.json of ds_configs",
+    )
+    parser.add_argument("--steps", type=int, help="steps of a run, warm-up included; default: 40 on GPU, 8 on CPU")
+    parser.add_argument("--warmup", type=int, help="untimed steps at the start of a run; default: 10 on GPU, 2 on CPU")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds in which the loop and bare steps alternate; default: 10 on GPU, 3 on CPU"
+    )
+    parser.add_argument(
+        "--timeout_seconds",
+        type=float,
+        default=240,
+        help="time limit of one measurement, in seconds; default: %(default)s",
+    )
+    parser.add_argument(
+        "--budget_seconds",
+        type=float,
+        default=math.inf,
+        help="time in seconds after which no measurement starts; default: no limit",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/training_speed"),
+        help="folder for results.json and logs; default: %(default)s",
     )
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Parse, check, measure, print."""
+    """Run the benchmark, or one worker process of it; return the exit code."""
     try:
         if argv[:1] == [WORKER]:
             return measure_here(argv[1], Path(argv[2]), int(argv[3]), argv[4:])
@@ -80,13 +112,13 @@ def main(argv: list[str]) -> int:
 
 
 def leave(number: int, _: Any) -> None:
-    """End with what there is; processes that were started are ended on the way."""
+    """Exit with the results so far; `Starter` ends the worker processes."""
     raise SystemExit(ExitCode.STOPPED)
 
 
 def measure_here(part: str, file: Path, n_rounds: int, flags: Sequence[str]) -> int:
-    """Be one of several processes: do a run's steps, or measure the loop, of which the first one writes a file."""
-    # what trains is not needed where processes are only started
+    """Run as one worker: do a run's steps, or measure the loop, whose result rank 0 writes to `file`."""
+    # Import late: the parent process needs no training modules.
     from recurrent_bart.benchmarks.training.loop_cost import measure_loop, run_steps
     from recurrent_bart.training.environment import start_processes
 
@@ -103,14 +135,14 @@ def measure_here(part: str, file: Path, n_rounds: int, flags: Sequence[str]) -> 
 
 
 def measure_all(own: argparse.Namespace, given: Sequence[str], argv: list[str]) -> int:
-    """Start one after the other; those that fail decide the exit code and nothing else."""
+    """Start all measurements in turn; return 1 if one failed, else 0."""
     ends = time.monotonic() + own.budget_seconds
     numbers = find_processes(own.processes)
     results = empty_results(plan(own.parts, numbers, find_shardings(own.deepspeed)))
     work, about = find_work(own, given), describe(argv)
     folder = own.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    # as many for all, so that runs differ in their processes alone
+    # All runs use the same number of threads, so that they differ only in their processes.
     n_threads = max(1, torch.get_num_threads() // max(numbers))
 
     def keep(launch: Launch) -> None:
@@ -122,17 +154,17 @@ def measure_all(own: argparse.Namespace, given: Sequence[str], argv: list[str]) 
             command = functools.partial(command_of, n_rounds=work.rounds, n_threads=n_threads)
             Starter(work, Path(place), folder, command, own.timeout_seconds).fill(results, ends, keep)
     finally:
-        # also of what there is when a signal ends it
+        # Print also the partial results after a signal.
         print_results(results, about)
     print(f"written: {folder}/results.json")
     return int(any(found.outcome not in (MEASURED, LEFT_OUT) for found in results.values()))
 
 
 def find_work(own: argparse.Namespace, given: Sequence[str]) -> Work:
-    """What is trained, as long as it was asked for.
+    """Return the workload: the requested numbers of steps, or defaults of the device.
 
     Raises:
-        ValueError: A flag is unknown, out of range or not to be given.
+        ValueError: A flag is unknown, out of range or not allowed.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = {name: getattr(own, name) for name in EFFORT[device]}
@@ -141,10 +173,10 @@ def find_work(own: argparse.Namespace, given: Sequence[str]) -> Work:
 
 
 def find_processes(asked: Sequence[int] | None) -> Sequence[int]:
-    """Numbers of processes: those asked for, or all powers of two that there are GPUs for.
+    """Return the requested numbers of processes, or all powers of two up to the number of GPUs.
 
     Raises:
-        ValueError: There are not as many GPUs, or it is no number of processes.
+        ValueError: A number is below 1 or above the number of GPUs.
     """
     n_gpus = torch.cuda.device_count()
     for number in asked or ():
@@ -154,7 +186,7 @@ def find_processes(asked: Sequence[int] | None) -> Sequence[int]:
 
 
 def find_shardings(files: Sequence[Path]) -> Sequence[Path]:
-    """Configurations, by whose names rows are known.
+    """Return the DeepSpeed configurations, whose file names identify them.
 
     Raises:
         ValueError: Two have the same name.
@@ -165,21 +197,21 @@ def find_shardings(files: Sequence[Path]) -> Sequence[Path]:
 
 
 def command_of(launch: Launch, flags: Sequence[str], file: Path, n_rounds: int, n_threads: int) -> list[str]:
-    """Command that starts several processes, on a free port."""
+    """Return the command that starts the worker processes on a free port."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={launch.n_processes}"]
     worker = [str(Path(__file__).absolute()), WORKER, launch.part, str(file), str(n_rounds)]
     return ["env", f"OMP_NUM_THREADS={n_threads}", *torchrun, *worker, *flags]
 
 
 def describe(argv: list[str]) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Return the hardware, versions and command that the results hold for."""
     n_gpus = torch.cuda.device_count()
     device = f"{n_gpus} x {torch.cuda.get_device_name(0)}" if n_gpus else f"processor {platform.machine()}"
     return {"device": device, **versions(), "git_commit": git_commit(), "command": argv}
 
 
 def print_results(results: Results, about: dict[str, Any]) -> None:
-    """Print all there is, as tables."""
+    """Print the results as tables."""
     console = Console(width=160)
     console.print("\n" + ", ".join(f"{name} {about[name]}" for name in SHOWN), highlight=False)
     for table in training_tables(results):

@@ -8,8 +8,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# ROUGE and loss of a model, its documents shared by all GPUs: `sbatch slurm/evaluate.sh --model RUN/model`, with
-# the flags of launch/evaluate.py. Results are in the job's output, and where --json says.
+# Compute ROUGE and loss of a model on all GPUs: `sbatch slurm/evaluate.sh --model RUN/model`, with the flags of
+# launch/evaluate.py. The results are in the job's output, and in the file of --json if it is given.
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?is not there: start with sbatch slurm/evaluate.sh}"

@@ -6,8 +6,8 @@
 #SBATCH --mem-per-gpu=60G
 #SBATCH --time=00:05:00
 #SBATCH --output=%x-%j.out
-# Look at every node in two minutes, before it is given a run of days: `sbatch --nodes=16 slurm/preflight.sh`, with the
-# flags of launch/preflight.py. Bad nodes are named, with what is wrong, and the job fails.
+# Test every node in two minutes, before a run of days: `sbatch --nodes=16 slurm/preflight.sh`, with the flags of
+# launch/preflight.py. The job prints the bad nodes with the reasons, and fails.
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?is not there: start with sbatch slurm/preflight.sh}"
@@ -18,9 +18,9 @@ source slurm/job.sh
 
 mkdir -p runs
 keep_caches_in "runs/caches/$job"
-# an error of NCCL is told by the process that meets it, and does not end it
+# The process that meets an NCCL error reports it and continues.
 export TORCH_NCCL_BLOCKING_WAIT=1
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# a process that cannot begin is what the others are to tell of
+# --kill-on-bad-exit=0: if a process cannot start, the remaining processes report it.
 "${everywhere[@]}" --kill-on-bad-exit=0 --wait=0 bash slurm/process.sh launch/preflight.py \
     --folder runs --gpus "$n_per_node" --per_node "$n_per_node" --hosts "${hosts[@]}" "$@"

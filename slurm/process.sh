@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One process of a job, started by srun: what SLURM says of its place, in PyTorch's words.
+# Run one process of a job, started by srun: translate SLURM's rank variables into PyTorch's.
 set -euo pipefail
 
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 
-# nodes would be in each other's way
+# Nodes must not share a Triton cache.
 export TRITON_CACHE_DIR=$JOB_CACHES/triton-$SLURM_NODEID
-# the node's own place is faster, where there is one
+# Use the node's local folder for temporary files if it is writable, because it is faster.
 [[ -w ${TMPDIR:-/tmp} ]] || export TMPDIR=$JOB_CACHES/tmp
 mkdir -p "$TRITON_CACHE_DIR" "${TMPDIR:-/tmp}"
 
-# exec: a signal meets no shell on its way
+# exec replaces the shell, so that signals reach Python directly.
 exec python -u "$@"

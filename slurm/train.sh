@@ -11,12 +11,12 @@
 #SBATCH --output=%x-%j.out
 # Train on the nodes of a SLURM job, one process per GPU: `sbatch slurm/train.sh [flags of launch/train.py]`.
 #
-# What stands above is changed at submission: `sbatch --nodes=4 --gpus-per-node=4 --partition=a100 slurm/train.sh`.
-# Five minutes before the job's time is over all processes stop with a checkpoint, and the job goes back into the queue,
-# to go on from it. The run folder is runs/slurm-JOB, or --output_dir.
+# sbatch flags override the settings above: `sbatch --nodes=4 --gpus-per-node=4 --partition=a100 slurm/train.sh`.
+# Five minutes before the time limit, all processes save a checkpoint and stop, and the job is requeued. It then resumes
+# from the checkpoint. The run folder is runs/slurm-JOB, or --output_dir.
 #
-# In an array (`sbatch --array=1-5 slurm/train.sh`) each task has a folder of its own, and its number for a seed. With
-# @FILE among the flags, the line of FILE with its number is put there instead, with quotes as a shell has them.
+# In an array (`sbatch --array=1-5 slurm/train.sh`), each task has a separate run folder and takes its number as seed.
+# A flag @FILE is replaced by the flags in the line of FILE that has the task number; quotes work as in a shell.
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?is not there: start with sbatch slurm/train.sh}"
@@ -30,7 +30,8 @@ mistake() {
     exit 2
 }
 
-# The flags in line NUMBER of FILE, one a line. The file may have Windows line ends, a byte order mark and quotes.
+# Print the flags in line NUMBER of FILE, one per line. The file may have Windows line ends, a byte order mark and
+# quotes.
 flags_in_line() {
     python - "$@" <<'END'
 import shlex, sys
@@ -44,15 +45,15 @@ except ValueError as error:
     sys.exit(f"error: @{name}: line {number} cannot be read ({error})")
 if not words:
     sys.exit(f"error: @{name}: there is no line {number}, or it is empty")
-# the mark behind them keeps an empty last one
+# The final mark preserves an empty last flag.
 print(*words, "end", sep="\n")
 END
 }
 
-# each flag, the line of a file for one that is @FILE
+# Collect the flags; replace @FILE by a line of FILE.
 index=${SLURM_ARRAY_TASK_ID:-}
 given=()
-# a run that is resumed keeps its own seed
+# A resumed run keeps its seed.
 [[ -z $index || " $*" == *" @"* || " $*" == *" --resume"* ]] || given=(--seed "$index")
 for flag; do
     if [[ $flag == @* ]]; then
@@ -65,7 +66,7 @@ for flag; do
     fi
 done
 
-# where the run is, which is the last word on it among the flags
+# Find the run folder; the last flag that names it wins.
 folder=runs/slurm-$job
 verb=--output_dir
 flags=()
@@ -76,35 +77,35 @@ for ((i = 0; i < ${#given[@]}; i++)); do
         *) flags+=("${given[i]}") ;;
     esac
 done
-# begun before this job was put back into the queue
+# The run began before this job was requeued.
 if ((${SLURM_RESTART_COUNT:-0})) && [[ -e $folder/config.json ]]; then
     verb=--resume
 fi
 keep_caches_in "$folder/caches"
-# how the run ended before says nothing about this time, but stays if the run cannot begin
+# An old outcome must not be taken for the result of this job. The file stays in case the run cannot begin.
 began=$folder/caches/began-$SLURM_JOB_ID
 touch "$began"
 outcome() { [[ ! $folder/outcome.json -nt $began ]] || cat "$folder/outcome.json"; }
 
-# srun hands the signal on to all processes
+# srun forwards the signal to all processes.
 is_asked=0
 processes=
 trap 'is_asked=1; [[ -z $processes ]] || kill -USR1 "$processes"' USR1
-# sent with SIGTERM to the processes where SLURM itself ends the job, and knows whether it comes back. Not to stay until
-# srun is gone would leave one behind that ends the processes of the job that came back
+# SLURM sends SIGTERM to the job and its processes when it ends the job itself; SLURM then decides about a requeue. The
+# script must wait for srun: a remaining srun would end the processes of the requeued job.
 is_ended=0
 trap 'is_ended=1' TERM
 
 "${everywhere[@]}" bash slurm/process.sh launch/train.py "${flags[@]}" "$verb" "$folder" &
 processes=$!
-# a signal ends the waiting, not the processes
+# A signal interrupts `wait`, but does not end the processes.
 while
     code=0
     wait "$processes" || code=$?
     kill -0 "$processes" 2>/dev/null
 do :; done
 
-# srun gives the code of the process that ended worst, which may be one that it ended itself; the run knows better
+# srun returns the worst exit code, which may come from a process that srun killed. The run's outcome.json is exact.
 said=$(outcome | sed -n 's/.*"code": \([0-9]*\).*/\1/p')
 code=${said:-$code}
 
@@ -116,7 +117,7 @@ goes_on() {
     ((!is_ended)) || return 1
     case $code in
         0 | 2) return 1 ;;
-        # whoever made a stop file does not want it to come back
+        # A user who creates a stop file does not want a requeue.
         75) ! outcome | grep -q '"reason": "the stop file"' ;;
         *) ((is_asked)) || ! every_node_answers ;;
     esac
@@ -124,7 +125,7 @@ goes_on() {
 
 if goes_on; then
     echo "job $job goes back into the queue; the run goes on in $folder"
-    # the last thing that is done: SLURM ends what the job still runs
+    # Requeue last: SLURM ends everything that the job still runs.
     scontrol requeue "$job"
 fi
 exit "$code"

@@ -1,4 +1,4 @@
-"""From tokenised documents to batches, in an order that follows from the seed and the step alone.
+"""Collate tokenised documents into batches, in an order that depends only on the seed and the step.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -21,9 +21,9 @@ from recurrent_bart.recurrence.segmentation import pad_segments, split_into_segm
 
 @dataclass(frozen=True)
 class SegmentSizes:
-    """How documents are cut, with names and meanings of RecurrentBartConfig.
+    """Segmentation settings, named as in RecurrentBartConfig.
 
-    `max_n_segments` is the cap for these documents, which in evaluation may be another than in training.
+    Training and evaluation may use different values of `max_n_segments`.
     """
 
     segment_size: int
@@ -33,13 +33,13 @@ class SegmentSizes:
 
 @dataclass
 class Batch:
-    """Documents for one forward pass.
+    """Input of one forward pass.
 
     Attributes:
         input_ids: `(B, N, L)`.
-        attention_mask: `(B, N, L)`, 1 at tokens.
-        labels: `(B, T)` for the document task, `(B, N, T)` for sections; -100 where there is no target.
-        indices: Which documents of the corpus these are.
+        attention_mask: `(B, N, L)`, 1 at tokens, 0 at padding.
+        labels: `(B, T)` for the document task, `(B, N, T)` for the section task; -100 at ignored positions.
+        indices: Row of each document in the corpus.
     """
 
     input_ids: Tensor
@@ -48,35 +48,35 @@ class Batch:
     indices: list[int]
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Arguments of the model's forward; what it decides by stays on the host, so that it waits for no device."""
+        """Return the arguments of the model's forward.
+
+        Only `input_ids` moves to the device: the model branches on the mask and labels, and must not wait for a copy
+        from the GPU.
+        """
         ids = to_device(self.input_ids, device)
         return {"input_ids": ids, "attention_mask": self.attention_mask, "labels": self.labels}
 
     def pin_memory(self) -> "Batch":
-        """The same in memory that a GPU copies from while the processor goes on; DataLoader calls it."""
+        """Return the batch in pinned CPU memory, for asynchronous copies to a GPU; the DataLoader calls this method."""
         tensors = {name: getattr(self, name).pin_memory() for name in ("input_ids", "attention_mask", "labels")}
         return replace(self, **tensors)
 
     def n_targets(self) -> int:
-        """Number of target tokens."""
+        """Return the number of target tokens."""
         return int((self.labels != IGNORED).sum())
 
     def n_tokens(self) -> int:
-        """Number of document tokens, special tokens included, padding not."""
+        """Return the number of document tokens; special tokens count, padding does not."""
         return int(self.attention_mask.sum())
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Cuts documents into segments and pads them to one shape.
+    """Callable that cuts documents into segments and pads them to one shape.
 
-    Attributes:
-        task: `"document"`: one target per document; `"sections"`: a section's target belongs to its last segment.
-        sizes: How documents are cut.
-        leading: Special tokens in front of each segment and each target.
-        trailing: Special tokens behind them.
-        pad_token_id: Id at padding.
-        max_target_length: Longer targets are cut.
+    For task `"document"`, a document has one target. For `"sections"`, each section's target is at its last segment.
+    `leading` and `trailing` are ids of special tokens around each segment and target. `max_target_length` is in tokens,
+    special tokens included.
     """
 
     task: str
@@ -91,9 +91,9 @@ class Collator:
             raise ValueError(f"task={self.task!r}: allowed are {', '.join(map(repr, TASKS))}")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        """Batch of rows of `load_corpus`, each with its `index` in the corpus.
+        """Collate rows of `load_corpus`, each with its `index` in the corpus.
 
-        A row may have a `max_n_segments` of its own, for a curriculum.
+        The field `max_n_segments` of a row, if present, replaces the value of `sizes`; a curriculum sets it.
         """
         documents = [self._named_segments(row) for row in rows]
         labels: list[Any] = [targets for _, targets in documents]
@@ -112,14 +112,14 @@ class Collator:
     def _named_segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
         try:
             return self.segments(row)
-        # what a damaged cache may hold is open
+        # A damaged cache can raise any exception.
         except Exception as error:
             raise ValueError(f"document {row.get('id')!r}: {error}") from error
 
     def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
-        """One document's segments, and the target of each, empty where it has none.
+        """Return a document's segments and the target of each segment; `[]` marks a segment without a target.
 
-        A document is cut after `max_n_segments`. The section that the cut goes through keeps its target.
+        The document is cut after `max_n_segments`. A section that is cut in the middle keeps its target.
         """
         segments: list[list[int]] = []
         targets: list[list[int]] = []
@@ -141,7 +141,7 @@ class Collator:
         return segments, targets
 
     def target(self, summary: list[int]) -> list[int]:
-        """Labels of a target: its tokens with the special ones around them, as BART was pretrained."""
+        """Return the target's tokens between the special tokens, as in BART's pretraining."""
         if not summary:
             return []
         room = self.max_target_length - len(self.leading) - len(self.trailing)
@@ -150,17 +150,17 @@ class Collator:
 
 @dataclass
 class DocumentPlan:
-    """What of a corpus is read, known from lengths alone.
+    """Documents to read, planned from token counts only.
 
     Attributes:
-        indices: Documents that have a target in the part that is read.
-        n_segments: Number of segments of each of them.
-        n_least: Likewise, up to where it has its first target; cut before that, it would have none.
-        n_cut: How many of them are longer than is read.
-        n_left_out: Documents without a target in the part that is read.
-        n_targets: Targets of all documents, in any part of them.
-        n_unread_targets: Targets behind the part that is read.
-        n_cut_targets: Targets that are read, and are longer than a target may be.
+        indices: Documents with a target before the cut.
+        n_segments: Number of segments that are read, for each document of `indices`.
+        n_least: Minimum number of segments that still contains a target, for each document of `indices`.
+        n_cut: Number of documents of `indices` that are cut.
+        n_left_out: Number of documents without a target before the cut.
+        n_targets: Number of targets in the whole documents.
+        n_unread_targets: Number of targets after the cut.
+        n_cut_targets: Number of read targets that exceed the maximum target length.
     """
 
     indices: list[int]
@@ -180,17 +180,11 @@ def plan_documents(
     n_special: int,
     max_target_length: int | None = None,
 ) -> DocumentPlan:
-    """Count the segments and targets of each document, without making any.
+    """Count the segments and targets of each document without building them.
 
-    Args:
-        section_lengths: Tokens of each section of each document, special ones not counted.
-        summary_lengths: Likewise of each section's target; 0 where there is none.
-        sizes: How documents are cut.
-        n_special: Special tokens of a segment, and of a target.
-        max_target_length: Tokens after which a target is cut; None: it is not.
-
-    Raises:
-        ValueError: A segment has no room for text.
+    Lengths are in tokens without the `n_special` special tokens of each segment and target. A summary length of 0 marks
+    a
+    section without a target. Raises ValueError if the special tokens fill the whole segment.
     """
     room = sizes.segment_size - n_special
     if room < 1:
@@ -212,20 +206,20 @@ def plan_documents(
             continue
         plan.indices.append(index)
         plan.n_segments.append(min(total, cap))
-        # a section that a cut goes through keeps its target
+        # A section that is cut in the middle keeps its target.
         plan.n_least.append(with_target[0] + 1)
         plan.n_cut += total > cap
     return plan
 
 
 class DocumentOrder(ABC):
-    """Which documents each step reads: all of them in a new order every time round, without end.
+    """Order in which documents are read: an endless sequence of epochs, each in a new order.
 
     Args:
         n_segments: Number of segments of each document.
-        seed: Of the order.
-        first_step: A step whose place in the order is known.
-        first_document: Documents read before it.
+        seed: Seed of the order.
+        first_step: Step whose position in the order is known.
+        first_document: Number of documents read before `first_step`.
     """
 
     def __init__(self, n_segments: Sequence[int], seed: int, first_step: int = 0, first_document: int = 0):
@@ -234,21 +228,21 @@ class DocumentOrder(ABC):
 
     @abstractmethod
     def documents_before(self, step: int) -> int:
-        """How many documents are read before a step, counted from 0."""
+        """Return the number of documents read before `step`; steps count from 0."""
 
     @abstractmethod
     def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
-        """Documents of an optimizer step, counted from 0: of each micro-batch, those of each process.
+        """Return the documents of optimizer step `step`, by micro-batch and rank.
 
-        Neighbours in length go to the same micro-batch of different processes, so that no process waits long.
+        Documents of similar length go to the same micro-batch on different ranks, so that no rank waits long.
         """
 
     def epoch(self, step: int) -> float:
-        """How many times every document has been read after `step` optimizer steps."""
+        """Return the number of epochs completed after `step` optimizer steps, as a fraction."""
         return self.documents_before(step) / len(self.n_segments)
 
     def padding(self, n_steps: int, world_size: int, accumulation: int) -> float:
-        """Share of the segments of some steps, from the first known one on, that hold no text."""
+        """Return the share of padding segments (0 to 1) in the `n_steps` steps from `first_step` on."""
         steps = range(self.first_step, self.first_step + n_steps)
         parts = itertools.chain.from_iterable(self.micro_batches(step, world_size, accumulation) for step in steps)
         batches = [self.n_segments[documents] for part in parts for documents in part]
@@ -256,29 +250,24 @@ class DocumentOrder(ABC):
         return 1 - sum(int(lengths.sum()) for lengths in batches) / n_computed
 
     def permutation(self, n: int, purpose: str, number: int) -> Tensor:
-        """Numbers below `n` in an order that nothing but the seed and the two names of the draw decide."""
-        # a generator of its own for each use: no draw depends on how many came before. It reads 32 bits of its seed
-        # and no more, so all that it must differ by is hashed into those
+        """Return a permutation of `range(n)` that depends only on the seed, `purpose` and `number`."""
+        # Each call has its own generator, so no draw depends on the number of draws before it. The generator uses only
+        # 32 bits of its seed, so the key is hashed to 32 bits.
         digest = hashlib.sha256(f"{self.seed} {purpose} {number}".encode()).digest()
         return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4])))
 
 
 class BatchOrder(DocumentOrder):
-    """Batches of ever the same number of documents.
+    """Order with a fixed number of documents per optimizer step.
 
-    Of every `pool` batches the documents are sorted by their number of segments, so that a batch has little padding,
-    and the batches are shuffled. This sequence of documents depends on the seed and the size of its batches alone.
-    Steps take from it as many as they need, so a run that goes on with steps of another size repeats and leaves out
-    none.
+    The documents of `pool` batches are sorted by their number of segments, which reduces padding; then the batches are
+    shuffled. The sequence depends only on the seed and `unit`. A resumed run with another `global_batch` continues the
+    sequence: it repeats no document and skips none.
 
-    Args:
-        n_segments: Number of segments of each document.
-        global_batch: Documents of one optimizer step, over all processes and accumulation steps.
-        seed: Of the order.
-        pool: Number of batches sorted together, at most.
-        unit: Documents of one batch of the sequence; `global_batch` if not given.
-        first_step: A step whose place in the sequence is known.
-        first_document: Documents read before it.
+    Args (see also `DocumentOrder`):
+        global_batch: Documents of one optimizer step, over all ranks and accumulation steps.
+        pool: Maximum number of batches that are sorted together.
+        unit: Documents of one batch of the sequence; default: `global_batch`.
     """
 
     def __init__(
@@ -293,22 +282,22 @@ class BatchOrder(DocumentOrder):
     ):
         super().__init__(n_segments, seed, first_step, first_document)
         self.global_batch, self.unit = global_batch, unit or global_batch
-        # no larger than a round, or a document would often stand beside itself
+        # A pool of more than one epoch would often put a document twice into one batch.
         self.pool = max(1, min(pool, len(n_segments) // self.unit))
 
     def documents_before(self, step: int) -> int:
-        """As many as all steps before have."""
+        """Return the number of documents in all earlier steps."""
         return self.first_document + (step - self.first_step) * self.global_batch
 
     def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
-        """Parts of one size, in order of length; every process has its turn in each."""
+        """Split the sorted documents into micro-batches of one size; deal each micro-batch out to the ranks in turn."""
         documents = self.step_indices(step)
         size = len(documents) // accumulation
         parts = [documents[micro * size : (micro + 1) * size] for micro in range(accumulation)]
         return [[part[rank::world_size] for rank in range(world_size)] for part in parts]
 
     def step_indices(self, step: int) -> list[int]:
-        """Documents of an optimizer step, counted from 0, those with the fewest segments first."""
+        """Return the documents of optimizer step `step` by increasing number of segments; steps count from 0."""
         first = self.documents_before(step)
         last = first + self.global_batch
         units = [self._unit(number) for number in range(first // self.unit, -(-last // self.unit))]
@@ -317,7 +306,6 @@ class BatchOrder(DocumentOrder):
         return documents[self.n_segments[documents].argsort(stable=True)].tolist()
 
     def _unit(self, number: int) -> Tensor:
-        """A batch of the sequence."""
         pool_index, place = divmod(number, self.pool)
         size = self.pool * self.unit
         documents = self._documents(pool_index * size, size)
@@ -325,7 +313,7 @@ class BatchOrder(DocumentOrder):
         return by_length.view(self.pool, self.unit)[self.permutation(self.pool, "pool", pool_index)[place]]
 
     def _documents(self, first: int, count: int) -> Tensor:
-        """Places `first` to `first + count` of the endless rounds through the documents."""
+        """Return elements `first` to `first + count` of the concatenated epochs."""
         n_documents = len(self.n_segments)
         first_round, last_round = first // n_documents, (first + count - 1) // n_documents
         rounds = [self.permutation(n_documents, "round", number) for number in range(first_round, last_round + 1)]
@@ -334,15 +322,7 @@ class BatchOrder(DocumentOrder):
 
 
 class RankBatches:
-    """The micro-batches of one process from a step on, without end, as lists of document indices.
-
-    Args:
-        order: The order of all documents.
-        first_step: Optimizer step to begin with.
-        rank: This process.
-        world_size: Number of processes.
-        accumulation: Micro-batches of a process in one optimizer step.
-    """
+    """Endless batch sampler of one rank: the document indices of each micro-batch from `first_step` on."""
 
     def __init__(self, order: DocumentOrder, first_step: int, rank: int, world_size: int, accumulation: int):
         self.order, self.first_step, self.accumulation = order, first_step, accumulation

@@ -1,4 +1,4 @@
-"""Tokenised documents: made once, kept in a cache, read from disk as they are needed."""
+"""Tokenised documents: tokenised once, cached on disk, memory-mapped during training."""
 
 import contextlib
 import hashlib
@@ -18,13 +18,13 @@ from recurrent_bart.data.rows import Columns, Row, refuse
 from recurrent_bart.data.sources import Source
 from recurrent_bart.data.text_encoder import TextEncoder
 
-# raised when what is written changes
+# Increase the version when the format of the cache changes.
 CACHE_VERSION = 3
-# the other fields of a Corpus
+# JSON file with the fields of `Corpus` except `rows`.
 ABOUT = "about.json"
-# documents tokenised in one call, in parallel by the tokenizer's own threads
+# Documents per tokenizer call; a fast tokenizer processes them in parallel threads.
 BATCH = 64
-# arguments of slow tokenizers that change no id of a text
+# Arguments of slow tokenizers that do not change the ids of a text.
 NO_SETTINGS = {
     "added_tokens_decoder",
     "additional_special_tokens",
@@ -56,11 +56,10 @@ SCHEMA = pa.schema(
 class Corpus(NamedTuple):
     """Tokenised documents of a source.
 
-    Attributes:
-        rows: Each with `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, and in tokens
-            `section_lengths` and `summary_lengths`.
-        skipped: Why other documents were passed over, if the source passes over any.
-        fingerprint: Hash of the texts and their order, whatever the tokenizer.
+    The rows have `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, `section_lengths` and
+    `summary_lengths` (tokens). `skipped` has the reason for each skipped document. `fingerprint` is a hash of the texts
+    and
+    their order; it does not depend on the tokenizer.
     """
 
     rows: Dataset
@@ -76,18 +75,12 @@ def load_corpus(
     cache_dir: Path,
     say: Callable[[str], None] = lambda text: None,
 ) -> Corpus:
-    """Return the tokenised documents of a source, from the cache or made and put there.
+    """Load the tokenised documents of a source from the cache; tokenise and cache them if they are missing.
 
-    Args:
-        source: Documents of one split.
-        task: `"document"` or `"sections"`.
-        columns: Which fields of a record are read.
-        tokenizer: What makes ids of texts.
-        cache_dir: Folder of the cache.
-        say: Told before something begins that may take long.
+    `say` receives a message before a slow operation.
 
     Raises:
-        ValueError: A document is unusable; the message says where it stands. Nothing is left in the cache then.
+        ValueError: A document is unusable; the message gives its file and line. The cache is unchanged.
     """
     key = fingerprint(CACHE_VERSION, source.identity(), task, vars(columns), tokenizer_identity(tokenizer))
     folder = cache_dir / "corpora" / key
@@ -112,10 +105,7 @@ def write_corpus(
     path: Path,
     on_bad: Callable[[ValueError], None] = refuse,
 ) -> str:
-    """Tokenise documents into an Arrow file, and return a hash of their texts.
-
-    If `on_bad` does not raise, documents without a token are passed over.
-    """
+    """Tokenise documents into an Arrow file, skip documents without tokens if `on_bad` returns, and hash the texts."""
     rows, encoder, texts = iter(rows), TextEncoder(tokenizer), hashlib.sha256()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
@@ -148,10 +138,10 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all that decides which ids a text becomes, wherever the tokenizer's files are."""
+    """Return a hash of all settings that decide the ids of a text; the path of the tokenizer does not count."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         return fingerprint(tokenizer.backend_tokenizer.to_str())
-    # files of vocabularies, by what they hold
+    # Hash vocabulary files by content, not by path.
     files = [str(tokenizer.init_kwargs.get(name)) for name in sorted(tokenizer.vocab_files_names)]
     hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()]
     settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if _is_setting(name, value)}
@@ -161,26 +151,24 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    """Return True if an argument of a slow tokenizer decides ids, and is not where it was loaded from, or a token."""
     is_path = name.endswith(("_file", "_path")) or (isinstance(value, str) and Path(value).is_absolute())
     return value is not None and not is_path and name not in NO_SETTINGS and not name.endswith("_token")
 
 
 def fingerprint(*parts: Any) -> str:
-    """Short hash of JSON-like values."""
+    """Return the first 16 hex digits of the SHA-256 of JSON-serialisable values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
-    """Give a folder to write into, which appears under its name only when it is complete.
+    """Create a temporary folder; rename it to `folder` at the end of the block, so that `folder` is complete.
 
-    Args:
-        folder: Its name. Of several processes that write the same one, the last to end is dropped.
-        replaces: What stands under the name already makes way instead.
+    If several processes write one folder, the first to finish wins. With `replaces`, the new folder replaces an old
+    one.
 
     Raises:
-        ValueError: The place cannot be written.
+        ValueError: The parent folder is not writable.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +178,7 @@ def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
     old = draft.with_name(draft.name + ".old")
     try:
         yield draft
-        # mkdtemp lets nobody else read
+        # mkdtemp creates the folder readable only by its owner.
         draft.chmod(0o755)
         if replaces and folder.exists():
             folder.rename(old)
@@ -204,13 +192,13 @@ def _rename_unless_there(draft: Path, folder: Path) -> None:
     try:
         draft.rename(folder)
     except OSError:
-        # another process was first, or the place is lost
+        # Another process renamed its folder first, or the disk failed.
         if not folder.is_dir():
             raise
 
 
 def texts_of(rows: Iterable[Row]) -> Iterator[str]:
-    """All texts of documents, for training a tokenizer."""
+    """Yield all texts of documents, to train a tokenizer on."""
     for row in rows:
         yield from row.sections
         yield from row.summaries

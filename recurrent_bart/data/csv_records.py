@@ -1,4 +1,4 @@
-"""Records of a CSV file, and a strict check that its rows are the rows that were meant."""
+"""Reader for CSV files that detects missing quotes."""
 
 import csv
 import re
@@ -9,34 +9,26 @@ from typing import Any
 from recurrent_bart.data.rows import refuse
 from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
 
-# a comma with text on both sides and not within a number: in prose a space follows a comma
+# A comma with text on both sides, outside of numbers. In prose, a space follows a comma.
 TIGHT_COMMA = re.compile(r"(?<=[^\s,]),(?=[^\s,\d])|(?<=[^\s,\d]),(?=\d)")
 REMEDY = 'a field with a comma, quote or line end needs "..." around it, and each quote in it twice: ""'
 
 
 class CsvRows:
-    """The rows of a CSV file, with the lines that each row stands on.
-
-    Args:
-        lines: Lines of the file, with their ends.
-    """
+    """Iterator over the rows of a CSV file that knows the raw lines of the last row."""
 
     def __init__(self, lines: Iterator[str]):
         self._lines, self.raw = lines, list[str]()
-        # strict: text after a closing quote and a quote that never closes are errors
+        # strict=True: text after a closing quote and a quote without its end are errors.
         self.reader = csv.reader(self._taken(), strict=True)
 
     @property
     def line(self) -> int:
-        """First line of the last row, counted from 1."""
+        """Number of the last row's first line, counted from 1."""
         return self.reader.line_num - len(self.raw) + 1
 
     def next_row(self) -> list[str] | None:
-        """Read a row that is not blank; None at the end of the file.
-
-        Raises:
-            csv.Error: The quotes of the row are wrong.
-        """
+        """Return the next row that is not blank, or None at the end of the file; raise csv.Error for wrong quotes."""
         row: list[str] | None = []
         while not row and row is not None:
             self.raw.clear()
@@ -52,17 +44,10 @@ class CsvRows:
 def csv_records(
     path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the records, each with its file and line for messages.
+    """Yield the records, each with its `file:line`; the first row names the columns.
 
-    Args:
-        path: The file; its first row names the columns.
-        on_bad: Called for each row that can be skipped. If it does not raise, the next row is read.
-        encoding: Of the file.
-
-    Raises:
-        ValueError: A row does not have one field for each column, a quote is missing or in the wrong place, or two
-            columns have one name. A faulty row of several lines is always an error: nobody can tell where the next
-            row begins.
+    If `on_bad` returns, the faulty row is skipped. A wrong number of fields, a wrong quote and equal column names raise
+    ValueError. A faulty row of several lines always raises: the start of the next row is unknown.
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path, encoding, newline="") as file:
@@ -80,7 +65,7 @@ def csv_records(
 def _row(
     rows: CsvRows, path: Path, encoding: str, on_bad: Callable[[ValueError], None], n_columns: int | None = None
 ) -> list[str] | None:
-    """Return the next row; an empty one if it was faulty and skipped, None at the end of the file."""
+    """Return the next row, `[]` for a skipped faulty row, or None at the end of the file."""
     try:
         row = rows.next_row()
         if row is not None:
@@ -96,7 +81,6 @@ def _row(
 
 
 def _explain(error: csv.Error, line: int) -> str:
-    """Say what is wrong with the quotes of a row that ends on a line."""
     if "unexpected end of data" in str(error):
         return f"a quote is opened and never closed, up to line {line}; {REMEDY}"
     return f"text follows the closing quote of a field, on line {line} ({error}); {REMEDY}"
@@ -113,7 +97,6 @@ def _check_row(row: list[str], raw: list[str], n_columns: int) -> None:
 
 
 def _is_row(line: str, n_columns: int) -> bool:
-    """Return True if a line without its quotes has as many fields as there are columns."""
     return len(TIGHT_COMMA.findall(line.replace('"', ""))) == n_columns - 1
 
 

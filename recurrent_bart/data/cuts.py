@@ -1,4 +1,4 @@
-"""What of a split's documents and targets is not read, for the user to see."""
+"""Messages about documents and targets that are cut to fit the model."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from recurrent_bart.data.batches import Collator, DocumentPlan
 
 
 def describe_cuts(split: str, plan: DocumentPlan, collator: Collator) -> Iterator[str]:
-    """Yield a line for each kind of cut: how many documents or targets are cut, and the flag that changes it."""
+    """Yield a line for each kind of cut: the number of documents or targets, and the flag that changes the limit."""
     cap = collator.sizes.max_n_segments
     n_documents = len(plan.indices) + plan.n_left_out
     if plan.n_cut:

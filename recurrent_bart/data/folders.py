@@ -1,4 +1,4 @@
-"""What a data set's folder holds: files and folders by split, and texts with their summaries."""
+"""Search of a data set's folder: files and folders by split, and texts with their summaries."""
 
 import os
 import re
@@ -6,25 +6,25 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# names of a split, in any case
+# Folder and file names of each split; upper and lower case are equal.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
 SPLIT_OF_NAME = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-# such as train, train_2, train-00000-of-00002
+# Examples: train, train_2, train-00000-of-00002.
 SPLIT_STEM = re.compile(rf"(?i)({'|'.join(SPLIT_OF_NAME)})(?:[-_ ]?(\d+)(?:-of-(\d+))?)?")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEXT = re.compile(r"(?i)(.+?)(\.summary)?\.txt")
-# files that describe a data set
+# Files that describe a data set.
 ABOUT = re.compile(r"(?i)(readme|licen[cs]e|citation|dataset_infos?\b).*")
-# names in a message
+# Maximum number of file names in a message.
 N_NAMED = 5
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the suffix that says how a file is read, in small letters; None if no reader knows it."""
+    """Return the file type as a lower-case suffix, or None if no reader supports the file."""
     name = path.name.lower()
     if name.endswith(".jsonl.gz"):
         return ".jsonl"
@@ -33,13 +33,9 @@ def kind_of(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class SplitPath:
-    """A file or folder whose name says which split it is of.
+    """File or folder that belongs to a split by its name, in lower case.
 
-    Attributes:
-        path: Where it is.
-        name: Name of the split, as it is spelled there.
-        number: Of a file among several; -1 if it has none.
-        total: Number of files that the name gives.
+    `number` and `total` come from names like train-00000-of-00002; `number` is -1 if the name has none.
     """
 
     path: Path
@@ -49,7 +45,7 @@ class SplitPath:
 
     @classmethod
     def parse(cls, path: Path) -> "SplitPath | None":
-        """Return what a path's name says; None if it names no split or if nothing reads the file."""
+        """Parse a file name; return None if it names no split or if no reader supports the file."""
         stem = SPLIT_STEM.fullmatch(path.name.split(".")[0])
         if stem is None or not (path.is_dir() or kind_of(path)):
             return None
@@ -57,11 +53,7 @@ class SplitPath:
 
 
 def find_splits(folder: Path) -> tuple[dict[str, tuple[Path, ...]], tuple[str, ...]]:
-    """Find the paths of each split in a folder, in order of their numbers, and the notes on what is not read.
-
-    Raises:
-        ValueError: A split has several paths that are not numbered files of one kind, or one of them is missing.
-    """
+    """Find the paths of each split by number, and a note per ignored file; raise ValueError if a split is ambiguous."""
     found: dict[str, list[SplitPath]] = {}
     left = []
     for path in sorted(folder.iterdir()):
@@ -93,14 +85,14 @@ def _not_read(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
 
 
 def name_some(names: list[str]) -> str:
-    """Return the first names, and the number of all of them."""
+    """Join the first names, and add the number of the remaining names."""
     more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
     return ", ".join(names[:N_NAMED]) + more
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """A summary's file with the file of its text; None if there is no text."""
+    """File of a summary and file of its text; None marks a missing text."""
 
     name: str
     summary: Path
@@ -108,9 +100,9 @@ class TextPair:
 
 
 def find_texts(folder: Path) -> tuple[list[TextPair], tuple[str, ...]]:
-    """Find all texts with a summary in a folder and the folders in it, and the notes on what is not read.
+    """Find all texts with a summary in a folder and its subfolders, and a note for each ignored file.
 
-    Links to folders are followed; a folder that is reached twice is read once.
+    Symbolic links to folders are followed; each folder is read once.
     """
     texts: dict[str, Path] = {}
     summaries: dict[str, Path] = {}
@@ -135,7 +127,6 @@ def _left_out(folder: Path, without_summary: list[str], others: list[str]) -> It
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """List all files, following links to folders."""
     seen = set()
     for root, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         if os.path.realpath(root) in seen:

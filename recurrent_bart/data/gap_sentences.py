@@ -1,7 +1,9 @@
-"""Targets made of a document's own sentences, for where there are few summaries to learn to read from.
+"""Training targets made of a document's own sentences, for data sets with few summaries.
 
-PEGASUS (Zhang et al. 2020, arXiv 1912.08777) takes the sentences that are most like the rest of a document out of it
-and asks for them. Here half of the texts leave them in: to find and copy is learnt before to fill in.
+PEGASUS (Zhang et al. 2020, arXiv 1912.08777) removes the sentences that are most similar to the rest of the document;
+the
+model generates them. Here half of the texts keep these sentences: a model learns to copy sentences before it learns to
+fill gaps.
 """
 
 import itertools
@@ -13,32 +15,32 @@ from dataclasses import dataclass
 from recurrent_bart.data.rows import Row
 from recurrent_bart.data.words import SENTENCE_END, words
 
-# In the place of a sentence that was taken out, for the mask token. Half of a character, which no document holds: a
-# document may say "<mask>".
+# Placeholder of a removed sentence; the encoder replaces it by the mask token. A lone surrogate occurs in no document,
+# but "<mask>" may.
 GAP = "\ud800"
-# what a text begins with, for a summary of its own is wanted where it begins with neither
+# First word of the text. It tells the model the task; a text with an ordinary summary has no first word of this kind.
 KEPT, TAKEN = "extract: ", "gaps: "
-# of each text, a little more or less
+# Approximate length of a target in words.
 TARGET_WORDS = 60
-# shorter sentences are headings and the like, longer ones no sentences
+# Shorter sentences are often headings. Longer ones are often not sentences.
 SENTENCE_WORDS = range(8, 61)
-# of a piece of a section: less than a segment of 512 tokens
+# Range of the length of a piece in words: less than a segment of 512 tokens.
 PIECE_WORDS = (220, 300)
-# of a document, from anywhere in it: as many as are likely to be read together
+# Maximum number of consecutive pieces that form one document.
 MOST_PIECES = 16
-# how much the best sentences are preferred to the next ones, so that another time others are taken
+# Lower limit of the random factor on a sentence's score; randomness selects other sentences in each row.
 LEAST_WEIGHT = 0.8
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One of a document.
+    """Sentence of a document.
 
     Attributes:
-        text: As it stands, and what is between it and the next one.
-        n_words: How many.
-        value: Share of its words that the rest of the document has too, as often (ROUGE-1's precision); 0 where it is
-            not to be taken. The F-measure, by which PEGASUS goes, would be highest for the longest of a long document.
+        text: Sentence with the white space after it.
+        n_words: Number of words.
+        value: ROUGE-1 precision of the sentence against the rest of the document (0 to 1); 0 excludes the sentence.
+            PEGASUS uses the F-measure, which always prefers the longest sentence of a long document.
     """
 
     text: str
@@ -47,19 +49,18 @@ class Sentence:
 
 
 def gap_sentence_rows(row: Row, n_rows: int, task: str) -> Iterator[Row]:
-    """The document again, with other targets each time; a third of the rows has it whole, the others have its pieces.
+    """Yield up to `n_rows` copies of a document with different targets; the document's own summaries are not used.
 
-    Args:
-        row: A document; its summaries are not used.
-        n_rows: How many, at most: one with no sentence to take gives none.
-        task: `"sections"`, or `"document"`, of which all rows have it whole, for it has one target.
+    For the section task, a third of the rows has the whole document, the rest has pieces. For the document task, all
+    rows
+    have the whole document. A document without a usable sentence yields no row.
     """
     sections = _sentences(row.sections)
     for number in range(n_rows):
-        # the same ones wherever and whenever they are made
+        # The draw depends only on the document and the row number, so each run makes the same rows.
         draw = random.Random(f"{row.key()} {number}")
         if task == "document" or number % 3 == 0:
-            # whole ones are asked for what they keep where there is a target for each section
+            # A whole document of the section task always keeps the sentences of its targets.
             made = [_ask(texts, draw, is_kept=task == "sections" or draw.random() < 0.5) for texts in sections]
         else:
             pieces = [piece for texts in sections for piece in _pieces(texts, draw.randint(*PIECE_WORDS))]
@@ -84,7 +85,7 @@ def _sentences(sections: Sequence[str]) -> list[list[Sentence]]:
 
 
 def _with_ends(section: str) -> list[str]:
-    """Its sentences; joined, they are the section."""
+    """Split a section into sentences; joined, they equal the section."""
     ends = [match.end() for match in SENTENCE_END.finditer(section)]
     return [section[start:stop] for start, stop in itertools.pairwise([0, *ends, len(section)]) if start < stop]
 
@@ -107,7 +108,7 @@ def _pieces(sentences: Sequence[Sentence], n_words: int) -> Iterator[list[Senten
 
 
 def _ask(sentences: Sequence[Sentence], draw: random.Random, is_kept: bool) -> tuple[str, str] | None:
-    """A text and its target; None: there is nothing to ask for, or too little would be left to tell it from."""
+    """Return a text and its target, or None if no sentence is usable or the target has over half of the words."""
     order = sorted(
         (number for number, it in enumerate(sentences) if it.value),
         key=lambda number: -sentences[number].value * draw.uniform(LEAST_WEIGHT, 1.0),

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation, where a data set has none of its own."""
+"""Split of training documents into training and validation, for data sets without a validation split."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from recurrent_bart.data.rows import Row, split_of
 
 SPLIT_RULES = ("content", "line")
-# a group of documents: the name that keeps them together, or the digest of their text
+# Node of the union-find: ("group", name) or ("text", digest).
 Node = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How documents are held out.
+    """Rule that selects the validation documents.
 
     Attributes:
-        share: Of the documents, about.
-        rule: `"content"`: by the id or the text. `"line"`: by the id or the line in the file, as older runs did.
+        share: Approximate share of the documents, between 0 and 1.
+        rule: `"content"` selects by id or text; `"line"` selects by id or line number, as older runs did.
     """
 
     share: float = 0.1
@@ -25,23 +25,16 @@ class HeldOut:
 
 
 def split_by_line(row: Row) -> str:
-    """Return the split of a document by its id, or by its file and line."""
+    """Return the split of a document by its id, or by its file and line if it has no id."""
     return "validation" if split_of(row.id) == "validation" else "train"
 
 
 def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[str]:
-    """Return the digests of the texts that are held out: at least one, and never all.
+    """Return the text digests of the validation documents.
 
-    Documents with one text, one id or one group are on the same side. A document's side depends on no other document,
-    unless there are very few.
-
-    Args:
-        rows: All documents.
-        share: Part of the groups that is held out, about.
-        place: Of the documents, for messages.
-
-    Raises:
-        ValueError: All documents belong together.
+    They are about `share` (0 to 1) of all groups: at least one, and never all. Documents with the same text, id or
+    group are on the same side. The side of a document does not depend on other documents, unless there are very few.
+    Raises ValueError if all documents belong to one group.
     """
     groups = _Groups()
     for row in rows:
@@ -59,7 +52,7 @@ def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[s
 
 
 class _Groups:
-    """Documents that belong together, by union-find (Tarjan 1975)."""
+    """Groups of related documents: a union-find structure (Tarjan 1975)."""
 
     def __init__(self) -> None:
         self.parent: dict[Node, Node] = {}
@@ -67,7 +60,7 @@ class _Groups:
     def add(self, row: Row) -> None:
         text = ("text", row.digest())
         first, second = self.root(text), self.root(text if row.group is None else ("group", row.group))
-        # the lesser name, so that the order of documents changes nothing; an id comes before a text
+        # The smaller name becomes the root, so the order of documents has no effect. An id sorts before a text.
         self.parent[max(first, second)] = min(first, second)
 
     def root(self, node: Node) -> Node:
@@ -84,6 +77,6 @@ class _Groups:
 
 
 def _position(name: str) -> float:
-    """Return a number from 0 to 1; below 0.1 it is that of a name for which `split_of` gives "validation"."""
+    """Hash a name to [0, 1); names below 0.1 are exactly the names that `split_of` puts into "validation"."""
     number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     return (number % 10 + number // 10 % 10**6 / 10**6) / 10

@@ -1,4 +1,4 @@
-"""Records of JSON Lines, plain or compressed."""
+"""Reader for JSON Lines files, plain or compressed with gzip."""
 
 import gzip
 import json
@@ -14,15 +14,12 @@ from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
 def jsonl_records(
     path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the records, each with its file and line for messages.
+    """Yield the records, each with its `file:line` for error messages.
 
-    Args:
-        path: The file.
-        on_bad: Called for each line that is no JSON object. If it does not raise, the next line is read.
-        encoding: Of the file.
+    If `on_bad` returns, the faulty line is skipped.
 
     Raises:
-        ValueError: A line is no JSON object, or the file is damaged.
+        ValueError: A line is not a JSON object, or the file is damaged.
     """
     number = 0
     try:
@@ -40,9 +37,9 @@ def jsonl_records(
 
 
 def _record(line: str, encoding: str) -> dict[str, Any] | None:
-    """Return the object of a line; None if the line is blank."""
+    """Parse a line; return None if the line is blank."""
     check_decoded(line, encoding)
-    # files that were joined have a byte order mark in front of later lines too
+    # In concatenated files, later lines can begin with a byte order mark.
     text = line.lstrip("\ufeff")
     if not text.strip():
         return None

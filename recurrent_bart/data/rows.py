@@ -1,4 +1,4 @@
-"""One document with its targets, and what is refused."""
+"""Documents with their targets, and checks of the records that they are made from."""
 
 import hashlib
 import re
@@ -9,20 +9,20 @@ from typing import Any
 
 SPLITS = ("train", "validation", "test")
 TASKS = ("document", "sections")
-# JSON can spell it, no tokenizer takes it
+# Lone surrogates: JSON can encode them, but no tokenizer accepts them.
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A document as it is read: sections in order, and the summary of each.
+    """Document with its sections in order and one summary per section.
 
     Attributes:
-        id: Name in messages and in outputs: the document's own, or its file and line.
-        sections: Texts. For the document task there is one.
-        summaries: Targets, one per section; empty where a section has none.
-        group: Documents of one group are all trained on, or all held out; None: the document is in no group.
-        is_named: The id is the document's own.
+        id: Name in messages and outputs: the record's id, or its file and line.
+        sections: Texts; exactly one for the document task.
+        summaries: Targets, one per section; empty if the section has none.
+        group: Name of a group that is never split between training and validation; None: no group.
+        is_named: True if the record has an id.
     """
 
     id: str
@@ -32,18 +32,18 @@ class Row:
     is_named: bool = True
 
     def digest(self) -> str:
-        """Return a hash of the text, whatever the white space in it."""
+        """Return a hash of the text that ignores differences in white space."""
         text = " ".join("\n".join(self.sections).split())
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def key(self) -> str:
-        """Return a name that does not depend on where the document stands: its own, or the hash of its text."""
+        """Return a name that does not depend on the position in the file: the id, or the hash of the text."""
         return self.id if self.is_named else self.digest()
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the fields of a record. Documents with one value in the field `group` belong together."""
+    """Names of the fields of a record. Documents with the same value in field `group` belong together."""
 
     text: str = "document"
     summary: str = "summary"
@@ -53,19 +53,12 @@ class Columns:
 
 
 def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) -> Row:
-    """Read one record of a file or data set.
+    """Build a document from one record; `place` (file and line) stands in error messages.
 
-    For the document task, a record without the text column but with a list of sections is read as those joined, and
-    likewise its summary.
-
-    Args:
-        record: Fields by name.
-        task: `"document"` or `"sections"`.
-        columns: Which fields to read.
-        place: Where the record stands, for messages.
+    For the document task, a list of sections or summaries is joined if the text column is missing.
 
     Raises:
-        ValueError: A field is missing, empty or of another type.
+        ValueError: A field is missing, empty or of the wrong type.
     """
     given = record.get("id")
     is_named = given is not None and given != ""
@@ -84,17 +77,13 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
 
 
 def refuse(error: ValueError) -> None:
-    """What is done about an unusable document where nothing else is asked for."""
+    """Raise the error: the default treatment of an unusable document."""
     raise error
 
 
 def with_targets(row: Row, place: str) -> Row:
-    """The row, if it has text and something to learn from.
-
-    Raises:
-        ValueError: It has none, or what it has is no text.
-    """
-    # first, for sections that no target follows are not in the row
+    """Return the row; raise ValueError if all texts or summaries are blank, or a text has a lone surrogate."""
+    # Check the summaries first: sections without a following target are already dropped from the row.
     if not any(summary.strip() for summary in row.summaries):
         raise ValueError(f"{place}: no target, the summary is empty")
     if not any(section.strip() for section in row.sections):
@@ -106,7 +95,7 @@ def with_targets(row: Row, place: str) -> Row:
 
 
 def split_of(name: str) -> str:
-    """Split that a document belongs to by its name alone: 8 of 10 train, 1 validation, 1 test."""
+    """Return the split of a document by the hash of its name: 80 % train, 10 % validation, 10 % test."""
     digit = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
     return {0: "validation", 1: "test"}.get(digit, "train")
 
@@ -136,7 +125,7 @@ def _field(record: dict[str, Any], column: str, place: str) -> Any:
 
 
 def _join_untargeted(sections: list[str], summaries: list[str]) -> tuple[list[str], list[str]]:
-    """Join neighbouring sections without a target; drop those that no target follows, for nothing is read of them."""
+    """Join neighbouring sections without a target; drop the sections after the last target, which would not be read."""
     joined = list(_runs(sections, summaries))
     while joined and not joined[-1][1]:
         joined.pop()

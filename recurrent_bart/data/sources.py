@@ -1,4 +1,4 @@
-"""Where documents come from: the embedded corpus, files, folders of texts, data sets by name."""
+"""Sources of documents: the embedded corpus, files, folders of texts, data sets by name."""
 
 import csv
 import functools
@@ -32,15 +32,12 @@ class Source:
 
     Attributes:
         kind: `"stdlib"`, `"file"`, `"folder"` or `"hub"`.
-        place: File, folder, or name of a data set.
-        split: Which of `SPLITS` this is.
-        files: Files to read, one after the other.
+        place: Path of a file or folder, or name of a data set.
         hub_split: Name of the split in the data set.
-        held_out: How documents are held out, if the place has training documents alone.
-        skips_bad: Pass over documents that are unusable.
-        n_made: Rows made of each document's own sentences, behind it.
-        encoding: Of text files.
-        notes: What the place holds and this source does not read, one line each.
+        held_out: Rule for the validation documents, if there is no validation split.
+        skips_bad: True if unusable documents are skipped.
+        n_made: Maximum number of additional rows made of each document's own sentences.
+        notes: One line for each file or split that is not read.
     """
 
     kind: str
@@ -55,7 +52,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
     def identity(self) -> list[Any]:
-        """Return what changes when the documents do, as far as that can be seen without reading them."""
+        """Return values that change with the documents: file sizes and times, versions, settings. Read no document."""
         if self.kind == "hub":
             builder = load_dataset_builder(self.place)
             return [self.kind, self.place, self.hub_split, str(builder.info.version), builder.hash, *self._choices()]
@@ -66,7 +63,6 @@ class Source:
         return [self.split, held_out, self.skips_bad, self.n_made, self.encoding]
 
     def _read(self) -> list[Path]:
-        """List the files that the documents are in."""
         if self.kind == EMBEDDED:
             return sorted(Path(self.place).rglob("*.py"))
         if self.kind == "folder":
@@ -75,16 +71,12 @@ class Source:
         return list(self.files)
 
     def rows(self, task: str, columns: Columns, on_skip: OnBad = lambda error: None) -> Iterator[Row]:
-        """Read the documents in order.
-
-        Args:
-            task: `"document"` or `"sections"`.
-            columns: Which fields of a record are read.
-            on_skip: Called for each document that is passed over, if the source passes over any.
+        """Yield the documents in order; `on_skip` receives the error of each skipped document.
 
         Raises:
-            ValueError: A record is unreadable or has no text or no target, or there is none; the message gives the
-                file and line.
+            ValueError: A record is unreadable or has no text or no target (the message gives file and line), or the
+                split is
+                empty.
         """
         is_empty = True
         if self.held_out is None:
@@ -101,7 +93,7 @@ class Source:
             raise ValueError(f"{self.place}: no documents with a target for --task {task} in split {self.split!r}")
 
     def _split_of_rows(self, task: str, columns: Columns) -> Callable[[Row], str]:
-        """Return the function that gives the split of a document."""
+        """Return a function that maps a document to its split."""
         if self.held_out is None:
             return lambda row: self.split
         if self.held_out.rule == "line":
@@ -111,7 +103,7 @@ class Source:
         return lambda row: "validation" if row.digest() in held_out else "train"
 
     def _all_rows(self, task: str, columns: Columns, on_skip: OnBad) -> Iterator[Row]:
-        """Read the documents of all splits that the place has together."""
+        """Yield the documents of all splits that the files contain."""
         if self.kind == EMBEDDED:
             yield from stdlib_rows(self.split, task)
             return
@@ -128,14 +120,14 @@ class Source:
 
 @functools.lru_cache(maxsize=4)
 def _held_out_texts(source: Source, task: str, columns: Columns, identity: str) -> frozenset[str]:
-    """Read all documents once, for the splits of one source; `identity` makes changed files be read again."""
+    """Select the validation documents once per source; `identity` invalidates the cache after a change of the files."""
     assert source.held_out is not None
     rows = source._all_rows(task, columns, lambda error: None)
     return held_out_texts(rows, source.held_out.share, source.place)
 
 
 def _stamp(file: Path) -> list[Any]:
-    # a link that leads nowhere has a stamp of its own
+    # A broken symbolic link has its own size and time.
     stat = file.stat() if file.exists() else file.lstat()
     return [str(file), stat.st_size, stat.st_mtime_ns]
 
@@ -147,20 +139,15 @@ def find_sources(
     test_file: str | None = None,
     held_out: HeldOut | None = None,
 ) -> dict[str, Source]:
-    """Find the sources of each split that there is.
+    """Find the source of each split; without a validation split, hold out training documents by `held_out`.
 
-    Of a data set without a validation split, some training documents are held out.
-
-    Args:
-        dataset: `"stdlib"`; a file; a folder with files or folders of texts named `train.*`, `validation.*`, `test.*`,
-            or by other names of these splits; a folder of texts; or the name of a data set that `datasets` loads.
-        train_file: A file or folder of texts; it and the next two stand instead of `dataset`.
-        validation_file: The same for validation.
-        test_file: The same for the test.
-        held_out: How documents are held out, if there is no validation split.
+    `dataset` is `"stdlib"`, a file, a folder of texts, a folder with files or folders named `train.*`, `validation.*`,
+    `test.*` or similar, or the name of a data set for `datasets.load_dataset`. If one of the three files is given (each
+    a
+    file or a folder of texts), `dataset` is ignored.
 
     Raises:
-        ValueError: A file does not exist or is of no known kind, or there are no training documents.
+        ValueError: A file does not exist or has an unknown type.
     """
     given = {"train": train_file, "validation": validation_file, "test": test_file}
     if any(given.values()):
@@ -198,7 +185,6 @@ def _with_notes(sources: dict[str, Source], notes: tuple[str, ...]) -> dict[str,
 
 
 def _path_source(paths: tuple[Path, ...], split: str) -> Source:
-    """Build the source of a folder of texts, or of one or several files."""
     path = paths[0]
     if path.is_dir():
         pairs, notes = find_texts(path)
@@ -223,7 +209,7 @@ def _hub_sources(name: str) -> dict[str, Source]:
     found: dict[str, str] = {}
     for hub_split in there:
         split = SPLIT_OF_NAME.get(hub_split.lower())
-        # the split's own name goes before its other names
+        # The split's own name has precedence over its aliases.
         if split and (split not in found or hub_split == split):
             found[split] = hub_split
     left = [hub_split for hub_split in there if hub_split not in found.values()]

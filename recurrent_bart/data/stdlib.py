@@ -1,8 +1,8 @@
-"""The embedded corpus: Python's standard library, which every machine with Python has.
+"""Embedded corpus: Python's standard library, which is present on every machine with Python.
 
-A module is a document. Its sections are its module-level code and its top-level functions and classes, with all
-docstrings taken out. A function's or class's target is the first paragraph of its docstring, the document's is that of
-the module's. Nothing is imported or executed.
+A module is a document. Its sections are the module-level code and the top-level functions and classes, without
+docstrings. The target of a section is the first paragraph of its docstring; the target of the document is the first
+paragraph of the module's docstring. No code is imported or executed.
 """
 
 import ast
@@ -14,21 +14,18 @@ from pathlib import Path
 
 from recurrent_bart.data.rows import Columns, Row, make_row, split_of
 
-# what is installed into the library, and what tests it, is not the library
+# Installed packages and tests are not part of the library.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def library_root() -> Path:
-    """Folder of the running Python's standard library."""
+    """Return the folder of the running Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def stdlib_rows(split: str, task: str) -> Iterator[Row]:
-    """Modules of a split that have a target for the task, in order of their names.
-
-    The split follows from the module's dotted name alone.
-    """
+    """Yield a split's modules that have a target, sorted by path; the hash of the dotted name decides the split."""
     root = library_root()
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -41,7 +38,7 @@ def stdlib_rows(split: str, task: str) -> Iterator[Row]:
 
 
 def module_row(name: str, source: bytes, task: str) -> Row | None:
-    """One module as a document; None where it has no target for the task or is not valid Python."""
+    """Build a document from a module; return None if it has no target for the task or is not valid Python."""
     try:
         tree = ast.parse(source)
         lines = _without_docstrings(importlib.util.decode_source(source), tree)
@@ -63,13 +60,13 @@ def module_row(name: str, source: bytes, task: str) -> Row | None:
 
 
 def first_paragraph(node: ast.Module | Definition) -> str:
-    """First paragraph of a docstring on one line; empty where there is none."""
+    """Return the first paragraph of a docstring on one line; empty if there is no docstring."""
     paragraph = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
     return " ".join(paragraph.split())
 
 
 def _without_docstrings(source: str, tree: ast.Module) -> list[str]:
-    """Lines of the source, as many as there were, with every docstring blanked."""
+    """Return the lines of the source with blank lines in place of docstrings."""
     lines = [line.encode() for line in source.split("\n")]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | Definition) or ast.get_docstring(node) is None:

@@ -1,4 +1,4 @@
-"""From texts to ids: whatever a text says, it never becomes a special token."""
+"""Text encoding that never produces a special token from the content of a text."""
 
 import json
 import re
@@ -10,17 +10,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recurrent_bart.data.gap_sentences import GAP
 
-# in front of the number of a special token; no text holds such a string of noncharacters
+# Prefix of a special token's replacement name. No text contains this sequence of Unicode noncharacters.
 UNSPEAKABLE = "\ufdd0\ufdd1\ufdd2"
 
 
 class TextEncoder:
-    """Encodes texts without special tokens; `"</s>"` or `"<pad>"` in a text become ids of ordinary pieces.
+    """Encoder without special tokens: `"</s>"` or `"<pad>"` in a text become ids of ordinary pieces.
 
-    A gap that `gap_sentence_rows` left in a text becomes the mask token.
-
-    Args:
-        tokenizer: Fast or slow; it is not changed.
+    A gap from `gap_sentence_rows` becomes the mask token. The tokenizer, fast or slow, is not changed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -39,7 +36,7 @@ class TextEncoder:
         if self.mask_token_id is None:
             return [text.replace(GAP, "<mask>")]
         *before, last = text.split(GAP)
-        # BART's mask token takes the space in front of it in
+        # BART's mask token includes the space before it.
         return [*(part.rstrip() for part in before), last]
 
     def _join(self, parts: list[list[int]]) -> list[int]:
@@ -48,9 +45,9 @@ class TextEncoder:
 
 
 class _FastEncoder:
-    """A copy of a fast tokenizer in which special tokens are spelled as no text spells them.
+    """Copy of a fast tokenizer whose special tokens have names that occur in no text.
 
-    `split_special_tokens` is not enough: the vocabulary of a unigram model holds `</s>` as a piece like any other.
+    `split_special_tokens` is not enough: a unigram vocabulary contains `</s>` as an ordinary piece.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -69,7 +66,7 @@ class _FastEncoder:
 
 
 def _respelled(model: dict[str, Any], spelling: dict[str, str]) -> dict[str, Any]:
-    """Return a tokenizer's model with other names for some tokens of its vocabulary."""
+    """Return a copy of a tokenizer's model with some tokens renamed."""
     if isinstance(model["vocab"], list):
         return model | {"vocab": [[spelling.get(token, token), score] for token, score in model["vocab"]]}
     changed = model | {"vocab": {spelling.get(token, token): number for token, number in model["vocab"].items()}}
@@ -81,18 +78,18 @@ def _respelled(model: dict[str, Any], spelling: dict[str, str]) -> dict[str, Any
 
 
 def _makes(merge: str | list[str], tokens: dict[str, str]) -> bool:
-    """Return True if a merge of byte-pair encoding makes one of the tokens, or is made from one."""
+    """Return True if a byte-pair merge produces or uses one of the tokens."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return bool(tokens.keys() & {first, second, first + second})
 
 
 class _SlowEncoder:
-    """A slow tokenizer, which encodes a text with a special token in it once more, in parts."""
+    """Slow tokenizer that encodes a text in parts if the text contains a special token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.forbidden = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-        # behind the first character of each special token
+        # Cut after the first character of each special token.
         cuts = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokenizer.all_special_tokens]
         self.cut = re.compile("|".join(cuts) or "(?!)")
 
@@ -104,5 +101,5 @@ class _SlowEncoder:
         return [[id for id in ids if id not in self.forbidden] for ids in encoded]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        # verbose: a text longer than the position table is no mistake here
+        # verbose=False suppresses the warning about texts longer than the position table.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Text files in any encoding, in which a byte that cannot be decoded is found with its line."""
+"""Text files in any encoding, with line numbers for bytes that cannot be decoded."""
 
 import gzip
 import io
@@ -8,18 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-# spreadsheets put a byte order mark in front, which would become part of the first column's name
+# utf-8-sig drops the byte order mark of spreadsheets, which would become part of the first column's name.
 ENCODING = "utf-8-sig"
-# Python's `surrogateescape` turns each byte that cannot be decoded into one of these
+# `surrogateescape` turns each undecodable byte into one of these characters.
 UNDECODED = re.compile(r"[\udc80-\udcff]")
 
 
 def check_encoding(name: str) -> str:
-    """Return the encoding that Python reads files of this name with; UTF-8 may have a byte order mark.
-
-    Raises:
-        ValueError: Python has no text encoding of this name.
-    """
+    """Return the codec of an encoding's name (for UTF-8, utf-8-sig); raise ValueError if Python has none."""
     try:
         "".encode(name)
     except LookupError:
@@ -31,25 +27,13 @@ def check_encoding(name: str) -> str:
 
 @contextmanager
 def open_text(path: Path, encoding: str = ENCODING, newline: str | None = "\n") -> Iterator[TextIO]:
-    """Open a text file, or a text file that gzip compressed.
-
-    `check_decoded` finds the bytes that the encoding cannot decode.
-
-    Args:
-        path: The file.
-        encoding: Name that Python knows.
-        newline: As in `open`.
-    """
+    """Open a text file, plain or gzip, without errors for undecodable bytes; `check_decoded` finds them."""
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         yield io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=newline)
 
 
 def check_decoded(text: str, encoding: str) -> None:
-    """Check that every byte of a text from `open_text` was decoded.
-
-    Raises:
-        ValueError: A byte was not; the message gives its value.
-    """
+    """Raise ValueError if a text from `open_text` contains an undecodable byte; the message gives its value."""
     undecoded = UNDECODED.search(text)
     if undecoded:
         name = "utf-8" if encoding == ENCODING else encoding
@@ -58,7 +42,7 @@ def check_decoded(text: str, encoding: str) -> None:
 
 
 def read_text(path: Path, encoding: str = ENCODING) -> str:
-    """Return the text of a file, with a line feed at the end of each line.
+    """Return the text of a file with a line feed at the end of each line.
 
     Raises:
         ValueError: The file cannot be read or decoded; the message names it.

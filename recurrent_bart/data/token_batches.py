@@ -1,4 +1,4 @@
-"""Batches of as many documents as there is room for: many short ones, few long ones."""
+"""Batches with a limit on segments instead of documents: many short documents or few long ones."""
 
 import bisect
 import itertools
@@ -6,20 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from recurrent_bart.data.batches import DocumentOrder
 
-# documents that are grouped together; of a larger window batches would hold the same ones again and again
+# Documents that are grouped together. A larger window would group the same documents in every epoch.
 WINDOW = 4096
 
 
 def group_by_segments(n_segments: Sequence[int], most: int) -> list[list[int]]:
-    """Documents in batches of at most `most` segments, padding included; those with the most segments first.
-
-    Args:
-        n_segments: Number of segments of each document.
-        most: Documents of a batch times segments of its longest one; a document that has more is a batch of its own.
-
-    Returns:
-        Batches of places in `n_segments`.
-    """
+    """Group document indices into batches of at most `most` segments with padding; longer documents stay alone."""
     by_length = sorted(range(len(n_segments)), key=n_segments.__getitem__, reverse=True)
     batches, start = [], 0
     while start < len(by_length):
@@ -30,22 +22,19 @@ def group_by_segments(n_segments: Sequence[int], most: int) -> list[list[int]]:
 
 
 class TokenBatchOrder(DocumentOrder):
-    """Batches of up to the same number of segments, whatever the number of documents.
+    """Order with a limit on the segments of each batch, for any number of documents.
 
-    Documents are shuffled in each round and, a window of them after the other, those of like length are grouped; then
-    all batches of the round are shuffled. This sequence depends on the seed and the most segments of a batch alone;
-    every document is in it once a round. Steps take as many batches as there are processes and accumulation steps, so a
-    run that goes on with other processes repeats and leaves out none. Neither does one that goes on with batches of
-    another size: what is left of the round is cut where it is too large, and later rounds are grouped anew.
+    Each epoch shuffles the documents, groups documents of similar length within windows of `WINDOW` documents, and
+    shuffles
+    the batches. The sequence depends only on the seed and `most`, and contains every document once per epoch. A step
+    takes
+    `n_batches` batches, so a run resumed with another number of ranks repeats no document and skips none. A run resumed
+    with another `most` does not either: the rest of the epoch is regrouped, and later epochs use the new limit.
 
-    Args:
-        n_segments: Number of segments of each document.
-        most: Segments of a batch, padding included.
-        n_batches: Batches of an optimizer step, over all processes and accumulation steps.
-        seed: Of the order.
-        first_step: A step whose place in the order is known.
-        first_document: Documents read before it.
-        first_most: Segments of a batch where its round began; `most` if not given.
+    Args (see also `DocumentOrder`):
+        most: Maximum number of segments of a batch, padding included.
+        n_batches: Batches of an optimizer step, over all ranks and accumulation steps.
+        first_most: Value of `most` at the start of the first epoch; default: `most`.
     """
 
     def __init__(
@@ -62,21 +51,21 @@ class TokenBatchOrder(DocumentOrder):
         self.lengths, self.most, self.n_batches = list(n_segments), most, n_batches
         self.first_round, self.n_read = divmod(first_document, len(self.lengths))
         self.first_most = first_most or most
-        # number of batches before each round, from the first one on, and the round that was last looked at
+        # Number of batches before each epoch, from the first epoch on; then number and batches of the cached epoch.
         self._begins = [0]
         self._cached: tuple[int, list[list[int]]] = (-1, [])
 
     def documents_before(self, step: int) -> int:
-        """All but those that the step's round still has."""
+        """Return the number of documents read before `step`: all epochs so far, minus the unread part of the last."""
         number, place = self._find(step)
         return (number + 1) * len(self.lengths) - sum(map(len, self._round(number)[place:]))
 
     def most_segments(self, step: int) -> int:
-        """By which the round was grouped that a step begins in."""
+        """Return the segment limit of the epoch in which `step` begins."""
         return self.first_most if self._find(step)[0] == self.first_round else self.most
 
     def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
-        """Batches with the most segments first."""
+        """Return the batches of a step by decreasing number of segments."""
         batches = list(itertools.islice(self._batches_from(step), self.n_batches))
         batches.sort(key=lambda documents: -self.lengths[documents[0]])
         return [batches[micro * world_size : (micro + 1) * world_size] for micro in range(accumulation)]
@@ -88,7 +77,7 @@ class TokenBatchOrder(DocumentOrder):
             place = 0
 
     def _find(self, step: int) -> tuple[int, int]:
-        """Round that a step begins in, and how many of its batches come before."""
+        """Return the epoch in which `step` begins, and the number of earlier batches of the epoch."""
         batch = (step - self.first_step) * self.n_batches
         while self._begins[-1] <= batch:
             n_batches = len(self._round(self.first_round + len(self._begins) - 1))
@@ -97,7 +86,7 @@ class TokenBatchOrder(DocumentOrder):
         return self.first_round + index, batch - self._begins[index]
 
     def _round(self, number: int) -> list[list[int]]:
-        """Batches of a round; of the first one, those that are not read."""
+        """Return the batches of an epoch; of the first epoch, only the unread batches."""
         if self._cached[0] != number:
             is_first = number == self.first_round
             batches = self._grouped(number, self.first_most if is_first else self.most)

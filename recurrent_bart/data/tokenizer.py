@@ -1,4 +1,4 @@
-"""The tokenizer: the pretrained model's own, or a unigram model trained on the training documents."""
+"""Tokenizers: the pretrained model's tokenizer, or a unigram model trained on the training documents."""
 
 import io
 import unicodedata
@@ -9,26 +9,22 @@ import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# ids of BART's own vocabulary: <s> 0, <pad> 1, </s> 2, <unk> 3
+# BART's ids: <s> 0, <pad> 1, </s> 2, <unk> 3.
 SPECIAL = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
 MASK = "<mask>"
-# sentencepiece passes over longer lines
+# Maximum number of characters in a line; sentencepiece skips longer lines.
 LINE_LENGTH = 1000
-# lines that are looked at: a larger corpus is sampled, for time and memory grow with them
+# Maximum number of training lines. A larger corpus is sampled, because time and memory grow with the lines.
 MAX_LINES = 20_000
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer saved with a model or run.
+    """Load the tokenizer saved with a model or run, from a folder or the Hugging Face hub.
 
-    One that puts [CLS] in front of a text and [SEP] behind it, as BERT's do, has these as its bos and eos.
-
-    Args:
-        name_or_path: Folder, or name on the hub.
-        trust_remote_code: Run the code that comes with the tokenizer.
+    [CLS] and [SEP] serve as bos and eos if these are missing, as in BERT's tokenizers.
 
     Raises:
-        ValueError: There is none, it needs code that is not trusted, or it lacks a special token that BART needs.
+        ValueError: No tokenizer is found, it needs code that is not trusted, or it has no bos, eos or pad token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
@@ -38,7 +34,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
                 f"{name_or_path}: its tokenizer is code of its own; if you trust it, --trust_remote_code runs it"
             ) from error
         raise ValueError(f"{name_or_path}: no tokenizer could be loaded ({_one_line(error)})") from error
-    # of a folder with a model alone, Hugging Face makes a tokenizer that knows no words
+    # If a folder has a model but no tokenizer, Hugging Face returns a tokenizer with special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(f"{name_or_path}: no tokenizer could be loaded (there are no files of one)")
     for name, instead in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
@@ -53,15 +49,12 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a sentencepiece unigram model (Kudo 2018, arXiv 1804.10959) as a Hugging Face tokenizer.
 
-    White space is one space, characters are in normal form NFKC, and what the vocabulary lacks is spelled in bytes.
-    Of a corpus longer than 20 million characters a sample is looked at, spread over all of it.
-
-    Args:
-        texts: What to train on.
-        vocab_size: Number of ids; a small corpus may give fewer.
+    White space becomes one space, characters are normalised to NFKC, and unknown characters become bytes. Training
+    samples a
+    corpus of more than 20 million characters. A small corpus may give fewer than `vocab_size` ids.
 
     Raises:
-        ValueError: `vocab_size` does not leave room beside bytes and special tokens, or there is no text.
+        ValueError: `vocab_size` is too small for bytes and special tokens, or there is no text.
     """
     model, lines = io.BytesIO(), Lines(texts)
     sentencepiece.set_random_generator_seed(0)
@@ -95,7 +88,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def as_hugging_face(model: bytes) -> PreTrainedTokenizerFast:
-    """The trained model with BART's special tokens."""
+    """Convert a trained sentencepiece model into a tokenizer with BART's special tokens."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True))
@@ -110,7 +103,7 @@ def as_hugging_face(model: bytes) -> PreTrainedTokenizerFast:
 
 
 def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows BART's special tokens by their ids, with them around a text, `<s> text </s>`."""
+    """Wrap a tokenizer with BART's special tokens and ids; it encodes a text as `<s> text </s>`."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -126,14 +119,14 @@ def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts in front of a text and behind it."""
+    """Return the ids that the tokenizer adds before and after a text."""
     both = tokenizer("")["input_ids"]
     n_leading = int(bool(both) and both[0] == tokenizer.bos_token_id)
     return both[:n_leading], both[n_leading:]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write it so that `AutoTokenizer` loads it from there."""
+    """Save the tokenizer in the format that `AutoTokenizer` loads."""
     tokenizer.save_pretrained(folder)
 
 
@@ -142,11 +135,7 @@ def _one_line(error: Exception) -> str:
 
 
 class Lines:
-    """Texts as lines of a length that sentencepiece reads.
-
-    Attributes:
-        error: What the texts ended with; sentencepiece makes an error of its own of it.
-    """
+    """Iterable of lines short enough for sentencepiece; `error` keeps an exception that sentencepiece would replace."""
 
     def __init__(self, texts: Iterable[str]):
         self.texts = texts

@@ -1,16 +1,16 @@
-"""Words and sentences of a text in any script, in one Unicode form."""
+"""Word and sentence segmentation of a text in any script, after Unicode normalisation."""
 
 import unicodedata
 
 import regex
 
-# scripts that put no space between two words
+# Scripts without spaces between words.
 UNSPACED_SCRIPTS = (
     r"\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Bopomofo}\p{Yi}\p{Tangut}\p{Nushu}"
     r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}"
 )
 UNSPACED = rf"[[\p{{L}}\p{{Nl}}]&&[{UNSPACED_SCRIPTS}]]"
-# these signs join the next consonant to the consonant before them (Myanmar, Khmer, Tai Tham)
+# Signs that join the next consonant to the previous one (Myanmar, Khmer, Tai Tham).
 JOINERS = r"\u1039\u17d2\u1a60"
 WORD = regex.compile(
     rf"""
@@ -19,9 +19,9 @@ WORD = regex.compile(
     """,
     regex.VERSION1 | regex.VERBOSE,
 )
-# the zero-width space separates words
+# The zero-width space separates words, so it is not removed.
 IGNORABLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--\u200b]", regex.VERSION1)
-# in a script without spaces, no white space follows the end of a sentence
+# Scripts without spaces have no white space after a sentence.
 SENTENCE_END = regex.compile(
     rf"""
       (?<=\p{{Sentence_Terminal}}) \s+
@@ -36,23 +36,21 @@ SENTENCE_END = regex.compile(
 
 
 def normalise(text: str) -> str:
-    """Return the text in the form in which words are compared: Unicode's NFKC_Casefold.
+    """Return the text in Unicode's NFKC_Casefold form, in which words are compared.
 
     Half-width kana, full-width letters, ligatures, decomposed accents and decomposed Hangul become the usual
-    characters. Case is folded. Characters that are not drawn, such as soft hyphens and joiners, are dropped.
+    characters.
+    Case is folded. Invisible characters, for example soft hyphens and joiners, are dropped.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return unicodedata.normalize("NFKC", IGNORABLE.sub("", folded))
 
 
 def words(text: str) -> list[str]:
-    """Return the normalised words of a text, each with its combining marks.
-
-    In a script without spaces between words, each character is a word.
-    """
+    """Return the normalised words of a text; in scripts without spaces, each character with its marks is a word."""
     return WORD.findall(normalise(text))
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a text, without the white space between them."""
+    """Return the sentences of a text without the white space between them."""
     return [sentence for sentence in SENTENCE_END.split(text.strip()) if sentence]

@@ -1,1 +1,1 @@
-"""How good the summaries are."""
+"""Quality of summaries: loss, ROUGE and their confidence intervals."""

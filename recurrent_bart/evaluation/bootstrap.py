@@ -1,4 +1,4 @@
-"""95 % intervals of means: over documents by bootstrap, over seeds by Student's t.
+"""95 % confidence intervals of means: over documents by bootstrap, over seeds by Student's t.
 
 Shape suffixes: S seeds, D documents, R resamples.
 """
@@ -12,30 +12,24 @@ from statistics import NormalDist
 import numpy as np
 
 N_RESAMPLES = 4000
-# draws that are in memory together
+# Number of resamples held in memory at a time.
 N_TOGETHER = 100
-# of two-sided 95 % intervals
+# Upper quantile of a two-sided 95 % interval.
 UPPER = 0.975
-# points of the numerical integral below; its error is below 1e-5 for any degrees of freedom
+# Points of the numerical integral in `student_t`; its error is below 1e-5 for any degrees of freedom.
 N_POINTS = 20_001
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end; None where there is only one document.
-        high: Upper end; None where there is only one document.
-    """
+    """Mean with its 95 % confidence interval; the ends `low` and `high` are None if there is only one document."""
 
     mean: float
     low: float | None
     high: float | None
 
     def __format__(self, spec: str) -> str:
-        """Return `mean [low, high]`, each in the format of a number."""
+        """Return `mean [low, high]`, each number in the format `spec`."""
         if self.low is None or self.high is None:
             return format(self.mean, spec)
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
@@ -43,14 +37,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Resamples:
-    """Means of one model, or differences of means of two models, on resampled documents.
+    """Means of one model, or differences of the means of two models, on resampled documents.
 
-    Subtract the `Resamples` of two models with the same seeds and documents to compare the models in pairs: both have
-    drawn the same documents, because the draws depend on the number of documents alone.
+    Subtract the `Resamples` of two models with equal seeds and documents for a paired comparison. Both use the same
+    draws,
+    because the draws depend only on the number of documents.
 
     Attributes:
-        means: Mean of each seed, `(1 + R, S)`. The first row is from the documents as they are.
-        n_documents: Number of documents that were drawn from.
+        means: Mean of each seed, `(1 + R, S)`. Row 0 is the mean over the original documents.
+        n_documents: Number of documents that were resampled.
     """
 
     means: np.ndarray
@@ -60,14 +55,15 @@ class Resamples:
         return Resamples(self.means - other.means, self.n_documents)
 
     def of_seed(self, seed: int) -> "Resamples":
-        """Return the part of one seed, by its place on the seed axis."""
+        """Return the column of one seed, selected by its index on the seed axis."""
         return Resamples(self.means[:, [seed]], self.n_documents)
 
     def over_documents(self) -> Interval:
-        """Return the interval that other documents would vary in, with these seeds.
+        """Return the interval over documents, with the seeds fixed.
 
-        It is a percentile bootstrap. The percentiles lie further out for few documents (Hesterberg 2015,
-        arXiv 1411.5279, "expanded percentile"): a plain percentile bootstrap of ten documents covers 90 %, not 95 %.
+        This is an expanded percentile bootstrap (Hesterberg 2015, arXiv 1411.5279), whose percentiles lie further out
+        for few
+        documents. A plain percentile bootstrap of ten documents covers 90 %, not 95 %.
         """
         means_R = self.means.mean(axis=1)
         mean = float(means_R[0])
@@ -79,11 +75,7 @@ class Resamples:
         return Interval(mean, float(low), float(high))
 
     def over_seeds(self) -> Interval:
-        """Return the interval that other seeds would vary in, on these documents.
-
-        The seed is the unit: Student's t with S - 1 degrees of freedom on the means of the seeds. For a difference of
-        two models this is the paired t interval.
-        """
+        """Return the interval over seeds by Student's t; for a difference of models, this is the paired t interval."""
         means_S = self.means[0]
         mean, n = float(means_S.mean()), len(means_S)
         if n < 2:
@@ -92,10 +84,11 @@ class Resamples:
         return Interval(mean, mean - half, mean + half)
 
     def interval(self) -> Interval:
-        """Return the interval that other documents and other seeds would vary in together.
+        """Return the interval over documents and seeds together; with one seed, over documents only.
 
-        The distances from the mean to the ends of both intervals are added in squares (Zou and Donner 2008,
-        Statistics in Medicine 27). So it is never narrower than either. With one seed it is over documents alone.
+        Squared distances from the mean to the ends of both intervals add up (Zou and Donner 2008, Statistics in
+        Medicine
+        27), so the interval is never narrower than either.
         """
         documents, seeds = self.over_documents(), self.over_seeds()
         if documents.low is None or documents.high is None:
@@ -109,11 +102,11 @@ class Resamples:
 
 
 def resample(totals_SD: np.ndarray, counts_SD: np.ndarray) -> Resamples:
-    """Draw documents with replacement and return the mean of each seed, total per count, on each draw.
+    """Draw documents with replacement, and return the mean (total over count) of each seed on each draw.
 
     Args:
-        totals_SD: Total of each document with each seed, such as the loss summed over its target tokens.
-        counts_SD: Number of items in each total, such as target tokens; 0 where the document has none.
+        totals_SD: Total of each document with each seed, for example the loss summed over target tokens.
+        counts_SD: Number of items in each total, for example target tokens; 0 drops the document.
     """
     is_counted_D = counts_SD.any(axis=0)
     totals_DS, counts_DS = totals_SD[:, is_counted_D].T, counts_SD[:, is_counted_D].T
@@ -123,7 +116,7 @@ def resample(totals_SD: np.ndarray, counts_SD: np.ndarray) -> Resamples:
 
 
 def _draws(n: int) -> Iterator[np.ndarray]:
-    """Yield how often each of n documents is drawn when n are, some draws at a time."""
+    """Yield the number of times that each of n documents is drawn, `(N_TOGETHER, n)`, for all resamples."""
     generator = np.random.default_rng(0)
     first_of_draw_R1 = n * np.arange(N_TOGETHER)[:, None]
     for _ in range(0, N_RESAMPLES, N_TOGETHER):

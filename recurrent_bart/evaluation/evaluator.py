@@ -1,4 +1,4 @@
-"""Validation loss and ROUGE of a model on documents."""
+"""Validation loss and ROUGE of a model."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,20 +16,17 @@ from recurrent_bart.evaluation.rouge import rouge
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
-# tokens of a source that are shown
+# Number of source tokens shown in a sample.
 HEAD = 100
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated text and its target.
+    """Generated text and its target; `source` is the beginning of the source text.
 
-    Attributes:
-        id: Name of the document, and for sections the number of the target in it.
-        source: Beginning of the text that is summarised.
-        target: What the text should be.
-        generated: What the model wrote.
-        document: Row of the corpus. Documents may share a name, but not a row.
+    For the section task, the number of the target follows the document's name in `id`. `document` is the corpus row,
+    which
+    is unique; names may repeat.
     """
 
     id: str
@@ -41,13 +38,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Generation:
-    """How texts are generated.
-
-    Attributes:
-        max_new_tokens: Where a text is ended.
-        num_beams: 1: greedy.
-        n_documents: How many documents are summarised; -1: all.
-    """
+    """Generation settings: `num_beams=1` is greedy search; `n_documents=-1` summarises all documents."""
 
     max_new_tokens: int
     num_beams: int = 1
@@ -56,16 +47,11 @@ class Generation:
 
 @dataclass
 class Evaluator:
-    """Documents to evaluate on, shared out over the processes.
+    """Evaluation of a model on the documents of `plan`, which are distributed over the ranks.
 
-    Attributes:
-        corpus: Rows of `load_corpus`.
-        plan: Which of them are read.
-        collator: How they are cut.
-        tokenizer: To turn ids into texts.
-        batch_size: Documents of a forward pass.
-        device: Where the model is.
-        on_batch: Called before each batch, on every process as many times; what it raises ends the evaluation.
+    `batch_size` is the number of documents of a forward pass on one rank. `on_batch` is called before each batch,
+    equally
+    often on every rank; an exception ends the evaluation.
     """
 
     corpus: Dataset
@@ -78,10 +64,9 @@ class Evaluator:
 
     @torch.no_grad()
     def loss(self, model: torch.nn.Module) -> float:
-        """Cross-entropy per target token over all documents.
+        """Return the cross-entropy per target token over all documents of all ranks.
 
-        Args:
-            model: The model in evaluation mode, whole on every process: they make different numbers of passes.
+        The model must be in evaluation mode and not sharded, because ranks run different numbers of forward passes.
         """
         total, n_targets = 0.0, 0.0
         for batch in self._batches(self.plan.indices):
@@ -92,11 +77,7 @@ class Evaluator:
         return total / n_targets
 
     def target_losses(self, losses: Callable[[Batch], Tensor]) -> dict[int, list[float]]:
-        """Cross-entropy of every target, summed over its tokens, by document; on every process.
-
-        Args:
-            losses: Gives those of a batch, document by document.
-        """
+        """Return the loss of each target (sum over tokens) by document, on every rank; `losses` computes a batch's."""
         found: dict[int, list[float]] = {}
         for batch in self._batches(self.plan.indices):
             has_target = (batch.labels != IGNORED).any(dim=-1).view(len(batch.labels), -1)
@@ -105,7 +86,7 @@ class Evaluator:
         return {index: own for part in gather_objects(found) for index, own in part.items()}
 
     def summarise(self, model: RecurrentBartForConditionalGeneration, how: Generation) -> list[Sample]:
-        """Texts generated for the first documents, and their targets, on every process in the same order."""
+        """Generate texts for the first documents; return samples in the same order on every rank."""
         n_documents = len(self.plan.indices) if how.n_documents == -1 else how.n_documents
         samples: list[tuple[int, list[Sample]]] = []
         for batch in self._batches(self.plan.indices[:n_documents]):
@@ -115,10 +96,10 @@ class Evaluator:
         return [sample for index in sorted(found) for sample in found[index]]
 
     def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
-        """Ids generated for each document, `(T,)` or, for sections, `(N, T)`."""
+        """Return the ids generated for each document, `(T,)`, or `(N, T)` for the section task."""
         marks: dict[str, Any] = {}
         if self.collator.task == "sections":
-            # sections may be of very different lengths
+            # Packing pays off because sections differ in length.
             marks = {"every_segment": (batch.labels != IGNORED).any(dim=-1), "may_pack": True}
         ids = model.generate(
             batch.input_ids.to(self.device),
@@ -130,7 +111,6 @@ class Evaluator:
         return list(ids.cpu())
 
     def _samples(self, index: int, generated: Tensor) -> list[Sample]:
-        """A document's sample, or those of its sections that have a target."""
         row = self.corpus[index]
         if self.collator.task == "document":
             return [self._sample(index, row["id"], row["sections"][0], row["summary_texts"][0], generated)]
@@ -138,7 +118,7 @@ class Evaluator:
         places = [place for place, target in enumerate(targets) if target]
         parts = zip(row["sections"], row["summaries"], row["summary_texts"], strict=True)
         told = [(section, text) for section, summary, text in parts if section and summary]
-        # sections behind the cut have a text but no place
+        # Sections after the cut have a text but no generated ids.
         return [
             self._sample(index, f"{row['id']}[{number}]", section, text, generated[place])
             for number, (place, (section, text)) in enumerate(zip(places, told, strict=False))
@@ -154,19 +134,19 @@ class Evaluator:
         )
 
     def _batches(self, indices: list[int]) -> Iterator[Batch]:
-        """This process's batches, those of the fewest segments first."""
+        """Yield the batches of this rank by increasing number of segments."""
         lengths = dict(zip(self.plan.indices, self.plan.n_segments, strict=True))
         by_length = sorted(indices, key=lambda index: lengths[index])
         groups = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
         for first in range(0, len(groups), world_size()):
             self.on_batch()
-            # the last ones may not be enough for all
+            # The last round may have fewer batches than ranks.
             for group in groups[first + rank() : first + rank() + 1]:
                 yield self.collator([{**self.corpus[index], "index": index} for index in group])
 
 
 def score(samples: list[Sample]) -> dict[str, Interval]:
-    """Return the mean ROUGE of samples, each with its 95 % interval over documents."""
+    """Return the mean ROUGE of samples with its 95 % interval over documents."""
     return rouge(
         [sample.generated for sample in samples],
         [sample.target for sample in samples],

@@ -35,11 +35,9 @@ def rouge(
 ) -> dict[str, Interval]:
     """Return the mean of `rouge_per_sample` over all texts, with its 95 % interval over documents.
 
-    Args:
-        predictions: Generated texts.
-        references: Target texts, in the same order.
-        documents: Document of each text. The texts of one document are resampled together. None: each text has a
-            document of its own.
+    `documents` names the document of each text; the texts of one document are resampled together. None: one document
+    per
+    text.
     """
     scores = rouge_per_sample(predictions, references)
     names = range(len(references)) if documents is None else documents
@@ -48,17 +46,13 @@ def rouge(
     for name, *values in zip(names, *scores.values(), strict=True):
         totals_MD[:, numbers[name]] += values
         counts_MD[:, numbers[name]] += 1
-    # the metrics take the place of seeds: all of them on the same draws
+    # Metrics take the axis of seeds, so all metrics use the same draws.
     resamples = resample(totals_MD, counts_MD)
     return {metric: resamples.of_seed(number).interval() for number, metric in enumerate(METRICS)}
 
 
 def rouge_per_sample(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return ROUGE-1, -2, -L (whole text) and -Lsum (sentence by sentence) of each text, as F-measure in percent.
-
-    Args:
-        predictions: Generated texts.
-        references: Target texts, in the same order.
+    """Return ROUGE-1, -2, -L (whole text) and -Lsum (by sentence) of each text: F-measures in percent.
 
     Raises:
         ValueError: There are no references, or the numbers of predictions and references differ.

@@ -1,1 +1,1 @@
-"""What a run writes down and shows."""
+"""Logging of a run: metrics, progress display, wandb and TensorBoard."""

@@ -1,63 +1,66 @@
-"""What the lines of `metrics.jsonl` hold, and so what wandb and TensorBoard are told.
+"""Descriptions of all fields of `metrics.jsonl`; wandb and TensorBoard receive the same fields.
 
-Each line is an object with a `step`, the number of optimizer steps done, and the figures of one kind. What is not
-known or not finite is left out. Tables are lists of rows, one row a layer, one number a segment.
+Each line is a JSON object with `step` and the fields of one group below. Unknown and non-finite values are left out.
+A list has one number per rank or layer. A table has one row per layer and one column per segment.
 """
 
-# every `--log_every` steps and before an evaluation, over all steps since the last such line
+# Logged every `--log_every` steps and before an evaluation; covers all steps since the previous line.
 STEPS = {
-    "loss": "cross-entropy per target token",
-    "loss_max": "that of the process where it is largest",
-    "learning_rate": "of the backbone in the last step",
-    "gradient_norm": "of the last step, before clipping",
-    "gradient_norm_backbone": "the part of BART's own parameters",
-    "gradient_norm_recurrence": "the part of the recurrence's",
-    "tokens_per_second": "document tokens read by all processes",
-    "tokens_per_second_per_device": "by each",
-    "model_flops_share": "useful arithmetic over what the devices could do; recomputing is not useful. Left out if "
-    "it is more than 1: a peak that no maker states is measured, and too low while other processes use the device",
-    "step_seconds": "of a step, all in all",
-    "data_seconds": "of a step, waiting for batches; mean over processes, as the next three",
-    "forward_seconds": "of a step, in forward passes",
-    "backward_seconds": "of a step, in backward passes and in waiting for other processes' gradients",
-    "optimizer_seconds": "of a step, in the update",
-    "rank_seconds": "list by process: of a step, in data and forward passes, before it meets the others",
-    "slowest_rank": "process of the largest of these",
-    "slowest_host": "its machine",
-    "slowest_seconds": "its figure",
-    "fastest_rank": "process of the smallest",
-    "fastest_host": "its machine",
-    "fastest_seconds": "its figure",
-    "memory_allocated_bytes": "peak of the process with the most: a GPU's tensors; without one, of the process",
-    "memory_reserved_bytes": "peak held by the GPU's allocator; 0 without one",
-    "memory_retries": "times that allocators had to give memory back first, summed over processes since the start",
-    "segments_per_document": "of the documents read",
-    "n_cut_documents": "training documents that are longer than --max_n_segments",
-    "n_bad_documents": "training documents that --skip_bad_samples passed over",
-    "n_skipped": "steps that were not applied since the start",
-    "seconds_left": "until --max_steps",
-    "gold_probability": "with --oracle: share of the words that the decoder reads that are the target's",
-    "curriculum_segments": "with --curriculum: the most segments of a document that are read",
+    "loss": "training loss: cross-entropy per target token, in nats, over all ranks",
+    "loss_max": "largest training loss of a rank, in nats per target token",
+    "learning_rate": "learning rate of the backbone (BART's own parameters) in the last step",
+    "gradient_norm": "gradient norm of all parameters in the last step, before clipping",
+    "gradient_norm_backbone": "gradient norm of BART's own parameters in the last step, before clipping",
+    "gradient_norm_recurrence": "gradient norm of the recurrence's parameters in the last step, before clipping",
+    "tokens_per_second": "document tokens read per second, all ranks together",
+    "tokens_per_second_per_device": "document tokens read per second, mean per rank",
+    "model_flops_share": "model FLOPs utilisation, 0 to 1: useful FLOP/s over the peak FLOP/s of all devices; "
+    "recomputed activations do not count. Left out if above 1: a measured peak is too low if other processes use the "
+    "device",
+    "step_seconds": "wall-clock time of an optimizer step, in seconds, mean",
+    "data_seconds": "time per step spent waiting for batches, in seconds, mean over ranks",
+    "forward_seconds": "time per step in forward passes, in seconds, mean over ranks",
+    "backward_seconds": "time per step in backward passes, waiting for other ranks' gradients included, in seconds, "
+    "mean over ranks",
+    "optimizer_seconds": "time per step in the optimizer update, in seconds, mean over ranks",
+    "rank_seconds": "list by rank: time per step in data loading and forward passes, before ranks wait, in seconds",
+    "slowest_rank": "rank with the largest value of rank_seconds",
+    "slowest_host": "host name of the slowest rank",
+    "slowest_seconds": "value of rank_seconds for the slowest rank, in seconds",
+    "fastest_rank": "rank with the smallest value of rank_seconds",
+    "fastest_host": "host name of the fastest rank",
+    "fastest_seconds": "value of rank_seconds for the fastest rank, in seconds",
+    "memory_allocated_bytes": "peak memory of the rank with the most, in bytes: GPU memory of tensors; on CPU, "
+    "memory of the process",
+    "memory_reserved_bytes": "peak memory reserved by the GPU allocator, in bytes, on the rank with the most; 0 on CPU",
+    "memory_retries": "number of allocator retries after a failed allocation, since the start, summed over ranks",
+    "segments_per_document": "mean number of segments per document read",
+    "n_cut_documents": "number of training documents longer than --max_n_segments, which are cut",
+    "n_bad_documents": "number of unusable training documents skipped by --skip_bad_samples",
+    "n_skipped": "number of skipped optimizer steps (loss or gradient not finite) since the start",
+    "seconds_left": "estimated time until --max_steps, in seconds",
+    "gold_probability": "with --oracle: probability (0 to 1) that the decoder reads the target's token",
+    "curriculum_segments": "with --curriculum: current maximum number of segments of a document",
 }
-# at each evaluation
+# Logged at each evaluation on the validation split.
 EVALUATIONS = {
-    "validation_loss": "cross-entropy per target token",
-    "rouge1": "F-measure, as the next three; not at step 0",
-    "rouge2": "",
-    "rougeL": "",
-    "rougeLsum": "",
-    "evaluation_seconds": "that it took",
+    "validation_loss": "validation loss: cross-entropy per target token, in nats",
+    "rouge1": "ROUGE-1 F-measure of generated texts, in percent; not at step 0",
+    "rouge2": "ROUGE-2 F-measure of generated texts, in percent; not at step 0",
+    "rougeL": "ROUGE-L F-measure of generated texts, in percent; not at step 0",
+    "rougeLsum": "ROUGE-Lsum F-measure of generated texts, in percent; not at step 0",
+    "evaluation_seconds": "duration of the evaluation, in seconds",
     "prefix_gate": "list by layer: opening of the gate on the prefix, mean over heads",
-    "update_gate": "list by layer: opening of the gate on the update of the state, mean over its elements",
-    "prefix_mass": "table: share of the tokens' attention that goes to the prefix",
-    "prefix_size": "table: norm of what tokens read from the prefix, over that of what they read from tokens",
-    "state_norm": "table: norm of a position of the state after the segment, mean over positions",
-    "state_change": "table: norm of its change by the segment, over its norm before",
-    "gradient_by_distance": "list by distance in segments from the target: norm of the gradient by the embeddings",
+    "update_gate": "list by layer: opening of the gate on the state update, mean over elements",
+    "prefix_mass": "table: share of the tokens' attention that goes to the prefix, 0 to 1",
+    "prefix_size": "table: norm of the attention output from the prefix over norm of the attention output from tokens",
+    "state_norm": "table: norm of a state position after the segment, mean over positions",
+    "state_change": "table: norm of the state's change in the segment over the state's norm before the segment",
+    "gradient_by_distance": "list by distance from the target, in segments: gradient norm of the segment's embeddings",
 }
-# a step that was not applied
-SKIPS = {"skipped": "why"}
-# after each checkpoint
-CHECKPOINTS = {"checkpoint_seconds": "that training waited for it"}
+# Logged for an optimizer step that was not applied.
+SKIPS = {"skipped": "reason for the skipped optimizer step"}
+# Logged after each checkpoint.
+CHECKPOINTS = {"checkpoint_seconds": "time that training waited for the checkpoint, in seconds"}
 
-FIELDS = {"step": "optimizer steps done", **STEPS, **EVALUATIONS, **SKIPS, **CHECKPOINTS}
+FIELDS = {"step": "number of optimizer steps done", **STEPS, **EVALUATIONS, **SKIPS, **CHECKPOINTS}

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes, on a GPU by its allocator, on a processor by the tensors that live."""
+"""Peak memory of a piece of work: on GPU from the allocator, on CPU from the live tensors."""
 
 import weakref
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make while it is entered, for as long as they live."""
+    """Dispatch mode that tracks the total size in bytes of all live storages created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
-        # what was there before is not counted, whatever views are made of it
+        # Storages of the arguments, and views of them, existed before and do not count.
         before = {_key(leaf) for leaf in tree_leaves((args, kwargs or {})) if torch.is_tensor(leaf)}
         for leaf in tree_leaves(result):
             if torch.is_tensor(leaf) and _key(leaf) not in before:
@@ -41,7 +41,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that tensors made by `work` took at any one time."""
+    """Return the peak memory, in bytes, of the tensors that `work` creates."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

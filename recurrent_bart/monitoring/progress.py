@@ -1,4 +1,4 @@
-"""What is shown on the terminal while a run goes on."""
+"""Terminal output of a run: progress bar, metrics and messages."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -9,17 +9,17 @@ from rich.text import Text
 
 from recurrent_bart.distributed import is_first
 
-# share of a step in which it waits for data, below which nobody would do anything about it
+# Smallest share of a step's time spent waiting for data that is worth showing.
 LEAST_WAITING = 0.05
 # between two metrics
 SEPARATOR = "  "
 
 
 class RunProgress(Progress):
-    """A bar with the step and the time left, and the metrics in lines below it, so that none of them is cut off."""
+    """Progress bar with step and time left, above the metrics in as many lines as the terminal's width needs."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bar, then the metrics in as many lines as the width of the terminal needs."""
+        """Yield the bar, then the lines of metrics."""
         yield from super().get_renderables()
         for task in self.tasks:
             for line in fill_lines(task.fields["metrics"], self.console.width):
@@ -27,16 +27,7 @@ class RunProgress(Progress):
 
 
 class ProgressDisplay:
-    """A bar with metrics and time left; plain lines where the output is not a terminal.
-
-    Only the display of the first process shows anything.
-
-    Args:
-        first_step: Steps that are done.
-        max_steps: Steps that there will be.
-        console: Where to; standard output if not given.
-        is_plain: Show lines on a terminal too.
-    """
+    """Progress bar with metrics and time left; plain lines if `is_plain` or without a terminal. Only rank 0 prints."""
 
     def __init__(self, first_step: int, max_steps: int, console: Console | None = None, is_plain: bool = False):
         self.console = console or Console()
@@ -44,13 +35,13 @@ class ProgressDisplay:
         self.bar = RunProgress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
-            # as wide as the others leave it
+            # None: the bar fills the rest of the line.
             BarColumn(bar_width=None),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
             disable=self.console.quiet or is_plain or not self.console.is_terminal,
-            # the mean of the last steps, although one may take minutes
+            # Average over the last hour, because a step may take minutes.
             speed_estimate_period=3600,
         )
         self.task = self.bar.add_task("train", total=max_steps, completed=first_step, metrics=[])
@@ -66,11 +57,11 @@ class ProgressDisplay:
         self.bar.stop()
 
     def step(self, step: int) -> None:
-        """An optimizer step is done."""
+        """Advance the bar to `step` optimizer steps."""
         self.bar.update(self.task, completed=step)
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show the metrics of a log line, with the last validation loss."""
+        """Show the metrics of a log line and the last validation loss."""
         if "validation_loss" in record:
             self.evaluation = [f"validation {record['validation_loss']:.3f}"]
         if "loss" in record:
@@ -87,7 +78,7 @@ class ProgressDisplay:
 
 
 def fill_lines(metrics: Sequence[str], width: int) -> list[str]:
-    """Return the metrics in as few lines as a width allows; a line ends between two of them."""
+    """Join the metrics into as few lines of at most `width` characters as possible, without breaking a metric."""
     lines: list[str] = []
     for metric in metrics:
         if lines and len(lines[-1] + SEPARATOR + metric) <= width:
@@ -111,16 +102,16 @@ def _metrics(record: dict[str, Any]) -> Iterator[str]:
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """Print a line as it is; only the first process does."""
+    """Print a line without markup, on rank 0 only."""
     if is_first():
         console = console or Console()
         console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        # a log file shall not lag behind the run
+        # Flush, so that a log file is up to date.
         console.file.flush()
 
 
 def clock(seconds: float) -> str:
-    """A duration as `hours:minutes:seconds`, without the hours where there are none."""
+    """Format a duration as `hours:minutes:seconds`, or `minutes:seconds` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""What each process has seen since the last line of the log, and the line that follows from all of them."""
+"""Metrics of each rank since the last log line, and their reduction to one log line."""
 
 import math
 import resource
@@ -14,13 +14,7 @@ from recurrent_bart.distributed import gather_objects, gather_rows, rank
 
 @dataclass(frozen=True)
 class RankTopology:
-    """Where all processes run.
-
-    Attributes:
-        hosts: Name of each one's machine.
-        nodes: Number of it: processes are numbered machine by machine.
-        peaks: FLOP/s that each one's device can do at most.
-    """
+    """Topology of all ranks: host name, node index and peak FLOP/s of the device; ranks are numbered node by node."""
 
     hosts: list[str]
     nodes: list[int]
@@ -28,44 +22,33 @@ class RankTopology:
 
     @classmethod
     def gather(cls, local_rank: int, peak: float) -> "RankTopology":
-        """Ask every process; all call it together."""
+        """Gather the topology of all ranks; a collective call."""
         found = gather_objects((socket.gethostname(), local_rank, peak))
-        # the first of each machine has number 0 there
+        # Local rank 0 begins a new node.
         nodes = [sum(local == 0 for _, local, _ in found[: place + 1]) - 1 for place in range(len(found))]
         return cls([host for host, _, _ in found], nodes, [peak for _, _, peak in found])
 
     @property
     def n_nodes(self) -> int:
-        """Number of machines."""
+        """Number of nodes."""
         return len(set(self.nodes))
 
     @property
     def node(self) -> int:
-        """Number of this process's machine."""
+        """Index of this rank's node."""
         return self.nodes[rank()]
 
 
 @dataclass
 class RankMetrics:
-    """One process's figures of some steps.
+    """Metrics of one rank, summed over some steps.
 
-    Attributes:
-        loss: Summed over target tokens.
-        n_targets: Target tokens.
-        n_tokens: Document tokens.
-        n_documents: Documents.
-        n_segments: Segments of them.
-        n_flops: Useful operations.
-        data_seconds: Spent waiting for batches.
-        forward_seconds: Spent in forward passes.
-        backward_seconds: Spent in backward passes, other processes' gradients waited for.
-        optimizer_seconds: Spent in the update.
-        seconds: That all took.
-        allocated_bytes: Most memory that tensors took; on a processor, that the process took.
-        reserved_bytes: Most that the allocator held; 0 on a processor.
-        n_retries: How often the allocator had to give all back and try again.
-        backbone_square: Square of the norm of this process's part of the last step's gradient, of BART's parameters.
-        recurrence_square: Likewise of the recurrence's.
+    Seconds of backward passes include the wait for other ranks' gradients. On CPU, `allocated_bytes` is the peak memory
+    of
+    the process and `reserved_bytes` is 0. `n_retries` counts allocator retries after a failed allocation.
+    `backbone_square` and `recurrence_square` are squared norms of this rank's part of the last step's gradient: of
+    BART's
+    own parameters, and of the recurrence's.
     """
 
     loss: float = 0.0
@@ -86,11 +69,11 @@ class RankMetrics:
     recurrence_square: float = math.nan
 
     def own_seconds(self) -> float:
-        """Time until it meets the others: they wait for each other's gradients, so that all of a step is no measure."""
+        """Return the time before ranks synchronise; the rest of the step includes waiting for other ranks."""
         return self.data_seconds + self.forward_seconds
 
     def read_memory(self, device: torch.device) -> None:
-        """Take down peak memory since it was last read."""
+        """Read peak memory since the last call, and reset the GPU's peak counters."""
         if device.type != "cuda":
             self.allocated_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
             return
@@ -100,20 +83,14 @@ class RankMetrics:
         torch.cuda.reset_peak_memory_stats(device)
 
     def of_all_ranks(self, device: torch.device) -> list["RankMetrics"]:
-        """Every process's figures, in one collective."""
+        """Gather the metrics of every rank in one collective."""
         own = [float(getattr(self, item.name)) for item in fields(RankMetrics)]
         return [RankMetrics(*row) for row in gather_rows(own, device=device)]
 
 
 def summarise(ranks: Sequence[RankMetrics], places: RankTopology, n_steps: int) -> dict[str, Any]:
-    """The line of the log of all processes' figures; `recurrent_bart/monitoring/fields.py` says what is in it.
-
-    Args:
-        ranks: Of every process.
-        places: Where they run.
-        n_steps: Number of steps.
-    """
-    # the same line on every process
+    """Reduce the metrics of all ranks over `n_steps` optimizer steps to the log line that `fields.py` describes."""
+    # Rank 0's time, so that all ranks compute the same line.
     seconds = ranks[0].seconds
     n_tokens = _sum(ranks, "n_tokens")
     losses = [figures.loss / figures.n_targets for figures in ranks if figures.n_targets]
@@ -153,11 +130,11 @@ def _mean(ranks: Sequence[RankMetrics], name: str) -> float:
 
 
 def _share_of_peak(flops_per_second: float, peak: float) -> float:
-    """Return NaN for more than all: the peak was then measured while other processes used the device."""
+    """Return NaN above 1: the peak was measured too low, while other processes used the device."""
     share = flops_per_second / peak
     return share if share <= 1 else math.nan
 
 
 def _share(part: float, whole: float) -> float:
-    """NaN where there is nothing to share, as when all steps were skipped."""
+    """Return NaN if `whole` is 0, for example if all steps were skipped."""
     return part / whole if whole else math.nan

@@ -1,4 +1,4 @@
-"""Curves for TensorBoard."""
+"""TensorBoard event files."""
 
 import shutil
 from collections.abc import Iterable
@@ -8,15 +8,7 @@ from recurrent_bart.monitoring.tracker import Record, curves_of
 
 
 class TensorBoardTracker:
-    """Writes event files. A run that goes on writes them anew: they hold nothing that `metrics.jsonl` does not.
-
-    Args:
-        folder: Where they lie.
-        history: What was logged before.
-
-    Raises:
-        ValueError: The package `tensorboardX` is not installed.
-    """
+    """Tracker that writes event files; a resumed run writes them again from the history of `metrics.jsonl`."""
 
     def __init__(self, folder: Path, history: Iterable[Record]):
         try:
@@ -35,10 +27,10 @@ class TensorBoardTracker:
                 self.writer.add_scalar(name, number, record["step"])
 
     def alert(self, title: str, text: str) -> None:
-        """Add a text."""
+        """Add the alert as a text."""
         self.writer.add_text(title, text)
 
     def finish(self, is_success: bool) -> str | None:
-        """Close the file."""
+        """Close the event file."""
         self.writer.close()
         return None

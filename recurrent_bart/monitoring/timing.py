@@ -1,4 +1,4 @@
-"""How long kinds of work take, without waiting for a GPU to be done with them."""
+"""Time of each kind of work, measured without waiting for the GPU."""
 
 import contextlib
 import time
@@ -12,13 +12,9 @@ Item = TypeVar("Item")
 
 
 class Stopwatch:
-    """Adds up the seconds of each kind of work.
+    """Sum of the seconds of each kind of work, on one device (default: CPU).
 
-    On a GPU work is only queued, so that its end is marked by events in the queue, which are read when the seconds are
-    asked for; nothing is waited for before.
-
-    Args:
-        device: Where the work is done; a processor if not given.
+    A GPU runs asynchronously, so CUDA events mark the beginning and end of the work. They are read only in `seconds`.
     """
 
     def __init__(self, device: torch.device | None = None):
@@ -28,12 +24,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, kind: str, on_host: bool = False) -> Iterator[None]:
-        """Count what is done inside.
-
-        Args:
-            kind: What it is.
-            on_host: It is the processor's work, whatever the device.
-        """
+        """Add the duration of the block to `kind`; `on_host` measures CPU time even if the device is a GPU."""
         if self.device.type == "cuda" and not on_host:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -46,7 +37,7 @@ class Stopwatch:
             self._seconds[kind] += time.perf_counter() - started
 
     def each(self, kind: str, items: Iterable[Item]) -> Iterator[Item]:
-        """The items; counts how long each takes to come."""
+        """Yield the items and add the time that each takes to arrive to `kind`."""
         iterator = iter(items)
         while True:
             with self.measure(kind):
@@ -57,7 +48,7 @@ class Stopwatch:
             yield item
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each kind since they were last asked for; waits for the work that is queued."""
+        """Return the seconds of each kind since the last call, and reset them; synchronises the GPU."""
         if self._events:
             torch.cuda.synchronize(self.device)
         for kind, begin, end in self._events:

@@ -1,4 +1,4 @@
-"""Where the figures of a run go. What fails there never stops the run."""
+"""Trackers that receive the metrics of a run. An error in a tracker never stops the run."""
 
 import functools
 import math
@@ -10,60 +10,48 @@ from recurrent_bart.run_folder import RunFolder
 
 Record = dict[str, Any]
 Result = TypeVar("Result")
-# says a warning
+# Function that prints a warning.
 Warn = Callable[[str], None]
 
 
 class Tracker(Protocol):
-    """Something that figures are told to; `fields.py` says what a record holds."""
+    """Receiver of metrics; `fields.py` describes the fields of a record."""
 
     def log(self, record: Record) -> None:
-        """Take down the figures of a `step`."""
+        """Log the metrics of one `step`."""
 
     def alert(self, title: str, text: str) -> None:
-        """Call the user's attention."""
+        """Send an alert to the user."""
 
     def finish(self, is_success: bool) -> str | None:
-        """Write what is left; nothing is logged afterwards.
+        """Close the tracker; return a line for the user if an action is left, for example an upload.
 
-        Args:
-            is_success: The run ended as it should, all that was logged being covered by a checkpoint.
-
-        Returns:
-            A line for the user, if there is something to do.
+        `is_success` states that the run ended normally and that a checkpoint covers all logged steps.
         """
 
 
 class MetricsFile:
-    """`metrics.jsonl`, the one that is always written and that the others are made whole from.
-
-    Args:
-        folder: The run's.
-    """
+    """Tracker for `metrics.jsonl`, which is always written and from which other trackers restore their history."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
 
     def log(self, record: Record) -> None:
-        """Add a line."""
+        """Append a line."""
         self.folder.append_metrics(record)
 
     def alert(self, title: str, text: str) -> None:
-        """What it is about stands in the log already."""
+        """Do nothing: the log already contains the event."""
 
     def finish(self, is_success: bool) -> str | None:
-        """Every line is written at once."""
+        """Do nothing: every line is written immediately."""
         return None
 
 
 class Guarded:
-    """A tracker whose failures end at a warning.
+    """Tracker that turns the exceptions of the tracker created by `make` into one warning.
 
-    Args:
-        name: What it is called in the warning.
-        make: Makes it.
-        warn: Says the warning.
-        gives_up: Leave it alone from its first failure on, for it may take long to fail; False: try again each time.
+    `gives_up` disables it after its first failure, because a failure may take long; otherwise, each call tries again.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker], warn: Warn, gives_up: bool = True):
@@ -73,21 +61,21 @@ class Guarded:
         self.tracker = self._try(make)
 
     def log(self, record: Record) -> None:
-        """As the tracker's."""
+        """Log the record; see `Tracker`."""
         if self.tracker:
             self._try(functools.partial(self.tracker.log, record))
 
     def alert(self, title: str, text: str) -> None:
-        """As the tracker's."""
+        """Send the alert; see `Tracker`."""
         if self.tracker:
             self._try(functools.partial(self.tracker.alert, title, text))
 
     def finish(self, is_success: bool) -> str | None:
-        """As the tracker's."""
+        """Close the tracker; see `Tracker`."""
         return self._try(functools.partial(self.tracker.finish, is_success)) if self.tracker else None
 
     def _try(self, act: Callable[[], Result]) -> Result | None:
-        # whatever others raise, the run is worth more
+        # A third-party error of any type must not stop the run.
         try:
             return act()
         except Exception as error:
@@ -101,42 +89,38 @@ class Guarded:
 
 
 class Trackers:
-    """Several as one.
-
-    Args:
-        trackers: Each of them.
-    """
+    """Group of trackers."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self.trackers = trackers
 
     def log(self, record: Record) -> None:
-        """Tell all what is known."""
+        """Log the known fields of a record with all trackers."""
         for tracker in self.trackers:
             tracker.log(known(record))
 
     def alert(self, title: str, text: str) -> None:
-        """Tell all."""
+        """Send an alert with all trackers."""
         for tracker in self.trackers:
             tracker.alert(title, text)
 
     def finish(self, is_success: bool) -> list[str]:
-        """Finish all; what they have to say to the user."""
+        """Close all trackers; return their lines for the user."""
         lines = [tracker.finish(is_success) for tracker in self.trackers]
         return [line for line in lines if line]
 
 
 def known(record: Record) -> Record:
-    """The record without what is not there or not finite, which JSON has no word for."""
+    """Return the record without None and non-finite numbers, which JSON cannot represent."""
     is_endless = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
     return {name: value for name, value in record.items() if value is not None and name not in is_endless}
 
 
 def curves_of(record: Record) -> dict[str, float]:
-    """The numbers of a record by name, one for each curve.
+    """Return the numbers of a record by curve name; texts are left out.
 
-    A list becomes `name/0`, `name/1`; a table by layer and segment the means `name/layer_0` and `name/segment_0`.
-    Texts are left out.
+    A list becomes `name/0`, `name/1`, ... A table (layers by segments) becomes means `name/layer_0`, `name/segment_0`,
+    ...
     """
     curves: dict[str, float] = {}
     for name, value in record.items():

@@ -1,8 +1,8 @@
-"""Weights & Biases: one run for all machines online, one for each of them offline.
+"""Weights & Biases tracker: online, all nodes share one run; offline, each node has a separate run.
 
-RUN/wandb/run.json           the run's id, by which it is resumed
-RUN/wandb/node-0.json        how much of it is written, one file a machine
-RUN/wandb/offline-run-*      what `wandb sync` uploads
+RUN/wandb/run.json           id of the run, needed to resume it
+RUN/wandb/node-0.json        number of rows written, one file per node
+RUN/wandb/offline-run-*      data for `wandb sync`
 """
 
 import json
@@ -19,12 +19,12 @@ from recurrent_bart.monitoring.tracker import Record, Warn, curves_of
 from recurrent_bart.run_folder import atomic_write
 
 WANDB_MODES = ("online", "offline", "disabled")
-# further modes of wandb, and what they come to here: whether machines share a run follows from their number
+# Other values of WANDB_MODE and their meaning here. "shared" means online, because the number of nodes decides sharing.
 WANDB_MODE_ALIASES = {"dryrun": "offline", "run": "online", "shared": "online"}
-# seconds that the service may take to answer, and to take what is left when a run ends
+# Timeouts in seconds for the service's first answer and for the upload at the end of a run.
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 120.0
-# nothing of it on the terminal, and of the code no more than the commit that config.json names
+# Print nothing on the terminal, and save no code: config.json already has the git commit.
 QUIET = {"silent": True, "console": "off", "disable_git": True, "disable_code": True}
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|api_?key|credentials?)$", re.IGNORECASE)
 SECRET_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
@@ -32,24 +32,11 @@ SECRET_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What a run is called there.
+    """Settings of a wandb run, in part arguments of `wandb.init`.
 
-    Attributes:
-        id: By which it is resumed.
-        folder: `RUN/wandb`.
-        is_online: Whether it is sent as it goes on.
-        node: Number of this machine.
-        n_nodes: Number of machines.
-        host: Name of this machine.
-        name: Shown.
-        group: Shown together.
-        entity: Whose; None: the user's own.
-        project: Where.
-        job_type: Kind of run, shown beside it.
-        tags: To find it by.
-        notes: Text about it; None: none.
-        config: Settings of the run; see `redact_secrets`.
-        given: Names of the settings that the user gave wandb, which defaults of ours leave alone.
+    `id` resumes the run; `folder` is `RUN/wandb`; `node` is the index of this node. `is_online` sends metrics during
+    the
+    run. `redact_secrets` masks secrets in `config`. Our defaults do not override the settings named in `given`.
     """
 
     id: str
@@ -70,11 +57,11 @@ class WandbRun:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several machines write into one run, which the service alone can join."""
+        """True if several nodes write into one run, which only works online."""
         return self.is_online and self.n_nodes > 1
 
     def arguments(self) -> dict[str, Any]:
-        """What `wandb.init` is given, its settings aside."""
+        """Return the arguments of `wandb.init`, without `settings`."""
         is_apart = self.n_nodes > 1 and not self.is_online
         return {
             "id": f"{self.id}-{self.node}" if is_apart else self.id,
@@ -87,7 +74,7 @@ class WandbRun:
             "tags": list(self.tags),
             "notes": self.notes,
             "config": redact_secrets(self.config),
-            # shared is a mode of the settings alone
+            # "shared" is a mode of wandb.Settings only.
             "mode": None if self.is_shared else "online" if self.is_online else "offline",
             "resume": "allow" if self.is_online and not self.is_shared else None,
         }
@@ -105,18 +92,15 @@ class WandbRun:
 
 
 class WandbTracker:
-    """Logs into a run, row by row as `metrics.jsonl`, whose number of lines is wandb's own step.
+    """Tracker that logs each line of `metrics.jsonl` as one row; the line number is wandb's step.
 
-    So a run that is resumed knows what is there already: the service says how many rows it has; offline, a file that
-    was closed holds what was logged until then. One that was cut off lacks its end, is thrown away and written again.
-
-    Args:
-        run: What to log into.
-        history: All lines of `metrics.jsonl`.
+    A resumed run needs the number of rows already logged. Online, the service knows it. Offline, a closed file is
+    complete;
+    an unfinished file lacks its end, so it is deleted and written again from `history`.
     """
 
     def __init__(self, run: WandbRun, history: Sequence[Record]):
-        # not before the environment says where it may write
+        # Import late: the environment must first define wandb's folders.
         import wandb
 
         self.run = run
@@ -134,7 +118,7 @@ class WandbTracker:
             self.log(record)
 
     def log(self, record: Record) -> None:
-        """Add a row, unless it is there."""
+        """Log a row, unless it is already logged."""
         if self.logs and self.n_rows >= self.n_written:
             self.wandb_run.log(curves_of(record), step=None if self.run.is_shared else self.n_rows)
             if self.run.is_shared:
@@ -143,12 +127,12 @@ class WandbTracker:
         self.n_rows += 1
 
     def alert(self, title: str, text: str) -> None:
-        """Send a message, by mail or as the user has it; once for all machines."""
+        """Send an alert by wandb (mail or Slack, as the user configured), from node 0 only."""
         if self.run.node == 0:
             self.wandb_run.alert(title, text)
 
     def finish(self, is_success: bool) -> str | None:
-        """Close the run; what then is not uploaded yet stays on disk."""
+        """Close the run; data that is not uploaded stays on disk."""
         self.wandb_run.finish(exit_code=0 if is_success else 1)
         self.n_written = max(self.n_written, self.n_rows)
         if is_success:
@@ -156,7 +140,7 @@ class WandbTracker:
         return None if self.run.is_online else f"wandb sync {shlex.quote(str(self.run.folder))}/offline-run-*"
 
     def _forget_cut_off(self) -> int:
-        """Remove the offline run that was not closed; number of rows in those that were."""
+        """Delete an unfinished offline run; return the number of rows in finished ones."""
         state = json.loads(self.state_file.read_text()) if self.state_file.exists() else {}
         if state.get("cut_off"):
             shutil.rmtree(self.run.folder / state["cut_off"], ignore_errors=True)
@@ -167,11 +151,7 @@ class WandbTracker:
 
 
 def start_wandb(run: WandbRun, history: Sequence[Record], warn: Warn) -> WandbTracker:
-    """A tracker; offline if the service cannot be had.
-
-    Raises:
-        Exception: It cannot be had offline either.
-    """
+    """Return a tracker; fall back to offline mode if the service is not reachable."""
     if run.is_online:
         try:
             return WandbTracker(run, history)
@@ -182,18 +162,14 @@ def start_wandb(run: WandbRun, history: Sequence[Record], warn: Warn) -> WandbTr
 
 
 def _stop_service() -> None:
-    """End wandb's own process, which holds on to the id of a run that it could not begin."""
+    """Stop wandb's service process, which blocks the id of a run that could not start."""
     import wandb
 
     wandb.teardown()
 
 
 def parse_wandb_mode(text: str) -> str:
-    """Return online, offline or disabled for a mode that wandb was told, in capitals or not.
-
-    Raises:
-        ValueError: There is no such mode.
-    """
+    """Return online, offline or disabled for a value of WANDB_MODE in any case; raise ValueError if unknown."""
     mode = text.strip().lower()
     mode = WANDB_MODE_ALIASES.get(mode, mode)
     if mode not in WANDB_MODES:
@@ -203,7 +179,7 @@ def parse_wandb_mode(text: str) -> str:
 
 
 def run_id(folder: Path, wanted: str | None = None) -> str:
-    """Return the id in `RUN/wandb`; a run without one gets `wanted`, or a new id, written there."""
+    """Return the id stored in `RUN/wandb`; a run without one stores `wanted`, or a new random id."""
     file = folder / "run.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +188,7 @@ def run_id(folder: Path, wanted: str | None = None) -> str:
 
 
 def redact_secrets(settings: Any) -> Any:
-    """The same with what gives access masked: values by their names, and names and passwords in addresses."""
+    """Return the settings with secrets masked: values with secret names, and credentials in URLs."""
     if isinstance(settings, dict):
         return {
             name: "***" if SECRET_NAME.search(str(name)) and isinstance(value, str) else redact_secrets(value)

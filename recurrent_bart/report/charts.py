@@ -1,4 +1,4 @@
-"""What the report draws of one run or of several over each other."""
+"""Charts of the report, for one run or for several runs drawn together."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,20 +23,16 @@ from recurrent_bart.report.run_record import GIB, Run
 
 Draw = Callable[[Sequence[Run]], Figure | None]
 Series = list[tuple[str, Points, int, int]]
-# columns of a map of processes; of more lines of the log several are one
+# Maximum number of columns of the rank heat map; more log lines are averaged into groups.
 MOST_COLUMNS = 60
 STYLE_NAMES = ("solid", "dashed", "dotted")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing.
+    """Chart of the report; `draw` returns None if no run has the data.
 
-    Attributes:
-        name: Of its PNG.
-        heading: What it is about.
-        caption: What there is to see.
-        draw: Draws it; None if no run knows anything of it.
+    `name` is also the name of the PNG file; `caption` tells how to read the chart.
     """
 
     name: str
@@ -46,12 +42,9 @@ class Chart:
 
 
 def series_of(runs: Sequence[Run], fields: dict[str, str], scale: float = 1.0) -> Series:
-    """Lines of some fields: with several runs a run has its colour and a field its style, with one a field its colour.
+    """Return a line per run and field, multiplied by `scale`; `fields` maps field names to labels.
 
-    Args:
-        runs: Whose.
-        fields: Names of fields with their labels.
-        scale: What numbers are multiplied by.
+    With several runs, the colour shows the run and the line style the field. With one run, the colour shows the field.
     """
     series: Series = []
     for number, run in enumerate(runs):
@@ -66,7 +59,7 @@ def series_of(runs: Sequence[Run], fields: dict[str, str], scale: float = 1.0) -
 
 
 def _with_styles(text: str, runs: Sequence[Run], fields: dict[str, str]) -> str:
-    """A title that says which style is which field, where colours are runs."""
+    """Return a title that names the line style of each field if colours show runs."""
     if len(runs) == 1 or len(fields) == 1:
         return text
     return (
@@ -151,13 +144,13 @@ def _processes(runs: Sequence[Run]) -> Figure | None:
     for axes, (run, (table, steps)) in zip(panels, found, strict=True):
         text = f"{run.label}: seconds of a step before the processes meet, over the median process's"
         heat_map(axes, table, text, STEP, "process", limits_of([table], from_0=False), steps)
-        # processes are numbered from 0
+        # Ranks count from 0.
         axes.set_yticks([place + 0.5 for place in range(len(table))], [str(place) for place in range(len(table))])
     return figure
 
 
 def rank_table(run: Run) -> tuple[Table, list[int]]:
-    """Seconds of each process over those of the median one, a row a process, and the step of each column."""
+    """Return seconds of each rank over the median rank's (a row per rank), and the step of each column."""
     newest = len(run.last("rank_seconds"))
     logged = [(r["step"], r["rank_seconds"]) for r in run.records if len(r.get("rank_seconds") or []) == newest]
     size = -(-len(logged) // MOST_COLUMNS)
@@ -184,7 +177,6 @@ def _memory(runs: Sequence[Run]) -> Figure | None:
 
 
 def _gates(runs: Sequence[Run]) -> Figure | None:
-    """By layer and evaluation."""
     names = {"prefix_gate": "gate on the prefix", "update_gate": "gate on the update of the state"}
     found = []
     for run in runs:
@@ -197,7 +189,7 @@ def _gates(runs: Sequence[Run]) -> Figure | None:
 
 
 def _by_segment(name: str, highest: float | None = None) -> Draw:
-    """A table by layer and segment of the last evaluation; numbers above the highest have its shade."""
+    """Return a chart of the last evaluation's table (layers by segments); values above `highest` share its colour."""
 
     def draw(runs: Sequence[Run]) -> Figure | None:
         found = [(name, _titled(runs, run, f"after step {_step_of(run, name)}"), run.last(name), ()) for run in runs]
@@ -220,7 +212,7 @@ def _maps(
     highest: float | None = None,
     is_by_name: bool = False,
 ) -> Figure | None:
-    """Heat maps below each other, of one kind in the same shades."""
+    """Draw heat maps below each other; maps of the same field share a colour scale."""
     if not found:
         return None
     n_columns = 2 if len(found) > 1 and all(len(table[0]) <= 10 for _, _, table, _ in found) else 1

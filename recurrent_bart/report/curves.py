@@ -1,4 +1,4 @@
-"""A picture of how a run went."""
+"""Curves of a run as one PNG file."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,20 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, ScalarFormatter
 
-# a line of fewer points is drawn with them
+# A line with fewer points has markers.
 FEW = 40
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes.
-
-    Attributes:
-        title: What is drawn, with its unit.
-        series: Fields of the records, each with its label.
-        starts_at_0: Whether the axis does. A loss does not come near it, and its fall would be flat.
-        numbers: How those at the axis are written.
-    """
+    """One chart; `series` maps fields to labels, and `starts_at_0` suits metrics that come near 0, unlike a loss."""
 
     title: str
     series: dict[str, str]
@@ -36,7 +29,7 @@ def _power_of_10() -> Formatter:
 
 
 def _panels() -> tuple[Panel, ...]:
-    """All of them; made anew for every picture, for a formatter belongs to one axis."""
+    """Build new panels for each figure, because a formatter belongs to one axis."""
     return (
         Panel(
             "cross-entropy per target token", {"loss": "training", "validation_loss": "validation"}, starts_at_0=False
@@ -46,13 +39,13 @@ def _panels() -> tuple[Panel, ...]:
             {"rouge1": "ROUGE-1", "rougeLsum": "ROUGE-Lsum", "rougeL": "ROUGE-L", "rouge2": "ROUGE-2"},
         ),
         Panel("learning rate", {"learning_rate": ""}, numbers=_power_of_10()),
-        # 17.5 k
+        # Example: 17.5 k.
         Panel("document tokens per second", {"tokens_per_second": ""}, numbers=EngFormatter(sep=" ")),
     )
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw the records of `metrics.jsonl` against their step as a PNG."""
+    """Draw the records of `metrics.jsonl` over the step as a PNG file."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     last_step = max([record["step"] for record in records], default=0)
     for axes, panel in zip(figure.subplots(2, 2, sharex=True).flat, _panels(), strict=True):
@@ -64,7 +57,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _draw(axes: Axes, panel: Panel, records: list[dict[str, Any]]) -> None:
-    # where two lines lie upon each other, as two kinds of ROUGE often do, both are seen
+    # A dashed line keeps both curves visible if they coincide, as two ROUGE metrics often do.
     styles = ("-", "-", "--", "-")
     for (name, label), style in zip(panel.series.items(), styles, strict=False):
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]

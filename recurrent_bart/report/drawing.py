@@ -1,4 +1,4 @@
-"""Drawings of the report: lines, stacked bars and heat maps, as PNG and as SVG whose colours the page decides."""
+"""Drawing functions of the report: lines, stacked bars and heat maps, as PNG, and as SVG with the page's colours."""
 
 import io
 import math
@@ -13,21 +13,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator
 
-# as the page has them by day; in SVG each stands for the variable of its name
+# Colours of the light page; in SVG, each becomes the CSS variable of its name.
 COLORS = {"ink": "#1b1f26", "muted": "#5a6270", "grid": "#dfe3e9", "paper": "#fefefe"}
 SERIES = ("#0b61a4", "#b8460e", "#0c7265", "#97266d", "#6a5a00", "#5b43b5")
 STYLES = ("-", "--", ":", "-.")
-# read by those who do not see all colours, and in print
+# Readable for colour-blind readers and in greyscale print.
 SHADES = matplotlib.colormaps["cividis"]
-# a line has no more points than a page can show; each is the mean of those it stands for
+# Maximum number of points of a line; more points are averaged in groups.
 MOST_POINTS = 400
-# a line of fewer points is drawn with them
+# A line with fewer points has markers.
 FEW = 40
-# a heat map of more columns has no numbers in its cells
+# Maximum number of columns of a heat map with numbers in its cells.
 MOST_NUMBERED = 16
-# inches
+# Inches.
 WIDTH = 7.6
-# of a legend: what stands beside a name, and about what a letter of it takes
+# Width in points of a legend entry without its text, and approximate width of a letter.
 LABEL_POINTS, LETTER_POINTS = 38, 4.3
 STEP = "optimizer step"
 
@@ -36,7 +36,7 @@ Table = list[list[float]]
 
 
 def new_figure(height: float, n_rows: int = 1, n_columns: int = 1, share_x: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as the page, and its axes row by row."""
+    """Create a figure of the page's width; return it with its axes, row by row."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=share_x)
     for axes in grid.flat:
@@ -45,7 +45,7 @@ def new_figure(height: float, n_rows: int = 1, n_columns: int = 1, share_x: bool
 
 
 def dress(axes: Axes) -> None:
-    """Quiet axes, in the page's colours."""
+    """Style axes with few lines and the page's colours."""
     axes.tick_params(which="both", labelsize=8, colors=COLORS["muted"], length=0)
     axes.xaxis.label.set_color(COLORS["muted"])
     axes.yaxis.label.set_color(COLORS["muted"])
@@ -56,7 +56,7 @@ def dress(axes: Axes) -> None:
 
 
 def title(axes: Axes, text: str) -> None:
-    """What axes show, with its unit."""
+    """Set the title, which includes the unit."""
     axes.set_title(text, fontsize=9, loc="left", color=COLORS["ink"])
 
 
@@ -69,16 +69,9 @@ def lines(
     starts_at_0: bool = True,
     numbers: Formatter | None = None,
 ) -> None:
-    """Draw lines.
+    """Draw a line for each entry of `series`: label (empty: none), points, index of the colour, index of the style.
 
-    Args:
-        axes: Where.
-        series: Label, empty for none, points, number of the colour, number of the style.
-        text: The title.
-        x_label: What they are drawn against.
-        is_log: Whether the axis is logarithmic.
-        starts_at_0: Whether the axis does, if it is not.
-        numbers: How those at the axis are written.
+    `starts_at_0` applies to a linear y axis only; `numbers` formats the y axis.
     """
     for label, points, color, style in series:
         thin = thinned(points)
@@ -106,7 +99,7 @@ def lines(
 
 
 def legend(figure: Figure) -> None:
-    """Name the series below all axes, each once, if there is more than one."""
+    """Draw one legend below all axes if there is more than one label."""
     named = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
     if len(handles) > 1:
@@ -122,7 +115,7 @@ def legend(figure: Figure) -> None:
 
 
 def thinned(points: Points) -> Points:
-    """No more than a line can show."""
+    """Average groups of points so that at most `MOST_POINTS` remain."""
     size = math.ceil(len(points) / MOST_POINTS)
     if size <= 1:
         return points
@@ -131,12 +124,12 @@ def thinned(points: Points) -> Points:
 
 
 def stacked_bars(axes: Axes, rows: dict[str, dict[str, float]], text: str) -> None:
-    """Draw a bar for each row, its parts one behind the other."""
+    """Draw a horizontal bar for each row, with its parts side by side."""
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
     for number, name in enumerate(names):
         widths = [parts.get(name, 0.0) for parts in rows.values()]
         starts = [sum(parts.get(other, 0.0) for other in names[:number]) for parts in rows.values()]
-        # a line of the page's colour between parts: they are told apart without their colours too
+        # An edge in the page's colour separates the parts without relying on colour.
         axes.barh(
             list(rows),
             widths,
@@ -162,16 +155,10 @@ def heat_map(
     limits: tuple[float, float],
     columns: Sequence[object] = (),
 ) -> None:
-    """Draw a table as shades, from the first row at the top.
+    """Draw a table as a heat map with the first row at the top.
 
-    Args:
-        axes: Where.
-        table: Rows of numbers.
-        text: The title.
-        x_label: What a column is.
-        y_label: What a row is.
-        limits: Numbers of the darkest and of the lightest shade.
-        columns: Their names; without them they are numbered from 1.
+    The labels say what a column and a row mean; `limits` are the values of the darkest and lightest shade. Columns are
+    numbered from 1 unless `columns` names them.
     """
     low, high = limits
     mesh = axes.pcolormesh(table, cmap=SHADES, vmin=low, vmax=high, edgecolors="face", linewidth=0.3)
@@ -207,39 +194,39 @@ def _write_numbers(axes: Axes, table: Table, limits: tuple[float, float]) -> Non
 
 
 def number_form(highest: float) -> str:
-    """How numbers of which this is the highest are written: with two or three digits that tell something."""
+    """Return a format with two or three significant digits for numbers up to `highest`."""
     forms = ((10, ".1f"), (0.1, ".2f"), (0.01, ".3f"), (0.001, ".4f"))
     return next((form for least, form in forms if highest >= least), ".0e")
 
 
 def limits_of(tables: Sequence[Table], from_0: bool = True) -> tuple[float, float]:
-    """Lowest and highest number, the same shades for all."""
+    """Return the lowest (or 0) and highest number of all tables, for a common colour scale."""
     values = [value for table in tables for row in table for value in row]
     low = 0.0 if from_0 else min(values)
     return low, max([*values, low + 1e-9])
 
 
 def thousands() -> Formatter:
-    """17.5 k."""
+    """Return a formatter that prints 17500 as "17.5 k"."""
     return EngFormatter(sep=" ")
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """As a picture on white."""
+    """Save a figure as PNG on white."""
     figure.savefig(path, dpi=130, format="png", facecolor="white")
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """As an element of a page, whose texts are texts and whose colours are the page's variables."""
+    """Return a figure as an SVG element with real text and with CSS variables as colours."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # names of groups, of which a page with several drawings would have several
+    # Remove ids of groups, which would repeat on a page with several drawings.
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
-    # the page's width decides
+    # The page's layout decides the width.
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )

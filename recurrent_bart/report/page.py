@@ -1,4 +1,4 @@
-"""The report of runs: one page that needs nothing but itself, and its drawings as PNG."""
+"""Report of runs: one self-contained HTML page, and its charts as PNG files."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,20 +13,16 @@ from recurrent_bart.report.run_record import Run, differing_flags, facts, key_me
 from recurrent_bart.run_folder import atomic_write
 
 TEMPLATE = "report.html.jinja"
-# by night: of the same hues, light enough on a dark page
+# Colours of the dark page: the same hues, lighter.
 DARK = {"ink": "#e6e9ef", "muted": "#a3acba", "grid": "#333a46", "paper": "#14171c"}
 DARK_SERIES = ("#6fb4f0", "#ff9f66", "#56cdb9", "#ef8fcb", "#d6c24f", "#b6a5ff")
 
 
 def write_report(runs: Sequence[Run], page: Path) -> list[Path]:
-    """Write the page, and its drawings into a folder of the same name beside it.
-
-    Args:
-        runs: What it is about; they are drawn over each other.
-        page: The HTML file.
+    """Write the HTML page, and its charts as PNG files into a folder of the same name.
 
     Returns:
-        All that was written, the page first.
+        Paths of all written files, the page first.
     """
     runs = with_unique_names(runs)
     folder = page.with_suffix("")
@@ -47,7 +43,7 @@ def write_report(runs: Sequence[Run], page: Path) -> list[Path]:
 
 
 def render(runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
-    """The page."""
+    """Return the HTML of the page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -70,7 +66,7 @@ def render(runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
 
 
 def with_unique_names(runs: Sequence[Run]) -> list[Run]:
-    """Runs whose folders have the same name are numbered."""
+    """Add a number to the names of runs whose folders have the same name."""
     names = [run.name for run in runs]
     numbers = [names[: place + 1].count(name) for place, name in enumerate(names)]
     return [
@@ -80,7 +76,7 @@ def with_unique_names(runs: Sequence[Run]) -> list[Run]:
 
 
 def samples_together(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each sample with the text of every run that has it; source and target are of the first of them."""
+    """Return the samples by id with the text of every run; source and target come from the first run that has them."""
     found: dict[str, dict[str, Any]] = {}
     for number, run in enumerate(runs):
         for name, sample in run.samples.items():
@@ -94,7 +90,7 @@ def _source_and_target(sample: dict[str, Any]) -> dict[str, str]:
 
 
 def _rows(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """Rows by name, with a cell for each run; without those that nobody has."""
+    """Return a row of cells for each name, a cell per run; rows with empty cells only are dropped."""
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, [column.get(name, "") for column in columns]) for name in names]
     return [(name, cells) for name, cells in rows if any(cells)]

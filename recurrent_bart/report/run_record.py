@@ -1,4 +1,4 @@
-"""What a run's folder tells of it, whether it has ended, goes on or broke off."""
+"""Data of a run folder for the report; the run may be finished, running or interrupted."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from recurrent_bart.monitoring.progress import clock
 from recurrent_bart.run_folder import RunFolder
 
 GIB = 2**30
-# they say where a run is, not what it does
+# Flags for paths and ranks, which do not change the training.
 PLACES = {"output_dir", "cache_dir", "resume", "local_rank"}
 ENDINGS = {0: "trained to its end", 1: "ended by a fault", 2: "ended by a mistake", 75: "stopped"}
 
@@ -22,16 +22,10 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """Run as the report shows it.
 
-    Attributes:
-        name: What it is called in the report.
-        config: Its `config.json`.
-        records: Lines of `metrics.jsonl`.
-        samples: Generated texts of its last evaluation, by id.
-        outcome: How it ended; None if nothing says that it did.
-        defaults: What flags are if they are not given.
-        warnings: What was found in the log beside the steps that were skipped.
+    `records` are the lines of `metrics.jsonl`, `samples` the generated texts of the last evaluation by id, `warnings`
+    about loss spikes, and `defaults` the default values of flags. `outcome` is None if `outcome.json` is missing.
     """
 
     name: str
@@ -43,42 +37,42 @@ class Run:
     warnings: Sequence[str] = ()
 
     def of(self, name: str) -> list[Any]:
-        """All values of a field that are known."""
+        """Return all values of a field, without None."""
         return [record[name] for record in self.records if record.get(name) is not None]
 
     def last(self, name: str) -> Any:
-        """The newest value of a field; None if there is none."""
+        """Return the newest value of a field; None if there is none."""
         return next(reversed(self.of(name)), None)
 
     def points(self, name: str, scale: float = 1.0) -> Points:
-        """A field against the step."""
+        """Return (step, value) pairs of a field, multiplied by `scale`."""
         return [(record["step"], record[name] * scale) for record in self.records if record.get(name) is not None]
 
     @property
     def label(self) -> str:
-        """Its name as drawings take it: a dollar would begin a formula, and what begins with _ would not be named."""
+        """Name for Matplotlib: an escaped $ starts no formula, and a leading space keeps a label with a leading _."""
         return " " * self.name.startswith("_") + self.name.replace("$", r"\$")
 
     @cached_property
     def flags(self) -> Record:
-        """All flags."""
+        """Values of all flags."""
         groups = self.config.get("arguments", {}).values()
         return {name: value for group in groups for name, value in group.items()}
 
     @cached_property
     def best(self) -> Record:
-        """The evaluation of the lowest loss; empty if there is none."""
+        """Evaluation with the lowest loss; empty if there is none."""
         found = [record for record in self.records if record.get("validation_loss") is not None]
         return min(found, key=lambda record: record["validation_loss"], default={})
 
     @cached_property
     def n_steps(self) -> int:
-        """Optimizer steps done, as far as was logged."""
+        """Number of optimizer steps according to the log."""
         return max([record["step"] for record in self.records], default=0)
 
     @cached_property
     def ending(self) -> str:
-        """How it ended."""
+        """Sentence about the end of the run, with the reason."""
         if self.outcome is None:
             return "still going on, or broken off"
         ending = ENDINGS.get(self.outcome.get("code", -1), "ended")
@@ -86,7 +80,7 @@ class Run:
         return f"{ending}: {reason}" if reason else ending
 
     def command(self) -> str:
-        """The command line of flags that are not the defaults."""
+        """Return the command line with all flags that differ from their defaults."""
         given = [f"--{name} {value}" for name, value in self.flags.items() if self._is_given(name, value)]
         return " ".join(["launch/train.py", *given])
 
@@ -95,11 +89,7 @@ class Run:
 
 
 def read_run(path: Path, defaults: Mapping[str, Any], warnings: Sequence[str] = ()) -> Run:
-    """The run in a folder.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Read the run in a folder; raise ValueError if there is no `config.json`."""
     folder = RunFolder(path)
     if not folder.config_file.is_file():
         raise ValueError(f"{path}: no run there, a folder with config.json is needed")
@@ -124,7 +114,7 @@ def _read_outcome(file: Path) -> Record | None:
 
 
 def key_metrics(run: Run) -> dict[str, str]:
-    """What a run reached, in numbers; empty where it is not known."""
+    """Return the metrics reached by a run as texts; unknown ones are empty."""
     best, share, memory = run.best, _median(run.of("model_flops_share")), run.of("memory_allocated_bytes")
     return {
         "best validation loss": f"{best['validation_loss']:.4f}" if best else "",
@@ -143,7 +133,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def facts(run: Run) -> dict[str, str]:
-    """What was run, on what, and how it ended."""
+    """Return a run's model, data, environment and ending as texts."""
     flags, model = run.flags, run.config.get("model", {})
     pretrained = flags.get("model_name_or_path")
     found = {
@@ -171,19 +161,19 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def hosts(run: Run) -> set[str]:
-    """Machines that the log names."""
+    """Return the host names in the log."""
     return {*run.of("slowest_host"), *run.of("fastest_host")}
 
 
 def differing_flags(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Flags that are not the same in all runs, with each one's value."""
+    """Return the flags that differ between runs, with the value of each run."""
     names = dict.fromkeys(name for run in runs for name in run.flags if name not in PLACES)
     rows = ((name, [_shown(run.flags.get(name)) for run in runs]) for name in names)
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 def slowest(run: Run) -> str:
-    """The process that others waited for most often."""
+    """Return a sentence about the rank that was most often the slowest; empty if there is only one rank."""
     ranks = [(r["slowest_rank"], r["slowest_host"]) for r in run.records if r.get("slowest_rank") is not None]
     if len(run.last("rank_seconds") or []) < 2 or not ranks:
         return ""

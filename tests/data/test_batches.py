@@ -1,4 +1,4 @@
-"""Documents become batches as they are cut, in an order that nothing but the seed and the step decides."""
+"""Segmentation and collation of documents, and the order of batches, which depends only on the seed and the step."""
 
 import itertools
 
@@ -16,7 +16,7 @@ def make_collator(task="document", segment_size=6, input_size=6, max_n_segments=
 
 
 def row(sections, summaries, index=0):
-    """Sections and summaries given by their lengths; ids tell where they come from."""
+    """Build a row from the lengths of sections and summaries; each id encodes its origin."""
     return {
         "index": index,
         "sections": [[10 * number + i for i in range(length)] for number, length in enumerate(sections, start=1)],
@@ -96,7 +96,7 @@ def test_an_unknown_task_is_refused():
 @pytest.mark.parametrize("max_n_segments", [-1, 1, 3])
 @pytest.mark.parametrize("overlap", [0, 2])
 def test_the_plan_is_what_the_collator_makes(task, max_n_segments, overlap):
-    """Lengths around every multiple of a segment's room, with and without targets."""
+    """Lengths are close to each multiple of a segment's room, with and without targets."""
     random = torch.Generator().manual_seed(1)
     rows = [row([length], [1]) for length in range(1, 15)]
     if task == "sections":
@@ -145,7 +145,7 @@ def make_order(n_documents=23, global_batch=4, seed=7, pool=3):
 
 @pytest.mark.parametrize(("n_documents", "global_batch"), [(23, 4), (24, 4), (5, 4), (3, 7), (1, 2), (200, 2)])
 def test_every_document_is_read_once_a_round(n_documents, global_batch):
-    """After any number of whole pools, no document has been read twice more than another."""
+    """After each whole number of pools, the numbers of reads of two documents differ by at most 1."""
     order = make_order(n_documents, global_batch)
     counts = torch.zeros(n_documents, dtype=torch.long)
     for step in range(6 * order.pool):
@@ -186,7 +186,6 @@ def test_documents_of_a_batch_are_alike_in_length_and_batches_are_not_sorted():
 
 @pytest.mark.parametrize("sizes", [(4, 2), (4, 8), (4, 3, 5, 1), (2, 6, 4)])
 def test_steps_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
-    """Whatever the sizes of a run's steps, all of them together read one sequence."""
     lengths = make_order(n_documents=48).n_segments.tolist()
     unit, read, step = sizes[0], [], 0
     for size in sizes:
@@ -200,7 +199,7 @@ def test_steps_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
         read += order.step_indices(step)
         step += 1
         assert order.epoch(step) == pytest.approx(len(read) / 48)
-    # each epoch is read whole before the next one begins
+    # Each epoch is complete before the next one begins.
     assert sorted(read[:48]) == list(range(48))
     assert torch.bincount(torch.tensor(read)).max() == 2
 
@@ -208,7 +207,7 @@ def test_steps_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
 def test_steps_of_the_first_size_again_are_those_that_there_would_have_been():
     order = make_order(n_documents=48)
     lengths = order.n_segments.tolist()
-    # two steps of half the size stand between
+    # Two steps of half the size are in between.
     later = BatchOrder(lengths, 4, 7, pool=3, unit=4, first_step=4, first_document=12)
     assert [later.step_indices(step) for step in range(4, 20)] == [order.step_indices(step) for step in range(3, 19)]
 

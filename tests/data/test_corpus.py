@@ -1,4 +1,4 @@
-"""Tokenised documents are made once, whole or not at all, and made again when anything they follow from changes."""
+"""Cache of tokenised documents: complete or absent, and rebuilt after a change of its inputs."""
 
 import json
 import multiprocessing
@@ -105,7 +105,7 @@ def test_an_unusable_document_is_refused_and_nothing_is_left_in_the_cache(path, 
 
 
 class SilentTokenizer:
-    """Gives an id to each word, none to characters that do not print."""
+    """Slow tokenizer with an id for each word and no tokens for unprintable characters."""
 
     unk_token_id = mask_token_id = None
     all_special_ids = all_special_tokens = ()
@@ -119,7 +119,7 @@ class SilentTokenizer:
 
 
 def test_many_documents_are_tokenised_in_one_call(tokenizer, tmp_path):
-    """The tokenizer shares the texts of a call out over its threads; one by one it would use a single one."""
+    """A tokenizer encodes the texts of one call in parallel threads; with one text per call, it uses one thread."""
     sizes = []
 
     class Counting(SilentTokenizer):
@@ -138,7 +138,7 @@ def _load_in_process(path, cache, barrier, results):
 
     def wait(*arguments):
         write_corpus(*arguments)
-        # both have written, neither has put it in its place
+        # Both processes have written their folder, and none has renamed it.
         barrier.wait(timeout=60)
 
     module.write_corpus = wait
@@ -200,7 +200,7 @@ def test_what_a_crash_left_behind_does_not_stand_in_the_way(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_is_refused(path, tokenizer, tmp_path):
-    """A file in the way stops every user, a permission would not stop root."""
+    """A file in the way stops every user; missing permissions do not stop root."""
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match=r"cache/corpora: cannot be written \(Not a directory\)"):
         load(path, tokenizer, tmp_path / "cache")

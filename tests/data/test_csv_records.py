@@ -1,4 +1,4 @@
-"""A CSV file gives the rows that were meant, or is refused with file and line."""
+"""CSV files: correct rows, or an error with file and line."""
 
 import csv
 
@@ -68,7 +68,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     path = write(tmp_path, "document,document,summary\na,b,c\n")
     with pytest.raises(ValueError, match=r"x.csv:1: two columns are named 'document'"):
         read(path, on_bad=lambda error: None)
-    # a column without a name can be read by no flag
+    # No flag can select a column without a name.
     assert read(write(tmp_path, ",document,,summary\n0,a,,c\n")) == [("x.csv:2", "a", "c")]
 
 

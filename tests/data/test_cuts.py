@@ -1,11 +1,11 @@
-"""Every cut of documents and targets is said, with its share and the flag that changes it."""
+"""Messages about cut documents and targets, with their share and the flag that changes the limit."""
 
 import pytest
 
 from recurrent_bart.data.batches import Collator, SegmentSizes, plan_documents
 from recurrent_bart.data.cuts import describe_cuts
 
-# sections of 4 tokens are a segment each; of the targets, that of 7 tokens is too long
+# A section of 4 tokens is one segment. The target of 7 tokens is too long.
 SECTIONS = [[4, 4, 4], [4], [4, 4], [12, 4]]
 TARGETS = [[2, 0, 7], [7], [2, 3], [0, 2]]
 

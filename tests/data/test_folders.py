@@ -1,4 +1,4 @@
-"""Whatever a data set's folder holds is read, or said."""
+"""Files of a data set's folder are read, or a note names them."""
 
 import json
 
@@ -86,7 +86,7 @@ def test_folders_behind_links_are_read_once(tmp_path):
     write_pair(tmp_path / "archive" / "2023", "b")
     write_pair(tmp_path / "data" / "val", "c")
     (tmp_path / "data" / "train" / "2023").symlink_to(tmp_path / "archive" / "2023")
-    # a folder that is reached twice, and one that holds itself
+    # One folder that is reachable twice, and one that contains itself.
     (tmp_path / "data" / "train" / "again").symlink_to(tmp_path / "archive" / "2023")
     (tmp_path / "archive" / "2023" / "loop").symlink_to(tmp_path / "archive")
     sources = find_sources(str(tmp_path / "data"))

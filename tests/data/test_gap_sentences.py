@@ -1,17 +1,17 @@
-"""Targets made of a document's own sentences: the most telling ones, in order, kept in the text or taken out of it."""
+"""Targets made of a document's own sentences: the best ones, in order, kept in the text or replaced."""
 
 import pytest
 
 from recurrent_bart.data.gap_sentences import GAP, KEPT, MOST_PIECES, PIECE_WORDS, TAKEN, gap_sentence_rows
 from recurrent_bart.data.rows import Row
 
-# of these the second of each paragraph has its words elsewhere too, the others have none
+# The second sentence of each paragraph shares its words with other paragraphs; the rest of the sentences do not.
 TELLING = "the {0} of the pump and the {0} of the motor are what this report is about"
 OTHER = "{0}one {0}two {0}three {0}four {0}five {0}six {0}seven {0}eight {0}nine {0}ten"
 
 
 def section(name, n_paragraphs):
-    """Sentences of 10 and of 17 words, with all that may stand between two of them."""
+    """Build paragraphs with sentences of 10 and of 17 words, and with all kinds of separators."""
     texts = [OTHER.format(f"{name}{number}") + ". " + TELLING.format(name) + "!\n" for number in range(n_paragraphs)]
     return "".join(texts)
 
@@ -32,7 +32,7 @@ def test_whole_sections_keep_what_they_are_asked_for(row):
         lines = target.split("\n")
         assert len(set(lines)) == 1
         assert lines[0] in text
-        # until there are 60 words
+        # Enough sentences for 60 words.
         assert [len(line.split()) for line in lines] == [17] * 4
 
 
@@ -43,7 +43,7 @@ def test_pieces_are_less_than_a_segment_and_some_have_gaps(row):
         for text, target in zip(made.sections, made.summaries, strict=True):
             assert text.startswith((KEPT, TAKEN))
             assert len(without_asking(text).split()) <= PIECE_WORDS[1]
-            # no piece has some of two sections
+            # No piece crosses a section boundary.
             assert ("speed" in text) != ("noise" in text)
             n_taken = len(target.split("\n"))
             if text.startswith(TAKEN):
@@ -74,7 +74,7 @@ def test_rows_are_the_same_whenever_they_are_made_and_differ_from_each_other(row
     assert list(gap_sentence_rows(row, 6, "sections")) == made
     assert made[:4] == list(gap_sentence_rows(row, 4, "sections"))
     assert len({one.id for one in made} | {row.id}) == 7
-    # whole ones have the same sentences to choose from, pieces begin elsewhere
+    # Whole documents have the same candidate sentences each time; pieces begin elsewhere.
     assert len({tuple(one.sections) for one in made}) == 5
 
 
@@ -93,7 +93,7 @@ def test_scripts_without_spaces_have_sentences_too():
 
 
 def test_words_of_hindi_are_counted_whole():
-    """Of sentences of twelve words five make sixty, which is what is asked for."""
+    """A target has at least 60 words, so five sentences of twelve words."""
     sentence = "इस मशीन की गति और तापमान पूरे प्रतिवेदन में बताए गए हैं।"
     assert len(sentence.split()) == 12
     (made,) = gap_sentence_rows(Row("d", [" ".join([sentence] * 20)], ["सार"]), 1, "document")
@@ -101,7 +101,7 @@ def test_words_of_hindi_are_counted_whole():
 
 
 def test_words_that_differ_in_their_vowel_signs_are_not_the_same():
-    """No sentence has a word of another, so none is telling."""
+    """No sentences share a word, so no sentence is usable."""
     lines = [" ".join(consonant + vowel for consonant in "कखगघचछजझटठ") for vowel in "ािीुूेै"]
     assert not list(gap_sentence_rows(Row("d", ["\n".join(lines)], ["सार"]), 3, "document"))
     assert list(gap_sentence_rows(Row("d", ["\n".join(lines * 2)], ["सार"]), 3, "document"))

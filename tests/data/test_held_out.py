@@ -1,4 +1,4 @@
-"""Held-out documents follow from what they say, not from where they stand."""
+"""Selection of validation documents by content, not by position in the file."""
 
 import json
 
@@ -19,7 +19,7 @@ def records(n, **fields):
 
 
 def sides(path, columns=None, held_out=None):
-    """Texts of the two splits."""
+    """Return the texts of both splits."""
     sources = find_sources(str(path), held_out=held_out)
     splits = ("train", "validation")
     return [{row.sections[0] for row in sources[split].rows("document", columns or Columns())} for split in splits]

@@ -1,4 +1,4 @@
-"""What a record must be to be a document."""
+"""Requirements on a record."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Files, folders and data sets by name, and what is said of those that are no good."""
+"""Files, folders and named data sets as sources, and their error messages."""
 
 import csv
 import gzip
@@ -15,7 +15,7 @@ RECORDS = [{"id": f"d{i}", "document": f"text {i}", "summary": f"sum {i}"} for i
 
 
 def write(path, records=RECORDS):
-    """Records in the format that the name asks for."""
+    """Write records in the format of the file's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     if path.suffix == ".jsonl":
@@ -78,7 +78,7 @@ def test_without_a_validation_split_some_documents_are_held_out(tmp_path, name):
 
 
 def test_a_data_set_by_name_is_loaded_by_datasets(tmp_path, monkeypatch):
-    """To `datasets`, a folder is a data set as a repository of the hub is; ours must not see that it is a folder."""
+    """The library `datasets` loads a local folder like a repository of the hub; our code must not see the folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     held_out = RECORDS[0] | {"id": "d12", "document": "held out"}
@@ -150,7 +150,7 @@ def test_a_byte_order_mark_is_no_part_of_the_documents(tmp_path, name):
 
 
 def test_what_is_held_out_does_not_depend_on_where_the_file_lies(tmp_path, monkeypatch):
-    """Training and a later evaluation may be started in different folders."""
+    """Training and a later evaluation may start in different folders."""
     records = [{"document": f"text {i}", "summary": "s"} for i in range(100)]
     path = write(tmp_path / "data" / "x.csv", records)
     monkeypatch.chdir(tmp_path)

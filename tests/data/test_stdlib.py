@@ -1,4 +1,4 @@
-"""The embedded corpus: Python's standard library as documents."""
+"""Embedded corpus: Python's standard library as documents."""
 
 import ast
 import inspect
@@ -91,7 +91,7 @@ def test_the_library_gives_hundreds_of_documents_in_separate_splits(rows):
 
 
 def test_no_target_stands_in_its_document(rows):
-    """A docstring left in the code would be copied, not summarised."""
+    """A model would copy a docstring that is left in the code."""
     leaked = [
         row.id
         for split in SPLITS
@@ -102,7 +102,7 @@ def test_no_target_stands_in_its_document(rows):
 
 
 def test_what_is_left_of_a_module_is_its_code(rows):
-    """Taking docstrings out by position takes nothing else away: all that a module defines is still there."""
+    """The removal of docstrings keeps all other code: all definitions of a module are still present."""
     row = next(row for split in SPLITS for row in rows[split, "document"] if row.id == "textwrap")
     tree = ast.parse(inspect.getsource(textwrap))
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

@@ -1,4 +1,4 @@
-"""A text never becomes a special token, whatever it says and whichever tokenizer encodes it."""
+"""No text becomes a special token, with any tokenizer."""
 
 import json
 
@@ -22,7 +22,7 @@ def unigram():
 
 
 def byte_pairs(**options):
-    """Byte-level BPE, in whose vocabulary the marks stand as merges make them too."""
+    """Build a byte-level BPE tokenizer whose vocabulary contains the special tokens, also as results of merges."""
     tokenizer = Tokenizer(models.BPE(**options))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -36,7 +36,7 @@ def byte_pairs(**options):
 
 
 def words():
-    """A vocabulary of whole words, of which the marks are some."""
+    """Build a word-level tokenizer whose vocabulary contains the special tokens."""
     vocabulary = {word: n for n, word in enumerate([*NAMES.values(), *sorted({w for t in PLAIN for w in t.split()})])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -74,7 +74,7 @@ def test_special_tokens_in_a_text_are_ordinary_ids(tokenizer):
     texts = [*marks, "".join(marks), " ".join(f"a {mark} b" for mark in marks), f"x{''.join(marks)}y"]
     encoded = TextEncoder(tokenizer)(texts)
     assert all(not special_ids(tokenizer) & {*ids} for ids in encoded)
-    # a character that is itself a special token is left out
+    # A one-character special token is dropped from the text.
     assert all(ids for mark, ids in zip(marks, encoded, strict=False) if len(mark) > 1)
     assert encoded[-1]
 

@@ -1,4 +1,4 @@
-"""Batches of a number of tokens: as many documents as fit, in an order that the seed and the step alone decide."""
+"""Batches with a limit on segments, in an order that depends only on the seed and the step."""
 
 import itertools
 
@@ -15,7 +15,7 @@ LENGTHS = torch.randint(1, 11, (N_DOCUMENTS,), generator=torch.Generator().manua
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    """So that a round has several, the last of them shorter."""
+    """Reduce the window, so that an epoch has several windows, and the last one is shorter."""
     monkeypatch.setattr(token_batches, "WINDOW", 128)
 
 
@@ -24,12 +24,12 @@ def make_order(n_batches=1, seed=7, **place):
 
 
 def batches_of(order, first_step, n_steps):
-    """As one process reads them."""
+    """Return the batches as one rank reads them."""
     return list(itertools.islice(RankBatches(order, first_step, 0, 1, order.n_batches), n_steps * order.n_batches))
 
 
 def round_of(order):
-    """All batches up to where every document has been read once."""
+    """Return the batches of one epoch."""
     batches, n_read = [], 0
     for batch in RankBatches(order, 0, 0, 1, 1):
         batches.append(batch)
@@ -57,7 +57,8 @@ def test_every_document_is_read_once_a_round_and_no_batch_is_too_large():
     for start in range(0, len(read) - N_DOCUMENTS, N_DOCUMENTS):
         assert sorted(read[start : start + N_DOCUMENTS]) == list(range(N_DOCUMENTS))
     assert max(map(n_computed, batches)) <= MOST
-    # full but for the last of each window, and for what no whole document fits in
+    # All batches are nearly full, apart from the last one of each window and from room that no whole document fits
+    # into.
     assert sum(map(n_computed, batches)) > 0.75 * MOST * len(batches)
 
 
@@ -73,11 +74,11 @@ def test_the_order_is_not_by_length_and_is_another_every_round_and_for_every_see
     order = make_order()
     first = round_of(order)
     longest = [LENGTHS[batch[0]] for batch in first]
-    # sorted, there would be one rise for each further window
+    # Batches sorted by length would have one rise per window.
     assert sum(later > earlier for earlier, later in itertools.pairwise(longest)) > len(first) / 4
     second = batches_of(order, len(first), len(first))
     assert first != second
-    # nor are documents together that were before: those of one length are many
+    # Batches of two epochs have different documents. Many documents have the same length, so groups can differ.
     together, again = ({frozenset(batch) for batch in batches if len(batch) > 1} for batches in (first, second))
     assert len(together & again) < len(together) / 4
     assert first != round_of(make_order(seed=8))
@@ -98,7 +99,7 @@ def test_processes_share_a_step_out_whatever_their_number(world_size, accumulati
     for step in (0, 50):
         alone = {tuple(batch) for (batch,) in order.micro_batches(step, 1, 6)}
         parts = order.micro_batches(step, world_size, accumulation)
-        # as many passes on each, which meet in all of them
+        # All ranks make the same number of passes, so that they meet in each.
         assert [len(part) for part in parts] == [world_size] * accumulation
         assert {tuple(batch) for part in parts for batch in part} == alone
     longest = [[max(LENGTHS[i] for i in batch) for batch in part] for part in parts]
@@ -106,7 +107,7 @@ def test_processes_share_a_step_out_whatever_their_number(world_size, accumulati
 
 
 def goes_on(order, step, n_batches, most=MOST):
-    """The order of a run that is resumed after so many steps."""
+    """Return the order of a run that is resumed after `step` steps."""
     place = {"first_document": order.documents_before(step), "first_most": order.most_segments(step)}
     return make_order(n_batches, most=most, first_step=step, **place)
 
@@ -116,7 +117,7 @@ def test_a_resumed_run_reads_the_same_batches(step):
     order = make_order(2)
     resumed = goes_on(order, step, 2)
     assert batches_of(resumed, step, 150) == batches_of(order, step, 150)
-    # and once more, in the same round
+    # Resume a second time in the same epoch.
     assert batches_of(goes_on(resumed, step + 2, 2), step + 2, 150) == batches_of(order, step + 2, 150)
 
 
@@ -128,7 +129,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches():
 
 @pytest.mark.parametrize("sizes", [(12, 6, 20), (12, 24, 12), (30, 4, 12)])
 def test_batches_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
-    """A run whose memory was not enough: three sizes within a round."""
+    """A run that is resumed twice with a smaller limit, after running out of memory, within one epoch."""
     order = make_order(1, most=sizes[0])
     read = batches_of(order, 0, 20)
     for size in sizes[1:]:

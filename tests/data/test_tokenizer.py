@@ -1,4 +1,4 @@
-"""A tokenizer trained here is one that Hugging Face loads, and cuts as sentencepiece does."""
+"""A trained tokenizer loads with Hugging Face and encodes as sentencepiece does."""
 
 import json
 import unicodedata
@@ -117,7 +117,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 @pytest.fixture
 def bert(tmp_path):
-    """A folder with a tokenizer as fnlp/bart-base-chinese has: [CLS] and [SEP], neither bos nor eos."""
+    """Write a tokenizer like that of fnlp/bart-base-chinese, with [CLS] and [SEP] but without bos and eos."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"会议纪要"]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
@@ -136,7 +136,7 @@ def test_a_tokenizer_with_cls_and_sep_has_them_for_bos_and_eos(bert, tmp_path):
 
 @pytest.fixture
 def with_code(bert):
-    """A folder with a tokenizer that is code of its own, which writes a file when it runs."""
+    """Write a tokenizer with Python code that creates a file when it runs."""
     (bert / "own.py").write_text(
         "from pathlib import Path\n"
         "from transformers import BertTokenizer\n"

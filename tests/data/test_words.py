@@ -1,4 +1,4 @@
-"""Words and sentences are right in every script, whatever Unicode form a text has."""
+"""Words and sentences in all scripts and Unicode forms."""
 
 import unicodedata
 

@@ -1,7 +1,8 @@
-"""Intervals cover the truth as often as they say, and differences are paired by document and seed.
+"""Coverage of confidence intervals, and pairing by document and seed.
 
-A simulation tells a nominal 95 % interval from one that is 10 % narrower or wider. Over 60 documents these cover about
-0.925 and 0.970. The standard error of the coverage in 4,000 data sets is 0.0034.
+A simulation distinguishes a nominal 95 % interval from one that is 10 % narrower or wider: over 60 documents, the
+latter
+cover about 0.925 and 0.970. The standard error of the coverage over 4,000 data sets is 0.0034.
 """
 
 import numpy as np
@@ -11,25 +12,25 @@ from recurrent_bart.evaluation.bootstrap import Interval, Resamples, resample, s
 
 N_SIMULATIONS = 4_000
 N_DOCUMENTS = 60
-# coverage that is accepted for a nominal 95 %
+# Accepted coverage of a nominal 95 % interval.
 ACCEPTED = 0.941, 0.959
 
 
 def coverage(intervals, factor=1.0):
-    """Share of intervals that hold 0 after each end was moved to `factor` times its distance from the mean."""
+    """Return the share of intervals that contain 0 if each end's distance from the mean is multiplied by `factor`."""
     means, lows, highs = np.array([(found.mean, found.low, found.high) for found in intervals]).T
     return np.mean((means - factor * (means - lows) <= 0) & (means + factor * (highs - means) >= 0))
 
 
 def assert_covers_95_percent(intervals, accepted=ACCEPTED):
-    """The accepted range holds the coverage, and leaves out that of an interval 10 % narrower or wider."""
+    """Check that the coverage is accepted, and that an interval 10 % narrower or wider would not be."""
     assert accepted[0] < coverage(intervals) < accepted[1]
     assert coverage(intervals, 0.9) < accepted[0]
     assert coverage(intervals, 1.1) > accepted[1]
 
 
 def each_simulation(values_ND):
-    """Resamples of each data set; all of them are drawn at once, in the place of seeds."""
+    """Return the resamples of each data set; the axis of seeds holds the data sets, so all are drawn at once."""
     together = resample(values_ND, np.ones_like(values_ND))
     return [together.of_seed(number) for number in range(len(values_ND))]
 
@@ -55,7 +56,7 @@ def test_an_interval_over_ten_documents_covers_95_percent(random):
 
 
 def test_a_document_is_drawn_with_all_of_its_items(random):
-    """Totals per count, from documents of 1 to 9 items that are alike within a document."""
+    """Documents have 1 to 9 items, which are equal within a document."""
     counts_D = random.integers(1, 10, size=N_DOCUMENTS).astype(float)
     totals_ND = random.normal(size=(N_SIMULATIONS, N_DOCUMENTS)) * counts_D
     together = resample(totals_ND, np.broadcast_to(counts_D, totals_ND.shape))
@@ -65,7 +66,7 @@ def test_a_document_is_drawn_with_all_of_its_items(random):
 
 @pytest.mark.parametrize("n_seeds", [3, 10])
 def test_an_interval_over_seeds_covers_95_percent(random, n_seeds):
-    """A bootstrap of three seeds covers 0.75. The tails of Student's t are long, so the accepted range is narrow."""
+    """A bootstrap of three seeds covers 0.75. Student's t has long tails, so the accepted range is narrow."""
     means = random.normal(size=(5 * N_SIMULATIONS, 1, n_seeds))
     intervals = [Resamples(own, N_DOCUMENTS).over_seeds() for own in means]
     assert_covers_95_percent(intervals, accepted=(0.946, 0.954))
@@ -76,7 +77,7 @@ def test_an_interval_over_seeds_covers_95_percent(random, n_seeds):
 def test_an_interval_over_documents_and_seeds_covers_at_least_95_percent(
     random, normal_resamples, n_seeds, seed_deviation
 ):
-    """The mean of the documents has a standard deviation of 0.13."""
+    """The mean over documents has a standard deviation of 0.13."""
     seeds = seed_deviation * random.normal(size=(1000, 1, n_seeds))
     both = zip(normal_resamples[:1000], seeds, strict=True)
     intervals = [Resamples(own.means + seed, N_DOCUMENTS).interval() for own, seed in both]
@@ -85,7 +86,7 @@ def test_an_interval_over_documents_and_seeds_covers_at_least_95_percent(
 
 @pytest.mark.parametrize("n_seeds", [2, 3, 5])
 def test_documents_alone_or_seeds_alone_make_the_whole_interval(normal_resamples, n_seeds):
-    """So it is neither too narrow nor too wide where one of both does not vary."""
+    """The interval is exact if only documents or only seeds vary."""
     documents = normal_resamples[0]
     all_alike = Resamples(np.repeat(documents.means, n_seeds, axis=1), N_DOCUMENTS)
     assert ends(all_alike.interval()) == pytest.approx(ends(documents.over_documents()))
@@ -107,7 +108,7 @@ def test_both_parts_are_added_in_squares():
 
 
 def test_published_seeds_give_the_paired_t_interval():
-    """By hand: ROUGE-1 of three seeds differs by 1.5, 2.3 and 3.1, and 4.303 * 0.8 / sqrt(3) is 1.987."""
+    """The expected value is computed by hand: ROUGE-1 differs by 1.5, 2.3 and 3.1; 4.303 * 0.8 / sqrt(3) is 1.987."""
     found = Resamples(np.array([[25.2, 26.8, 25.8]]) - np.array([[23.7, 24.5, 22.7]]), 1).over_seeds()
     assert ends(found) == pytest.approx((0.313, 2.3, 4.287), abs=1e-3)
 
@@ -126,7 +127,7 @@ def test_the_mean_weighs_documents_by_their_counts_and_seeds_alike():
 
 
 def test_documents_with_nothing_to_count_are_not_drawn():
-    """Else a draw of them alone would have no mean."""
+    """A draw that contains only these documents would have no mean."""
     found = resample(np.array([[3.0, 3.0, 0.0]]), np.array([[2.0, 2.0, 0.0]])).interval()
     assert ends(found) == (1.5, 1.5, 1.5)
 
@@ -149,7 +150,7 @@ def test_the_difference_of_a_pair_is_surer_than_either():
 
 
 def test_seeds_that_differ_widen_the_interval():
-    """On documents that are all alike the seeds alone make it."""
+    """All documents are equal, so only the seeds vary."""
     ones = np.ones((3, 50))
     found = resample(ones * [[1.0], [2.0], [3.0]], ones).interval()
     assert found.mean == pytest.approx(2.0)

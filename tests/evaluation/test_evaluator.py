@@ -1,4 +1,4 @@
-"""Validation loss and generated texts are those of their documents, however these are batched and shared out."""
+"""Validation loss and generated texts do not depend on batches and ranks."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class Words:
-    """Shows ids as numbers, special ones not."""
+    """Tokenizer that decodes ids to numbers without special tokens."""
 
     def decode(self, ids, skip_special_tokens):
         return " ".join(str(int(i)) for i in ids if int(i) > 3)
@@ -57,7 +57,7 @@ def section_rows():
 @pytest.fixture
 def model():
     model = tiny_model(init_std=0.8).eval()
-    # a decoder that listens to the document, or every text would be the same
+    # Strengthen cross-attention; with random weights, all texts would be equal.
     for layer in model.model.decoder.layers:
         layer.encoder_attn.out_proj.weight.data *= 5
     model.generation_config.no_repeat_ngram_size = 1
@@ -66,7 +66,7 @@ def model():
 
 @torch.no_grad()
 def loss_by_hand(model, evaluator):
-    """Log-probability of every target token, document by document, without batches or labels' machinery."""
+    """Return the mean loss, computed for each document by itself and without the model's loss function."""
     losses = []
     for index in evaluator.plan.indices:
         batch = evaluator.collator([{**evaluator.corpus[index], "index": index}])
@@ -118,12 +118,12 @@ def test_a_generated_text_belongs_to_its_document(model, batch_size):
 
 
 def test_a_generated_text_belongs_to_its_section(model):
-    """Sections without tokens or without target are passed over, those behind the cut are not there."""
+    """Sections without tokens or without a target are skipped; sections after the cut are absent."""
     rows = [*section_rows(), make_row("d", [3, 20, 4], [1, 1, 1])]
     samples = make_evaluator(rows, "sections", max_n_segments=3).summarise(model, Generation(max_new_tokens=5))
     told = [("a", 0), ("a", 2), ("b", 0), ("c", 1), ("c", 2), ("d", 0), ("d", 1)]
     by_name = {row["id"]: row for row in rows}
-    # the third section of a begins at its fourth segment, behind the cut
+    # The third section of document a begins at the fourth segment, after the cut.
     told.remove(("a", 2))
     assert [sample.target for sample in samples] == [by_name[name]["summary_texts"][place] for name, place in told]
     sources = [Words().decode(by_name[name]["sections"][place], True) for name, place in told]
@@ -134,7 +134,7 @@ def test_a_generated_text_belongs_to_its_section(model):
 
 
 def test_nothing_is_generated_after_segments_that_have_no_target(model, monkeypatch):
-    """And those that have one may be generated from in groups."""
+    """Segments with a target may be generated from in groups."""
     chosen, generate = [], model.generate
 
     def watched(*inputs, every_segment, may_pack, **how):
@@ -188,7 +188,7 @@ def test_sections_of_documents_with_one_name_belong_to_their_own_documents(model
 
 
 def scored(n_documents, n_sections):
-    """Scores of documents of which all sections are alike; the n-th has n words of 20 right."""
+    """Score documents whose sections are all equal; document n has n of 20 words right."""
     words = [f"w{number}" for number in range(20)]
     texts = [" ".join(words[:n] + ["x"] * (20 - n)) for n in range(n_documents)]
     numbers = range(n_sections)
@@ -196,12 +196,12 @@ def scored(n_documents, n_sections):
 
 
 def test_intervals_of_sections_resample_documents():
-    """Copies of its sections tell nothing new about a document, so they do not narrow the interval."""
+    """Copies of a document's sections carry no new information, so the interval must not become narrower."""
     once, six_times = scored(n_documents=15, n_sections=1), scored(n_documents=15, n_sections=6)
     for name, found in once.items():
         ends = found.low, found.mean, found.high
         assert (six_times[name].low, six_times[name].mean, six_times[name].high) == pytest.approx(ends)
-    # by hand: 4.472 is the standard deviation of 0 to 14, 2.145 Student's t, and a word is 5 %
+    # Computed by hand: the standard deviation of 0 to 14 is 4.472, Student's t is 2.145, and a word is 5 %.
     assert once["rouge1"].high - once["rouge1"].low == pytest.approx(2 * 2.145 * 5 * 4.472 / 15**0.5, rel=0.04)
 
 
@@ -213,7 +213,7 @@ def test_one_document_with_many_sections_has_no_interval():
 @pytest.mark.distributed
 @pytest.mark.parametrize("task", ["document", "sections"])
 def test_processes_together_give_the_figures_of_one(model, task, tmp_path):
-    """An odd number of batches: one process makes a pass that does not count."""
+    """The number of batches is odd, so one rank makes an additional pass that does not count."""
     evaluator = make_evaluator(document_rows() if task == "document" else section_rows(), task)
 
     def evaluate(rank):

@@ -1,4 +1,4 @@
-"""ROUGE is rouge-score's, and counts scripts that rouge-score drops."""
+"""ROUGE equals rouge-score on English and also counts scripts that rouge-score drops."""
 
 import unicodedata
 
@@ -12,7 +12,7 @@ REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of h
 
 
 def test_english_is_scored_as_rouge_score_does():
-    """Sentences one a line, which is how rouge-score wants them for Lsum."""
+    """Sentences are on separate lines, as rouge-score requires for Lsum."""
     scorer = rouge_scorer.RougeScorer(list(METRICS), use_stemmer=True)
     reference = "A cat was sitting on the mat.\nRain fell: 3 mm.\nNo umbrella was of help?"
     prediction = "The cats sat on a mat.\nIt was raining, 3.5 mm fell!\nNobody's umbrella helped."
@@ -33,14 +33,14 @@ def test_the_mean_is_over_documents_and_lies_in_its_interval():
 
 def test_japanese_is_scored_character_by_character():
     scores = rouge(["東京は雨だ。寒い。"], ["東京は晴れだ。寒い。"])
-    # 7 and 8 characters, 6 of them in common; bigrams 6 and 7, 東京 京は だ寒 寒い in common
+    # Of 7 and 8 characters, 6 are common; of 6 and 7 bigrams, 東京 京は だ寒 寒い are common.
     assert scores["rouge1"].mean == pytest.approx(100 * 2 * 6 / (7 + 8))
     assert scores["rouge2"].mean == pytest.approx(100 * 2 * 4 / (6 + 7))
     assert scores["rougeL"].mean == pytest.approx(100 * 2 * 6 / (7 + 8))
 
 
 def test_japanese_sentences_count_for_lsum():
-    """The union of matches by sentence does not mind their order, the whole text's longest subsequence does."""
+    """The order of sentences changes the whole text's longest common subsequence, but not Lsum's matches."""
     scores = rouge(["寒い。雨だ。"], ["雨だ。寒い。"])
     assert scores["rougeLsum"].mean == pytest.approx(100)
     assert scores["rougeL"].mean == pytest.approx(50)
@@ -86,7 +86,7 @@ def test_two_different_words_score_0(one, other):
 )
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
 def test_a_perfect_text_scores_100_in_every_unicode_form(text, form):
-    """A tokenizer that normalises gives the text back in another form than the reference has."""
+    """A tokenizer with normalisation decodes to another Unicode form than the reference has."""
     assert {score.mean for score in rouge([unicodedata.normalize(form, text)], [text]).values()} == {100}
 
 
@@ -97,7 +97,7 @@ def test_texts_of_one_document_are_resampled_together():
         rouge(texts, references, ["one", "one", "two", "two"])["rouge1"],
     )
     assert apart.mean == together.mean == pytest.approx(62.5)
-    # documents of 75 and 50
+    # The documents score 75 and 50.
     assert (together.low, together.high) == pytest.approx((50, 75))
     assert apart.low < 50 < 75 < apart.high
 
@@ -109,7 +109,7 @@ def test_an_empty_prediction_scores_0():
 def test_each_text_has_a_score_and_their_mean_is_the_whole():
     scores = rouge_per_sample(["a b", "c", ""], ["a b", "d", "e"])["rouge1"]
     assert scores.tolist() == [100.0, 0.0, 0.0]
-    # rouge-score gives whole numbers where nothing is in common
+    # rouge-score returns an integer if nothing matches.
     assert rouge_per_sample([""], ["a"])["rouge2"].dtype == float
     assert rouge(["a b", "c", ""], ["a b", "d", "e"])["rouge1"].mean == pytest.approx(scores.mean())
 

@@ -1,4 +1,4 @@
-"""What the tests of faults share: a run, something that goes wrong in it, and what must hold after it."""
+"""Fixtures for fault tests: a short run, an injected fault, and checks afterwards."""
 
 import json
 
@@ -10,24 +10,24 @@ from runs import flags
 
 
 class RunUnderTest:
-    """A short run, in its own folder."""
+    """Short run in a separate folder."""
 
     def __init__(self, documents, folder):
         self.documents, self.folder = documents, folder / "run"
         self.checkpoints = self.folder / "checkpoints"
 
     def train(self, n_processes=2, fault=None, changes=None, **options):
-        """Begin; as `processes_of_a_run.train`."""
+        """Start the run; see `processes_of_a_run.train`."""
         arguments = flags(self.documents, self.folder, **(changes or {}))
         return train(arguments, n_processes, fault, **options)
 
     def resume(self, n_processes=2, fault=None, changes=None, **options):
-        """Go on."""
+        """Resume the run."""
         arguments = ["--resume", self.folder, *(f"--{name}={value}" for name, value in (changes or {}).items())]
         return train(arguments, n_processes, fault, **options)
 
     def steps(self):
-        """Of the checkpoints there are, each of which must be whole, with nothing half written under its name."""
+        """Return the steps of all checkpoints; check that each is complete."""
         found = sorted(self.checkpoints.glob("step-*"))
         for checkpoint in found:
             assert problems(checkpoint) == []

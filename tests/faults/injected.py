@@ -1,4 +1,4 @@
-"""What goes wrong: each function patches the process that calls it, before its run begins."""
+"""Injected faults: each function patches the calling process before its run begins."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from recurrent_bart.data.batches import Collator
 from recurrent_bart.evaluation.evaluator import Evaluator
 from recurrent_bart.training.trainer import Trainer
 
-# where something can go wrong
+# Functions before which a fault can happen.
 MOMENTS = {
     "step": (Trainer, "forward_backward"),
     "evaluation": (Evaluator, "_generate"),
@@ -24,7 +24,7 @@ MOMENTS = {
 
 
 def before(moment, act, at=1):
-    """Do something before a moment, the `at`-th time that it comes."""
+    """Call `act` before the `at`-th call of a function in `MOMENTS`."""
     owner, name = MOMENTS[moment]
     original = getattr(owner, name)
     times = [0]
@@ -39,7 +39,7 @@ def before(moment, act, at=1):
 
 
 def signalled(moment, number, at=1, n_times=1):
-    """A signal comes, or several."""
+    """Send a signal `n_times` to this process."""
 
     def send():
         for _ in range(n_times):
@@ -49,7 +49,7 @@ def signalled(moment, number, at=1, n_times=1):
 
 
 def signalled_before_training():
-    """A signal comes while documents are tokenised."""
+    """Send SIGTERM while documents are tokenised."""
     from recurrent_bart.training import preparation
 
     load_corpus = preparation.load_corpus
@@ -62,14 +62,14 @@ def signalled_before_training():
 
 
 def signalled_then_while_saving(number):
-    """A signal comes in a step, and again while the checkpoint is written that it asks for."""
+    """Send a signal in a step, and again while the requested checkpoint is written."""
     before("step", lambda: os.kill(os.getpid(), number), at=3)
-    # the first one is that of the evaluation after two steps
+    # The first save belongs to the evaluation after two steps.
     before("save", lambda: os.kill(os.getpid(), number), at=2)
 
 
 def workers_signalled(numbers):
-    """Signals come to the processes that make batches, as to all processes of a job step."""
+    """Send signals to the DataLoader workers, as SLURM does to all processes of a job step."""
     import psutil
 
     def send():
@@ -83,29 +83,29 @@ def workers_signalled(numbers):
 
 
 def worker_killed():
-    """A process that makes batches is killed, as where memory runs out."""
+    """Kill a DataLoader worker, as the kernel does if memory runs out."""
     import psutil
 
     before("step", lambda: psutil.Process().children()[0].kill(), at=2)
 
 
 def stop_file_appears(path, at):
-    """Somebody asks the run to stop."""
+    """Create the stop file."""
     before("step", lambda: open(path, "w").close(), at)
 
 
 def killed(moment, at=1):
-    """The process is gone."""
+    """Kill this process."""
     before(moment, lambda: os.kill(os.getpid(), signal.SIGKILL), at)
 
 
 def hangs(moment, at=1, seconds=1000):
-    """The process does nothing more for some time."""
+    """Block this process for some seconds."""
     before(moment, lambda: time.sleep(seconds), at)
 
 
 def fails(moment, at=1):
-    """An error that nobody foresaw."""
+    """Raise an unexpected exception."""
 
     def fail():
         raise RuntimeError("nobody foresaw this")
@@ -114,7 +114,7 @@ def fails(moment, at=1):
 
 
 def out_of_memory(moment, at=1):
-    """The device has no more memory."""
+    """Raise an out-of-memory error of the device."""
 
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
@@ -123,7 +123,7 @@ def out_of_memory(moment, at=1):
 
 
 def out_of_memory_backward(at):
-    """The device has no more memory in a backward pass, some micro-batches of the step being done."""
+    """Raise an out-of-memory error in a backward pass, after some micro-batches of the step."""
     backward, times = DeepSpeedEngine.backward, [0]
 
     def patched(engine, loss):
@@ -136,7 +136,7 @@ def out_of_memory_backward(at):
 
 
 def loss_becomes(value, steps):
-    """The loss of some steps, counted from 1, is multiplied by a value."""
+    """Multiply the loss of some steps by a value; steps count from 1."""
     forward = DeepSpeedEngine.forward
     times = [0]
 
@@ -152,7 +152,7 @@ def loss_becomes(value, steps):
 
 
 def gradient_becomes(value, step):
-    """The loss is finite, its gradient is not."""
+    """Multiply the gradient of a step by a value; the loss stays finite."""
     backward, times = DeepSpeedEngine.backward, [0]
 
     def patched(engine, loss):
@@ -165,7 +165,7 @@ def gradient_becomes(value, step):
 
 
 def disk_full(from_checkpoint):
-    """From one checkpoint on, nothing more can be written into its files."""
+    """Fail each write to checkpoint files, from one checkpoint on."""
     write = checkpoint_files.write_and_fsync
     full = [False]
 
@@ -187,7 +187,7 @@ def disk_full(from_checkpoint):
 
 
 def writing_fails(what, at):
-    """The `at`-th time that something is written beside the checkpoints, the disk is full."""
+    """Fail the `at`-th write of another file with a full disk."""
     from recurrent_bart.training import session
 
     write, times = getattr(session, what), [0]
@@ -196,7 +196,7 @@ def writing_fails(what, at):
         times[0] += 1
         if times[0] < at:
             return write(*args, **options)
-        # as the writer of weights tells of it
+        # The writer of weights raises its own exception type.
         kind = SafetensorError if what == "save_model" else OSError
         raise kind("I/O error: No space left on device (os error 28)")
 
@@ -204,13 +204,13 @@ def writing_fails(what, at):
 
 
 def disk_full_and_signalled():
-    """The disk is full when a checkpoint is asked for."""
+    """Fill the disk when a checkpoint is requested."""
     disk_full(from_checkpoint=2)
     before("step", lambda: os.kill(os.getpid(), signal.SIGTERM), at=3)
 
 
 def folder_becomes_a_file(path, at):
-    """What should be the folder of checkpoints cannot be written any more, not by root either."""
+    """Replace the checkpoint folder by a file, which even root cannot write into."""
 
     def replace():
         path.rename(path.with_name("away"))
@@ -220,7 +220,7 @@ def folder_becomes_a_file(path, at):
 
 
 def document_unreadable(index):
-    """A document cannot be made a batch of."""
+    """Fail the collation of one document."""
     segments = Collator.segments
 
     def patched(collator, row):

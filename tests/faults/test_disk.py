@@ -1,4 +1,4 @@
-"""A disk that is full, a folder that cannot be written, checkpoints that are damaged."""
+"""Full disks, unwritable folders and damaged checkpoints."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_a_disk_that_is_full_while_the_model_is_written_leaves_the_one_before(ru
     assert "bytes are free); what stood there before is whole, and --resume goes on from the last checkpoint" in line
     assert "Traceback" not in ended.text()
     assert run.outcome()["code"] == FAULT
-    # nothing half written is left, and the model can be read
+    # No temporary file is left, and the model is readable.
     assert [path.name for path in run.folder.glob(".*")] == []
     load_model(str(run.folder / "model"), torch.device("cpu"), torch.float32)
     ended = run.resume()

@@ -1,4 +1,4 @@
-"""A document that cannot be read."""
+"""Unreadable documents."""
 
 import pytest
 
@@ -28,7 +28,7 @@ BROKEN = {
 
 @pytest.fixture(params=BROKEN)
 def broken(request, run, tmp_path):
-    """A run on documents of which the third cannot be used, and what is said of it."""
+    """Return a run whose third document is unusable, and the expected message."""
     folder = tmp_path / "documents"
     folder.mkdir()
     for split in ("train", "validation"):
@@ -57,7 +57,7 @@ def test_broken_ones_may_be_passed_over_and_are_counted(broken):
     assert message in ended.text()
     assert "documents  23 to train on" in ended.text()
     assert [record["n_bad_documents"] for record in run.records() if "loss" in record] == [1]
-    # they are counted as well where the documents come from the cache
+    # Skipped documents count also if documents come from the cache.
     ended = run.resume(1, changes={"max_steps": 2})
     assert ended.codes == [DONE], ended.text()
     assert [record["n_bad_documents"] for record in run.records() if "loss" in record] == [1, 1]

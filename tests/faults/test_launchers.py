@@ -1,4 +1,4 @@
-"""Launchers are told to stop, as people and clusters do it: the run has a whole checkpoint before they end it."""
+"""Launchers receive a signal, as from a user or a cluster; the run saves a complete checkpoint before it ends."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def start(command, run, **variables):
-    """Start a run that would go on for long, and wait until it has done some steps."""
+    """Start a long run and wait until it has done some steps."""
     arguments = flags(run.documents, run.folder, max_steps=5000, warmup_steps=2, eval_every=2500)
     started = subprocess.Popen(
         [*command, TRAIN, *arguments],
@@ -66,7 +66,7 @@ def test_torchrun_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
     started = start(TORCHRUN, run)
     started.send_signal(signal.SIGTERM)
     code, printed = end_of(started)
-    # whatever its processes return, it returns one of its own
+    # The launcher replaces the exit codes of its processes by its own.
     assert code not in (0, ExitCode.STOPPED)
     assert_stopped(run, printed)
 
@@ -74,7 +74,8 @@ def test_torchrun_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_deepspeed_that_is_told_to_stop_leaves_a_whole_checkpoint(run, name):
     started = start(["deepspeed", "--master_port", str(launching.free_port())], run, LOCAL_SIZE="2")
-    # to all that it started too, as a terminal and a cluster do it: told alone, it goes and leaves them behind
+    # Signal the whole process group, as a terminal and a cluster do. A signal to torchrun only would orphan its
+    # processes.
     os.killpg(started.pid, getattr(signal, name))
     code, printed = end_of(started)
     assert code != 0

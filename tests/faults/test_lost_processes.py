@@ -1,4 +1,4 @@
-"""Where one process dies, hangs or fails, the others end soon, and the last checkpoint is whole."""
+"""One process dies, hangs or fails: the remaining ones end soon, and the last checkpoint is complete."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, losses that leap, memory that is not there."""
+"""Non-finite numbers, loss spikes and exhausted memory."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_as_many_of_them_in_a_row_as_are_allowed_end_the_run(run):
     ended = run.train(fault="loss_becomes", ranks=[0, 1], value=5.0, steps=range(10, 15), changes=changes)
     assert ended.codes == [MISTAKE, MISTAKE], ended.text()
     assert "error: step 11: the loss is " in ended.printed[0]
-    # none of the weights that made such losses
+    # No checkpoint has weights from steps with a high loss.
     assert run.steps() == [8]
 
 

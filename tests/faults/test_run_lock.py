@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused by all its processes; what a killed run leaves stops nobody."""
+"""Lock of a run folder: all processes of a second run fail, but a killed run leaves no lock."""
 
 import pytest
 

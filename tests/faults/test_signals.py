@@ -1,4 +1,4 @@
-"""Asked to stop, a run ends between two steps with a whole checkpoint and exit code 75, whichever process was asked."""
+"""A signal to any process ends the run between two steps, with a complete checkpoint and exit code 75."""
 
 import signal
 
@@ -14,7 +14,7 @@ def assert_stopped(run, ended, step, reason):
     assert set(ended.codes) == {STOPPED}, ended.text()
     assert f"stopped    after step {step}: {reason}" in ended.printed[0]
     assert f"go on with --resume {run.folder}" in ended.printed[0]
-    # one process speaks
+    # Only one process prints.
     assert not "".join(ended.printed[1:])
     assert run.outcome() == {"code": STOPPED, "reason": reason, "step": step}
 
@@ -24,7 +24,7 @@ def assert_stopped(run, ended, step, reason):
 def test_a_signal_to_one_process_in_a_step_stops_all_after_it(run, name, rank):
     ended = run.train(fault="signalled", ranks=[rank], moment="step", number=getattr(signal, name), at=3)
     assert_stopped(run, ended, 3, name)
-    # the evaluation after the second step wrote one too
+    # The evaluation after the second step also saved a checkpoint.
     assert run.steps() == [2, 3]
 
 
@@ -32,7 +32,7 @@ def test_a_signal_to_every_process_stops_them_once(run):
     ended = run.train(fault="signalled", ranks=[0, 1], moment="update", number=signal.SIGTERM, at=3)
     assert_stopped(run, ended, 3, "SIGTERM")
     assert run.steps() == [2, 3]
-    # at once, and by one process
+    # One process reports the signal immediately.
     assert ended.text().count("stopping   SIGTERM received") == 1
     assert ended.printed[0].index("stopping   SIGTERM") < ended.printed[0].index("stopped    after step 3")
     assert f"saved      {run.folder}/model, the model after step 2" in ended.printed[0]
@@ -46,7 +46,7 @@ def test_a_signal_while_texts_are_generated_does_not_wait_for_the_last(run):
     assert sorted(run.evaluations()) == [0]
     ended = run.resume()
     assert ended.codes == [DONE, DONE], ended.text()
-    # the one that was cut off is made up for
+    # The interrupted evaluation is repeated.
     assert sorted(run.evaluations()) == [0, 2, 4, 6]
 
 
@@ -96,10 +96,10 @@ def test_a_stop_file_stops_a_run_and_not_the_one_that_goes_on(run):
 
 
 def test_a_run_stops_when_its_minutes_are_over(run):
-    # they are counted from the start of the process, which takes longer than this
+    # Minutes count from the start of the process, which takes longer than this.
     ended = run.train(changes={"max_minutes": 0.001})
     assert_stopped(run, ended, 0, "--max_minutes")
-    # there is nothing in it yet that would not be made again
+    # A checkpoint at step 0 would contain nothing new.
     assert run.steps() == []
     ended = run.resume(changes={"max_minutes": 5})
     assert ended.codes == [DONE, DONE], ended.text()

@@ -1,4 +1,4 @@
-"""The README's table of faults tells exit codes as they are, and of what each means."""
+"""The README's table of faults has the correct exit codes and meanings."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""`launch/benchmark.py`: what it prints and writes, and what it does without."""
+"""Output of `launch/benchmark.py`, and the packages that it can do without."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from recurrent_bart.benchmarks.models.cases import MODELS
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "benchmark.py"
 SHORT = ["--segment_size", "16", "--rounds", "1", "--passes", "1", "--device", "cpu"]
-# not on every machine that it measures
+# Packages that may be missing on a machine for benchmarks.
 ABSENT = ("deepspeed", "datasets", "wandb", "sentencepiece", "rouge_score", "tensorboardX", "peft")
 
 
@@ -41,7 +41,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 
 
 def test_groups_and_models_can_be_picked(script, tmp_path, monkeypatch, capsys):
-    # in bfloat16 a processor takes half a minute for it
+    # The bfloat16 measurement takes half a minute on CPU.
     monkeypatch.setattr(session, "matrix_peak", lambda device, dtype: 1e9)
     picked = ["--suite", "grid", "--segments", "1", "3", "--groups", "training-1x3", "--models", "rmt"]
     assert script.main([*picked, *SHORT, "--bf16", "--output_dir", str(tmp_path)]) == 0

@@ -1,4 +1,4 @@
-"""`launch/evaluate.py`: the figures are the evaluator's, on the documents of the run that the model came from."""
+"""`launch/evaluate.py` returns the evaluator's metrics on the documents of the model's run."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run on the sections of short documents."""
+    """Train a run on the sections of short documents."""
     documents = write_documents(tmp_path_factory.mktemp("documents"))
     texts = documents.joinpath("train.jsonl").read_text().splitlines()
     arguments = asdict(parse_arguments(flags(documents, documents / "run", task="sections")))
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def evaluated(folder, n_documents, max_n_segments, num_beams):
-    """The figures of the evaluator itself."""
+    """Return the metrics of a direct call of the evaluator."""
     device = torch.device("cpu")
     model, tokenizer = load_model(str(folder.model), device, torch.float32)
     data = parse_arguments(["--resume", str(folder.path)]).data
@@ -55,7 +55,7 @@ def evaluated(folder, n_documents, max_n_segments, num_beams):
 
 
 def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path):
-    # whole documents, though the model was trained on 3 segments of each
+    # Whole documents are read, although training used 3 segments per document.
     flags = ["--limit", 3, "--num_beams", 2]
     ended = run_script(SCRIPT, "--model", folder.model, "--json", tmp_path / "figures.json", *flags, timeout=120)
     assert ended.codes == [0], ended.text()
@@ -92,7 +92,7 @@ def test_every_cut_is_said(folder, tmp_path):
         ("targets", "--max_n_segments"),
         ("targets", "--max_target_length"),
     ]
-    # the targets that are left are those that were scored
+    # Only targets before the cut are scored.
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["n_texts"] == int(lines[1][1]) - int(lines[1][0]) == int(lines[2][1])
 

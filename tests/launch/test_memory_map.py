@@ -1,4 +1,4 @@
-"""`launch/memory_map.py`: what it prints and draws, and what it refuses."""
+"""Output and error messages of `launch/memory_map.py`."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_tables_summary_and_picture(script, run, tmp_path, monkeypatch, capsys):
     assert script.main(["--model", str(run.model), "paper.txt"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "read from memory, over what is read from tokens, by layer and segment"
-    # three layers
+    # The model has three layers.
     assert [line.split()[0] for line in lines[2:5]] == ["1", "2", "3"]
     assert all(float(number) >= 0 for line in lines[2:5] for number in line.split())
     assert re.fullmatch("summary: .+", lines[-2])

@@ -1,4 +1,4 @@
-"""launch/preflight.py on processes that stand for nodes."""
+"""`launch/preflight.py` on local processes that stand for nodes."""
 
 import pytest
 
@@ -28,8 +28,8 @@ def test_what_is_wrong_decides_the_exit_code(tmp_path):
 def test_the_network_within_and_between_nodes_is_measured(tmp_path):
     flags = ["--per_node", 2, "--folder", tmp_path, "--min_between", 1e6]
     ended = run_script(PREFLIGHT, *flags, environments=launched(4))
-    # the first one tells
+    # Rank 0 prints the result.
     assert ended.codes == [1, 0, 0, 0], ended.text()
-    # both of one pair: the host has one name
+    # Both nodes of the pair are reported, under the same host name.
     assert ended.text().count("GB/s on it") == 2
     assert "GB/s, expected 1e+06" in ended.text()

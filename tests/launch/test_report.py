@@ -1,4 +1,4 @@
-"""`launch/report.py`: where the page is, what it says beside it, and what it refuses."""
+"""Output and error messages of `launch/report.py`."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""`launch/study.py`: runs what is not done, keeps what there is, and reports on all."""
+"""`launch/study.py` does unfinished runs only, keeps existing results, and reports on all runs."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """The folder of a study whose two runs are done, and what was printed."""
+    """Do a study of two runs; return its folder and its output."""
     folder = tmp_path_factory.mktemp("study")
     ended = run_script(SCRIPT, *SHORT, "--output_dir", folder, "--processes_per_device", 2, timeout=120)
     assert ended.codes == [0], ended.text()
@@ -50,7 +50,7 @@ def test_a_study_leaves_a_file_for_each_run_a_report_and_a_plot(study):
 
 @pytest.fixture
 def started(script, monkeypatch):
-    """Names of the files whose runs a study would start, each time it is run; none is."""
+    """Return the file names of the runs that a study would start, without starting them."""
     names = []
     monkeypatch.setattr(
         script,
@@ -164,7 +164,7 @@ def test_a_process_takes_runs_in_turns_begins_others_when_they_end_and_tells_eac
 
 
 def test_when_the_time_is_over_runs_in_progress_are_tested_and_no_others_begun(script, tmp_path, capsys, monkeypatch):
-    # half of their time is left for tests, which need less: there would be time to begin another
+    # Half of the time is reserved for the final tests, which need less, so another run would fit.
     monkeypatch.setattr(single_run, "SPARE", 1e9)
     monkeypatch.setattr(single_run, "MOST_SPARE", 1.0)
     runs = [dataclasses.replace(short, eval_every=5) for short in script.build_study("quick", Texts(), range(2))]
@@ -172,7 +172,7 @@ def test_when_the_time_is_over_runs_in_progress_are_tested_and_no_others_begun(s
     deadline = time.time() + 8.0
     flags = ["--runs_at_once=3", f"--deadline={deadline}", "--run", *map(str, files)]
     assert script.main(flags) == 0
-    # how long tests take beside other processes is not known exactly
+    # The duration of tests beside other processes varies.
     assert time.time() < deadline + 10.0
     assert set(capsys.readouterr().out.split()) == {"ended:", *map(str, files[:3])}
     for file in files[:3]:
@@ -212,7 +212,7 @@ def test_processes_of_one_device_are_told_how_many_they_are(script, monkeypatch,
 
     monkeypatch.setattr(script, "run_side_by_side", start)
     assert script.main([*SHORT, "--output_dir", str(tmp_path), "--processes_per_device", "3"]) == 1
-    # with no time left it does nothing else
+    # With no time left, the process does nothing.
     assert script.main([*commands[0][2:], "--deadline=0"]) == 0
     assert told == [3]
 

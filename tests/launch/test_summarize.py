@@ -1,4 +1,4 @@
-"""`launch/summarize.py`: what it prints, where, and what it says of what it cannot read."""
+"""Output and error messages of `launch/summarize.py`."""
 
 import errno
 import io
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def summarize(script, run, capsys, tmp_path):
-    """Runs the script on a text; gives its lines on standard output and on standard error."""
+    """Return a function that runs the script on a text and returns the lines of standard output and standard error."""
 
     def call(text, *flags):
         (tmp_path / "text.txt").write_text(text)
@@ -46,12 +46,12 @@ def summarize(script, run, capsys, tmp_path):
 
 @pytest.fixture
 def tells_numbers(script, monkeypatch):
-    """In place of a summary, a figure of what it is made from: a random model tells the same of nearly everything."""
+    """Replace a summary by the mean of the encoder output, because a random model's summaries are nearly all equal."""
     monkeypatch.setattr(script, "summary_after", lambda output, *_, **how: f"{output.last_hidden_state.mean():.5f}")
 
 
 def summary_at_once(run, text, **how):
-    """What the model gives for the whole text."""
+    """Return the model's summary of the whole text."""
     model = RecurrentBartForConditionalGeneration.from_pretrained(run.model).eval()
     tokenizer = train_tokenizer([TEXT], vocab_size=320)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -78,7 +78,7 @@ def test_standard_input_is_read_as_a_file_is(script, run, summarize, monkeypatch
 
 
 def test_many_texts_have_a_line_each_in_their_order(script, run, tmp_path, capsys, monkeypatch):
-    """Also where they are more than are in memory at a time, and where a summary has several lines."""
+    """There are more texts than are in memory at a time, and some summaries have several lines."""
     asked = []
 
     class FakeSummariser:
@@ -127,7 +127,7 @@ def test_what_many_texts_cannot_have_is_named_in_one_line(script, run, tmp_path,
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Files of which the second to fourth cannot be read: empty, no UTF-8, not there."""
+    """Write five files; the second to fourth are unreadable: empty, not UTF-8, missing."""
     names = [str(tmp_path / f"{number}.txt") for number in range(5)]
     for name, content in zip(names, (b"the list", b" \n", b"\xff", None, b"of numbers"), strict=True):
         if content is not None:
@@ -139,7 +139,7 @@ def test_texts_that_cannot_be_read_are_passed_over_where_that_is_asked(script, r
     expected = [summarize(text)[0][0] for text in ("the list", "of numbers")]
     assert script.main(["--model", str(run.model), "--skip_bad_samples", *mixed]) == 0
     printed = capsys.readouterr()
-    # a line for each, so that lines belong to files
+    # Each text has a line, so lines match files.
     assert printed.out.split("\n") == [expected[0], "", "", "", expected[1], ""]
     warnings = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3
@@ -222,7 +222,7 @@ def test_a_model_whose_run_had_longer_targets_than_it_has_positions_for_ends_its
         tmp_path / "run", [TEXT], {"data": {"max_target_length": 1200}}, forced_eos_token_id=None
     )
     (tmp_path / "text.txt").write_text(TEXT)
-    # the end is out of reach
+    # The summary reaches its maximum length.
     flags = ["--min_new_tokens", "64"]
     assert script.main(["--model", str(run.model), str(tmp_path / "text.txt"), *flags]) == 0
     assert "generation up to 64 tokens" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""launch/train.py as users run it: every launcher, every DeepSpeed configuration, both tasks, and bad input."""
+"""`launch/train.py` with every launcher and DeepSpeed configuration, both tasks, and invalid input."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def read_metrics(folder):
 
 
 def summarise(folder):
-    """What the saved model writes about a text, all loaded by the Auto classes."""
+    """Return the saved model's summary of a text; the Auto classes load everything."""
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert isinstance(model, RecurrentBartForConditionalGeneration)
     ids = tokenizer(" ".join(WORDS * 4), return_tensors="pt")["input_ids"]
@@ -53,7 +53,7 @@ def assert_one_error(printed, *parts):
 
 @pytest.fixture(scope="module")
 def two_processes(documents, tmp_path_factory):
-    """The run of two processes that the deepspeed launcher starts, with ZeRO-3: its folder and what it printed."""
+    """Train on two ranks with ZeRO-3 and the deepspeed launcher; return the run's folder and its output."""
     folder = tmp_path_factory.mktemp("runs") / "deepspeed"
     arguments = flags(documents, folder, deepspeed="ds_configs/zero3.json", dataloader_num_workers=1, log_every=2)
     code, printed = deepspeed(TRAIN, *arguments, LOCAL_SIZE="2")
@@ -89,7 +89,7 @@ class TestTwoProcesses:
         assert config["arguments"]["run"]["max_steps"] == 6
         assert config["deepspeed"]["train_micro_batch_size_per_gpu"] == 2
         assert "auto" not in json.dumps(config["deepspeed"])
-        # a build may be named behind it, +cpu say
+        # A build suffix like +cpu may follow the version.
         assert torch.__version__.startswith(config["versions"]["torch"])
 
     def test_the_log_holds_steps_and_evaluations(self, two_processes):
@@ -126,14 +126,14 @@ class TestTwoProcesses:
         printed = capsys.readouterr().out
         assert "step-00000006, written by another number of processes" in printed
         assert "2 a device x 1 accumulated x 1 processes" in printed
-        # as any folder of checkpoints, with nothing left of what was put together
+        # The folder is like other folders of checkpoints, without temporary files.
         assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step-00000008"
         assert not list((folder / "checkpoints").glob(".*"))
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A tiny BART with a tokenizer, as somebody may have saved one."""
+    """Save a tiny BART with a tokenizer."""
     folder = tmp_path_factory.mktemp("pretrained") / "bart"
     tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 320)
     torch.manual_seed(3)
@@ -206,7 +206,7 @@ def test_so_it_is_where_one_of_two_processes_cannot_read_them(documents, pretrai
 @pytest.mark.slow
 def test_torchrun_trains_a_pretrained_bart_on_sections(documents, pretrained, tmp_path):
     folder = tmp_path / "run"
-    # a rate at which nothing moves by more than 1e-5, so that the weights of the end tell those of the beginning
+    # The learning rate moves no weight by more than 1e-5, so the final weights reveal the initial weights.
     changes = {"model_name_or_path": pretrained, "task": "sections", "learning_rate": 1e-7, "weight_decay": 0}
     code, printed = torchrun(2, TRAIN, *flags(documents, folder, deepspeed="ds_configs/zero2.json", **changes))
     assert code == 0, printed
@@ -216,7 +216,7 @@ def test_torchrun_trains_a_pretrained_bart_on_sections(documents, pretrained, tm
     assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-5) for name in expected)
     assert (model.config.pre_seq_len, model.config.decoder_context) == (3, "section")
     assert summarise(folder / "model")
-    # a sample for each section, by its place in the document
+    # Each section has a sample, named by its index in the document.
     assert "validation-0[0]" in (folder / "samples.md").read_text()
 
 

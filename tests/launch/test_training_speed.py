@@ -1,4 +1,4 @@
-"""`launch/training_speed.py`: several real processes, what it prints and writes, what it refuses."""
+"""`launch/training_speed.py` with several real processes: output and error messages."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_two_processes_are_measured_without_wandb_and_leave_no_model_behind(scri
     (line,) = written["results"]
     assert (line["part"], line["processes"], line["sharding"], line["outcome"]) == ("runs", 2, "zero3", "measured")
     assert len(line["measured"]["step_seconds"]) == 2
-    # two processes read two documents of two segments each
+    # Two ranks read two documents of two segments each.
     seconds, speeds = line["measured"]["step_seconds"], line["measured"]["tokens_per_second"]
     assert [a * b for a, b in zip(seconds, speeds, strict=True)] == pytest.approx([2 * 2 * 2 * 16] * 2)
     assert written["command"] == flags
@@ -43,7 +43,7 @@ def test_two_processes_are_measured_without_wandb_and_leave_no_model_behind(scri
 def test_what_there_is_no_time_for_is_named(script, tmp_path, capsys):
     assert script.main(["--budget_seconds", "0", "--processes", "1", "2", "--output_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    # in a line of its own, and in the table
+    # The message is on a separate line and in the table.
     assert printed.count("left out: the time was over") == 2 * 8
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 8
 

@@ -1,4 +1,4 @@
-"""Reads what wandb and TensorBoard wrote back from their files."""
+"""Readers for the files of wandb and TensorBoard."""
 
 import json
 import struct
@@ -9,7 +9,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 def wandb_records(file):
-    """Records of a `.wandb` file whose run was closed, which wandb does a moment after it says so."""
+    """Return the records of a closed `.wandb` file; wait for it, as wandb closes it a moment after `finish`."""
     for _ in range(100):
         records = list(_records(file))
         if any(record.WhichOneof("record_type") == "exit" for record in records):
@@ -19,7 +19,7 @@ def wandb_records(file):
 
 
 def _records(file):
-    """LevelDB's log: blocks of 32 KiB behind a header of 7 bytes."""
+    """Yield the records of a LevelDB log: blocks of 32 KiB, each record with a header of 7 bytes."""
     data, place, parts = file.read_bytes(), 7, []
     while place + 7 <= len(data):
         left = 32768 - place % 32768
@@ -29,14 +29,14 @@ def _records(file):
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
         parts.append(data[place + 7 : place + 7 + length])
         place += 7 + length
-        # whole, or the last part
+        # A complete record, or its last part.
         if kind in (1, 4):
             yield Record.FromString(b"".join(parts))
             parts = []
 
 
 def wandb_rows(file):
-    """Rows that were logged, as dictionaries, without wandb's own time stamps."""
+    """Return the logged rows as dictionaries, without wandb's time stamps."""
     rows = []
     for record in wandb_records(file):
         if record.WhichOneof("record_type") == "history":
@@ -46,13 +46,13 @@ def wandb_rows(file):
 
 
 def wandb_run(file):
-    """What the run is called, and its settings."""
+    """Return the name and the settings of a wandb run."""
     run = next(record.run for record in wandb_records(file) if record.WhichOneof("record_type") == "run")
     return run, {item.key: json.loads(item.value_json) for item in run.config.update}
 
 
 def tensorboard_points(folder):
-    """`(curve, step, value)` of all event files of a folder."""
+    """Return `(curve, step, value)` of all event files of a folder."""
     points = []
     for file in sorted(folder.iterdir()):
         data, place = file.read_bytes(), 0

@@ -1,4 +1,4 @@
-"""The bytes that are counted are those that live."""
+"""Measured memory contains live tensors only."""
 
 import torch
 

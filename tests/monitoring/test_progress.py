@@ -1,4 +1,4 @@
-"""The terminal shows how far a run is; a file gets plain lines; other processes are silent."""
+"""Progress bar on a terminal, plain lines in a file, nothing on other ranks."""
 
 import io
 import re
@@ -22,7 +22,7 @@ STATUS = "loss 2.346  12,346 tokens/s  35 % of peak  1.5 GiB  lr 3.0e-05"
 
 
 def run(first_step=0, is_terminal=True, is_plain=False):
-    """What is shown of a run of 40 steps up to the half."""
+    """Return the output of a run of 40 steps after step 20."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=is_terminal, width=160, color_system=None, legacy_windows=False)
     with ProgressDisplay(first_step, 40, console, is_plain) as display:
@@ -59,7 +59,7 @@ def test_nothing_vanishes_however_narrow_the_terminal_is(width):
         display.show(record)
         display.step(6172)
         display.bar.refresh()
-    # what is on the screen at last; what stood there before was written over
+    # Keep the last state of the screen; earlier states are overwritten.
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue().split("\r")[-1])
     screen = [line.rstrip() for line in text.splitlines()]
     assert all(len(line) <= width for line in screen)

@@ -1,4 +1,4 @@
-"""The line of the log follows from what each process has seen."""
+"""Reduction of the metrics of all ranks to one log line."""
 
 import math
 
@@ -115,7 +115,7 @@ def test_a_gpu_has_that_of_its_allocator_since_it_was_last_read(monkeypatch):
 
 
 def test_machines_are_numbered_by_the_first_process_of_each(monkeypatch):
-    # two machines may have one name
+    # Two nodes may have the same host name.
     found = [("n", 0, 1.0), ("n", 1, 1.0), ("n", 0, 2.0), ("n", 1, 2.0)]
     monkeypatch.setattr(module, "gather_objects", lambda item: found)
     places = RankTopology.gather(local_rank=0, peak=1.0)

@@ -1,4 +1,4 @@
-"""Kinds of work are timed one by one."""
+"""Kinds of work are timed separately."""
 
 import time
 

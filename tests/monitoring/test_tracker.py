@@ -1,4 +1,4 @@
-"""Figures reach every tracker, and no tracker stops a run."""
+"""Every tracker receives the metrics, and a failing tracker does not stop the run."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_the_file_is_written_again_when_there_is_room_again(folder, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(json, "dumps", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         trackers.log({"step": 2})
-    # half a line is what a full disk leaves
+    # A full disk leaves an incomplete line.
     with folder.metrics_file.open("a") as file:
         file.write('{"step": 2, "lo')
     trackers.log({"step": 3})
@@ -112,7 +112,7 @@ def test_tensorboard_has_each_point_once_also_when_a_run_goes_on(folder):
     for record in records:
         cut_off.log(record)
     cut_off.finish(False)
-    # the checkpoint is that of step 2
+    # The checkpoint is from step 2.
     resumed = TensorBoardTracker(place, records[:2])
     resumed.log(records[2])
     resumed.alert("title", "text")

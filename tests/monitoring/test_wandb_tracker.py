@@ -1,4 +1,4 @@
-"""wandb holds the lines of metrics.jsonl, each once, however often a run was cut off."""
+"""wandb has each line of metrics.jsonl exactly once, even if the run is interrupted several times."""
 
 import json
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 
 def files(folder):
-    """In order of their beginning, as `wandb sync` reads them."""
+    """Return the files in order of creation, as `wandb sync` reads them."""
     return sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
 
 
@@ -76,9 +76,9 @@ def test_a_run_that_was_stopped_goes_on_in_a_further_file(folder):
 def test_what_a_run_that_was_cut_off_logged_is_written_anew(folder):
     log(WandbTracker(make_run(folder), []), RECORDS[:2]).finish(True)
     cut_off = log(WandbTracker(make_run(folder), RECORDS[:2]), RECORDS[2:5])
-    # as if it had been killed: what it wrote is there, and nothing says that it is complete
+    # Simulate a killed run: its data is present, but not marked as complete.
     cut_off.wandb_run.finish()
-    # the checkpoint is that of step 4
+    # The checkpoint is from step 4.
     log(WandbTracker(make_run(folder), RECORDS[:4]), RECORDS[4:]).finish(True)
     assert [row for file in files(folder) for row in wandb_rows(file)] == rows(RECORDS)
     assert len(files(folder)) == 2
@@ -114,7 +114,7 @@ def test_offline_each_machine_has_a_run_in_one_group(folder):
 
 
 class Service:
-    """In place of wandb's: knows how many rows it has."""
+    """Stand-in for wandb's service, which knows its number of rows."""
 
     def __init__(self, n_rows=0):
         self.n_rows, self.rows, self.given = n_rows, [], []
@@ -155,14 +155,14 @@ def test_online_several_machines_share_one_run_that_the_first_logs_into(folder, 
     trackers = [WandbTracker(make_run(folder, is_online=True, node=node, n_nodes=2), []) for node in (0, 1)]
     for tracker in trackers:
         log(tracker, RECORDS[:2])
-    # wandb takes no step of its own there
+    # A shared run takes no explicit step.
     assert service.rows == [(None, 1), (None, 2)]
     first, second = (given["settings"] for given in service.given)
     assert {given["id"] for given in service.given} == {"abc123"}
     assert (first.mode, first.x_label, first.x_primary) == ("shared", "node-0-alpha", True)
     assert (second.mode, second.x_label, second.x_primary) == ("shared", "node-1-alpha", False)
     assert not second.x_update_finish_state
-    # cut off and resumed
+    # An interrupted and resumed run.
     log(WandbTracker(make_run(folder, is_online=True, n_nodes=2), RECORDS[:1]), RECORDS[1:3])
     assert service.rows == [(None, 1), (None, 2), (None, 3)]
 

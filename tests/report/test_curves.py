@@ -1,4 +1,4 @@
-"""The picture holds what was logged."""
+"""The plot contains the logged values."""
 
 import matplotlib.image
 import pytest
@@ -16,7 +16,7 @@ RECORDS = [
 
 @pytest.fixture
 def figure(monkeypatch, tmp_path):
-    """The drawn figure itself."""
+    """Return the Matplotlib figure."""
     figures = []
     make = module.Figure
     monkeypatch.setattr(module, "Figure", lambda *args, **kwargs: figures.append(make(*args, **kwargs)) or figures[0])
@@ -30,7 +30,7 @@ def test_every_series_is_drawn_against_its_steps(figure):
         for axes in figure.axes
     }
     loss, rouge, rate, speed = drawn.values()
-    # a loss that was not finite is a gap
+    # A non-finite loss is a gap.
     assert loss == {"training": [(10, 8.0)], "validation": [(0, 9.0), (20, 7.0)]}
     assert {label: points[0][1] for label, points in rouge.items()} == {
         "ROUGE-1": 20.0,

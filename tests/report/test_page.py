@@ -1,4 +1,4 @@
-"""The page says what the runs' folders hold, needs nothing but itself, and takes no text for its own."""
+"""The page shows the data of run folders, is self-contained, and escapes all texts."""
 
 import json
 import re
@@ -24,20 +24,20 @@ EVIL = "<script>alert('1')</script> & <img src=x onerror=alert(2)> {{ 1 + 1 }} $
 
 
 def report(folders, file, **how):
-    """Report on runs, and give the page."""
+    """Write a report on runs and return its page."""
     runs = [read_run(folder, DEFAULTS, **how) for folder in folders]
     return Page(write_report(runs, file)[0].read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def make_page(tmp_path):
-    """Reports on runs, and gives the page."""
+    """Return a function that writes a report and returns its page."""
     return lambda *folders, **how: report(folders, tmp_path / "out" / "page.html", **how)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a run that has ended, and of the report on it."""
+    """Return the folder of a finished run with its report."""
     folder = write_run(tmp_path_factory.mktemp("runs") / "run", RECORDS, SAMPLES)
     (folder / "outcome.json").write_text(json.dumps({"code": 0, "reason": "", "step": 20}))
     return folder
@@ -45,12 +45,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    """The page on it, `FOLDER/page.html`."""
+    """Return the page of the report, `FOLDER/page.html`."""
     return report([folder], folder / "page.html")
 
 
 def follows(page, name):
-    """The piece of text behind another."""
+    """Return the text that follows `name` on the page."""
     return page.texts[page.texts.index(name) + 1]
 
 
@@ -156,14 +156,14 @@ def test_texts_and_lines_stand_out(colors, series):
 
 def test_texts_from_outside_are_shown_as_they_are(tmp_path, make_page):
     records = [step_record(10, slowest_host=EVIL), evaluation_record(10), {"step": 12, "skipped": EVIL}]
-    # a folder's name has no slash
+    # A folder's name contains no slash.
     name = EVIL.replace("/", "|")
     folder = write_run(tmp_path / name, records, [sample(EVIL, EVIL, EVIL, EVIL)], dataset=EVIL)
     other = write_run(tmp_path / "_other", records)
     page = make_page(folder, other, warnings=[EVIL])
     assert not page.tags() & {"script", "img"}
     assert page.texts.count(EVIL) >= 5
-    # in drawings too
+    # The name is in the drawings too.
     assert sum(name in text for text in page.texts) > 10
 
 

@@ -1,4 +1,4 @@
-"""The report as a browser shows it."""
+"""Report in a real browser."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def _browser():
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one run", "three runs"])
 def file(request, tmp_path_factory):
-    """A page."""
+    """Return the file of a page."""
     folder = tmp_path_factory.mktemp("report")
     records = [evaluation_record(0), *(step_record(n) for n in range(2, 21, 2)), evaluation_record(20)]
     samples = [sample("paper-1", "<b>a source</b>", "a target", "a generated text")]
@@ -56,7 +56,7 @@ def test_its_numbers_are_there(file, tmp_path):
 
 
 def test_it_fits_a_telephone(file, tmp_path):
-    """Nothing but what can be scrolled is wider than the page."""
+    """Elements wider than the page are scrollable."""
     marked = tmp_path / "marked.html"
     script = "<script>document.title = document.documentElement.scrollWidth</script></body>"
     marked.write_text(file.read_text().replace("default-src 'none';", "").replace("</body>", script))

@@ -1,7 +1,7 @@
-"""A real SLURM of two nodes on this machine. What it starts dies with it, and with the process that started it.
+"""Real SLURM cluster of two nodes on this machine; it ends with the process that started it.
 
-Each node is a daemon in namespaces of its own: it has a name, an address, processes and file systems that are not
-those of the other, so that one can be lost as a machine is lost. Its GPU is a device that does nothing.
+Each node is a daemon in separate Linux namespaces. It has a name, an address, processes and file systems that are
+separate from the other node's, so that a test can lose it like a real machine. Its GPU is a null device.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from launching import TESTS, environment
 
 ROOT = TESTS.parent
 PROGRAMS = {"slurmctld": "slurm-wlm", "munged": "munge", "ip": "iproute2", "setpriv": "util-linux"}
-# the last one is switched on where another one is lost
+# The spare node starts when a test loses another node.
 NODES, SPARE = (1, 2), 3
 NETWORK, BRIDGE = "10.99.0", "rbart0"
-# so that whoever is killed leaves nothing behind
+# End the daemon if its parent process is killed.
 DIES_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 
 SETTINGS = """\
@@ -64,11 +64,7 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def install():
-    """Install what is missing.
-
-    Returns:
-        Why this machine can have no cluster; None if it can.
-    """
+    """Install missing packages; return the reason if this machine cannot run a cluster, else None."""
     if os.geteuid() != 0:
         return "only root starts a SLURM cluster"
     missing = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program)})
@@ -82,7 +78,7 @@ def install():
 
 
 class Cluster:
-    """Starts and stops it, loses a node, and asks about jobs."""
+    """Cluster that tests can start, stop, query and take a node from."""
 
     def __init__(self, folder):
         self.folder, self.daemons, self.nodes = folder, [], {}
@@ -106,7 +102,7 @@ class Cluster:
         delete_link(BRIDGE)
 
     def write_settings(self):
-        """Write all that daemons read."""
+        """Write all configuration files of the daemons."""
         host = socket.gethostname().split(".")[0]
         nodes, devices, hosts = [], [], ["127.0.0.1 localhost", f"{NETWORK}.1 {host}"]
         os.mknod(self.folder / "gpu", 0o20666, os.makedev(1, 3))
@@ -123,7 +119,7 @@ class Cluster:
         self.settings.write_text(SETTINGS.format(**values))
 
     def _start(self):
-        # of one that was killed
+        # Remove the bridge of a killed cluster.
         delete_link(BRIDGE)
         ip(f"link add {BRIDGE} type bridge")
         ip(f"address add {address(0)}/24 dev {BRIDGE}")
@@ -144,7 +140,7 @@ class Cluster:
             return subprocess.Popen([*DIES_WITH_US, *command], env=given, stdout=printed, stderr=printed)
 
     def start_node(self, number):
-        """Switch a node on, and wait until it takes jobs."""
+        """Start a node, and wait until it accepts jobs."""
         program = f"""
         hostname node{number}; mount --bind {self.folder}/hosts /etc/hosts
         until ip link show eth0; do sleep 0.02; done
@@ -155,20 +151,20 @@ class Cluster:
         self.nodes[number] = node
         wait_until(psutil.Process(node.pid).children, 10, "the node's first process is there")
         (first,) = psutil.Process(node.pid).children()
-        # the kernel takes its time with that of a node that is gone
+        # The kernel removes the link of a lost node with a delay.
         delete_link(f"rbart{number}")
         ip(f"link add rbart{number} type veth peer name eth0 netns {first.pid}")
         ip(f"link set rbart{number} master {BRIDGE} up")
         wait_until(lambda: "idle" in self.ask("sinfo", "-h", "-n", f"node{number}", "-o", "%T"), 30, "the node is idle")
 
     def lose_node(self, number):
-        """End every process of a node at once, as where its power goes."""
+        """Kill every process of a node at once, as after a power failure."""
         self.nodes[number].kill()
         self.nodes.pop(number).wait()
 
     @contextlib.contextmanager
     def spare_node(self):
-        """For a while, a node that takes the place of one that is lost; the others are there again afterwards."""
+        """Replace a lost node by the spare node in a `with` block; restart the lost node afterwards."""
         self.start_node(SPARE)
         try:
             yield
@@ -179,28 +175,28 @@ class Cluster:
                 self.start_node(number)
 
     def inside(self, number, *command):
-        """Run a command where a node is."""
+        """Run a command in the namespaces of a node."""
         (first,) = psutil.Process(self.nodes[number].pid).children()
         subprocess.run(["nsenter", "--target", str(first.pid), "--all", *command], check=True)
 
     def ask(self, *command):
-        """What a command of SLURM prints."""
+        """Return the output of a SLURM command."""
         given = environment(SLURM_CONF=str(self.settings))
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=given, capture_output=True, text=True, timeout=60)
         return done.stdout + done.stderr
 
     def submit(self, script, *arguments, options=(), **variables):
-        """Submit a batch script as a user does; returns the job."""
+        """Submit a batch script as a user does; return the job."""
         return Job(self, script, arguments, options, variables)
 
 
 class Job:
-    """A job that was submitted."""
+    """Submitted job."""
 
     def __init__(self, cluster, script, arguments, options, variables):
         self.cluster = cluster
         self.output = cluster.folder / f"output-{time.monotonic_ns()}.txt"
-        # the interpreter that runs the tests, whatever is set up in the checkout
+        # Use the interpreter of the tests, not the checkout's virtual environment.
         given = environment(SLURM_CONF=str(cluster.settings), VIRTUAL_ENV="tests", CUDA_VISIBLE_DEVICES="", **variables)
         command = ["sbatch", "--parsable", "--gpus-per-node=1", f"--output={self.output}", *options, script, *arguments]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=given, capture_output=True, text=True)
@@ -208,7 +204,7 @@ class Job:
         self.id = done.stdout.strip()
 
     def shown(self):
-        """What SLURM knows of it, by name."""
+        """Return SLURM's properties of the job by name."""
         words = self.cluster.ask("scontrol", "--oneliner", "show", "job", self.id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -222,13 +218,13 @@ class Job:
         return self.output.read_text() if self.output.exists() else ""
 
     def wait(self, timeout, state=None):
-        """Until it is over, or in a state; returns that state."""
+        """Wait until the job has ended or has the given state; return its state."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         wait_until(lambda: self.state() in ({state} if state else over), timeout, f"the job is {state or 'over'}", self)
         return self.state()
 
     def signal(self, name):
-        """As SLURM does before the job's time is over."""
+        """Send a signal as SLURM does before the time limit."""
         self.cluster.ask("scancel", "--batch", f"--signal={name}", self.id)
 
     def cancel(self):
@@ -236,22 +232,22 @@ class Job:
 
 
 def ip(command):
-    """Change the network of this machine."""
+    """Run an `ip` command, which changes the network of this machine."""
     subprocess.run(["ip", *command.split()], check=True)
 
 
 def delete_link(name):
-    """One that may not be there."""
+    """Delete a network link if it exists."""
     subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)
 
 
 def address(number):
-    """Of a node; that of the machine itself is number 0."""
+    """Return the address of a node; node 0 is the machine itself."""
     return f"{NETWORK}.{number + 1}" if number == 0 else f"{NETWORK}.{number + 10}"
 
 
 def wait_until(condition, timeout, what, job=None):
-    """Wait for something to be so; AssertionError if it takes longer than it may."""
+    """Wait until a condition holds; raise AssertionError after `timeout` seconds."""
     end = time.monotonic() + timeout
     while not condition():
         told = f"\n{job.shown()}\n{job.printed()}" if job else ""

@@ -1,4 +1,4 @@
-"""What the tests of batch scripts share: a cluster, and a run on it that nothing cut off."""
+"""Fixtures for tests of batch scripts: a cluster, and an uninterrupted run on it."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(cluster, documents, tmp_path_factory):
-    """A run that nothing cuts off: its folder and its job."""
+    """Return the folder and the job of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     job = cluster.submit(TRAIN, *flags(documents, folder, **CHANGES))
     assert job.wait(200) == "COMPLETED", job.printed()

@@ -1,4 +1,4 @@
-"""`sbatch slurm/evaluate.sh`: the documents are shared by the processes of both nodes."""
+"""`sbatch slurm/evaluate.sh`: the processes of both nodes share the documents."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`slurm/train.sh` finds the run folder among the flags in each way in which launch/train.py takes it; no cluster."""
+"""`slurm/train.sh` finds the run folder in each spelling of the flags of launch/train.py; no cluster is needed."""
 
 import subprocess
 
@@ -6,13 +6,13 @@ import pytest
 
 from launching import TESTS, environment
 
-# in place of SLURM's programs: names the node; says what would be started
+# Stand-ins for SLURM's programs: scontrol names the node, and srun prints the command's last two words.
 PROGRAMS = {"scontrol": "echo localhost", "srun": 'echo "${@: -2}"'}
 
 
 @pytest.fixture
 def started(tmp_path):
-    """Calls the script with some flags in a folder of its own; gives the last two words of what it starts."""
+    """Return a function that calls the script in an empty folder and returns the last two words of the command."""
     (tmp_path / "slurm").symlink_to(TESTS.parent / "slurm")
     (tmp_path / "bin").mkdir()
     for name, line in PROGRAMS.items():

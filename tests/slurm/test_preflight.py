@@ -1,4 +1,4 @@
-"""`sbatch slurm/preflight.sh`: a bad node among two is named."""
+"""`sbatch slurm/preflight.sh` names the bad one of two nodes."""
 
 import sys
 
@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow]
 
 
 def preflight(cluster, folder, *flags):
-    """Its nodes' GPUs are not real ones."""
+    """Submit the preflight script without GPU tests, because the nodes have no real GPUs."""
     job = cluster.submit("slurm/preflight.sh", "--gpus", 0, "--folder", folder, *flags)
     job.wait(150)
     return job

@@ -1,4 +1,4 @@
-"""`sbatch slurm/train.sh`: over two nodes, stopped and put back into the queue, with a node lost, in an array."""
+"""`sbatch slurm/train.sh` on two nodes: stop and requeue, lost nodes, and arrays."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ def test_a_run_takes_one_process_of_each_node(whole):
     assert "2 a device x 1 accumulated x 2 processes" in job.printed()
     assert job.shown()["NodeList"] == "node[1-2]"
     assert job.restarts() == 0
-    # each node has a place of its own for what Triton builds
+    # Each node has a separate cache folder for Triton.
     assert {"triton-0", "triton-1"} <= {path.name for path in (folder / "caches").iterdir()}
 
 
@@ -37,7 +37,7 @@ def test_a_run_whose_time_is_over_goes_on_from_the_queue_to_the_same_numbers(clu
     job.signal("USR1")
     assert job.wait(250) == "COMPLETED", job.printed()
     assert job.restarts() == 1
-    # what was printed before is kept
+    # The output from before the requeue is kept.
     assert job.printed().count("stopping   SIGUSR1") == job.printed().count("stopped    after step") == 1
     assert f"job {job.id} goes back into the queue; the run goes on in {tmp_path}/run" in job.printed()
     assert job.printed().count("resumed    after step") == 1
@@ -52,7 +52,7 @@ def test_a_run_that_loses_a_node_goes_on_with_another_one(cluster, documents, wh
         wait_until(lambda: job.restarts() == 1, 120, "the job is in the queue again", job)
         assert job.wait(250) == "COMPLETED", job.printed()
     assert job.shown()["NodeList"] == "node[1,3]"
-    # none of what was done before the last checkpoint is done again
+    # No step before the last checkpoint is repeated.
     assert job.printed().count("resumed    after step") == 1
     assert_equal_runs(tmp_path / "run", whole[0])
 
@@ -75,7 +75,7 @@ def test_a_run_that_somebody_stops_does_not_come_back(cluster, documents, tmp_pa
     wait_until(lambda: "resumed    after step" in job.printed(), 100, "it goes on", job)
     job.cancel()
     job.wait(60, "CANCELLED")
-    # in which it would have come back
+    # Wait long enough for an unwanted requeue.
     time.sleep(4)
     assert (job.state(), job.restarts()) == ("CANCELLED", 0), job.printed()
 
@@ -87,7 +87,7 @@ def test_each_task_of_an_array_has_its_own_folder_flags_and_end(cluster, documen
     given = flags(documents, tmp_path / "runs", **ENDLESS | {"dataloader_num_workers": 0})
     job = cluster.submit(TRAIN, *given, f"@{lines}", options=["--array=1-2", "--nodes=1"])
     wait_for_steps(folders["2"], 3, job)
-    # a fault, with its node as it was
+    # Kill the training process while its node stays up.
     (process,) = (p for p in psutil.process_iter(["cmdline"]) if is_training(p.info["cmdline"], folders["2"]))
     process.send_signal(signal.SIGKILL)
     wait_until(lambda: not cluster.ask("squeue", "-h").strip(), 100, "the queue is empty", job)
@@ -102,5 +102,5 @@ def test_each_task_of_an_array_has_its_own_folder_flags_and_end(cluster, documen
 
 
 def is_training(command, folder):
-    """Whether it is the process itself, and not what started it."""
+    """Return True for the training process itself, and False for its parents."""
     return str(folder) in (command or []) and "python" in command[0]

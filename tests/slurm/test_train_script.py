@@ -1,4 +1,4 @@
-"""`slurm/train.sh` itself, with stand-ins for SLURM's commands: which flags it gives, how it reads the end of a run."""
+"""`slurm/train.sh` with stand-ins for SLURM's commands: flags that it passes, and reactions to the end of a run."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 import launching
 
-# takes note of its command line, and does what a run would
+# Stand-in for srun: it saves its command line and behaves like a run.
 SRUN = """#!/usr/bin/env bash
 [[ $* == *--overlap* ]] && exit 0
 printf '%s\\0' "$@" > "$NOTES/srun"
@@ -23,7 +23,7 @@ if [[ $1 == show ]]; then echo localhost; else echo "$@" >> "$NOTES/scontrol"; f
 
 
 class Submitted:
-    """What a job did: exit code, what it printed, the flags of launch/train.py, whether it was put back."""
+    """Result of a job: exit code, output, flags of launch/train.py, and True if it was requeued."""
 
     def __init__(self, notes, done):
         self.code, self.printed = done.returncode, done.stdout + done.stderr
@@ -34,7 +34,7 @@ class Submitted:
 
 @pytest.fixture
 def submit(tmp_path):
-    """Runs the script as a task of an array or, with `task=None`, as a job."""
+    """Return a function that runs the script as an array task or, with `task=None`, as a job."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -67,7 +67,7 @@ def submit(tmp_path):
 
 @pytest.fixture
 def lines(tmp_path):
-    """A file of flags as Windows writes one, with quotes."""
+    """Write a file of flags with Windows line ends and quotes."""
     file = tmp_path / "flags of a grid.txt"
     texts = ["--seed 7", "--wandb_group 'my group' --wandb_tags \"\"", "--seed 9 --lr_scheduler cosine", "--tags 'open"]
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode() + b"\r\n")
@@ -118,7 +118,7 @@ def test_the_number_of_a_task_is_the_seed_of_a_run_that_begins(submit, tmp_path)
 
 @pytest.fixture
 def finished(tmp_path):
-    """The folder of a run that was stopped by a file, and how it ended."""
+    """Return the folder and the outcome of a run that a stop file ended."""
     folder = tmp_path / "run"
     folder.mkdir()
     content = json.dumps({"code": 75, "reason": "the stop file", "step": 3})
@@ -135,7 +135,7 @@ def test_a_run_that_cannot_begin_leaves_how_it_had_ended(submit, finished):
 
 
 def test_how_a_run_had_ended_says_nothing_about_this_time(submit, finished):
-    # 75 of a process that was stopped before training began, by the end of the job's time
+    # Exit code 75 without an outcome: the time limit stopped the process before training began.
     job = submit("--resume", finished[0], task=None, CODE="75")
     assert job.code == 75
     assert job.is_requeued
@@ -146,6 +146,6 @@ def test_how_a_run_had_ended_says_nothing_about_this_time(submit, finished):
 )
 def test_how_a_run_ends_this_time_says_what_follows(submit, finished, code, reason, is_requeued):
     written = json.dumps({"code": code, "reason": reason, "step": 4})
-    # srun gives a code of its own
+    # srun returns another exit code.
     job = submit("--resume", finished[0], task=None, CODE="143", WRITES=written)
     assert (job.code, job.is_requeued) == (code, is_requeued)

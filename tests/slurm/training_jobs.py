@@ -1,4 +1,4 @@
-"""Training jobs that are long enough to be cut off in the middle, and what they leave."""
+"""Training jobs that are long enough to interrupt, and their results."""
 
 import json
 
@@ -6,12 +6,12 @@ from slurm.cluster import wait_until
 
 TRAIN = "slurm/train.sh"
 CHANGES = {"max_steps": 60, "eval_every": 60, "save_every": 4, "dropout": 0.1, "dataloader_num_workers": 1}
-# until something ends it
+# The job runs until something ends it.
 ENDLESS = CHANGES | {"max_steps": 5000, "eval_every": 5000}
 
 
 def records(folder, name):
-    """Figures of a run by step, as far as it has come."""
+    """Return the values of a metric by step, as far as the run has come."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
