@@ -29,6 +29,7 @@ check: $(INSTALLED)
 	ruff check .
 	ruff format --check .
 	mypy
+	python tests/plain_english.py
 	shellcheck $(SHELL_SCRIPTS)
 
 bench: $(INSTALLED)

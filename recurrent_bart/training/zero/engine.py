@@ -85,7 +85,7 @@ def reducing_once(engine: DeepSpeedEngine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered_for_evaluation(engine: DeepSpeedEngine) -> Iterator[Any]:
-    """The model in evaluation mode and whole on every process, so that each may call it as often as it likes.
+    """Gather the whole model on every rank, in evaluation mode, so that ranks may call it different numbers of times.
 
     Under ZeRO-3 every call of a module is a collective: processes would have to generate texts of the same length, and
     each token would cost a gathering of every layer. It takes the memory of the whole model in the precision that is

@@ -1,4 +1,4 @@
-"""The kernel adds what PyTorch adds, to the last bit, whatever the sizes and layouts."""
+"""The kernel adds what PyTorch adds, to the last bit, for all sizes and layouts."""
 
 import pytest
 import torch
