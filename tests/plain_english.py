@@ -11,15 +11,31 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("recurrent_bart", "launch", "tests")
-OPENERS = (
-    "What Of As Whether How That By With In So Where Likewise Those Such If Else Which Who When As For From To At On "
-    "Also Both Each None Not Only"
-).split()
+OPENERS = {
+    *(
+        "What",
+        "Of",
+        "As",
+        "Whether",
+        "How",
+        "That",
+        "By",
+        "With",
+        "In",
+        "So",
+        "Where",
+        "Likewise",
+        "Those",
+        "Such",
+        "If",
+    ),
+    *("Else", "Which", "Who", "When", "For", "From", "To", "At", "On", "Also", "Both", "Each", "None", "Not", "Only"),
+}
 FORBIDDEN = (
-    "what there is|of its own|all the same|likewise|the one that|so many|those of|behind it|mended|the processor|by diagonals|"
-    "such|those|others|whatever|thereby|whereof|of which the|for which the|likewise"
+    "what there is|of its own|all the same|likewise|the one that|so many|those of|behind it|mended|the processor"
+    "|by diagonals|such|those|others|whatever|thereby|whereof|of which the|for which the"
 )
-# of the package's lines
+# share of the package's lines
 MOST_DOCSTRING_SHARE = 0.15
 
 
