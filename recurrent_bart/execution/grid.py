@@ -22,8 +22,8 @@ from recurrent_bart.recurrence.cell import AttentionMasks
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.recurrence.segmentation import Segment, on_device
 
-# of all documents in a segment: an H100 was still 1.5 to 1.9 times as fast by diagonals at 8,192 (RESULTS.md); not
-# measured beyond, where streams of all layers at once take the more memory
+# of all documents in a segment: an H100 was still 1.5 to 1.9 times as fast by diagonals at 8,192 (benchmarks/LOG.md);
+# not measured beyond, where streams of all layers at once take the more memory
 MOST_TOKENS = 16_384
 logger = logging.get_logger(__name__)
 

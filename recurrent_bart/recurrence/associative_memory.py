@@ -1,8 +1,8 @@
 """A matrix of each head beside the slots, which gives back a token's value for its key.
 
-Where pairs are to be carried, slots alone gave what values without their keys give (RESULTS.md). The matrix is written
-with the tokens' own keys and values, token by token by the delta rule (arXiv 2102.11174, 2406.06484), and read with
-their queries, as in Infini-attention (arXiv 2404.07143) and ARMT (arXiv 2407.04841).
+Where pairs are to be carried, slots alone gave what values without their keys give (studies/LOG.md). The matrix is
+written with the tokens' own keys and values, token by token by the delta rule (arXiv 2102.11174, 2406.06484), and read
+with their queries, as in Infini-attention (arXiv 2404.07143) and ARMT (arXiv 2407.04841).
 
 Shape suffixes: R = layers * documents, L tokens in a segment, H heads, K head width, B documents, E encoder layers,
 D model width.

@@ -60,8 +60,8 @@ def without_nan_backward(n_keys: int, has_mask: bool) -> contextlib.AbstractCont
 def without_cudnn() -> Iterator[None]:
     """Attention of PyTorch without cuDNN, which plans for each shape that is new to it.
 
-    On an H100 with torch 2.11 a plan took 47 to 78 ms forward and 55 to 89 backward, of the processor's time
-    (RESULTS.md): more than a step, where the number of rows or their length often is another.
+    On an H100 with torch 2.11 a plan took 52 to 78 ms forward and 55 to 89 backward, of the processor's time
+    (studies/LOG.md): more than a step, where the number of rows or their length often is another.
     """
     if is_traced():
         # a compiler plans for shapes itself

@@ -1,7 +1,7 @@
 """Changes of the current stream that take less CPU time than those of `torch.cuda`.
 
 Under ZeRO-3 a step of BART-large asks 5,400 times which stream is current and changes it 1,100 times. Through
-`torch.cuda` each answer looks up which devices there are (RESULTS.md).
+`torch.cuda` each answer looks up which devices there are (benchmarks/LOG.md).
 """
 
 import contextlib

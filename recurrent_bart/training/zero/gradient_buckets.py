@@ -1,7 +1,7 @@
 """Reduction of ZeRO-3 gradients a bucket at a time, with the bits of DeepSpeed's own.
 
 DeepSpeed slices, averages, converts and copies each of BART-large's 532 gradients for itself, while GPUs wait
-(RESULTS.md).
+(benchmarks/LOG.md).
 """
 
 from collections.abc import Sequence
