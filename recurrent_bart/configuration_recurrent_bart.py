@@ -43,14 +43,14 @@ class RecurrentBartConfig(BartConfig):
             but a learned prefix, the same for every segment (P-tuning v2, arXiv 2110.07602).
         prefix_attention: `"concat"`: one softmax over prefix and tokens. `"gated"`: a separate softmax over the prefix,
             added through a gate per head that starts at zero. A converted BART checkpoint then still gives BART's
-            logits, but training learned to use the state late or never (RESULTS.md).
+            logits, but training learned to use the state late or never (studies/LOG.md).
         update_gate: True: a learned gate mixes the old and the new state. False: the new state replaces the old one.
         associative_memory: Each layer also carries a matrix per head. The delta rule writes it with the keys and values
             of tokens; their queries read it through a gate per head (see `associative_memory.py`). Requires
             `recurrence="layerwise"`.
         matrix_gate_init: Initial argument of the tanh of that gate. 0: closed, so a converted BART checkpoint gives
             BART's logits. Trained from scratch, a gate that started at 0 stayed closed; one that started at 1 was used
-            (RESULTS.md).
+            (studies/LOG.md).
         decoder_context: Positions that the decoder attends to. `"last"`: the final state and the tokens of the last
             segment. `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and
             the tokens of all segments (fusion-in-decoder, arXiv 2007.01282). `"section"`: the final state and the

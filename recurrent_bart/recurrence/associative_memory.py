@@ -1,6 +1,6 @@
 """Associative memory: one matrix per attention head, which returns a token's value for its key.
 
-On tasks with key-value pairs, slots alone score like a model that knows the values without their keys (RESULTS.md).
+On tasks with key-value pairs, slots alone score like a model that knows the values without their keys (studies/LOG.md).
 Tokens write the matrix with their keys and values by the delta rule (arXiv 2102.11174, 2406.06484). Tokens read it
 with their queries, as in Infini-attention (arXiv 2404.07143) and ARMT (arXiv 2407.04841).
 """

@@ -15,7 +15,8 @@ Fields = dict[str, Any]
 # fields of StudyRun for each task
 COPY: Fields = {"task": {"name": "copy"}, "learning_rate": 1e-3}
 # The answer grows with the document, and decoder positions beyond the trained lengths stay random: tests end at 8
-# segments. After a first stage of one segment, gated models only ever return the last segment's symbols (RESULTS.md).
+# segments. After a first stage of one segment, gated models only ever return the last segment's symbols
+# (studies/LOG.md).
 RECALL: Fields = {
     "task": {"name": "recall"},
     "stages": (8,),
@@ -25,7 +26,7 @@ RECALL: Fields = {
     "max_steps": 7000,
 }
 # A model must bind a key to its value before it can carry either. The easier stages train this within one segment,
-# then over 8 short segments with few pairs (RESULTS.md).
+# then over 8 short segments with few pairs (studies/LOG.md).
 RETRIEVAL: Fields = {
     "task": {"name": "retrieval"},
     "easier": (
@@ -74,7 +75,7 @@ QA1: Fields = {
 }
 # Stages of qa2 and qa3. The first stage is qa1: where people are. The next stages use stories of every length, because
 # few are short. Names are permuted in every document, else the model memorizes the stories. An answer states who has
-# the object and where it is (RESULTS.md).
+# the object and where it is (studies/LOG.md).
 MORE_FACTS: Fields = {
     "task": {
         "with_subjects": True,
@@ -114,7 +115,7 @@ class Texts:
             "segment_size": 256,
             "stages": (8,),
             "stage_steps": 4000,
-            # no task was learnt with 1e-3 (RESULTS.md)
+            # no task was learnt with 1e-3 (studies/LOG.md)
             "learning_rate": 3e-4,
             "encoder_loss": 1.0,
         }
@@ -203,7 +204,7 @@ TEXT: Fields = {
     "dataloader_num_workers": 1,
 }
 # additional flags by kind of target. Sections add gap sentences: with one thousand summaries alone, no model learned to
-# use the text it reads (RESULTS.md).
+# use the text it reads (studies/LOG.md).
 OWN_TEXT: dict[str, Fields] = {
     "document": {},
     "sections": {

@@ -26,7 +26,7 @@ MODEL: dict[str, Any] = {
     "bptt_depth": -1,
     "dropout": 0.0,
     "hidden_dropout_prob": 0.0,
-    # with BART's 0.02, a model this small learned nothing in one thousand steps (RESULTS.md)
+    # with BART's 0.02, a model this small learned nothing in one thousand steps (studies/LOG.md)
     "init_std": 0.06,
 }
 

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from recurrent_bart.model.loss import IGNORED
 
 BOS, PAD, EOS, MARK = range(4)
-# id 4 is unused; changing this would change the documents of RESULTS.md
+# id 4 is unused; changing this would change the documents of studies/LOG.md
 FIRST_SYMBOL = 5
 
 

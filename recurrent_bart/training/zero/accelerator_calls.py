@@ -1,7 +1,7 @@
 """Stream changes that take less CPU time than `torch.cuda.stream`.
 
 Under ZeRO-3, a step of BART-large reads the current stream 5,400 times and changes it 1,100 times. `torch.cuda`
-enumerates the devices at each call (RESULTS.md).
+enumerates the devices at each call (benchmarks/LOG.md).
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Reduction of ZeRO-3 gradients per bucket, bitwise equal to DeepSpeed's reduction.
 
 DeepSpeed slices, averages, converts and copies each of BART-large's 532 gradients separately, while the GPU waits
-(RESULTS.md).
+(benchmarks/LOG.md).
 """
 
 from collections.abc import Sequence
