@@ -22,7 +22,8 @@ from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, Recurr
 from recurrent_bart.recurrence.segmentation import Segment, on_device
 
 # tokens of one segment over all documents, up to which `schedule="auto"` uses the wavefront. An H100 still ran 1.5 to
-# 1.9 times as fast with it at 8,192 (benchmarks/LOG.md). Larger sizes are not measured; streams of all layers take more memory
+# 1.9 times as fast with it at 8,192 (benchmarks/LOG.md). Larger sizes are not measured; streams of all layers take more
+# memory
 MOST_TOKENS = 16_384
 logger = logging.get_logger(__name__)
 

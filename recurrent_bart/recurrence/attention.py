@@ -55,8 +55,8 @@ def without_nan_backward(n_keys: int, has_mask: bool) -> contextlib.AbstractCont
 def without_cudnn() -> Iterator[None]:
     """Disable cuDNN attention, which builds a plan for each new shape.
 
-        A plan costs 52 to 78 ms of CPU time forward and 55 to 89 ms backward (H100, torch 2.11, studies/LOG.md). This exceeds
-    a training step, so cuDNN is slow where the number of rows or their length changes often.
+    A plan costs 52 to 78 ms of CPU time forward and 55 to 89 ms backward (H100, torch 2.11, studies/LOG.md). This
+    exceeds a training step, so cuDNN is slow where the number of rows or their length changes often.
     """
     if is_traced():
         # a compiler chooses kernels itself
