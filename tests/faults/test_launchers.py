@@ -74,8 +74,8 @@ def test_torchrun_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_deepspeed_that_is_told_to_stop_leaves_a_whole_checkpoint(run, name):
     started = start(["deepspeed", "--master_port", str(launching.free_port())], run, LOCAL_SIZE="2")
-    # Signal the whole process group, as a terminal and a cluster do. A signal to torchrun only would orphan its
-    # processes.
+    # Signal the whole process group, as a terminal and a cluster do. A signal to the launcher only would
+    # orphan its processes.
     os.killpg(started.pid, getattr(signal, name))
     code, printed = end_of(started)
     assert code != 0

@@ -222,7 +222,7 @@ def test_a_model_whose_run_had_longer_targets_than_it_has_positions_for_ends_its
         tmp_path / "run", [TEXT], {"data": {"max_target_length": 1200}}, forced_eos_token_id=None
     )
     (tmp_path / "text.txt").write_text(TEXT)
-    # The summary reaches its maximum length.
+    # The summary cannot end before its maximum length.
     flags = ["--min_new_tokens", "64"]
     assert script.main(["--model", str(run.model), str(tmp_path / "text.txt"), *flags]) == 0
     assert "generation up to 64 tokens" in capsys.readouterr().err
