@@ -1,8 +1,8 @@
 """Associative memory: one matrix per attention head, which returns a token's value for its key.
 
-On tasks with key-value pairs, slots alone score like a model that knows the values without their keys (studies/LOG.md).
-Tokens write the matrix with their keys and values by the delta rule (arXiv 2102.11174, 2406.06484). Tokens read it
-with their queries, as in Infini-attention (arXiv 2404.07143) and ARMT (arXiv 2407.04841).
+On tasks with key-value pairs, a state without matrices scores like a model that knows the values without their keys
+(studies/LOG.md). The delta rule (arXiv 2102.11174, 2406.06484) writes the keys and values of tokens into the matrix.
+The queries of tokens read the matrix, as in Infini-attention (arXiv 2404.07143) and ARMT (arXiv 2407.04841).
 """
 
 # Shape suffixes: R = layers * documents, L tokens in a segment, H heads, K head width, B documents, E encoder layers,
@@ -19,7 +19,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Matrix:
-    """Matrices of all heads, and the gates and strengths with which one segment reads and writes them."""
+    """Matrices of all heads. In one segment, gates scale the values read, and strengths scale the values written."""
 
     # (R, H, K, K), one row per dimension of a key
     values: Tensor
@@ -29,16 +29,16 @@ class Matrix:
     strength: Tensor
 
     def read(self, query_RHLK: Tensor) -> Tensor:
-        """Return the gated values that tokens read, `(R, L, H, K)`."""
+        """Return the values that token queries read from the matrices, scaled by the gates, `(R, L, H, K)`."""
         unit = nn.functional.normalize(query_RHLK, dim=-1)
         found_RLHK = (unit @ self.values.to(unit.dtype)).transpose(1, 2)
         return torch.tanh(self.gate)[:, None, :, None] * found_RLHK
 
     def written(self, key_RHLK: Tensor, value_RHLK: Tensor) -> Tensor:
-        """Return the matrices after the segment.
+        """Return the matrices after the segment's tokens are written into them.
 
-        Each token moves the value stored at its key towards its own value, by its strength. The result is computed in
-        float32 or float64. Keys have length 1, so matrices stay bounded for any number of tokens.
+        Each token moves the value stored at the token's key towards the token's own value; the write strength is the
+        size of this step. The result is computed in float32 or float64. Keys have length 1, so matrices stay bounded.
         """
         with torch.autocast(key_RHLK.device.type, enabled=False):
             precise = torch.promote_types(self.values.dtype, torch.float32)
@@ -58,10 +58,10 @@ class Matrix:
 
 
 def as_rows(values_RHKK: Tensor, n_layers: int) -> Tensor:
-    """Reshape matrices into rows of a state, `(E, B, K, D)`."""
+    """Reshape matrices into state rows, `(E, B, K, D)`."""
     return values_RHKK.unflatten(0, (n_layers, -1)).transpose(2, 3).flatten(3)
 
 
 def from_rows(rows_EBKD: Tensor) -> Tensor:
-    """Invert `as_rows`."""
+    """Reshape state rows back into matrices; the inverse of `as_rows`."""
     return rows_EBKD.unflatten(3, (-1, rows_EBKD.shape[2])).transpose(2, 3).flatten(0, 1)

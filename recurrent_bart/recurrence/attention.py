@@ -1,5 +1,6 @@
 """Attention over tokens, slots and prefixes, with any of Hugging Face's attention implementations."""
 
+# A layer's prefix is its state as keys and values. Its slots are the positions that write the next state.
 # Shape suffixes: B documents, H heads, K head width, A attended length, M memory positions, Q querying length,
 # D model width.
 
@@ -25,7 +26,7 @@ def split_heads(attention: BartAttention, hidden: Tensor) -> Tensor:
 
 
 def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Tensor], mask: Tensor | None) -> Read:
-    """Run the attention implementation that the configuration names, with a mask in its Hugging Face form."""
+    """Run the attention implementation that the configuration names; `mask` has the form that it needs."""
     back_end = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     read = functools.partial(
         back_end,
@@ -44,9 +45,9 @@ def attend(attention: BartAttention, query_BHQK: Tensor, key_value: Sequence[Ten
 def without_nan_backward(n_keys: int, has_mask: bool) -> contextlib.AbstractContextManager[None]:
     """Return a context that disables cuDNN attention where its gradients can be NaN.
 
-    cuDNN can give NaN for the gradients of queries with a mask and keys that fill half of their last tile of 128. It
-    happens where all scores of a query are below -88 (https://github.com/pytorch/pytorch/issues/196678). PyTorch
-    chooses the backward kernel during the forward pass.
+    With a mask, the gradients of queries can be NaN if the keys fill exactly half of the last tile of 128 keys and all
+    scores of a query are below -88 (https://github.com/pytorch/pytorch/issues/196678). PyTorch chooses the backward
+    kernel during the forward pass.
     """
     return without_cudnn() if has_mask and n_keys % 128 == 64 else contextlib.nullcontext()
 
@@ -75,8 +76,8 @@ def _attend_unpadded(
 ) -> Tensor:
     """Run flash attention on rows packed without padding.
 
-    Hugging Face takes the last Q columns of the mask as the mask of the queries. This is wrong for slots and for
-    cross-attention. Here every query is computed.
+    Hugging Face uses the last Q columns of the key mask as the query mask. That mask is wrong for slots and for
+    cross-attention, so this function computes every query.
     """
     n_rows, _, n_queries, _ = query_BHQK.shape
     n_keys_B = mask_BA.sum(dim=1, dtype=torch.int32)
@@ -102,9 +103,9 @@ def concat_keys(*parts: Sequence[Tensor]) -> KeyValue:
 
 
 def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
-    """Add `memory_read` to `read` through each head's gate; its attention weights come first.
+    """Add the attention output `memory_read`, scaled by each head's gate, to the attention output `read`.
 
-    Gates are `(B, H)`, or `(1, H)` for all rows.
+    Attention weights of `memory_read` come first. Gates are `(B, H)`, or `(1, H)` for all rows.
     """
     gate_BH1 = torch.tanh(gate_BH).unsqueeze(-1)
     values = read[0] + gate_BH1.unsqueeze(1) * memory_read[0]

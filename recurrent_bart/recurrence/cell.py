@@ -1,5 +1,6 @@
 """One cell of the grid: one encoder layer applied to one segment's slots and tokens."""
 
+# Slots are the P positions in front of a segment's tokens that write the next state. A stream holds hidden states.
 # Shape suffixes: B documents, L tokens in a segment, P prefix length (= slots), H heads, K head width,
 # A attended length, D model width.
 
@@ -21,7 +22,7 @@ from recurrent_bart.recurrence.segmentation import to_device
 
 @dataclass(frozen=True)
 class AttentionMasks:
-    """Attention masks of a segment in the back-end's form; None means that everything is visible."""
+    """Attention masks of a segment in the form that the attention back-end needs; None hides no key."""
 
     # mask of the tokens' keys; with one softmax over prefix and tokens, the prefix comes first
     tokens: Tensor | None
@@ -39,9 +40,9 @@ class AttentionMasks:
     ) -> "AttentionMasks":
         """Build the masks of segments from a host mask `(B, L)` that is 1 at tokens.
 
-        All queries of a row see the same keys, so a mask has one line per row. Without padding no mask is built. If a
-        document has no tokens in the segment, everything is visible: a softmax over no key is not finite, and the
-        output is discarded. Only the dtype and device of `stream_BLD` matter.
+        All queries of a document see the same keys, so a mask has one query per document. Without padding no mask is
+        built. If a document has no tokens in the segment, every key is visible, because a softmax over no key is not
+        finite; its output is discarded. `stream_BLD` gives only the dtype and the device.
         """
         mask_BL = mask_BL.bool() | ~mask_BL.bool().any(dim=1, keepdim=True)
         if mask_BL.all():
@@ -57,7 +58,7 @@ class AttentionMasks:
         return cls(tokens, slots if n_slots else None, n_slots, slots_read_prefix, is_token)
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "AttentionMasks":
-        """Move the masks as `Tensor.to` does; accelerate calls it if layers are on several devices."""
+        """Move the masks as `Tensor.to` does; accelerate calls this method if layers are on several devices."""
         tokens, slots, is_token = (
             mask if mask is None else mask.to(device, non_blocking=non_blocking)
             for mask in (self.tokens, self.slots, self.is_token)
@@ -65,14 +66,14 @@ class AttentionMasks:
         return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
 
     def rows(self, rows: slice, has_padding: bool) -> "AttentionMasks":
-        """Return the masks of some rows; without padding None, because back-ends are faster without a mask."""
+        """Return the masks of some rows. Without padding they are None, because attention is then faster."""
         masks = self.tokens, self.slots, self.is_token
         tokens, slots, is_token = (None if mask is None or not has_padding else mask[rows] for mask in masks)
         return dataclasses.replace(self, tokens=tokens, slots=slots, is_token=is_token)
 
 
 class CellLayer(Protocol):
-    """Parts of a layer that a cell computes with, for one layer or for several stacked layers."""
+    """Operations that a cell needs from one encoder layer or from several stacked layers."""
 
     # layer whose activation, dropout and attention implementation apply to all layers
     shared: BartEncoderLayer
@@ -97,7 +98,7 @@ class CellLayer(Protocol):
 
 
 class SingleLayer:
-    """One encoder layer; calls run its modules."""
+    """One encoder layer as a `CellLayer`; each operation calls the layer's own module."""
 
     def __init__(self, layer: BartEncoderLayer):
         self.shared = layer
@@ -119,19 +120,19 @@ def encoder_cell(
     gate_BH: Tensor | None,
     matrix: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run one layer on one segment. Identical to BartEncoderLayer except: its attention.
+    """Run one layer on one segment. Only the attention differs from BartEncoderLayer.
 
     Args:
         layer: The layer, or several stacked layers; B then counts the documents of each layer.
-        stream_BLD: `(B, P + L, D)`, slots in front of tokens.
+        stream_BLD: Hidden states `(B, P + L, D)`, slots in front of tokens.
         visible: Attention masks of slots and tokens.
         prefix: Keys and values `(B, H, P, K)` of the layer's state; None disables the recurrence.
         gate_BH: Gate of each head on a separate softmax over the prefix; None means one softmax over all keys.
         matrix: The layer's associative memory, if it has one.
 
     Returns:
-        The layer's output stream; with the eager back-end, the tokens' attention weights `(B, H, L, A)`; the matrix
-        values after the segment.
+        The layer's output hidden states; the tokens' attention weights `(B, H, L, A)`, from the eager back-end only;
+        the matrix values after the segment.
     """
     shared, dropout = layer.shared, nn.functional.dropout
     read, weights, written = cell_attention(layer, stream_BLD, visible, prefix, gate_BH, matrix)
@@ -151,7 +152,7 @@ def cell_attention(
     gate_BH: Tensor | None,
     matrix: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the attention output `(B, P + L, D)`, the tokens' weights and the new matrix; tokens never see slots."""
+    """Return attention output, the tokens' attention weights and the new matrix. Tokens never attend to slots."""
     attention, n_slots = layer.shared.self_attn, visible.n_slots
     # split instead of slices: the backward pass of each slice would write the whole tensor
     parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(stream_BLD)]

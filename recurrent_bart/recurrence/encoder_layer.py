@@ -14,7 +14,7 @@ from recurrent_bart.recurrence.prefix_recurrence import KeyValue
 
 
 class RecurrentBartEncoderLayer(BartEncoderLayer):
-    """Identical to BartEncoderLayer except: it also computes a cell.
+    """Identical to BartEncoderLayer except: it also computes a cell, which is one layer on one segment with a state.
 
     The sequential schedule calls each layer as a module, so the layer's hooks run. FSDP and accelerate load parameters
     in hooks, and gradient checkpointing recomputes the call.
@@ -29,10 +29,10 @@ class RecurrentBartEncoderLayer(BartEncoderLayer):
         matrix: Matrix | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return a cell's outputs (see `encoder_cell`), or the outputs of BartEncoderLayer if the mask is BART's.
+        """Return a cell's outputs (see `encoder_cell`) if given `AttentionMasks`; otherwise BartEncoderLayer's outputs.
 
-        `read_prefix` maps the slots that enter the layer to its prefix; None disables the recurrence. The prefix may
-        need the layer's own parameters, so it is computed inside this call.
+        `read_prefix` returns the layer's prefix (keys and values of the state) for the slots that enter the layer; None
+        disables the recurrence. The prefix may need the layer's own parameters, so this call computes it.
         """
         if not isinstance(attention_mask, AttentionMasks):
             return super().forward(hidden_states, attention_mask, **kwargs)

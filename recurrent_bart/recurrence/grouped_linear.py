@@ -1,8 +1,8 @@
 """Slices of stacked weights whose gradients are accumulated in place."""
 
 # Autograd gives each view of a tensor a gradient of the whole tensor's size and adds these gradients. Here each slice
-# returns the stack for the next slice. So the backward pass hands one gradient buffer from slice to slice, and each
-# slice adds its part in place. For linear maps, the matrix product itself adds the part.
+# returns the whole stack, which the next slice uses. So the backward pass hands one gradient buffer from slice to
+# slice, and each slice adds its own gradient in place. For linear maps, the matrix product itself does this addition.
 
 # Shape suffixes: E encoder layers (of a slice), M rows of a layer, X any width.
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class StackedWeightSlice:
-    """Linear maps of some layers, multiplied by `linear`."""
+    """Weights of the linear maps of some layers; `linear` multiplies rows by these weights."""
 
     # stacks by name; each product replaces the stack that it used
     stacks: dict[str, Tensor]
@@ -25,9 +25,9 @@ class StackedWeightSlice:
 
 
 def slice_weights(stacks: dict[str, Tensor], first: int, stop: int) -> dict[str, Tensor | StackedWeightSlice]:
-    """Return the weights of layers `first` to `stop - 1`: a `StackedWeightSlice` for each trained map, else a view.
+    """Return the weights of layers `first` to `stop - 1`: a `StackedWeightSlice` per trained linear map, else a view.
 
-    `stacks` are stacked by layer. The function replaces them by the stacks that the next slice must use.
+    `stacks` holds weights stacked by layer. Its entries are replaced by the stacks that the next slice must use.
     """
     layers = slice(first, stop)
     trained = [name for name, stack in stacks.items() if stack.requires_grad and torch.is_grad_enabled()]
@@ -54,10 +54,10 @@ def linear(
 def linear_with_input(
     rows_EMX: Tensor, weight: Tensor | StackedWeightSlice, columns: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """Apply `linear` and also return the input rows, for one other use of them.
+    """Apply `linear`. Also return the input rows; the caller must use the returned rows exactly once.
 
-    The backward pass of a `StackedWeightSlice` adds the product's gradient in place to the gradient of that other use.
-    So the returned rows must be used exactly once, and nothing else may need the gradient tensor of that use.
+    The backward pass of a `StackedWeightSlice` adds the product's gradient in place to the gradient that arrives at the
+    returned rows. So no other code may need that gradient tensor.
     """
     return _linear(rows_EMX, weight, None, columns)
 
@@ -73,7 +73,7 @@ def _linear(
 
 
 def _is_map(stack: Tensor) -> bool:
-    """Return True for linear maps, but not under autocast, where products and weights have different dtypes."""
+    """Return True if a stack holds linear maps. Under autocast False: products and weights have different dtypes."""
     device = stack.device.type
     is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return stack.dim() == 3 and stack.shape[1] > 1 and not is_cast
@@ -84,7 +84,7 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _SliceWeights(torch.autograd.Function):
-    """Views of some layers of each stack, and the stacks again."""
+    """Function that returns views of some layers of each stack, and then the unchanged stacks."""
 
     @staticmethod
     def forward(ctx: Any, layers: slice, *stacks: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ class _SliceWeights(torch.autograd.Function):
 
 
 class _SliceProduct(torch.autograd.Function):
-    """Product of the rows with a slice of a stack, and the rows and the stack again."""
+    """Function that multiplies rows by a slice of a stack; it returns the product, the rows and the stack."""
 
     @staticmethod
     def forward(

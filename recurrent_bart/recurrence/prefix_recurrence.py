@@ -1,7 +1,9 @@
-"""State, its projection to each layer's key/value prefix, and its update from the slots."""
+"""State carried between segments: its projection to a prefix of keys and values, and its update from slots."""
 
+# Slots are the P positions in front of a segment's tokens that write the next state.
 # Shape suffixes: B documents, P prefix length (= slots), E encoder layers (of a state: 1 with `recurrence="top"`),
-# A attended length, H heads, K head width, D model width, S = slots and tokens of a segment, R = layers * documents.
+# A attended length, H heads, K head width, D model width, L tokens in a segment, S = slots and tokens of a segment,
+# R = layers * documents.
 
 import copy
 import functools
@@ -29,9 +31,9 @@ PrefixReader = Callable[[int, Tensor], KeyValue]
 
 @dataclass
 class RecurrentState(ModelOutput):
-    """State after the segments read so far; an argument and a result of `forward` and `generate`.
+    """State after the segments read so far; `forward` and `generate` accept a state, and `forward` returns one.
 
-    It is a dictionary of tensors with one row per document, which Hugging Face and accelerate can gather over ranks.
+    A state is a dictionary of tensors with one row per document. Hugging Face and accelerate can gather it over ranks.
 
     Attributes:
         position: `(B,)`, number of segments read; a document at 0 starts from the learned initial state.
@@ -73,7 +75,7 @@ class RecurrentState(ModelOutput):
         return cls(**tensors)
 
     def carries_anything(self) -> bool:
-        """Return True if the next segment reads anything of earlier segments."""
+        """Return True if the state holds information from earlier segments."""
         return self.memory is not None or self.context is not None
 
     def check(self, config: RecurrentBartConfig, n_documents: int) -> None:
@@ -106,14 +108,14 @@ class RecurrentState(ModelOutput):
 
 
 class PrefixRecurrence(nn.Module):
-    """Recurrence of all layers: computes prefix and next state from state and slots, in batched matrix products.
+    """Recurrence of all layers: projects states to prefixes, and updates states from slots, as batched products.
 
-    This class is `recurrence="layerwise"`: each layer has a state, reads it as its prefix and writes it from its own
-    slots. Inside the encoder the state is layer first, `(E, B, P, D)`, so a slice of layers is contiguous.
-    Prefix projection follows P-tuning v2 (arXiv 2110.07602), the update gate MemBART (arXiv 2209.07634).
+    This class implements `recurrence="layerwise"`: each layer has its own state, attends to it as a prefix, and updates
+    it from the layer's slots. Inside the encoder a state is `(E, B, P, D)`, so a slice of layers is contiguous. Prefix
+    projection follows P-tuning v2 (arXiv 2110.07602), the update gate follows MemBART (arXiv 2209.07634).
     """
 
-    # slots attend to the prefix, besides slots and tokens
+    # True if slots attend to the prefix as well as to slots and tokens
     slots_read_prefix = True
 
     def __init__(self, config: RecurrentBartConfig):
@@ -146,7 +148,7 @@ class PrefixRecurrence(nn.Module):
         self.stacked_names = [name for name, _ in self.named_parameters() if name not in SHARED]
 
     def forward(self, device: torch.device) -> "PrefixRecurrence":
-        """Return the recurrence with its parameters on a device, for use until the encoder's call ends.
+        """Return this module with its parameters on `device`; use the result only until the encoder's call ends.
 
         accelerate loads offloaded parameters only for a call of `forward`, not for the other methods.
         """
@@ -157,7 +159,7 @@ class PrefixRecurrence(nn.Module):
         return there
 
     def n_states(self, config: RecurrentBartConfig) -> int:
-        """Return the number of states carried."""
+        """Return the number of states that are carried between segments."""
         return config.encoder_layers
 
     def _build_slots(self, config: RecurrentBartConfig) -> None:
@@ -174,7 +176,7 @@ class PrefixRecurrence(nn.Module):
                 init.normal_(parameter, mean=0.0, std=std)
 
     def initial_state_memory(self, n_documents: int) -> Tensor:
-        """Return the learned state `(E, B, P, D)` before the first segment, with empty matrices."""
+        """Return the learned state `(E, B, P, D)` before the first segment, with zeros in the matrix rows."""
         first_EBPD = self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
         return nn.functional.pad(first_EBPD, (0, 0, 0, self.n_matrix_rows)) if self.n_matrix_rows else first_EBPD
 
@@ -204,10 +206,10 @@ class PrefixRecurrence(nn.Module):
         return key[0], value[0]
 
     def project(self, memory_EBPD: Tensor, weights: Weights, own: Callable[[Tensor], KeyValue]) -> KeyValue:
-        """Return keys and values `(E, B, H, P, K)` of some layers from their states.
+        """Project the states of some layers to keys and values, each `(E, B, H, P, K)`.
 
-        `weights` holds the layers' entries of `by_layer`. Without prefix projection, `own` applies the layers' own key
-        and value maps and returns `(E, B, P, D)`.
+        `weights` holds the entries of `by_layer` for these layers. Without prefix projection, `own` applies the layers'
+        own key and value maps and returns `(E, B, P, D)`.
         """
         memory_EBPD = self.without_matrix(memory_EBPD)
         if self.has_projection:
@@ -219,7 +221,7 @@ class PrefixRecurrence(nn.Module):
         return self._heads(self.dropout(key)), self._heads(self.dropout(value))
 
     def without_matrix(self, memory_EBPD: Tensor) -> Tensor:
-        """Return the state's rows that slots write, without the matrix rows."""
+        """Return the rows of a state that slots write, without the rows of the associative memory."""
         return memory_EBPD[:, :, : -self.n_matrix_rows] if self.n_matrix_rows else memory_EBPD
 
     def matrix(
@@ -227,8 +229,8 @@ class PrefixRecurrence(nn.Module):
     ) -> Matrix | None:
         """Return the associative memory of some layers for one segment, or None without associative memory.
 
-        `stream_EBSD` enters the layers, `is_token_RL` is False at padding (None: no padding), and `weights` holds the
-        layers' entries of `by_layer`.
+        `stream_EBSD` holds the hidden states that enter the layers. `is_token_RL` is False at padding (None: no
+        padding). `weights` holds the entries of `by_layer` for these layers.
         """
         if not self.n_matrix_rows:
             return None
@@ -253,8 +255,8 @@ class PrefixRecurrence(nn.Module):
         Args:
             memory_EBPD: State before the segment.
             slots_EBPD: Slots that leave each layer.
-            is_read_EB: False where a document has no text in the layer's segment: its state stays unchanged. None: all
-                documents have text.
+            is_read_EB: False where a document has no text in the layer's segment; there the state stays unchanged.
+                None: all documents have text.
             weights: Entries of `by_layer` for these layers.
             written_RHKK: Matrices of an associative memory after the segment.
         """
@@ -272,10 +274,10 @@ class PrefixRecurrence(nn.Module):
 
 
 class TopRecurrence(PrefixRecurrence):
-    """Identical to PrefixRecurrence except: the one state is the slots, bottom to top (RMT, arXiv 2207.06881).
+    """Identical to PrefixRecurrence except: one state passes through all layers as the slots (RMT, arXiv 2207.06881).
 
-    Layers read the slots that enter them as their prefix. Without prefix projection and with
-    `prefix_attention="concat"`, this is BART's attention over `memory, tokens`.
+    Each layer attends to the slots that enter the layer, as a prefix. Without prefix projection and with
+    `prefix_attention="concat"`, the result is BART's attention over `memory, tokens`.
     """
 
     slots_read_prefix = False
@@ -292,13 +294,13 @@ class TopRecurrence(PrefixRecurrence):
         return memory_EBPD[0]
 
     def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
-        """Return a function that projects the slots entering each layer to the layer's prefix."""
+        """Return a function that projects the slots that enter a layer to the layer's prefix."""
         weights = self.by_layer()
         return lambda layer_idx, slots_BPD: self._project_one(layer_idx, slots_BPD, weights, layers)
 
 
 class StaticPrefix(PrefixRecurrence):
-    """Identical to PrefixRecurrence except: there are no slots, so the prefix stays the learned one (P-tuning v2)."""
+    """Identical to PrefixRecurrence except: without slots, all segments share a learned prefix (P-tuning v2)."""
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
@@ -317,7 +319,7 @@ class StaticPrefix(PrefixRecurrence):
 
 
 def build_recurrence(config: RecurrentBartConfig) -> PrefixRecurrence | None:
-    """Build the recurrence that a configuration names; None if `pre_seq_len` is 0."""
+    """Build the module that `config.recurrence` names; return None if `pre_seq_len` is 0."""
     if not config.pre_seq_len:
         return None
     return {"layerwise": PrefixRecurrence, "top": TopRecurrence, "none": StaticPrefix}[config.recurrence](config)

@@ -1,10 +1,12 @@
-"""Segmentation of documents, in lists and in tensors.
+"""Functions that cut documents into segments, for lists and for tensors.
 
-Masks stay on the host, so it never waits for the GPU to read them back. `segment_size` is the length of a segment with
-its special tokens, `input_size` the length with its overlap.
+Masks stay on the host (CPU), so no function waits for the GPU to copy a mask back. `segment_size` counts the special
+tokens and the new tokens of a segment; `input_size` also counts the overlap.
 """
 
-# Shape suffixes: B documents, N segments, L tokens in a segment, X distinct tokens, D model width.
+# A flat document is one row of tokens that is not yet cut into segments.
+# Shape suffixes: B documents, n tokens of a flat document, N segments, L tokens in a segment, X rows of an embedding
+# table, D model width.
 
 import functools
 from collections.abc import Callable, Sequence
@@ -57,11 +59,11 @@ def split_into_segments(
 def segment_positions(
     attention_mask: Tensor, input_ids: Tensor, special: tuple[int, int], segment_size: int, input_size: int
 ) -> Tensor:
-    """Return the index in the flat row of each segment's tokens, `(B, N, L)`, -1 at padding.
+    """Return, for each token of each segment, its index in the uncut row: `(B, N, L)`, -1 at padding.
 
     Args:
         attention_mask: `(B, n)`, 1 at the document's tokens.
-        input_ids: `(B, n)`; shows if a row begins and ends with the special tokens.
+        input_ids: `(B, n)`; the ids show if a row begins and ends with the special tokens.
         special: Ids that begin and end a document, `(bos, eos)`.
 
     Raises:
@@ -80,7 +82,7 @@ def segment_positions(
 
 
 def pad_segments(rows: list[list[list[int]]], padding: int) -> list[list[list[int]]]:
-    """Pad ragged documents to one shape `(B, N, L)`, after their tokens and after their segments."""
+    """Pad documents to one shape `(B, N, L)`: add padding tokens to segments, and empty segments to documents."""
     n_segments = max(len(row) for row in rows)
     length = max(len(segment) for row in rows for segment in row)
     empty = [padding] * length
@@ -91,7 +93,7 @@ def pad_segments(rows: list[list[list[int]]], padding: int) -> list[list[list[in
 
 
 def gather_segments(flat: Tensor, positions_BNL: Tensor, fill: float) -> Tensor:
-    """Gather `(B, N, L, ...)` from `(B, n, ...)` at the positions of `segment_positions`; padding gets `fill`."""
+    """Gather `(B, N, L, ...)` from `(B, n, ...)` at the indices from `segment_positions`; set padding to `fill`."""
     positions_BNL = to_device(positions_BNL, flat.device)
     rows = torch.arange(len(flat), device=flat.device).view(-1, 1, 1)
     taken = flat[rows, positions_BNL.clamp(min=0)]
@@ -102,8 +104,8 @@ def gather_segments(flat: Tensor, positions_BNL: Tensor, fill: float) -> Tensor:
 def shift_segments(segments: Tensor, n_segments_B: Tensor) -> Tensor:
     """Roll each row of `(B, N, ...)` by its own number of segments, `n_segments_B` (on the host).
 
-    Rolled by the empty segments at their end, all documents end at the last segment. Then all rows share the window
-    boundaries, and the decoder finds each row's last segment at the same index.
+    If each row is rolled by its number of empty segments at the end, all documents end at the last segment. All rows
+    then share the truncated-BPTT windows, and the decoder finds each row's last segment at the same index.
     """
     if not n_segments_B.any():
         return segments
@@ -120,12 +122,12 @@ def segment_documents(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ids or embeddings as `(B, N, L, ...)`, and their mask on the host.
+    """Cut documents into segments; return ids or embeddings `(B, N, L, ...)`, and their mask on the host.
 
     In training, only the first `config.max_n_segments` segments remain.
 
     Raises:
-        ValueError: A segment is longer than `config.input_size`, or flat embeddings need several segments.
+        ValueError: A segment is longer than `config.input_size`, or uncut embeddings need more than one segment.
     """
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     is_flat = tokens.dim() == (2 if inputs_embeds is None else 3)
@@ -151,7 +153,7 @@ def segment_documents(
 
 
 def has_barts_shapes(config: RecurrentBartConfig, mask_BNL: Tensor) -> bool:
-    """Return True if flat documents are read as BART reads them: without a prefix, as one segment."""
+    """Return True if uncut documents are read as BART reads documents: without a prefix, as one segment."""
     return not config.pre_seq_len and mask_BNL.shape[1] == 1
 
 
@@ -161,7 +163,7 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
     `mask_BNL` is on the host; `may_be_empty` allows documents without a token.
 
     Returns:
-        Shifted segments, shifted mask, and the shift of each row in segments `(B,)`.
+        Shifted segments, shifted mask, and the number of segments that each row was shifted by, `(B,)`.
 
     Raises:
         ValueError: A row has no token and `may_be_empty` is False; the message names the row.
@@ -176,7 +178,7 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
 
 
 def align_marks(marked_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tensor:
-    """Shift a boolean per segment as `align_at_end` shifts the segments.
+    """Shift one boolean per segment in the same way as `align_at_end` shifts the segments.
 
     Raises:
         ValueError: The shape differs from the number of documents and segments.
@@ -190,11 +192,11 @@ def align_marks(marked_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tenso
 
 
 def embed_segments_lazily(embed: nn.Module, ids_BNL: Tensor, vocab_size: int) -> list[Segment]:
-    """Return a function per segment that gives its token embeddings when it is read; no gradient reaches them.
+    """Return one function per segment that computes the segment's token embeddings; they need no gradient.
 
-    A call of a sharded embedding table is a collective, and ranks have different numbers of segments. So the table is
-    called once, now, for all these tokens or for the whole vocabulary, whichever is smaller. Segments look their rows
-    up in the result, so memory does not grow with the document.
+    A call of an embedding table that ZeRO-3 shards is a collective, but ranks have different numbers of segments. So
+    the table is called only once, for all tokens or for the whole vocabulary, whichever is smaller. The functions look
+    up rows of this result, so memory does not grow with the document.
     """
     if not is_sharded(embed):
         return [functools.partial(embed, ids_BL) for ids_BL in ids_BNL.unbind(dim=1)]
@@ -216,7 +218,7 @@ def is_traced() -> bool:
 
 
 def on_device(known: Tensor, device: torch.device) -> Tensor:
-    """Return host booleans on a device without waiting for it; if all are equal, no copy is made."""
+    """Return host booleans on a device without waiting for the device; if all are equal, no copy is made."""
     if known.device.type == device.type or (known.any() and not known.all()):
         return to_device(known, device)
     return torch.full_like(known, bool(known.any()), device=device)
@@ -225,7 +227,7 @@ def on_device(known: Tensor, device: torch.device) -> Tensor:
 def to_device(known: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor on a device without waiting for the device.
 
-    CUDA copies go through pinned memory. A copy from pageable memory may wait for earlier work of the stream ("API
+    CUDA copies use pinned memory. A copy from pageable memory may wait for earlier work of the CUDA stream ("API
     synchronization behavior" of the CUDA runtime).
     """
     is_pinned_first = device.type == "cuda" and known.device.type == "cpu"
