@@ -10,7 +10,7 @@ RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("concat", "gated")
 DECODER_CONTEXTS = ("last", "memory", "section", "all")
 SCHEDULES = ("auto", "sequential", "wavefront")
-# fields of old BART configurations. transformers ignores them, because its BART has no other layout
+# fields of old BART configurations. transformers ignores these fields, because its BART has only this layout
 BARTS_LAYOUT = {
     "normalize_before": False,
     "add_final_layer_norm": False,
@@ -24,43 +24,44 @@ class RecurrentBartConfig(BartConfig):
     """Architecture of a BART that reads a document segment by segment.
 
     Every field of `BartConfig` keeps its meaning. `RecurrentBartForConditionalGeneration.from_pretrained` accepts the
-    fields below as keyword arguments, for a checkpoint of ours or of plain BART.
+    fields below as keyword arguments, for a checkpoint of Recurrent BART or of plain BART.
 
     Args:
-        pre_seq_len: Number P of prefix positions, and of slots that write the state. 0 switches the recurrence off.
-        segment_size: Tokens of a segment, special tokens included. None: 512, or the size of the position table if that
-            is smaller.
+        pre_seq_len: Number P of prefix positions, which read the state, and of slots, which write the state. 0: no
+            recurrence.
+        segment_size: Number of tokens in a segment, with special tokens. None: 512, or the size of the position table
+            if that is smaller.
         input_size: Token positions that the encoder sees per segment. The excess over `segment_size` is overlap: the
             last tokens of the previous segment, repeated in front. None: `segment_size`.
-        max_n_segments: Segments read per document in training; a longer document is cut. -1: all.
+        max_n_segments: Number of segments read per document in training; later segments are dropped. -1: all.
         bptt_depth: Number of segment boundaries that the gradient crosses. 0: none, -1: all.
         prefix_projection: True: a two-layer tanh MLP per layer projects the state to keys and values. False: the
-            layer's `k_proj` and `v_proj` do.
+            layer's `k_proj` and `v_proj` project the state.
         prefix_hidden_size: Hidden width of the MLP of `prefix_projection`.
         hidden_dropout_prob: Dropout on the projected prefix.
         recurrence: `"layerwise"`: every layer carries its own state. `"top"`: one state enters below the first layer
             and leaves above the last (RMT, arXiv 2207.06881); all layers read it as their prefix. `"none"`: no state,
             but a learned prefix, the same for every segment (P-tuning v2, arXiv 2110.07602).
         prefix_attention: `"concat"`: one softmax over prefix and tokens. `"gated"`: a separate softmax over the prefix,
-            added through a gate per head that starts at zero. A converted BART checkpoint then still gives BART's
+            multiplied by a gate per head that starts at zero. A converted BART checkpoint then still gives BART's
             logits, but training learned to use the state late or never (studies/LOG.md).
         update_gate: True: a learned gate mixes the old and the new state. False: the new state replaces the old one.
-        associative_memory: Each layer also carries a matrix per head. The delta rule writes it with the keys and values
-            of tokens; their queries read it through a gate per head (see `associative_memory.py`). Requires
-            `recurrence="layerwise"`.
-        matrix_gate_init: Initial argument of the tanh of that gate. 0: closed, so a converted BART checkpoint gives
-            BART's logits. Trained from scratch, a gate that started at 0 stayed closed; one that started at 1 was used
-            (studies/LOG.md).
+        associative_memory: Each layer also carries a matrix per head. The delta rule writes the keys and values of
+            tokens into the matrix; the tokens' queries read it through a gate per head (see `associative_memory.py`).
+            Requires `recurrence="layerwise"`.
+        matrix_gate_init: Initial argument of the tanh in the gate of `associative_memory`. 0: closed, so a converted
+            BART checkpoint gives BART's logits. In training from scratch, a gate that started at 0 stayed closed, and
+            a gate that started at 1 was used (studies/LOG.md).
         decoder_context: Positions that the decoder attends to. `"last"`: the final state and the tokens of the last
-            segment. `"memory"`: the states after every segment and the tokens of the last. `"all"`: the final state and
-            the tokens of all segments (fusion-in-decoder, arXiv 2007.01282). `"section"`: the final state and the
-            tokens of all segments since the previous target; with one target per document this equals `"all"`.
+            segment. `"memory"`: the states after every segment and the last segment's tokens. `"all"`: the final state
+            and the tokens of all segments (fusion-in-decoder, arXiv 2007.01282). `"section"`: the final state and the
+            tokens of all segments since the previous target; equals `"all"` with one target per document.
         context_segments: Show the decoder states (`"memory"`) or tokens (`"section"`, `"all"`) of only the last N
             segments; -1 shows all.
         schedule: Order in which the cells (segment, layer) are computed; results are the same. `"sequential"`: segment
             after segment, layer after layer. `"wavefront"`: all independent cells at once; not with `recurrence="top"`.
-            `"auto"`: wavefront where it is possible and faster: on a GPU, with several segments and few documents at
-            once.
+            `"auto"`: wavefront where it is possible and faster (on a GPU, with several segments and few documents per
+            batch), otherwise sequential.
 
     Raises:
         ValueError: A field is outside its range, or a segment does not fit the position table.
@@ -161,20 +162,20 @@ class RecurrentBartConfig(BartConfig):
 
     @property
     def n_state_rows(self) -> int:
-        """Rows of a layer's state: P slots, and K matrix rows (K: head width) with `associative_memory`."""
+        """Number of rows of a layer's state: P, or P + K (K: head width) with `associative_memory`."""
         return self.pre_seq_len + self.associative_memory * (self.d_model // self.encoder_attention_heads)
 
     @property
     def bptt_window(self) -> int | None:
-        """Number of segments between two cuts of the gradient; None: the gradient is never cut."""
+        """Number of segments in a truncated-BPTT window; None: the gradient crosses all segments."""
         return None if self.bptt_depth == -1 else self.bptt_depth + 1
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """Read a configuration file; treat a plain BART configuration as ours.
+        """Read a configuration file of Recurrent BART or of plain BART.
 
         Raises:
-            ValueError: The model type is neither BART's nor ours, or the layers have another layout than BART's.
+            ValueError: The file is of another model type, or the layers have another layout than BART's layers.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
@@ -195,7 +196,7 @@ class RecurrentBartConfig(BartConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a configuration; set the fields in `kwargs` before the checks run."""
+        """Build a configuration from a dictionary; fields in `kwargs` replace its values before the checks run."""
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
         if "segment_size" in own and "input_size" not in own:
             # a new segment size with the file's input size would add an overlap that nobody asked for
