@@ -1,1 +1,1 @@
-"""Faster execution with equal results: schedules, stacked layers, kernels and CUDA graphs."""
+"""Faster computation of the encoder with equal results: schedules, stacked layers, kernels and CUDA graphs."""

@@ -1,7 +1,7 @@
-"""CUDA graphs of a function of tensors and of its backward pass, for work that is bound by kernel launches.
+"""CUDA graphs of a function's forward and backward pass, for work that is limited by kernel launches on the CPU.
 
-Activations stay in the graph's memory until another graph of the module is replayed. A backward pass after that
-recomputes them. So memory is that of one call, for any number of calls and shapes.
+Activations stay in the graph's memory until another graph of the same module is replayed. A later backward pass
+recomputes the activations. So any number of calls and shapes needs only the memory of one call.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _recorded: weakref.WeakKeyDictionary[nn.Module, "GraphedModule"] = weakref.WeakK
 
 
 def can_capture(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Return True if a training step may replay a module: one GPU holds its weights, its submodules have no hooks."""
+    """Return True if a training step may run a module by CUDA graphs: on one GPU, and without hooks on submodules."""
     parameters = list(module.parameters())
     return (
         torch.is_grad_enabled()
@@ -45,16 +45,16 @@ def can_capture(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
 def call_graphed(
     module: nn.Module, function: Callable[..., Tensor], inputs: Sequence[Tensor], *settings: Hashable
 ) -> Tensor:
-    """Return the result of a function for these inputs, by replaying a CUDA graph.
+    """Return `function(*inputs)`, computed by replaying a CUDA graph.
 
-    The key of a graph holds everything that it depends on: shapes and dtypes of the inputs, `settings`, the module's
-    settings and PyTorch's. A call with a new key captures a new graph.
+    The key of a graph holds everything that the graph depends on: shapes and dtypes of the inputs, `settings`, the
+    module's settings and PyTorch's settings. A call with a new key captures a new graph.
 
     Args:
         module: Module whose parameters the function uses.
         function: Returns one tensor from the inputs and the module's parameters.
         inputs: Tensors on the module's device.
-        settings: Constants of the function that are not the module's.
+        settings: Constants that the function uses and that are not attributes of the module.
 
     Raises:
         ValueError: Another thread uses the module's graphs.
@@ -93,7 +93,7 @@ class GraphedModule:
         self._places: dict[Hashable, Tensor] = {}
 
     def is_of(self, module: nn.Module) -> bool:
-        """Return True if the parameters have the addresses of the weights, or for copies their shapes."""
+        """Return True if the parameters have the addresses of `weights`; if these are copies, the same shapes."""
 
         def place(part: Tensor) -> tuple:
             address = part.shape if self.is_copied else part.data_ptr()
@@ -108,7 +108,7 @@ class GraphedModule:
             torch._foreach_copy_(list(self.weights.values()), list(module.parameters()))
 
     def call(self, key: Hashable, build: Callable[["GraphedModule"], "GraphedCall"]) -> "GraphedCall":
-        """Return the graph for a key, built if it is missing; drop the oldest graph beyond `MOST_SHAPES`."""
+        """Return the graphs for a key, built if they are missing; keep only the last `MOST_SHAPES` keys used."""
         self.calls[key] = self.calls.pop(key) if key in self.calls else build(self)
         if len(self.calls) > MOST_SHAPES:
             del self.calls[next(iter(self.calls))]
@@ -175,7 +175,7 @@ class GraphedCall:
             place.detach().copy_(part)
 
     def forward(self, inputs: Sequence[Tensor]) -> int:
-        """Run the forward pass into `out`; return `shared.n_overwrites`, which changes when activations are lost."""
+        """Run the forward pass into `out`. Return `shared.n_overwrites`: if it changes, the activations are lost."""
         self._load(inputs)
         self._forward.replay()
         return self.shared.n_overwrites
@@ -194,7 +194,7 @@ class GraphedCall:
 
 
 class _Held(nn.Module):
-    """Function with the module whose parameters it uses, in a form that `functional_call` accepts."""
+    """Module that holds a function and the module whose parameters the function uses, for `functional_call`."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Tensor]):
         super().__init__()
@@ -207,13 +207,13 @@ class _Held(nn.Module):
 
 
 def record(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
-    """Warm up and capture, see `capture`."""
+    """Run the work once as a warm-up, and then capture it; see `capture`."""
     warm_up([work], stream)
     return capture(work, stream, pool)
 
 
 def warm_up(works: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> None:
-    """Run work before its capture, because kernel compilation and library initialization cannot be captured."""
+    """Call each function before its capture: kernel compilation and library initialization cannot be captured."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for work in works:
@@ -222,10 +222,10 @@ def warm_up(works: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> No
 
 
 def capture(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
-    """Capture work without running it; return its result, which replays overwrite, and the graph.
+    """Capture the function `work` as a CUDA graph without running it. Return its result and the graph.
 
-    The work must not synchronize. `pool` is a memory pool, shared with graphs on the same stream that are not replayed
-    at the same time; None means a new pool.
+    Each replay overwrites the result. `work` must not synchronize. Graphs on the same stream may share the memory pool
+    `pool` if they are not replayed at the same time; None means a new pool.
     """
     graph = torch.cuda.CUDAGraph()
     # other threads may copy batches during the capture

@@ -1,5 +1,7 @@
-"""CUDA graphs of diagonals for one batch shape, and their input and output buffers."""
+"""CUDA graphs of wavefront diagonals for one batch shape, and the input and output buffers of these graphs."""
 
+# A diagonal is a set of independent cells (segment, layer). A stream tensor holds the hidden states of slots (positions
+# that write the state) and tokens.
 # Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
 # segment, E encoder layers, D model width.
 
@@ -40,7 +42,7 @@ class Captures:
 
 
 class DiagonalGraphs:
-    """CUDA graphs of diagonals for one batch shape, and their input and output buffers.
+    """CUDA graphs of diagonals for one batch shape, and the input and output buffers of these graphs.
 
     `weights` and `tokens_BLD` (embeddings of a segment) give shapes and dtypes; their values do not matter.
     """
@@ -77,16 +79,16 @@ class DiagonalGraphs:
 
     @property
     def kept(self) -> RetainedDiagonals:
-        """Graphs of this pass that keep activations for their backward passes."""
+        """Graphs under the current settings that keep activations for the backward pass."""
         return self.captures.kept
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of activations that the graphs of all settings keep."""
+        """Number of bytes of the activations that graphs keep, under all settings."""
         return sum(captures.kept.n_bytes for captures in self._by_settings.values())
 
     def begin(self, weights: Weights, settings: Hashable) -> None:
-        """Copy the weights of this pass, and select the graphs that were captured under its settings."""
+        """Copy `weights` to the buffers, and select the graphs that were captured under `settings`."""
         self.captures = self._by_settings.pop(settings, None) or Captures(self)
         self._by_settings[settings] = self.captures
         if len(self._by_settings) > MOST_SETTINGS:
@@ -94,7 +96,7 @@ class DiagonalGraphs:
         torch._foreach_copy_(list(self.weights.values()), [weights[name].detach() for name in self.weights])
 
     def record(self, diagonals: list[Diagonal], with_backward: bool) -> None:
-        """Capture the graphs of these diagonals that are missing; the random generator's offset does not change."""
+        """Capture the missing graphs of these diagonals; the random generator's offset does not change."""
         offset = self.generator.get_offset()
         if with_backward and not self.weight_gradients:
             with torch.inference_mode(False):
@@ -112,7 +114,7 @@ class DiagonalGraphs:
         self.generator.set_offset(offset)
 
     def keep(self, diagonals: list[Diagonal], most_bytes: float) -> None:
-        """Capture graphs that keep their activations, up to `most_bytes`."""
+        """Capture graphs that keep activations for the backward pass, up to `most_bytes` of memory."""
         offset = self.generator.get_offset()
         self.kept.record(diagonals, most_bytes)
         self.generator.set_offset(offset)
@@ -127,9 +129,9 @@ class DiagonalGraphs:
         return self.key(diagonal, False) in self.captures.seen
 
     def read(self, diagonals: Sequence[Diagonal], streams: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run consecutive diagonals, by replay where a graph exists; yield tokens and state above the last layer.
+        """Run consecutive diagonals, by replay if a graph exists; yield the last layer's tokens and state after each.
 
-        `streams` `(N, B, S, D)` enter the first layer, one for each diagonal that begins a segment.
+        `streams` `(N, B, S, D)` holds the first layer's inputs, one for each diagonal that begins a segment.
         """
         for number, diagonal in enumerate(diagonals):
             if diagonal.segment is not None and streams is not None:
@@ -144,7 +146,7 @@ class DiagonalGraphs:
             yield self.top, self.memory[-1:]
 
     def can_read_together(self, diagonals: Sequence[Diagonal]) -> bool:
-        """Return True if one graph can run these diagonals: `READ_TOGETHER` full ones without masks, captured."""
+        """Return True if one graph can run these diagonals: `READ_TOGETHER` captured ones, all layers, no masks."""
         keys = {self.key(diagonal, False) for diagonal in diagonals}
         diagonal = diagonals[0]
         return (
@@ -158,7 +160,7 @@ class DiagonalGraphs:
         )
 
     def read_together(self, diagonals: Sequence[Diagonal], streams: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run diagonals as `read` does, with one graph."""
+        """Run all diagonals by one graph; arguments and results are as in `read`."""
         assert streams is not None
         key = ("together", *self.key(diagonals[0], False))
         if key not in self.captures.graphs:
@@ -187,12 +189,12 @@ class DiagonalGraphs:
             memory.copy_(self.memory[-1])
 
     def key(self, diagonal: Diagonal, is_backward: bool) -> tuple:
-        """Return the key of a graph, within the settings and the batch shape."""
+        """Return the key of a diagonal's graph among the graphs with the same settings and batch shape."""
         has_padding = diagonal.visible.slots is not None
         return diagonal.first, diagonal.stop, has_padding, diagonal.is_read is None, is_backward
 
     def place(self, diagonal: Diagonal) -> None:
-        """Copy the masks to the buffers that graphs read."""
+        """Copy the diagonal's masks to the buffers that the graphs read."""
         places = self.captures.masks
         for number, mask in enumerate((diagonal.visible.tokens, diagonal.visible.slots)):
             if mask is None:
@@ -218,7 +220,7 @@ class DiagonalGraphs:
 
     @torch.enable_grad()
     def with_graph(self, diagonal: Diagonal, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Run a diagonal with autograd; return the inputs (stream, state, weights) and the outputs of each."""
+        """Run a diagonal with autograd. Return its inputs (stream, state, weights) and the output for each input."""
         stacks = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
         given_on = dict(stacks)
         outputs = self._step(diagonal, given_on, inputs[0], inputs[1])
@@ -227,7 +229,7 @@ class DiagonalGraphs:
     def differentiate(
         self, span: slice, sources: list[Tensor], outputs: list[Tensor], retain_graph: bool = False
     ) -> None:
-        """Compute input gradients in the buffers from the output gradients in the buffers, see `with_graph`."""
+        """Compute gradients of `sources` from the buffered gradients of `outputs`, and write them to the buffers."""
         arriving = self.stream_gradient[span.start + 1 : span.stop + 1], self.into_memory[span]
         # weight gradients accumulate in place in their buffers
         stream_gradient, into_memory, *_ = torch.autograd.grad(

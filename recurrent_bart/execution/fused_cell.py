@@ -1,7 +1,8 @@
-"""Cells of a diagonal with few memory passes between their matrix products."""
+"""Cells (segment, layer) of a wavefront diagonal, computed by fused kernels between the matrix products."""
 
+# Slots are the P positions in front of a segment's tokens that write the state. A stream tensor holds hidden states.
 # Shape suffixes: B documents, R = layers * documents, S = slots and tokens of a segment, P prefix length (= slots),
-# E encoder layers (of a diagonal), M rows of a layer, H heads, D model width.
+# E encoder layers (of a diagonal), M rows of a layer, H heads, D model width, X = 3 * D.
 
 import importlib.util
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def can_fuse(layer: BartEncoderLayer, stream: Tensor) -> bool:
-    """Return True if kernels exist for a layer's cells: on a GPU, with slots that read a prefix, in one dtype."""
+    """Return True if fused kernels support the layer: on a GPU, with a carried state, GELU, and no autocast."""
     config, activation = layer.self_attn.config, layer.activation_fn
     return (
         stream.is_cuda
@@ -46,7 +47,7 @@ def fused_cell(
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `diagonal_step` with fused kernels; results differ by rounding only. See there for the arguments."""
+    """Compute `diagonal_step` with fused kernels; results differ by rounding only. Arguments are the same."""
     # imported here, because a CPU installation may lack Triton
     from recurrent_bart.execution.kernels.bias_activation import bias_gelu
     from recurrent_bart.execution.kernels.heads import split_heads
@@ -86,7 +87,7 @@ def fused_cell(
 
 
 def _project(recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return prefix keys and values `(E, M, 2 * D)` without bias, their bias, and the states again."""
+    """Return prefix keys and values `(E, M, 2 * D)` without bias, the bias, and the unchanged states."""
     from recurrent_bart.execution.kernels.bias_activation import bias_tanh
 
     if not recurrence.has_projection:
@@ -121,7 +122,7 @@ def _next_memory(
     is_read_EB: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Return the new states from `slots` as `residual_norm_and_slots` returns them."""
+    """Return the new states; `slots` is the second output of `residual_norm_and_slots`."""
     from recurrent_bart.execution.kernels.gated_update import gated_update
 
     if recurrence.has_update_gate:

@@ -1,4 +1,4 @@
-"""Guards of CUDA graphs: capture on the graph's own device, and one pass at a time in the graph's memory."""
+"""Guards for CUDA graphs: capture on the right GPU, and only one pass at a time in the memory of the graphs."""
 
 import contextlib
 import itertools
@@ -20,14 +20,14 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 
 def graph_user(module: nn.Module) -> "GraphUser":
-    """Return the guard of the memory that all CUDA graphs of a module share."""
+    """Return the guard for the memory that all CUDA graphs of a module share."""
     return _users.setdefault(module, GraphUser())
 
 
 class GraphUser:
-    """Guard of the memory that all CUDA graphs of a module share: one pass at a time uses it.
+    """Guard for the memory that all CUDA graphs of a module share; it allows one pass at a time.
 
-    A second pass at the same time is refused, because it would overwrite the first pass's values.
+    A second pass at the same time raises an error, because that pass would overwrite the first pass's values.
     """
 
     def __init__(self) -> None:
@@ -36,18 +36,18 @@ class GraphUser:
         self._owner: object = None
 
     def whole_pass(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context that holds the graphs for a whole pass.
+        """Return a context manager that reserves the graphs for one whole pass.
 
         Raises:
-            ValueError: Another thread holds the graphs.
+            ValueError: Another thread has reserved the graphs.
         """
         return self._part_of(object(), is_first=True)
 
     def steps_of_pass(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """Yield the steps of a pass, and hold the graphs while each step is computed.
+        """Yield the steps of a pass, and reserve the graphs while each step is computed.
 
         Raises:
-            ValueError: Another thread holds the graphs, or another pass has begun since the last step.
+            ValueError: Another thread has reserved the graphs, or another pass has begun since the last step.
         """
         owner = object()
         for number in itertools.count():

@@ -1,10 +1,12 @@
-"""Wavefront schedule with CUDA graphs, for small batches that are bound by kernel launches.
+"""Wavefront schedule with CUDA graphs, for small batches that are limited by kernel launches on the CPU.
 
-A graph is captured once per span of layers and serves any number of segments. The backward pass recomputes a
-diagonal's activations, so no activation has to survive the next replay. Without checkpointing, activations are kept
-as far as memory allows.
+A graph is captured once per range of layers and serves any number of segments. The backward pass recomputes a
+diagonal's activations, so no activation has to survive the next replay. Without gradient checkpointing, activations
+are kept as far as memory allows.
 """
 
+# A diagonal is a set of independent cells (segment, layer). A stream tensor holds the hidden states of slots (positions
+# that write the state) and tokens.
 # Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
 # segment, E encoder layers, D model width.
 
@@ -39,9 +41,9 @@ _recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, DiagonalGraphs]] = 
 
 
 def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, checkpointing: str) -> bool:
-    """Return True if CUDA graphs are faster for a batch: its cells are fused, and too small to keep a GPU busy.
+    """Return True if CUDA graphs are faster for a batch: fused kernels exist, and the cells do not fill a GPU.
 
-    If checkpointing recomputes each diagonal anyway, replays cost nothing extra, so the size does not matter.
+    If gradient checkpointing recomputes each diagonal anyway, graphs recompute no more, so the size does not matter.
     """
     n_documents, n_tokens, _ = tokens_BLD.shape
     return (
@@ -54,16 +56,16 @@ def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, che
 
 @dataclass(frozen=True)
 class GraphedWavefront(Wavefront):
-    """Identical to Wavefront except: it replays diagonals, and recomputes activations that are not kept.
+    """Identical to Wavefront except: it replays CUDA graphs of diagonals, and recomputes activations not kept.
 
-    It recomputes diagonals one by one under any checkpointing. Before the last segment, it yields only the last layer's
-    state.
+    It recomputes diagonals one by one, also with `checkpointing="segment"`. Until the last segment, it yields only the
+    last layer's state.
     """
 
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Run as `Wavefront.run` does; without autograd, a yielded state is valid until the next one is requested.
+        """Run as `Wavefront.run` does. Without autograd, the next iteration overwrites a yielded state.
 
         Raises:
             ValueError: Another thread runs the same encoder.
@@ -98,7 +100,7 @@ class GraphedWavefront(Wavefront):
     def _read(
         self, graphs: DiagonalGraphs, diagonals: list[Diagonal], memory_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
-        """Run forward passes only; in evaluation mode, a diagonal is captured the second time it occurs."""
+        """Run without autograd; in evaluation mode, capture a diagonal when it occurs for the second time."""
         again = diagonals if self.layer.training else [it for it in diagonals if graphs.was_seen(it)]
         graphs.record(again, with_backward=False)
         graphs.memory.copy_(memory_EBPD)
@@ -114,7 +116,7 @@ class GraphedWavefront(Wavefront):
                     yield tokens_BLD, graphs.memory.clone() if is_last else memory_1BPD
 
     def _settings(self) -> Hashable:
-        """Return the constants that a capture keeps; all layers share them."""
+        """Return the constants that a CUDA graph keeps from its capture; all layers have the same constants."""
         assert self.recurrence is not None
         return *settings_of(self.layer, self.recurrence), backend_settings()
 
@@ -153,9 +155,9 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class _Replayed(torch.autograd.Function):
-    """Tokens above the last layer `(N, B, L, D)`, its states `(N, B, P, D)`, and all final states.
+    """Function that returns the last layer's tokens `(N, B, L, D)` and states `(N, B, P, D)`, and all final states.
 
-    The input streams `(N, B, S, D)` enter the first layer.
+    `streams` `(N, B, S, D)` are the first layer's inputs.
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
-"""Schedules of the grid of cells (segment, layer)."""
+"""Grid of cells, one cell per segment and layer, and the order in which cells are computed."""
 
-# Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), E encoder layers,
-# D model width.
+# Slots are the P positions in front of a segment's tokens that write the state. A stream tensor holds hidden states.
+# Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), E encoder layers, H heads,
+# A attended length, D model width.
 
 import functools
 import itertools
@@ -21,16 +22,16 @@ from recurrent_bart.recurrence.cell import AttentionMasks
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.recurrence.segmentation import Segment, on_device
 
-# tokens of one segment over all documents, up to which `schedule="auto"` uses the wavefront. An H100 still ran 1.5 to
-# 1.9 times as fast with it at 8,192 (benchmarks/LOG.md). Larger sizes are not measured; streams of all layers take more
-# memory
+# `schedule="auto"` uses the wavefront up to this number of tokens of one segment over all documents. At 8,192, the
+# wavefront was 1.5 to 1.9 times as fast on an H100 (benchmarks/LOG.md). Larger sizes are not measured; they need more
+# memory, because the wavefront holds hidden states of all layers
 MOST_TOKENS = 16_384
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class OutputSelection:
-    """Outputs of the grid that the caller needs; the last segment's tokens and state are always given."""
+    """Selection of the grid's outputs; the last segment's tokens and state are always returned."""
 
     # tokens and states of every segment, each with its autograd graph
     every_segment: bool = False
@@ -44,13 +45,13 @@ class OutputSelection:
     attentions: bool = False
 
     def all_segments(self) -> bool:
-        """Return True if segments are needed even without a carried state."""
+        """Return True if some output needs all segments, even if no state is carried between segments."""
         return self.every_segment or self.tokens or self.memories or self.hidden_states or self.attentions
 
 
 @dataclass
 class SegmentOutput:
-    """Outputs of one segment: tokens `(B, L, D)`, state `(E, B, P, D)`, and streams and attention weights of layers."""
+    """Outputs of one segment: tokens `(B, L, D)`, state `(E, B, P, D)`, each layer's hidden states and attention."""
 
     tokens: Tensor | None
     memory: Tensor | None
@@ -76,7 +77,7 @@ class GridOutput:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of a batch and the settings of their computation."""
+    """Modules and settings that compute the cells of a batch."""
 
     config: RecurrentBartConfig
     layers: nn.ModuleList
@@ -97,16 +98,16 @@ class Grid:
     ) -> GridOutput:
         """Run the grid in the order that `config.schedule` names.
 
-        The gradient crosses at most `config.bptt_depth` segment boundaries. Segments form windows of
-        `bptt_depth + 1` segments, aligned to the last segment, and the state is detached between windows. Segments
-        run without an autograd graph if no selected output needs their gradient.
+        The gradient crosses at most `config.bptt_depth` segment boundaries. Truncated-BPTT windows have
+        `bptt_depth + 1` segments, and the last window ends at the last segment. The state is detached between windows.
+        Segments run without an autograd graph if no selected output needs their gradient.
 
         Args:
             segments_BNLD: Token embeddings of the last segments; all documents end at the last one.
             mask_BNL: 1 at tokens, on the host. A segment without tokens leaves its document's state unchanged.
             state: State after earlier calls; None at the start of the documents.
             kept: Outputs that the caller needs.
-            earlier: Segments before `segments_BNLD`, which the gradient does not reach.
+            earlier: Segments before `segments_BNLD`; they get no gradient.
         """
         n_segments = mask_BNL.shape[1]
         window = self.config.bptt_window or n_segments + 1
@@ -142,7 +143,7 @@ class Grid:
         return output
 
     def _windows(self, n_segments: int, window: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
-        """Return the windows as slices, and True for each one that has an autograd graph."""
+        """Return each truncated-BPTT window as a slice, with True if the window has an autograd graph."""
         # without a carried state, only the outputs of earlier segments could matter
         first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
         if not torch.is_grad_enabled():
@@ -155,8 +156,8 @@ class Grid:
     def _uses_wavefront(self, segments_BNLD: Tensor, kept: OutputSelection) -> bool:
         """Return True if the wavefront schedule computes the segments.
 
-        Only the sequential schedule gives hidden states and attention weights of every layer. Only it supports layers
-        that differ in more than their parameters.
+        Only the sequential schedule returns hidden states and attention weights of every layer. Only the sequential
+        schedule supports layers that differ in more than their parameters.
         """
         schedule = self.config.schedule
         if schedule == "sequential" or kept.hidden_states or kept.attentions:
@@ -169,7 +170,7 @@ class Grid:
         return not obstacle
 
     def _is_on_other_device(self, device: torch.device) -> bool:
-        """Return True if layers are offloaded or on another device, where module calls move parameters and inputs."""
+        """Return True if layers are offloaded or on another device; then only module calls move their parameters."""
         is_on_other_device = any(parameter.device != device for parameter in self.layers.parameters())
         if is_on_other_device and self.config.schedule == "wavefront":
             logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")
@@ -214,7 +215,7 @@ class Grid:
     def _sequential(
         self, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
     ) -> Iterator[SegmentOutput]:
-        """Run one segment after the other, layer by layer; this is the reference for the other schedules."""
+        """Run one segment after the other, layer by layer; other schedules must give the same results."""
         is_checkpointed = self.checkpoints_segments and torch.is_grad_enabled()
         for read, mask_BL in zip(segments, mask_BNL.unbind(dim=1), strict=True):
             inputs = read(), mask_BL, memory_EBPD, kept
@@ -276,7 +277,7 @@ def is_wavefront_faster(segments_BNLD: Tensor) -> bool:
 
 
 def _started_or_initial(is_begun_B: Tensor, memory_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:
-    """Return the state of documents that have begun, and the learned state of the other documents.
+    """Return, per document, `memory_EBPD` if the document has begun, and the learned initial state if it has not.
 
     The learned state always gets a gradient, at least zero. If a parameter gets no gradient in a step, ZeRO-3 uses its
     gradient of the step before.

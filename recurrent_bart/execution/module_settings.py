@@ -1,7 +1,7 @@
-"""Constants that a module computes with, besides its inputs, its parameters and random numbers.
+"""Constants that a module's result depends on, besides inputs, parameters and random numbers.
 
-Python code reads the constants at each call. A CUDA graph keeps the constants of its capture. A diagonal of the
-wavefront schedule uses one value of each constant for all its layers.
+Python code reads the constants at each call. A CUDA graph keeps the constants of its capture. The wavefront schedule
+computes several layers at once, so these layers must have equal constants.
 """
 
 import functools
@@ -22,11 +22,11 @@ PLAIN = frozenset({bool, float, str, type(None)})
 def settings_of(*modules: nn.Module) -> list[tuple]:
     """Return for each module a hashable key of the constants of the module and all its submodules.
 
-    Constants are types, flags, rates, names (for example of the active adapter), functions, configuration fields,
+    Constants are types, flags, rates, names (for example, the active adapter's name), functions, configuration fields
     and buffer addresses. Integers are left out: parameter shapes determine sizes, and libraries count calls in
     integer attributes.
     """
-    # a configuration is an attribute of many parts
+    # many submodules have the same configuration object as an attribute
     configs: dict[int, Hashable] = {}
     return [tuple(constant for _, constant in _named_settings(module, configs)) for module in modules]
 
@@ -71,7 +71,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _constant(configs: dict[int, Hashable], value: Any) -> Hashable:
     """Return a key that is equal for values with equal effect on a computation, or None if a value has no effect.
 
-    `configs` caches keys of configurations by `id`; this function adds to it.
+    `configs` caches the keys of configurations by `id`; this function adds missing keys.
     """
     constant = functools.partial(_constant, configs)
     if type(value) in PLAIN:

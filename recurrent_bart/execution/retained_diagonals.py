@@ -1,8 +1,8 @@
-"""CUDA graphs of diagonals that keep their activations for the backward pass, up to a memory limit.
+"""CUDA graphs of wavefront diagonals that keep activations for the backward pass, up to a memory limit.
 
-A CUDA graph writes activations to fixed addresses. So each diagonal of a pass has its own graphs and memory: one entry
-for the first diagonal of a span of layers, one for the second, and so on. If another pass runs before a pass is
-differentiated, its backward pass recomputes the activations.
+A CUDA graph writes activations to fixed addresses. So each diagonal of a pass has its own graphs and memory, even if
+diagonals compute the same layers. If a second pass runs before the backward pass of the first, that backward pass
+recomputes the activations.
 """
 
 import functools
@@ -25,7 +25,7 @@ MOST_KEPT = 0.4
 
 
 class RetainedDiagonals:
-    """Graphs that keep activations, for one batch shape and the buffers of one `DiagonalGraphs`."""
+    """Graphs that keep activations for the backward pass, for the batch shape and buffers of a `DiagonalGraphs`."""
 
     def __init__(self, graphs: "DiagonalGraphs"):
         # weak, because `graphs` holds this object
@@ -36,7 +36,7 @@ class RetainedDiagonals:
     def record(self, diagonals: Sequence[Diagonal], most_bytes: float) -> None:
         """Capture the graphs that a pass needs and that fit in `most_bytes`.
 
-        `diagonals` are in order of execution. Each has already been captured as a graph without retained activations.
+        `diagonals` are in order of execution. Each diagonal already has a graph that keeps no activations.
         """
         for diagonal, key in zip(diagonals, self._keys(diagonals), strict=True):
             graphs = self._graphs()
@@ -47,7 +47,7 @@ class RetainedDiagonals:
                 self.n_bytes += n_bytes
 
     def of(self, diagonals: Sequence[Diagonal]) -> "list[RetainedDiagonal | None]":
-        """Return for each diagonal of a pass the graphs that keep its activations, or None."""
+        """Return, for each diagonal of a pass, the graphs that keep the diagonal's activations, or None."""
         return [self._kept.get(key) for key in self._keys(diagonals)]
 
     def _keys(self, diagonals: Sequence[Diagonal]) -> list[tuple]:

@@ -1,7 +1,8 @@
 """Several encoder layers with stacked weights; each linear map is one batched matrix product."""
 
-# Shape suffixes: B documents, R = layers * documents, L tokens (slots included), E encoder layers, H heads,
-# K head width, D model width.
+# Slots are the P positions in front of a segment's tokens that write the state. A stream tensor holds hidden states.
+# Shape suffixes: B documents, R = layers * documents, L tokens (slots included), P prefix length (= slots), E encoder
+# layers, H heads, K head width, D model width.
 
 from typing import Any
 
@@ -27,7 +28,7 @@ PARAMETERS = {f"{name}.{part}" for name in KINDS for part in ("weight", "bias")}
 
 
 def why_not_stacked(layers: nn.ModuleList) -> str:
-    """Return the reason why the layers cannot be stacked; an empty string if they can.
+    """Return the reason why the layers cannot be stacked, or an empty string if stacking is possible.
 
     Stacked layers may differ only in the values of their parameters.
     """
@@ -49,8 +50,8 @@ def why_not_stacked(layers: nn.ModuleList) -> str:
 def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
     """Copy and stack the layers' weights; gradients flow back to the layers' parameters.
 
-    Maps are `(E, in, out)`, views of `(E, out, in)`, so that the gradient has the parameter's memory layout. Biases are
-    `(E, 1, out)`.
+    Weights of linear maps are `(E, in, out)`, views of `(E, out, in)`, so that the gradient has the parameter's memory
+    layout. Biases are `(E, 1, out)`.
     """
     stacked: dict[str, Tensor] = {}
     for name, parts in LINEAR.items():
@@ -66,13 +67,13 @@ def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
 
 
 class StackedLayers:
-    """Several layers as a `CellLayer`, with stacked weights; rows `(R, L, D)` are ordered by layer, then document."""
+    """Several layers as one `CellLayer`, with stacked weights; rows `(R, L, D)` are sorted by layer, then document."""
 
     def __init__(self, weights: Weights, shared: BartEncoderLayer):
         self.weights, self.shared = weights, shared
 
     def query_key_value(self, stream_RLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project to queries, keys and values, each `(B, H, L, K)`."""
+        """Project to queries, keys and values, each `(R, H, L, K)`."""
         both = self._map("query_key_value", stream_RLD)
         query, key, value = both.unflatten(-1, (3, -1, self.shared.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
         return query, key, value

@@ -1,9 +1,10 @@
 """Wavefront schedule: compute all cells with an equal sum of segment and layer in one step.
 
-Cell (segment, layer) needs the layer below in its segment, and its own layer in the segment before. So the cells of a
-diagonal are independent, and the grid takes N + E - 1 steps instead of N * E.
+Cell (segment, layer) needs the layer below in the same segment, and the same layer in the segment before. So cells with
+an equal sum (a diagonal) are independent, and N segments and E layers take N + E - 1 steps instead of N * E.
 """
 
+# Slots are the P positions in front of a segment's tokens that write the state. A stream tensor holds hidden states.
 # Shape suffixes: B documents, N segments, R = layers * documents, S = slots and tokens of a segment, P prefix length
 # (= slots), L tokens in a segment, E encoder layers (of a diagonal: its cells' layers), H heads, D model width.
 
@@ -24,13 +25,13 @@ from recurrent_bart.recurrence.grouped_linear import slice_weights
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, Weights
 from recurrent_bart.recurrence.segmentation import Segment, on_device
 
-# activations that a cell saves for its backward pass, in units of its segment's stream
+# size of the activations that a cell saves for its backward pass, divided by the size of the cell's hidden states
 STREAMS_PER_CELL = 16
 
 
 @dataclass(frozen=True)
 class Diagonal:
-    """Cells of one wavefront step: from layer to layer upwards, the segment index falls by one."""
+    """Cells of one wavefront step; from each layer to the layer above, the segment index falls by one."""
 
     # lowest layer
     first: int
@@ -46,7 +47,7 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Wavefront:
-    """Encoder with the wavefront schedule."""
+    """Computation of the encoder layers in the order of the wavefront schedule."""
 
     config: RecurrentBartConfig
     # any layer, for the settings that all layers share
@@ -69,13 +70,13 @@ class Wavefront:
     def run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
     ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Yield after each segment the last layer's tokens `(B, L, D)`, if needed, and states `(E, B, P, D)`.
+        """Yield, after each segment, the last layer's tokens `(B, L, D)`, if needed, and all states `(E, B, P, D)`.
 
-        The states of lower layers already belong to later segments; after the last segment all belong to it.
+        A yielded state of a lower layer already belongs to a later segment, except after the last segment.
 
         Args:
             weights: Stacked weights of all layers.
-            segments: Segments of the documents; each is read when its first diagonal begins.
+            segments: Segments of the documents; each function is called when the segment's first diagonal begins.
             mask_BNL: 1 at tokens, on the host.
             memory_EBPD: State before the first segment.
         """
@@ -93,7 +94,7 @@ class Wavefront:
     def _chunk(
         self, diagonals: list[Diagonal], weights: Weights, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
     ) -> tuple[Weights, Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-        """Run consecutive diagonals; return stacks, streams and state for the next chunk, and the items for `run`."""
+        """Run consecutive diagonals; return weights, streams and state for the next chunk, and outputs of `run`."""
         outputs, stacks = [], dict(weights)
         for diagonal in diagonals:
             stream_EBSD = self._entering(diagonal, frontier_EBSD, memory_EBPD)
@@ -106,7 +107,7 @@ class Wavefront:
         return stacks, frontier_EBSD, memory_EBPD, outputs
 
     def _gives_tokens(self, diagonal: Diagonal) -> bool:
-        """Return True if the diagonal's top tokens are needed; the last diagonal gives the last segment's."""
+        """Return True if tokens above the last layer are needed: always after the last segment, else if requested."""
         return self.gives_all_tokens or diagonal.first == self.config.encoder_layers - 1
 
     def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:
@@ -162,20 +163,20 @@ def diagonal_step(
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run one cell of each of several layers.
+    """Run one cell per layer, for several layers at once.
 
     Args:
         weights: Stacked weights of these layers.
         layer: Any layer, for the settings that all layers share.
         recurrence: Recurrence of all layers; its parameters are in `weights`.
-        stream_EBSD: Slots and tokens that enter the layers.
+        stream_EBSD: Hidden states of slots and tokens that enter the layers.
         memory_EBPD: States of the layers.
         visible: Attention masks of the rows `(E * B)`.
         is_read_EB: False where a document has no text in the layer's segment; None if all documents have text.
         into: Output buffers of stream and state, without autograd; they may be the input buffers.
 
     Returns:
-        Slots and tokens that leave the layers, and the new states.
+        Hidden states of slots and tokens that leave the layers, and the new states.
     """
     layers, prefix, gate_RH, matrix = StackedLayers(weights, layer), None, None, None
     if recurrence is not None and memory_EBPD is not None:
@@ -198,5 +199,5 @@ def diagonal_step(
 
 
 def _chunk_size(n_diagonals: int) -> int:
-    """Return the number of diagonals per chunk that balances streams between chunks with activations inside one."""
+    """Return the number of diagonals per checkpointed chunk that minimizes the memory of the backward pass."""
     return max(1, round(math.sqrt(n_diagonals / STREAMS_PER_CELL)))

@@ -1,4 +1,4 @@
-"""Fused kernel of a bias and its activation, GELU or tanh."""
+"""Fused kernel that adds a bias and applies GELU or tanh."""
 
 # Shape suffixes: E encoder layers (of a diagonal), M rows of a layer, F inner width of the feed-forward block or of the
 # prefix projection.

@@ -1,6 +1,6 @@
-"""Fused kernel of the tokens' gated attention over the prefix and its sum with the other attention output.
+"""Fused kernel that adds the tokens' gated attention over the prefix to their attention over tokens.
 
-A prefix is short, so its keys and values stay in the registers of a streaming multiprocessor.
+A prefix (keys and values of the state) is short, so it stays in the registers of a streaming multiprocessor.
 """
 
 # Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, S = slots and tokens of a segment, P prefix
@@ -27,7 +27,7 @@ def add_prefix_read(
     gate_EH: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Return the attention output of slots and tokens, `(R, S, D)`, with the gated prefix attention added to tokens.
+    """Add gated prefix attention to the tokens' attention output; return the output of slots and tokens, `(R, S, D)`.
 
     Prefix keys and values are `(R, H, P, K)`, `scaling` multiplies the products of queries and keys, and the gate is
     `tanh(gate_EH)`.

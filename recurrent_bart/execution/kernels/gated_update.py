@@ -1,6 +1,8 @@
-"""Fused kernel of the gated state update, after the gate's matrix product."""
+"""Fused kernel that updates the state through a gate, after the gate's matrix product."""
 
-# Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * slots, D model width.
+# Slots are the positions of an encoder layer that write the state.
+# Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * slots, D model width,
+# X = 2 * D.
 
 from typing import Any
 
@@ -18,9 +20,9 @@ def gated_update(
 ) -> Tensor:
     """Return `memory + sigmoid(gate + gate_bias) * (slots - memory)`, computed in float32.
 
-    `gate_EMD` is the gate's product without its bias `(E, 1, D)`. `both_EMX` holds state and slots, concatenated,
-    `(E, M, 2 * D)`. Where `is_read_EB` is False, the document has no text in the layer's segment, so its state stays
-    unchanged; None means that all documents have text. `out` is an output buffer, without autograd.
+    `gate_EMD` is the gate's matrix product; `gate_bias` is `(E, 1, D)`. `both_EMX` is the concatenation of state and
+    slots, `(E, M, 2 * D)`. If `is_read_EB` is False, the document has no text in the layer's segment, so its state
+    stays unchanged; None means that all documents have text. `out` is an output buffer, without autograd.
     """
     return _GatedUpdate.apply(gate_EMD, gate_bias, both_EMX, is_read_EB, out)
 

@@ -1,7 +1,7 @@
 """Add many gradients to float32 sums in one kernel launch.
 
-PyTorch adds lists of tensors of two data types one kernel launch at a time: 4.2 ms for the 500 parameters of BART-large
-on an H200, where the bytes moved take 1 ms.
+If gradients and sums differ in data type, PyTorch launches one kernel per tensor. For the 500 parameters of BART-large
+this takes 4.2 ms on an H200; moving the bytes takes 1 ms.
 """
 
 import functools
@@ -20,7 +20,7 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def can_add(total: Tensor, gradient: Tensor) -> bool:
-    """Return True if a pair of tensors is dense, laid out alike, aligned, and of types that the kernel knows."""
+    """Return True if the kernel supports two tensors: dense, same memory layout, aligned, of supported types."""
     return (
         total.dtype == torch.float32
         and gradient.dtype in TYPES
@@ -47,7 +47,7 @@ def add_to_sums(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each program's tensor and its block of it, and the sizes of all tensors."""
+    """Return the tensor index and the block index of each program, and the sizes of all tensors."""
     counts = [triton.cdiv(size, BLOCK) for size in sizes]
     tensor = torch.repeat_interleave(torch.tensor(counts))
     block = torch.cat([torch.arange(count) for count in counts])

@@ -1,11 +1,13 @@
-"""Fused kernel between the projections and attention: queries, keys and values of slots, tokens and prefix.
+"""Fused kernel between projections and attention: builds queries, keys and values of slots, tokens and prefix.
 
-A cell's keys are `slots, prefix, tokens` in one buffer. Slots attend to all of them. Tokens and the softmax over the
-prefix attend to a view.
+One buffer holds the keys `slots, prefix, tokens` of a cell. Slots attend to all keys. Tokens attend to a view of the
+buffer, as does a separate softmax over the prefix.
 """
 
+# A layer's prefix is its state as keys and values. Its slots are the positions that write the next state.
 # Shape suffixes: E encoder layers (of a diagonal), R = layers * documents, M = documents * slots, S = slots and tokens
-# of a segment, P prefix length (= slots), A attended length, H heads, K head width, D model width.
+# of a segment, P prefix length (= slots), A attended length, Q querying length, H heads, K head width, D model width,
+# X = 3 * D (queries, keys, values) or 2 * D (keys, values).
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Helpers of all kernels: division of rows into programs, sums over programs, and dropout."""
+"""Functions that several kernels use: division of rows into programs, sums over programs, and dropout."""
 
 # Shape suffixes: E encoder layers (of a diagonal), W width of a row.
 
@@ -20,7 +20,7 @@ def n_chunks(n_layers: int, n_rows: int, device: torch.device) -> int:
 
 
 def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the first dimension, one entry per program, in a fixed order, and convert to `dtype`."""
+    """Sum over the first dimension (programs) in a fixed order, and convert the result to `dtype`."""
     out = sums.new_empty(sums.shape[1:], dtype=dtype)
     _add_up[(triton.cdiv(out.numel(), COLUMNS),)](
         sums, out, len(sums), out.numel(), CHUNKS=CHUNKS, COLUMNS=COLUMNS
@@ -29,7 +29,7 @@ def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Draw the seed `(1,)` of one dropout from the device's generator."""
+    """Draw a seed `(1,)` for one dropout call from the device's random generator."""
     return torch.randint(2**31 - 1, (1,), device=device)
 
 

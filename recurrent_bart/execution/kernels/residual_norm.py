@@ -1,4 +1,4 @@
-"""Fused kernel of bias, dropout, residual sum and layer norm."""
+"""Fused kernel that computes bias, dropout, residual sum and layer norm."""
 
 # Shape suffixes: B documents, E encoder layers (of a diagonal), M rows of a layer: documents * positions, P prefix
 # length (= slots), D model width.
@@ -39,10 +39,10 @@ def residual_norm_and_slots(
     memory: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `residual_norm`, and the slots of each document, which have a separate gradient.
+    """Return the result of `residual_norm`, and the slots of each document, which get a separate gradient.
 
-    Slots are `(E, B, P, D)`. If `memory` `(E, B * P, D)` is given, the second output is state and slots, concatenated:
-    `(E, B * P, 2 * D)`. `out` is an output buffer of the stream, without autograd.
+    Slots are the first P positions, `(E, B, P, D)`. With the state `memory` `(E, B * P, D)`, the second output is the
+    concatenation of state and slots, `(E, B * P, 2 * D)`. `out` is a buffer for the first output, without autograd.
     """
     is_kept = torch.is_grad_enabled()
     place = n_documents, n_slots, memory, out
