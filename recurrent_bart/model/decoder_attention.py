@@ -1,4 +1,4 @@
-"""Attention of the decoder: cross-attention to contexts of different lengths, padded or packed.
+"""Self-attention and cross-attention of the decoder; contexts of different lengths may be padded or packed.
 
 Shape suffixes: B documents, H heads, m contexts of a group, K head width, A attended length.
 """
@@ -18,7 +18,7 @@ from recurrent_bart.recurrence.prefix_recurrence import KeyValue
 
 
 class SelfAttention(BartAttention):
-    """Identical to BartAttention except: PyTorch computes it `without_cudnn`."""
+    """Identical to BartAttention except: it runs without cuDNN attention (see `without_cudnn`)."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Compute self-attention; see BartAttention."""
@@ -28,9 +28,9 @@ class SelfAttention(BartAttention):
 
 
 class CrossAttention(BartAttention):
-    """Identical to BartAttention except: contexts may be packed (see `Packing`), and it runs `without_cudnn`.
+    """Identical to BartAttention except: contexts may be packed (see `Packing`), and cuDNN attention is not used.
 
-    Keys and values of packed contexts are projected together; attention runs once per group.
+    Keys and values of all packed contexts are projected at once; attention runs once per group of contexts.
     """
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):
@@ -53,9 +53,9 @@ class CrossAttention(BartAttention):
         packed: tuple[Packing, Sequence[Tensor]] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute cross-attention; see BartAttention. The first `n_memory` positions of each context are state.
+        """Compute cross-attention; see BartAttention. The first `n_memory` positions of each context hold the state.
 
-        `packed` holds the packing of `key_value_states` and the mask of each group; attention weights are then None.
+        `packed` is the layout of packed `key_value_states` and one mask per group; attention weights are then None.
         """
         query = split_heads(self, self.q_proj(hidden_states))
         key_value = self._cached_key_value(key_value_states, past_key_values)
@@ -93,9 +93,10 @@ class CrossAttention(BartAttention):
 
 
 class GatedCrossAttention(CrossAttention):
-    """Identical to CrossAttention except: the first `n_memory` positions, which are state, have a separate softmax.
+    """Identical to CrossAttention except: the `n_memory` state positions have a separate softmax.
 
-    Its output is added through `memory_gate`, `(H,)`. While the gate is zero, as initially, the decoder equals BART's.
+    The output of this softmax is scaled by `tanh(memory_gate)`, `(H,)`, and added. The gate starts at zero; then the
+    decoder equals BART's.
     """
 
     def __init__(self, config: RecurrentBartConfig, layer_idx: int):

@@ -1,4 +1,4 @@
-"""Context of the decoder: states and tokens, after the last segment or after each.
+"""Context of the decoder: the states and tokens that it attends to, after the last segment or after each segment.
 
 Shape suffixes: B documents, N segments, M contexts, K segments that a context looks back over, X positions that one
 segment adds, Y positions carried in the state, P prefix length, L tokens in a segment, A attended length, D width.
@@ -15,12 +15,12 @@ from recurrent_bart.model.modeling_outputs import Packing, RecurrentEncoderOutpu
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import on_device, to_device
 
-# positions to attend to, and their mask: booleans, or the number of the segment of each, 0 at padding
+# positions to attend to, and their mask: booleans, or the number of each position's segment, 0 at padding
 Block = tuple[Tensor, Tensor]
 
-# Measured on an H100. Contexts after sumpubmed's sections, 1 to 16 segments: one group has six times as many positions
-# as groups of 1, 2, up to 4, 8 and 16; a step took 191 ms and 87 ms. Contexts of at most 2 segments: 1.6 times as many
-# positions; a step took 74 ms and 79 ms.
+# Measured on an H100. Contexts after sumpubmed's sections have 1 to 16 segments: one group has six times as many
+# positions as groups of 1, 2, up to 4, 8 and 16 segments; a step took 191 ms with one group and 87 ms with these
+# groups. For contexts of at most 2 segments, it has 1.6 times as many positions; a step took 74 ms and 79 ms.
 LEAST_SAVING = 2
 
 
@@ -33,13 +33,13 @@ def encoder_output(
     marked_BN: Tensor | None = None,
     may_pack: bool = False,
 ) -> RecurrentEncoderOutput:
-    """Build the encoder's output from the grid's: the decoder's context and the new state.
+    """Build the encoder's output (the decoder's context and the new state) from the output of the grid of cells.
 
     Args:
         mask_BNL: 1 at tokens; on the CPU, where the masks are computed.
         every_segment: Return the context after each segment, `(B, N, A, D)`.
-        marked_BN: Booleans on the CPU, used with `every_segment`: return the contexts after these segments, `(M, A,
-            D)`. Sections end there. If all are False, return the context after the last segment of the first document.
+        marked_BN: Booleans on the CPU, used with `every_segment`. Return contexts only after True segments, `(M, A,
+            D)`, where sections end. If all are False, use the last segment of the first document.
         may_pack: With `marked_BN`: pack contexts if their lengths differ much.
     """
     is_read_BN = mask_BNL.bool().any(dim=-1)
@@ -92,7 +92,7 @@ def encoder_output(
 
 
 def target_or_last_segment(marked_BN: Tensor) -> Tensor:
-    """Copy `marked_BN`; if no element is True, set the last segment of the first document to True."""
+    """Return a copy of `marked_BN`; if no element is True, mark the last segment of the first document."""
     marked_BN = marked_BN.clone()
     marked_BN[0, -1] |= ~marked_BN.any()
     return marked_BN
@@ -103,9 +103,9 @@ def _at(block: Block, selected_BN: Tensor) -> Block:
 
 
 class _SeveralSegments:
-    """Contexts that grow with the number of segments.
+    """Decoder contexts that grow with the number of segments.
 
-    `past` is the part of the context that the state carries: all positions that a later segment's context still shows.
+    `past` is the part of the context that the state carries: all positions that contexts of later segments still need.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class _SeveralSegments:
         is_seen_MK = (segment_MK >= 0) & (self.number_BN[index_MK] >= least_M1)
         hidden_MKXD = self.block[0][tuple(to_device(part, device) for part in index_MK)]
         if self.window is not None:
-            # cut the gradient where truncated BPTT cuts the state's
+            # stop the gradient where truncated BPTT stops the gradient of the state
             windows_MK = (n_segments - 1 - segment_MK) // self.window
             is_same_MK = to_device(windows_MK == windows_MK[:, -1:], device)
             hidden_MKXD = torch.where(is_same_MK[..., None, None], hidden_MKXD, hidden_MKXD.detach())
@@ -160,10 +160,10 @@ class _SeveralSegments:
         return hidden, mask
 
     def groups_of_similar_length(self, selected_BN: Tensor) -> list[Tensor]:
-        """Split `selected_BN` into groups whose contexts show 1 segment, 2 to 4, 5 to 16 and so on.
+        """Split `selected_BN` into groups whose contexts have 1 segment, 2 to 4 segments, 5 to 16 segments and so on.
 
-        Return one group if it has at most `LEAST_SAVING` times as many positions: a group costs kernel launches per
-        layer.
+        Return a single group if it has at most `LEAST_SAVING` times as many positions as all these groups: each group
+        costs kernel launches in each layer.
         """
         # log2, rounded up
         exponent_BN = (self.n_seen_BN - 1).double().frexp().exponent
@@ -176,7 +176,7 @@ class _SeveralSegments:
         return groups_BN if as_one > LEAST_SAVING * as_groups else [selected_BN]
 
     def _read_so_far(self, least_B: Tensor) -> Block:
-        """Return positions of all segments from `least_B` on, and their segment numbers: `(B, Y + N * X, ...)`."""
+        """Return the positions of segment `least_B` and later segments, and the segment number of each position."""
         hidden_BAD = self.block[0].flatten(1, 2)
         number_BA = (self.block[1] * self.number_BN[:, :-1].unsqueeze(2)).flatten(1, 2)
         if self.state is not None and self.state.context is not None:
@@ -190,7 +190,7 @@ class _SeveralSegments:
 
 
 def section_starts(ends_BN: Tensor) -> Tensor:
-    """Return the index of the first segment of each segment's section, `(B, N + 1)`.
+    """Return, for each segment, the index of the first segment in the same section, `(B, N + 1)`.
 
     `ends_BN` is True at the last segment of a section. The last column is for the segment that would come next.
     """
@@ -199,7 +199,7 @@ def section_starts(ends_BN: Tensor) -> Tensor:
 
 
 def _numbers(is_read_BN: Tensor, state: RecurrentState | None) -> Tensor:
-    """Return each segment's number in its document, counted from 1, and the next segment's: `(B, N + 1)`."""
+    """Return each segment's number in its document, counted from 1; the last column is for the next segment."""
     number_BN = is_read_BN.cumsum(dim=1)
     if state is not None:
         number_BN = number_BN + state.position.cpu().unsqueeze(1)
@@ -207,9 +207,9 @@ def _numbers(is_read_BN: Tensor, state: RecurrentState | None) -> Tensor:
 
 
 def _least_seen(number_BN: Tensor, ends_BN: Tensor, most: int) -> Tensor:
-    """Return the number of the first segment that the context after each segment shows, `(B, N + 1)`.
+    """Return, for each segment, the number of the first segment in its decoder context, `(B, N + 1)`.
 
-    A context shows no earlier section, and at most `most` segments; -1: all.
+    A context has no segment of an earlier section, and at most `most` segments; -1: all.
     """
     first_BN = section_starts(ends_BN)
     # the section began in an earlier call

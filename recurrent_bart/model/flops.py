@@ -1,6 +1,6 @@
-"""Floating-point operations of a training step, counted from the architecture, and the peak FLOP/s of a device.
+"""Number of floating-point operations in a training step, and the peak FLOP/s of a device.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
+Shape suffixes: B documents, N segments, M segments or targets of all documents, L tokens in a segment, T target length.
 """
 
 import time
@@ -59,17 +59,17 @@ def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Counter of a model's useful operations: matrix products over real tokens; a multiply-add counts as two.
+    """Counter of useful floating-point operations: matrix products over real tokens. A multiply-add counts as two.
 
-    Excluded: padding, recomputation by gradient checkpointing, and the decoder passes of an oracle. Only the trained
-    share of the parameters needs weight gradients.
+    Excluded: padding, recomputation by gradient checkpointing, and decoder passes that find an oracle's tokens. Only
+    the fraction `trained_share` of the parameters needs weight gradients.
     """
 
     config: RecurrentBartConfig
     trained_share: float = 1.0
 
     def training(self, attention_mask_BNL: Tensor, labels: Tensor) -> float:
-        """Return the operations of a batch's forward and backward passes; `labels` are `(B, T)` or `(B, N, T)`.
+        """Count the operations of a batch's forward and backward passes; `labels` are `(B, T)` or `(B, N, T)`.
 
         A backward pass costs one forward pass for the gradients of activations and one for the gradients of weights.
         Segments outside the truncated-BPTT window have no backward pass.
@@ -88,7 +88,7 @@ class Arithmetic:
         return (2 + self.trained_share) * with_graph + self.encoder(lengths_BN[is_run_BN & ~has_graph_BN])
 
     def encoder(self, lengths_M: Tensor) -> float:
-        """Return the operations of a forward pass over segments with `lengths_M` tokens."""
+        """Count the operations of an encoder forward pass over segments with `lengths_M` tokens."""
         config, width = self.config, self.config.d_model
         # float64: sums of squares exceed the exact range of float32
         lengths_M = lengths_M.double()
@@ -108,7 +108,7 @@ class Arithmetic:
         return config.encoder_layers * layer + n_segments * self._recurrence()
 
     def _recurrence(self) -> float:
-        """Return the operations of one segment's prefix projection and state update."""
+        """Count the operations of prefix projection and state update in one segment."""
         config, width = self.config, self.config.d_model
         projection = 6 * width * config.prefix_hidden_size if config.prefix_projection else 4 * width**2
         n_states = config.encoder_layers if config.recurrence == "layerwise" else 1
@@ -116,7 +116,7 @@ class Arithmetic:
         return config.pre_seq_len * (config.encoder_layers * projection + update)
 
     def decoder(self, n_targets_M: Tensor, n_context_M: Tensor) -> float:
-        """Return the operations of a forward pass over `n_targets_M` tokens that attend to `n_context_M` positions."""
+        """Count the operations of a decoder forward pass: `n_targets_M` tokens attend to `n_context_M` positions."""
         config, width = self.config, self.config.d_model
         targets, context = n_targets_M.double(), n_context_M.double()
         # self-attention: q, k, v, out; cross-attention: q, out per target and k, v per context position
@@ -133,7 +133,7 @@ class Arithmetic:
         return self.decoder(n_targets, n_context_BN.gather(1, last_B1).squeeze(1))
 
     def _context(self, lengths_BN: Tensor, ends_BN: Tensor | None) -> Tensor:
-        """Return the context length after each segment; `ends_BN` is True at the last segment of a section."""
+        """Return the decoder context's length after each segment; `ends_BN` is True where a section ends."""
         n_state = self.config.pre_seq_len if self.config.has_state else 0
         if self.config.decoder_context == "last":
             return lengths_BN + n_state

@@ -1,6 +1,7 @@
-"""Generation from documents and states, after the last segment or after several.
+"""Generation of texts from documents and states, after the last segment or after several segments.
 
-Shape suffixes: B documents, N segments, M target segments, m of a group, S sequences per text, T target length.
+Shape suffixes: B documents, n tokens of an uncut document, N segments, L tokens in a segment, M target segments, m
+target segments of a group, S sequences per text, T target length.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 
 
 class SegmentGeneration(GenerationMixin):
-    """Identical to GenerationMixin except: documents of any length, `state`, texts after each segment."""
+    """Identical to GenerationMixin except: documents have any length, `state` is accepted, texts after each segment."""
 
     # set by the model class that inherits this one
     model: Any
@@ -32,19 +33,19 @@ class SegmentGeneration(GenerationMixin):
         """Generate texts from documents `(B, N, L)` or `(B, n)`; see GenerationMixin for the other arguments.
 
         Args:
-            every_segment: True: generate a text after each segment. `(B, N)` booleans: after these segments, where they
-                exist; see RecurrentBartEncoder.
+            every_segment: True: generate a text after each segment. `(B, N)` booleans: generate a text after each True
+                segment that exists; see RecurrentBartEncoder.
             may_pack: If contexts differ much in length, generate from groups of similar length instead of padding all
                 to the longest. The ids are the same unless they are sampled. Ignored with `return_dict_in_generate` or
                 `decoder_input_ids`. Do not use where all ranks must call the model equally often.
 
         Returns:
-            Ids `(B, T)`, or `(B, N, T)` after segments, pad where there is no text. With `num_return_sequences=S` there
-            are `B * S` rows; a document's rows are adjacent. With `return_dict_in_generate` these ids are `sequences`;
-            after segments, all other fields have one row per text, document by document.
+            Ids `(B, T)`, or with `every_segment` `(B, N, T)`, filled with the pad id where there is no text. With
+            `num_return_sequences=S` there are `B * S` rows; a document's rows are adjacent. With
+            `return_dict_in_generate` these ids are `sequences`; the other fields have one row per text.
 
         Raises:
-            ValueError: No existing segment is selected, or `encoder_outputs` hold other contexts than selected.
+            ValueError: No existing segment is selected, or `encoder_outputs` lack a selected context.
         """
         chosen = every_segment if isinstance(every_segment, Tensor) else None
         input_ids = kwargs.pop("input_ids", inputs)
@@ -72,7 +73,7 @@ class SegmentGeneration(GenerationMixin):
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
     ) -> RecurrentEncoderOutput:
-        """Run the encoder as `forward` does, and remove its arguments from `kwargs`."""
+        """Run the encoder as `forward` does, and remove the encoder's arguments from `kwargs`."""
         reading = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "state", "may_pack")}
         for name in ("output_attentions", "output_hidden_states"):
             # these stay in kwargs, because the decoder gets them too

@@ -1,4 +1,4 @@
-"""Settings of generation: the active ones, the longest text, and contradictions with the targets."""
+"""Settings of text generation: active settings, the longest text, and settings that contradict the targets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LEAST_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Setting with which the model cannot generate some of the targets."""
+    """Generation setting that makes some of the targets impossible to generate."""
 
     setting: str
     value: Any
@@ -34,7 +34,7 @@ class Contradiction:
 
 
 def longest_text(config: PreTrainedConfig, asked: int) -> int:
-    """Return the most tokens of a target or a generated text: `asked`, capped by the decoder's positions."""
+    """Return the largest length of a target or generated text: `asked` or the decoder's number of positions."""
     return min(asked, config.max_position_embeddings)
 
 

@@ -1,4 +1,4 @@
-"""Loading of a plain BART: one line about the new recurrence replaces transformers' table of new weights."""
+"""Loading of models; for a plain BART, one line about the new recurrence replaces transformers' table of weights."""
 
 import contextlib
 import logging
@@ -31,7 +31,7 @@ def load_pretrained(model_class: Any, source: str, say: Callable[[str], None], *
 
 @contextlib.contextmanager
 def _held_reports() -> Iterator[list[logging.LogRecord]]:
-    """Hold transformers' tables back; log the ones still in the list at the end, or at an error."""
+    """Collect transformers' tables of weights in a list; at the end, log the tables that are still in the list."""
     reports: list[logging.LogRecord] = []
 
     def hold(record: logging.LogRecord) -> bool:

@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 def on_host(labels: Tensor) -> Tensor | None:
-    """Return labels on the CPU, which synchronizes with a GPU; None during tracing or CUDA graph capture."""
+    """Copy labels to the CPU, which waits for the GPU; return None during tracing or CUDA graph capture."""
     if is_traced() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     return labels.cpu()
@@ -60,9 +60,10 @@ def check_unused(arguments: Mapping[str, Any], cause: str) -> None:
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """Return the cross-entropy, summed over targets in float32 at least, and divided by their number.
+    """Return the cross-entropy, summed over targets in float32 at least and divided by the number of targets.
 
-    Labels are -100 where there is no target. `num_items_in_batch` counts the whole optimizer step; None: `labels_BT`.
+    Labels are -100 where there is no target. `num_items_in_batch` is the number of targets in the whole optimizer step;
+    None: the number in `labels_BT`.
     """
     return per_target(summed_loss(logits_BTV, labels_BT), labels_BT, num_items_in_batch)
 

@@ -1,5 +1,7 @@
 """Decoder: attends to state and tokens, with masks that need no device synchronization."""
 
+# Shape suffixes: B documents, T target length, D model width.
+
 import functools
 from dataclasses import fields
 from typing import Any
@@ -27,7 +29,7 @@ TARGETS_STEP = 32
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
-    """Identical to BartDecoder except: its attention, its masks, plain tuples, and CUDA graphs for short targets.
+    """Identical to BartDecoder except: attention, masks, plain tuples as outputs, and CUDA graphs for short targets.
 
     On a GPU the decoder builds the causal mask itself if none is given. CUDA graphs run in training with
     `schedule="auto"` for at most `MOST_TARGETS` positions, or `MOST_CHECKPOINTED_TARGETS` under gradient checkpointing.
@@ -108,7 +110,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         return decoded[:, :n_targets]
 
     def _plain(self, n_memory: int | None, embeds: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the decoder without gradient checkpointing: of all captured calls, only the last keeps activations."""
+        """Run the decoder without gradient checkpointing: CUDA graphs keep only the last call's activations anyway."""
         settings = {"use_cache": False} | ({} if n_memory is None else {"n_memory": n_memory})
         # do not set the attribute on other layers: a CUDA graph's key contains the layers' attributes
         checkpointed = [layer for layer in self.layers if layer.gradient_checkpointing]
@@ -122,7 +124,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
                 layer.gradient_checkpointing = True
 
     def context_mask(self, encoder_outputs: RecurrentEncoderOutput) -> Tensor | None:
-        """Return the context's padding mask, None without padding; BartDecoder would synchronize with the device."""
+        """Return the context's padding mask, or None without padding; BartDecoder would wait for the GPU here."""
         if encoder_outputs.has_padding is False:
             return None
         return self._bidirectional_mask(encoder_outputs.last_hidden_state, encoder_outputs.context_mask)
@@ -136,7 +138,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         return create_bidirectional_mask(self.config, hidden[:, :1], mask, hidden, allow_is_bidirectional_skip=False)
 
     def _causal_mask(self, inputs: Tensor | None) -> Tensor | None:
-        """Return the causal mask of `inputs`; BartDecoder would build one and synchronize with the device."""
+        """Return the causal mask of `inputs`; the mask that BartDecoder builds would wait for the GPU."""
         if inputs is None or inputs.device.type == "cpu" or "flash" in self.config._attn_implementation:
             return None
         query = self.layernorm_embedding.weight.new_empty(1, inputs.shape[1], 1, device=inputs.device)

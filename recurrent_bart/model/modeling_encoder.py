@@ -1,6 +1,7 @@
 """Encoder: reads documents segment by segment.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length (= slots), D model width.
+Shape suffixes: B documents, n tokens of an uncut document, N segments, L tokens in a segment, P prefix length
+(= slots: positions in front of a segment's tokens that write the state), D model width.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 
 class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
-    """Identical to BartEncoder except: it reads segments, and a state goes from one to the next."""
+    """Identical to BartEncoder except: it reads a document as segments, and carries a state between segments."""
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
@@ -59,15 +60,15 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         may_pack: bool = False,
         **kwargs: Any,
     ) -> RecurrentEncoderOutput | tuple:
-        """Read documents.
+        """Encode documents segment by segment.
 
         Args:
-            input_ids: `(B, n)`, segmented here, or `(B, N, L)`.
-            attention_mask: 1 at tokens. A segment without tokens does not exist. None: all are tokens.
+            input_ids: `(B, n)`, which this method cuts into segments, or `(B, N, L)`.
+            attention_mask: 1 at tokens. A segment without tokens does not exist. None: all positions are tokens.
             inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
             state: State of the text read before. With a state, a document may have nothing more to read.
-            every_segment: Return the decoder's context after each segment. `(B, N)` booleans: after these segments, as
-                rows; one row if all are False. With `decoder_context="section"` sections end there.
+            every_segment: True: return the decoder's context after each segment. `(B, N)` booleans: return one row per
+                True segment (one row if all are False); with `decoder_context="section"` these segments end sections.
             output_attentions: Return attention weights of every layer; needs the eager back end.
             return_dict: False: return a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
             earlier: Segments before `inputs_embeds`, from `embed_segments`; `attention_mask` then covers all segments.
@@ -75,7 +76,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
 
         Raises:
             ValueError: Inputs are missing or given twice, a document has no token, a segment is longer than
-                `input_size`, flat embeddings span several segments, or `every_segment` or `state` has a wrong shape.
+                `input_size`, uncut embeddings span several segments, or `every_segment` or `state` has a wrong shape.
         """
         if self.is_traced_as_bart(input_ids, inputs_embeds, state, every_segment):
             flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
@@ -120,9 +121,9 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         every_segment: bool | Tensor = False,
         **_: Any,
     ) -> bool:
-        """Return True during tracing of one segment of a model without recurrence; BART's own code computes it.
+        """Return True if a model without recurrence is traced on one segment; then BART's own code runs.
 
-        The code for documents reads mask values, which do not exist while a compiler or an exporter traces.
+        The code for longer documents needs mask values, which do not exist while a compiler or an exporter traces.
         """
         if not is_traced() or self.config.pre_seq_len or state is not None or every_segment is not False:
             return False
@@ -130,7 +131,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         return flat is not None and flat.dim() == n_dimensions and flat.shape[1] <= self.config.segment_size
 
     def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:
-        """Embed the segments that the gradient reaches, `(B, N, L, D)`; return functions that embed the earlier ones.
+        """Return embeddings `(B, N, L, D)` of the segments that get a gradient, and functions to embed earlier ones.
 
         Under ZeRO-3 each call of the embedding is a collective, so the number of calls must not differ between ranks.
         """

@@ -1,6 +1,7 @@
 """Outputs of the models.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, A attended length, M target segments, D model width.
+Shape suffixes: B documents, N segments, L tokens in a segment, A attended length, M target segments, m target segments
+of a group, H heads, T target length, V vocabulary, D model width.
 """
 
 from collections.abc import Sequence
@@ -35,13 +36,13 @@ def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _order(marked_BN: Tensor, n_segments_B: Tensor) -> Tensor:
-    """Return the permutation that `shift_segments` applies to the rows of marked segments."""
+    """Return the order in which `shift_segments` puts the rows of marked segments."""
     number_BN = shift_segments(torch.arange(marked_BN.numel()).view(marked_BN.shape), -n_segments_B)
     return number_BN[shift_segments(marked_BN, -n_segments_B)].argsort()
 
 
 def _context_mask(hidden_BAD: Tensor, attention_mask: Tensor | None, n_memory: int) -> Tensor:
-    """Return the padding mask `(B, A)` of the context, from a mask of all positions or of all after the state."""
+    """Return the context's padding mask `(B, A)`; `attention_mask` may leave out the leading state positions."""
     whole_BA = torch.ones(hidden_BAD.shape[:2], dtype=torch.long, device=hidden_BAD.device)
     if attention_mask is None or attention_mask.all():
         return whole_BA
@@ -66,7 +67,7 @@ class Packing:
 
     Attributes:
         sizes: Per group, the number of contexts and the length that they are padded to.
-        order: `(M,)`, index of each packed context among all; on the CPU.
+        order: `(M,)`, index of each packed context in the unpacked order; on the CPU.
     """
 
     sizes: list[tuple[int, int]]
@@ -80,7 +81,7 @@ class Packing:
 
 @dataclass
 class RecurrentEncoderOutput(BaseModelOutput):
-    """Context of the decoder, and the state to continue from.
+    """Encoder output: the context that the decoder attends to, and the state after the last segment.
 
     Attributes:
         last_hidden_state: Context `(B, A, D)`: states, then tokens, chosen by `config.decoder_context`. With
@@ -106,7 +107,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
     packing: Packing | None = None
 
     def as_tuple(self) -> tuple:
-        """Return all fields as nested plain tuples: hooks on modules look for tensors in tuples only."""
+        """Return all fields as nested plain tuples, because hooks on modules find tensors only in tuples."""
         state = self.state and tuple(getattr(self.state, item.name) for item in fields(RecurrentState))
         plain = self.last_hidden_state, self.hidden_states, self.attentions, self.context_mask, self.is_read
         packing = self.packing and tuple(getattr(self.packing, item.name) for item in fields(Packing))
@@ -125,9 +126,9 @@ class RecurrentEncoderOutput(BaseModelOutput):
         config: RecurrentBartConfig,
         attention_mask: Tensor | None = None,
     ) -> "RecurrentEncoderOutput":
-        """Convert BART's encoder outputs, an object or a tuple, to ours; ours, or their plain tuple, stay unchanged.
+        """Convert encoder outputs to this class, from BART's object or tuple or from the result of `as_tuple`.
 
-        `attention_mask` is the padding mask `(B, A)` of BART's outputs, or of their positions after the state. Raise
+        `attention_mask` is the padding mask `(B, A)` of BART's outputs, or of the positions after the state. Raise
         ValueError if the decoder needs a field that is missing.
         """
         if isinstance(given, cls):
@@ -160,7 +161,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
             )
 
     def check_contexts(self, chosen_BN: Tensor | None) -> Tensor:
-        """Return the segments with a context, `(B, N)`: `chosen_BN` or all. Raise ValueError if one is missing."""
+        """Return the segments with a context: `chosen_BN`, or all if None. Raise ValueError if a context is missing."""
         if self.is_read is None:
             raise ValueError("every_segment: encoder_outputs do not say which segments there are, is_read is missing")
         if chosen_BN is None:
@@ -189,7 +190,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         return replace(self, **plain)
 
     def shifted(self, n_segments_B: Tensor, marked_BN: Tensor | None = None) -> "RecurrentEncoderOutput":
-        """Shift all per-segment outputs by `shift_segments`; `marked_BN`: segments of the rows, after the shift."""
+        """Shift all per-segment outputs by `shift_segments`; `marked_BN` is True where a shifted segment has a row."""
 
         def shift(tensor: Tensor) -> Tensor:
             return shift_segments(tensor, n_segments_B)
@@ -237,7 +238,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
 
 
 def given_on(state: RecurrentState | None, after: RecurrentState | None) -> RecurrentState | None:
-    """Return the state for a model's outputs; None if no state came in and nothing is carried."""
+    """Return `after`, the state for a model's outputs; None if no state was given and nothing is carried."""
     return after if state is not None or (after is not None and after.carries_anything()) else None
 
 

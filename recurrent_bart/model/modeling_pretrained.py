@@ -1,4 +1,4 @@
-"""Base class of all models here: weight initialization, loading and gradient checkpointing."""
+"""Base class of all Recurrent BART models: weight initialization, loading and gradient checkpointing."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ FINAL_NORM = re.compile(r"(^|\.)(encoder|decoder)\.layer_norm\.")
 
 
 class RecurrentBartPreTrainedModel(BartPreTrainedModel):
-    """Weight initialization, loading and gradient checkpointing for all our models."""
+    """Base class with weight initialization, loading and gradient checkpointing."""
 
     config_class = RecurrentBartConfig
     config: RecurrentBartConfig
@@ -39,7 +39,7 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a checkpoint of ours or of plain BART; see PreTrainedModel. Raise ValueError for mBART's weights."""
+        """Load weights of Recurrent BART or plain BART; see PreTrainedModel. Raise ValueError for mBART weights."""
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         norms = sorted(name for name in report["unexpected_keys"] if FINAL_NORM.search(name))
         if norms:
@@ -95,10 +95,10 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        """Set non-reentrant checkpointing of each layer, or none; every way to request checkpointing ends here.
+        """Turn non-reentrant checkpointing of each layer on or off; every request for checkpointing calls this.
 
-        Raise ValueError for reentrant checkpointing: gradients are wrong for layers that run once per segment, so
-        repeatedly.
+        Raise ValueError for reentrant checkpointing, because it gives wrong gradients for layers that run more than
+        once, and here each layer runs once per segment.
         """
         chosen = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and chosen.get("use_reentrant"):

@@ -56,7 +56,7 @@ from recurrent_bart.recurrence.segmentation import (
 
 
 class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
-    """Identical to BartModel except: its encoder reads segments, and `state` goes in and out."""
+    """Identical to BartModel except: the encoder reads segments, and `forward` accepts and returns a `state`."""
 
     def __init__(self, config: RecurrentBartConfig):
         # skip BartModel.__init__: it would build and initialize a whole BART only to replace it
@@ -74,11 +74,11 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> RecurrentEncoderOutput:
-        """Run the encoder on embeddings computed outside it, and rebuild its output from a plain tuple.
+        """Compute embeddings outside the encoder, run the encoder, and rebuild its output from a plain tuple.
 
-        ZeRO-3 gathers the encoder as one module, by hooks on it. The hooks see only positional inputs, at least one of
-        which must require a gradient, which ids cannot; and they see only outputs in a tuple. Otherwise the encoder's
-        gradient would be lost silently.
+        ZeRO-3 gathers the encoder's parameters by hooks on the encoder module. The hooks need a positional input that
+        requires a gradient, which ids cannot, and they see only outputs in a tuple. Otherwise the encoder's gradient
+        would be lost silently.
         """
         n_empty_B, marked_BN, is_barts = None, None, False
         if inputs_embeds is None and input_ids is not None:
@@ -108,7 +108,7 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Run the decoder; embeddings go in and a plain tuple comes out, for the reason given in `encode`."""
+        """Run the decoder on embeddings, with a plain tuple as its output; `encode` explains why ZeRO-3 needs this."""
         self._check_positions(input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
         hidden, packing, mask = encoder_outputs.last_hidden_state, encoder_outputs.packing, None
         # BartDecoder passes unknown arguments to its attention modules, which read `packed` and `n_memory`
@@ -207,7 +207,7 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
 class RecurrentBartForConditionalGeneration(
     RecurrentBartPreTrainedModel, SegmentGeneration, OracleInputs, BartForConditionalGeneration
 ):
-    """Identical to BartForConditionalGeneration except: documents of any length, `state`, targets per segment."""
+    """Identical to BartForConditionalGeneration except: long documents, a `state`, and one target per segment."""
 
     def __init__(self, config: RecurrentBartConfig):
         super(BartForConditionalGeneration, self).__init__(config)
@@ -245,7 +245,8 @@ class RecurrentBartForConditionalGeneration(
 
         Args:
             labels: `(B, T)`, one target per document, or `(B, N, T)`, one per segment; -100 where there is none.
-            num_items_in_batch: Number of targets in the optimizer step, the loss's divisor; None: in `labels`.
+            num_items_in_batch: Number of targets in the optimizer step, which divides the summed loss; None: the number
+                of targets in `labels`.
             oracle: Source of some decoder input tokens; None: all come from `labels`.
             return_logits: False: with labels, return the loss only; the full logits are then never in memory.
 

@@ -1,4 +1,4 @@
-"""Decoder passes that find an oracle's tokens; `scheduled_sampling` defines the oracle.
+"""Decoder passes that predict the tokens that an oracle puts into the decoder inputs; see `scheduled_sampling`.
 
 Shape suffixes: B documents, M = documents * beams, T target length.
 """
@@ -21,7 +21,7 @@ from recurrent_bart.model.scheduled_sampling import (
 
 
 class OracleInputs:
-    """Part of a model that runs its decoder for an oracle."""
+    """Methods of a model that replace decoder inputs by an oracle's tokens."""
 
     # set by the model class that inherits this one
     config: Any

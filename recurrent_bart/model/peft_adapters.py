@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 def use_barts_targets() -> None:
-    """Give our model type BART's default target modules in every table of PEFT, if PEFT is imported."""
+    """Give Recurrent BART the default target modules of BART in every table of PEFT, if PEFT is imported."""
     constants = sys.modules.get("peft.utils.constants")
     for name, table in vars(constants).items() if constants else ():
         if name.startswith(TABLES) and isinstance(table, dict) and "bart" in table:

@@ -28,12 +28,12 @@ NextLogits = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Oracle:
-    """Source of the replacing tokens, and the share of inputs that are not replaced.
+    """Settings of scheduled sampling: the source of replacement tokens, and the share of tokens not replaced.
 
     Attributes:
         kind: `"word"`: the best next token of a decoder pass over the target; `"sentence"`: tokens of the text nearest
             to the target among a beam search's texts of the target's length.
-        gold_probability: Share of inputs that stay the target's; 1: all, and no decoder pass is run.
+        gold_probability: Share of input tokens that are not replaced; 1: all, and no extra decoder pass is run.
         temperature: Scale of the Gumbel noise on scores. 0: none. 1: `"word"` samples from the model's distribution.
         n_beams: Beams of the search.
         n_steps: At least the longest target's length on any rank, so that all ranks run equally many decoder passes.
@@ -86,14 +86,14 @@ def noisy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def word_oracle(logits_BTV: Tensor, temperature: float, special: SpecialIds) -> Tensor:
-    """Return the best next token `(B, T)` under noise; never an end or a pad, because no token follows one."""
+    """Return the best next token `(B, T)` under noise; never an end or pad token, because no token follows these."""
     return _without(noisy(logits_BTV, temperature), special.outside).argmax(dim=-1)
 
 
 def sentence_oracle(
     next_logits: NextLogits, inputs_BT: Tensor, labels_BT: Tensor, oracle: Oracle, special: SpecialIds
 ) -> Tensor:
-    """Return the text of a beam search that is nearest to the target, `(B, T)`, and as long as it."""
+    """Run a beam search for texts of the target's length; return the text nearest to the target, `(B, T)`."""
     target_length = labels_BT.shape[1]
     n_steps = max(oracle.n_steps, target_length)
     texts_BCT = forced_length_beams(
@@ -191,7 +191,7 @@ def target_lengths(labels_BT: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def caching(decoder: Any) -> Iterator[None]:
-    """Let a decoder use a cache in training mode: checkpointed layers drop it, and LayerDrop leaves gaps in it."""
+    """Disable gradient checkpointing and LayerDrop, so that the decoder can use a cache in training mode."""
     checkpointed = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
     layerdrop, decoder.layerdrop = decoder.layerdrop, 0.0
     for module in checkpointed:

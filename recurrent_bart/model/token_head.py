@@ -1,4 +1,4 @@
-"""Vocabulary scores, and a loss that never has all scores in memory.
+"""Output layer that computes vocabulary scores, or the loss without all scores in memory at once.
 
 Shape suffixes: M target positions, C positions of a chunk, T target length, D model width, V vocabulary.
 """
@@ -19,7 +19,7 @@ PLAIN_WEIGHTS = (Tensor, nn.Parameter)
 
 
 class TokenHead(nn.Linear):
-    """Identical to nn.Linear except: given labels it returns their loss.
+    """Identical to nn.Linear except: if labels are given, it returns the loss.
 
     ZeRO-3 gathers the weight by hooks on this module, so the loss must be computed inside it.
     """
@@ -47,7 +47,7 @@ class TokenHead(nn.Linear):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy that computes scores chunk by chunk, and again in the backward pass."""
+    """Cross-entropy that computes scores chunk by chunk, and recomputes the scores in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_1V: Tensor, labels_M: Tensor) -> Tensor:
