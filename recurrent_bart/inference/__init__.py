@@ -1,1 +1,1 @@
-"""Reading of a text of any length as a stream, and summaries of many texts."""
+"""Inference: a reader for a text that arrives in parts, and a summarizer for many texts."""

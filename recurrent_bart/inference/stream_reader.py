@@ -1,4 +1,4 @@
-"""Streaming reader: reads a text of any length in constant memory, and resumes from a saved state."""
+"""Streaming reader: encodes a text of any length in parts, and can continue from a saved state."""
 
 import hashlib
 import json
@@ -62,9 +62,9 @@ class Bookmark:
 
     Attributes:
         state: State after the segments read so far; None at the beginning.
-        overlap: Ids read last, which are repeated in front of the next segment.
-        ids: Ids received but not read yet, because they may be the last segment.
-        text: Characters received but not tokenized yet, because a word may continue.
+        overlap: Last ids that were read; the next segment begins with them.
+        ids: Ids not read yet, because they may belong to the last segment of the text.
+        text: Characters not tokenized yet, because the next part may continue the last word.
     """
 
     state: RecurrentState | None = None
@@ -74,14 +74,14 @@ class Bookmark:
 
 
 class TextReader:
-    """Reader of a text that arrives in parts; segments and results equal a single reading of the whole text.
+    """Reader of a text that arrives in parts; segments and results are the same as for the whole text at once.
 
-    It keeps the state and the text of a few segments. The state itself grows with every segment unless
-    `decoder_context="last"` or `context_segments` limits it.
+    The reader keeps only the state and the text of a few segments. The state itself grows with every segment unless
+    `decoder_context="last"` or `context_segments` limits its size.
 
     Args:
         model: Model in evaluation mode.
-        segments_per_call: Most segments read together; 1: yield the context after each segment.
+        segments_per_call: Largest number of segments per encoder call; 1: yield the context after each segment.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class TextReader:
         self.cut = BEFORE_WHITE_SPACE if cuts_anywhere else BEFORE_SPACE
 
     def feed(self, text: str) -> Iterator[BaseModelOutput]:
-        """Take more of the text, and read the segments that are complete and not the last.
+        """Add `text` to the document, and encode all complete segments except the last.
 
         Yields:
-            Context after the segments that were read together, for `generate(encoder_outputs=...)`.
+            Decoder context after each encoder call, for `generate(encoder_outputs=...)`.
         """
         for start in range(0, len(text), BLOCK):
             self.bookmark.text += text[start : start + BLOCK]
@@ -119,9 +119,9 @@ class TextReader:
             yield from self._full_segments(self.bookmark)
 
     def finish(self) -> Iterator[BaseModelOutput]:
-        """Read the rest as the end of the text, without moving the bookmark: more text may be fed later.
+        """Encode the rest as the end of the text; the bookmark stays the same, so `feed` can add more text later.
 
-        Yields contexts as `feed` does; the last one covers the whole text. Raises ValueError if there was no text.
+        Yields decoder contexts as `feed` does; the last one covers the whole text. Raises ValueError without any text.
         """
         end = replace(self.bookmark, ids=self.bookmark.ids + self._encode(self.bookmark.text))
         if not end.ids:
@@ -145,7 +145,7 @@ class TextReader:
             raise ValueError(f"{path}: cannot be written ({error})") from error
 
     def load(self, path: Path) -> None:
-        """Continue from a saved bookmark; raise ValueError if it is unreadable or of another model or tokenizer."""
+        """Load a bookmark; raise ValueError if the file is unreadable or was saved with another model or tokenizer."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -180,7 +180,7 @@ class TextReader:
 
     @torch.no_grad()
     def _read(self, mark: Bookmark, n_segments: int) -> BaseModelOutput:
-        """Read segments, cut as in `split_into_segments`, and advance the bookmark."""
+        """Encode the next segments, cut as `split_into_segments` cuts a document, and advance the bookmark."""
         ids = torch.tensor(pad_segments([[self._take_segment(mark) for _ in range(n_segments)]], padding=-1))
         is_token = ids >= 0
         input_ids = ids.masked_fill(~is_token, self.model.config.pad_token_id).to(self.model.device)
@@ -198,7 +198,7 @@ class TextReader:
         return segment
 
     def _identity(self) -> dict[str, Any]:
-        """Return everything that the values of a saved state depend on."""
+        """Return the configuration fields, tokenizer and weights that the values of a saved state depend on."""
         fields = {name: getattr(self.model.config, name) for name in STATE_FIELDS}
         return {**fields, "tokenizer": tokenizer_identity(self.tokenizer), "weights": weights_identity(self.model)}
 
@@ -222,7 +222,7 @@ def summary_after(
     tokenizer: PreTrainedTokenizerBase,
     **generation: Any,
 ) -> str:
-    """Generate a text from an output of `TextReader`; `generation` are arguments of `generate`."""
+    """Generate a text from a context that `TextReader` yields; `generation` holds arguments of `generate`."""
     ids = model.generate(encoder_outputs=output, **generation)
     return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 
@@ -244,7 +244,7 @@ def _warn(text: str) -> None:
 
 
 def run_flags(model_folder: str) -> dict[str, dict[str, Any]]:
-    """Return the flags, by group, of the run that wrote a model `RUN/model`; empty if no run did."""
+    """Return the flags, by group, of the training run that saved the model `RUN/model`; empty without a run."""
     run = RunFolder(Path(model_folder).resolve().parent)
     if not run.config_file.is_file():
         return {}

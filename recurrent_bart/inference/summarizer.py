@@ -16,8 +16,8 @@ from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditi
 class Summariser:
     """Summarizer of documents in batches of at most `tokens_per_batch` tokens, padding included.
 
-    A document with more tokens than a batch is read alone, some segments at a time. Raise ValueError if a segment does
-    not fit. `generation` are arguments of `generate`.
+    A document with more tokens than a batch is encoded alone, some segments at a time. Raise ValueError if a segment
+    has more tokens than a batch. `generation` holds arguments of `generate`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Summariser:
         self.room = config.segment_size - sum(map(len, special))
 
     def summarise(self, texts: Sequence[str]) -> list[str]:
-        """Return the summary of each text, equal to that of the text alone; raise ValueError for one without tokens."""
+        """Return one summary per text; batching does not change it. Raise ValueError for a text without tokens."""
         ids = self.encoder(texts)
         if not all(ids):
             raise ValueError(f"document {ids.index([]) + 1} of {len(ids)}: 0 tokens, there is nothing to read")
