@@ -1,1 +1,1 @@
-"""Measurements of what a model reads from its state."""
+"""Measurements of how much a model uses its state."""

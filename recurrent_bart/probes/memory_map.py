@@ -1,4 +1,4 @@
-"""Map of how much one document's tokens read from the state, by layer and segment."""
+"""Map of how much the tokens of one document attend to the state, by layer and segment."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ MOST_BORDERS = 64
 
 @dataclass(frozen=True)
 class MemoryMap:
-    """Reads of the state by the encoder's tokens and by the decoder.
+    """Measurements of attention to the state, by encoder tokens and by the decoder.
 
     Attributes:
-        size: By layer and segment, norm of what tokens read from the state over the norm of what they read from tokens.
-        mass: By layer and segment, share of attention that goes to the state.
+        size: By layer and segment, norm of attention output over the state divided by the norm over tokens.
+        mass: By layer and segment, share of the attention weights on the state.
         along: `size` of each token in order, mean over layers.
         segment_ends: Number of tokens read after each segment.
         gate: Mean absolute opening of the gate on the state by layer, 0 to 1; empty without a gate.
@@ -59,9 +59,9 @@ class MemoryMap:
 def map_memory(
     model: RecurrentBartForConditionalGeneration, ids_1n: Tensor, **generation: Any
 ) -> tuple[MemoryMap, Tensor]:
-    """Read a document `(1, n)` and summarize it; return the map of its reads, and the summary's ids.
+    """Encode and summarize a document of n tokens, `(1, n)`; return the memory map and the summary's ids.
 
-    Raise ValueError if the model has no recurrence. `generation` are arguments of `generate`.
+    Raise ValueError if the model has no recurrence. `generation` holds arguments of `generate`.
     """
     recurrence = model.model.encoder.recurrence
     if recurrence is None:

@@ -1,7 +1,7 @@
-"""Size of reads from the state: encoder tokens read the prefix, the decoder reads the states in its context.
+"""Measurement of attention to the state: by encoder tokens (the prefix) and by the decoder (states in its context).
 
 Shape suffixes: L tokens in a segment or querying tokens, A attended length, M state positions, E layers, H heads, K
-head width.
+head width, P prefix length, D model width, B documents.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from recurrent_bart.recurrence.prefix_recurrence import KeyValue, PrefixReader, 
 
 @dataclass(frozen=True)
 class Reads:
-    """Reads of the state by tokens, per layer.
+    """Measurements, per layer, of the tokens' attention to the state.
 
     Attributes:
-        mass: `(E,)`, share of attention that goes to the state, mean over heads and tokens. With a gate it only
-            measures how far the gate is open.
-        size: `(E, L)`, norm of what each token reads from the state, after the gate, over the norm of what it reads
-            from tokens.
+        mass: `(E,)`, share of the attention weights on the state, mean over heads and tokens. With a gate, the share
+            only shows how far the gate is open.
+        size: `(E, L)`, for each token: norm of the attention output over the state, after the gate, divided by the norm
+            of the attention output over tokens.
     """
 
     mass: Tensor
@@ -53,7 +53,7 @@ def plain_execution(config: RecurrentBartConfig) -> Iterator[None]:
 def read_segment(
     model: RecurrentBartForConditionalGeneration, ids_11L: Tensor, mask_11L: Tensor, state: RecurrentState
 ) -> tuple[RecurrentEncoderOutput, Reads]:
-    """Encode one segment of one document under `plain_execution`."""
+    """Encode one segment of one document, and measure attention to the state; call it under `plain_execution`."""
     encoder = model.model.encoder
     with _collect_values(encoder.recurrence) as prefix_values:
         output = model.model.encode(ids_11L, mask_11L, state=state, output_attentions=True, output_hidden_states=True)
@@ -71,9 +71,9 @@ def read_segment(
 def read_context(
     model: RecurrentBartForConditionalGeneration, context: RecurrentEncoderOutput, ids_1L: Tensor
 ) -> Reads | None:
-    """Measure the decoder's reads of the states in its context while it processes a text; None without states.
+    """Measure the decoder's attention to the states in `context` over a text; return None without states.
 
-    Run it under `plain_execution`. `ids_1L` starts with the decoder's start id.
+    Call this function under `plain_execution`. `ids_1L` starts with the decoder's start id.
     """
     if not context.n_memory:
         return None
@@ -90,7 +90,7 @@ def _values(attention: BartAttention, hidden_1AD: Tensor) -> Tensor:
 
 
 def _parts(weights_HLA: Tensor, values_HAK: Tensor, n_memory: int) -> tuple[Tensor, Tensor]:
-    """Return the share of attention to the state, and the relative size of the read by token; state comes first."""
+    """Return `mass` and `size` of `Reads` for one layer; the first `n_memory` positions are state."""
     weights_HLA, values_HAK = weights_HLA.float(), values_HAK.float()
     mass_HL = weights_HLA[..., :n_memory].abs().sum(dim=-1) / weights_HLA.abs().sum(dim=-1)
     memory_HLK = weights_HLA[..., :n_memory] @ values_HAK[:, :n_memory]
@@ -105,7 +105,7 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> Reads:
 
 @contextlib.contextmanager
 def _collect_values(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
-    """Collect the prefix values `(H, P, K)` that each layer gets, of one document."""
+    """Collect the prefix values `(H, P, K)` that each layer gets, for one document."""
     values: list[Tensor] = []
     prefix_reader = recurrence.prefix_reader
 

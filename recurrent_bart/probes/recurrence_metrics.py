@@ -1,4 +1,4 @@
-"""Metrics of the recurrence on some documents: reads of the state, its change, and the gradient through it.
+"""Metrics of the recurrence on some documents: attention to the state, changes of the state, and its gradient.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, P prefix length, E encoder layers, D model width, T
 target length.
@@ -52,7 +52,7 @@ def recurrence_metrics(
 
 @torch.no_grad()
 def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor) -> dict[str, Table]:
-    """Return tables by layer and segment of one document."""
+    """Encode one document; return each metric as a table by layer and segment."""
     recurrence = model.model.encoder.recurrence
     state = RecurrentState.unread(model.config, 1, ids_BNL.device)
     old_EPD = recurrence.without_matrix(recurrence.initial_state_memory(1))[:, 0].float()
@@ -77,7 +77,7 @@ def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BN
 
 @contextlib.contextmanager
 def _collect_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
-    """Collect the mean opening of each layer's update gate, `(E,)`, at each update."""
+    """Collect the mean value of each layer's update gate, `(E,)`, at each update of the state."""
     gates: list[Tensor] = []
     if not recurrence.has_update_gate:
         yield gates
@@ -103,10 +103,10 @@ def _collect_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
 def _gradient_by_distance(
     model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor, labels: Tensor
 ) -> list[float]:
-    """Return the norms of a target's gradient with respect to the embeddings of each segment, the nearest first.
+    """Return, per segment, the norm of the loss gradient at the segment's embeddings, from the target's segment back.
 
-    At most `MOST_SEGMENTS` segments up to the target's have a gradient; earlier ones are read without an autograd
-    graph. The list is empty for a document without a target.
+    At most `MOST_SEGMENTS` segments have a gradient; earlier segments are encoded without an autograd graph. The list
+    is empty for a document without a target.
     """
     last = min(ids_BNL.shape[1], MOST_SEGMENTS) - 1
     if labels.dim() == 3:
