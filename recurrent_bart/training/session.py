@@ -68,7 +68,7 @@ AnySession = TypeVar("AnySession", bound="Session")
 
 
 def run_experiment(arguments: Arguments, environment: Environment) -> Path:
-    """Train, evaluate and save; return the run folder.
+    """Train, evaluate and save. Return the run folder.
 
     Raises:
         Interrupted: The run was asked to stop early. A checkpoint of its last step exists.

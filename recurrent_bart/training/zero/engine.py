@@ -26,7 +26,7 @@ from recurrent_bart.training.zero.gradient_sums import StepGradients
 def build_engine(
     model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, config: dict[str, Any]
 ) -> DeepSpeedEngine:
-    """Shard a model and its optimizer; raise ValueError if DeepSpeed lacks a name that is needed for correct numbers.
+    """Shard a model and its optimizer. Raise ValueError if DeepSpeed lacks a name that is needed for correct numbers.
 
     ZeRO-3 gathers parameters at each call of a module, and the recurrence calls every layer once per segment. To gather
     less often, the whole encoder is a leaf: a module that ZeRO-3 gathers once per forward pass. Ranks may then read

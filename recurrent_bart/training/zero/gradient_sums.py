@@ -21,7 +21,7 @@ from recurrent_bart.training.zero.deepspeed_patches import FLUSHES, exchanging_g
 def add_gradients(
     sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None], dtype: torch.dtype = torch.float32
 ) -> list[Tensor | None]:
-    """Add gradients to sums of another data type; return the sums.
+    """Add gradients to sums of another data type. Return the sums.
 
     Existing sums are changed in place. A gradient without a sum becomes the sum, in data type `dtype`. A sum without a
     gradient stays.
