@@ -1,4 +1,4 @@
-"""Communication between ranks. Without a process group, each function works as for a single rank."""
+"""Communication between ranks. Without a process group, each function acts as on a single rank."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class SharedError(ValueError):
-    """Error that another rank met first and reports."""
+    """Error that stops this rank because of an error on another rank."""
 
 
 def is_distributed() -> bool:
@@ -36,7 +36,7 @@ def is_first() -> bool:
 
 
 def sum_over_ranks(*values: float, device: torch.device | None = None) -> list[float]:
-    """Sum each value over all ranks; one collective in float64."""
+    """Sum each value over all ranks, in one float64 collective."""
     if not is_distributed():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -45,7 +45,7 @@ def sum_over_ranks(*values: float, device: torch.device | None = None) -> list[f
 
 
 def max_over_ranks(value: int, device: torch.device | None = None) -> int:
-    """Return the largest value of all ranks."""
+    """Return the largest `value` over all ranks."""
     if not is_distributed():
         return value
     largest = torch.tensor(value, device=device)
@@ -54,7 +54,7 @@ def max_over_ranks(value: int, device: torch.device | None = None) -> int:
 
 
 def gather_rows(row: Sequence[float], device: torch.device | None = None) -> list[list[float]]:
-    """Gather a list of numbers, of equal length on all ranks, in order of rank; one collective in float64."""
+    """Gather one list of numbers per rank in one float64 collective. The lists must have the same length."""
     if not is_distributed():
         return [list(row)]
     rows = torch.empty(world_size() * len(row), dtype=torch.float64, device=device)
@@ -94,10 +94,10 @@ def set_timeout(timeout: timedelta) -> None:
 
 
 def first_then_all(make: Callable[[], Result]) -> Result:
-    """Run a function on rank 0, then on the other ranks, which find the result in a cache.
+    """Run a function on rank 0, then on all other ranks, which find the result of rank 0 in a cache.
 
-    If any rank meets an error, all ranks stop and none waits forever. Rank 0 raises its own error, or a ValueError that
-    names the failed rank. The other ranks raise SharedError.
+    If the function fails on any rank, all ranks raise an error, so that no rank waits forever. Rank 0 raises its own
+    error, or a ValueError that names the failed rank. All other ranks raise SharedError.
     """
     if is_first():
         result, error = _attempt(make)
@@ -113,9 +113,9 @@ def first_then_all(make: Callable[[], Result]) -> Result:
 
 
 def all_together(make: Callable[[], Result]) -> Result:
-    """Run a function on all ranks at the same time. If it raises a ValueError on any rank, all ranks stop.
+    """Run a function on all ranks at the same time. A ValueError on any rank stops all ranks.
 
-    Rank 0 then raises ValueError and the other ranks SharedError.
+    After a ValueError on any rank, rank 0 raises ValueError and all other ranks raise SharedError.
     """
     error: ValueError | None = None
     try:
@@ -136,14 +136,14 @@ def only_first(act: Callable[[], Any]) -> None:
 
 
 def stop_all(message: str) -> NoReturn:
-    """Raise ValueError with rank 0's message on rank 0, and SharedError on the other ranks; all ranks call it."""
+    """Raise ValueError on rank 0 and SharedError on all other ranks. All ranks must call this function."""
     raise (ValueError if is_first() else SharedError)(message)
 
 
 def log_on_first_rank(seconds: float) -> None:
     """Sleep before this rank exits with an error, so that rank 0 has time to print it.
 
-    A launcher kills all processes when the first one exits.
+    A launcher kills all processes when the first process exits.
     """
     time.sleep(seconds)
 

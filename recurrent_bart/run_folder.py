@@ -31,7 +31,7 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "recurrent-bart")
 
 SAMPLE_TEXTS = ("source", "target", "generated")
-# most characters of a text in samples.md, and width of its lines
+# largest number of characters of a text in samples.md, and width of the lines in samples.md
 SAMPLE_CHARACTERS = 1200
 SAMPLE_WIDTH = 100
 # matches a title, the id of a sample, or one of its texts up to an empty line
@@ -74,7 +74,7 @@ class RunFolder:
             raise ValueError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from error
 
     def create(self, exist_ok: bool = True) -> list[Path]:
-        """Create the folder and its missing parents; return the created paths, the innermost first.
+        """Create the folder and its missing parents. Return the created paths, innermost first.
 
         Raises:
             FileExistsError: The folder exists and `exist_ok` is False.
@@ -96,14 +96,14 @@ class RunFolder:
         atomic_write(self.config_file, json.dumps(everything, indent=2, default=str) + "\n")
 
     def read_config(self) -> dict[str, Any]:
-        """Read config.json; raise ValueError if it is missing or cannot be parsed."""
+        """Read config.json. Raise ValueError if it is missing or cannot be parsed."""
         try:
             return json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--resume {self.path}: no readable config.json there ({error})") from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl. NaN and infinity are not valid JSON and are written as null."""
+        """Append one line to metrics.jsonl. NaN and infinity are written as null, because JSON does not allow them."""
         line = json.dumps({name: _finite(value) for name, value in record.items()}) + "\n"
         with self.metrics_file.open("a+b") as file:
             file.seek(max(0, file.tell() - 1))
@@ -112,7 +112,7 @@ class RunFolder:
             file.write(("\n" * is_cut_off + line).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read all records of metrics.jsonl; incomplete lines are skipped."""
+        """Read the JSON rows of metrics.jsonl. Incomplete lines are skipped."""
         if not self.metrics_file.exists():
             return []
         records = []
@@ -122,9 +122,10 @@ class RunFolder:
         return records
 
     def forget_after(self, step: int, evaluated_step: int) -> None:
-        """Delete the metrics and samples that were logged after a checkpoint: the resumed run logs them again.
+        """Delete metrics and samples logged after a checkpoint, because the resumed run logs them again.
 
-        The checkpoint follows `step` optimizer steps. `evaluated_step` is its last evaluated step; -1: none.
+        `step` is the step of the checkpoint. `evaluated_step` is the last step before the checkpoint with an
+        evaluation; -1: no evaluation.
         """
         last = {True: evaluated_step, False: step}
         remaining = [record for record in self.read_metrics() if record["step"] <= last["validation_loss" in record]]
@@ -143,7 +144,7 @@ class RunFolder:
             file.write("".join(parts))
 
     def read_samples(self) -> list[dict[str, Any]]:
-        """Read samples.md. Each sample has `step`, `id` and its texts as written; an incomplete text is missing."""
+        """Read samples.md. Each sample has `step`, `id` and its texts. Incomplete texts are left out."""
         samples: list[dict[str, Any]] = []
         step = 0
         text = self.samples_file.read_text(encoding="utf-8") if self.samples_file.exists() else ""
@@ -158,14 +159,14 @@ class RunFolder:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file atomically: a reader finds the old or the new content, never a mixture."""
+    """Write a file atomically. A reader finds either the old or the new content, never a mixture."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 
 def git_commit() -> str | None:
-    """Return the git commit of this package, with `-dirty` if files differ; None outside a git checkout."""
+    """Return the git commit of this package, with `-dirty` if files differ, or None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -174,7 +175,7 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the main packages; None for a package that is not installed."""
+    """Return the versions of Python and of the main packages. The version of a missing package is None."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,1 +1,1 @@
-"""Checkpoints: write them atomically, find the newest whole one, load it without running code from it."""
+"""Checkpoints of a run: written atomically, checked by checksums, loaded without running code from their files."""

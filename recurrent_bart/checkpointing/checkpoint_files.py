@@ -24,7 +24,7 @@ DEEPSPEED_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 
 
 def read_tensors(path: str | Path, map_location: Any = None) -> Any:
-    """Load a file without running code from it; raise ValueError if it holds more than tensors and plain values."""
+    """Load a file without running code from it. Raise ValueError if it holds more than tensors and plain values."""
     try:
         with refuse_code():
             return torch.load(path, map_location=map_location, weights_only=True)
@@ -36,7 +36,7 @@ def read_tensors(path: str | Path, map_location: Any = None) -> Any:
 @contextlib.contextmanager
 def refuse_code() -> Iterator[None]:
     """Let `torch.load` accept a few DeepSpeed classes besides tensors and plain values, within this block."""
-    # PyTorch's context manager `safe_globals` cannot be nested: the inner one removes the outer one's classes
+    # PyTorch's context manager `safe_globals` cannot be nested: an inner block removes the classes of the outer block
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals(list(DEEPSPEED_CLASSES))
     try:
@@ -47,7 +47,7 @@ def refuse_code() -> Iterator[None]:
 
 
 def enums_as_values(item: Any) -> Any:
-    """Replace members of enumerations by their values: Python may pickle them as calls, and calls are refused."""
+    """Replace enum members by their values, because Python may pickle members as calls, which `refuse_code` refuses."""
     if isinstance(item, Enum):
         return item.value
     if type(item) is dict:
@@ -58,10 +58,10 @@ def enums_as_values(item: Any) -> Any:
 
 
 class CheckpointFiles(CheckpointEngine):
-    """DeepSpeed checkpoint engine that first collects the content of a rank's files, then writes them in a thread.
+    """DeepSpeed checkpoint engine that collects the contents of a rank's files, then writes the files in a thread.
 
     Args:
-        copies: Copy the tensors to CPU memory, so that training can go on while they are written.
+        copies: Copy the tensors to CPU memory, so that training can go on during the write.
     """
 
     def __init__(self, copies: bool):

@@ -37,7 +37,7 @@ ENGINE = "engine"
 
 
 class CheckpointError(OSError):
-    """Error that a checkpoint cannot be written. All ranks raise it, even if only one rank met the cause."""
+    """Error that a checkpoint cannot be written. All ranks raise this error, even if only one rank failed."""
 
 
 @dataclass
@@ -54,7 +54,8 @@ class TrainerState:
         n_skipped_in_row: Skipped steps since the last step that was applied.
         n_documents: Documents read by all ranks.
         order_batch: Documents per step when the run began. The document order is built from this number.
-        order_segments: Most segments in a batch when the current epoch began, if batches are sized in tokens.
+        order_segments: Largest number of segments per batch when the current epoch began, if batches are sized in
+            tokens.
         stage: Stage of the curriculum.
         stage_began: Steps done when the stage began.
     """
@@ -81,7 +82,7 @@ class TrainerState:
 
 @dataclass
 class Resumed:
-    """Trainer state and metrics from which a run continues. `figures`: metrics of this rank since the last log line."""
+    """Trainer state and metrics from which a run continues. `figures`: this rank's metrics since the last log line."""
 
     state: TrainerState = field(default_factory=TrainerState)
     figures: dict[str, float] = field(default_factory=dict)
@@ -93,10 +94,10 @@ class Checkpoints:
 
     Attributes:
         folder: Folder of all checkpoints.
-        keep_last: Number of newest checkpoints to keep, besides the one with the lowest validation loss.
-        keep_every: Keep the checkpoints at multiples of this number of steps too; 0: none.
-        in_background: Let training go on while a checkpoint is written.
-        trusts: Read a checkpoint that has no manifest.
+        keep_last: Number of newest checkpoints to keep, besides the checkpoint with the lowest validation loss.
+        keep_every: Also keep checkpoints at multiples of this number of steps; 0: no additional checkpoints.
+        in_background: True if training goes on while a checkpoint is written.
+        trusts: True to accept a checkpoint that has no manifest.
     """
 
     folder: Path
@@ -111,14 +112,14 @@ class Checkpoints:
         self.writing_step = 0
 
     def save(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float] | None = None) -> None:
-        """Write a checkpoint of the engine and the trainer state, then delete old ones.
+        """Write a checkpoint of the engine and the trainer state, then delete old checkpoints.
 
-        The checkpoint gets its name when it is complete. `figures` are the metrics that this rank has counted since the
-        last line of the log.
+        The folder gets a checkpoint name only when it is complete. `figures` are the metrics that this rank has counted
+        since the last line of the log.
 
         Raises:
-            CheckpointError: This checkpoint, or the one before it in the background, cannot be written. Older ones are
-                intact.
+            CheckpointError: This checkpoint, or the previous checkpoint in the background, cannot be written. Older
+                checkpoints are intact.
         """
         self.wait()
         draft = self._draft(state.step)
@@ -136,17 +137,17 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the current checkpoint is complete; raise CheckpointError if it cannot be written."""
+        """Wait until the current checkpoint is complete. Raise CheckpointError if the checkpoint cannot be written."""
         if self.writing is None:
             return
         error, self.writing = self.writing.exception(), None
         self._raise_on_all_ranks(error, self.writing_step)
 
     def load(self, engine: DeepSpeedEngine) -> Resumed:
-        """Load the newest whole checkpoint, or return the state of step 0 if there is no checkpoint.
+        """Load the newest undamaged checkpoint, or return the state of step 0 if there is no checkpoint.
 
         Raises:
-            ValueError: No checkpoint is whole, or the checkpoint belongs to another model.
+            ValueError: All checkpoints are damaged, or the checkpoint belongs to another model.
         """
         path = self._newest_whole()
         if path is None:
@@ -173,7 +174,7 @@ class Checkpoints:
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
     def _make_draft(self, draft: Path) -> OSError | None:
-        """Delete drafts left by a crash and make an empty folder. Return the error that rank 0 met, if any."""
+        """Delete drafts (incomplete checkpoints) left by a crash. Make an empty draft. Return rank 0's error."""
         if is_first():
             for leftover in self.folder.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -184,7 +185,7 @@ class Checkpoints:
         return None
 
     def _raise_on_all_ranks(self, error: BaseException | None, step: int) -> None:
-        """Raise a CheckpointError on all ranks if any rank has met an error."""
+        """Raise CheckpointError on all ranks if `error` is given on any rank."""
         errors = gather_objects(None if error is None else f"process {rank()}: {error}")
         met = next((text for text in errors if text), None)
         if met is not None:
@@ -222,9 +223,9 @@ class Checkpoints:
             _remove(self._path(old))
 
     def _newest_whole(self) -> Path | None:
-        """Find the newest whole checkpoint; raise ValueError if there are checkpoints, but none is whole.
+        """Find the newest undamaged checkpoint. Raise ValueError if all checkpoints are damaged.
 
-        The ranks divide the files among them. Without any checkpoint, return None.
+        Each rank checks part of the files. If there is no checkpoint, return None.
         """
         only_first(self._undo_replacement)
         steps = from_first(self._steps() if is_first() else None)
@@ -241,7 +242,7 @@ class Checkpoints:
         return None
 
     def _undo_replacement(self) -> None:
-        """Restore a checkpoint if a crash interrupted its replacement by a new one of the same step."""
+        """Restore a step's old checkpoint if a crash interrupted its replacement by a new checkpoint."""
         for replaced in self.folder.glob(".step-*.replaced"):
             final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
             if not final.exists():
@@ -272,7 +273,7 @@ class Checkpoints:
         assert loaded, f"DeepSpeed cannot read {path}"
 
     def _load_universal(self, engine: DeepSpeedEngine, path: Path, stage_then: int) -> None:
-        """Load a checkpoint of another world size, ZeRO stage or precision, through a temporary converted copy."""
+        """Load a checkpoint of another world size, ZeRO stage or precision from a temporary converted copy."""
         converted = self.folder / ".universal"
         stage = engine.zero_optimization_stage()
 
@@ -290,7 +291,7 @@ class Checkpoints:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Rename the checkpoint before deleting it, so that a half-deleted folder never has a checkpoint's name."""
+    """Rename a checkpoint, then delete it. A half-deleted folder then never has a checkpoint's name."""
     if checkpoint.exists():
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")), ignore_errors=True)
 
@@ -323,7 +324,7 @@ def _check_model(path: Path, then: dict[str, Any], engine: DeepSpeedEngine) -> N
 
 
 def _continue_process(path: Path, n_processes: int, step: int) -> dict[str, float]:
-    """Restore this rank's random states and return its counted metrics."""
+    """Restore this rank's random states. Return the metrics that the rank had counted."""
     if n_processes == world_size():
         own = read_tensors(path / f"process-{rank()}.pt")
         continue_random_states(own["random_states"])

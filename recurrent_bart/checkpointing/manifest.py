@@ -1,7 +1,7 @@
 """Manifest of a checkpoint: size and checksum of each file.
 
-Each rank hashes its files while it writes them, and then writes `part-RANK.json`. When the parts of all ranks exist,
-they are joined into `manifest.json`. A folder with a `manifest.json` is therefore complete.
+Each rank hashes its files during the write, and then writes `part-RANK.json`. When the parts of all ranks exist, the
+last rank joins them into `manifest.json`. A folder with `manifest.json` is complete, because this file is written last.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 MANIFEST = "manifest.json"
-# size of one read in bytes, 4 MiB
+# number of bytes read at once when a file is hashed, 4 MiB
 CHUNK_BYTES = 1 << 22
 
 
@@ -38,7 +38,7 @@ class HashedFile:
 
 
 def write_and_fsync(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
-    """Write and fsync a file; return its size and checksum. `write` is called with the open file."""
+    """Write and fsync a file. Return its size and checksum. `write` is called with the open file."""
     with path.open("wb") as file:
         hashed = HashedFile(file)
         write(hashed)
@@ -48,7 +48,7 @@ def write_and_fsync(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> dict[str, Any]:
-    """Write and fsync content as JSON; return the size and checksum of the file."""
+    """Write and fsync content as JSON. Return the size and checksum of the file."""
     return write_and_fsync(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
@@ -74,7 +74,7 @@ def has_all_parts(folder: Path, n_processes: int) -> bool:
 
 
 def join_parts(folder: Path, n_processes: int, **facts: Any) -> None:
-    """Join the parts of all ranks into the manifest of the folder, with additional facts."""
+    """Join all ranks' lists of files into the folder's manifest. `facts` are additional fields of the manifest."""
     files: dict[str, Any] = {}
     parts = [folder / f"part-{rank}.json" for rank in range(n_processes)]
     for part in parts:
@@ -87,7 +87,7 @@ def join_parts(folder: Path, n_processes: int, **facts: Any) -> None:
 
 
 def problems(folder: Path, share: slice = slice(None)) -> list[str]:
-    """Return one message per damaged or missing file of a checkpoint; an empty list if the checkpoint is whole.
+    """Return one message for each damaged or missing file of a checkpoint. An empty list means no damage.
 
     `share` selects part of the sorted list of files, so that ranks can divide the work.
     """

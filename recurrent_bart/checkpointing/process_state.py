@@ -7,7 +7,7 @@ import torch
 
 
 def process_state(figures: dict[str, float]) -> dict[str, Any]:
-    """Return the random states of this rank, and `figures`: its metrics since the last line of the log."""
+    """Return the random states of this rank, with its metrics since the last log line (`figures`)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -22,7 +22,7 @@ def continue_random_states(states: dict[str, torch.Tensor]) -> None:
 
 
 def reseed_random_states(step: int) -> None:
-    """Seed the generators of a rank without saved state; the step makes the seed differ from that of step 0."""
+    """Seed the generators of a rank without saved state. The new seed depends on the step."""
     torch.manual_seed(torch.initial_seed() + 1_000_003 * step)
 
 

@@ -8,10 +8,10 @@ from deepspeed import DeepSpeedEngine
 
 @contextlib.contextmanager
 def keep_given_settings(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Restore clipping, weight decay, betas and peak learning rates after a checkpoint is loaded in this block.
+    """Keep the flags' clipping, weight decay, betas and peak learning rates while a checkpoint is loaded in this block.
 
-    DeepSpeed overwrites them with the checkpoint's values. Its universal format keeps only one parameter group's
-    values.
+    DeepSpeed overwrites these settings with the checkpoint's values. Its universal format keeps the values of only one
+    parameter group.
     """
     optimizer, scheduler = engine.optimizer, engine.lr_scheduler
     clip, base_rates = optimizer.clip_grad, scheduler and scheduler.base_lrs

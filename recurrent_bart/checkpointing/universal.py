@@ -1,6 +1,6 @@
 """Checkpoints that are loaded with another world size, ZeRO stage or precision.
 
-DeepSpeed's universal format stores each parameter and its two Adam moments unsharded. Each rank reads its own part.
+DeepSpeed's universal format stores each parameter and its two Adam moments unsharded. Each rank reads only its part.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MODEL_STATES = {2: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_m
 
 
 def write_universal(shards: Path, output: Path, stage_then: int, stage_now: int) -> None:
-    """Convert the shards that ZeRO stage `stage_then` wrote into the universal format, for ZeRO stage `stage_now`.
+    """Convert shards that ZeRO stage `stage_then` wrote to the universal format that ZeRO stage `stage_now` reads.
 
     Raises:
         ValueError: A file holds an object that `torch.load` refuses because it could run code.
@@ -36,7 +36,7 @@ def write_universal(shards: Path, output: Path, stage_then: int, stage_now: int)
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        # ZeRO-2 does not store which parameters use tensor parallelism; none does
+        # ZeRO-2 does not store which parameters use tensor parallelism; here no parameter uses it
         inject_missing_state=True,
     )
     with contextlib.ExitStack() as stack:
@@ -68,7 +68,7 @@ def reading_universal(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def _change_stage(universal: Path, stage_then: int, stage_now: int) -> None:
-    """Convert a universal checkpoint from the file layout of one ZeRO stage to that of another."""
+    """Convert a universal checkpoint from the file layout of stage `stage_then` to the layout of stage `stage_now`."""
     names = [MODEL_STATES[3 if stage == 3 else 2] for stage in (stage_then, stage_now)]
     (universal / names[0]).rename(universal / names[1])
     file = universal / "zero" / "optimizer_state.pt"

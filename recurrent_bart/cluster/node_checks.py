@@ -20,7 +20,7 @@ GIB = 2**30
 DISK_TEST_BYTES = 32 * 2**20
 # smallest share of free memory on a GPU that no other process uses
 LEAST_FREE_SHARE = 0.9
-# bytes of one all-reduce: enough to saturate the network; on a CPU the GPU's size would take seconds
+# number of bytes in one all-reduce: on GPUs, enough to saturate the network; on CPUs less, to save seconds
 REDUCED_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
 N_REDUCTIONS = 5
 
@@ -36,9 +36,9 @@ class Report:
         memory_bytes: Free CPU memory of the node.
         disk_bytes: Free space in the shared folder.
         disk_rate: Write rate to the shared folder in bytes per second.
-        clock: Seconds since the epoch, read right after a barrier of all ranks.
+        clock: Time of the node in seconds since the epoch, taken right after a barrier of all ranks.
         within: All-reduce rate on the node in bytes per second; None for a node with one process.
-        between: All-reduce rate with each neighbouring node in bytes per second, by the node's number.
+        between: All-reduce rate with each neighbouring node in bytes per second; keys are node numbers.
     """
 
     host: str
@@ -80,7 +80,7 @@ def _gpu_problems(local_rank: int, n_seen: int, n_expected: int) -> Iterator[str
 
 
 def write_rate(folder: Path) -> float:
-    """Measure the bytes per second that reach the disk; raise OSError if the folder cannot be written."""
+    """Measure the bytes per second that reach the disk. Raise OSError if the folder cannot be written."""
     probe_file = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
     megabyte = os.urandom(2**20)
     started = time.perf_counter()
@@ -97,25 +97,25 @@ def write_rate(folder: Path) -> float:
 
 
 def meet(meeting: Rendezvous, seconds: float) -> dist.TCPStore:
-    """Connect to the store for reports; raise RuntimeError if rank 0 does not answer.
+    """Connect to rank 0's key-value store for reports. Raise RuntimeError if rank 0 does not answer.
 
     A store also works for ranks that cannot take part in a collective.
     """
     timeout = timedelta(seconds=seconds)
     is_first = meeting.rank == 0
-    # rank 0 does not wait for the workers, so that it can report which are missing
+    # rank 0 does not wait for the workers, so that rank 0 can report which ranks are missing
     return dist.TCPStore(
         meeting.address, meeting.port, meeting.world_size, is_first, timeout=timeout, wait_for_workers=False
     )
 
 
 def leave(store: dist.Store, stage: str, rank: int, report: Report) -> None:
-    """Put a report into the store for rank 0."""
+    """Write this rank's report to the store, where rank 0 reads it."""
     store.set(f"{stage}-{rank}", json.dumps(asdict(report)))
 
 
 def collect(store: dist.Store, stage: str, world_size: int, seconds: float) -> list[Report | None]:
-    """Read the reports of all ranks, in order of rank. A rank that reports nothing in time gives None."""
+    """Read the reports of all ranks, in order of rank. The entry of a rank that sends no report in time is None."""
     end = time.monotonic() + seconds
     found: list[Report | None] = []
     for rank in range(world_size):
@@ -128,7 +128,7 @@ def collect(store: dist.Store, stage: str, world_size: int, seconds: float) -> l
 
 
 def neighbours(n_nodes: int) -> list[tuple[int, int]]:
-    """Return the pairs of nodes between which the network is measured; a slow node is slow in both of its pairs.
+    """Return the pairs of nodes between which the network is measured. A slow node is slow in each of its pairs.
 
     Pairs that share no node are adjacent in the list, so they are measured at the same time.
     """
@@ -137,7 +137,7 @@ def neighbours(n_nodes: int) -> list[tuple[int, int]]:
 
 
 def measure_network(report: Report, meeting: Rendezvous, store: dist.Store, n_per_node: int, seconds: float) -> None:
-    """Measure all-reduce rates on the node and with neighbours; read the clock after a barrier. All ranks call it."""
+    """Measure all-reduce rates on the node and with neighbours, then the clock. All ranks must call this function."""
     device = torch.device("cuda", meeting.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -167,7 +167,7 @@ def measure_network(report: Report, meeting: Rendezvous, store: dist.Store, n_pe
 
 
 def reduction_rate(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Return the rate in bytes per second at which a rank sends in an all-reduce: the best of `N_REDUCTIONS`."""
+    """Return the send rate of a rank in an all-reduce in bytes per second: the highest of `N_REDUCTIONS` runs."""
     values = torch.ones(REDUCED_BYTES[device.type] // 4, device=device)
     size, best = dist.get_world_size(group), float("inf")
     # the first all-reduce also opens the connections

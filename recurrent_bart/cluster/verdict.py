@@ -1,4 +1,4 @@
-"""Decision which nodes are unfit for a long run, from the reports of their ranks."""
+"""Decision about the nodes that are unfit for a long run, based on the reports of their ranks."""
 
 import statistics
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ class Expectations:
 
 @dataclass
 class Node:
-    """Reports of all ranks of one node; None for a rank that reported nothing."""
+    """Reports of the ranks on one node. The report of a rank that sent none is None."""
 
     name: str
     reports: list[Report | None]
 
     @property
     def found(self) -> list[Report]:
-        """Reports that arrived."""
+        """Reports that rank 0 received."""
         return [report for report in self.reports if report]
 
     @property
@@ -55,7 +55,7 @@ class Node:
         return max(rates) / 1e9 if rates else None
 
     def line(self) -> str:
-        """Return the measurements of the node as one line of text."""
+        """Return a line of text with the measurements of the node."""
         if not self.found:
             return self.name
         first = self.found[0]
@@ -67,7 +67,7 @@ class Node:
 
 
 def by_node(reports: Sequence[Report | None], n_per_node: int, hosts: Sequence[str]) -> list[Node]:
-    """Group reports in order of rank by node. `hosts` names the nodes without any report; it may be empty."""
+    """Group reports, given in order of rank, by node. `hosts` names nodes without reports. `hosts` may be empty."""
     nodes = []
     for first in range(0, len(reports), n_per_node):
         own = list(reports[first : first + n_per_node])
@@ -78,7 +78,7 @@ def by_node(reports: Sequence[Report | None], n_per_node: int, hosts: Sequence[s
 
 
 def judge(nodes: Sequence[Node], expected: Expectations) -> dict[str, list[str]]:
-    """Return the problems of each unfit node by its name. Nodes without a problem are not in the result."""
+    """Return the problems of each unfit node by host name. Nodes without a problem have no entry."""
     clocks = [report.clock for node in nodes for report in node.found if report.clock]
     typical = {name: _median([getattr(node, name) for node in nodes]) for name in ("within", "between")}
     wrong = {}

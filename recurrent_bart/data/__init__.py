@@ -1,1 +1,1 @@
-"""Documents with their targets: where they come from, how they are tokenised, how they are batched."""
+"""Documents with their targets: sources, tokenisation, batches."""

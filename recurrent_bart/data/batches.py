@@ -1,4 +1,4 @@
-"""Collate tokenised documents into batches, in an order that depends only on the seed and the step.
+"""Batches of tokenised documents, in an order that depends only on the seed and the step.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -50,8 +50,8 @@ class Batch:
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Return the arguments of the model's forward.
 
-        Only `input_ids` moves to the device: the model branches on the mask and labels, and must not wait for a copy
-        from the GPU.
+        Only `input_ids` moves to the device. The mask and labels stay on the CPU, because the model branches on their
+        values and must not wait for a copy from the GPU.
         """
         ids = to_device(self.input_ids, device)
         return {"input_ids": ids, "attention_mask": self.attention_mask, "labels": self.labels}
@@ -72,7 +72,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collator:
-    """Callable that cuts documents into segments and pads them to one shape.
+    """Callable that cuts documents into segments and pads the segments to one shape.
 
     For task `"document"`, a document has one target. For `"sections"`, each section's target is at its last segment.
     `leading` and `trailing` are ids of special tokens around each segment and target. `max_target_length` is in tokens,
@@ -117,7 +117,7 @@ class Collator:
             raise ValueError(f"document {row.get('id')!r}: {error}") from error
 
     def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
-        """Return a document's segments and the target of each segment; `[]` marks a segment without a target.
+        """Return a document's segments with their targets. `[]` is the target of a segment without one.
 
         The document is cut after `max_n_segments`. A section that is cut in the middle keeps its target.
         """
@@ -150,16 +150,16 @@ class Collator:
 
 @dataclass
 class DocumentPlan:
-    """Documents to read, planned from token counts only.
+    """Documents to read and their numbers of segments, computed from token counts alone.
 
     Attributes:
-        indices: Documents with a target before the cut.
+        indices: Documents with a target in their first `max_n_segments` segments.
         n_segments: Number of segments that are read, for each document of `indices`.
         n_least: Minimum number of segments that still contains a target, for each document of `indices`.
-        n_cut: Number of documents of `indices` that are cut.
-        n_left_out: Number of documents without a target before the cut.
+        n_cut: Number of documents in `indices` that are cut after `max_n_segments` segments.
+        n_left_out: Number of documents without a target in their first `max_n_segments` segments.
         n_targets: Number of targets in the whole documents.
-        n_unread_targets: Number of targets after the cut.
+        n_unread_targets: Number of targets in the parts of documents that are not read.
         n_cut_targets: Number of read targets that exceed the maximum target length.
     """
 
@@ -183,8 +183,7 @@ def plan_documents(
     """Count the segments and targets of each document without building them.
 
     Lengths are in tokens without the `n_special` special tokens of each segment and target. A summary length of 0 marks
-    a
-    section without a target. Raises ValueError if the special tokens fill the whole segment.
+    a section without a target. Raises ValueError if the special tokens fill the whole segment.
     """
     room = sizes.segment_size - n_special
     if room < 1:
@@ -213,7 +212,7 @@ def plan_documents(
 
 
 class DocumentOrder(ABC):
-    """Order in which documents are read: an endless sequence of epochs, each in a new order.
+    """Sequence in which documents are read. The sequence has no end, and each epoch has a new order.
 
     Args:
         n_segments: Number of segments of each document.
@@ -232,7 +231,7 @@ class DocumentOrder(ABC):
 
     @abstractmethod
     def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
-        """Return the documents of optimizer step `step`, by micro-batch and rank.
+        """Return the document indices of optimizer step `step`, grouped by micro-batch, then by rank.
 
         Documents of similar length go to the same micro-batch on different ranks, so that no rank waits long.
         """
@@ -258,11 +257,11 @@ class DocumentOrder(ABC):
 
 
 class BatchOrder(DocumentOrder):
-    """Order with a fixed number of documents per optimizer step.
+    """Document order with a fixed number of documents per optimizer step.
 
-    The documents of `pool` batches are sorted by their number of segments, which reduces padding; then the batches are
+    The documents of `pool` batches are sorted by number of segments, which reduces padding. Then the batches are
     shuffled. The sequence depends only on the seed and `unit`. A resumed run with another `global_batch` continues the
-    sequence: it repeats no document and skips none.
+    sequence: the run repeats no document and skips none.
 
     Args (see also `DocumentOrder`):
         global_batch: Documents of one optimizer step, over all ranks and accumulation steps.
@@ -290,7 +289,7 @@ class BatchOrder(DocumentOrder):
         return self.first_document + (step - self.first_step) * self.global_batch
 
     def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
-        """Split the sorted documents into micro-batches of one size; deal each micro-batch out to the ranks in turn."""
+        """Split the sorted documents into equal micro-batches. Distribute each micro-batch over the ranks in turn."""
         documents = self.step_indices(step)
         size = len(documents) // accumulation
         parts = [documents[micro * size : (micro + 1) * size] for micro in range(accumulation)]
@@ -313,7 +312,7 @@ class BatchOrder(DocumentOrder):
         return by_length.view(self.pool, self.unit)[self.permutation(self.pool, "pool", pool_index)[place]]
 
     def _documents(self, first: int, count: int) -> Tensor:
-        """Return elements `first` to `first + count` of the concatenated epochs."""
+        """Return the documents at positions `first` to `first + count` of the concatenated epochs."""
         n_documents = len(self.n_segments)
         first_round, last_round = first // n_documents, (first + count - 1) // n_documents
         rounds = [self.permutation(n_documents, "round", number) for number in range(first_round, last_round + 1)]

@@ -1,4 +1,4 @@
-"""Tokenised documents: tokenised once, cached on disk, memory-mapped during training."""
+"""Tokenised documents, which are tokenised once, cached on disk and memory-mapped during training."""
 
 import contextlib
 import hashlib
@@ -58,8 +58,7 @@ class Corpus(NamedTuple):
 
     The rows have `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, `section_lengths` and
     `summary_lengths` (tokens). `skipped` has the reason for each skipped document. `fingerprint` is a hash of the texts
-    and
-    their order; it does not depend on the tokenizer.
+    and their order, independent of the tokenizer.
     """
 
     rows: Dataset
@@ -75,7 +74,7 @@ def load_corpus(
     cache_dir: Path,
     say: Callable[[str], None] = lambda text: None,
 ) -> Corpus:
-    """Load the tokenised documents of a source from the cache; tokenise and cache them if they are missing.
+    """Load the tokenised documents of a source from the cache. Tokenise and cache missing documents.
 
     `say` receives a message before a slow operation.
 
@@ -105,7 +104,10 @@ def write_corpus(
     path: Path,
     on_bad: Callable[[ValueError], None] = refuse,
 ) -> str:
-    """Tokenise documents into an Arrow file, skip documents without tokens if `on_bad` returns, and hash the texts."""
+    """Write tokenised documents to an Arrow file and return a hash of the texts.
+
+    A document without tokens is skipped if `on_bad` returns.
+    """
     rows, encoder, texts = iter(rows), TextEncoder(tokenizer), hashlib.sha256()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, BATCH)):
@@ -138,7 +140,7 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all settings that decide the ids of a text; the path of the tokenizer does not count."""
+    """Return a hash of all settings that decide the ids of a text. The tokenizer's path does not change the hash."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         return fingerprint(tokenizer.backend_tokenizer.to_str())
     # Hash vocabulary files by content, not by path.
@@ -162,10 +164,10 @@ def fingerprint(*parts: Any) -> str:
 
 @contextlib.contextmanager
 def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
-    """Create a temporary folder; rename it to `folder` at the end of the block, so that `folder` is complete.
+    """Create a temporary folder and rename it to `folder` at the end of the block. `folder` is then complete.
 
-    If several processes write one folder, the first to finish wins. With `replaces`, the new folder replaces an old
-    one.
+    If several processes write the same folder, the folder of the first process to finish stays. With `replaces`, the
+    new folder replaces an old folder.
 
     Raises:
         ValueError: The parent folder is not writable.
@@ -198,7 +200,7 @@ def _rename_unless_there(draft: Path, folder: Path) -> None:
 
 
 def texts_of(rows: Iterable[Row]) -> Iterator[str]:
-    """Yield all texts of documents, to train a tokenizer on."""
+    """Yield all texts of documents, for the training of a tokenizer."""
     for row in rows:
         yield from row.sections
         yield from row.summaries

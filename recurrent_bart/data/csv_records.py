@@ -15,11 +15,11 @@ REMEDY = 'a field with a comma, quote or line end needs "..." around it, and eac
 
 
 class CsvRows:
-    """Iterator over the rows of a CSV file that knows the raw lines of the last row."""
+    """Iterator over the rows of a CSV file. It also stores the raw lines of the last row."""
 
     def __init__(self, lines: Iterator[str]):
         self._lines, self.raw = lines, list[str]()
-        # strict=True: text after a closing quote and a quote without its end are errors.
+        # strict=True: text after a closing quote is an error, and so is a quote that is never closed.
         self.reader = csv.reader(self._taken(), strict=True)
 
     @property
@@ -28,7 +28,7 @@ class CsvRows:
         return self.reader.line_num - len(self.raw) + 1
 
     def next_row(self) -> list[str] | None:
-        """Return the next row that is not blank, or None at the end of the file; raise csv.Error for wrong quotes."""
+        """Return the next row that is not blank, or None at the end of the file. Raise csv.Error for wrong quotes."""
         row: list[str] | None = []
         while not row and row is not None:
             self.raw.clear()
@@ -44,7 +44,7 @@ class CsvRows:
 def csv_records(
     path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the records, each with its `file:line`; the first row names the columns.
+    """Yield each row as a dictionary, with its `file:line`. The first row of the file names the columns.
 
     If `on_bad` returns, the faulty row is skipped. A wrong number of fields, a wrong quote and equal column names raise
     ValueError. A faulty row of several lines always raises: the start of the next row is unknown.

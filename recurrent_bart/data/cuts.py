@@ -6,7 +6,7 @@ from recurrent_bart.data.batches import Collator, DocumentPlan
 
 
 def describe_cuts(split: str, plan: DocumentPlan, collator: Collator) -> Iterator[str]:
-    """Yield a line for each kind of cut: the number of documents or targets, and the flag that changes the limit."""
+    """Yield a log line for each limit that shortens documents or targets: their number, and the flag of the limit."""
     cap = collator.sizes.max_n_segments
     n_documents = len(plan.indices) + plan.n_left_out
     if plan.n_cut:

@@ -1,4 +1,4 @@
-"""Search of a data set's folder: files and folders by split, and texts with their summaries."""
+"""Search of a data set's folder for the files of each split, or for texts with their summaries."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Folder and file names of each split; upper and lower case are equal.
+# Folder and file names that mean a split, in lower case; upper case is accepted too.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -33,7 +33,7 @@ def kind_of(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class SplitPath:
-    """File or folder that belongs to a split by its name, in lower case.
+    """File or folder whose name, in lower case, names a split.
 
     `number` and `total` come from names like train-00000-of-00002; `number` is -1 if the name has none.
     """
@@ -45,7 +45,7 @@ class SplitPath:
 
     @classmethod
     def parse(cls, path: Path) -> "SplitPath | None":
-        """Parse a file name; return None if it names no split or if no reader supports the file."""
+        """Parse a file name. Return None if it names no split or if no reader supports the file."""
         stem = SPLIT_STEM.fullmatch(path.name.split(".")[0])
         if stem is None or not (path.is_dir() or kind_of(path)):
             return None
@@ -53,7 +53,7 @@ class SplitPath:
 
 
 def find_splits(folder: Path) -> tuple[dict[str, tuple[Path, ...]], tuple[str, ...]]:
-    """Find the paths of each split by number, and a note per ignored file; raise ValueError if a split is ambiguous."""
+    """Find the paths of each split by number, with a note per ignored file. Raise ValueError for ambiguous files."""
     found: dict[str, list[SplitPath]] = {}
     left = []
     for path in sorted(folder.iterdir()):
@@ -85,14 +85,14 @@ def _not_read(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
 
 
 def name_some(names: list[str]) -> str:
-    """Join the first names, and add the number of the remaining names."""
+    """Join the first `N_NAMED` names into a text that ends with the number of the remaining names."""
     more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
     return ", ".join(names[:N_NAMED]) + more
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """File of a summary and file of its text; None marks a missing text."""
+    """File of a text and file of its summary. The text is None if its file is missing."""
 
     name: str
     summary: Path

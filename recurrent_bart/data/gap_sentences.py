@@ -1,9 +1,8 @@
 """Training targets made of a document's own sentences, for data sets with few summaries.
 
-PEGASUS (Zhang et al. 2020, arXiv 1912.08777) removes the sentences that are most similar to the rest of the document;
-the
-model generates them. Here half of the texts keep these sentences: a model learns to copy sentences before it learns to
-fill gaps.
+PEGASUS (Zhang et al. 2020, arXiv 1912.08777) removes the sentences that are most similar to the rest of the document,
+and the model generates the removed sentences. Here half of the texts keep these sentences, because a model learns to
+copy sentences before it learns to fill gaps.
 """
 
 import itertools
@@ -24,7 +23,7 @@ KEPT, TAKEN = "extract: ", "gaps: "
 TARGET_WORDS = 60
 # Shorter sentences are often headings. Longer ones are often not sentences.
 SENTENCE_WORDS = range(8, 61)
-# Range of the length of a piece in words: less than a segment of 512 tokens.
+# Range of the length in words of a piece (part of a document), which is shorter than a segment of 512 tokens.
 PIECE_WORDS = (220, 300)
 # Maximum number of consecutive pieces that form one document.
 MOST_PIECES = 16
@@ -49,11 +48,10 @@ class Sentence:
 
 
 def gap_sentence_rows(row: Row, n_rows: int, task: str) -> Iterator[Row]:
-    """Yield up to `n_rows` copies of a document with different targets; the document's own summaries are not used.
+    """Yield up to `n_rows` copies of a document with different targets. The document's own summaries are not used.
 
-    For the section task, a third of the rows has the whole document, the rest has pieces. For the document task, all
-    rows
-    have the whole document. A document without a usable sentence yields no row.
+    For the section task, a third of the rows holds the whole document; all other rows hold pieces of the document. For
+    the document task, all rows have the whole document. A document without a usable sentence yields no row.
     """
     sections = _sentences(row.sections)
     for number in range(n_rows):
@@ -85,7 +83,7 @@ def _sentences(sections: Sequence[str]) -> list[list[Sentence]]:
 
 
 def _with_ends(section: str) -> list[str]:
-    """Split a section into sentences; joined, they equal the section."""
+    """Split a section into sentences, with all white space kept."""
     ends = [match.end() for match in SENTENCE_END.finditer(section)]
     return [section[start:stop] for start, stop in itertools.pairwise([0, *ends, len(section)]) if start < stop]
 
@@ -108,7 +106,7 @@ def _pieces(sentences: Sequence[Sentence], n_words: int) -> Iterator[list[Senten
 
 
 def _ask(sentences: Sequence[Sentence], draw: random.Random, is_kept: bool) -> tuple[str, str] | None:
-    """Return a text and its target, or None if no sentence is usable or the target has over half of the words."""
+    """Return a text and its target. Return None if no sentence is usable or the target has over half of the words."""
     order = sorted(
         (number for number, it in enumerate(sentences) if it.value),
         key=lambda number: -sentences[number].value * draw.uniform(LEAST_WEIGHT, 1.0),

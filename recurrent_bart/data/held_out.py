@@ -1,4 +1,4 @@
-"""Split of training documents into training and validation, for data sets without a validation split."""
+"""Selection of validation documents from the training documents, for data sets without a validation split."""
 
 import hashlib
 from collections.abc import Iterable
@@ -32,9 +32,9 @@ def split_by_line(row: Row) -> str:
 def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[str]:
     """Return the text digests of the validation documents.
 
-    They are about `share` (0 to 1) of all groups: at least one, and never all. Documents with the same text, id or
-    group are on the same side. The side of a document does not depend on other documents, unless there are very few.
-    Raises ValueError if all documents belong to one group.
+    About `share` (0 to 1) of all groups is selected: at least one group, and never all. Documents with the same text,
+    id or group go to the same split. The split of a document does not depend on other documents, unless there are very
+    few. Raises ValueError if all documents belong to one group.
     """
     groups = _Groups()
     for row in rows:
@@ -77,6 +77,6 @@ class _Groups:
 
 
 def _position(name: str) -> float:
-    """Hash a name to [0, 1); names below 0.1 are exactly the names that `split_of` puts into "validation"."""
+    """Hash a name to a number from 0 to below 1. `split_of` puts exactly the names below 0.1 into "validation"."""
     number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     return (number % 10 + number // 10 % 10**6 / 10**6) / 10

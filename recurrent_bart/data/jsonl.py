@@ -14,7 +14,7 @@ from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
 def jsonl_records(
     path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the records, each with its `file:line` for error messages.
+    """Yield the JSON object of each line, with its `file:line` for error messages.
 
     If `on_bad` returns, the faulty line is skipped.
 
@@ -37,7 +37,7 @@ def jsonl_records(
 
 
 def _record(line: str, encoding: str) -> dict[str, Any] | None:
-    """Parse a line; return None if the line is blank."""
+    """Parse a line. Return None if the line is blank."""
     check_decoded(line, encoding)
     # In concatenated files, later lines can begin with a byte order mark.
     text = line.lstrip("\ufeff")

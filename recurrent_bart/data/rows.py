@@ -1,4 +1,4 @@
-"""Documents with their targets, and checks of the records that they are made from."""
+"""Documents with their targets, built from checked records (JSON objects or table rows)."""
 
 import hashlib
 import re
@@ -37,7 +37,7 @@ class Row:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def key(self) -> str:
-        """Return a name that does not depend on the position in the file: the id, or the hash of the text."""
+        """Return the document's id, or the hash of its text if the document has no id."""
         return self.id if self.is_named else self.digest()
 
 
@@ -53,7 +53,7 @@ class Columns:
 
 
 def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) -> Row:
-    """Build a document from one record; `place` (file and line) stands in error messages.
+    """Build a document from one record (a JSON object or table row). Error messages name `place`, the file and line.
 
     For the document task, a list of sections or summaries is joined if the text column is missing.
 
@@ -77,12 +77,12 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
 
 
 def refuse(error: ValueError) -> None:
-    """Raise the error: the default treatment of an unusable document."""
+    """Raise the error. This function is the default `on_bad`, for unusable documents."""
     raise error
 
 
 def with_targets(row: Row, place: str) -> Row:
-    """Return the row; raise ValueError if all texts or summaries are blank, or a text has a lone surrogate."""
+    """Return the row. Raise ValueError if all texts or summaries are blank, or a text has a lone surrogate."""
     # Check the summaries first: sections without a following target are already dropped from the row.
     if not any(summary.strip() for summary in row.summaries):
         raise ValueError(f"{place}: no target, the summary is empty")
@@ -125,7 +125,7 @@ def _field(record: dict[str, Any], column: str, place: str) -> Any:
 
 
 def _join_untargeted(sections: list[str], summaries: list[str]) -> tuple[list[str], list[str]]:
-    """Join neighbouring sections without a target; drop the sections after the last target, which would not be read."""
+    """Join neighbouring sections without a target. Drop the sections after the last target, which would not be read."""
     joined = list(_runs(sections, summaries))
     while joined and not joined[-1][1]:
         joined.pop()

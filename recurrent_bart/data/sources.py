@@ -34,7 +34,7 @@ class Source:
         kind: `"stdlib"`, `"file"`, `"folder"` or `"hub"`.
         place: Path of a file or folder, or name of a data set.
         hub_split: Name of the split in the data set.
-        held_out: Rule for the validation documents, if there is no validation split.
+        held_out: Rule that selects validation documents if there is no validation split.
         skips_bad: True if unusable documents are skipped.
         n_made: Maximum number of additional rows made of each document's own sentences.
         notes: One line for each file or split that is not read.
@@ -52,7 +52,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
     def identity(self) -> list[Any]:
-        """Return values that change with the documents: file sizes and times, versions, settings. Read no document."""
+        """Return values that change with the documents: file sizes and times, versions, settings. Reads no document."""
         if self.kind == "hub":
             builder = load_dataset_builder(self.place)
             return [self.kind, self.place, self.hub_split, str(builder.info.version), builder.hash, *self._choices()]
@@ -71,12 +71,11 @@ class Source:
         return list(self.files)
 
     def rows(self, task: str, columns: Columns, on_skip: OnBad = lambda error: None) -> Iterator[Row]:
-        """Yield the documents in order; `on_skip` receives the error of each skipped document.
+        """Yield the documents in order. `on_skip` receives the error of each skipped document.
 
         Raises:
             ValueError: A record is unreadable or has no text or no target (the message gives file and line), or the
-                split is
-                empty.
+                split is empty.
         """
         is_empty = True
         if self.held_out is None:
@@ -120,7 +119,7 @@ class Source:
 
 @functools.lru_cache(maxsize=4)
 def _held_out_texts(source: Source, task: str, columns: Columns, identity: str) -> frozenset[str]:
-    """Select the validation documents once per source; `identity` invalidates the cache after a change of the files."""
+    """Select the validation documents once per source. A changed `identity` (after a change of files) selects again."""
     assert source.held_out is not None
     rows = source._all_rows(task, columns, lambda error: None)
     return held_out_texts(rows, source.held_out.share, source.place)
@@ -139,12 +138,11 @@ def find_sources(
     test_file: str | None = None,
     held_out: HeldOut | None = None,
 ) -> dict[str, Source]:
-    """Find the source of each split; without a validation split, hold out training documents by `held_out`.
+    """Find the source of each split. Without a validation split, `held_out` selects training documents for validation.
 
     `dataset` is `"stdlib"`, a file, a folder of texts, a folder with files or folders named `train.*`, `validation.*`,
     `test.*` or similar, or the name of a data set for `datasets.load_dataset`. If one of the three files is given (each
-    a
-    file or a folder of texts), `dataset` is ignored.
+    a file or a folder of texts), `dataset` is ignored.
 
     Raises:
         ValueError: A file does not exist or has an unknown type.
@@ -177,7 +175,7 @@ def _sources_at(place: Path) -> dict[str, Source]:
 
 
 def _with_notes(sources: dict[str, Source], notes: tuple[str, ...]) -> dict[str, Source]:
-    """Add notes on a whole data set to its first source."""
+    """Add notes about a whole data set to the first source of the data set."""
     first = next(iter(sources), None)
     if first is None:
         return sources

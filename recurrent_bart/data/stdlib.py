@@ -25,7 +25,7 @@ def library_root() -> Path:
 
 
 def stdlib_rows(split: str, task: str) -> Iterator[Row]:
-    """Yield a split's modules that have a target, sorted by path; the hash of the dotted name decides the split."""
+    """Yield the modules of a split that have a target, sorted by path. A hash of the name decides the split."""
     root = library_root()
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -38,7 +38,7 @@ def stdlib_rows(split: str, task: str) -> Iterator[Row]:
 
 
 def module_row(name: str, source: bytes, task: str) -> Row | None:
-    """Build a document from a module; return None if it has no target for the task or is not valid Python."""
+    """Build a document from a module. Return None if it has no target for the task or is not valid Python."""
     try:
         tree = ast.parse(source)
         lines = _without_docstrings(importlib.util.decode_source(source), tree)
@@ -60,7 +60,7 @@ def module_row(name: str, source: bytes, task: str) -> Row | None:
 
 
 def first_paragraph(node: ast.Module | Definition) -> str:
-    """Return the first paragraph of a docstring on one line; empty if there is no docstring."""
+    """Return the first paragraph of a docstring on one line, or an empty text if there is no docstring."""
     paragraph = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
     return " ".join(paragraph.split())
 

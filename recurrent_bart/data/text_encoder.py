@@ -15,9 +15,10 @@ UNSPEAKABLE = "\ufdd0\ufdd1\ufdd2"
 
 
 class TextEncoder:
-    """Encoder without special tokens: `"</s>"` or `"<pad>"` in a text become ids of ordinary pieces.
+    """Encoder that treats `"</s>"` or `"<pad>"` in a text as ordinary characters, not as special tokens.
 
-    A gap from `gap_sentence_rows` becomes the mask token. The tokenizer, fast or slow, is not changed.
+    A gap (placeholder of a sentence that `gap_sentence_rows` removed) becomes the mask token. The tokenizer, fast or
+    slow, is not changed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

@@ -15,7 +15,7 @@ UNDECODED = re.compile(r"[\udc80-\udcff]")
 
 
 def check_encoding(name: str) -> str:
-    """Return the codec of an encoding's name (for UTF-8, utf-8-sig); raise ValueError if Python has none."""
+    """Return the codec of an encoding's name (for UTF-8, utf-8-sig). Raise ValueError if Python has none."""
     try:
         "".encode(name)
     except LookupError:
@@ -27,7 +27,7 @@ def check_encoding(name: str) -> str:
 
 @contextmanager
 def open_text(path: Path, encoding: str = ENCODING, newline: str | None = "\n") -> Iterator[TextIO]:
-    """Open a text file, plain or gzip, without errors for undecodable bytes; `check_decoded` finds them."""
+    """Open a text file, plain or gzip. Undecodable bytes raise no error here; `check_decoded` finds them."""
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         yield io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=newline)
 

@@ -1,4 +1,4 @@
-"""Batches with a limit on segments instead of documents: many short documents or few long ones."""
+"""Batches with a limit on the number of segments, so a batch has many short documents or few long documents."""
 
 import bisect
 import itertools
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from recurrent_bart.data.batches import DocumentOrder
 
-# Documents that are grouped together. A larger window would group the same documents in every epoch.
+# Number of documents that are grouped together. A larger number would group the same documents in every epoch.
 WINDOW = 4096
 
 
 def group_by_segments(n_segments: Sequence[int], most: int) -> list[list[int]]:
-    """Group document indices into batches of at most `most` segments with padding; longer documents stay alone."""
+    """Group document indices into batches of at most `most` segments, padding included. Longer documents stay alone."""
     by_length = sorted(range(len(n_segments)), key=n_segments.__getitem__, reverse=True)
     batches, start = [], 0
     while start < len(by_length):
@@ -22,18 +22,17 @@ def group_by_segments(n_segments: Sequence[int], most: int) -> list[list[int]]:
 
 
 class TokenBatchOrder(DocumentOrder):
-    """Order with a limit on the segments of each batch, for any number of documents.
+    """Document order that limits the number of segments in each batch, not the number of documents.
 
-    Each epoch shuffles the documents, groups documents of similar length within windows of `WINDOW` documents, and
-    shuffles
-    the batches. The sequence depends only on the seed and `most`, and contains every document once per epoch. A step
-    takes
-    `n_batches` batches, so a run resumed with another number of ranks repeats no document and skips none. A run resumed
-    with another `most` does not either: the rest of the epoch is regrouped, and later epochs use the new limit.
+    Each epoch shuffles the documents, groups documents of similar length within each `WINDOW` consecutive documents,
+    and shuffles the batches. The sequence depends only on the seed and `most`, and contains every document once per
+    epoch. A step takes `n_batches` batches, so a run resumed with another number of ranks repeats no document and skips
+    none. A run resumed with another `most` also repeats and skips no document: the rest of the epoch is grouped again,
+    and later epochs use the new limit.
 
     Args (see also `DocumentOrder`):
         most: Maximum number of segments of a batch, padding included.
-        n_batches: Batches of an optimizer step, over all ranks and accumulation steps.
+        n_batches: Number of batches in an optimizer step, over all ranks and accumulation steps.
         first_most: Value of `most` at the start of the first epoch; default: `most`.
     """
 
@@ -51,12 +50,12 @@ class TokenBatchOrder(DocumentOrder):
         self.lengths, self.most, self.n_batches = list(n_segments), most, n_batches
         self.first_round, self.n_read = divmod(first_document, len(self.lengths))
         self.first_most = first_most or most
-        # Number of batches before each epoch, from the first epoch on; then number and batches of the cached epoch.
+        # `_begins`: number of batches before each epoch. `_cached`: number and batches of the cached epoch.
         self._begins = [0]
         self._cached: tuple[int, list[list[int]]] = (-1, [])
 
     def documents_before(self, step: int) -> int:
-        """Return the number of documents read before `step`: all epochs so far, minus the unread part of the last."""
+        """Return the number of documents read before `step`: all epochs so far, minus the unread documents."""
         number, place = self._find(step)
         return (number + 1) * len(self.lengths) - sum(map(len, self._round(number)[place:]))
 
@@ -77,7 +76,7 @@ class TokenBatchOrder(DocumentOrder):
             place = 0
 
     def _find(self, step: int) -> tuple[int, int]:
-        """Return the epoch in which `step` begins, and the number of earlier batches of the epoch."""
+        """Return the epoch in which `step` begins, and the number of batches of this epoch before `step`."""
         batch = (step - self.first_step) * self.n_batches
         while self._begins[-1] <= batch:
             n_batches = len(self._round(self.first_round + len(self._begins) - 1))
@@ -86,7 +85,7 @@ class TokenBatchOrder(DocumentOrder):
         return self.first_round + index, batch - self._begins[index]
 
     def _round(self, number: int) -> list[list[int]]:
-        """Return the batches of an epoch; of the first epoch, only the unread batches."""
+        """Return the batches of an epoch. For the first epoch, return only the unread batches."""
         if self._cached[0] != number:
             is_first = number == self.first_round
             batches = self._grouped(number, self.first_most if is_first else self.most)

@@ -21,10 +21,11 @@ MAX_LINES = 20_000
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved with a model or run, from a folder or the Hugging Face hub.
 
-    [CLS] and [SEP] serve as bos and eos if these are missing, as in BERT's tokenizers.
+    If bos and eos are missing, as in BERT's tokenizers, [CLS] and [SEP] take their place.
 
     Raises:
-        ValueError: No tokenizer is found, it needs code that is not trusted, or it has no bos, eos or pad token.
+        ValueError: No tokenizer is found, or the tokenizer needs code that is not trusted, or has no bos, eos or pad
+            token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
@@ -49,9 +50,8 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a sentencepiece unigram model (Kudo 2018, arXiv 1804.10959) as a Hugging Face tokenizer.
 
-    White space becomes one space, characters are normalised to NFKC, and unknown characters become bytes. Training
-    samples a
-    corpus of more than 20 million characters. A small corpus may give fewer than `vocab_size` ids.
+    White space becomes one space, characters are normalised to NFKC, and unknown characters become bytes. A corpus of
+    more than 20 million characters is sampled for training. A small corpus may give fewer than `vocab_size` ids.
 
     Raises:
         ValueError: `vocab_size` is too small for bytes and special tokens, or there is no text.
@@ -103,7 +103,7 @@ def as_hugging_face(model: bytes) -> PreTrainedTokenizerFast:
 
 
 def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Wrap a tokenizer with BART's special tokens and ids; it encodes a text as `<s> text </s>`."""
+    """Wrap a tokenizer with BART's special tokens and ids. The result encodes a text as `<s> text </s>`."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -135,7 +135,7 @@ def _one_line(error: Exception) -> str:
 
 
 class Lines:
-    """Iterable of lines short enough for sentencepiece; `error` keeps an exception that sentencepiece would replace."""
+    """Iterable of lines short enough for sentencepiece. `error` keeps an exception that sentencepiece would replace."""
 
     def __init__(self, texts: Iterable[str]):
         self.texts = texts

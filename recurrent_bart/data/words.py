@@ -39,15 +39,14 @@ def normalise(text: str) -> str:
     """Return the text in Unicode's NFKC_Casefold form, in which words are compared.
 
     Half-width kana, full-width letters, ligatures, decomposed accents and decomposed Hangul become the usual
-    characters.
-    Case is folded. Invisible characters, for example soft hyphens and joiners, are dropped.
+    characters. Case is folded. Invisible characters, for example soft hyphens and joiners, are dropped.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return unicodedata.normalize("NFKC", IGNORABLE.sub("", folded))
 
 
 def words(text: str) -> list[str]:
-    """Return the normalised words of a text; in scripts without spaces, each character with its marks is a word."""
+    """Return the normalised words of a text. In scripts without spaces, each character with its marks is a word."""
     return WORD.findall(normalise(text))
 
 

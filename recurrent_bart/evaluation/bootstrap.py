@@ -22,7 +22,7 @@ N_POINTS = 20_001
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean with its 95 % confidence interval; the ends `low` and `high` are None if there is only one document."""
+    """Mean with its 95 % confidence interval. Its ends `low` and `high` are None if there is only one document."""
 
     mean: float
     low: float | None
@@ -39,9 +39,8 @@ class Interval:
 class Resamples:
     """Means of one model, or differences of the means of two models, on resampled documents.
 
-    Subtract the `Resamples` of two models with equal seeds and documents for a paired comparison. Both use the same
-    draws,
-    because the draws depend only on the number of documents.
+    For a paired comparison, subtract the `Resamples` of two models with equal seeds and documents. Both models use the
+    same draws, because the draws depend only on the number of documents.
 
     Attributes:
         means: Mean of each seed, `(1 + R, S)`. Row 0 is the mean over the original documents.
@@ -55,15 +54,14 @@ class Resamples:
         return Resamples(self.means - other.means, self.n_documents)
 
     def of_seed(self, seed: int) -> "Resamples":
-        """Return the column of one seed, selected by its index on the seed axis."""
+        """Return the resamples of one seed; `seed` is its index on the seed axis."""
         return Resamples(self.means[:, [seed]], self.n_documents)
 
     def over_documents(self) -> Interval:
-        """Return the interval over documents, with the seeds fixed.
+        """Return the confidence interval over documents, with the seeds fixed.
 
-        This is an expanded percentile bootstrap (Hesterberg 2015, arXiv 1411.5279), whose percentiles lie further out
-        for few
-        documents. A plain percentile bootstrap of ten documents covers 90 %, not 95 %.
+        The method is the expanded percentile bootstrap (Hesterberg 2015, arXiv 1411.5279), whose percentiles lie
+        further out for few documents. A plain percentile bootstrap of ten documents covers 90 %, not 95 %.
         """
         means_R = self.means.mean(axis=1)
         mean = float(means_R[0])
@@ -75,7 +73,7 @@ class Resamples:
         return Interval(mean, float(low), float(high))
 
     def over_seeds(self) -> Interval:
-        """Return the interval over seeds by Student's t; for a difference of models, this is the paired t interval."""
+        """Return the Student's t interval over seeds. For a difference of two models, this is the paired t interval."""
         means_S = self.means[0]
         mean, n = float(means_S.mean()), len(means_S)
         if n < 2:
@@ -84,11 +82,10 @@ class Resamples:
         return Interval(mean, mean - half, mean + half)
 
     def interval(self) -> Interval:
-        """Return the interval over documents and seeds together; with one seed, over documents only.
+        """Return the confidence interval over documents and seeds together. With one seed, only documents count.
 
-        Squared distances from the mean to the ends of both intervals add up (Zou and Donner 2008, Statistics in
-        Medicine
-        27), so the interval is never narrower than either.
+        Squared distances from the mean to the ends of `over_documents` and `over_seeds` add up (Zou and Donner 2008,
+        Statistics in Medicine 27), so the result is never narrower than these two intervals.
         """
         documents, seeds = self.over_documents(), self.over_seeds()
         if documents.low is None or documents.high is None:
@@ -102,7 +99,7 @@ class Resamples:
 
 
 def resample(totals_SD: np.ndarray, counts_SD: np.ndarray) -> Resamples:
-    """Draw documents with replacement, and return the mean (total over count) of each seed on each draw.
+    """Draw documents with replacement. Return the mean (total over count) of each seed on each draw.
 
     Args:
         totals_SD: Total of each document with each seed, for example the loss summed over target tokens.

@@ -24,9 +24,8 @@ HEAD = 100
 class Sample:
     """Generated text and its target; `source` is the beginning of the source text.
 
-    For the section task, the number of the target follows the document's name in `id`. `document` is the corpus row,
-    which
-    is unique; names may repeat.
+    For the section task, the number of the target follows the document's name in `id`. `document` is the index of the
+    corpus row, which is unique; names may repeat.
     """
 
     id: str
@@ -50,8 +49,7 @@ class Evaluator:
     """Evaluation of a model on the documents of `plan`, which are distributed over the ranks.
 
     `batch_size` is the number of documents of a forward pass on one rank. `on_batch` is called before each batch,
-    equally
-    often on every rank; an exception ends the evaluation.
+    equally often on every rank. An exception from `on_batch` ends the evaluation.
     """
 
     corpus: Dataset
@@ -77,7 +75,7 @@ class Evaluator:
         return total / n_targets
 
     def target_losses(self, losses: Callable[[Batch], Tensor]) -> dict[int, list[float]]:
-        """Return the loss of each target (sum over tokens) by document, on every rank; `losses` computes a batch's."""
+        """Return each target's loss (sum over tokens) by document, on every rank. `losses` maps a batch to losses."""
         found: dict[int, list[float]] = {}
         for batch in self._batches(self.plan.indices):
             has_target = (batch.labels != IGNORED).any(dim=-1).view(len(batch.labels), -1)
@@ -86,7 +84,7 @@ class Evaluator:
         return {index: own for part in gather_objects(found) for index, own in part.items()}
 
     def summarise(self, model: RecurrentBartForConditionalGeneration, how: Generation) -> list[Sample]:
-        """Generate texts for the first documents; return samples in the same order on every rank."""
+        """Generate texts for the first documents. Return samples in the same order on every rank."""
         n_documents = len(self.plan.indices) if how.n_documents == -1 else how.n_documents
         samples: list[tuple[int, list[Sample]]] = []
         for batch in self._batches(self.plan.indices[:n_documents]):
@@ -96,7 +94,7 @@ class Evaluator:
         return [sample for index in sorted(found) for sample in found[index]]
 
     def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
-        """Return the ids generated for each document, `(T,)`, or `(N, T)` for the section task."""
+        """Return the generated ids of each document, `(tokens,)`, or `(segments, tokens)` for the section task."""
         marks: dict[str, Any] = {}
         if self.collator.task == "sections":
             # Packing pays off because sections differ in length.
@@ -134,7 +132,7 @@ class Evaluator:
         )
 
     def _batches(self, indices: list[int]) -> Iterator[Batch]:
-        """Yield the batches of this rank by increasing number of segments."""
+        """Yield the batches of this rank, in order of increasing number of segments."""
         lengths = dict(zip(self.plan.indices, self.plan.n_segments, strict=True))
         by_length = sorted(indices, key=lambda index: lengths[index])
         groups = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]

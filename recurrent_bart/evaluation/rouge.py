@@ -1,4 +1,4 @@
-"""ROUGE of summaries (Lin 2004), by the rouge-score package."""
+"""ROUGE of summaries (Lin 2004), computed by the rouge-score package."""
 
 from collections.abc import Hashable, Sequence
 
@@ -14,7 +14,7 @@ METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 class RougeTokenizer(tokenizers.Tokenizer):
     """Tokenizer that is identical to rouge-score's on ASCII text and keeps the words of all other scripts.
 
-    Words are normalised, so that a text and the same text in another Unicode form have the same words.
+    Words are normalised, so that all Unicode forms of a text have the same words.
     """
 
     def __init__(self) -> None:
@@ -35,9 +35,8 @@ def rouge(
 ) -> dict[str, Interval]:
     """Return the mean of `rouge_per_sample` over all texts, with its 95 % interval over documents.
 
-    `documents` names the document of each text; the texts of one document are resampled together. None: one document
-    per
-    text.
+    `documents` gives the document of each text; the texts of one document are resampled together. If it is None, each
+    text is a separate document.
     """
     scores = rouge_per_sample(predictions, references)
     names = range(len(references)) if documents is None else documents
@@ -46,7 +45,7 @@ def rouge(
     for name, *values in zip(names, *scores.values(), strict=True):
         totals_MD[:, numbers[name]] += values
         counts_MD[:, numbers[name]] += 1
-    # Metrics take the axis of seeds, so all metrics use the same draws.
+    # M metrics stand in place of S seeds, so all metrics use the same draws of D documents.
     resamples = resample(totals_MD, counts_MD)
     return {metric: resamples.of_seed(number).interval() for number, metric in enumerate(METRICS)}
 

@@ -30,7 +30,7 @@ def choose_trained(model: nn.Module, arguments: ModelArguments) -> None:
 
 
 def merged(weights: dict[str, Tensor], arguments: ModelArguments) -> dict[str, Tensor]:
-    """Merge adapters into the weights of a model, as `W + alpha / r * B A`; the result has no adapters."""
+    """Return weights without adapters: each adapted weight W becomes `W + alpha / r * B A`."""
     scale = arguments.lora_strength() / max(1, arguments.lora_r)
     plain = {name: weight for name, weight in weights.items() if ".base_layer." not in name and not is_adapter(name)}
     for name in weights:
@@ -51,5 +51,5 @@ def _inject(model: nn.Module, arguments: ModelArguments) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_strength(), target_modules=list(ADAPTED))
-    # the model is wrapped because PEFT would otherwise train a copy of the recurrence; here the original is trained
+    # without this wrapper, PEFT would train a copy of the recurrence and not the original
     inject_adapter_in_model(config, nn.ModuleDict({"adapted": model}), adapter_name=ADAPTER)

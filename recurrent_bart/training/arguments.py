@@ -50,7 +50,7 @@ def _check_choice(arguments: Any, name: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass
 class ModelArguments:
-    """Flags of the model. A flag that is not given keeps the model's value, or RecurrentBartConfig's default."""
+    """Flags of the model. Without a flag, the pretrained model's value or RecurrentBartConfig's default holds."""
 
     _argument_group_name: ClassVar[str] = "model"
 
@@ -259,7 +259,7 @@ class DataArguments:
 
 @dataclass(kw_only=True)
 class GenerationArguments:
-    """Flags of generation, without length and beams. A flag that is not given keeps the model's value."""
+    """Flags of text generation, except length and beams. Without a flag, the model's value holds."""
 
     _argument_group_name: ClassVar[str] = "generation"
 
@@ -281,7 +281,7 @@ class GenerationArguments:
         _check_at_least(self, 0, "min_new_tokens", "no_repeat_ngram_size")
 
     def generation_settings(self) -> dict[str, Any]:
-        """Return the settings that were given."""
+        """Return the generation flags that were given."""
         values = {item.name: getattr(self, item.name) for item in fields(GenerationArguments)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -427,7 +427,7 @@ class RunArguments(GenerationArguments):
         _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
         _check_at_least(self, 0, "adam_beta2")
         _check_below(self, 1, "adam_beta2")
-        # one of the two may be incomplete after a crash
+        # keep two checkpoints, because a crash may leave the newest one incomplete
         _check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
         _check_choice(self, "lr_scheduler", SCHEDULES)
@@ -445,7 +445,7 @@ class RunArguments(GenerationArguments):
         self.build_curriculum()
 
     def build_curriculum(self) -> Curriculum | None:
-        """Return the curriculum, or None without `--curriculum`; raise ValueError if its stages do not grow."""
+        """Return the curriculum, or None without `--curriculum`. Raise ValueError if its stages do not grow."""
         if self.curriculum is None:
             return None
         stages = parse_stages(self.curriculum)
@@ -484,7 +484,7 @@ class TrackingArguments:
 
 
 def split_tags(text: str) -> list[str]:
-    """Split a text of tags at commas."""
+    """Split a comma-separated text into a list of tags."""
     return [tag.strip() for tag in text.split(",") if tag.strip()]
 
 
@@ -508,7 +508,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse a command line. With `--resume RUN`, flags that are not given keep that run's values.
 
     Raises:
-        ValueError: A flag is unknown or out of range, there is no run to resume, or the run cannot change a given flag.
+        ValueError: A flag is unknown or out of range, there is no run to resume, or a resumed run cannot change a given
+            flag.
     """
     parser = build_parser()
     known = parser.parse_flags(argv)
@@ -536,7 +537,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _flags_of_run(folder: str, known: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved flags of a run that still exist; permission to trust files must be given again."""
+    """Return the saved flags of a run, without removed flags and without permissions to trust files."""
     saved = RunFolder(Path(folder)).read_config().get("arguments", {})
     resumed_names = set(known) - {"trust_checkpoint", "trust_remote_code"}
     saved = {group: data_flags(values) if group == "data" else values for group, values in saved.items()}
@@ -562,5 +563,5 @@ def _make_paths_absolute(arguments: Arguments) -> None:
 
 
 def data_flags(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the data flags of a run. Runs older than `--held_out_by` held documents out by line."""
+    """Return the data flags of a run. Runs older than `--held_out_by` chose validation documents by line number."""
     return {"held_out_by": "line"} | saved

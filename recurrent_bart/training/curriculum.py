@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Stages with a growing limit of segments per document; the trainer holds the current stage.
+    """Stages of training with a growing limit of segments per document. `TrainerState` holds the current stage.
 
     Attributes:
-        stages: Most segments of a document in each stage.
+        stages: Largest number of segments per document in each stage.
         stage_steps: Optimizer steps after which a stage ends in any case; 0: no limit.
-        seed: Seed of the drawn numbers.
+        seed: Seed of the numbers that `draw` returns.
 
     Raises:
         ValueError: A stage has fewer segments than the stage before.
@@ -29,25 +29,26 @@ class Curriculum:
             )
 
     def longest(self, stage: int) -> int:
-        """Return the most segments of a document in a stage; after the last stage, its limit."""
+        """Return a stage's limit of segments per document. After the last stage, the last limit stays."""
         return self.stages[min(stage, len(self.stages) - 1)]
 
     def draw(self, stage: int, step: int) -> int:
-        """Draw the number of segments of a step uniformly from 1 to the stage's limit; equal on every rank."""
+        """Draw a step's number of segments per document, from 1 to the stage's limit. All ranks draw the same."""
         digest = hashlib.sha256(f"{self.seed} segments {step}".encode()).digest()
         return 1 + int.from_bytes(digest[:8]) % self.longest(stage)
 
     def is_over(self, stage: int, n_steps: int, is_reached: bool) -> bool:
-        """Return True if the next stage begins.
+        """Return True if the current stage is over.
 
-        The current stage has had `n_steps` optimizer steps. `is_reached`: the training loss has reached its threshold.
+        `n_steps` counts the optimizer steps of this stage. `is_reached` is True if the training loss reached its
+        threshold.
         """
         is_last = stage >= len(self.stages) - 1
         return not is_last and (is_reached or 0 < self.stage_steps <= n_steps)
 
 
 def parse_stages(text: str) -> tuple[int, ...]:
-    """Parse stages that are written as `1,2,4,8`; raise ValueError if they are not integers."""
+    """Parse stages that are written as `1,2,4,8`. Raise ValueError if they are not integers."""
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:

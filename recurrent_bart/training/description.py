@@ -26,7 +26,7 @@ def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> Learnin
 def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict[str, Any]:
     """Return the values of flags whose default follows from other flags.
 
-    The flags themselves are saved as given: on `--resume`, the defaults follow from the flags given then.
+    The run saves the flags as given, so that `--resume` derives the defaults again from the flags of the resumed run.
     """
     run, rates = arguments.run, learning_rates(arguments, config)
     curriculum = run.build_curriculum()
@@ -40,7 +40,7 @@ def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict
 
 
 def oracle_at(run: RunArguments, order: DocumentOrder, step: int) -> Oracle | None:
-    """Build the oracle of scheduled sampling at a step; None without `--oracle`."""
+    """Return the oracle that replaces decoder inputs in scheduled sampling at a step, or None without `--oracle`."""
     if run.oracle == "none":
         return None
     share = gold_probability(order.epoch(step), run.oracle_decay)

@@ -12,7 +12,7 @@ N_PADDING_STEPS = 50
 
 
 def build_order(arguments: Arguments, prepared: Preparation, world_size: int, state: TrainerState) -> DocumentOrder:
-    """Build the order of the training documents, from the position of the trainer state.
+    """Build the order of the training documents, starting at the position that the trainer state stores.
 
     Raises:
         ValueError: `--tokens_per_batch` is given and the run began with batches of a fixed number of documents.
@@ -48,7 +48,7 @@ def by_documents(run: RunArguments, n_segments: list[int], world_size: int, stat
 
 
 def store_data_position(order: DocumentOrder, state: TrainerState) -> None:
-    """Store the position of an order in the trainer state, from which `build_order` continues."""
+    """Store in the trainer state the position from which `build_order` continues."""
     state.n_documents = order.documents_before(state.step)
     if isinstance(order, TokenBatchOrder):
         state.order_segments = order.most_segments(state.step)
@@ -59,7 +59,7 @@ def store_data_position(order: DocumentOrder, state: TrainerState) -> None:
 def describe_data_order(
     arguments: Arguments, prepared: Preparation, world_size: int, order: DocumentOrder
 ) -> list[str]:
-    """Return lines with the documents or tokens of a step and the share of padding."""
+    """Return log lines that state the documents or tokens per step, with the share of padding."""
     run = arguments.run
     parts = f"x {run.gradient_accumulation_steps} accumulated x {world_size} processes"
     times = f"{order.epoch(run.max_steps):.1f} times through the documents"

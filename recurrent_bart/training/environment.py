@@ -48,13 +48,13 @@ class Environment:
 
 
 def launched_rank() -> int:
-    """Return the rank that the launcher set; no process group is needed."""
+    """Return the rank that the launcher set, even without a process group."""
     return int(os.environ.get("RANK", 0))
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Rank of a process, and address at which rank 0 waits for the other ranks."""
+    """Rank of a process, with the network address at which rank 0 waits for all other ranks."""
 
     rank: int
     local_rank: int
@@ -64,7 +64,7 @@ class Rendezvous:
 
 
 def launched_rendezvous() -> Rendezvous:
-    """Return the rendezvous that the launcher set, or one of a single process without a launcher.
+    """Return this process's rank and rank 0's address, as set by the launcher. Without a launcher, the rank is 0.
 
     Raises:
         ValueError: The launcher set RANK, but not all other variables.
@@ -80,7 +80,7 @@ def launched_rendezvous() -> Rendezvous:
 
 
 def start_processes(timeout_minutes: int) -> Environment:
-    """Join the process group: NCCL with a GPU, gloo without; a group of one process without a launcher.
+    """Join the process group, with NCCL on GPUs and gloo on CPUs. Without a launcher, the group has one process.
 
     `timeout_minutes` limits how long a process waits for another one.
 
@@ -124,15 +124,15 @@ def is_batch_job() -> bool:
 
 
 def batch_job() -> tuple[str, int]:
-    """Return the SLURM job id, empty outside a job, and the number of times the job was requeued."""
+    """Return the SLURM job id (empty outside a job), and the number of times that SLURM requeued the job."""
     return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def set_wandb_folders(folder: Path, given: Mapping[str, str]) -> None:
     """Make wandb write only into the run folder. Call this before wandb is imported.
 
-    wandb then no longer finds its settings files, so the settings from `wandb_settings` are passed as environment
-    variables.
+    wandb then no longer finds the user's settings files, so the settings from `wandb_settings` are passed as
+    environment variables.
 
     Raises:
         OSError: The folder cannot be written.
@@ -148,7 +148,7 @@ def set_wandb_folders(folder: Path, given: Mapping[str, str]) -> None:
     tempfile.TemporaryFile(dir=own).close()
     # wandb's service is not written in Python and finds no other folder if /tmp cannot be written
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())
-    # an inherited service still holds the id of a killed run
+    # a wandb service that another process started may still use the id of a killed run
     os.environ.pop("WANDB_SERVICE", None)
     # the mode is passed to wandb.init; wandb refuses to start if this variable has an unknown value
     os.environ.pop("WANDB_MODE", None)
@@ -174,9 +174,10 @@ def wandb_settings() -> dict[str, str]:
 
 
 def wandb_mode(asked: str, given: Mapping[str, str]) -> str:
-    """Return online, offline or disabled, from the flag `--wandb_mode` and the settings from `wandb_settings`.
+    """Return wandb's mode (online, offline or disabled) from the flag `--wandb_mode` and from `wandb_settings`.
 
-    The flag has precedence over the settings. Without either, the mode is online if there is an API key.
+    The flag has precedence over the settings. If neither names a mode, the mode is online with an API key and offline
+    without one.
 
     Raises:
         ValueError: The settings name an unknown mode.
@@ -201,7 +202,7 @@ def has_wandb_key(given: Mapping[str, str]) -> bool:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Return True if the run computes in bf16; raise ValueError if it is requested and the GPU does not support it."""
+    """Return True if the run computes in bf16. Raise ValueError if `precision` is bf16 and the GPU lacks it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError("--precision bf16: this GPU does not have it, use fp32")
@@ -209,7 +210,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def _silence_libraries() -> None:
-    # one progress bar per file, and messages that only DeepSpeed's developers can act on
+    # hide DeepSpeed's progress bars, one per file, and its messages that only its developers can act on
     deepspeed.utils.logger.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     # DeepSpeed uses names of collectives that newer PyTorch deprecates

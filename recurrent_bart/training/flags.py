@@ -97,7 +97,7 @@ class DataclassFlagParser(HfArgumentParser):
         )
 
     def parse_flags(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parse a command line; raise ValueError if an argument is unknown or has no usable value."""
+        """Parse a command line. Raise ValueError if an argument is unknown or has no usable value."""
         problem = describe_unknown_flag(self, args)
         if problem:
             raise ValueError(problem)
@@ -112,7 +112,7 @@ class DataclassFlagParser(HfArgumentParser):
 
 
 def describe_unknown_flag(parser: argparse.ArgumentParser, args: Sequence[str]) -> str | None:
-    """Return an error message for the first unknown flag; None if all flags are known."""
+    """Return an error message for the first unknown flag, or None if all flags are known."""
     known = [name for name in parser._option_string_actions if name.startswith("--")]
     for argument in args:
         if "\r" in argument:
@@ -126,7 +126,7 @@ def describe_unknown_flag(parser: argparse.ArgumentParser, args: Sequence[str]) 
 
 
 def suggest_flag(argument: str, known: Sequence[str]) -> str:
-    """Return the end of an error message that suggests known flags for an unknown one; may be empty."""
+    """Return text that suggests known flags in place of an unknown flag, or an empty text."""
     name = argument.split("=")[0].removeprefix("--").replace("-", "_")
     ours = [f"--{flag}" for flag in HUGGING_FACE_FLAGS.get(name, ()) if f"--{flag}" in known]
     if ours:

@@ -41,10 +41,10 @@ IF_NEW: dict[str, dict[str, Any]] = {
 def build_config(
     arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, task: str = TASKS[0]
 ) -> RecurrentBartConfig:
-    """Build the configuration of a model from scratch, or of a pretrained model with the given fields changed.
+    """Build a new model's configuration, or change the given fields of a pretrained model's configuration.
 
-    A model that is not yet Recurrent BART has the fields of `IF_NEW` by default. Another `decoder_context` switches all
-    of them off.
+    A new model and a plain BART get the fields of `IF_NEW`. If `--decoder_context` differs from the value in `IF_NEW`,
+    the model gets none of these fields.
 
     Raises:
         ValueError: A size is unknown, a field is out of range, LayerDrop is used, or the vocabulary is smaller than the

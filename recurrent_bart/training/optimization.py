@@ -25,7 +25,7 @@ def is_adapter(name: str) -> bool:
 class LearningRates:
     """Peak learning rates of BART's parameters and of the recurrence's parameters.
 
-    They may be tensors on the parameters' device, so that a captured CUDA graph can read changed values.
+    The rates may be tensors on the parameters' device, so that a captured CUDA graph can read changed values.
     """
 
     backbone: float | Tensor
@@ -33,9 +33,10 @@ class LearningRates:
 
     @classmethod
     def of(cls, run: RunArguments, is_pretrained: bool, d_model: int) -> "LearningRates":
-        """Return the given rates or their defaults.
+        """Return the learning rates from the flags, or their defaults.
 
-        The default of the recurrence is 10 times the backbone's for a pretrained model, because its parameters are new.
+        For a pretrained model, the recurrence's default is 10 times BART's rate, because the recurrence is not
+        pretrained.
         """
         backbone, recurrence = run.learning_rate, run.recurrence_learning_rate
         if backbone is None:
@@ -48,10 +49,10 @@ class LearningRates:
 def build_optimizer(
     model: nn.Module, rates: LearningRates, weight_decay: float, adam_beta2: float = 0.999
 ) -> Optimizer:
-    """Build AdamW over the trained parameters; matrices decay, all other parameters do not.
+    """Build AdamW over the trained parameters. Weight decay applies only to matrices.
 
-    The parameter groups depend only on names and shapes. A checkpoint therefore fits an optimizer with other learning
-    rates or another weight decay, even if two groups then have the same values.
+    The parameter groups depend only on parameter names and shapes, so a checkpoint also fits an optimizer with other
+    learning rates or another weight decay.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -69,19 +70,20 @@ def build_optimizer(
             for (is_new, is_decayed), members in groups.items()
         ],
         betas=(0.9, adam_beta2),
-        # one fused kernel over DeepSpeed's flat partition; the default allocates a temporary of that size per operation
+        # one fused kernel over DeepSpeed's flattened parameters; the default allocates as much temporary memory in each
+        # operation
         fused=True,
         capturable=torch.is_tensor(rates.backbone),
     )
 
 
 def build_scheduler(optimizer: Optimizer, run: RunArguments) -> LambdaLR:
-    """Build a linear warm-up, followed by the decay that `--lr_scheduler` names, to 0 at `--max_steps`."""
+    """Build the scheduler: a linear warm-up, then the decay that `--lr_scheduler` names, to 0 at `--max_steps`."""
     return LambdaLR(optimizer, learning_rate_factor(run.lr_scheduler, run.warmup_steps or 0, run.max_steps))
 
 
 def learning_rate_factor(schedule: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
-    """Return the function from a step, counted from 0, to the share of the peak learning rate."""
+    """Return a function that maps a step (counted from 0) to a share (0 to 1) of the peak learning rate."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -99,7 +101,7 @@ def learning_rate_factor(schedule: str, warmup_steps: int, max_steps: int) -> Ca
 def is_matrix(name: str, parameter: Tensor) -> bool:
     """Return True for a matrix or a stack of matrices, False for biases, norm weights and gates of attention heads.
 
-    The recurrence stacks the parameters of all layers in a first dimension. A stack of vectors therefore has two
-    dimensions or more and is recognised by its name.
+    The recurrence stacks the parameters of all layers in a first dimension, so a stack of vectors has as many
+    dimensions as a matrix. A stack of vectors is recognised by its name.
     """
     return parameter.dim() > 1 and not name.endswith(STACKED_VECTORS)

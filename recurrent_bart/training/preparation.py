@@ -39,7 +39,7 @@ class Documents:
     Attributes:
         corpus: Rows of `load_corpus`.
         plan: Indices and lengths of the documents that are read.
-        collator: Function that cuts and batches them.
+        collator: Function that cuts documents into segments and batches them.
         skipped: One reason per skipped document.
         fingerprint: Hash of the texts.
     """
@@ -109,7 +109,7 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
 
 
 def check_same_documents(folder: RunFolder, now: dict[str, dict[str, Any]]) -> None:
-    """Check that a resumed run has the documents it began with; raise ValueError if they differ."""
+    """Check that a resumed run has the documents it began with. Raise ValueError if the documents differ."""
     then = folder.read_config().get("documents")
     if then is None:
         say(f"warning: {folder.path} does not say which documents it was begun with, so they are not compared")
@@ -144,7 +144,7 @@ def open_splits(
 
 
 def find_training_sources(data: DataArguments) -> dict[str, Source]:
-    """Find the sources of all splits; raise ValueError if there is no training split."""
+    """Find the sources of all splits. Raise ValueError if there is no training split."""
     sources = sources_of(data)
     if "train" not in sources:
         raise ValueError(f"--dataset {data.dataset}: no training split; there are {', '.join(sources) or 'none'}")
@@ -152,7 +152,7 @@ def find_training_sources(data: DataArguments) -> dict[str, Source]:
 
 
 def sources_of(data: DataArguments) -> dict[str, Source]:
-    """Return the source of each existing split, and print notes about unused data."""
+    """Return the source of each split that exists. Print notes about unused data."""
     held_out = HeldOut(data.validation_share, data.held_out_by)
     sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file, held_out)
     for note in dict.fromkeys(note for source in sources.values() for note in source.notes):
@@ -169,7 +169,7 @@ def sources_of(data: DataArguments) -> dict[str, Source]:
 def find_tokenizer(
     model: ModelArguments, data: DataArguments, train: Source, saved: Path | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the saved, the named or the pretrained model's tokenizer, or train one and cache it."""
+    """Load a tokenizer (saved, named by a flag, or the pretrained model's), or train one and cache it."""
     name = saved or model.tokenizer_name or model.model_name_or_path
     if model.model_name_or_path:
         check_model_place("--model_name_or_path", model.model_name_or_path, may_be_on_hub=True)

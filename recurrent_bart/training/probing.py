@@ -12,9 +12,9 @@ N_DOCUMENTS = 2
 
 
 def probe_recurrence(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -> dict[str, Any]:
-    """Return the metrics of `recurrence_metrics` on every rank; rank 0 computes them and the other ranks wait.
+    """Return the metrics of `recurrence_metrics` on every rank. Rank 0 computes them while all other ranks wait.
 
-    They are computed on the `N_DOCUMENTS` longest documents. `model` must be gathered and in evaluation mode.
+    The metrics use the `N_DOCUMENTS` longest documents. `model` must be unsharded and in evaluation mode.
     """
     return from_first(_probe(model, evaluator) if is_first() else None)
 
@@ -27,7 +27,7 @@ def _probe(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -
         batch = evaluator.collator([{**evaluator.corpus[index], "index": index}])
         inputs = batch.model_inputs(evaluator.device)
         documents.append((inputs["input_ids"], inputs["attention_mask"], inputs["labels"]))
-    # the other ranks wait for this one; a failed metric must not end the run
+    # all other ranks wait for rank 0; a failed metric must not end the run
     try:
         return recurrence_metrics(model, documents)
     except Exception as error:

@@ -21,15 +21,15 @@ KEPT_DATA = (
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")
 # flags that change what the validation loss measures
 MEASURED = ("max_target_length", "max_n_segments", "segment_size", "input_size", "decoder_context", "context_segments")
-# flags of this start only, which are not compared
+# flags that concern only the current start; they are not compared
 NOT_COMPARED = ("output_dir", "resume", "local_rank", "trust_checkpoint")
 
 
 def changed_flags(given: Flags, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the flags that differ from the run's, each with the value before and now.
+    """Return the flags that a resumed run changes, each with its old and its new value.
 
-    `given` holds all flags of the resumed run; `saved` is the content of config.json. A saved flag that was None is
-    compared by its resolved value.
+    `given` holds all flags of the resumed run; `saved` is the content of config.json. If a saved flag is None, the
+    default that the run used is compared.
     """
     flags = {name: value for group in saved.get("arguments", {}).values() for name, value in group.items()}
     resolved = saved.get("model", {})
@@ -45,7 +45,7 @@ def changed_flags(given: Flags, saved: dict[str, Any]) -> dict[str, tuple[Any, A
 
 
 def check_resumed(given: Flags, saved: dict[str, Any]) -> None:
-    """Check that a resumed run changes no flag that must stay; raise ValueError with the flag's name if it does."""
+    """Check that a resumed run changes no flag that must stay. Raise ValueError with the flag's name if it does."""
     for name, (then, now) in changed_flags(given, saved).items():
         if name not in KEPT_MODEL + KEPT_DATA or (name in PATHS and _has_moved(then)):
             continue
@@ -77,5 +77,5 @@ def _is_same_path(name: str, then: Any, now: Any) -> bool:
 
 
 def _has_moved(path: str | None) -> bool:
-    """Return True if an absolute path no longer exists, for example on another host. Another path may replace it."""
+    """Return True if an absolute path no longer exists, for example on another host. The flag may then change."""
     return path is not None and Path(path).is_absolute() and not Path(path).exists()

@@ -68,7 +68,7 @@ AnySession = TypeVar("AnySession", bound="Session")
 
 
 def run_experiment(arguments: Arguments, environment: Environment) -> Path:
-    """Train, evaluate and save; return the run folder.
+    """Train, evaluate and save. Return the run folder.
 
     Raises:
         Interrupted: The run was asked to stop early. A checkpoint of its last step exists.
@@ -96,7 +96,7 @@ def open_session(arguments: Arguments, environment: Environment, kind: type[AnyS
 
 
 def lock_folder(arguments: Arguments) -> RunLock:
-    """Create and lock the run folder on rank 0, and set `output_dir` on every rank.
+    """Create and lock the run folder on rank 0. Set `output_dir` on every rank.
 
     Raises:
         ValueError: The folder holds a run, is locked by another run, or cannot be written.
@@ -139,7 +139,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
             f"--max_steps {run.max_steps}: the run has done {resumed.state.step} steps; --max_steps counts these too"
         )
     if "seed" in prepared.changes:
-        # the checkpoint's random states come from the previous seed
+        # replace the checkpoint's random states, which come from the seed before the change
         torch.manual_seed(run.seed + 1 + environment.rank)
         reseed_random_states(resumed.state.step)
     return kind(arguments, environment, prepared, engine, checkpoints, resumed, lock)
@@ -167,7 +167,7 @@ def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerStat
 
 
 class Session:
-    """Evaluation, checkpoints and logging of a run, besides its steps. Each rank has one session."""
+    """Work of a run between its steps: evaluation, checkpoints and logging. Each rank has one session."""
 
     def __init__(
         self,
@@ -261,7 +261,7 @@ class Session:
         self.watch(record)
 
     def watch(self, record: dict[str, Any]) -> None:
-        """Warn of a loss spike; raise ValueError after `--max_loss_spikes` warnings in a row."""
+        """Warn of a loss spike. Raise ValueError after `--max_loss_spikes` warnings in a row."""
         warning = self.spikes.warning(record)
         if warning:
             self.trackers.alert("loss is high", warning)
@@ -270,14 +270,14 @@ class Session:
             stop_all(f"{warning}; lower --learning_rate and --resume from a checkpoint before, or begin anew")
 
     def step(self, step: int) -> None:
-        """Record that a step is done. The first step takes longest, so shorten the timeout after it."""
+        """Report a finished step. The first step takes longest, so later steps get a shorter timeout."""
         self.lock.check()
         self.stall_watch.beat()
         self.display.step(step)
         set_timeout(timedelta(seconds=self.arguments.run.step_timeout_seconds))
 
     def wait_longer(self) -> None:
-        """Set the long timeout again, before an evaluation or a checkpoint."""
+        """Set the long timeout of collectives, which evaluations and checkpoints need."""
         self.lock.renew()
         self.lock.check()
         set_timeout(timedelta(minutes=self.arguments.run.timeout_minutes))
@@ -297,7 +297,7 @@ class Session:
         self.display.say(f"stopping   {name} received: finishing this step (or batch of an evaluation), then saving")
 
     def _announce_saved_model(self) -> None:
-        """Print which step's model is in RUN/model; it need not be the last step's."""
+        """Print the step whose model is in RUN/model. This step may be earlier than the last step."""
         if self.model_step is not None:
             lowest = f"validation loss {self.state.best_loss:.4f}, the lowest"
             self.display.say(f"saved      {self.folder.model}, the model after step {self.model_step}: {lowest}")
@@ -309,7 +309,7 @@ class Session:
             self.display.say(f"upload     {line}")
 
     def evaluate(self) -> bool:
-        """Compute validation loss and ROUGE, save the model if it is the best, and return True to stop early."""
+        """Compute validation loss and ROUGE, and save the best model. Return True if the run must stop early."""
         self.wait_longer()
         state, samples = self.state, []
         started = time.perf_counter()

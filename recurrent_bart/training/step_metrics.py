@@ -1,4 +1,4 @@
-"""Metrics since the last line of the log."""
+"""Metrics of a rank since the last log line."""
 
 import time
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class StepMetrics(RankMetrics):
         self.n_flops += n_flops
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Add seconds by kind of work."""
+        """Add the seconds that each kind of work took."""
         for kind, value in seconds.items():
             setattr(self, f"{kind}_seconds", getattr(self, f"{kind}_seconds") + value)
 
@@ -54,7 +54,7 @@ class StepMetrics(RankMetrics):
 
     @classmethod
     def of(cls, figures: Mapping[str, float]) -> "StepMetrics":
-        """Continue from a checkpoint's counters; start from zero if there are none."""
+        """Build metrics that continue from a checkpoint's counters. Missing counters start at zero."""
         tally = cls(started=time.perf_counter() - figures.get("seconds", 0.0))
         for name in COUNTED:
             setattr(tally, name, figures.get(name, 0.0))

@@ -1,4 +1,4 @@
-"""Start of the trackers that a run's flags ask for."""
+"""Start of the trackers (metrics.jsonl, TensorBoard, wandb) that a run's flags request."""
 
 import functools
 import socket
@@ -31,7 +31,7 @@ def start_trackers(
 ) -> Trackers:
     """Start metrics.jsonl and TensorBoard on rank 0, and wandb on the first rank of each host.
 
-    All ranks call this together, after the records that a resumed run logs again are deleted from the folder.
+    All ranks must call this function. Records that a resumed run logs again must be deleted from the folder first.
     """
     trackers: list[Tracker] = []
     if is_first():
@@ -41,7 +41,7 @@ def start_trackers(
         trackers.append(Guarded("TensorBoard", lambda: TensorBoardTracker(directory, folder.read_metrics()), warn))
     given = wandb_settings()
     mode = wandb_mode(arguments.wandb_mode, given)
-    # sent in every mode: hosts may have different modes, and no rank may wait for a message that is not sent
+    # rank 0 sends the id in every mode: hosts may have different modes, and would wait forever without it
     first = from_first(_first_id(folder, given.get("run_id")) if is_first() and mode != "disabled" else None)
     if first is not None and mode != "disabled" and environment.local_rank == 0:
         identity, problem = first
@@ -51,7 +51,7 @@ def start_trackers(
 
 
 def warn(text: str) -> None:
-    """Print a warning; on other ranks than 0, with host name and rank."""
+    """Print a warning. All ranks except 0 add their host name and rank."""
     if is_first():
         say(f"warning: {text}")
     else:
@@ -59,7 +59,7 @@ def warn(text: str) -> None:
 
 
 def _first_id(folder: RunFolder, requested_id: str | None) -> tuple[str, str]:
-    """Return the wandb id and an error text. Errors are not raised, because other ranks wait for the id."""
+    """Return the wandb id and an error text. No error is raised, because all other ranks wait for the id."""
     try:
         identity = run_id(folder.path / "wandb", requested_id)
     except OSError as error:

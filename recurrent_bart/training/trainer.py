@@ -34,7 +34,7 @@ class Trainer:
     """Training loop of an engine.
 
     Attributes:
-        engine: Sharded model.
+        engine: DeepSpeed engine with the sharded model.
         batches: Micro-batches of this rank, endless.
         run: Arguments of the run.
         state: Trainer state, changed in place.
@@ -44,7 +44,7 @@ class Trainer:
         on_step: Called with the number of each finished step.
         on_skip: Called with the reason why a step was not applied, which is equal on every rank.
         oracle: Returns the oracle of scheduled sampling at a step, equal on every rank.
-        interruption: Requests to stop early.
+        interruption: Watcher of requests to stop early.
         curriculum: Stages of the document length.
         places: Hosts and devices of all ranks.
         watch: Timer of the parts of a step.
@@ -105,11 +105,11 @@ class Trainer:
         return step == self.run.max_steps or step % self.run.eval_every == 0
 
     def is_logged_at(self, step: int) -> bool:
-        """Return True if a line of the log ends at step `step`."""
+        """Return True if a log line is written after step `step`."""
         return self.is_evaluated_after(step) or step % self.run.log_every == 0
 
     def evaluate(self) -> bool:
-        """Evaluate and write a checkpoint; return True to stop."""
+        """Evaluate and write a checkpoint. Return True to stop."""
         stops = self.on_evaluation()
         # set after the evaluation, so that a resumed run repeats an interrupted evaluation
         self.state.evaluated_step = self.state.step
@@ -118,7 +118,7 @@ class Trainer:
         return stops
 
     def save(self) -> None:
-        """Write a checkpoint with the counters since the last line of the log."""
+        """Write a checkpoint that includes the metrics counted since the last log line."""
         self.tally.add_seconds(self.watch.seconds())
         self.on_save(self.tally.figures())
 
@@ -126,7 +126,7 @@ class Trainer:
         """Run one optimizer step over `--gradient_accumulation_steps` micro-batches of every rank.
 
         Each loss is divided by the number of targets in the whole step, so that every target token has the same weight.
-        The gradients of several passes are reduced once.
+        Gradients of all passes are summed first, then reduced over ranks once.
 
         Raises:
             Interrupted: The run is asked to stop. The step has then not begun.
@@ -161,7 +161,7 @@ class Trainer:
             self.tally.loss, self.tally.n_targets = loss_before, n_targets_before
 
     def advance_curriculum(self, is_reached: bool) -> None:
-        """Begin the next stage of the curriculum if the current one is over; equal on every rank."""
+        """Begin the next stage of the curriculum if the current stage is over. All ranks decide the same."""
         state = self.state
         if self.curriculum and self.curriculum.is_over(state.stage, state.step - state.stage_began, is_reached):
             state.stage, state.stage_began = state.stage + 1, state.step
@@ -175,10 +175,10 @@ class Trainer:
         return threshold is not None and loss <= threshold and n_steps <= self.state.step - self.state.stage_began
 
     def forward_backward(self, batch: Batch, n_targets: float) -> None:
-        """Add the gradients of a micro-batch, one window of truncated BPTT after the other.
+        """Run the passes of a micro-batch: one forward and one backward pass for each truncated-BPTT window.
 
-        Every rank makes the same number of passes. DeepSpeed averages gradients over ranks, so each loss is divided by
-        the targets per rank; the result is the sum over ranks.
+        Every rank makes the same number of passes. Each loss is divided by the mean number of targets per rank, because
+        DeepSpeed averages gradients over ranks.
         """
         per_process = n_targets / self.engine.world_size
         device = self.engine.device
@@ -213,7 +213,7 @@ class Trainer:
         return Arithmetic(self.config, trained / sum(size for size, _ in sizes))
 
     def skip(self) -> None:
-        """Count a step that was not applied and report the ranks that caused it. After too many in a row, stop."""
+        """Count a step that was not applied, and report the ranks that caused it. Stop after too many in a row."""
         is_finite = gather_objects(math.isfinite(float(self.tally.loss)))
         ranks = [str(rank) for rank, finite in enumerate(is_finite) if not finite]
         what = f"loss was not finite on rank {', '.join(ranks)}" if ranks else "gradient was not finite, every loss was"
@@ -224,7 +224,7 @@ class Trainer:
             self.stop_after_skips()
 
     def stop_after_skips(self) -> None:
-        """Write a checkpoint and stop; skipped steps have not changed the weights."""
+        """Save a checkpoint, whose weights the skipped steps have not changed, then stop."""
         n_steps, self.state.n_skipped_in_row = self.state.n_skipped_in_row, 0
         self.save()
         message = (
@@ -234,7 +234,7 @@ class Trainer:
         stop_all(message)
 
     def log(self) -> None:
-        """Combine the metrics of all ranks since the last line of the log, and pass them on."""
+        """Combine the metrics of all ranks since the last log line, and call `on_log` with the result."""
         tally, self.tally = self.tally, StepMetrics()
         tally.add_seconds(self.watch.seconds())
         tally.read_memory(self.engine.device)

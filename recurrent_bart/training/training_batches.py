@@ -1,4 +1,4 @@
-"""Training batches of a rank, in the document length of the curriculum."""
+"""Training batches of a rank, with documents shortened as the curriculum requires."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from recurrent_bart.training.lifecycle.faults import explain_loader_errors
 from recurrent_bart.training.lifecycle.interruption import ignore_signals
 from recurrent_bart.training.preparation import Documents
 
-# index of a document in the plan, and number of its segments to read; None: no limit by a curriculum
+# index of a document in the plan, and number of segments to read from the document; None: no curriculum
 Reading = tuple[int, int | None]
 
 
 class TrainingBatches(Iterator[Batch]):
     """Endless iterator of one rank's micro-batches.
 
-    Worker processes make batches in advance with the stage's number of segments. When a stage ends, prepared batches
-    are discarded and made again. The step and stage of `state` are read whenever a loader starts.
+    Worker processes prepare batches for the current stage of the curriculum. When a stage ends, prepared batches are
+    discarded. The step and stage of `state` are read whenever a loader starts.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class TrainingBatches(Iterator[Batch]):
     def close(self) -> None:
         """End the worker processes.
 
-        The workers ignore signals. If this process exited before its loader, it would wait for the workers forever.
+        The workers ignore signals. If this process exited with a running loader, the process would wait for the workers
+        forever.
         """
         self.loader = iter(())
 
@@ -68,7 +69,7 @@ class TrainingBatches(Iterator[Batch]):
             num_workers=self.run.dataloader_num_workers,
             worker_init_fn=ignore_signals,
             pin_memory=self.environment.device.type == "cuda",
-            # a loader draws a seed when it starts; from the default generator, this would change the dropout of a
+            # a loader draws a seed when it starts; a draw from the default generator would change the dropout of a
             # resumed run
             generator=torch.Generator(),
         )
@@ -87,7 +88,7 @@ def _readings(
 
 @dataclass
 class IndexedRows(Dataset[dict[str, Any]]):
-    """Documents of a plan, by their index in the plan."""
+    """Data set of the documents in a plan, indexed as in the plan."""
 
     documents: Documents
 

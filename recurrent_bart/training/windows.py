@@ -27,14 +27,14 @@ def window_losses(
     n_items: float,
     oracle: Oracle | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the loss of each window of a batch. The caller must run each backward pass before the next window.
+    """Yield the loss of each truncated-BPTT window. Run the backward pass of each loss before taking the next loss.
 
     Args:
         model: Model, or an engine around it.
-        config: Its configuration.
+        config: Configuration of the model.
         batch: Documents.
         device: Device of the model.
-        n_windows: Number from `count_windows`, or more.
+        n_windows: Number of windows; at least the result of `count_windows`.
         n_items: Divisor of the summed losses.
         oracle: Oracle of scheduled sampling.
     """
@@ -51,10 +51,10 @@ def window_losses(
 
 
 def has_windows(batch: Batch, config: RecurrentBartConfig) -> bool:
-    """Return True if the windows of a batch have separate backward passes.
+    """Return True if each truncated-BPTT window of a batch has its own backward pass.
 
-    This needs truncated BPTT and one target per segment. With one target at the end, the segments before the last
-    window run without an autograd graph.
+    Separate passes need truncated BPTT and one target per segment. With one target at the end, the segments before the
+    last window run without an autograd graph.
     """
     return config.bptt_window is not None and batch.labels.dim() == 3
 
@@ -65,10 +65,10 @@ def count_windows(batch: Batch, config: RecurrentBartConfig) -> int:
 
 
 def bptt_windows(batch: Batch, window: int, n_windows: int) -> Iterator[Batch]:
-    """Cut a batch with one target per segment at the boundaries that gradients do not cross.
+    """Split a batch into truncated-BPTT windows. Gradients do not cross the boundary between two windows.
 
-    Memory then holds the autograd graph of one window, for any number of segments. Documents are aligned at their end,
-    as in the encoder, so all have the same boundaries. A short document has only padding in the first windows.
+    Memory holds the autograd graph of only one window at a time. Documents are aligned at their end, as in the encoder,
+    so all documents have the same boundaries. A short document has only padding in the first windows.
 
     Args:
         batch: Batch with labels `(B, N, T)`.

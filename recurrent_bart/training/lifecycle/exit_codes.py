@@ -34,7 +34,7 @@ class Outcome:
 
     @classmethod
     def of(cls, error: BaseException | None, step: int) -> "Outcome":
-        """Build the outcome from the error that ended the run, or from None."""
+        """Build the outcome from the error that ended the run, or from None if the run is complete."""
         return cls(code_of(error), "" if error is None else str(error) or type(error).__name__, step)
 
     def fields(self) -> dict[str, object]:
@@ -43,7 +43,7 @@ class Outcome:
 
 
 def code_of(error: BaseException | None) -> ExitCode:
-    """Return the exit code for an error, or for None."""
+    """Return the exit code for the error that ended the run; None means a complete run."""
     if error is None:
         return ExitCode.DONE
     if isinstance(error, Interrupted):

@@ -1,4 +1,4 @@
-"""Error messages for faults during training that say what the user can do."""
+"""Error messages for failures during training. Each message says what the user can do."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ class Fault(RuntimeError):  # noqa: N818, named as its exit code is
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
-    """Turn an out-of-memory error into a Fault that names the batch size and the flags that reduce memory."""
+    """Replace an out-of-memory error by a Fault, whose message names the batch size and the flags that save memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -44,7 +44,7 @@ def explain_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling_of_disk(path: Path) -> Iterator[None]:
-    """Turn a write error into a Fault that names the file, the free space and how to resume."""
+    """Replace a write error by a Fault, whose message names the file, the free space and how to resume."""
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:
@@ -59,7 +59,7 @@ def telling_of_disk(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_loader_errors() -> Iterator[None]:
-    """Reduce the ValueError of a data loader worker to its last line, without the worker's traceback."""
+    """Raise a data loader worker's ValueError again with only its last line, without the worker's traceback."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Requests to stop a run early: a signal, a file in its folder, or a time limit."""
+"""Requests to stop a run early: a signal, a file in the run folder, or a time limit."""
 
 import contextlib
 import queue
@@ -20,15 +20,15 @@ REASONS = (*(number.name for number in SIGNALS), "the stop file", "--max_minutes
 
 
 class Interrupted(Exception):  # noqa: N818, for it is no error
-    """Exception that all ranks raise at the same step when the run was asked to stop. It names the reason."""
+    """Exception that all ranks raise at the same step when the run was asked to stop. The message names the reason."""
 
 
 @dataclass
 class Interruption:
-    """Watcher of requests to stop, which makes all ranks stop at the same step.
+    """Collector of requests to stop the run. All ranks stop at the same step.
 
-    Each rank votes at each step. The votes join a sum over ranks that the step computes anyway, so a signal to one rank
-    is enough.
+    Each rank votes at each step. Votes are added up in a sum over ranks that the step computes anyway, so a signal to
+    one rank is enough.
 
     Attributes:
         stop_file: Path whose existence asks to stop; only rank 0 checks it.
@@ -46,7 +46,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Record signals within this block. They do not end the process."""
+        """Collect signals within this block. The signals do not end the process."""
         announcer = threading.Thread(target=self._announce, daemon=True)
         announcer.start()
         try:
@@ -57,20 +57,20 @@ class Interruption:
             announcer.join()
 
     def votes(self) -> list[float]:
-        """Return 1 for each reason to stop that this rank knows, else 0, in the order of `REASONS`."""
+        """Return one vote for each entry of `REASONS`: 1 if this rank knows this reason to stop, else 0."""
         # on a network file system, ranks may see the file at different times
         is_there = is_first() and self.stop_file is not None and self.stop_file.exists()
         is_late = self.max_minutes is not None and minutes_since_start() >= self.max_minutes
         return [float(known) for known in (*(number in self.received for number in SIGNALS), is_there, is_late)]
 
     def obey(self, votes: Sequence[float]) -> None:
-        """Raise Interrupted if any rank voted to stop; `votes` are summed over ranks."""
+        """Raise Interrupted if any rank voted to stop. `votes` are sums over all ranks."""
         for reason, count in zip(REASONS, votes, strict=True):
             if count:
                 raise Interrupted(reason)
 
     def ask(self, device: torch.device | None = None) -> None:
-        """Vote and obey with a separate sum over ranks. All ranks must call it."""
+        """Sum the votes of all ranks. Raise Interrupted if any rank voted to stop. All ranks must call `ask`."""
         self.obey(sum_over_ranks(*self.votes(), device=device))
 
     def _receive(self, number: int, _: Any) -> None:

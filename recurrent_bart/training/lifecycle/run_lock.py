@@ -1,7 +1,7 @@
 """Lock of a run folder: only one run at a time trains in it.
 
-RUN/lock names the process that trains. A thread of the process renews the file's modification time. The lock of a dead
-process is taken over: at once if its death can be verified, else after a minute without renewal.
+RUN/lock names the process that trains. A thread of the process renews the file's modification time. A new run takes
+over the lock of a dead process: at once if the death can be verified, else after a minute without renewal.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Holder:
 
     Attributes:
         host: Host name.
-        machine: Boot id and process namespace; process ids are comparable only if it is equal.
+        machine: Boot id and process namespace. Process ids can be compared only if both are equal.
         pid: Process id.
         started: Start of the process in seconds since the epoch, because process ids are reused.
         job: Batch job id; empty: none.
@@ -129,7 +129,7 @@ class RunLock:
         threading.Thread(target=self._keep_renewing, name="run lock", daemon=True).start()
 
     def renew(self) -> None:
-        """Renew the file's modification time, and detect if another run has taken over the lock."""
+        """Renew the lock file's modification time, and detect if another run has taken over the lock."""
         if not self.is_held or self.is_lost:
             return
         # an error of the file system does not mean that another run has the lock
@@ -143,7 +143,7 @@ class RunLock:
                 self.is_lost = True
 
     def check(self) -> None:
-        """Raise RunLockLostError if another run has taken over the lock, because this one did not renew it in time."""
+        """Raise RunLockLostError if another run has taken over a lock that this run did not renew in time."""
         if self.is_lost:
             raise RunLockLostError(
                 f"{self.folder}: another run has taken it over, because this one stood still for more than "
@@ -167,7 +167,7 @@ class RunLock:
                 folder.rmdir()
 
     def _read(self) -> Seen | None:
-        """Read the lock file; None if there is none. Opening it makes a network file system ask its server."""
+        """Read the lock file. Return None without a file. Opening a file updates a network file system's cache."""
         try:
             with self.file.open(encoding="utf-8") as file:
                 renewed, text = os.fstat(file.fileno()).st_mtime, file.read()
@@ -179,7 +179,7 @@ class RunLock:
             return Seen(None, renewed)
 
     def _create(self, seen: Seen | None) -> bool:
-        """Create the lock file if there is none; return True if this process created it."""
+        """Create the lock file unless it exists. Return True if this process created the file."""
         if seen is not None:
             return False
         with self._draft() as draft:
@@ -213,7 +213,7 @@ class RunLock:
             draft.unlink(missing_ok=True)
 
     def _take_over(self, seen: Seen) -> bool:
-        """Replace a dead process's file; return False if a third process changed it first."""
+        """Replace the lock file of a dead process. Return False if a third process changed the file first."""
         with _folder_lock(self.folder):
             if self._read() != seen:
                 return False
@@ -222,7 +222,7 @@ class RunLock:
         return True
 
     def _wait_until_gone(self, seen: Seen) -> None:
-        """Wait until the holder is dead or the file has changed hands; raise ValueError if the holder lives."""
+        """Wait until the holder is dead or the lock file names another holder. Raise ValueError if the holder lives."""
         is_gone = seen.holder and seen.holder.is_gone(self.holder)
         if is_gone is False:
             raise self._refusal(seen)
@@ -247,7 +247,7 @@ class RunLock:
         )
 
     def _now(self) -> float:
-        """Return the time by the file system's clock, because renewal times use this clock."""
+        """Return the current time of the file system's clock, which also sets the modification times of lock files."""
         with tempfile.TemporaryFile(dir=self.folder) as probe:
             return os.fstat(probe.fileno()).st_mtime
 

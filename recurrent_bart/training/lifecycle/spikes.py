@@ -13,8 +13,8 @@ FACTOR, MARGIN = 2.0, 0.5
 class SpikeWatch:
     """Comparison of each log line's loss with the median of earlier lines.
 
-    It uses logged values, which are equal on every rank, so it adds no cost to a step. It does not skip steps: all
-    ranks would have to agree on the loss before each update, and `--max_grad_norm` already bounds the effect of one
+    The comparison uses logged losses, which are equal on every rank, so it costs a step nothing. No step is skipped:
+    all ranks would have to agree on the loss before each update, and `--max_grad_norm` already bounds the effect of one
     batch.
     """
 

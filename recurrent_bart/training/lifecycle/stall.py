@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class StallWatch:
-    """Watchdog that reports once when there is no heartbeat, and again only after a new heartbeat.
+    """Watchdog that reports a missing heartbeat (call of `beat`) once, and again only after a new heartbeat.
 
     Args:
         seconds: Longest time without a heartbeat.
@@ -27,7 +27,7 @@ class StallWatch:
         self._thread.join()
 
     def beat(self) -> None:
-        """Record a heartbeat."""
+        """Report progress, which restarts the waiting time."""
         self._heartbeat.set()
 
     def _watch(self) -> None:

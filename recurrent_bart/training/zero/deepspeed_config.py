@@ -72,12 +72,12 @@ PLAIN = {
 
 
 def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: float, use_bf16: bool) -> dict[str, Any]:
-    """Read a JSON file with a DeepSpeed configuration and set the keys that the run owns.
+    """Read a JSON file with a DeepSpeed configuration and set the keys that only the run may set.
 
-    The trainer accumulates gradients itself, over windows as well as batches, so DeepSpeed's accumulation is 1.
+    The trainer itself accumulates gradients over truncated-BPTT windows and batches, so DeepSpeed's accumulation is 1.
 
     Raises:
-        ValueError: The file cannot be read, or has an unknown key or a key that the run owns.
+        ValueError: The file cannot be read, or has an unknown key or a key that only the run may set.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
@@ -89,7 +89,7 @@ def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: flo
     except ValueError as error:
         raise ValueError(f"--deepspeed {path}: {error}") from error
     config = _without_auto(config)
-    # DeepSpeed's default is the precision of the weights
+    # DeepSpeed would by default accumulate gradients in the precision of the weights
     types = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
     return config | {
         "data_types": types,
@@ -148,7 +148,7 @@ def _check_against(schema: type[BaseModel], section: dict[str, Any], name: str) 
 
 
 def _schema_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the schema of a field that is a section, optional or not; None for other fields."""
+    """Return the schema of a field that holds a section or an optional section, or None for any other field."""
     choices = [annotation, *typing.get_args(annotation)]
     return next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 

@@ -54,7 +54,7 @@ class Patch:
     is_needed: bool = False
 
     def absent(self, engine: DeepSpeedEngine) -> list[str]:
-        """Return the names that the installed DeepSpeed does not have."""
+        """Return the names in `names` that the installed DeepSpeed does not have."""
         roots = SimpleNamespace(engine=engine, optimizer=engine.optimizer, accelerator=get_accelerator(), nvtx=nvtx)
         return [name for name in self.names if not _exists(roots, name)]
 
@@ -84,7 +84,7 @@ def apply_patches(engine: DeepSpeedEngine) -> None:
 
 
 def skip_shared_memory_operator() -> None:
-    """Stop DeepSpeed from compiling, for a minute, an all-reduce that only CPU inference uses."""
+    """Prevent a compilation that takes a minute: DeepSpeed compiles an all-reduce that only CPU inference uses."""
     operators = getattr(deepspeed.ops, "__compatible_ops__", None)
     if operators is None:
         say(f"warning: DeepSpeed {deepspeed.__version__} has no ops.__compatible_ops__: it may compile for a minute")
@@ -109,8 +109,8 @@ def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
 def without_bf16_optimizer(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration with which ZeRO-1 in bfloat16 reduces gradients as ZeRO-2 does.
 
-    If ZeRO-1 sums gradients in float32, DeepSpeed uses another optimizer wrapper. That wrapper cannot reduce several
-    passes once and has no norms of single gradients. `sum_in` sets the data type afterwards.
+    If ZeRO-1 sums gradients in float32, DeepSpeed uses another optimizer wrapper. That wrapper cannot reduce the
+    gradients of several passes together and computes no norm per gradient. `sum_in` sets the data type afterwards.
     """
     if config["zero_optimization"]["stage"] != 1 or not config.get("bf16", {}).get("enabled"):
         return dict(config)
@@ -147,7 +147,7 @@ def exchanging_gradients_in(optimizer: Any, dtype: torch.dtype) -> Iterator[None
 
 
 def give_gradient(optimizer: Any, parameter: Any, gradient: Tensor) -> None:
-    """Give a ZeRO optimizer a whole gradient of any data type, within `exchanging_gradients_in`."""
+    """Pass an unsharded gradient of any data type to a ZeRO optimizer, within `exchanging_gradients_in`."""
     if _reads_grad_accum(optimizer):
         parameter.grad_accum = gradient
     else:
@@ -182,7 +182,7 @@ def _has_offload(optimizer: Any) -> bool:
 
 
 def shorten_accelerator_calls(engine: DeepSpeedEngine | None = None) -> None:
-    """Make DeepSpeed read streams from PyTorch directly and emit no profiler ranges, in all engines."""
+    """Make DeepSpeed, in all engines, read CUDA streams from PyTorch directly and emit no profiler ranges."""
     nvtx.enable_nvtx = False
     accelerator = get_accelerator()
     if accelerator.device_name() == "cuda":
@@ -195,7 +195,7 @@ def shorten_accelerator_calls(engine: DeepSpeedEngine | None = None) -> None:
 
 def _reduce_whole_buckets(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
-    # not for gradients in CPU memory (offload) or with other reductions
+    # this patch supports neither gradients in CPU memory (offload) nor other kinds of reduction
     if not (_has_offload(optimizer) or optimizer.zenflow or optimizer.all2all_process_group is not None):
         setattr(optimizer, f"{PRIVATE}avg_scatter_grads", functools.partial(average_and_scatter, optimizer))
         optimizer.partition_grads = functools.partial(keep_partitions, optimizer)

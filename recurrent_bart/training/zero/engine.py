@@ -26,12 +26,12 @@ from recurrent_bart.training.zero.gradient_sums import StepGradients
 def build_engine(
     model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, config: dict[str, Any]
 ) -> DeepSpeedEngine:
-    """Shard a model and its optimizer; raise ValueError if DeepSpeed lacks a name that is needed for correct numbers.
+    """Shard a model and its optimizer. Raise ValueError if DeepSpeed lacks a name that is needed for correct numbers.
 
-    ZeRO-3 gathers parameters at each call of a module. The recurrence calls every layer once per segment. The encoder
-    is therefore a leaf, which is gathered as a whole once per forward pass. Ranks may then read different numbers of
-    segments in one step. The decoder is a leaf too: hooks on its submodules take more CPU time than the submodules take
-    GPU time. A whole decoder can also be replayed as a CUDA graph.
+    ZeRO-3 gathers parameters at each call of a module, and the recurrence calls every layer once per segment. To gather
+    less often, the whole encoder is a leaf: a module that ZeRO-3 gathers once per forward pass. Ranks may then read
+    different numbers of segments in one step. The decoder is a leaf too: hooks on its submodules take more CPU time
+    than the submodules take GPU time. A whole decoder can also be replayed as a CUDA graph.
     """
     if config["zero_optimization"]["stage"] == 3:
         set_z3_leaf_modules(model, [RecurrentBartEncoder, RecurrentBartDecoder])
@@ -48,7 +48,7 @@ def build_engine(
 
 
 def _take_embedding_out(model: RecurrentBartModel, name: str) -> None:
-    """Make the token embedding of a leaf a child of the model, and a plain attribute of the leaf.
+    """Move the token embedding out of a leaf (a module that ZeRO-3 gathers as a whole), into the model.
 
     The embedding computes the leaf's input, so its gradient arrives after the leaf's backward pass. DeepSpeed has then
     already reduced the leaf's gradients, and the embedding's gradient would be silently lost.
@@ -64,7 +64,7 @@ def _take_embedding_out(model: RecurrentBartModel, name: str) -> None:
 
 @contextlib.contextmanager
 def reducing_once(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Sum the gradients of all backward passes in this block, and reduce the sums over ranks once at its end.
+    """Sum the gradients of all backward passes in this block. Reduce the sums over ranks once, at the end.
 
     The sums have the data type `grad_accum_dtype` of the configuration. If a pass fails, nothing is reduced: this rank
     would wait forever for ranks that do not reduce.
@@ -85,11 +85,11 @@ def reducing_once(engine: DeepSpeedEngine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered_for_evaluation(engine: DeepSpeedEngine) -> Iterator[Any]:
-    """Gather the whole model on every rank, in evaluation mode, so that ranks may call it different numbers of times.
+    """Gather the whole model on every rank, in evaluation mode. Each rank may call the model any number of times.
 
-    Under ZeRO-3 every call of a module is a collective: processes would have to generate texts of the same length, and
-    each token would cost a gathering of every layer. It takes the memory of the whole model in the precision that is
-    computed in.
+    In a sharded ZeRO-3 model, every call of a module is a collective. Ranks would have to generate texts of the same
+    length, and each token would gather every layer. Gathering needs memory for the whole model, in the precision of the
+    computation.
     """
     module = engine.module
     engine.eval()

@@ -57,8 +57,8 @@ def keep_partitions(optimizer: Any, parameters: Sequence[Any], partitions: Seque
     stream = None if accelerator.is_synchronized_device() else accelerator.current_stream()
     for parameter in parameters:
         if stream is not None:
-            # the gradient was allocated on another stream, which must not reuse its memory before this stream has read
-            # it
+            # the gradient was allocated on another CUDA stream, which must not reuse the memory before this stream has
+            # read it
             parameter.grad.record_stream(stream)
         parameter.grad = None
     return own

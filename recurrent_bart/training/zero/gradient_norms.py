@@ -13,8 +13,8 @@ from recurrent_bart.model.loading import is_recurrence
 class GradientNorms:
     """Squared gradient norms of this rank's partition, for backbone and recurrence.
 
-    Their sum over ranks is the square of the whole gradient's norm, because ZeRO keeps each gradient element on one
-    rank. DeepSpeed's norm over all parameters is computed from the same numbers.
+    The sum of these squares over ranks is the square of the whole gradient's norm, because ZeRO keeps each gradient
+    element on one rank. DeepSpeed's norm over all parameters is computed from the same numbers.
     """
 
     def __init__(self, engine: DeepSpeedEngine):
@@ -23,9 +23,10 @@ class GradientNorms:
 
     @torch.no_grad()
     def squares(self) -> tuple[float, float]:
-        """Return the squared norms of backbone and recurrence, between the last backward pass of a step and its update.
+        """Return the squared gradient norms of backbone and recurrence.
 
-        Both are NaN if the optimizer keeps no gradients of single parameters (ZeRO-1 with `grad_accum_dtype`).
+        Call this method between the last backward pass of a step and its update. Both norms are NaN if the optimizer
+        keeps no gradients of single parameters (ZeRO-1 with `grad_accum_dtype`).
         """
         if not hasattr(self.optimizer, "averaged_gradients"):
             return math.nan, math.nan

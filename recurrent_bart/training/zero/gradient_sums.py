@@ -21,7 +21,7 @@ from recurrent_bart.training.zero.deepspeed_patches import FLUSHES, exchanging_g
 def add_gradients(
     sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None], dtype: torch.dtype = torch.float32
 ) -> list[Tensor | None]:
-    """Add gradients to sums of another data type; return the sums.
+    """Add gradients to sums of another data type. Return the sums.
 
     Existing sums are changed in place. A gradient without a sum becomes the sum, in data type `dtype`. A sum without a
     gradient stays.
@@ -41,7 +41,7 @@ def add_gradients(
 
 
 def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Add the second tensor of each pair to the first; on a GPU in one kernel launch where a kernel can."""
+    """Add the second tensor of each pair to the first. On a GPU, use one kernel launch where data types allow it."""
     by_kernel: list[tuple[Tensor, Tensor]] = []
     if pairs[0][0].is_cuda and importlib.util.find_spec("triton") is not None:
         from recurrent_bart.execution.kernels.gradient_sum import add_to_sums, can_add
@@ -103,7 +103,7 @@ class StepGradients:
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[None]:
-        """Collect after each backward pass in this block, and reduce when DeepSpeed flushes."""
+        """Collect gradients after each backward pass in this block. Reduce them when DeepSpeed flushes its buckets."""
         engine = self.engine
         backward = engine.backward
 

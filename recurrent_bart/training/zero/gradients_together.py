@@ -1,7 +1,7 @@
 """Norm and finiteness of all gradients, computed together.
 
-DeepSpeed computes them separately for each of BART-large's 532 gradients. Its update then took 103 ms of a 304 ms step,
-on an H100 with 8 documents of 8 segments (benchmarks/LOG.md).
+DeepSpeed computes both values separately for each of BART-large's 532 gradients. The optimizer update then took 103 ms
+of a 304 ms step, on an H100 with 8 documents of 8 segments (benchmarks/LOG.md).
 """
 
 import itertools
@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 def norm_of_all(
     norm_of_each: Callable[..., Tensor], gradients: Sequence[Tensor], parameters: Sequence[Tensor], norm_type: float = 2
 ) -> Tensor:
-    """Return the gradient norm over all ranks: DeepSpeed's function gets this rank's norm as a single gradient."""
+    """Return the gradient norm over all ranks. DeepSpeed's function gets this rank's norm as if it were a gradient."""
     own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     if not own:
         return norm_of_each(gradients, parameters, norm_type)
