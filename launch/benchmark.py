@@ -1,4 +1,4 @@
-"""Compare our model with other long-document models: `python launch/benchmark.py --suite quick`."""
+"""Compare Recurrent BART with other long-document models: `python launch/benchmark.py --suite quick`."""
 
 import argparse
 import platform
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     place = place_of(arguments)
-    # Other models print notes on their settings between the lines of our output.
+    # Keep notes of other models on their settings out of this script's output.
     transformers.logging.set_verbosity_error()
     faults = find_wrong_results(place.device)
     if faults:
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
 
 
 def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
-    """Return the requested groups of the suite, reduced to the requested models.
+    """Return the requested groups of the suite with only the cases of the requested models.
 
     Raises:
         ValueError: A group is unknown, or no case is left.
@@ -146,7 +146,7 @@ def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
 
 
 def place_of(arguments: argparse.Namespace) -> Place:
-    """Return the settings that all models share."""
+    """Return the settings that all benchmarked models share."""
     model_size = arguments.model_size or ("large" if arguments.suite == "headline" else "tiny")
     return Place(
         model_size=model_size,

@@ -31,7 +31,7 @@ from recurrent_bart.training.environment import Environment, launched_rank, star
 from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.preparation import open_documents, sources_of
 
-# Flags for the documents. If one of them is given, the run's values of all four are ignored.
+# Flags for the documents. If one of these flags is given, the values of all four flags in the run are ignored.
 PLACES = ("dataset", "train_file", "validation_file", "test_file")
 
 
@@ -86,14 +86,14 @@ class Results:
     rouge: dict[str, Interval]
 
     def lines(self) -> list[str]:
-        """Return the lines to print."""
+        """Return the results as lines of text."""
         figures = {"documents": str(self.n_documents), "texts": str(self.n_texts), "loss": f"{self.loss:.4f}"}
         scores = {name: f"{score:.2f}" for name, score in self.rouge.items()}
         return [f"{name:<10} {figure}" for name, figure in (figures | scores).items()]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArguments]:
-    """Parse a command line; data flags default to the values of the model's run.
+    """Parse a command line. Data flags default to the values of the run that trained the model.
 
     Raises:
         ValueError: A flag is unknown or out of range, or the run's configuration is unreadable.
@@ -119,7 +119,7 @@ def _given_places(argv: Sequence[str]) -> list[str]:
 
 
 def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: Environment) -> Results:
-    """Compute loss and ROUGE; ranks share the documents, and all return the same results.
+    """Compute loss and ROUGE. Each rank reads a part of the documents. All ranks return the same results.
 
     Raises:
         ValueError: The model or the documents are unusable.
@@ -152,7 +152,7 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
 
 
 def first_documents(plan: DocumentPlan, limit: int) -> DocumentPlan:
-    """Return a plan of the first `limit` documents; -1 keeps all."""
+    """Return a plan with only the first `limit` documents. -1 keeps all documents."""
     end = None if limit == -1 else limit
     return replace(plan, indices=plan.indices[:end], n_segments=plan.n_segments[:end])
 
@@ -172,12 +172,12 @@ def report(results: Results, file: str | None) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate and report on rank 0; return the exit code."""
+    """Evaluate the model, print the results on rank 0, and return the exit code."""
     rank = launched_rank()
     try:
         arguments, data = parse_arguments(argv)
     except ValueError as error:
-        # All ranks parse the same command line, but some start much earlier.
+        # All ranks parse the same command line, but some ranks start much earlier than rank 0.
         if rank == 0:
             return fail(error)
         log_on_first_rank(seconds=30)
@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def fail(error: ValueError) -> int:
-    """Print the error on one line; return the exit code."""
+    """Print the error on one line. Return the exit code."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return 2
 

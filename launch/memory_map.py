@@ -1,4 +1,4 @@
-"""Show which parts of a document are read from the state: `python launch/memory_map.py --model RUN/model FILE`."""
+"""Show which parts of a document a model reads from the state: `python launch/memory_map.py --model RUN/model FILE`."""
 
 import argparse
 import sys
@@ -72,7 +72,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run the script; return the exit code."""
+    """Run the script. Return the exit code."""
     arguments = parse_arguments(argv)
     logging.disable_progress_bar()
     try:

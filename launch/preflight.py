@@ -1,4 +1,4 @@
-"""Test every node before a long run, and name the bad ones: `sbatch slurm/preflight.sh`."""
+"""Test every node before a long run, and print the names of bad nodes: `sbatch slurm/preflight.sh`."""
 
 import argparse
 import os
@@ -74,7 +74,7 @@ def build_parser() -> FlagParser:
 
 
 def main(argv: list[str]) -> int:
-    """Test this node, send the report to rank 0, and let rank 0 judge; return the exit code."""
+    """Test this node and send a report to rank 0, which judges all nodes. Return the exit code."""
     arguments = build_parser().parse_flags(argv)
     meeting = launched_rendezvous()
     try:
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
 
 
 def lead(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.Store, report: Report) -> int:
-    """Collect the reports of all ranks on rank 0, judge the nodes and print the result; return the exit code."""
+    """Collect the reports of all ranks on rank 0. Judge the nodes, print the result, and return the exit code."""
     reports = collect(store, "alone", meeting.world_size, arguments.wait)
     # A missing GPU or process would block all ranks in the network test.
     can_meet = all(other and other.n_gpus >= arguments.gpus for other in reports)
@@ -111,9 +111,9 @@ def lead(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.Store, 
 
 
 def decision(store: dist.Store, seconds: float) -> bool:
-    """Return True if rank 0 decides to test the network."""
+    """Wait for the decision of rank 0. Return True if rank 0 decides to test the network."""
     try:
-        # Twice the time, because rank 0 waits for other ranks before it decides.
+        # Wait for twice the time, because rank 0 waits for other ranks before it decides.
         store.wait(["decision"], timedelta(seconds=2 * seconds))
     except RuntimeError:
         return False
@@ -121,7 +121,7 @@ def decision(store: dist.Store, seconds: float) -> bool:
 
 
 def try_network(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.Store, report: Report) -> None:
-    """Measure the network; add a failure to the report."""
+    """Measure the network. Add a failure to this rank's report."""
     try:
         measure_network(report, meeting, store, arguments.per_node, arguments.wait)
     except RuntimeError as error:
@@ -129,7 +129,7 @@ def try_network(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.
 
 
 def tell(nodes: list[Node], wrong: dict[str, list[str]]) -> int:
-    """Print the results; return the exit code."""
+    """Print one line per node and the problems of bad nodes. Return the exit code."""
     for node in nodes:
         print(node.line())
     for name, problems in wrong.items():
@@ -144,5 +144,5 @@ def tell(nodes: list[Node], wrong: dict[str, list[str]]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    # Other ranks may never answer, and the threads of a process group would wait for them.
+    # Other ranks may never answer, and threads of the process group would wait for these ranks.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Report on runs as one HTML page: `python launch/report.py RUN [RUN ...]`."""
+"""Write one HTML page that reports on runs: `python launch/report.py RUN [RUN ...]`."""
 
 import argparse
 import sys
@@ -39,7 +39,7 @@ def spikes(folder: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Write the report; return the exit code."""
+    """Write the report. Return the exit code."""
     arguments = parse_arguments(argv)
     page = arguments.output or arguments.runs[0] / "report.html"
     try:

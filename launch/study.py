@@ -90,7 +90,7 @@ def build_parser() -> FlagParser:
 
 
 def main(argv: list[str]) -> int:
-    """Do the study or, with --run, the runs of one process; return the exit code."""
+    """Run the whole study. With --run, do only the runs of one process. Return the exit code."""
     arguments = build_parser().parse_flags(argv)
     try:
         return work(arguments) if arguments.run else run_study(arguments)
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """Do runs of a study in this process; results go to the run files, and a line is printed at the end of each run."""
+    """Do runs of a study in this process. Results go to the run files. Print a line at the end of each run."""
     torch.set_num_threads(arguments.threads)
     share_device(arguments.processes_per_device)
     device = torch.device(arguments.device)
@@ -131,7 +131,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def run_study(arguments: argparse.Namespace) -> int:
-    """Do all unfinished runs, write the report, and return 1 if a run failed, else 0."""
+    """Do all unfinished runs and write the report. Return 1 if a run failed, else 0."""
     runs = find_runs(arguments)
     folder = arguments.output_dir or Path("runs") / f"study-{arguments.name}"
     n_failed = 0 if arguments.report_only else do_runs(runs, folder, arguments)
@@ -147,7 +147,7 @@ def run_study(arguments: argparse.Namespace) -> int:
 
 
 def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
-    """Return the requested runs.
+    """Return the descriptions of the requested runs.
 
     Raises:
         ValueError: No run matches.
@@ -181,7 +181,7 @@ def changed_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) -> int:
-    """Start all unfinished runs; return the number of failed runs."""
+    """Do all unfinished runs. Return the number of failed runs."""
     deadline = time.time() + arguments.budget_seconds
     places = find_places(arguments.devices, arguments.processes_per_device)
     todo = [run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)]
@@ -226,13 +226,13 @@ def find_runs_at_once(asked: int | None, is_text: bool, device: str) -> int:
 
 
 def deal(files: Sequence[Path], n_processes: int, runs_at_once: int) -> list[Sequence[Path]]:
-    """Distribute files over processes; if each process does one run at a time, each run is a group."""
+    """Distribute run files over groups, one process per group. If `runs_at_once` is 1, each group has one file."""
     n_groups = len(files) if runs_at_once == 1 else min(n_processes, len(files))
     return [files[number::n_groups] for number in range(n_groups)]
 
 
 def find_places(n_devices: int | None, processes_per_device: int) -> list[str]:
-    """Return a device for each process; consecutive processes use different devices."""
+    """Return one device per process. Consecutive processes use different devices."""
     n_gpus = torch.cuda.device_count() if n_devices is None else n_devices
     if n_gpus > torch.cuda.device_count():
         raise ValueError(f"--devices {n_devices}: there are {torch.cuda.device_count()} GPUs")
@@ -241,14 +241,14 @@ def find_places(n_devices: int | None, processes_per_device: int) -> list[str]:
 
 
 def worker(files: Sequence[Path], device: str, **flags: Any) -> list[str]:
-    """Return the command that does some runs in a process."""
+    """Return the command line that does the runs of `files` in one process."""
     queues = [] if device == "cpu" else ["env", f"CUDA_DEVICE_MAX_CONNECTIONS={QUEUES}"]
     told = (f"--{name}={value}" for name, value in {"device": device, **flags}.items())
     return [*queues, sys.executable, __file__, *told, "--run", *map(str, files)]
 
 
 def outcome(ended: Ended) -> tuple[bool, str]:
-    """Return True if a run failed, and a line about its result."""
+    """Return True if the run failed, else False, and a line about its result."""
     if ended.code is None:
         return False, "not started, the time is over"
     if ended.code:

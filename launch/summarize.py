@@ -23,10 +23,10 @@ from recurrent_bart.model.generation_settings import change_settings, describe_s
 from recurrent_bart.training.arguments import DataArguments, GenerationArguments
 from recurrent_bart.training.flags import FlagParser
 
-# Texts in memory at a time; texts of similar length among them share a batch.
+# Number of texts in memory at a time. Texts of similar length share a batch.
 WINDOW = 256
 STANDARD_INPUT = "standard input"
-# Bytes per read.
+# Number of bytes that one call of read returns at most.
 BLOCK = 2**16
 
 
@@ -80,7 +80,7 @@ def positive(text: str) -> int:
 
 
 def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the text of a file in pieces as they arrive, with universal newlines.
+    """Yield the text of a file in pieces, each as soon as it arrives. All line ends become a newline character.
 
     Raises:
         ValueError: The file is not UTF-8 or contains only white space; the message names the file.
@@ -105,14 +105,14 @@ def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Text:
-    """One of several texts, with its file or line for messages."""
+    """One of several texts. `name` is the file or line that messages show."""
 
     name: str
     content: str
 
     @property
     def is_passed_over(self) -> bool:
-        """True if the text is blank; its warning is already printed."""
+        """True if the text is blank. The warning about a blank text is already printed."""
         return not self.content.strip()
 
 
@@ -144,7 +144,7 @@ class Progress:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
-    """Load the model and its tokenizer; return them with the arguments of `generate`.
+    """Load and return the model, its tokenizer, and the arguments of `generate`.
 
     Raises:
         ValueError: The model is unusable.
@@ -225,23 +225,23 @@ def summarize_all(arguments: argparse.Namespace) -> None:
 
 
 def summarize_window(summariser: Summariser, window: list[Text], skips: bool) -> Iterator[str]:
-    """Yield the summary of each text; skipped texts have an empty summary.
+    """Yield the summary of each text. A skipped text has an empty summary.
 
     Raises:
-        ValueError: A text has no tokens; the message names it.
+        ValueError: A text has no tokens. The message names the text.
     """
     readable = [text for text in window if not text.is_passed_over]
     try:
         summaries = iter(summariser.summarise([text.content for text in readable]) if readable else [])
     except ValueError:
-        # Summarise each text by itself to find the unusable one.
+        # Summarise each text by itself to find the unusable text.
         summaries = (summarize_alone(summariser, text, skips) for text in readable)
     for text in window:
         yield "" if text.is_passed_over else next(summaries)
 
 
 def summarize_alone(summariser: Summariser, text: Text, skips: bool) -> str:
-    """Return the summary of one text; empty if the text is skipped.
+    """Return the summary of one text, or an empty summary if the text is skipped.
 
     Raises:
         ValueError: The text has no tokens; the message names it.
@@ -257,7 +257,7 @@ def all_texts(arguments: argparse.Namespace) -> Iterator[Text]:
     """Yield the text of every file or of every line.
 
     Raises:
-        ValueError: A text is unreadable or empty; the message names it.
+        ValueError: A text is unreadable or empty. The message names the text.
     """
     for name in arguments.files or [STANDARD_INPUT]:
         try:
@@ -287,7 +287,7 @@ def pass_over(error: ValueError, skips: bool) -> None:
 
 
 def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:
-    """Yield the reader's encoder outputs; the last one covers the whole text."""
+    """Yield the reader's encoder outputs. The last output covers the whole text."""
     for piece in pieces:
         yield from reader.feed(piece)
     yield from reader.finish()
@@ -299,7 +299,7 @@ def target_length(model: str) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Summarise; return the exit code."""
+    """Summarise one text or several texts. Return the exit code."""
     arguments = parse_arguments(argv)
     logging.disable_progress_bar()
     try:

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> ExitCode:
     try:
         arguments = parse_arguments(argv)
     except ValueError as error:
-        # All ranks parse the same command line, but some start much earlier.
+        # All ranks parse the same command line, but some ranks start much earlier than rank 0.
         if rank == 0:
             return fail(error)
         log_on_first_rank(seconds=30)
@@ -47,14 +47,14 @@ def main(argv: list[str]) -> ExitCode:
 
 
 def leave(number: int, _: Any) -> None:
-    """Exit at once: before training there is nothing to save."""
+    """Exit at once after a signal. Before training starts, there is nothing to save."""
     if launched_rank() == 0:
         print(f"stopped    before training began: {signal.Signals(number).name}", file=sys.stderr, flush=True)
     raise SystemExit(ExitCode.STOPPED)
 
 
 def fail(error: ValueError, where: str = "") -> ExitCode:
-    """Print the error on one line; return the exit code."""
+    """Print the error on one line. Return the exit code."""
     print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return ExitCode.MISTAKE
 

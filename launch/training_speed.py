@@ -42,7 +42,7 @@ SHARDINGS = [SCRIPTS.parent / "ds_configs" / f"{name}.json" for name in ("zero2"
 EFFORT = {"cuda": {"steps": 40, "warmup": 10, "rounds": 10}, "cpu": {"steps": 8, "warmup": 2, "rounds": 3}}
 # First argument of a worker process that this script starts; flags of launch/train.py follow.
 WORKER = "--as_worker"
-# Entries of the description that are printed.
+# Entries of the result of `describe` that are printed.
 SHOWN = ("device", "torch", "transformers", "deepspeed", "git_commit")
 
 
@@ -99,7 +99,7 @@ def build_parser() -> FlagParser:
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark, or one worker process of it; return the exit code."""
+    """Run the benchmark, or one of its worker processes. Return the exit code."""
     try:
         if argv[:1] == [WORKER]:
             return measure_here(argv[1], Path(argv[2]), int(argv[3]), argv[4:])
@@ -112,12 +112,12 @@ def main(argv: list[str]) -> int:
 
 
 def leave(number: int, _: Any) -> None:
-    """Exit with the results so far; `Starter` ends the worker processes."""
+    """Exit after a signal, with the results so far. `Starter` ends the worker processes."""
     raise SystemExit(ExitCode.STOPPED)
 
 
 def measure_here(part: str, file: Path, n_rounds: int, flags: Sequence[str]) -> int:
-    """Run as one worker: do a run's steps, or measure the loop, whose result rank 0 writes to `file`."""
+    """Measure `part` as one worker process: the steps of a run, or the training loop (rank 0 writes `file`)."""
     # Import late: the parent process needs no training modules.
     from recurrent_bart.benchmarks.training.loop_cost import measure_loop, run_steps
     from recurrent_bart.training.environment import start_processes
@@ -135,7 +135,7 @@ def measure_here(part: str, file: Path, n_rounds: int, flags: Sequence[str]) -> 
 
 
 def measure_all(own: argparse.Namespace, given: Sequence[str], argv: list[str]) -> int:
-    """Start all measurements in turn; return 1 if one failed, else 0."""
+    """Do all measurements one after the other. Return 1 if a measurement failed, else 0."""
     ends = time.monotonic() + own.budget_seconds
     numbers = find_processes(own.processes)
     results = empty_results(plan(own.parts, numbers, find_shardings(own.deepspeed)))
@@ -154,14 +154,14 @@ def measure_all(own: argparse.Namespace, given: Sequence[str], argv: list[str]) 
             command = functools.partial(command_of, n_rounds=work.rounds, n_threads=n_threads)
             Starter(work, Path(place), folder, command, own.timeout_seconds).fill(results, ends, keep)
     finally:
-        # Print also the partial results after a signal.
+        # After a signal, print the results so far.
         print_results(results, about)
     print(f"written: {folder}/results.json")
     return int(any(found.outcome not in (MEASURED, LEFT_OUT) for found in results.values()))
 
 
 def find_work(own: argparse.Namespace, given: Sequence[str]) -> Work:
-    """Return the workload: the requested numbers of steps, or defaults of the device.
+    """Return the workload, with the requested numbers of steps or the defaults of the device.
 
     Raises:
         ValueError: A flag is unknown, out of range or not allowed.
@@ -186,10 +186,10 @@ def find_processes(asked: Sequence[int] | None) -> Sequence[int]:
 
 
 def find_shardings(files: Sequence[Path]) -> Sequence[Path]:
-    """Return the DeepSpeed configurations, whose file names identify them.
+    """Return the paths of the DeepSpeed configurations. Results name each configuration by its file name.
 
     Raises:
-        ValueError: Two have the same name.
+        ValueError: Two configurations have the same file name.
     """
     if len({file.stem for file in files}) < len(files):
         raise ValueError(f"--deepspeed {' '.join(map(str, files))}: each needs a name of its own")

@@ -1,1 +1,1 @@
-"""Benchmarks: speed, memory and FLOPs of our model and of other long-document models."""
+"""Benchmarks of the speed, memory and FLOPs of Recurrent BART and of other long-document models."""

@@ -1,10 +1,11 @@
-"""Descriptions of all fields of `metrics.jsonl`; wandb and TensorBoard receive the same fields.
+"""Descriptions of all fields of `metrics.jsonl`.
 
-Each line is a JSON object with `step` and the fields of one group below. Unknown and non-finite values are left out.
+wandb and TensorBoard receive the same fields. Each line of `metrics.jsonl` is a JSON object with `step` and the fields
+of one group below. Unknown and non-finite values are left out.
 A list has one number per rank or layer. A table has one row per layer and one column per segment.
 """
 
-# Logged every `--log_every` steps and before an evaluation; covers all steps since the previous line.
+# Logged every `--log_every` steps and before an evaluation. The values cover all steps since the previous log line.
 STEPS = {
     "loss": "training loss: cross-entropy per target token, in nats, over all ranks",
     "loss_max": "largest training loss of a rank, in nats per target token",

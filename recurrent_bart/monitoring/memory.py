@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work: on GPU from the allocator, on CPU from the live tensors."""
+"""Measurement of a function's peak memory: from the allocator on a GPU, from the live tensors on a CPU."""
 
 import weakref
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
-        # Storages of the arguments, and views of them, existed before and do not count.
+        # An argument's storage existed before the operation, so an output that is a view of an argument does not count.
         before = {_key(leaf) for leaf in tree_leaves((args, kwargs or {})) if torch.is_tensor(leaf)}
         for leaf in tree_leaves(result):
             if torch.is_tensor(leaf) and _key(leaf) not in before:

@@ -9,14 +9,14 @@ from rich.text import Text
 
 from recurrent_bart.distributed import is_first
 
-# Smallest share of a step's time spent waiting for data that is worth showing.
+# Waiting for data is shown if it takes at least this share of a step's time.
 LEAST_WAITING = 0.05
-# between two metrics
+# Text between two metrics on a line.
 SEPARATOR = "  "
 
 
 class RunProgress(Progress):
-    """Progress bar with step and time left, above the metrics in as many lines as the terminal's width needs."""
+    """Progress bar with step and time left. Metrics follow on as many lines as the terminal's width needs."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the bar, then the lines of metrics."""
@@ -27,7 +27,10 @@ class RunProgress(Progress):
 
 
 class ProgressDisplay:
-    """Progress bar with metrics and time left; plain lines if `is_plain` or without a terminal. Only rank 0 prints."""
+    """Terminal display of progress, metrics and time left. Only rank 0 prints.
+
+    A terminal shows a progress bar. With `is_plain` or without a terminal, the display prints plain lines.
+    """
 
     def __init__(self, first_step: int, max_steps: int, console: Console | None = None, is_plain: bool = False):
         self.console = console or Console()
@@ -41,7 +44,7 @@ class ProgressDisplay:
             TimeRemainingColumn(),
             console=self.console,
             disable=self.console.quiet or is_plain or not self.console.is_terminal,
-            # Average over the last hour, because a step may take minutes.
+            # Estimate the time left from the last hour, because a step may take minutes.
             speed_estimate_period=3600,
         )
         self.task = self.bar.add_task("train", total=max_steps, completed=first_step, metrics=[])
@@ -61,7 +64,7 @@ class ProgressDisplay:
         self.bar.update(self.task, completed=step)
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show the metrics of a log line and the last validation loss."""
+        """Show the metrics in `record`, which is one log line, and the last validation loss."""
         if "validation_loss" in record:
             self.evaluation = [f"validation {record['validation_loss']:.3f}"]
         if "loss" in record:

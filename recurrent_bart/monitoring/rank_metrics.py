@@ -14,7 +14,7 @@ from recurrent_bart.distributed import gather_objects, gather_rows, rank
 
 @dataclass(frozen=True)
 class RankTopology:
-    """Topology of all ranks: host name, node index and peak FLOP/s of the device; ranks are numbered node by node."""
+    """Host name, node index and device's peak FLOP/s for each rank. Rank numbers ascend node by node."""
 
     hosts: list[str]
     nodes: list[int]
@@ -22,7 +22,7 @@ class RankTopology:
 
     @classmethod
     def gather(cls, local_rank: int, peak: float) -> "RankTopology":
-        """Gather the topology of all ranks; a collective call."""
+        """Gather the topology of all ranks. All ranks must call this function together."""
         found = gather_objects((socket.gethostname(), local_rank, peak))
         # Local rank 0 begins a new node.
         nodes = [sum(local == 0 for _, local, _ in found[: place + 1]) - 1 for place in range(len(found))]
@@ -43,12 +43,10 @@ class RankTopology:
 class RankMetrics:
     """Metrics of one rank, summed over some steps.
 
-    Seconds of backward passes include the wait for other ranks' gradients. On CPU, `allocated_bytes` is the peak memory
-    of
-    the process and `reserved_bytes` is 0. `n_retries` counts allocator retries after a failed allocation.
-    `backbone_square` and `recurrence_square` are squared norms of this rank's part of the last step's gradient: of
-    BART's
-    own parameters, and of the recurrence's.
+    `backward_seconds` includes the wait for other ranks' gradients. On CPU, `allocated_bytes` is the peak memory of the
+    process and `reserved_bytes` is 0. `n_retries` counts allocator retries after a failed allocation. Each rank holds a
+    part of the last step's gradient. `backbone_square` is the squared norm of that part for BART's own parameters,
+    `recurrence_square` for the recurrence's parameters.
     """
 
     loss: float = 0.0
@@ -69,11 +67,11 @@ class RankMetrics:
     recurrence_square: float = math.nan
 
     def own_seconds(self) -> float:
-        """Return the time before ranks synchronise; the rest of the step includes waiting for other ranks."""
+        """Return the seconds of data loading and forward passes, which include no waiting for other ranks."""
         return self.data_seconds + self.forward_seconds
 
     def read_memory(self, device: torch.device) -> None:
-        """Read peak memory since the last call, and reset the GPU's peak counters."""
+        """Set the memory fields to the peaks since the last call. Reset the peak counters of a GPU."""
         if device.type != "cuda":
             self.allocated_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
             return
@@ -83,14 +81,14 @@ class RankMetrics:
         torch.cuda.reset_peak_memory_stats(device)
 
     def of_all_ranks(self, device: torch.device) -> list["RankMetrics"]:
-        """Gather the metrics of every rank in one collective."""
+        """Return the metrics of all ranks, gathered in one collective call."""
         own = [float(getattr(self, item.name)) for item in fields(RankMetrics)]
         return [RankMetrics(*row) for row in gather_rows(own, device=device)]
 
 
 def summarise(ranks: Sequence[RankMetrics], places: RankTopology, n_steps: int) -> dict[str, Any]:
-    """Reduce the metrics of all ranks over `n_steps` optimizer steps to the log line that `fields.py` describes."""
-    # Rank 0's time, so that all ranks compute the same line.
+    """Reduce the metrics of all ranks over `n_steps` optimizer steps to one log line (see `fields.py`)."""
+    # Use rank 0's time on every rank, so that all ranks compute the same log line.
     seconds = ranks[0].seconds
     n_tokens = _sum(ranks, "n_tokens")
     losses = [figures.loss / figures.n_targets for figures in ranks if figures.n_targets]
@@ -130,11 +128,11 @@ def _mean(ranks: Sequence[RankMetrics], name: str) -> float:
 
 
 def _share_of_peak(flops_per_second: float, peak: float) -> float:
-    """Return NaN above 1: the peak was measured too low, while other processes used the device."""
+    """Return the share of the peak. Above 1, return NaN: other processes slowed the measurement of the peak."""
     share = flops_per_second / peak
     return share if share <= 1 else math.nan
 
 
 def _share(part: float, whole: float) -> float:
-    """Return NaN if `whole` is 0, for example if all steps were skipped."""
+    """Return `part / whole`, or NaN if `whole` is 0, for example if all steps were skipped."""
     return part / whole if whole else math.nan

@@ -1,4 +1,4 @@
-"""TensorBoard event files."""
+"""Tracker that writes metrics to TensorBoard event files."""
 
 import shutil
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from recurrent_bart.monitoring.tracker import Record, curves_of
 
 
 class TensorBoardTracker:
-    """Tracker that writes event files; a resumed run writes them again from the history of `metrics.jsonl`."""
+    """Tracker that writes TensorBoard event files. A resumed run writes all events again from `history`."""
 
     def __init__(self, folder: Path, history: Iterable[Record]):
         try:

@@ -1,4 +1,4 @@
-"""Time of each kind of work, measured without waiting for the GPU."""
+"""Stopwatch for kinds of work, for example forward passes. Measuring does not wait for the GPU."""
 
 import contextlib
 import time
@@ -12,9 +12,9 @@ Item = TypeVar("Item")
 
 
 class Stopwatch:
-    """Sum of the seconds of each kind of work, on one device (default: CPU).
+    """Stopwatch that adds up the seconds of each kind of work on one device (default: CPU).
 
-    A GPU runs asynchronously, so CUDA events mark the beginning and end of the work. They are read only in `seconds`.
+    A GPU runs asynchronously, so CUDA events mark the beginning and end of the work. Only `seconds` reads the events.
     """
 
     def __init__(self, device: torch.device | None = None):
@@ -24,7 +24,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, kind: str, on_host: bool = False) -> Iterator[None]:
-        """Add the duration of the block to `kind`; `on_host` measures CPU time even if the device is a GPU."""
+        """Add the duration of the `with` block to `kind`. `on_host` measures CPU time even if the device is a GPU."""
         if self.device.type == "cuda" and not on_host:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -37,7 +37,7 @@ class Stopwatch:
             self._seconds[kind] += time.perf_counter() - started
 
     def each(self, kind: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items and add the time that each takes to arrive to `kind`."""
+        """Yield the items. Add the time spent waiting for each item to `kind`."""
         iterator = iter(items)
         while True:
             with self.measure(kind):
@@ -48,7 +48,7 @@ class Stopwatch:
             yield item
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each kind since the last call, and reset them; synchronises the GPU."""
+        """Wait for the GPU, return the seconds of each kind since the last call, and reset the sums to 0."""
         if self._events:
             torch.cuda.synchronize(self.device)
         for kind, begin, end in self._events:

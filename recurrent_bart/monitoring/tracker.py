@@ -24,20 +24,20 @@ class Tracker(Protocol):
         """Send an alert to the user."""
 
     def finish(self, is_success: bool) -> str | None:
-        """Close the tracker; return a line for the user if an action is left, for example an upload.
+        """Close the tracker. Return a text if the user has something left to do, for example an upload.
 
         `is_success` states that the run ended normally and that a checkpoint covers all logged steps.
         """
 
 
 class MetricsFile:
-    """Tracker for `metrics.jsonl`, which is always written and from which other trackers restore their history."""
+    """Tracker that writes `metrics.jsonl`. Every run has this file. Other trackers restore their history from it."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
 
     def log(self, record: Record) -> None:
-        """Append a line."""
+        """Append the record as one line."""
         self.folder.append_metrics(record)
 
     def alert(self, title: str, text: str) -> None:
@@ -49,9 +49,10 @@ class MetricsFile:
 
 
 class Guarded:
-    """Tracker that turns the exceptions of the tracker created by `make` into one warning.
+    """Wrapper of the tracker that `make` creates. Exceptions of that tracker become one warning.
 
-    `gives_up` disables it after its first failure, because a failure may take long; otherwise, each call tries again.
+    With `gives_up`, the first failure disables the tracker, because a failure may take long. Otherwise, each call tries
+    the tracker again.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker], warn: Warn, gives_up: bool = True):
@@ -89,13 +90,13 @@ class Guarded:
 
 
 class Trackers:
-    """Group of trackers."""
+    """List of trackers that receive the same calls."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self.trackers = trackers
 
     def log(self, record: Record) -> None:
-        """Log the known fields of a record with all trackers."""
+        """Send a record to all trackers, without values that are None or not finite."""
         for tracker in self.trackers:
             tracker.log(known(record))
 
@@ -105,7 +106,7 @@ class Trackers:
             tracker.alert(title, text)
 
     def finish(self, is_success: bool) -> list[str]:
-        """Close all trackers; return their lines for the user."""
+        """Close all trackers. Return the texts that tell the user what is left to do."""
         lines = [tracker.finish(is_success) for tracker in self.trackers]
         return [line for line in lines if line]
 
@@ -117,10 +118,10 @@ def known(record: Record) -> Record:
 
 
 def curves_of(record: Record) -> dict[str, float]:
-    """Return the numbers of a record by curve name; texts are left out.
+    """Return a dictionary from curve name to number. Text fields of the record are left out.
 
-    A list becomes `name/0`, `name/1`, ... A table (layers by segments) becomes means `name/layer_0`, `name/segment_0`,
-    ...
+    A list gives the curves `name/0`, `name/1` and so on. A table (layers by segments) gives the mean of each row as
+    `name/layer_0` and so on, and the mean of each column as `name/segment_0` and so on.
     """
     curves: dict[str, float] = {}
     for name, value in record.items():

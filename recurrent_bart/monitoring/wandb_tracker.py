@@ -1,4 +1,4 @@
-"""Weights & Biases tracker: online, all nodes share one run; offline, each node has a separate run.
+"""Tracker for Weights & Biases (wandb). Online, all nodes share one run. Offline, each node has a separate run.
 
 RUN/wandb/run.json           id of the run, needed to resume it
 RUN/wandb/node-0.json        number of rows written, one file per node
@@ -32,11 +32,11 @@ SECRET_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
 
 @dataclass(frozen=True)
 class WandbRun:
-    """Settings of a wandb run, in part arguments of `wandb.init`.
+    """Settings of a wandb run. Some of the fields are arguments of `wandb.init`.
 
-    `id` resumes the run; `folder` is `RUN/wandb`; `node` is the index of this node. `is_online` sends metrics during
-    the
-    run. `redact_secrets` masks secrets in `config`. Our defaults do not override the settings named in `given`.
+    `id` is needed to resume the run. `folder` is `RUN/wandb`. `node` is the index of this node. With `is_online`, wandb
+    uploads metrics during the run. `redact_secrets` masks secrets in `config`. `given` names the settings that the user
+    chose, which the defaults of this module do not override.
     """
 
     id: str
@@ -92,11 +92,11 @@ class WandbRun:
 
 
 class WandbTracker:
-    """Tracker that logs each line of `metrics.jsonl` as one row; the line number is wandb's step.
+    """Tracker that logs each line of `metrics.jsonl` as one wandb row. The line number is wandb's step.
 
-    A resumed run needs the number of rows already logged. Online, the service knows it. Offline, a closed file is
-    complete;
-    an unfinished file lacks its end, so it is deleted and written again from `history`.
+    A resumed run needs the number of rows already logged. Online, the wandb service knows this number. Offline, a file
+    that was closed is complete. A file that was not closed lacks its end, so the tracker deletes the file and writes
+    its rows again from `history`.
     """
 
     def __init__(self, run: WandbRun, history: Sequence[Record]):
@@ -132,7 +132,7 @@ class WandbTracker:
             self.wandb_run.alert(title, text)
 
     def finish(self, is_success: bool) -> str | None:
-        """Close the run; data that is not uploaded stays on disk."""
+        """Close the run. Return the upload command if the run is offline, because its data is only on disk."""
         self.wandb_run.finish(exit_code=0 if is_success else 1)
         self.n_written = max(self.n_written, self.n_rows)
         if is_success:
@@ -140,7 +140,7 @@ class WandbTracker:
         return None if self.run.is_online else f"wandb sync {shlex.quote(str(self.run.folder))}/offline-run-*"
 
     def _forget_cut_off(self) -> int:
-        """Delete an unfinished offline run; return the number of rows in finished ones."""
+        """Delete an unfinished offline run. Return the number of rows in finished offline runs."""
         state = json.loads(self.state_file.read_text()) if self.state_file.exists() else {}
         if state.get("cut_off"):
             shutil.rmtree(self.run.folder / state["cut_off"], ignore_errors=True)
@@ -151,7 +151,7 @@ class WandbTracker:
 
 
 def start_wandb(run: WandbRun, history: Sequence[Record], warn: Warn) -> WandbTracker:
-    """Return a tracker; fall back to offline mode if the service is not reachable."""
+    """Return a wandb tracker. The tracker is offline if the wandb service cannot be reached."""
     if run.is_online:
         try:
             return WandbTracker(run, history)
@@ -169,7 +169,11 @@ def _stop_service() -> None:
 
 
 def parse_wandb_mode(text: str) -> str:
-    """Return online, offline or disabled for a value of WANDB_MODE in any case; raise ValueError if unknown."""
+    """Return the mode in `WANDB_MODES` that `text`, a value of the variable WANDB_MODE, means. Case is ignored.
+
+    Raises:
+        ValueError: The value is unknown.
+    """
     mode = text.strip().lower()
     mode = WANDB_MODE_ALIASES.get(mode, mode)
     if mode not in WANDB_MODES:
@@ -179,7 +183,7 @@ def parse_wandb_mode(text: str) -> str:
 
 
 def run_id(folder: Path, wanted: str | None = None) -> str:
-    """Return the id stored in `RUN/wandb`; a run without one stores `wanted`, or a new random id."""
+    """Return the wandb id stored in `folder`. Without a stored id, first store `wanted` or a new random id."""
     file = folder / "run.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +192,7 @@ def run_id(folder: Path, wanted: str | None = None) -> str:
 
 
 def redact_secrets(settings: Any) -> Any:
-    """Return the settings with secrets masked: values with secret names, and credentials in URLs."""
+    """Return the settings with secrets masked: values of settings with a secret name, and credentials in URLs."""
     if isinstance(settings, dict):
         return {
             name: "***" if SECRET_NAME.search(str(name)) and isinstance(value, str) else redact_secrets(value)

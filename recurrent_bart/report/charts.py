@@ -23,16 +23,16 @@ from recurrent_bart.report.run_record import GIB, Run
 
 Draw = Callable[[Sequence[Run]], Figure | None]
 Series = list[tuple[str, Points, int, int]]
-# Maximum number of columns of the rank heat map; more log lines are averaged into groups.
+# Maximum number of columns of the rank heat map. With more log lines, each column is the mean of a group of lines.
 MOST_COLUMNS = 60
 STYLE_NAMES = ("solid", "dashed", "dotted")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Chart of the report; `draw` returns None if no run has the data.
+    """Chart of the report.
 
-    `name` is also the name of the PNG file; `caption` tells how to read the chart.
+    `draw` returns None if no run has the data. The PNG file is named `name`. `caption` tells how to read the chart.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Chart:
 
 
 def series_of(runs: Sequence[Run], fields: dict[str, str], scale: float = 1.0) -> Series:
-    """Return a line per run and field, multiplied by `scale`; `fields` maps field names to labels.
+    """Return one line per run and field, with values multiplied by `scale`. `fields` maps field names to labels.
 
     With several runs, the colour shows the run and the line style the field. With one run, the colour shows the field.
     """
@@ -59,7 +59,7 @@ def series_of(runs: Sequence[Run], fields: dict[str, str], scale: float = 1.0) -
 
 
 def _with_styles(text: str, runs: Sequence[Run], fields: dict[str, str]) -> str:
-    """Return a title that names the line style of each field if colours show runs."""
+    """Return the title `text`. If colours show runs, the title also names the line style of each field."""
     if len(runs) == 1 or len(fields) == 1:
         return text
     return (
@@ -150,7 +150,7 @@ def _processes(runs: Sequence[Run]) -> Figure | None:
 
 
 def rank_table(run: Run) -> tuple[Table, list[int]]:
-    """Return seconds of each rank over the median rank's (a row per rank), and the step of each column."""
+    """Return a table with a row per rank, in seconds over the median rank's seconds, and the step of each column."""
     newest = len(run.last("rank_seconds"))
     logged = [(r["step"], r["rank_seconds"]) for r in run.records if len(r.get("rank_seconds") or []) == newest]
     size = -(-len(logged) // MOST_COLUMNS)
@@ -189,7 +189,7 @@ def _gates(runs: Sequence[Run]) -> Figure | None:
 
 
 def _by_segment(name: str, highest: float | None = None) -> Draw:
-    """Return a chart of the last evaluation's table (layers by segments); values above `highest` share its colour."""
+    """Return a function that draws the last evaluation's table of layers by segments. `highest` caps the colours."""
 
     def draw(runs: Sequence[Run]) -> Figure | None:
         found = [(name, _titled(runs, run, f"after step {_step_of(run, name)}"), run.last(name), ()) for run in runs]
@@ -212,7 +212,7 @@ def _maps(
     highest: float | None = None,
     is_by_name: bool = False,
 ) -> Figure | None:
-    """Draw heat maps below each other; maps of the same field share a colour scale."""
+    """Draw heat maps in a grid. All have one colour scale, or one per field with `is_by_name`."""
     if not found:
         return None
     n_columns = 2 if len(found) > 1 and all(len(table[0]) <= 10 for _, _, table, _ in found) else 1

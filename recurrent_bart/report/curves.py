@@ -1,4 +1,4 @@
-"""Curves of a run as one PNG file."""
+"""Plot of a run's metrics against the step, as one PNG file."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, ScalarFormatter
 
-# A line with fewer points has markers.
+# A curve with fewer points than this has a marker at each point.
 FEW = 40
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart; `series` maps fields to labels, and `starts_at_0` suits metrics that come near 0, unlike a loss."""
+    """One chart. `series` maps fields to labels. `starts_at_0` suits metrics near 0, but not a loss."""
 
     title: str
     series: dict[str, str]
@@ -45,7 +45,7 @@ def _panels() -> tuple[Panel, ...]:
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw the records of `metrics.jsonl` over the step as a PNG file."""
+    """Plot `records`, the lines of `metrics.jsonl`, against the step and write the plot as a PNG file."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     last_step = max([record["step"] for record in records], default=0)
     for axes, panel in zip(figure.subplots(2, 2, sharex=True).flat, _panels(), strict=True):

@@ -1,4 +1,4 @@
-"""Drawing functions of the report: lines, stacked bars and heat maps, as PNG, and as SVG with the page's colours."""
+"""Functions that draw the report's lines, stacked bars and heat maps, and that convert figures to PNG and SVG."""
 
 import io
 import math
@@ -13,21 +13,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator
 
-# Colours of the light page; in SVG, each becomes the CSS variable of its name.
+# Colours of the light page. In SVG, each colour becomes a CSS variable with the name given here.
 COLORS = {"ink": "#1b1f26", "muted": "#5a6270", "grid": "#dfe3e9", "paper": "#fefefe"}
 SERIES = ("#0b61a4", "#b8460e", "#0c7265", "#97266d", "#6a5a00", "#5b43b5")
 STYLES = ("-", "--", ":", "-.")
-# Readable for colour-blind readers and in greyscale print.
+# This colour map is readable for colour-blind readers and in greyscale print.
 SHADES = matplotlib.colormaps["cividis"]
-# Maximum number of points of a line; more points are averaged in groups.
+# Maximum number of points of a line. With more points, each drawn point is the mean of a group of points.
 MOST_POINTS = 400
-# A line with fewer points has markers.
+# A line with fewer points than this has a marker at each point.
 FEW = 40
-# Maximum number of columns of a heat map with numbers in its cells.
+# A heat map with more columns than this has no numbers in its cells.
 MOST_NUMBERED = 16
-# Inches.
+# Width of a figure, in inches.
 WIDTH = 7.6
-# Width in points of a legend entry without its text, and approximate width of a letter.
+# Width of a legend entry without its text, and approximate width of a letter, both in points.
 LABEL_POINTS, LETTER_POINTS = 38, 4.3
 STEP = "optimizer step"
 
@@ -36,7 +36,7 @@ Table = list[list[float]]
 
 
 def new_figure(height: float, n_rows: int = 1, n_columns: int = 1, share_x: bool = False) -> tuple[Figure, list[Axes]]:
-    """Create a figure of the page's width; return it with its axes, row by row."""
+    """Create a figure as wide as the page. Return the figure and its axes, row by row."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=share_x)
     for axes in grid.flat:
@@ -45,7 +45,7 @@ def new_figure(height: float, n_rows: int = 1, n_columns: int = 1, share_x: bool
 
 
 def dress(axes: Axes) -> None:
-    """Style axes with few lines and the page's colours."""
+    """Style the axes with few border lines and the page's colours."""
     axes.tick_params(which="both", labelsize=8, colors=COLORS["muted"], length=0)
     axes.xaxis.label.set_color(COLORS["muted"])
     axes.yaxis.label.set_color(COLORS["muted"])
@@ -56,7 +56,7 @@ def dress(axes: Axes) -> None:
 
 
 def title(axes: Axes, text: str) -> None:
-    """Set the title, which includes the unit."""
+    """Set the title of the axes to `text`, which includes the unit."""
     axes.set_title(text, fontsize=9, loc="left", color=COLORS["ink"])
 
 
@@ -69,9 +69,9 @@ def lines(
     starts_at_0: bool = True,
     numbers: Formatter | None = None,
 ) -> None:
-    """Draw a line for each entry of `series`: label (empty: none), points, index of the colour, index of the style.
+    """Draw a line for each entry of `series`: label (empty: no label), points, colour index, line style index.
 
-    `starts_at_0` applies to a linear y axis only; `numbers` formats the y axis.
+    `starts_at_0` applies to a linear y axis only. `numbers` formats the numbers of the y axis.
     """
     for label, points, color, style in series:
         thin = thinned(points)
@@ -124,7 +124,7 @@ def thinned(points: Points) -> Points:
 
 
 def stacked_bars(axes: Axes, rows: dict[str, dict[str, float]], text: str) -> None:
-    """Draw a horizontal bar for each row, with its parts side by side."""
+    """Draw one horizontal bar per row of `rows`. The parts of a row lie side by side in its bar."""
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
     for number, name in enumerate(names):
         widths = [parts.get(name, 0.0) for parts in rows.values()]
@@ -157,8 +157,8 @@ def heat_map(
 ) -> None:
     """Draw a table as a heat map with the first row at the top.
 
-    The labels say what a column and a row mean; `limits` are the values of the darkest and lightest shade. Columns are
-    numbered from 1 unless `columns` names them.
+    `x_label` says what a column means, `y_label` what a row means. `limits` are the values of the darkest and lightest
+    shade. Columns are numbered from 1 unless `columns` names them.
     """
     low, high = limits
     mesh = axes.pcolormesh(table, cmap=SHADES, vmin=low, vmax=high, edgecolors="face", linewidth=0.3)
@@ -200,7 +200,7 @@ def number_form(highest: float) -> str:
 
 
 def limits_of(tables: Sequence[Table], from_0: bool = True) -> tuple[float, float]:
-    """Return the lowest (or 0) and highest number of all tables, for a common colour scale."""
+    """Return the limits of one colour scale for all tables: lowest number (0 if `from_0`) and highest number."""
     values = [value for table in tables for row in table for value in row]
     low = 0.0 if from_0 else min(values)
     return low, max([*values, low + 1e-9])
@@ -212,7 +212,7 @@ def thousands() -> Formatter:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG on white."""
+    """Save a figure as a PNG file with white background."""
     figure.savefig(path, dpi=130, format="png", facecolor="white")
 
 
@@ -224,7 +224,7 @@ def to_svg(figure: Figure, name: str) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Remove ids of groups, which would repeat on a page with several drawings.
+    # Remove the ids of SVG groups, because several drawings on one page would have equal ids.
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     # The page's layout decides the width.
     svg = re.sub(

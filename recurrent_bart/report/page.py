@@ -19,7 +19,7 @@ DARK_SERIES = ("#6fb4f0", "#ff9f66", "#56cdb9", "#ef8fcb", "#d6c24f", "#b6a5ff")
 
 
 def write_report(runs: Sequence[Run], page: Path) -> list[Path]:
-    """Write the HTML page, and its charts as PNG files into a folder of the same name.
+    """Write the report as an HTML page. Write its charts as PNG files into a folder with the page's name.
 
     Returns:
         Paths of all written files, the page first.
@@ -43,7 +43,7 @@ def write_report(runs: Sequence[Run], page: Path) -> list[Path]:
 
 
 def render(runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
-    """Return the HTML of the page."""
+    """Return the report's page as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -76,7 +76,7 @@ def with_unique_names(runs: Sequence[Run]) -> list[Run]:
 
 
 def samples_together(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the samples by id with the text of every run; source and target come from the first run that has them."""
+    """Return one entry per sample id: the texts of all runs, and source and target from the first run with that id."""
     found: dict[str, dict[str, Any]] = {}
     for number, run in enumerate(runs):
         for name, sample in run.samples.items():
@@ -90,7 +90,7 @@ def _source_and_target(sample: dict[str, Any]) -> dict[str, str]:
 
 
 def _rows(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """Return a row of cells for each name, a cell per run; rows with empty cells only are dropped."""
+    """Return one table row per name, with one cell per run. Rows without text are dropped."""
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, [column.get(name, "") for column in columns]) for name in names]
     return [(name, cells) for name, cells in rows if any(cells)]

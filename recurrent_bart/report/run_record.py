@@ -1,4 +1,4 @@
-"""Data of a run folder for the report; the run may be finished, running or interrupted."""
+"""Reader of run folders for the report. A run may be finished, running or interrupted."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +22,11 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """Run as the report shows it.
+    """Data of one run that the report shows.
 
-    `records` are the lines of `metrics.jsonl`, `samples` the generated texts of the last evaluation by id, `warnings`
-    about loss spikes, and `defaults` the default values of flags. `outcome` is None if `outcome.json` is missing.
+    `records` are the lines of `metrics.jsonl`. `samples` maps ids to the generated texts of the last evaluation.
+    `outcome` is None if `outcome.json` is missing. `defaults` are the default values of flags. `warnings` are texts
+    about loss spikes.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Name for Matplotlib: an escaped $ starts no formula, and a leading space keeps a label with a leading _."""
+        """Name as a Matplotlib label. `$` would start a formula, and a leading `_` would hide the label."""
         return " " * self.name.startswith("_") + self.name.replace("$", r"\$")
 
     @cached_property
@@ -89,7 +90,7 @@ class Run:
 
 
 def read_run(path: Path, defaults: Mapping[str, Any], warnings: Sequence[str] = ()) -> Run:
-    """Read the run in a folder; raise ValueError if there is no `config.json`."""
+    """Return the run stored in a folder. Raise ValueError if the folder has no `config.json`."""
     folder = RunFolder(path)
     if not folder.config_file.is_file():
         raise ValueError(f"{path}: no run there, a folder with config.json is needed")
@@ -114,7 +115,7 @@ def _read_outcome(file: Path) -> Record | None:
 
 
 def key_metrics(run: Run) -> dict[str, str]:
-    """Return the metrics reached by a run as texts; unknown ones are empty."""
+    """Return the most important metrics of a run as texts. Unknown metrics are empty texts."""
     best, share, memory = run.best, _median(run.of("model_flops_share")), run.of("memory_allocated_bytes")
     return {
         "best validation loss": f"{best['validation_loss']:.4f}" if best else "",
@@ -133,7 +134,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def facts(run: Run) -> dict[str, str]:
-    """Return a run's model, data, environment and ending as texts."""
+    """Return texts about a run's model, data, environment and end."""
     flags, model = run.flags, run.config.get("model", {})
     pretrained = flags.get("model_name_or_path")
     found = {
@@ -173,7 +174,7 @@ def differing_flags(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def slowest(run: Run) -> str:
-    """Return a sentence about the rank that was most often the slowest; empty if there is only one rank."""
+    """Return a sentence about the rank that was most often the slowest, or an empty text for a single rank."""
     ranks = [(r["slowest_rank"], r["slowest_host"]) for r in run.records if r.get("slowest_rank") is not None]
     if len(run.last("rank_seconds") or []) < 2 or not ranks:
         return ""

@@ -1,1 +1,1 @@
-"""Studies: many small runs and reports that compare them."""
+"""Studies. A study trains many small models and writes a report that compares the models."""

@@ -43,7 +43,7 @@ RETRIEVAL: Fields = {
     "encoder_loss": 1.0,
 }
 DENOISING: Fields = RETRIEVAL | {"task": {"name": "retrieval", "is_denoising": True}}
-# a task and a model that train in one minute on a CPU
+# one minute of training on a CPU is enough for this task with QUICK_MODEL
 QUICK: Fields = {
     "task": {"name": "copy", "n_payload": 4, "n_symbols": 8, "n_fillers": 4},
     "segment_size": 8,
@@ -67,15 +67,15 @@ QUICK_MODEL: Fields = {
     "init_std": 0.06,
 }
 SYMBOLS = (COPY, RECALL, RETRIEVAL)
-# Stages of qa1: words per segment and the maximum number of segments. Segments are short first and soon several.
+# Stages of the bAbI task qa1. Segments are short in the first stages, and the number of segments soon grows.
 QA1: Fields = {
     "easier": tuple(
         {"segment_size": size, "n_segments": most} for size, most in ((24, 1), (24, 2), (24, 8), (64, 8), (128, 8))
     )
 }
 # Stages of qa2 and qa3. The first stage is qa1: where people are. The next stages use stories of every length, because
-# few are short. Names are permuted in every document, else the model memorizes the stories. An answer states who has
-# the object and where it is (studies/LOG.md).
+# few stories are short. Names are permuted in every document, else the model memorizes the stories. An answer states
+# who has the object and where it is (studies/LOG.md).
 MORE_FACTS: Fields = {
     "task": {
         "with_subjects": True,
@@ -96,14 +96,14 @@ MORE_FACTS: Fields = {
 
 @dataclass(frozen=True)
 class Texts:
-    """Folders of bAbI's facts and of filler text, and the documents of text studies, as `launch/train.py --dataset`."""
+    """Folders with bAbI's facts and with filler text, and the value of `launch/train.py --dataset` for text studies."""
 
     facts: str | None = None
     filler: str | None = None
     dataset: str = "stdlib"
 
     def babi(self) -> list[Fields]:
-        """Return the StudyRun fields of the tasks qa1 to qa3; 64 segments are 16,384 words.
+        """Return the StudyRun fields of the tasks qa1 to qa3. A document of 64 segments has 16,384 words.
 
         Raises:
             ValueError: `facts` or `filler` is missing.
@@ -138,7 +138,7 @@ def _layerwise() -> dict[str, Fields]:
 
 # RMT's layers attend over state and tokens as one sequence
 RMT: Fields = {"recurrence": "top", "prefix_attention": "concat", "prefix_projection": False}
-# every model that is compared; entries with `window` are plain BART
+# All models that studies compare. Entries with `window` are plain BART.
 ALTERNATIVES: dict[str, Fields] = {
     **_layerwise(),
     "top update-gate (RMT)": {"model": RMT | {"update_gate": True}},
@@ -149,12 +149,12 @@ ALTERNATIVES: dict[str, Fields] = {
 }
 LAYERWISE, GATED = (f"layerwise {attention} projection update-gate" for attention in PREFIX_ATTENTIONS)
 ESSENTIALS = {name: ALTERNATIVES[name] for name in (LAYERWISE, "top update-gate (RMT)", "BART, one window")}
-# the matrix finds a value by its key, which the state's slots cannot
+# The associative memory is a matrix that finds a value by its key. The positions of the state cannot.
 MATRIX: Fields = {"associative_memory": True, "matrix_gate_init": 1.0}
 ASSOCIATIVE: dict[str, Fields] = {
     f"{name}, associative memory": {"model": ALTERNATIVES[name]["model"] | MATRIX} for name in (LAYERWISE, GATED)
 }
-# ablations of the training method
+# ablations of the training method (second loss, easier stages)
 LESSONS: dict[str, Fields] = {
     f"{LAYERWISE}, no loss of the encoder": {"encoder_loss": 0.0},
     f"{LAYERWISE}, no easier stages": {"easier": ()},
@@ -167,7 +167,7 @@ CONTEXTS: dict[str, Fields] = {
 }
 
 
-# name: tasks (None: the bAbI tasks, which need texts) and the variants that are compared on each task
+# study name -> tasks (None: the bAbI tasks, which need texts), and the variants that the study compares on each task
 STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
     "quick": (
         [QUICK],
@@ -203,8 +203,8 @@ TEXT: Fields = {
     "eval_documents": 64,
     "dataloader_num_workers": 1,
 }
-# additional flags by kind of target. Sections add gap sentences: with one thousand summaries alone, no model learned to
-# use the text it reads (studies/LOG.md).
+# Additional flags by kind of target. Studies on sections add gap sentences: with one thousand summaries alone, no model
+# learned to use the document's text (studies/LOG.md).
 OWN_TEXT: dict[str, Fields] = {
     "document": {},
     "sections": {
@@ -223,7 +223,7 @@ RECURRENCES: dict[str, Fields] = {
     "top (RMT)": {"flags": RMT},
     "none": {"flags": {"recurrence": "none"}},
 }
-# TextRun fields of each variant, by kind of target; reports compare variants with the first
+# TextRun fields of each variant, by kind of target. Reports compare every variant with the first one.
 TEXT_STUDIES: dict[str, dict[str, Fields]] = {
     "document": {
         **RECURRENCES,
@@ -278,7 +278,7 @@ def build_study(name: str, texts: Texts, seeds: Iterable[int] = range(3)) -> lis
     if name not in STUDIES:
         raise ValueError(f"study {name}: known are {', '.join((*STUDIES, *TEXT_STUDIES))}")
     tasks, variants = STUDIES[name]
-    # seeds are the outer loop: a study that is cut off early can compare all variants
+    # Seeds are the outer loop, so a study that stops early has all variants for the first seeds.
     return [
         StudyRun(name=variant, seed=seed, **task | fields)
         for seed in seeds

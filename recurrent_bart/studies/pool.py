@@ -1,4 +1,4 @@
-"""Process pool that runs a study's runs in parallel on several devices."""
+"""Process pool that does the runs of a study in parallel on several devices."""
 
 import queue
 import subprocess
@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-# a process prints this and the file's path when a run ends
+# a process prints this text and the path of the run file when a run ends
 ENDED = "ended: "
-# number of output lines that report a failure
+# number of last output lines that a failure message shows
 LAST_LINES = 3
 
 
@@ -20,8 +20,8 @@ class Ended:
 
     Attributes:
         file: File of the run.
-        code: 0: the file holds the result. None: the time was over before the run began. Otherwise: exit code of the
-            process, which ended before the run did.
+        code: 0: the file holds the result. None: no time was left to begin the run. Any other value: exit code of the
+            process, which ended before the run was finished.
         said: Last lines that the failed process printed.
     """
 
@@ -36,11 +36,11 @@ def run_side_by_side(
     command: Callable[[Sequence[Path], str], list[str]],
     deadline: float,
 ) -> Iterator[Ended]:
-    """Start one process per group of files, at most one per entry of `places`, and yield each run as it ends.
+    """Start one process per group of run files, and yield each run as it ends.
 
     Args:
         groups: Run files by process. A process prints to a `.log` file beside its first run file.
-        places: Devices. A device that n processes may use appears n times.
+        places: Devices, one entry per process that may run at the same time. Devices may repeat.
         command: Builds the command line from run files and a device.
         deadline: Time after which no process starts, on the clock of `time.time`.
     """
@@ -53,7 +53,7 @@ def run_side_by_side(
         device, left, code, said = free.get(), list(files), None, ""
         try:
             if time.time() < deadline:
-                # reported if starting the process raises
+                # this code is reported if starting the process raises an exception
                 code = 1
                 code, said = _run(command(files, device), left, ended)
         finally:
@@ -70,7 +70,7 @@ def run_side_by_side(
 
 
 def _run(command: list[str], left: list[Path], ended: queue.Queue[Ended]) -> tuple[int, str]:
-    """Return exit code and last lines of a process, and remove runs from `left` as they end."""
+    """Run a process. Return its exit code and last output lines. Remove each run that ends from `left`."""
     log = left[0].with_suffix(".log")
     with (
         log.open("w") as output,

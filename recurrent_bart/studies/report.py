@@ -19,7 +19,7 @@ Groups = dict[tuple[str, str], Records]
 
 
 def read_results(folder: Path, runs: Iterable[Run]) -> Groups:
-    """Return the records of finished runs by task and variant, in the order of `runs`."""
+    """Return the JSON records of all finished runs by task and variant, in the order of `runs`."""
     groups: Groups = {}
     for run in runs:
         file = RunFile(folder / run.file_name())
@@ -30,7 +30,7 @@ def read_results(folder: Path, runs: Iterable[Run]) -> Groups:
 
 
 def report(groups: Groups) -> str:
-    """Return a Markdown report: accuracy, cost, and the origin of the records."""
+    """Return a Markdown report with tables of accuracy and cost, and a line with devices, versions and dates."""
     tables = [
         f"Test accuracy by number of segments, {text}: mean (lowest to highest seed)\n\n" for text in MEASURES.values()
     ]
@@ -41,7 +41,7 @@ def report(groups: Groups) -> str:
 
 
 def accuracy_table(groups: Groups, measure: str) -> str:
-    """Return mean and range of a measure over seeds, by number of segments."""
+    """Return a table of the mean and range over seeds of the metric `measure`, by number of segments."""
     numbers = sorted({int(n) for records in groups.values() for record in records for n in record["accuracy"]})
     rows = []
     for (task, name), records in groups.items():
@@ -51,7 +51,7 @@ def accuracy_table(groups: Groups, measure: str) -> str:
 
 
 def cost_table(groups: Groups) -> str:
-    """Return steps and seconds until a task is learnt, speed and memory: medians over seeds."""
+    """Return a table of steps and seconds until a task is learnt, speed and memory. Values are medians over seeds."""
     head = ["task", "model", "learnt", "steps to 0.9", "seconds to 0.9", "steps", "steps/s", "peak MiB", "M parameters"]
     rows = []
     for (task, name), records in groups.items():
@@ -73,7 +73,7 @@ def cost_table(groups: Groups) -> str:
 
 
 def origin(groups: Groups) -> str:
-    """Return device, versions, commits and dates of all runs, and the number of runs cut off by their budget."""
+    """Return a text with device, versions, commits and dates of all runs, and the number that ran out of time."""
     records = [record for group in groups.values() for record in group]
     facts = {
         "Device": {record["device"] for record in records},
@@ -88,7 +88,7 @@ def origin(groups: Groups) -> str:
 
 
 def draw(groups: Groups, path: Path, measure: str = "token_accuracy") -> None:
-    """Draw a measure against the number of segments: one panel per task, the range over seeds as a band."""
+    """Plot the metric `measure` against the number of segments, with one panel per task and a band for the seeds."""
     tasks = list(dict.fromkeys(task for task, _ in groups))
     figure = Figure(figsize=(5.5 * len(tasks) + 2.5, 4.5), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
@@ -113,7 +113,7 @@ def _draw_task(axes: Axes, members: dict[str, Records], measure: str) -> None:
         )
         axes.fill_between(numbers, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
         trained = records[0]["run"]["stages"][-1]
-        # numbers of segments beyond this line were never trained on
+        # The model was never trained on documents with more segments than at this line.
         axes.axvline(trained, color="grey", linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -125,7 +125,7 @@ def _draw_task(axes: Axes, members: dict[str, Records], measure: str) -> None:
 
 
 def mean_and_range(values: Sequence[float], form: str = ".3f") -> str:
-    """Format the mean, followed by lowest and highest value if they differ; "" without values."""
+    """Return the mean as text, followed by lowest and highest value if they differ. Return "" without values."""
     if not values:
         return ""
     lowest, highest, mean = (format(value, form) for value in (min(values), max(values), statistics.mean(values)))

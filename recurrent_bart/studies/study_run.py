@@ -1,4 +1,4 @@
-"""Run of a study on a memory task, and the file of a run."""
+"""Description of one training run of a study on memory tasks, and the JSON file of a run."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from recurrent_bart.studies.tasks.babi import load_babi
 from recurrent_bart.studies.tasks.memory_tasks import SYMBOL_TASKS, MemoryTask
 
 WINDOWS = ("segments", "all", "last")
-# defaults of the model, which a run's `model` overrides
+# Default fields of the model's configuration. The field `model` of a run overrides them.
 MODEL: dict[str, Any] = {
     "d_model": 256,
     "encoder_layers": 4,
@@ -32,13 +32,13 @@ MODEL: dict[str, Any] = {
 
 
 class Run(Protocol):
-    """Interface of all runs."""
+    """Interface of the descriptions of runs."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str:
-        """Name of the variant; runs that differ in their seed alone share it."""
+        """Name of the variant. Runs that differ only in the seed have the same name."""
 
     def task_name(self) -> str:
         """Return the task's name for tables and files."""
@@ -60,17 +60,19 @@ def describe_device(device: str) -> str:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A model trained from scratch on a memory task.
+    """Description of one training run from scratch on a memory task.
 
     Attributes:
-        name: Name of the variant; runs that differ in their seed alone share it.
-        task: `"name"` of a task and its fields; for `"babi"` the arguments of `load_babi`.
-        model: RecurrentBartConfig fields that differ from `MODEL`. With dropout, results depend on the other runs of
+        name: Name of the variant. Runs that differ only in the seed have the same name.
+        task: `"name"` of the task, and the task's fields. For `"babi"`, the fields are the arguments of `load_babi`.
+        model: RecurrentBartConfig fields that differ from `MODEL`. With dropout, results depend on the other runs in
             the process, because they share one random generator.
-        window: `"segments"` reads segment after segment, `"all"` one long segment, `"last"` the last segment alone.
+        window: `"segments"`: the model reads all segments in order. `"all"`: it reads the document as one long segment.
+            `"last"`: it reads only the last segment.
         seed: Seed of weights and training documents. Test documents are the same in every run.
-        easier: Stages before `stages`; each overrides task fields, `segment_size`, `n_segments` (maximum, default 1).
-        stages: Maximum number of segments of training documents, by stage.
+        easier: Easier stages, before `stages`. Each stage overrides task fields, `segment_size` or `n_segments`
+            (maximum number of segments, default 1).
+        stages: Maximum number of segments of training documents, one entry per stage.
         threshold: Token accuracy that ends a stage.
         stage_steps: Maximum number of steps of a stage; 0 sets no limit.
         encoder_loss: Weight of a second loss: the token head predicts the answer from the encoder's output at
@@ -97,7 +99,7 @@ class StudyRun:
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     encoder_loss: float = 0.0
-    # compute in bfloat16 by autocast
+    # True: compute in bfloat16 by autocast
     bf16: bool = False
     eval_every: int = 100
     eval_documents: int = 256
@@ -108,7 +110,7 @@ class StudyRun:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "StudyRun":
-        """Build the run from the JSON form of `asdict`; raise ValueError if it has an unknown field."""
+        """Build the run from `record`, the JSON form of `asdict`. Raise ValueError if a field is unknown."""
         unknown = set(record) - {item.name for item in fields(cls)}
         if unknown:
             raise ValueError(f"a run has no field {', '.join(sorted(unknown))}")
@@ -125,7 +127,7 @@ class StudyRun:
         return " ".join([self.task["name"], *(f"{name}={value}" for name, value in settings.items())])
 
     def file_name(self) -> str:
-        """Return the name of the run's file: task, variant, seed."""
+        """Return the name of the run's file, which consists of task, variant and seed."""
         return file_name(self.task_name(), self.name, self.seed)
 
     def build_tasks(self, **changes: Any) -> tuple[MemoryTask, MemoryTask]:
@@ -147,13 +149,13 @@ class StudyRun:
 
 
 class RunFile:
-    """JSON file of a run: its definition, progress and result; writes are atomic."""
+    """JSON file of one run, which holds the run's definition, progress and result. Writes are atomic."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> dict[str, Any]:
-        """Return the content.
+        """Return the content of the file.
 
         Raises:
             ValueError: The file is missing or unreadable.
@@ -164,25 +166,25 @@ class RunFile:
             raise ValueError(f"{self.path}: unreadable ({error})") from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Replace the content."""
+        """Replace the content of the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path, json.dumps(record, indent=1) + "\n")
 
     def is_finished(self, run: Run) -> bool:
-        """Return True if the file holds the complete result of this run as defined now."""
+        """Return True if the file holds a complete result and the same definition as `run`."""
         record = self.read() if self.path.exists() else {}
         return record.get("stopped") not in (None, "budget") and record["run"] == _described(run)
 
     def begin(self, run: Run) -> None:
-        """Write the run's definition; earlier results of the same definition stay."""
+        """Write the run's definition. If the file already has this definition, keep the earlier results."""
         if not self.path.exists() or self.read().get("run") != _described(run):
             self.write({"run": _described(run)})
 
     def fail(self, error: str) -> None:
-        """Add the error that ended the run."""
+        """Add the error that ended the run to the file."""
         self.write(self.read() | {"error": error})
 
 
 def _described(run: Run) -> dict[str, Any]:
-    """Return the run as JSON returns it: tuples become lists."""
+    """Return the run as a dictionary with lists instead of tuples, as JSON returns it."""
     return json.loads(json.dumps(asdict(run)))

@@ -1,1 +1,1 @@
-"""Speed and memory of our model and of other models."""
+"""Benchmark of the speed and memory of Recurrent BART and of other models."""

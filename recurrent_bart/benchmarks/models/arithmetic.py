@@ -1,4 +1,4 @@
-"""Useful FLOPs of the other models, counted as `model/flops.py` counts ours: products over visible positions."""
+"""Useful FLOPs of models other than Recurrent BART: matrix products over visible positions, as in `model/flops.py`."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,11 @@ class Attention:
     """Attention pattern of a model's encoder.
 
     Attributes:
-        n_near: Neighbours that each token attends to; None: all positions.
-        n_for_all: Global positions, which attend to all tokens and vice versa, with separate projections (LED).
-        n_per_summary: Tokens per summary position, which every token attends to (LongT5); None: no summaries.
+        n_near: Number of neighbours that each token attends to. None: each token attends to all positions.
+        n_for_all: Number of global positions (LED). A global position attends to all tokens, and all tokens attend to
+            the global position. Global attention has separate projections.
+        n_per_summary: Number of tokens per summary position (LongT5). Every token attends to all summary positions.
+            None: there are no summary positions.
     """
 
     n_near: int | None = None
@@ -28,7 +30,7 @@ class Attention:
         return n_tokens * (near + 2 * self.n_for_all + self._n_summaries(n_tokens))
 
     def weights(self, n_tokens: int, width: int) -> float:
-        """Return the FLOPs of projections that plain attention does not have."""
+        """Return the FLOPs of projections that full attention does not have."""
         keys_and_values = self._n_summaries(n_tokens) + (n_tokens if self.n_for_all else 0)
         return 4 * width**2 * keys_and_values + 2 * width**2 * self.n_for_all
 
@@ -38,13 +40,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class PeerArithmetic:
-    """FLOP counter of a model with BART's shape and a given encoder attention, without recurrence."""
+    """FLOP counter of a model without recurrence that has BART's shape and the encoder attention `attention`."""
 
     shape: RecurrentBartConfig
     attention: Attention
 
     def encoder(self, n_tokens: int) -> float:
-        """Return the FLOPs of a forward pass over `n_tokens` tokens."""
+        """Return the FLOPs of an encoder forward pass over `n_tokens` tokens."""
         width = self.shape.d_model
         weights = 8 * width**2 + 4 * width * self.shape.encoder_ffn_dim
         attended = 4 * width * self.attention.pairs(n_tokens)
@@ -52,5 +54,5 @@ class PeerArithmetic:
         return self.shape.encoder_layers * layer
 
     def decoder(self, n_targets: int, n_context: int) -> float:
-        """Return the FLOPs of a forward pass over a target that attends to `n_context` positions."""
+        """Return the FLOPs of a decoder forward pass over a target that attends to `n_context` positions."""
         return Arithmetic(self.shape).decoder(torch.tensor([n_targets]), torch.tensor([n_context]))

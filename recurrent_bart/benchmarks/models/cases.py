@@ -1,4 +1,4 @@
-"""Benchmark cases and suites of cases."""
+"""Benchmark cases (one model, one kind of work, one document size) and suites of cases."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -8,8 +8,8 @@ from recurrent_bart.data.rows import TASKS
 from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
 
 MODELS = {"ours": "ours", "rmt": "RMT on BART", "bart": "BART, full attention", "led": "LED", "longt5": "LongT5"}
-# training: passes and optimizer step; passes: forward and backward pass of one micro-batch; inference: the encoder;
-# generation: the decoder
+# "training": forward and backward pass, and optimizer step. "passes": forward and backward pass alone. "inference": the
+# encoder alone. "generation": the decoder alone.
 WORKS = ("training", "passes", "inference", "generation")
 SUITES = ("quick", "grid", "headline", "memory")
 SCHEDULES = ("sequential", "wavefront", "auto")
@@ -17,17 +17,17 @@ SCHEDULES = ("sequential", "wavefront", "auto")
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table.
+    """Settings of one measurement, which is one row of a table.
 
     Attributes:
         model: One of `MODELS`.
         n_segments: Segments in each document.
         work: One of `WORKS`.
         batch_size: Number of documents.
-        task: `"document"`, or `"sections"` (a target per segment) for our model.
-        bptt_depth: Segment boundaries that the gradient crosses in recurrent models; -1: all.
-        checkpointing: One of `CHECKPOINTING_GRAINS`; the other models support `"none"` and `"layer"`.
-        schedule: Schedule of our model.
+        task: `"document"`, or `"sections"` (one target per segment) for the model "ours".
+        bptt_depth: Number of segment boundaries that the gradient crosses in recurrent models. -1: all.
+        checkpointing: One of `CHECKPOINTING_GRAINS`. Models other than "ours" support only `"none"` and `"layer"`.
+        schedule: Order in which the model "ours" computes the grid of layers and segments.
     """
 
     model: str
@@ -40,7 +40,7 @@ class Case:
     schedule: str = "auto"
 
     def label(self) -> str:
-        """Return the model's name and its settings, without the documents' size."""
+        """Return the name and the settings of the model, without number and size of documents."""
         parts = [MODELS[self.model]]
         if self.model == "ours" and self.work != "generation":
             parts.append(self.schedule)
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Named cases that are compared, and therefore measured in turns. Tables keep the order of the cases."""
+    """Named cases that one table compares. Cases are measured alternately, so that clock drift affects all cases."""
 
     name: str
     cases: tuple[Case, ...]
@@ -65,11 +65,12 @@ class Group:
 def build_suite(
     name: str, batch_sizes: Sequence[int], numbers: Sequence[int], schedules: Sequence[str] = SCHEDULES
 ) -> list[Group]:
-    """Build the groups of one of `SUITES`.
+    """Build the case groups of the suite `name`, which is one of `SUITES`.
 
-    `"quick"` has every model and every kind of work on short documents. `"headline"` has the project's goals. `"grid"`
-    has every model by number of documents (`batch_sizes`) and segments (`numbers`). `"memory"` has the memory of our
-    model's passes by target, `bptt_depth` and checkpointing. `schedules` of our model apply to the last two.
+    `"quick"` runs every model and every kind of work on short documents. `"headline"` measures the project's goals.
+    `"grid"` runs every model for every number of documents in `batch_sizes` and of segments in `numbers`. `"memory"`
+    measures the memory of "ours" by target, `bptt_depth` and checkpointing. `schedules` applies to `"grid"` and
+    `"memory"`.
     """
     if name == "quick":
         return quick()
@@ -79,7 +80,7 @@ def build_suite(
 
 
 def grid(batch_sizes: Iterable[int], numbers: Iterable[int], schedules: Sequence[str]) -> list[Group]:
-    """Build training with every checkpointing, and inference, of every model."""
+    """Build groups of training cases (every model, every checkpointing) and of inference cases (every model)."""
     groups = []
     for batch_size, n_segments in itertools.product(batch_sizes, numbers):
         ours = [
@@ -97,7 +98,7 @@ def grid(batch_sizes: Iterable[int], numbers: Iterable[int], schedules: Sequence
 
 
 def quick() -> list[Group]:
-    """Build training at two lengths and inference of every model, and generation."""
+    """Build groups of short cases: training with two document lengths, inference, and generation."""
     cases = []
     for n_segments in (1, 4):
         cases += [Case("ours", n_segments, schedule=schedule) for schedule in SCHEDULES]
@@ -108,7 +109,7 @@ def quick() -> list[Group]:
 
 
 def generation() -> Group:
-    """Build generation with our decoder and BART's, from equal context lengths, for 1 and 16 documents."""
+    """Build the generation cases: "ours" and BART, with equal context lengths, for 1 and 16 documents."""
     return Group(
         "generation",
         tuple(Case(model, 1, "generation", size) for size, model in itertools.product((1, 16), ("ours", "bart"))),
@@ -116,13 +117,13 @@ def generation() -> Group:
 
 
 def readers(n_segments: int, schedules: Sequence[str], batch_size: int = 1) -> list[Case]:
-    """Build inference of every model's encoder."""
+    """Build the inference cases, which run the encoder of every model."""
     ours = [Case("ours", n_segments, "inference", batch_size, schedule=schedule) for schedule in schedules]
     return ours + [Case(model, n_segments, "inference", batch_size) for model in list(MODELS)[1:]]
 
 
 def headline() -> list[Group]:
-    """Build one long document, full batches with and without checkpointing, inference, length and generation."""
+    """Build groups for the project's goals: one long document, full batches, inference, length and generation."""
     one = [
         Case("ours", 32, schedule="sequential"),
         *(Case("ours", 32, checkpointing=grain) for grain in CHECKPOINTING_GRAINS),
@@ -153,7 +154,7 @@ def headline() -> list[Group]:
 
 
 def lengths(numbers: Iterable[int]) -> list[Case]:
-    """Build models by document length: recurrent ones with bptt_depth 2, the rest up to LED's last position."""
+    """Build training cases by document length. Models that are not recurrent stop at LED's last position."""
     cases = []
     for n_segments in numbers:
         cases += [Case("ours", n_segments, bptt_depth=2, task=task) for task in TASKS]
@@ -165,7 +166,7 @@ def lengths(numbers: Iterable[int]) -> list[Case]:
 
 
 def memory(batch_sizes: Iterable[int], numbers: Iterable[int], schedules: Sequence[str]) -> list[Group]:
-    """Build every training setting of our model that changes the memory of its passes."""
+    """Build a case for every training setting that changes the memory of the model "ours"."""
     groups = []
     for batch_size, task, bptt_depth in itertools.product(batch_sizes, TASKS, (0, 2, -1)):
         cases = [

@@ -1,4 +1,4 @@
-"""Check of the benchmarked models on small inputs, before any timing.
+"""Check that the benchmarked models compute correct results on small inputs. It runs before any timing.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -29,12 +29,12 @@ SHAPE: dict[str, Any] = {
     "init_std": 0.2,
     "dropout": 0.0,
 }
-# relative, for losses and gradients in float64
+# largest allowed relative difference of losses and gradients in float64
 TOLERANCE = 1e-8
 
 
 def find_wrong_results(device: torch.device) -> list[str]:
-    """Return a description of each wrong result."""
+    """Check "ours" and RMT. Return one text per wrong result."""
     torch.manual_seed(0)
     ids_BNL = torch.randint(4, SHAPE["vocab_size"], (2, N_SEGMENTS, SEGMENT_SIZE), device=device)
     labels_BT = torch.randint(4, SHAPE["vocab_size"], (2, 6), device=device)
@@ -42,7 +42,7 @@ def find_wrong_results(device: torch.device) -> list[str]:
 
 
 def _faults_of_ours(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> list[str]:
-    """Find schedules and checkpointing that change loss or gradients, and a state that the loss ignores."""
+    """Find schedules and checkpointing that change loss or gradients. Find a state that the loss ignores."""
     config = RecurrentBartConfig(
         **SHAPE, pre_seq_len=3, segment_size=SEGMENT_SIZE, bptt_depth=-1, hidden_dropout_prob=0.0
     )
@@ -67,7 +67,7 @@ def _faults_of_ours(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) ->
 
 
 def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> list[str]:
-    """Find a first segment that the loss ignores, and an initial memory without gradient."""
+    """Find out if the loss ignores the first segment, or if the initial memory has no gradient."""
     with device:
         model = RecurrentMemoryBart(BartConfig(**SHAPE), n_memory=3).double().train()
 
@@ -75,7 +75,7 @@ def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> 
         return model(ids_BNL, labels_BT)
 
     faults = [] if _reads_first_segment(loss, ids_BNL) else ["RMT: the loss is without the first segment"]
-    # the initial memory precedes the first segment only
+    # The initial memory precedes only the first segment, so its gradient passes through all segments.
     (gradient,) = torch.autograd.grad(loss(ids_BNL), model.memory, allow_unused=True, materialize_grads=True)
     if not gradient.abs().max() > TOLERANCE:
         faults.append("RMT: no gradient reaches the memory that it begins with")
@@ -84,7 +84,7 @@ def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> 
 
 @torch.no_grad()
 def _reads_first_segment(loss: Callable[[Tensor], Tensor], ids_BNL: Tensor) -> bool:
-    """Return True if another first segment changes the loss."""
+    """Return True if a change of the first segment changes the loss."""
     other = ids_BNL.clone()
     other[:, 0] = other[:, 0].flip(-1)
     return bool((loss(ids_BNL) - loss(other)).abs() > TOLERANCE)
@@ -92,13 +92,13 @@ def _reads_first_segment(loss: Callable[[Tensor], Tensor], ids_BNL: Tensor) -> b
 
 @torch.no_grad()
 def _open_gates(model: nn.Module) -> None:
-    """Randomize the gates. They are initialized to zero, which hides the state."""
+    """Set the gates to random values. Their initial value is zero, which hides the state."""
     for name, parameter in model.named_parameters():
         if "gate" in name:
             parameter.normal_()
 
 
 def _loss_and_gradients(model: nn.Module, loss: Tensor) -> Tensor:
-    """Return loss and all gradients in one vector."""
+    """Return the loss and all gradients as one vector."""
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
     return torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)])

@@ -1,4 +1,4 @@
-"""Benchmark of greedy generation. Encoding comes first and is not measured."""
+"""Benchmark of greedy generation. The encoder runs before the measurement starts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +13,17 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.model.flops import Arithmetic
 
-# length of each text; an earlier end-of-sequence token is forbidden
+# length of each text in tokens; generation forbids an earlier end-of-sequence token
 NEW_TOKENS = 64
 
 
 def n_context(place: Place) -> int:
-    """Return the number of positions that decoders attend to: our state and our last segment."""
+    """Return the number of positions that decoders attend to: state and last segment of Recurrent BART."""
     return RecurrentBartConfig().pre_seq_len + place.segment_size
 
 
 def generator(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> Callable[[], Tensor]:
-    """Return greedy generation by Hugging Face's `generate`, from `n_context` positions in every model."""
+    """Return a function that generates greedily by Hugging Face's `generate`, from `n_context` encoder positions."""
     # Any: nn.Module does not declare `generate`
     model: Any = subject.model
     with torch.inference_mode():
@@ -34,12 +34,12 @@ def generator(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -
 
 
 def _stand_in(case: Case, place: Place) -> BaseModelOutput:
-    """Return a random encoder output, whose values do not change the cost."""
+    """Return a random encoder output. Its values do not change the cost of generation."""
     shape = case.batch_size, n_context(place), place.shape()["d_model"]
     return BaseModelOutput(last_hidden_state=torch.randn(shape, device=place.device, dtype=place.dtype))
 
 
 def generation_flops(case: Case, place: Place) -> float:
-    """Return the useful FLOPs: a decoder pass over the texts."""
+    """Return the useful FLOPs of generation: one decoder pass over all generated texts."""
     one = Arithmetic(RecurrentBartConfig(**place.shape()))
     return case.batch_size * one.decoder(torch.tensor([NEW_TOKENS]), torch.tensor([n_context(place)]))

@@ -20,16 +20,16 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass
 class Measurement:
-    """Result of a case over one or several turns.
+    """Result of one case, collected over one or several measurements.
 
     Attributes:
-        outcome: "measured", or the reason why not.
-        step_seconds: Time of each timed step.
-        n_tokens: Document tokens of a step; generated tokens for generation.
+        outcome: "measured", or the reason why the case was not measured.
+        step_seconds: Seconds of each timed step.
+        n_tokens: Number of document tokens in a step. For generation, number of generated tokens.
         flops: Useful FLOPs of a step.
-        resident_bytes: Weights, lasting gradients, and optimizer state.
+        resident_bytes: Memory that stays allocated between steps: weights, optimizer state, gradients if kept.
         step_bytes: Peak memory of a step beyond `resident_bytes`.
-        matrix_peak: FLOP/s of a large matrix product, measured in the same session.
+        matrix_peak: FLOP/s of a large matrix product, measured by the same process.
     """
 
     outcome: str = "not measured"
@@ -41,11 +41,11 @@ class Measurement:
     matrix_peak: float = 0.0
 
     def seconds(self) -> float:
-        """Return the median step time; nan without timed steps."""
+        """Return the median seconds of a step, or nan without timed steps."""
         return statistics.median(self.step_seconds) if self.step_seconds else float("nan")
 
     def spread(self) -> float:
-        """Return slowest over fastest step."""
+        """Return the time of the slowest step divided by the time of the fastest step."""
         return max(self.step_seconds) / min(self.step_seconds) if self.step_seconds else float("nan")
 
     def tokens_per_second(self) -> float:
@@ -57,21 +57,21 @@ class Measurement:
         return self.flops / self.seconds() / self.matrix_peak
 
     def peak_bytes(self) -> int:
-        """Return the peak memory."""
+        """Return the peak memory of the case in bytes."""
         return self.resident_bytes + self.step_bytes
 
 
 def measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
     """Build the model of a case, run it, and add the results to `measurement`.
 
-    Memory is measured in the first turn alone. With `n_passes` 0, nothing is timed.
+    Only the first call for a case measures memory. With `n_passes` 0, the call times no step.
     """
     try:
         _measure(case, place, measurement, n_warmup, n_passes)
         measurement.outcome = "measured"
     except torch.OutOfMemoryError:
         measurement.outcome = OUT_OF_MEMORY
-    # the exception's frames held tensors
+    # stack frames of the exception may hold tensors until now
     gc.collect()
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -101,7 +101,7 @@ def _flops(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> f
 
 
 def random_batch(case: Case, place: Place) -> Batch:
-    """Return documents without padding."""
+    """Return a batch of random documents without padding."""
     shape, n_ids = (case.batch_size, case.n_segments), place.vocab_size()
     ids = torch.randint(4, n_ids, (*shape, place.segment_size))
     labels = torch.randint(4, n_ids, (*shape, TARGET_LENGTH))
@@ -112,7 +112,7 @@ def random_batch(case: Case, place: Place) -> Batch:
 
 
 class Step:
-    """Training step of a case. Without optimizer, gradients exist from the warm-up on and accumulate."""
+    """Training step of a case. Without an optimizer, gradients are never freed, and each step adds to the gradients."""
 
     def __init__(self, subject: BenchmarkModel, batch: Batch, with_optimizer: bool):
         self.subject, self.batch = subject, batch
@@ -120,7 +120,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if with_optimizer else None
 
     def __call__(self) -> None:
-        """Run the step."""
+        """Run one training step."""
         for loss in self.subject.losses(self.batch):
             loss.backward()
         if self.optimizer is not None:
@@ -129,7 +129,7 @@ class Step:
 
 
 def work_of(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> Callable[[], object]:
-    """Return the function to time."""
+    """Return the function that does the work of the case, for timing."""
     if case.work == "generation":
         return generator(case, subject, batch, place)
     if case.work == "inference":
@@ -151,7 +151,7 @@ def _resident_bytes(subject: BenchmarkModel, step: Callable[[], object], device:
 
 
 def _device_bytes(device: torch.device) -> int:
-    """Return the bytes of tensors and of CUDA graph pools. No other tensor can use a pool."""
+    """Return the bytes of tensors and of CUDA graph memory pools. Tensors outside the graph cannot use a pool."""
     segments = torch.cuda.memory_snapshot()
     number = torch.cuda.current_device() if device.index is None else device.index
     recorded = [it for it in segments if it["device"] == number and tuple(it["segment_pool_id"]) != (0, 0)]
@@ -160,7 +160,7 @@ def _device_bytes(device: torch.device) -> int:
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a step and its kernels, without kernels queued earlier."""
+    """Return the seconds that a step takes with all its kernels. Kernels queued earlier finish before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -171,7 +171,7 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product, the best of several."""
+    """Return the FLOP/s of a large matrix product. This is the best of several measurements."""
     size, n_products = (8192, 10) if device.type == "cuda" else (1024, 1)
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     out = left @ right

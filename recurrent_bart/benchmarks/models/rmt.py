@@ -1,7 +1,7 @@
-"""The Recurrent Memory Transformer on Hugging Face's BART, as public implementations run it.
+"""Recurrent Memory Transformer (RMT) on Hugging Face's BART, computed as in public implementations.
 
-Memory embeddings precede a segment's embeddings. The outputs at their positions are the next segment's memory
-(Bulatov et al., NeurIPS 2022, arXiv 2207.06881). The encoder is Hugging Face's, called segment after segment.
+Memory embeddings precede a segment's embeddings. The encoder outputs at memory positions are the next segment's memory
+(Bulatov et al., NeurIPS 2022, arXiv 2207.06881). Hugging Face's encoder is called segment after segment.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length, P memory length, D model width.
 """
@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 class RecurrentMemoryBart(nn.Module):
     """BART that reads segments and carries the outputs of its `n_memory` memory positions.
 
-    BART's position table must have room for memory and segment. The gradient crosses `bptt_depth` segment boundaries
-    (-1: all); earlier segments have no autograd graph.
+    BART's position table must have room for the memory and one segment. The gradient crosses the last `bptt_depth`
+    segment boundaries (-1: all). Earlier segments have no autograd graph.
     """
 
     def __init__(self, config: BartConfig, n_memory: int, bptt_depth: int = -1):
@@ -31,7 +31,7 @@ class RecurrentMemoryBart(nn.Module):
         return self.bart(encoder_outputs=read, labels=labels_BT, use_cache=False).loss
 
     def encode(self, input_ids_BNL: Tensor) -> Tensor:
-        """Return last memory and last segment `(B, P + L, D)`."""
+        """Return the encoder output of the last segment, memory positions first, `(B, P + L, D)`."""
         encoder = self.bart.get_encoder()
         n_beyond = 0 if self.bptt_depth == -1 else input_ids_BNL.shape[1] - self.bptt_depth - 1
         memory_BPD = self.memory.expand(len(input_ids_BNL), -1, -1)

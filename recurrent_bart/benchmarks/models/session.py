@@ -1,4 +1,4 @@
-"""Measurement of all cases of a suite in turns, saved after each turn."""
+"""Loop that measures all cases of a suite alternately and saves the results after each measurement."""
 
 import json
 import os
@@ -17,10 +17,10 @@ Results = dict[str, dict[Case, Measurement]]
 
 @dataclass(frozen=True)
 class Effort:
-    """Amount of measurement.
+    """Number of measurements and steps.
 
-    A group has `n_rounds` rounds, with one turn per case. A turn has `n_warmup` steps before measurement and `n_passes`
-    timed steps (0: memory alone). No turn starts after `budget_seconds`.
+    Each case of a group is measured once in each of `n_rounds` rounds. A measurement has `n_warmup` untimed steps, then
+    `n_passes` timed steps (0: measure only memory). No measurement starts after `budget_seconds`.
     """
 
     n_rounds: int
@@ -30,9 +30,9 @@ class Effort:
 
 
 def run_groups(groups: Sequence[Group], place: Place, effort: Effort, keep: Callable[[Results], None]) -> Results:
-    """Measure every case of every group, and call `keep` with all results after each turn.
+    """Measure every case of every group. Call `keep` with all results after each measurement.
 
-    Cases of a group alternate, so that drift of the device affects all of them equally.
+    Cases of a group alternate, so that a change of the device's speed affects all cases equally.
     """
     ends = time.monotonic() + effort.budget_seconds
     results: Results = {group.name: {case: Measurement() for case in group.cases} for group in groups}
@@ -49,7 +49,7 @@ def run_groups(groups: Sequence[Group], place: Place, effort: Effort, keep: Call
 
 
 def write_results(path: Path, results: Results, about: dict[str, Any]) -> None:
-    """Write all results and the metrics derived from them as JSON, one record per case."""
+    """Write a JSON file with one record per case: settings, measurements and derived metrics."""
     lines = [
         {"group": name, "label": case.label(), **asdict(case), **asdict(measured), **derived(measured)}
         for name, group in results.items()
@@ -61,7 +61,7 @@ def write_results(path: Path, results: Results, about: dict[str, Any]) -> None:
 
 
 def derived(measured: Measurement) -> dict[str, float | None]:
-    """Return the derived metrics; None without timed steps."""
+    """Return the metrics derived from timed steps, by name. Without timed steps, all values are None."""
     names = "seconds", "spread", "tokens_per_second", "share_of_peak"
     is_timed = bool(measured.step_seconds)
     return {name: getattr(measured, name)() if is_timed else None for name in names}

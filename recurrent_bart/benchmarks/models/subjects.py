@@ -1,4 +1,4 @@
-"""The benchmarked models, from scratch, with equal width, depth and vocabulary.
+"""Benchmarked models. All have random weights and equal width, depth and vocabulary.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -29,9 +29,9 @@ from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditi
 from recurrent_bart.training.model_building import SIZES
 from recurrent_bart.training.windows import count_windows, window_losses
 
-# BART's vocabulary, and a small one for tiny models on a CPU, where BART's would dominate the cost
+# Vocabulary size of BART, and of tiny models on a CPU, whose cost BART's vocabulary would dominate.
 VOCAB_SIZE, TINY_VOCAB_SIZE = 50_265, 4_096
-# values of the published LED and LongT5
+# values of the published models LED and LongT5
 LED_POSITIONS, LONGT5_RADIUS, LONGT5_BLOCK = 16_384, 127, 16
 
 
@@ -40,13 +40,13 @@ class BenchmarkModel(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """Module of the model."""
+        """PyTorch module with all parameters."""
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Yield the loss of each backward pass of a batch."""
+        """Yield one loss per backward pass. A batch may need several backward passes."""
 
     def encode(self, batch: Batch) -> Any:
-        """Encode documents."""
+        """Run the encoder on the documents of a batch."""
 
     def training_flops(self, batch: Batch) -> float:
         """Return the useful FLOPs of a batch's forward and backward passes."""
@@ -65,11 +65,11 @@ class Place:
     dtype: torch.dtype
 
     def vocab_size(self) -> int:
-        """Return the number of ids."""
+        """Return the number of token ids."""
         return TINY_VOCAB_SIZE if self.model_size == "tiny" else VOCAB_SIZE
 
     def shape(self) -> dict[str, Any]:
-        """Return BART configuration fields."""
+        """Return the fields of a BART configuration that set the model's size."""
         fields = {name: value for name, value in SIZES[self.model_size].items() if name != "segment_size"}
         return fields | {"vocab_size": self.vocab_size()}
 
@@ -90,13 +90,13 @@ def build_benchmark_model(case: Case, place: Place) -> BenchmarkModel:
 
 @dataclass
 class Ours:
-    """Our model, run as the trainer runs it."""
+    """Recurrent BART, with the same forward and backward passes as in training."""
 
     model: RecurrentBartForConditionalGeneration
     device: torch.device
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Yield the losses of the truncated-BPTT windows."""
+        """Yield the loss of each truncated-BPTT window (segments that share one backward pass)."""
         config = self.model.config
         return window_losses(
             self.model, config, batch, self.device, count_windows(batch, config), float(batch.n_targets())
@@ -107,11 +107,11 @@ class Ours:
         return self.model.model.encode(batch.input_ids.to(self.device))
 
     def training_flops(self, batch: Batch) -> float:
-        """Return the FLOPs that the trainer reports."""
+        """Return the FLOPs of a batch, as training reports them."""
         return Arithmetic(self.model.config).training(batch.attention_mask, batch.labels)
 
     def encoder_flops(self, batch: Batch) -> float:
-        """Return the FLOPs of all segments."""
+        """Return the encoder's FLOPs for all segments."""
         return Arithmetic(self.model.config).encoder(batch.attention_mask.sum(dim=-1).flatten())
 
 
@@ -127,11 +127,11 @@ class Recurrent:
         yield self.model(batch.input_ids.to(self.device), batch.labels.to(self.device))
 
     def encode(self, batch: Batch) -> Any:
-        """Encode segment after segment."""
+        """Run the encoder on one segment after the other."""
         return self.model.encode(batch.input_ids.to(self.device))
 
     def training_flops(self, batch: Batch) -> float:
-        """Return the FLOPs. Segments before the last `bptt_depth + 1` have a forward pass alone."""
+        """Return the FLOPs. Only the last `bptt_depth + 1` segments have a backward pass."""
         n_documents, n_segments, n_tokens = batch.input_ids.shape
         depth = self.model.bptt_depth
         n_with_graph = n_segments if depth == -1 else min(n_segments, depth + 1)
@@ -141,7 +141,7 @@ class Recurrent:
         return n_documents * (segments * self._arithmetic().encoder(n_read) + 3 * decoder)
 
     def encoder_flops(self, batch: Batch) -> float:
-        """Return the FLOPs of all segments, each with its memory."""
+        """Return the encoder's FLOPs for all segments. Each segment includes the memory positions."""
         n_documents, n_segments, n_tokens = batch.input_ids.shape
         return n_documents * n_segments * self._arithmetic().encoder(n_tokens + len(self.model.memory))
 
@@ -151,7 +151,7 @@ class Recurrent:
 
 @dataclass
 class WholeDocument:
-    """A model that reads a document as one sequence."""
+    """Model that reads a document as one sequence."""
 
     model: PreTrainedModel
     device: torch.device
@@ -164,7 +164,7 @@ class WholeDocument:
         yield self.model(**self._inputs(batch), labels=labels, use_cache=False).loss
 
     def encode(self, batch: Batch) -> Any:
-        """Encode whole documents."""
+        """Run the encoder on whole documents."""
         return self.model.get_encoder()(**self._inputs(batch))
 
     def training_flops(self, batch: Batch) -> float:
@@ -174,7 +174,7 @@ class WholeDocument:
         return 3 * (self.encoder_flops(batch) + len(batch.labels) * decoder)
 
     def encoder_flops(self, batch: Batch) -> float:
-        """Return the FLOPs of all documents."""
+        """Return the encoder's FLOPs for all documents."""
         return len(batch.input_ids) * self.arithmetic.encoder(batch.input_ids[0].numel())
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ def _ours(case: Case, place: Place) -> BenchmarkModel:
 
 
 def _rmt(case: Case, place: Place) -> BenchmarkModel:
-    """Build RMT with as many memory positions as our state has."""
+    """Build RMT. The number of memory positions is `pre_seq_len`, the state length of Recurrent BART."""
     model = RecurrentMemoryBart(BartConfig(**place.shape()), RecurrentBartConfig().pre_seq_len, case.bptt_depth)
     if case.checkpointing == "layer":
         recompute_layers(model.bart)
@@ -204,7 +204,7 @@ def _rmt(case: Case, place: Place) -> BenchmarkModel:
 
 
 def _bart(case: Case, place: Place) -> BenchmarkModel:
-    """Build BART, with a longer position table for documents beyond 1,024 positions."""
+    """Build BART. Documents longer than 1,024 tokens get a longer position table."""
     n_positions = max(1024, case.n_segments * place.segment_size)
     model = BartForConditionalGeneration(BartConfig(**place.shape(), max_position_embeddings=n_positions))
     if case.checkpointing == "layer":
@@ -213,7 +213,7 @@ def _bart(case: Case, place: Place) -> BenchmarkModel:
 
 
 def _led(case: Case, place: Place) -> BenchmarkModel:
-    """Build LED. Windows of two segments are the published 1,024 tokens; the first token is global, as recommended."""
+    """Build LED. Attention windows have two segments (published: 1,024 tokens). The first token is global."""
     shape, window = place.shape(), 2 * place.segment_size
     config = LEDConfig(
         **shape,
@@ -228,7 +228,7 @@ def _led(case: Case, place: Place) -> BenchmarkModel:
 
 
 def _longt5(case: Case, place: Place) -> BenchmarkModel:
-    """Build LongT5 with transient-global attention; `d_ff` makes the parameter count of its gated blocks BART's."""
+    """Build LongT5 with transient-global attention. `d_ff` makes the feed-forward blocks as large as BART's."""
     shape = place.shape()
     # a multiple of 64, as in published models
     inner = -(-2 * shape["encoder_ffn_dim"] // 3 // 64) * 64
@@ -255,7 +255,7 @@ def _longt5(case: Case, place: Place) -> BenchmarkModel:
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Enable Hugging Face's activation checkpointing, by its new name if it exists."""
+    """Enable Hugging Face's activation checkpointing. Newer versions have a new name for the method."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

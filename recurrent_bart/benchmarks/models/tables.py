@@ -57,7 +57,7 @@ def _figures(group: dict[Case, Measurement], case: Case, measured: Measurement) 
 
 
 def _advantage(group: dict[Case, Measurement], case: Case, measured: Measurement) -> str:
-    """Return the speed of our fastest case for equal documents over the speed of this case."""
+    """Return the speed of the fastest case of "ours", divided by the speed of `case`, for documents of equal size."""
     ours = [
         other.tokens_per_second()
         for there, other in group.items()
@@ -68,7 +68,7 @@ def _advantage(group: dict[Case, Measurement], case: Case, measured: Measurement
 
 
 def draw(results: Results, segment_size: int, folder: Path) -> list[Path]:
-    """Draw training speed and memory by document length, unless no model has several lengths; return the files."""
+    """Plot training speed and memory against document length, for models with several lengths. Return the files."""
     timed = _lines(results, segment_size, lambda it: it.tokens_per_second() if it.step_seconds else None)
     taken = _lines(results, segment_size, lambda it: it.peak_bytes() / GIB)
     drawings = {
@@ -76,7 +76,7 @@ def draw(results: Results, segment_size: int, folder: Path) -> list[Path]:
         folder / "memory.png": (taken, "peak memory, GiB, training", StrMethodFormatter("{x:g}")),
     }
     for path, (lines, title, numbers) in drawings.items():
-        # the plot of an earlier run
+        # delete the plot of an earlier benchmark
         path.unlink(missing_ok=True)
         if lines:
             _draw(lines, title, numbers, path)

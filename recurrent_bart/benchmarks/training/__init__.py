@@ -1,1 +1,1 @@
-"""Speed of training on several processes."""
+"""Benchmark of the training speed on several processes."""

@@ -1,4 +1,4 @@
-"""Documents of equal length with a word tokenizer, for the training benchmark."""
+"""Random documents of equal length, and a tokenizer with one token per word, for the training benchmark."""
 
 import json
 import random
@@ -14,7 +14,7 @@ N_VALIDATION = 8
 
 @dataclass(frozen=True)
 class EqualDocuments:
-    """Number and length of documents; lengths exclude special tokens, `vocab_size` includes them."""
+    """Number and length of documents. Lengths exclude special tokens. `vocab_size` includes special tokens."""
 
     n_documents: int
     n_tokens: int
@@ -22,7 +22,7 @@ class EqualDocuments:
     vocab_size: int
 
     def write(self, folder: Path) -> None:
-        """Write `train.jsonl`, `validation.jsonl` and `tokenizer/` into a folder; the content is deterministic."""
+        """Write `train.jsonl`, `validation.jsonl` and `tokenizer/` into a folder. The content is always the same."""
         folder.mkdir(parents=True, exist_ok=True)
         words = self.words()
         save_tokenizer(with_special_tokens(word_tokenizer(words)), folder / "tokenizer")

@@ -1,4 +1,4 @@
-"""Processes with a timeout, all of which end."""
+"""Run of a command with a timeout, after which the process and its children end."""
 
 import itertools
 import re
@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-# number of output lines that report a failure
+# number of last output lines that an error message shows
 N_LAST_LINES = 3
-# torchrun waits 30 s for its processes to end
+# Seconds to wait for torchrun to end. torchrun itself waits 30 s for its processes.
 GRACE_SECONDS = 60.0
 # REPORT: first line of torchrun's failure report. ASIDE: log lines of torchrun and DeepSpeed without information.
 REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
@@ -16,7 +16,7 @@ ASIDE = re.compile(r"[IW]\d{4} .*torch/distributed/|\[[\d:, -]+\] \[(INFO|WARNIN
 
 
 def run_process(command: Sequence[str], log: Path, timeout_seconds: float) -> None:
-    """Run a command with its output in the file `log`, and end it after `timeout_seconds`.
+    """Run a command, write its output to the file `log`, and end the command after `timeout_seconds`.
 
     Raises:
         RuntimeError: The command failed or timed out; the message has the last lines of the output.
@@ -44,7 +44,7 @@ def last_output_lines(printed: str) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its children. SIGTERM lets torchrun end its processes."""
+    """End a process and its children. The signal SIGTERM gives torchrun time to end its own processes."""
     if process.poll() is None:
         process.terminate()
         try:

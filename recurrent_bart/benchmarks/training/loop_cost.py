@@ -1,4 +1,8 @@
-"""Training benchmark in one process: steps of a run, and the training loop compared with bare engine steps."""
+"""Code that each process of the training benchmark runs.
+
+One part times the steps of a run. The other part compares the training loop with bare steps, which are DeepSpeed engine
+steps without metrics, logging and checks.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,15 +19,15 @@ from recurrent_bart.training.session import Session, open_session
 from recurrent_bart.training.training_batches import TrainingBatches
 from recurrent_bart.training.windows import has_windows
 
-# batches that both loops repeat
+# number of batches that the training loop and the bare steps repeat
 N_BATCHES = 4
 
 
 class StepsAlone(Session):
-    """Identical to Session except: it neither evaluates nor saves."""
+    """Identical to Session except: it runs no evaluation and saves no checkpoint."""
 
     def evaluate(self) -> bool:
-        """Do nothing; return False, so training continues."""
+        """Return False without an evaluation, so training continues."""
         return False
 
     def save(self, figures: dict[str, float]) -> None:
@@ -31,13 +35,15 @@ class StepsAlone(Session):
 
 
 class LoopSession(StepsAlone):
-    """Identical to StepsAlone except: it measures its loop, on batches held in memory."""
+    """Identical to StepsAlone except: it compares its training loop with bare steps, on batches held in memory."""
 
     def measure(self, n_rounds: int) -> LoopCost:
-        """Return the step times of both loops, means over `--log_every` steps; the first round is a warm-up.
+        """Time the training loop and bare steps in `n_rounds` rounds, after one warm-up round.
+
+        A round has `--log_every` steps of each, and its result is the mean time of a step.
 
         Raises:
-            ValueError: A step has several passes.
+            ValueError: A training step has several forward and backward passes.
         """
         run, engine = self.arguments.run, self.engine
         batches = self._read()
@@ -68,19 +74,19 @@ class LoopSession(StepsAlone):
 
 
 def run_steps(arguments: Arguments, environment: Environment) -> None:
-    """Train as `launch/train.py`, without evaluations and checkpoints."""
+    """Train as `launch/train.py` does, but without evaluations and checkpoints."""
     with open_session(arguments, environment, StepsAlone) as session:
         session.train()
 
 
 def measure_loop(arguments: Arguments, environment: Environment, n_rounds: int) -> LoopCost:
-    """Measure the training loop with these arguments. All processes call it together; each measures its own time."""
+    """Compare the training loop with bare steps. All processes must call this function together."""
     with open_session(arguments, environment, LoopSession) as session:
         return session.measure(n_rounds)
 
 
 def bare_steps(engine: Any, batches: Iterable[Batch]) -> None:
-    """Run one engine step per batch and nothing else: the code of a plain DeepSpeed user."""
+    """Run one DeepSpeed engine step per batch, and nothing else. A plain DeepSpeed user would write this code."""
     for batch in batches:
         output = engine(**batch.model_inputs(engine.device), return_logits=False)
         engine.backward(output.loss)
@@ -88,7 +94,7 @@ def bare_steps(engine: Any, batches: Iterable[Batch]) -> None:
 
 
 def in_turns(contestants: Sequence[Callable[[], None]], device: torch.device) -> Iterator[list[float]]:
-    """Yield the seconds of each contestant, round after round; the order reverses in each round."""
+    """Yield the seconds of each function in `contestants`, once per round. Each round reverses the order of calls."""
     places = list(range(len(contestants)))
     for number in itertools.count():
         order = places[::-1] if number % 2 else places

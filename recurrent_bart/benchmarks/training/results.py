@@ -1,4 +1,4 @@
-"""Results of the training benchmark: speed of runs on several processes, and cost of their loop."""
+"""Results of the training benchmark: speed of runs on several processes, and cost of the training loop."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,26 +12,29 @@ MEASURED, LEFT_OUT = "measured", "left out: the time was over"
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of processes on one host: one of `PARTS`, and the path of the DeepSpeed configuration."""
+    """Settings of one measurement, which starts `n_processes` processes on one host.
+
+    `part` is one of `PARTS`. `sharding` is the path of the DeepSpeed configuration.
+    """
 
     part: str
     n_processes: int
     sharding: Path
 
     def name(self) -> str:
-        """Return the name for messages and files."""
+        """Return the name of the launch for messages and files."""
         return f"{self.part}-{self.n_processes}-{self.sharding.stem}"
 
 
 @dataclass
 class Speed:
-    """Metrics from a run's log, one value per line after the warm-up.
+    """Metrics from the log of a run, with one value per log line after the warm-up.
 
     Attributes:
-        outcome: "measured", or the reason why not.
-        tokens_per_second: Document tokens of all processes.
-        step_seconds: Time of a step.
-        data_seconds: Part of `step_seconds` that waits for data.
+        outcome: "measured", or the reason why the launch was not measured.
+        tokens_per_second: Document tokens per second of all processes.
+        step_seconds: Seconds of a step.
+        data_seconds: Part of `step_seconds` that is spent waiting for data.
         peak_bytes: Peak memory of the process with the most.
     """
 
@@ -43,7 +46,7 @@ class Speed:
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]], n_warmup: int, log_every: int) -> "Speed":
-        """Build from the log lines that start after `n_warmup` steps; raise ValueError if there are none."""
+        """Build the metrics from log lines that start after `n_warmup` steps. Raise ValueError without any line."""
         lines = [it for it in records if "tokens_per_second" in it and it["step"] - log_every >= n_warmup]
         if not lines:
             raise ValueError(f"nothing was logged of the steps after the first {n_warmup}")
@@ -56,7 +59,7 @@ class Speed:
         )
 
     def figures(self) -> dict[str, float]:
-        """Return the metrics of tables."""
+        """Return the metrics shown in the tables."""
         return {
             "tokens_per_second": statistics.median(self.tokens_per_second),
             "step_seconds": statistics.median(self.step_seconds),
@@ -67,12 +70,12 @@ class Speed:
 
 @dataclass
 class LoopCost:
-    """Step times of training loop and bare steps, one mean per round.
+    """Step times of the training loop and of bare steps, with one mean per round.
 
     Attributes:
-        outcome: "measured", or the reason why not.
-        trainer_seconds: Step of the training loop, with its metrics, logging and checks.
-        bare_seconds: Forward pass, backward pass and update alone, on the same engine and batches.
+        outcome: "measured", or the reason why the launch was not measured.
+        trainer_seconds: Seconds of a step in the training loop, with metrics, logging and checks.
+        bare_seconds: Seconds of a bare step: forward pass, backward pass and update, on the same engine and batches.
     """
 
     outcome: str = LEFT_OUT
@@ -80,7 +83,10 @@ class LoopCost:
     bare_seconds: list[float] = field(default_factory=list)
 
     def figures(self) -> dict[str, float]:
-        """Return the metrics of tables; cost is the loop's share beyond a bare step, by round."""
+        """Return the metrics shown in the tables.
+
+        `cost` is the fraction of time that the training loop adds to a bare step, as the median over rounds.
+        """
         pairs = zip(self.trainer_seconds, self.bare_seconds, strict=True)
         costs = [trainer / bare - 1 for trainer, bare in pairs]
         return {
@@ -96,9 +102,10 @@ Results = dict[Launch, Speed | LoopCost]
 
 
 def plan(parts: Sequence[str], processes: Sequence[int], shardings: Sequence[Path]) -> list[Launch]:
-    """Return the launches in order: the most processes first, then ascending, because the time may end early.
+    """Return the launches in order.
 
-    The loop is measured on the fewest and on the most processes.
+    The largest number of processes comes first, because the time may end early. The smaller numbers follow in ascending
+    order. The part "loop" has only the largest and the smallest number of processes.
     """
     numbers = sorted(set(processes))
     ends = sorted({numbers[0], numbers[-1]})
@@ -107,12 +114,12 @@ def plan(parts: Sequence[str], processes: Sequence[int], shardings: Sequence[Pat
 
 
 def empty_results(launches: Sequence[Launch]) -> Results:
-    """Return the results before any measurement."""
+    """Return an empty result for each launch."""
     return {launch: Speed() if launch.part == "runs" else LoopCost() for launch in launches}
 
 
 def lines_of(results: Results) -> list[dict[str, Any]]:
-    """Return one JSON record per launch, with derived metrics."""
+    """Return one record per launch for a JSON file, with measurements and derived metrics."""
     return [
         {
             "part": launch.part,

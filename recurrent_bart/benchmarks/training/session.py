@@ -1,4 +1,4 @@
-"""Execution of a plan of launches, one after the other, with results or the reason of a failure."""
+"""Starter that runs planned launches one after the other and stores each result, or the reason of a failure."""
 
 import json
 import shutil
@@ -15,14 +15,15 @@ from recurrent_bart.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Starter:
-    """Starter of processes and reader of their results.
+    """Starter that runs the processes of each launch and reads their results.
 
     Attributes:
-        work: Training to measure.
-        place: Folder of the documents and of temporary files.
-        logs: Folder of the processes' output.
-        command: Builds the command of a launch from `launch/train.py` flags and the file for the loop's cost.
-        timeout_seconds: Time after which a launch has failed.
+        work: Settings of the training that is measured.
+        place: Folder for documents and temporary files.
+        logs: Folder for the output of the processes.
+        command: Function that builds the command of a launch from `launch/train.py` flags and the result file of the
+            part "loop".
+        timeout_seconds: Seconds after which a launch counts as failed.
     """
 
     work: Work
@@ -32,7 +33,7 @@ class Starter:
     timeout_seconds: float
 
     def fill(self, results: Results, ends: float, keep: Callable[[Launch], None]) -> None:
-        """Replace the empty results of all launches in order, and call `keep` after each launch.
+        """Run all launches in order. Put each result into `results`, and call `keep` after each launch.
 
         No launch starts after `ends`, a time on the clock of `time.monotonic`.
         """
@@ -43,7 +44,7 @@ class Starter:
             keep(launch)
 
     def measure(self, launch: Launch, results: Results) -> None:
-        """Run one launch; its failure does not stop the rest."""
+        """Run one launch. If the launch fails, store the reason, so that later launches still run."""
         try:
             command = self.command(launch, self.work.flags(launch, self.place), self.file_of(launch))
             run_process(command, self.logs / f"{launch.name()}.log", self.timeout_seconds)
@@ -54,12 +55,12 @@ class Starter:
         shutil.rmtree(self.place / launch.name(), ignore_errors=True)
 
     def read(self, launch: Launch) -> Speed | LoopCost:
-        """Read the result of a launch; raise ValueError if it is malformed, OSError if it is missing."""
+        """Read the result of a launch. Raise ValueError if the result is malformed, OSError if a file is missing."""
         if launch.part == "loop":
             return LoopCost(**json.loads(self.file_of(launch).read_text()))
         records = RunFolder(self.place / launch.name()).read_metrics()
         return Speed.of(records, self.work.warmup, self.work.arguments(launch.part).run.log_every)
 
     def file_of(self, launch: Launch) -> Path:
-        """Return the file to which a launch writes the loop's cost."""
+        """Return the file to which a launch of the part "loop" writes its result."""
         return self.place / f"{launch.name()}.json"

@@ -20,7 +20,7 @@ LEGEND = (
 
 
 def training_tables(results: Results) -> list[Table]:
-    """Return one table per part, with one row per launch, sorted by number of processes."""
+    """Return one table per part of the benchmark. Each launch is one row. Rows are sorted by number of processes."""
     launches = sorted(results, key=lambda launch: launch.n_processes)
     runs = [launch for launch in launches if launch.part == "runs"]
     loops = [launch for launch in launches if launch.part == "loop"]
@@ -34,7 +34,7 @@ def training_tables(results: Results) -> list[Table]:
 
 
 def first_sharding(results: Results) -> str:
-    """Return the sharding that the tables compare with."""
+    """Return the name of the first DeepSpeed configuration, with which the tables compare the rest."""
     return next(iter(results)).sharding.stem
 
 
@@ -48,14 +48,14 @@ def _table(title: str, columns: Sequence[str], launches: Sequence[Launch], resul
         if found.outcome == MEASURED:
             row += speed_cells(launch, results) if isinstance(found, Speed) else loop_cells(found)
         else:
-            # output of programs may look like markup
+            # the outcome may hold program output that looks like rich markup
             row += [*[""] * len(columns), escape(found.outcome)]
         table.add_row(*row)
     return table
 
 
 def speed_cells(launch: Launch, results: Results) -> Iterator[str]:
-    """Yield the metrics of a run, some relative to one process and to the first sharding."""
+    """Yield the table cells of a run. Two cells compare it with one process and with the first sharding."""
     found = results[launch]
     assert isinstance(found, Speed)
     figures = found.figures()
@@ -74,7 +74,7 @@ def speed_cells(launch: Launch, results: Results) -> Iterator[str]:
 
 
 def loop_cells(found: LoopCost) -> Iterator[str]:
-    """Yield the metrics of a loop."""
+    """Yield the table cells that compare the training loop with bare steps."""
     figures = found.figures()
     yield f"{1000 * figures['trainer_step_seconds']:,.2f}"
     yield f"{1000 * figures['bare_step_seconds']:,.2f}"
@@ -93,7 +93,7 @@ def summary(launch: Launch, found: Speed | LoopCost) -> str:
 
 
 def _speed(results: Results, n_processes: int, sharding: str) -> float | None:
-    """Return the tokens per second of each process; None if not measured."""
+    """Return the tokens per second of each process, or None if the launch was not measured."""
     for launch, found in results.items():
         is_it = (launch.part, launch.n_processes, launch.sharding.stem) == ("runs", n_processes, sharding)
         if is_it and isinstance(found, Speed) and found.outcome == MEASURED:

@@ -1,4 +1,4 @@
-"""Workloads of the training benchmark: flags of `launch/train.py` and documents that fit them."""
+"""Workloads of the training benchmark: flags of `launch/train.py`, and documents that fit these flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from recurrent_bart.benchmarks.training.equal_documents import EqualDocuments
 from recurrent_bart.benchmarks.training.results import Launch
 from recurrent_bart.training.arguments import Arguments, parse_arguments
 
-# BART-base with its vocabulary on GPUs, a tiny model on a CPU
+# BART-base with BART's vocabulary on GPUs, a tiny model on a CPU
 WORK: dict[str, dict[str, Any]] = {
     "cuda": {
         "model_size": "base",
@@ -36,12 +36,12 @@ EVERYWHERE = {
     "timeout_minutes": 5,
     "step_timeout_seconds": 120,
 }
-# A log line synchronizes with the GPU, so runs on GPUs log every 5 steps. The loop logs every 10 steps, which is the
-# default of runs.
+# A log line synchronizes with the GPU, so runs on GPUs log every 5 steps. The part "loop" logs every 10 steps, which is
+# the default of launch/train.py.
 LOG_EVERY = {"runs": {"cuda": 5, "cpu": 1}, "loop": {"cuda": 10, "cpu": 10}}
-# evaluations and checkpoints come before the first step and after the last
+# interval in steps that no run reaches, so that a run has no evaluation between its steps
 NEVER = 10**9
-# training documents last for this number of steps, then repeat
+# the training documents are enough for this number of steps; then they repeat
 N_STEPS_OF_DOCUMENTS = 4
 
 
@@ -51,10 +51,10 @@ class Work:
 
     Attributes:
         device: "cuda" or "cpu".
-        given: Flags of `launch/train.py` that override the defaults.
-        steps: Steps of a run, warm-up included.
-        warmup: Steps of the warm-up.
-        rounds: Rounds of training loop and bare steps.
+        given: Flags of `launch/train.py` that override the defaults of the benchmark.
+        steps: Number of steps of a run, warm-up included.
+        warmup: Number of warm-up steps.
+        rounds: Number of rounds in which the training loop and bare steps alternate.
     """
 
     device: str
@@ -76,11 +76,11 @@ class Work:
             raise ValueError("--max_n_segments -1: documents have a number of segments here")
 
     def arguments(self, part: str) -> Arguments:
-        """Parse the flags that all launches of a part share; raise ValueError for an invalid flag."""
+        """Parse the flags that all launches of a part share. Raise ValueError for an invalid flag."""
         return parse_arguments(self._common(part))
 
     def flags(self, launch: Launch, place: Path) -> list[str]:
-        """Return the command-line flags of a launch; `place` is the folder of documents and derived files."""
+        """Return the command-line flags of a launch. `place` is the folder for documents and derived files."""
         return [*self._common(launch.part), *_as_flags(self._own(place, launch))]
 
     def documents(self, most_processes: int) -> EqualDocuments:
@@ -88,7 +88,7 @@ class Work:
         arguments = self.arguments("runs")
         model, run, n_target = arguments.model, arguments.run, arguments.data.max_target_length
         n_step = run.per_device_train_batch_size * run.gradient_accumulation_steps * most_processes
-        # special tokens take room, so the last tokens are truncated
+        # segments also hold special tokens, so the last tokens of a document are truncated
         n_tokens = (model.max_n_segments or 0) * (model.segment_size or 0)
         return EqualDocuments(N_STEPS_OF_DOCUMENTS * n_step, n_tokens, n_target, model.vocab_size)
 

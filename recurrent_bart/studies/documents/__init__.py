@@ -1,1 +1,1 @@
-"""Studies on documents: training and comparison of models."""
+"""Studies on documents: training of models, and tables that compare the models."""

@@ -1,4 +1,4 @@
-"""LED with the size, batches and loss of a RecurrentBart model.
+"""LED model that has the size of a RecurrentBart model and uses the same batches and the same loss.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length, V vocabulary.
 """
@@ -20,10 +20,11 @@ SHARED = ["vocab_size", "d_model", "dropout", "attention_dropout", "activation_d
 
 
 class WholeDocumentLed(nn.Module):
-    """LED (arXiv 2004.05150) in the size of a RecurrentBart model. A batch has one long segment per document.
+    """LED (arXiv 2004.05150) with the size of a RecurrentBart model. A batch has one long segment per document.
 
     The first token has global attention, as the LED authors recommend for summaries. A token attends to `window`
-    tokens, half of them on either side: the published 1,024 when a segment has 512. `n_tokens` limits the document.
+    tokens, half of them on either side. Segments of 512 tokens give the published 1,024. `n_tokens` is the maximum
+    document length.
     """
 
     def __init__(self, config: RecurrentBartConfig, n_tokens: int, window: int):

@@ -1,4 +1,4 @@
-"""Models of studies on documents, and the part of a batch that each of them reads.
+"""Models of studies on documents, and the part of a batch that each model reads.
 
 Shape suffixes: B documents, N segments, M segments that have a target, L tokens in a segment, T target length,
 V vocabulary.
@@ -21,15 +21,15 @@ from recurrent_bart.studies.documents.text_run import TextRun
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.model_building import build_model
 
-# length of a section's head, in segments
+# maximum length of a section's head (its first tokens), in segments
 HEAD = 2
 
 
 class HeadCollator(Collator):
-    """Identical to Collator except: the start of each section with a target is read, as one segment."""
+    """Identical to Collator except: each section with a target gives one segment, which holds the section's start."""
 
     def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
-        """Return section starts and targets, for the same targets as Collator."""
+        """Return one segment per section start, and the targets. Collator returns the same targets."""
         _, targets = super().segments(row)
         room = HEAD * self.sizes.segment_size - len(self.leading) - len(self.trailing)
         parts = zip(row["sections"], row["summaries"], strict=True)
@@ -39,7 +39,7 @@ class HeadCollator(Collator):
 
 
 def collate_as(reads: str, collator: Collator) -> Collator:
-    """Return the collator for a reading, from the collator that cuts documents into segments.
+    """Return the collator for a value of `TextRun.reads`. `collator` cuts documents into segments.
 
     Raises:
         ValueError: `"whole"` needs a maximum document length, which the collator lacks.
@@ -55,7 +55,7 @@ def collate_as(reads: str, collator: Collator) -> Collator:
 
 
 def without_memory(batch: Batch) -> Batch:
-    """Return the segments with a target, each as one document: all that a model without state needs."""
+    """Return a batch with one document per segment that has a target. A model without state reads no other segment."""
     is_read_BN = batch.attention_mask.bool().any(dim=-1)
     is_last_BN = is_read_BN & (is_read_BN.cumsum(dim=1) == is_read_BN.sum(dim=1, keepdim=True))
     has_target_BN = (batch.labels != IGNORED).any(dim=-1) if batch.labels.dim() == 3 else is_last_BN
@@ -70,7 +70,7 @@ def without_memory(batch: Batch) -> Batch:
 
 
 def build_reader(run: TextRun, arguments: Arguments, config: RecurrentBartConfig, sizes: SegmentSizes) -> nn.Module:
-    """Build the model that reads batches of `collate_as`, with the run's seed and in training mode."""
+    """Build the model for batches of the collator from `collate_as`. It has the run's seed and is in training mode."""
     seed = arguments.run.seed
     if run.reads == "whole":
         torch.manual_seed(seed)
@@ -85,7 +85,7 @@ def build_reader(run: TextRun, arguments: Arguments, config: RecurrentBartConfig
 
 @dataclass(frozen=True)
 class Reader:
-    """A model and its device.
+    """Model of a study, with its device.
 
     Attributes:
         model: Module that returns a loss or logits for a batch.
@@ -98,11 +98,11 @@ class Reader:
     device: torch.device
 
     def needed(self, batch: Batch) -> Batch:
-        """Return the part of a batch that the model reads."""
+        """Return the part of the batch that the model reads."""
         return batch if self.has_memory else without_memory(batch)
 
     def loss(self, batch: Batch, n_targets: int) -> Tensor:
-        """Return the loss of a batch from `needed`, summed over targets and divided by `n_targets`."""
+        """Return the loss of a batch that `needed` returned: the sum over target tokens, divided by `n_targets`."""
         inputs = batch.model_inputs(self.device)
         with self._attention():
             return self.model(**inputs, num_items_in_batch=n_targets, return_logits=False).loss
@@ -119,5 +119,5 @@ class Reader:
         return nn.functional.cross_entropy(logits_MVT, labels_MT, ignore_index=IGNORED, reduction="none").sum(dim=-1)
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
-        # without state, shapes change in every step, and cuDNN would plan attention for each shape
+        # Without a state, tensor shapes change in every step, and cuDNN would plan attention for each new shape.
         return contextlib.nullcontext() if self.has_memory else without_cudnn()

@@ -14,18 +14,18 @@ from recurrent_bart.studies.report import Groups, Records, markdown, origin
 
 # (document, index of the target in the document)
 Target = tuple[str, int]
-# target -> (total, count): a summed loss and its tokens, or the score of one text and 1
+# target -> (total, count): the summed loss and the number of tokens, or the score of one text and 1
 Figures = dict[Target, tuple[float, float]]
 # model -> one entry per seed
 Models = dict[str, list[Figures]]
 Point = dict[str, Any]
 MIB = 2**20
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-# a run finishes the step in which its time ends
+# a run finishes the step in which its time ends, so its seconds may exceed the limit by this factor
 TOLERANCE = 1.02
-# upper end of the first range of positions, in tokens; each next range ends at twice the previous end
+# upper end of the first range of target positions, in tokens. Each next range ends at twice the previous end.
 FIRST_PLACE = 512
-# format of a curve point's fields
+# functions that format the fields of a point of the loss curve
 FORMS = {
     "step": lambda value: f"{value:,.0f}",
     "seconds": lambda value: f"{value:,.0f}",
@@ -42,7 +42,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metric of a model, and its difference to the first model's metric (None for the first model itself)."""
+    """Metric of one model, and its difference to the metric of the first model (None for the first model itself)."""
 
     value: Resamples
     difference: Resamples | None
@@ -72,7 +72,7 @@ def text_report(groups: Groups) -> str:
 
 
 def with_common_seeds(records: dict[str, Records]) -> dict[str, Records]:
-    """Return the runs of each model with the seeds that every model has, in the order of the seeds.
+    """Keep only the seeds that every model has. Return the records of each model, ordered by seed.
 
     Raises:
         ValueError: The models share no seed.
@@ -89,18 +89,18 @@ def with_common_seeds(records: dict[str, Records]) -> dict[str, Records]:
 
 
 def equal_seconds(records: dict[str, Records]) -> float:
-    """Return the training time that every run has reached."""
+    """Return the training seconds of the shortest run, which every other run has reached."""
     return min(record["curve"][-1]["seconds"] for own in records.values() for record in own)
 
 
 def equal_step(records: dict[str, Records]) -> int:
-    """Return the last step at which every run was evaluated; 0 if there is none."""
+    """Return the last step at which every run was evaluated, or 0 if no step is common."""
     steps = [{point["step"] for point in record["curve"]} for own in records.values() for record in own]
     return max(set.intersection(*steps), default=0)
 
 
 def loss_table(records: dict[str, Records], points: dict[str, list[Point]]) -> str:
-    """Return loss, difference and training effort of every model at its points."""
+    """Return a table of loss, difference to the first model, steps, seconds and tokens of every model at `points`."""
     compared = compare(_losses(records, points))
     rows = []
     for name, own in points.items():
@@ -115,7 +115,7 @@ def loss_table(records: dict[str, Records], points: dict[str, list[Point]]) -> s
 
 
 def position_table(records: dict[str, Records], points: dict[str, list[Point]]) -> str:
-    """Return loss and difference of every model by position of the target."""
+    """Return a table of every model's loss and difference to the first model, by target position."""
     first = next(iter(records.values()))[0]
     places = {(t["document"], t["target"]): place(t["position"]) for t in first["targets"]}
     models = _losses(records, points)
@@ -132,7 +132,7 @@ def position_table(records: dict[str, Records], points: dict[str, list[Point]]) 
 
 
 def place(position: int) -> int:
-    """Return the upper end, in tokens, of the range that contains a position."""
+    """Return the upper end, in tokens, of the position range that contains `position`."""
     found = FIRST_PLACE
     while found < position:
         found *= 2
@@ -140,7 +140,7 @@ def place(position: int) -> int:
 
 
 def rouge_table(records: dict[str, Records]) -> str:
-    """Return the mean score and the difference of every model."""
+    """Return a table of every model's mean ROUGE scores and differences to the first model."""
     scores = {title: _scores(records, key) for key, title in ROUGE.items()}
     tables = {title: compare(models) for title, models in scores.items()}
     rows = [[name, *(_both(table.get(name), ".2f") for table in tables.values())] for name in records]
@@ -149,7 +149,7 @@ def rouge_table(records: dict[str, Records]) -> str:
 
 
 def interval_table(records: dict[str, Records], points: dict[str, list[Point]]) -> str:
-    """Return the differences of loss and scores with the two parts of each interval."""
+    """Return a table of differences to the first model, with intervals over documents and over seeds."""
     compared = {"loss": compare(_losses(records, points))}
     compared |= {title: compare(_scores(records, key)) for key, title in ROUGE.items()}
     rows = []
@@ -163,7 +163,7 @@ def interval_table(records: dict[str, Records], points: dict[str, list[Point]]) 
 
 
 def cost_table(records: dict[str, Records]) -> str:
-    """Return size, speed and memory of every model: medians over seeds."""
+    """Return a table of every model's size, speed and memory. Speed and memory are medians over seeds."""
     rows = []
     for name, own in records.items():
         ends = [record["curve"][-1] for record in own]
@@ -176,7 +176,7 @@ def cost_table(records: dict[str, Records]) -> str:
 
 
 def compare(models: Models) -> dict[str, Comparison]:
-    """Compare the models that have values with the first model, on the targets that all of them have."""
+    """Compare each model with the first model, on the targets of all models. Models without values are left out."""
     reference, means = next(iter(models)), {}
     models = {name: own for name, own in models.items() if all(own)}
     targets = sorted(_common(models))
@@ -194,7 +194,7 @@ def _common(models: Models) -> set[Target]:
 
 
 def _by_document(seeds: list[Figures], targets: list[Target]) -> tuple[np.ndarray, np.ndarray]:
-    """Return totals and counts `(S, D)`."""
+    """Return sums of totals and of counts, each `(seeds, documents)`."""
     numbers = {document: number for number, document in enumerate(dict.fromkeys(name for name, _ in targets))}
     sums = np.zeros((2, len(seeds), len(numbers)))
     for seed, figures in enumerate(seeds):
@@ -241,7 +241,7 @@ def _by_target(rows: list[dict[str, Any]], figures: Iterable[tuple[float, float]
 
 
 def draw_losses(groups: Groups, path: Path) -> None:
-    """Draw validation loss against training seconds and against steps, one line per seed."""
+    """Plot validation loss against training seconds and against steps, with one line per model and seed."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, title in zip(panels, ("seconds", "step"), ("seconds of training", "steps"), strict=True):

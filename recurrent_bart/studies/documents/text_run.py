@@ -1,26 +1,26 @@
-"""Run of a study on documents."""
+"""Description of one training run of a study on documents."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from recurrent_bart.studies.study_run import file_name
 
-# segments: the model of the flags reads all segments; heads: it reads the start of each section; whole: LED reads the
-# document at once
+# "segments" and "heads" use the model of the flags. It reads all segments, or the start of each section. With "whole",
+# LED reads the document as one segment.
 READINGS = ("segments", "heads", "whole")
 
 
 @dataclass(frozen=True)
 class TextRun:
-    """A model trained from scratch on documents.
+    """Description of one training run from scratch on documents.
 
     Attributes:
-        name: Name of the variant; runs that differ in their seed alone share it.
+        name: Name of the variant. Runs that differ only in the seed have the same name.
         task: Name of the documents in tables.
         flags: launch/train.py flags of the model, the documents and the steps.
         seed: Seed of weights and of the order of documents.
         reads: One of `READINGS`.
-        seconds: Training time that ends the run, without evaluations; None: `--max_steps` alone ends it.
+        seconds: Training time, evaluations excluded, after which the run ends. None: only `--max_steps` ends the run.
     """
 
     name: str

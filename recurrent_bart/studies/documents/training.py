@@ -1,4 +1,4 @@
-"""Training of a study's model on documents, in one process and plain PyTorch: one loop for every model."""
+"""Training loop of studies on documents. All models use this loop, in plain PyTorch and one process."""
 
 import copy
 import itertools
@@ -29,12 +29,12 @@ from recurrent_bart.training.optimization import build_optimizer, build_schedule
 from recurrent_bart.training.preparation import open_splits
 from recurrent_bart.training.training_batches import TrainingBatches
 
-# evaluation steps grow by this factor and are the same in every run
+# the step number grows by this factor from one evaluation to the next, in every run alike
 GROWTH = 1.25
 
 
 class TextTraining:
-    """Trainer of one model on documents."""
+    """Trainer of one model of a study on documents."""
 
     def __init__(self, run: TextRun, device: torch.device):
         self.run, self.device = run, device
@@ -51,7 +51,7 @@ class TextTraining:
         self.optimizer = build_optimizer(built, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
         self.scheduler = build_scheduler(self.optimizer, arguments.run)
         self.state = TrainerState()
-        # every reading uses the document order of the segment reading
+        # models with another value of `reads` use the document order of `reads="segments"`
         order = by_documents(arguments.run, train.plan.n_segments, world_size=1, state=self.state)
         self.batches = TrainingBatches(train, order, arguments.run, Environment(0, 0, 1, device), self.state)
         self.evaluator = Evaluator(
@@ -59,7 +59,7 @@ class TextTraining:
             validation.plan,
             collator,
             tokenizer,
-            # evaluation holds the logits of all targets of a batch in memory, training does not
+            # Evaluation keeps the logits of all targets of a batch in memory, so batches are as small as in training.
             arguments.run.per_device_train_batch_size,
             device,
         )
@@ -71,7 +71,7 @@ class TextTraining:
         torch.manual_seed(arguments.run.seed + 1)
 
     def train(self, budget_seconds: float = math.inf, on_evaluation: Callable[[], None] = lambda: None) -> str:
-        """Train until the run ends; return `"time"` (its `seconds` are over), `"steps"`, `"diverged"` or `"budget"`.
+        """Train until the run ends. Return the reason: `"time"` (`seconds`), `"steps"`, `"diverged"` or `"budget"`.
 
         No step starts after `budget_seconds` of wall time, evaluations included.
         """
@@ -84,7 +84,7 @@ class TextTraining:
         return ended
 
     def train_step(self) -> Tensor:
-        """Run one optimizer step; return the loss per target."""
+        """Run one optimizer step. Return the loss per target token."""
         run = self.arguments.run
         batches = [self.reader.needed(next(self.batches)) for _ in range(run.gradient_accumulation_steps)]
         n_targets = sum(batch.n_targets() for batch in batches)
@@ -105,7 +105,7 @@ class TextTraining:
         return torch.stack(losses).sum()
 
     def evaluate(self, loss: float) -> None:
-        """Append a point to the curve, and save the weights if its validation loss is the lowest."""
+        """Append a point to the curve. Keep a copy of the weights if the validation loss is the lowest so far."""
         self.reader.model.eval()
         found = self.evaluator.target_losses(self.reader.target_losses)
         self.reader.model.train()
@@ -117,7 +117,7 @@ class TextTraining:
         self.curve.append(point | {"validation_loss": validation_loss, "target_losses": by_target})
 
     def texts(self) -> list[dict[str, Any]]:
-        """Generate and score texts of the best weights for the first `--eval_documents` documents."""
+        """Return texts of the best weights for the first `--eval_documents` documents, with their ROUGE scores."""
         self.reader.model.load_state_dict(self.best)
         self.reader.model.eval()
         run = self.arguments.run
@@ -133,7 +133,7 @@ class TextTraining:
         ]
 
     def result(self) -> dict[str, Any]:
-        """Return the run's record so far."""
+        """Return the results of the run so far, for its JSON file."""
         is_cuda = self.device.type == "cuda"
         return {
             "run": asdict(self.run),
@@ -146,7 +146,7 @@ class TextTraining:
         }
 
     def _train_to_evaluation(self, deadline: float) -> str | None:
-        """Train to the next evaluation and evaluate; return the reason if the run ends."""
+        """Train up to the next evaluation, and evaluate. Return the reason if the run ends, else None."""
         last = self.arguments.run.max_steps
         until, ended = next_evaluation(self.state.step, self.arguments.run.eval_every), None
         losses: list[Tensor] = []
@@ -168,7 +168,7 @@ class TextTraining:
 
 
 def execute_text(file: RunFile, device: torch.device, budget_seconds: float) -> None:
-    """Train the run of a file and generate its texts; each evaluation updates the file.
+    """Train the model that a run file describes, and generate texts. Each evaluation updates the file.
 
     Raises:
         ValueError: The run's flags or the documents are invalid.
@@ -186,12 +186,12 @@ def prepare_documents(run: TextRun) -> None:
 
 
 def parse_run(run: TextRun) -> Arguments:
-    """Parse the run's flags."""
+    """Parse the launch/train.py flags of a run."""
     return parse_arguments([f"--{name}={value}" for name, value in {**run.flags, "seed": run.seed}.items()])
 
 
 def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:
-    """Return document, index in the document, end position and length in tokens of all targets, in order."""
+    """Return for every target, in order: document, index in the document, end position and length in tokens."""
     names = _unique_names(list(evaluator.corpus["id"]))
     return [
         {"document": names[index], "target": number, "position": position, "n_tokens": n_tokens}
@@ -201,7 +201,7 @@ def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:
 
 
 def _unique_names(ids: Sequence[str]) -> list[str]:
-    """Return the ids of documents; ids that several documents share get the row number appended."""
+    """Return one name per document: its id, with the row number appended if several documents have the same id."""
     n_documents = Counter(ids)
     return [name if n_documents[name] == 1 else f"{name} (row {index})" for index, name in enumerate(ids)]
 

@@ -1,6 +1,6 @@
-"""Function that is captured as a CUDA graph and replayed.
+"""Wrapper that captures a function as a CUDA graph and replays the graph.
 
-A step of a small model is thousands of kernels. Launching them takes longer than running them.
+A step of a small model is thousands of kernels. Launching the kernels takes longer than running them.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from recurrent_bart.execution.cuda_graphs import capture
 
 
 class Recorded:
-    """Identical to a function of tensors except: a GPU captures it once per combination of input shapes.
+    """Identical to the function `work` except: on a GPU, it is captured once per combination of input shapes.
 
     The first call with a shape runs the function eagerly, which creates optimizer moments and warms up libraries. The
-    second call captures it. That call and all later calls replay the CUDA graph.
+    second call captures the function as a CUDA graph. The second call and all later calls replay the CUDA graph.
 
     Args:
         work: Function that returns one tensor. It must not synchronize or copy to the device. It may allocate lasting
@@ -27,7 +27,7 @@ class Recorded:
     def __init__(self, work: Callable[..., Tensor], pool: Any):
         self.work, self.pool = work, pool
         self.recordings: dict[tuple[torch.Size, ...], _Recording | None] = {}
-        # peak GPU memory of first calls beyond the memory allocated before them
+        # peak GPU memory of the first calls, without memory that was allocated before the call
         self.peak_bytes = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Recorded:
         return recording.replay(inputs)
 
     def _first(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        # the allocator's counters are on the host: reading them does not synchronize
+        # Counters of the allocator are in CPU memory, so reading a counter does not wait for the GPU.
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         output = self.work(*inputs)
@@ -53,9 +53,9 @@ class Recorded:
 
 class _Recording:
     def __init__(self, work: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any):
-        # outside the pool, whose memory other CUDA graphs overwrite
+        # The inputs are outside the pool, because other CUDA graphs overwrite memory of the pool.
         self.inputs = [tensor.clone() for tensor in inputs]
-        # the first call's stream, because libraries keep one workspace per stream
+        # Capture on the CUDA stream of the first call, because libraries keep one workspace per stream.
         self.output, self.graph = capture(lambda: work(*self.inputs), torch.cuda.current_stream(), pool)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -1,6 +1,7 @@
-"""Training and test of one model on one memory task, in plain PyTorch and in turns with other runs.
+"""Training and test of one model on one memory task, in plain PyTorch. Several runs take turns in one process.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
+Shape suffixes: B documents, N segments, L tokens in a segment, A attended positions, D model width, T target length,
+V vocabulary.
 """
 
 import math
@@ -23,12 +24,12 @@ from recurrent_bart.studies.tasks.memory_tasks import BOS, EOS, PAD, Accuracy, M
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, learning_rate_factor
 
-# a task counts as learnt after this number of consecutive evaluations at the last stage with this token accuracy
+# A task counts as learnt after LEARNT_EVALUATIONS consecutive evaluations of the last stage with token accuracy LEARNT.
 LEARNT, LEARNT_EVALUATIONS = 0.999, 3
 REACHED = 0.9
-# Tests at the end reserve this multiple of the time per segment of evaluations, because new lengths are captured first.
+# The reserved test time is this multiple of the evaluations' time per segment, because new lengths need a capture.
 SPARE = 2.0
-# The reserve is at most this share of the run's time so far, because the first evaluations include captures.
+# The reserved test time is at most this share of the run's time so far, because the first evaluations include captures.
 MOST_SPARE = 0.5
 
 
@@ -43,7 +44,7 @@ class SingleRun:
             raise ValueError(f"encoder_loss: the answers of {run.task_name()} are asked for in no place of their own")
         torch.manual_seed(run.seed)
         self.model = RecurrentBartForConditionalGeneration(build_config(run, self.documents.task)).to(device).train()
-        # on the device, where a captured step reads it
+        # The learning rate is a tensor on the device, because a captured step reads it there.
         self.learning_rate = torch.zeros((), device=device)
         rates = LearningRates(self.learning_rate, self.learning_rate)
         self.optimizer = build_optimizer(self.model, rates, run.weight_decay, run.adam_beta2)
@@ -58,7 +59,7 @@ class SingleRun:
         self.curve: list[dict[str, float]] = []
 
     def train(self, deadline: float = math.inf, on_evaluation: Callable[[], None] = lambda: None) -> Turns[str]:
-        """Train until the run ends; return `"learnt"`, `"steps"`, `"diverged"` or `"budget"`.
+        """Train until the run ends. Return the reason: `"learnt"`, `"steps"`, `"diverged"` or `"budget"`.
 
         Training stops early enough to finish the tests before `deadline`, a time on the clock of `time.time`.
         """
@@ -86,7 +87,7 @@ class SingleRun:
         return float(torch.stack(losses).mean())
 
     def train_step(self) -> Tensor:
-        """Run one optimizer step on documents of a length that the curriculum draws; return the loss."""
+        """Run one optimizer step on documents whose length the curriculum draws. Return the loss."""
         n_segments = self.curriculum.draw(self.stage, self.step)
         self.learning_rate.fill_(self.run.learning_rate * self.learning_rate_factor(self.step))
         loss = self.update(*self.stage_documents.batch(n_segments))
@@ -99,7 +100,7 @@ class SingleRun:
         return self.easier[self.stage] if self.stage < len(self.easier) else self.documents
 
     def evaluate(self, loss: float) -> Turns[None]:
-        """Evaluate the stage and the whole task, and move to the next stage if this one is over."""
+        """Evaluate the current stage and the whole task. Begin the next stage if the current stage is over."""
         documents, n_segments = self.stage_documents, self.curriculum.longest(self.stage)
         reached = whole = yield from self.accuracy(n_segments, documents)
         if documents is not self.documents or n_segments != self.run.stages[-1]:
@@ -121,7 +122,7 @@ class SingleRun:
             self.stage, self.stage_began = self.stage + 1, self.step
 
     def accuracy(self, n_segments: int, documents: DrawnDocuments | None = None) -> Turns[Accuracy]:
-        """Return the accuracy under teacher forcing on `documents` (default: of the whole task)."""
+        """Return the accuracy under teacher forcing on `documents` (default: documents of the whole task)."""
         started = time.perf_counter()
         predicted, answers = [], []
         for input_ids, labels in (documents or self.documents).tests(n_segments, self.run.eval_documents):
@@ -133,7 +134,7 @@ class SingleRun:
         return score(torch.cat(predicted).cpu(), torch.cat(answers).cpu())
 
     def is_over(self, deadline: float) -> bool:
-        """Return True if last evaluation and tests need the remaining time, judged by earlier evaluations."""
+        """Return True if the last evaluation and the tests need all time left, estimated from past evaluations."""
         n_segments = sum(self.run.test_segments) + 2 * self.run.stages[-1]
         needed = SPARE * n_segments * self.evaluation_seconds / max(1, self.n_evaluated_segments)
         now = time.time()
@@ -147,9 +148,9 @@ class SingleRun:
         return len(last) == LEARNT_EVALUATIONS and all(is_right)
 
     def result(self) -> dict[str, Any]:
-        """Return the run's record so far."""
+        """Return the results of the run so far, for its JSON file."""
         first = next((point for point in self.curve if point["token_accuracy"] >= REACHED), {})
-        # weights and both AdamW moments, which Recorded.peak_bytes does not include
+        # memory of weights and of both AdamW moments, which Recorded.peak_bytes does not include
         resident_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())
         return {
             "run": asdict(self.run),
@@ -165,7 +166,7 @@ class SingleRun:
         }
 
     def tested(self) -> Turns[dict[str, dict[str, float]]]:
-        """Return the accuracy by number of segments."""
+        """Test the model. Return the accuracy for each number of segments in `test_segments`."""
         found = {}
         for n_segments in self.run.test_segments:
             accuracy = yield from self.accuracy(n_segments)
@@ -173,7 +174,7 @@ class SingleRun:
         return found
 
     def _update(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
-        """Run forward pass, backward pass and optimizer step; return the loss."""
+        """Run forward pass, backward pass and optimizer step. Return the loss of the decoder."""
         output = self._forward(input_ids_BNL, labels_BT)
         loss = output.loss
         if self.run.encoder_loss:
@@ -186,7 +187,7 @@ class SingleRun:
         return output.loss.detach()
 
     def _encoder_loss(self, hidden_BAD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Return the loss of the answer at the positions of the last segment that ask for it."""
+        """Return the answer's loss at the positions of the last segment that ask for the answer."""
         segment_size = self.stage_documents.segment_size
         places = self.stage_documents.task.answer_places(segment_size)
         assert places is not None
@@ -211,7 +212,7 @@ class SingleRun:
 
 
 def execute(file: RunFile, device: torch.device, deadline: float) -> Turns[None]:
-    """Train and test the run of a file; each evaluation updates the file.
+    """Train and test the model that a run file describes. Each evaluation updates the file.
 
     Training stops early enough to finish the tests before `deadline`, a time on the clock of `time.time`.
 
@@ -236,7 +237,7 @@ def build_config(run: StudyRun, task: MemoryTask) -> RecurrentBartConfig:
     """Build an architecture with room for the longest document and answer."""
     longest = max(*run.stages, *run.test_segments)
     window = run.segment_size * (longest if run.window == "all" else 1)
-    # the same values, faster; one state for all layers leaves no wavefront
+    # The wavefront gives the same values faster. It is impossible with one state for all layers (recurrence "top").
     schedule = "sequential" if run.model.get("recurrence") == "top" else "wavefront"
     return RecurrentBartConfig(
         **MODEL | {"schedule": schedule} | run.model,

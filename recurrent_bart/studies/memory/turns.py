@@ -1,4 +1,4 @@
-"""Cooperative scheduling of several pieces of work in one process, so that the GPU always has queued kernels."""
+"""Scheduler that lets several runs take turns in one process, so that the GPU always has queued kernels."""
 
 import gc
 import itertools
@@ -10,17 +10,18 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Generator that yields after each turn. Kernels of a turn finish before the next turn of the same work.
+# Work as a generator that yields after each turn. Kernels of a turn finish before the next turn of the same work.
 Turns: TypeAlias = Generator[None, None, Result]
 
 
 def take_turns(
     items: Iterable[Item], begin: Callable[[Item], Turns[None]], n_at_once: int, device: torch.device
 ) -> Iterator[tuple[Item, str | None]]:
-    """Run up to `n_at_once` pieces of work in turns; yield each item with its error, in one line, or None.
+    """Work on up to `n_at_once` items in turns. Yield each finished item with its error as one line, or None.
 
-    `begin` creates the work of an item without starting it. The next item is requested when there is room. On a GPU,
-    each piece of work has its own stream, and takes a turn only when that stream is idle. An error ends one piece only.
+    `begin` creates the work for an item without starting the work. The next item is requested when there is room. On a
+    GPU, the work for each item has its own CUDA stream, and takes a turn only when that stream is idle. An error ends
+    the work for one item only.
     """
     waiting = iter(items)
     free = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(n_at_once)]
@@ -37,13 +38,13 @@ def take_turns(
             if has_ended:
                 taken.remove(place)
                 free.append(stream)
-                # CUDA graphs hold GPU memory and belong to reference cycles
+                # CUDA graphs hold GPU memory, and only the garbage collector frees graphs that are in reference cycles
                 gc.collect()
                 yield item, error
 
 
 def _take_turn(turns: Turns[None], stream: torch.cuda.Stream | None) -> tuple[bool, str | None]:
-    """Run one turn; return if the work has ended, and the error that ended it."""
+    """Run one turn. Return True if the work has ended, and the error that ended the work, or None."""
     try:
         with torch.cuda.stream(stream):
             next(turns)

@@ -4,7 +4,7 @@ The construction is that of BABILong (Kuratov et al., arXiv 2406.10149) over the
 1502.05698). Facts and filler text come from files. Words are the tokens. Every document is assembled anew.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length, S facts, F tokens of all facts,
-Q tokens of a question, M tokens written, C tokens in a document.
+Q tokens of a question, M tokens of facts and question, C tokens in a document, V vocabulary.
 """
 
 import functools
@@ -24,7 +24,7 @@ from recurrent_bart.data.words import SENTENCE_END
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.studies.tasks.memory_tasks import FIRST_SYMBOL, MemoryTask
 
-# equals MARK, which bAbI does not use
+# id of unknown words; MARK has the same id, but bAbI does not use MARK
 UNKNOWN = 3
 SPLITS = ("train", "validation")
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -33,9 +33,9 @@ Groups = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Story:
-    """Facts (one sentence each, in order), a question about them and its answer, as words.
+    """Facts (one sentence each, in order), a question about the facts, and the answer, all as words.
 
-    With subjects, the answer starts with the subjects of the supporting facts.
+    With `with_subjects` in `load_babi`, the answer starts with the subjects of the supporting facts.
     """
 
     facts: list[list[str]]
@@ -43,12 +43,12 @@ class Story:
     answer: list[str]
 
     def length(self) -> int:
-        """Return the number of words without filler."""
+        """Return the number of words of facts and question, without filler."""
         return sum(map(len, self.facts)) + len(self.question)
 
 
 class Vocabulary:
-    """Ids of words: the `needed` words of all stories, then the most frequent words of the filler.
+    """Mapping from words to ids: first the `needed` words of all stories, then the most frequent filler words.
 
     The vocabulary has at most `n_words` words, unless the stories alone have more.
     """
@@ -72,12 +72,12 @@ class Tables:
     """Stories and filler as ids, from which documents are assembled on any device. Stories ascend by length.
 
     Attributes:
-        filler: All filler sentences, concatenated. Documents read it as a ring.
-        starts: Start index of each sentence, twice around the ring.
+        filler: All filler sentences, concatenated. After the last word, documents continue with the first word.
+        starts: Start index of each filler sentence, for two passes through `filler`.
         lengths: Words of each story.
         facts: Words of all facts of each story, `(stories, F)`, padded.
-        fact_numbers: Index of the fact that each word of `facts` belongs to; padding has the index after the last fact.
-        is_fact: True where a story has the fact with this index, `(stories, S)`. The last column is False: the padding.
+        fact_numbers: Index of the fact that each word of `facts` belongs to; padding gets the largest index plus 1.
+        is_fact: True where a story has the fact with this index, `(stories, S)`. The last column is for padding: False.
         questions: Words of each question, `(stories, Q)`, padded.
         question_lengths: Words of each question.
         answers: Answers, `(stories, T)`, padded with -100.
@@ -162,7 +162,7 @@ class Babi(MemoryTask):
         return input_ids.view(batch_size, n_segments, segment_size), answers
 
     def answer_places(self, segment_size: int) -> slice | None:
-        """Return the question's last words, one per answer word; None if answers differ in length."""
+        """Return the positions of the question's last words, one per answer word. None if answers differ in length."""
         return slice(segment_size - self.longest_answer, segment_size) if self.has_equal_answers else None
 
     def _renamed(self, generator: Generator, *texts: Tensor) -> list[Tensor]:
@@ -179,7 +179,7 @@ def _documents(tables: Tables, drawn_B: Tensor, length: int, generator: Generato
     """Return documents `(B, C)` of `length` words with the stories `drawn_B`."""
     start_B, places_BS = _passages(tables, drawn_B, length, generator)
     numbers_BF, n_words_B = tables.fact_numbers[drawn_B], tables.question_lengths[drawn_B]
-    # a fact's word comes after the filler up to the fact and all earlier words of facts
+    # position of a word of a fact: number of filler words before the fact, plus number of earlier words of facts
     positions_BF = places_BS.gather(1, numbers_BF) + torch.arange(numbers_BF.shape[1], device=drawn_B.device)
     positions_BQ = length - n_words_B.unsqueeze(1) + torch.arange(tables.questions.shape[1], device=drawn_B.device)
     # padding is written to index `length`, which is cut off below
@@ -192,7 +192,7 @@ def _documents(tables: Tables, drawn_B: Tensor, length: int, generator: Generato
 
 
 def _passages(tables: Tables, drawn_B: Tensor, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Draw the filler start of each document and, relative to it, a sentence start for each of its facts, ascending.
+    """Draw the filler start of each document. Draw a sentence start, relative to that start, for each fact, ascending.
 
     Facts that a story does not have get the position `length`, outside the document.
     """
@@ -206,22 +206,22 @@ def _passages(tables: Tables, drawn_B: Tensor, length: int, generator: Generator
     return start_B, places_BS.masked_fill(~is_fact_BS, length).sort(dim=1).values
 
 
-# loading takes seconds, so all runs of a process share it
+# Loading takes seconds, so all runs of a process share the loaded tasks.
 @functools.cache
 def load_babi(
     task: str, facts: Path, filler: Path, n_words: int = 4096, with_subjects: bool = False, renamed: Groups = ()
 ) -> dict[str, Babi]:
-    """Load training and validation task of `"qa1"` to `"qa20"`, which share neither stories nor filler text.
+    """Load a training task and a validation task, which share neither stories nor filler text.
 
     The vocabulary covers the training stories of all tasks, so a model can train on one task after another.
 
     Args:
-        task: Name of the task.
+        task: Name of the bAbI task, `"qa1"` to `"qa20"`.
         facts: Folder with `train.jsonl` and `validation.jsonl`, or `.jsonl.gz`. Records have `task`, `document` (one
             fact per line), `query` and `summary` (the answer). `with_subjects` needs `supporting_lines` too: indices,
             from 0, of the facts that imply the answer.
         filler: Folder with files of the same names. Records have `document`.
-        n_words: Size of the vocabulary; the filler has many more words.
+        n_words: Size of the vocabulary. The filler has many more words, so its rare words become `UNKNOWN`.
         with_subjects: Start answers with the subjects of the supporting facts that the question does not name. Measure
             `Accuracy.exact_match`: under teacher forcing, the first words of an answer reveal its last word.
         renamed: Groups of words that are permuted in every training document, so that names do not identify a story.
@@ -276,7 +276,7 @@ def _story_words(file: Path) -> Iterator[str]:
 
 
 def _with_subjects(story: Story, supporting: list[int]) -> Story:
-    """Prepend the subjects of the supporting facts to the answer. A subject is the first word of its fact."""
+    """Prepend the subjects of the supporting facts to the answer. The subject is the first word of a fact."""
     subjects = dict.fromkeys(story.facts[number][0] for number in supporting)
     return replace(story, answer=[*(word for word in subjects if word not in story.question), *story.answer])
 

@@ -1,6 +1,6 @@
-"""Training documents, drawn for several steps at once, and test documents.
+"""Source of training documents, drawn for several steps at once, and of test documents.
 
-Drawing takes tens of kernel launches on a GPU for any number of documents.
+On a GPU, drawing needs tens of kernel launches, however many documents are drawn.
 
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from recurrent_bart.studies.tasks.memory_tasks import MemoryTask
 
-# no training run uses a seed this large
+# seed of test documents; no training run has a seed this large
 TEST_SEED = 10**9
 # maximum number of segments in a forward pass of a test
 TEST_PASS = 2048
@@ -26,7 +26,7 @@ class DrawnDocuments:
     ):
         self.task, self.test_task, self.generator = task, test_task, generator
         self.batch_size, self.segment_size = batch_size, segment_size
-        # batches by number of segments; the last of a list is next
+        # drawn batches by number of segments; the last batch of a list is used next
         self.drawn: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def batch(self, n_segments: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class DrawnDocuments:
         return drawn.pop()
 
     def tests(self, n_segments: int, n_documents: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield test batches, the same in every call and for every seed of a run."""
+        """Yield test batches. They are the same in every call and for every seed of a run."""
         generator = Generator(self.generator.device).manual_seed(TEST_SEED + n_segments)
         while n_documents > 0:
             size = min(n_documents, max(1, TEST_PASS // n_segments))

@@ -1,8 +1,9 @@
-"""Memory tasks: the end of a document asks for tokens of earlier segments.
+"""Memory tasks. The end of a document asks for tokens of earlier segments.
 
-Every task draws its documents from a generator: the same seed gives the same documents, in unlimited number.
+Every task draws documents from a random generator, in unlimited number. The same seed gives the same documents.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, T target length, M runs of tokens, W tokens in a run.
+Shape suffixes: B documents, N segments, L tokens in a segment, T target length, M groups of tokens, W tokens in a
+group.
 """
 
 from abc import ABC, abstractmethod
@@ -20,14 +21,14 @@ FIRST_SYMBOL = 5
 
 
 class Accuracy(NamedTuple):
-    """Share of fully correct answers, and of correct tokens."""
+    """Share of answers that are correct in all tokens, and share of correct tokens."""
 
     exact_match: float
     token_accuracy: float
 
 
 def score(predicted_BT: Tensor, labels_BT: Tensor) -> Accuracy:
-    """Compare predictions, generated or most likely under teacher forcing, with the answers."""
+    """Compare predicted ids with the answers. Predictions are generated, or most likely under teacher forcing."""
     is_target_BT = labels_BT != IGNORED
     is_right_BT = (predicted_BT == labels_BT) & is_target_BT
     exact = (is_right_BT == is_target_BT).all(dim=1).double().mean()
@@ -35,7 +36,7 @@ def score(predicted_BT: Tensor, labels_BT: Tensor) -> Accuracy:
 
 
 class MemoryTask(ABC):
-    """Documents with any number of segments and one answer each."""
+    """Source of documents with any number of segments and one answer per document."""
 
     @property
     @abstractmethod
@@ -58,13 +59,13 @@ class MemoryTask(ABC):
         """
 
     def answer_places(self, segment_size: int) -> slice | None:
-        """Return the positions in the last segment that ask for each answer token; None if there are none."""
+        """Return the positions in the last segment that ask for the answer, one per token, or None without them."""
         return None
 
 
 @dataclass(frozen=True)
 class SymbolTask(MemoryTask):
-    """Documents of `n_symbols` different symbols among `n_fillers` different fillers, which mean nothing."""
+    """Task with random ids: `n_symbols` ids are symbols that matter, `n_fillers` ids are fillers without meaning."""
 
     n_symbols: int = 32
     n_fillers: int = 32
@@ -75,11 +76,11 @@ class SymbolTask(MemoryTask):
         return FIRST_SYMBOL + self.n_symbols + self.n_fillers
 
     def fillers(self, generator: Generator, *shape: int) -> Tensor:
-        """Draw fillers."""
+        """Draw ids of fillers."""
         return _draw(generator, FIRST_SYMBOL + self.n_symbols, self.vocab_size, *shape)
 
     def symbols(self, generator: Generator, *shape: int) -> Tensor:
-        """Draw symbols."""
+        """Draw ids of symbols."""
         return _draw(generator, FIRST_SYMBOL, FIRST_SYMBOL + self.n_symbols, *shape)
 
 
@@ -104,7 +105,7 @@ class Copy(SymbolTask):
 
 @dataclass(frozen=True)
 class Recall(SymbolTask):
-    """Task: list the symbols after marks, in order. Every segment has `n_marked` marks and no fillers."""
+    """Task: list, in order, each symbol that follows a mark. Every segment has `n_marked` marks and no fillers."""
 
     n_fillers: int = 0
     n_marked: int = 4
@@ -121,21 +122,21 @@ class Recall(SymbolTask):
         marked = self.symbols(generator, batch_size, n_segments, self.n_marked)
         runs = torch.stack([torch.full_like(marked, MARK), marked], dim=-1)
         places = _distinct(generator, n_places, self.n_marked, batch_size, n_segments).sort(dim=-1).values
-        # _write treats every segment as a document here
+        # in this call, every segment is one document of `_write`
         _write(input_ids.view(-1, 1, segment_size), places.flatten(0, 1), runs.flatten(0, 1))
         return input_ids, marked.flatten(1)
 
 
 @dataclass(frozen=True)
 class Retrieval(SymbolTask):
-    """Task: give the values of queried keys. Key-value pairs are at random positions, queries at the end.
+    """Task: return the values of queried keys. Pairs of key and value are at random positions, queries at the end.
 
     A query is a mark and a key. Half of the symbols are keys, distinct within a document. The other half are values.
 
     Attributes:
         n_pairs: Pairs in a document.
         n_queries: Number of pairs that are queried.
-        is_denoising: Query as BART's pre-training does: a key and a mark in place of its value; the pair is the answer.
+        is_denoising: Query as in BART's pre-training: a mark replaces the key's value, and the pair is the answer.
     """
 
     n_pairs: int = 8
@@ -164,7 +165,7 @@ class Retrieval(SymbolTask):
         values_BM = _draw(generator, FIRST_SYMBOL + n_keys, FIRST_SYMBOL + self.n_symbols, batch_size, self.n_pairs)
         places_BM = _distinct(generator, n_places, self.n_pairs, batch_size)
         _write(input_ids, places_BM, torch.stack([keys_BM, values_BM], dim=-1))
-        # pairs lie at random positions, so the first n_queries are a random choice
+        # Pairs lie at random positions, so the first n_queries pairs are a random choice.
         asked_BT = keys_BM[:, : self.n_queries]
         end_T = torch.arange(n_places, n_places + self.n_queries, device=generator.device)
         query = asked_BT, torch.full_like(asked_BT, MARK)
@@ -175,7 +176,7 @@ class Retrieval(SymbolTask):
         return input_ids, answers_BT
 
     def answer_places(self, segment_size: int) -> slice | None:
-        """Return the positions of the queried keys; with denoising, of keys and marks."""
+        """Return the positions of the queried keys. With `is_denoising`, return positions of keys and marks."""
         n_places = segment_size // 2
         first = 2 * (n_places - self.n_queries)
         return slice(first, 2 * n_places) if self.is_denoising else slice(first + 1, 2 * n_places, 2)
@@ -203,10 +204,10 @@ def _distinct(generator: Generator, n: int, n_drawn: int, *shape: int) -> Tensor
 
 
 def _write(input_ids_BNL: Tensor, places_BM: Tensor, runs_BMW: Tensor) -> None:
-    """Write runs of W tokens at slot indices. Slots are W tokens wide and lie within a segment."""
+    """Write groups of W tokens. Segments are divided into cells of W tokens; `places_BM` are indices of cells."""
     length, width = input_ids_BNL.shape[-1], runs_BMW.shape[-1]
     per_segment = length // width
     starts_BM = places_BM // per_segment * length + places_BM % per_segment * width
     positions_BMW = starts_BM.unsqueeze(-1) + torch.arange(width, device=starts_BM.device)
-    # `view` writes to the document; `reshape` might write to a copy
+    # `view` shares memory with the documents; `reshape` might write to a copy
     input_ids_BNL.view(len(input_ids_BNL), -1).scatter_(1, positions_BMW.flatten(1), runs_BMW.flatten(1))
