@@ -1,4 +1,4 @@
-"""Tests that the pages' commands and Python code run, that their links lead somewhere, and that the tree is complete."""
+"""Tests that the pages' commands and Python code run, that their links resolve, and that the tree is complete."""
 
 import functools
 import re
