@@ -1,4 +1,4 @@
-"""The README's table of faults has the correct exit codes and meanings."""
+"""Tests that the table of faults in launch/README.md has the correct exit codes and meanings."""
 
 import re
 
@@ -6,8 +6,8 @@ import launching
 from recurrent_bart.training.arguments import build_parser
 from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 
-README = (launching.TESTS.parent / "README.md").read_text()
-SECTION = README.split("### What happens when")[1].split("\n#")[0]
+PAGE = (launching.TESTS.parent / "launch" / "README.md").read_text()
+SECTION = PAGE.split("## What happens when")[1].split("\n#")[0]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in SECTION.splitlines() if line.startswith("|")]
 
 

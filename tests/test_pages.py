@@ -1,4 +1,4 @@
-"""Tests that the README's commands and Python code run, and that its tree matches the repository."""
+"""Tests that the pages' commands and Python code run, that their links resolve, and that the tree is complete."""
 
 import functools
 import re
@@ -18,8 +18,12 @@ from recurrent_bart.data.tokenizer import train_tokenizer
 from runs import WORDS, write_documents
 
 ROOT = TESTS.parent
-README = (ROOT / "README.md").read_text()
-# flags that make a run short; appended, they override the README's
+LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+README = ROOT / "README.md"
+# the root's page is first, because commands of other pages continue its runs
+PAGES = [README, *(ROOT / name for name in LISTED if name.endswith("/README.md"))]
+MARKDOWN = [ROOT / name for name in LISTED if name.endswith(".md")]
+# flags that make a run short; appended, they override the pages'
 SHORT = {
     "max_steps": 2,
     "warmup_steps": 1,
@@ -41,7 +45,8 @@ NOT_RUN = {"source .venv/bin/activate"}
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    pages = (page.read_text() for page in PAGES)
+    return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)]
 
 
 def commands(block, program):
@@ -61,8 +66,8 @@ def chains():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Create a folder with the programs, documents, texts and pretrained BART that the README names."""
-    folder = tmp_path_factory.mktemp("readme")
+    """Create a folder with the programs, documents, texts and pretrained BART that the pages name."""
+    folder = tmp_path_factory.mktemp("pages")
     for name in ("launch", "ds_configs", "recurrent_bart"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "library").mkdir()
@@ -105,7 +110,7 @@ def shortened(line, folder):
 
 
 def run_line(line, folder):
-    """Run a command of the README in `folder`; return its exit code and output."""
+    """Run a command of a page in `folder`; return its exit code and output."""
     found = PYTHON.fullmatch(line)
     if not found:
         script = f"cd {shlex.quote(str(folder))} && set -o pipefail && {line}"
@@ -151,13 +156,50 @@ def test_every_goal_is_in_the_makefile(line):
 @pytest.mark.parametrize("block", blocks("python"))
 def test_every_line_of_python_runs(place, block, monkeypatch):
     monkeypatch.chdir(place)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "a page", "exec"), {})
 
 
-def test_the_tree_has_a_line_for_each_file_there_is():
-    """Compare with git's files, without the tests, which mirror the package."""
-    tree = README.split("## The tree")[1].split("\n## ")[0]
-    told = re.findall(r"^(\S+)\s{2,}\S", tree, flags=re.MULTILINE)
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    files = [name for name in listed if not name.startswith((".", "tests/")) and Path(name).name != "__init__.py"]
-    assert sorted(told) == sorted({*files, "tests/", ".ci/run"} - {"recurrent_bart/py.typed"})
+def prose_of(page):
+    """Return the text of a page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors_of(page):
+    """Return the anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose_of(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links_of(page):
+    """Return the targets of the links to files and headings."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose_of(page))
+    return [target for target in targets if not target.startswith(("http:", "https:", "mailto:"))]
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for link in links_of(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def test_the_readme_links_to_every_page():
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links_of(README)}
+    assert set(PAGES[1:]) <= linked
+    assert len(PAGES) >= 8
+
+
+def test_the_tree_has_a_line_for_each_folder_there_is():
+    tree = README.read_text().split("## The tree")[1].split("\n## ")[0]
+    lines = re.findall(r"^(\S+)/\s{2,}\S", tree, flags=re.MULTILINE)
+    parents = [Path(name).parent.parts for name in LISTED]
+    folders = {parts[:1] for parts in parents if parts}
+    folders |= {parts[:2] for parts in parents if parts[:1] == ("recurrent_bart",)}
+    assert sorted(lines) == sorted("/".join(parts) for parts in folders)
+
+
+def test_the_readme_has_at_most_220_lines():
+    assert len(README.read_text().splitlines()) <= 220
