@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from recurrent_bart.model import decoder_attention
 from recurrent_bart.probes.memory_reads import plain_execution, read_context, read_segment
-from recurrent_bart.recurrence import attention as prefix_attention
 from recurrent_bart.recurrence import cell as encoder_cell
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from tiny import random_ids
@@ -88,7 +88,7 @@ def test_the_decoder_reads_from_the_states_in_its_context(kind, decoder_context,
 
     with plain_execution(model.config):
         context = model.model.encode(ids)
-        monkeypatch.setattr(prefix_attention, "attend", listen)
+        monkeypatch.setattr(decoder_attention, "attend", listen)
         reads = read_context(model, context, text)
     n_memory = 9 if decoder_context == "memory" else 3
     for number, layer in enumerate(model.model.decoder.layers):

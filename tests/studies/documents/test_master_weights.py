@@ -14,7 +14,7 @@ from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
 from recurrent_bart.training.zero.engine import build_engine, reducing_once
 from tiny import BUCKET, random_ids, tiny_model
 
-CONFIGS = Path(__file__).parents[2] / "ds_configs"
+CONFIGS = Path(__file__).parents[3] / "ds_configs"
 
 
 def test_in_float32_there_is_one_model():
