@@ -79,7 +79,7 @@ def test_the_decoder_reads_from_the_states_in_its_context(kind, decoder_context,
     model = make_model(prefix_attention=kind, decoder_context=decoder_context)
     ids, text = random_ids(1, 3, 8), random_ids(1, 5)
     heard = []
-    attend = prefix_attention.attend
+    attend = decoder_attention.attend
 
     def listen(attention, query, key_value, mask):
         read, weights = attend(attention, query, key_value, mask)
