@@ -81,13 +81,17 @@ CASES = {
 }
 
 
+pytestmark = pytest.mark.timeout(900)
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda n: f"{n} processes")
 def results(request, tmp_path_factory):
     """Run all cases for a world size in one start of its processes."""
     output = tmp_path_factory.mktemp("zero") / "results.pt"
     cases = CASES[request.param]
     environments = launched(request.param)
-    ended = run_script(WORKER, json.dumps(list(cases.values())), output, environments=environments)
+    # 90 s on two idle cores; some minutes beside other work
+    ended = run_script(WORKER, json.dumps(list(cases.values())), output, environments=environments, timeout=800)
     assert set(ended.codes) == {0}, ended.text()
     return dict(zip(cases, torch.load(output, weights_only=True), strict=True))
 
