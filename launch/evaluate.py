@@ -191,10 +191,6 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except ValueError as error:
         return fail(error) if is_first() else 2
-    finally:
-        # A process that exits with live threads of the process group sometimes aborts at the end.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return 0
 
 
@@ -205,4 +201,8 @@ def fail(error: ValueError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    # A process that exits with live threads of the process group sometimes aborts at the end.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(code)

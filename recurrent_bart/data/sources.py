@@ -18,10 +18,9 @@ from recurrent_bart.data.gap_sentences import gap_sentence_rows
 from recurrent_bart.data.held_out import HeldOut, held_out_texts, split_by_line
 from recurrent_bart.data.jsonl import jsonl_records
 from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse
-from recurrent_bart.data.stdlib import library_root, stdlib_rows
+from recurrent_bart.data.stdlib import EMBEDDED, library_root, stdlib_rows
 from recurrent_bart.data.text_files import ENCODING, read_text
 
-EMBEDDED = "stdlib"
 OnBad = Callable[[ValueError], None]
 Records = Iterator[tuple[str, dict[str, Any]]]
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from recurrent_bart.data.rows import Columns, Row, make_row, split_of
 
+# value of --dataset that selects this corpus
+EMBEDDED = "stdlib"
+
 # Installed packages and tests are not part of the library.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.held_out import SPLIT_RULES
 from recurrent_bart.data.rows import TASKS, Columns
-from recurrent_bart.data.sources import EMBEDDED
+from recurrent_bart.data.stdlib import EMBEDDED
 from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
 from recurrent_bart.model.scheduled_sampling import ORACLES
