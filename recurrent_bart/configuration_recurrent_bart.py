@@ -34,7 +34,9 @@ class RecurrentBartConfig(BartConfig):
         input_size: Token positions that the encoder sees per segment. The excess over `segment_size` is overlap: the
             last tokens of the previous segment, repeated in front. None: `segment_size`.
         max_n_segments: Number of segments read per document in training; later segments are dropped. -1: all.
-        bptt_depth: Number of segment boundaries that the gradient crosses. 0: none, -1: all.
+        bptt_depth: Number of segment boundaries that the gradient of the state crosses. 0: none, -1: all. With one
+            target per document, the decoder's gradient also reaches every segment that the decoder attends to. With
+            targets per segment, it stays within the truncated-BPTT window of `bptt_depth + 1` segments.
         prefix_projection: True: a two-layer tanh MLP per layer projects the state to keys and values. False: the
             layer's `k_proj` and `v_proj` project the state.
         prefix_hidden_size: Hidden width of the MLP of `prefix_projection`.
@@ -167,7 +169,7 @@ class RecurrentBartConfig(BartConfig):
 
     @property
     def bptt_window(self) -> int | None:
-        """Number of segments in a truncated-BPTT window; None: the gradient crosses all segments."""
+        """Number of segments in a truncated-BPTT window; None: one window holds all segments."""
         return None if self.bptt_depth == -1 else self.bptt_depth + 1
 
     @classmethod

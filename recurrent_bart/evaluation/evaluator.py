@@ -95,16 +95,16 @@ class Evaluator:
 
     def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
         """Return the generated ids of each document, `(tokens,)`, or `(segments, tokens)` for the section task."""
-        marks: dict[str, Any] = {}
+        targets: dict[str, Any] = {}
         if self.collator.task == "sections":
             # Packing pays off because sections differ in length.
-            marks = {"every_segment": (batch.labels != IGNORED).any(dim=-1), "may_pack": True}
+            targets = {"target_segments": (batch.labels != IGNORED).any(dim=-1), "may_pack": True}
         ids = model.generate(
             batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask.to(self.device),
             max_new_tokens=how.max_new_tokens,
             num_beams=how.num_beams,
-            **marks,
+            **targets,
         )
         return list(ids.cpu())
 

@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.execution.graphed_wavefront import GraphedWavefront, can_graph
 from recurrent_bart.execution.stacked_layers import stack_layers, why_not_stacked
 from recurrent_bart.execution.wavefront import Wavefront
+from recurrent_bart.recurrence.bptt import n_segments_with_graph, state_windows
 from recurrent_bart.recurrence.cell import AttentionMasks
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.recurrence.segmentation import Segment, on_device
 
-# `schedule="auto"` uses the wavefront up to this number of tokens of one segment over all documents. At 8,192, the
-# wavefront was 1.5 to 1.9 times as fast on an H100 (benchmarks/LOG.md). Larger sizes are not measured; they need more
-# memory, because the wavefront holds hidden states of all layers
+# `schedule="auto"` computes several segments at once up to this number of tokens of one segment over all documents. At
+# 8,192, the wavefront was 1.5 to 1.9 times as fast on an H100 (benchmarks/LOG.md). Larger sizes are not measured; they
+# need more memory, because the wavefront holds hidden states of all layers
 MOST_TOKENS = 16_384
 logger = logging.get_logger(__name__)
 
@@ -57,6 +59,21 @@ class SegmentOutput:
     memory: Tensor | None
     hidden_states: list[Tensor] = field(default_factory=list)
     attentions: list[Tensor] = field(default_factory=list)
+
+    def split(self, n_segments: int) -> list["SegmentOutput"]:
+        """Split the outputs of `n_segments` segments that ran as one batch and carry no state."""
+        assert self.tokens is not None
+        n_rows = len(self.tokens) // n_segments
+        hidden_states, attentions = (
+            list(zip(*(part.split(n_rows) for part in parts), strict=True)) or [()] * n_segments
+            for parts in (self.hidden_states, self.attentions)
+        )
+        parts = zip(self.tokens.split(n_rows), hidden_states, attentions, strict=True)
+        return [SegmentOutput(tokens, None, list(hidden), list(weights)) for tokens, hidden, weights in parts]
+
+
+# function from segments, their mask, the state before them and the selected outputs to the outputs of each segment
+Schedule = Callable[[list[Segment], Tensor, Tensor | None, OutputSelection], Iterator[SegmentOutput]]
 
 
 @dataclass
@@ -98,9 +115,9 @@ class Grid:
     ) -> GridOutput:
         """Run the grid in the order that `config.schedule` names.
 
-        The gradient crosses at most `config.bptt_depth` segment boundaries. Truncated-BPTT windows have
-        `bptt_depth + 1` segments, and the last window ends at the last segment. The state is detached between windows.
-        Segments run without an autograd graph if no selected output needs their gradient.
+        The state's gradient crosses at most `config.bptt_depth` segment boundaries: the state is detached between the
+        windows of `bptt.state_windows`. Segments run without an autograd graph if no selected output needs their
+        gradient.
 
         Args:
             segments_BNLD: Token embeddings of the last segments; all documents end at the last one.
@@ -110,7 +127,6 @@ class Grid:
             earlier: Segments before `segments_BNLD`; they get no gradient.
         """
         n_segments = mask_BNL.shape[1]
-        window = self.config.bptt_window or n_segments + 1
         is_read_BN = mask_BNL.bool().any(dim=-1)
         memory = learned = self.recurrence.initial_state_memory(len(mask_BNL)) if self.recurrence else None
         is_begun_B = torch.zeros(len(mask_BNL), dtype=torch.bool, device=segments_BNLD.device)
@@ -119,20 +135,14 @@ class Grid:
             memory = _started_or_initial(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
         # unbind, because the backward pass of each index would write a gradient of all segments
         segments = [*earlier, *(_constant_segment(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
-        windows = self._windows(n_segments, window, kept)
-        run = self._sequential
-        has_several = any(part.stop - part.start > 1 for part, _ in windows)
-        if (
-            has_several
-            and self._uses_wavefront(segments_BNLD, kept)
-            and not self._is_on_other_device(segments_BNLD.device)
-        ):
-            weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
-            run = functools.partial(self._wavefront, weights)
+        windows = self._windows(n_segments, kept)
+        run: Schedule = self._sequential
+        if any(part.stop - part.start > 1 for part, _ in windows):
+            run = self._fastest(segments_BNLD, kept)
         output = GridOutput()
         for part, has_graph in windows:
             with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
-                if self.config.has_state and (n_segments - part.start) % window == 0:
+                if self.config.has_state and state_windows(self.config, n_segments).detaches_before(part.start):
                     is_begun_B = is_begun_B | on_device(is_read_BN[:, : part.start].any(dim=1), is_begun_B.device)
                     memory = _started_or_initial(is_begun_B, memory.detach(), learned)
                 for t, segment in enumerate(run(segments[part], mask_BNL[:, part], memory, kept), start=part.start):
@@ -142,35 +152,41 @@ class Grid:
         output.memory = memory if self.config.has_state else None
         return output
 
-    def _windows(self, n_segments: int, window: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
-        """Return each truncated-BPTT window as a slice, with True if the window has an autograd graph."""
+    def _windows(self, n_segments: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
+        """Return the segments that run together as slices, each with True if they have an autograd graph."""
         # without a carried state, only the outputs of earlier segments could matter
         first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
         if not torch.is_grad_enabled():
             return [(slice(first, n_segments), False)]
-        first_with_graph = 0 if kept.every_segment else max(0, n_segments - window)
-        cuts = [n for n in range(first + 1, n_segments) if (n_segments - n) % window == 0 and n >= first_with_graph]
-        borders = [first, *cuts, n_segments]
+        first_with_graph = n_segments - n_segments_with_graph(self.config, n_segments, kept.every_segment)
+        starts = state_windows(self.config, n_segments).starts() if self.config.has_state else []
+        cuts = {first_with_graph, *starts} & set(range(max(first + 1, first_with_graph), n_segments))
+        borders = [first, *sorted(cuts), n_segments]
         return [(slice(start, stop), start >= first_with_graph) for start, stop in itertools.pairwise(borders)]
 
-    def _uses_wavefront(self, segments_BNLD: Tensor, kept: OutputSelection) -> bool:
-        """Return True if the wavefront schedule computes the segments.
-
-        Only the sequential schedule returns hidden states and attention weights of every layer. Only the sequential
-        schedule supports layers that differ in more than their parameters.
-        """
+    def _fastest(self, segments_BNLD: Tensor, kept: OutputSelection) -> Schedule:
         schedule = self.config.schedule
-        if schedule == "sequential" or kept.hidden_states or kept.attentions:
-            return False
-        if schedule == "auto" and (self.config.recurrence == "top" or not is_wavefront_faster(segments_BNLD)):
-            return False
+        if schedule == "sequential" or (schedule == "auto" and not is_wavefront_faster(segments_BNLD)):
+            return self._sequential
+        if not self.config.has_state:
+            return self._parallel
+        # only the sequential schedule returns hidden states and attention weights of every layer
+        if kept.hidden_states or kept.attentions or self.config.recurrence == "top":
+            return self._sequential
+        if self._has_different_layers() or self._is_on_other_device(segments_BNLD.device):
+            return self._sequential
+        weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
+        return functools.partial(self._wavefront, weights)
+
+    def _has_different_layers(self) -> bool:
+        # only the sequential schedule supports layers that differ in more than their parameters
         obstacle = why_not_stacked(self.layers)
-        if obstacle and schedule == "wavefront":
+        if obstacle and self.config.schedule == "wavefront":
             logger.warning_once(f"schedule='wavefront': segments are computed one after the other, because {obstacle}")
-        return not obstacle
+        return bool(obstacle)
 
     def _is_on_other_device(self, device: torch.device) -> bool:
-        """Return True if layers are offloaded or on another device; then only module calls move their parameters."""
+        # the parameters of layers that are offloaded or on another device move only when modules are called
         is_on_other_device = any(parameter.device != device for parameter in self.layers.parameters())
         if is_on_other_device and self.config.schedule == "wavefront":
             logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")
@@ -216,14 +232,28 @@ class Grid:
         self, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
     ) -> Iterator[SegmentOutput]:
         """Run one segment after the other, layer by layer; other schedules must give the same results."""
-        is_checkpointed = self.checkpoints_segments and torch.is_grad_enabled()
         for read, mask_BL in zip(segments, mask_BNL.unbind(dim=1), strict=True):
-            inputs = read(), mask_BL, memory_EBPD, kept
-            segment = (
-                checkpoint(self._segment, *inputs, use_reentrant=False) if is_checkpointed else self._segment(*inputs)
-            )
+            segment = self._checkpointed(read(), mask_BL, memory_EBPD, kept)
             memory_EBPD = segment.memory
             yield segment
+
+    def _checkpointed(self, *inputs: Any) -> SegmentOutput:
+        if self.checkpoints_segments and torch.is_grad_enabled():
+            return checkpoint(self._segment, *inputs, use_reentrant=False)
+        return self._segment(*inputs)
+
+    def _parallel(
+        self, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
+    ) -> Iterator[SegmentOutput]:
+        """Run segments that no state connects as one batch, up to `MOST_TOKENS` tokens at a time."""
+        n_documents, n_segments, n_tokens = mask_BNL.shape
+        n_together = max(1, MOST_TOKENS // (n_documents * n_tokens))
+        for start in range(0, n_segments, n_together):
+            part = segments[start : start + n_together]
+            tokens_BLD = torch.cat([read() for read in part])
+            mask_BL = mask_BNL[:, start : start + n_together].transpose(0, 1).flatten(0, 1)
+            prefix = None if memory_EBPD is None else memory_EBPD.repeat(1, len(part), 1, 1)
+            yield from self._checkpointed(tokens_BLD, mask_BL, prefix, kept).split(len(part))
 
     def _segment(
         self, tokens_BLD: Tensor, mask_BL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection

@@ -107,7 +107,7 @@ class Wavefront:
         return stacks, frontier_EBSD, memory_EBPD, outputs
 
     def _gives_tokens(self, diagonal: Diagonal) -> bool:
-        """Return True if tokens above the last layer are needed: always after the last segment, else if requested."""
+        # the last segment's tokens above the last layer are always needed
         return self.gives_all_tokens or diagonal.first == self.config.encoder_layers - 1
 
     def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.execution.grid import GridOutput
 from recurrent_bart.model.modeling_outputs import Packing, RecurrentEncoderOutput, take
+from recurrent_bart.recurrence.bptt import target_windows
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import on_device, to_device
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch
 
 # positions to attend to, and their mask: booleans, or the number of each position's segment, 0 at padding
 Block = tuple[Tensor, Tensor]
@@ -27,36 +29,31 @@ LEAST_SAVING = 2
 def encoder_output(
     config: RecurrentBartConfig,
     grid: GridOutput,
-    mask_BNL: Tensor,
+    batch: SegmentedBatch,
     state: RecurrentState | None,
-    every_segment: bool,
-    marked_BN: Tensor | None = None,
     may_pack: bool = False,
 ) -> RecurrentEncoderOutput:
     """Build the encoder's output (the decoder's context and the new state) from the output of the grid of cells.
 
-    Args:
-        mask_BNL: 1 at tokens; on the CPU, where the masks are computed.
-        every_segment: Return the context after each segment, `(B, N, A, D)`.
-        marked_BN: Booleans on the CPU, used with `every_segment`. Return contexts only after True segments, `(M, A,
-            D)`, where sections end. If all are False, use the last segment of the first document.
-        may_pack: With `marked_BN`: pack contexts if their lengths differ much.
+    Contexts are `(B, A, D)` after the last segment, `(B, N, A, D)` after every segment, or `(M, A, D)` after target
+    segments, where sections end. Without any target segment, the context after the first document's end is returned.
+    `may_pack` packs the contexts of target segments if their lengths differ much.
     """
-    is_read_BN = mask_BNL.bool().any(dim=-1)
+    mask_BNL, is_read_BN, target_segments_BN = batch.attention_mask, batch.is_read, batch.target_segments
     tokens = torch.stack(grid.tokens, dim=1), mask_BNL[:, -len(grid.tokens) :].bool()
     blocks = [tokens]
     if grid.memories:
         memory_BNPD = torch.stack(grid.memories, dim=1)
         read_BNP = is_read_BN[:, -len(grid.memories) :].unsqueeze(-1).expand(memory_BNPD.shape[:3])
         blocks.insert(0, (memory_BNPD, read_BNP))
-    selected_BN = torch.full_like(is_read_BN, every_segment)
+    selected_BN = torch.full_like(is_read_BN, batch.decodes_every_segment)
     selected_BN[:, -1] = True
-    if marked_BN is not None:
-        selected_BN = target_or_last_segment(marked_BN)
+    if target_segments_BN is not None:
+        selected_BN = target_or_last_segment(target_segments_BN)
     grows = {"last": None, "memory": 0}.get(config.decoder_context, len(blocks) - 1)
     several, groups_BN = None, [selected_BN]
     if grows is not None:
-        ends_BN = marked_BN if marked_BN is not None else selected_BN & every_segment
+        ends_BN = selected_BN & batch.decodes_every_segment if target_segments_BN is None else target_segments_BN
         several = _SeveralSegments(config, blocks[grows], is_read_BN, state, ends_BN)
         # packing saves little with few state positions, and the number of state positions would differ between groups
         if may_pack and config.decoder_context != "memory":
@@ -64,7 +61,7 @@ def encoder_output(
 
     def part(number: int, group_BN: Tensor) -> Block:
         if several is not None and number == grows:
-            return several.after(group_BN) if every_segment else several.after_all()
+            return several.after(group_BN) if batch.decodes_several_segments else several.after_all()
         # a block may cover only the last segments
         return _at(blocks[number], group_BN[:, -blocks[number][0].shape[1] :])
 
@@ -73,7 +70,7 @@ def encoder_output(
     hidden, mask = _join(contexts[0])
     if len(contexts) > 1:
         hidden, mask, packing = _pack([_join(parts) for parts in contexts], groups_BN, selected_BN)
-    elif every_segment and marked_BN is None:
+    elif batch.decodes_every_segment and target_segments_BN is None:
         hidden, mask = (part.unflatten(0, selected_BN.shape) for part in (hidden, mask))
     is_read_BN, is_seen = (on_device(known, hidden.device) for known in (is_read_BN, mask))
     position_B = is_read_BN.sum(dim=1) + (0 if state is None else state.position)
@@ -91,11 +88,11 @@ def encoder_output(
     )
 
 
-def target_or_last_segment(marked_BN: Tensor) -> Tensor:
-    """Return a copy of `marked_BN`; if no element is True, mark the last segment of the first document."""
-    marked_BN = marked_BN.clone()
-    marked_BN[0, -1] |= ~marked_BN.any()
-    return marked_BN
+def target_or_last_segment(target_segments_BN: Tensor) -> Tensor:
+    """Return a copy of the booleans; if all are False, set the last segment of the first document to True."""
+    target_segments_BN = target_segments_BN.clone()
+    target_segments_BN[0, -1] |= ~target_segments_BN.any()
+    return target_segments_BN
 
 
 def _at(block: Block, selected_BN: Tensor) -> Block:
@@ -116,7 +113,8 @@ class _SeveralSegments:
         state: RecurrentState | None,
         ends_BN: Tensor,
     ):
-        self.block, self.state, self.window = block, state, config.bptt_window
+        self.block, self.state = block, state
+        self.windows = target_windows(config, is_read_BN.shape[1])
         self.number_BN = _numbers(is_read_BN, state)
         is_cut = config.decoder_context == "section"
         # a segment that its document does not have ends no section
@@ -145,9 +143,9 @@ class _SeveralSegments:
         index_MK = row_M.unsqueeze(1), segment_MK.clamp(min=0)
         is_seen_MK = (segment_MK >= 0) & (self.number_BN[index_MK] >= least_M1)
         hidden_MKXD = self.block[0][tuple(to_device(part, device) for part in index_MK)]
-        if self.window is not None:
-            # stop the gradient where truncated BPTT stops the gradient of the state
-            windows_MK = (n_segments - 1 - segment_MK) // self.window
+        if self.windows.size is not None:
+            # stop the gradient at windows: in training, each window has its own backward pass
+            windows_MK = self.windows.number(segment_MK)
             is_same_MK = to_device(windows_MK == windows_MK[:, -1:], device)
             hidden_MKXD = torch.where(is_same_MK[..., None, None], hidden_MKXD, hidden_MKXD.detach())
         hidden, mask = hidden_MKXD.flatten(1, 2), (self.block[1][index_MK] & is_seen_MK.unsqueeze(2)).flatten(1, 2)

@@ -13,6 +13,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.model.decoder_context import section_starts
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.recurrence.associative_memory import CHUNK
+from recurrent_bart.recurrence.bptt import n_segments_with_graph
 
 # vendors' peak FLOP/s of dense matrix products, in bf16 and in fp32 (without TF32), by a part of the device's name; the
 # first match counts
@@ -72,7 +73,7 @@ class Arithmetic:
         """Count the operations of a batch's forward and backward passes; `labels` are `(B, T)` or `(B, N, T)`.
 
         A backward pass costs one forward pass for the gradients of activations and one for the gradients of weights.
-        Segments outside the truncated-BPTT window have no backward pass.
+        Segments without an autograd graph, see `bptt.n_segments_with_graph`, have no backward pass.
         """
         lengths_BN = attention_mask_BNL.sum(dim=-1)
         n_read_B1 = (lengths_BN > 0).sum(dim=1, keepdim=True)
@@ -82,8 +83,7 @@ class Arithmetic:
         if labels.dim() == 2:
             if not self.config.has_state and self.config.decoder_context not in ("section", "all"):
                 is_run_BN = distance_BN == 0
-            if self.config.bptt_window is not None:
-                has_graph_BN = distance_BN < self.config.bptt_window
+            has_graph_BN = distance_BN < n_segments_with_graph(self.config, lengths_BN.shape[1], False)
         with_graph = self.encoder(lengths_BN[is_run_BN & has_graph_BN]) + self._decoder_of(lengths_BN, labels)
         return (2 + self.trained_share) * with_graph + self.encoder(lengths_BN[is_run_BN & ~has_graph_BN])
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.recurrence.segmented_batch import rename_every_segment
 
 
 class SegmentGeneration(GenerationMixin):
@@ -26,28 +27,32 @@ class SegmentGeneration(GenerationMixin):
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        every_segment: bool | Tensor = False,
+        decode_at: str = "last_segment",
+        target_segments: Tensor | None = None,
         may_pack: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Generate texts from documents `(B, N, L)` or `(B, n)`; see GenerationMixin for the other arguments.
 
         Args:
-            every_segment: True: generate a text after each segment. `(B, N)` booleans: generate a text after each True
-                segment that exists; see RecurrentBartEncoder.
+            decode_at: `"last_segment"`: generate a text after the last segment. `"every_segment"`: after each segment.
+            target_segments: `(B, N)` booleans: generate a text after each True segment that exists instead; see
+                RecurrentBartEncoder.
             may_pack: If contexts differ much in length, generate from groups of similar length instead of padding all
                 to the longest. The ids are the same unless they are sampled. Ignored with `return_dict_in_generate` or
                 `decoder_input_ids`. Do not use where all ranks must call the model equally often.
 
         Returns:
-            Ids `(B, T)`, or with `every_segment` `(B, N, T)`, filled with the pad id where there is no text. With
-            `num_return_sequences=S` there are `B * S` rows; a document's rows are adjacent. With
+            Ids `(B, T)`, or `(B, N, T)` after every segment or after target segments, filled with the pad id where
+            there is no text. With `num_return_sequences=S` there are `B * S` rows; a document's rows are adjacent. With
             `return_dict_in_generate` these ids are `sequences`; the other fields have one row per text.
 
         Raises:
-            ValueError: No existing segment is selected, or `encoder_outputs` lack a selected context.
+            ValueError: No target segment exists, or `encoder_outputs` lack a context after one.
         """
-        chosen = every_segment if isinstance(every_segment, Tensor) else None
+        if "every_segment" in kwargs:
+            renamed = rename_every_segment({"every_segment": kwargs.pop("every_segment")})
+            decode_at, target_segments = renamed.get("decode_at", decode_at), renamed.get("target_segments")
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
         if encoded is not None:
@@ -55,10 +60,11 @@ class SegmentGeneration(GenerationMixin):
         else:
             gives_more = self._setting("return_dict_in_generate", generation_config, kwargs)
             takes_more = kwargs.get("decoder_input_ids") is not None
-            kwargs["may_pack"] = may_pack and chosen is not None and not gives_more and not takes_more
-            encoded = self._read_to_generate(input_ids, every_segment, generation_config, kwargs)
-        if chosen is not None or every_segment:
-            return self._generate_segments(encoded, chosen, generation_config, **kwargs)
+            kwargs["may_pack"] = may_pack and target_segments is not None and not gives_more and not takes_more
+            selected = {"decode_at": decode_at, "target_segments": target_segments}
+            encoded = self._read_to_generate(input_ids, selected, generation_config, kwargs)
+        if target_segments is not None or decode_at == "every_segment":
+            return self._generate_segments(encoded, target_segments, generation_config, **kwargs)
         encoded.check_one_context()
         is_flat = input_ids is not None and input_ids.dim() == 2
         # GenerationMixin takes an output's `state` for a cache
@@ -69,7 +75,7 @@ class SegmentGeneration(GenerationMixin):
     def _read_to_generate(
         self,
         input_ids: Tensor | None,
-        every_segment: bool | Tensor,
+        selected: dict[str, Any],
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
     ) -> RecurrentEncoderOutput:
@@ -81,7 +87,7 @@ class SegmentGeneration(GenerationMixin):
         pad_token_id = self.config.pad_token_id
         if reading["attention_mask"] is None and input_ids is not None and (input_ids == pad_token_id).any():
             reading["attention_mask"] = input_ids.ne(pad_token_id).long()
-        return self.model.encode(input_ids, every_segment=every_segment, **reading)
+        return self.model.encode(input_ids, **selected, **reading)
 
     def _setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
         return kwargs.get(name, getattr(generation_config or self.generation_config, name))
@@ -89,21 +95,23 @@ class SegmentGeneration(GenerationMixin):
     def _generate_segments(
         self,
         encoded: RecurrentEncoderOutput,
-        chosen_BN: Tensor | None,
+        target_segments_BN: Tensor | None,
         generation_config: GenerationConfig | None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
-        chosen_BN, is_read_BN = encoded.check_contexts(chosen_BN), encoded.is_read
+        target_segments_BN, is_read_BN = encoded.check_contexts(target_segments_BN), encoded.is_read
         assert is_read_BN is not None
-        has_text_BN = is_read_BN & chosen_BN
+        has_text_BN = is_read_BN & target_segments_BN
         if not has_text_BN.any():
-            raise ValueError("every_segment: no segment that is read is chosen")
+            raise ValueError("target_segments: no document has one of these segments")
         if encoded.packing is not None:
-            generated = self._generate_groups(encoded, is_read_BN[chosen_BN].cpu(), generation_config, **kwargs)
+            generated = self._generate_groups(
+                encoded, is_read_BN[target_segments_BN].cpu(), generation_config, **kwargs
+            )
         else:
             # the encoder returned either rows of the selected segments or contexts after every segment
             is_rows = encoded.last_hidden_state.dim() == 3
-            is_shown = is_read_BN[chosen_BN].nonzero().squeeze(1) if is_rows else has_text_BN
+            is_shown = is_read_BN[target_segments_BN].nonzero().squeeze(1) if is_rows else has_text_BN
             generated = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_shown), **kwargs)
         texts = generated.sequences if isinstance(generated, ModelOutput) else generated
         # num_return_sequences texts per segment

@@ -110,7 +110,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         return decoded[:, :n_targets]
 
     def _plain(self, n_memory: int | None, embeds: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the decoder without gradient checkpointing: CUDA graphs keep only the last call's activations anyway."""
+        # without gradient checkpointing: CUDA graphs keep only the last call's activations anyway
         settings = {"use_cache": False} | ({} if n_memory is None else {"n_memory": n_memory})
         # do not set the attribute on other layers: a CUDA graph's key contains the layers' attributes
         checkpointed = [layer for layer in self.layers if layer.gradient_checkpointing]
@@ -138,7 +138,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         return create_bidirectional_mask(self.config, hidden[:, :1], mask, hidden, allow_is_bidirectional_skip=False)
 
     def _causal_mask(self, inputs: Tensor | None) -> Tensor | None:
-        """Return the causal mask of `inputs`; the mask that BartDecoder builds would wait for the GPU."""
+        # the mask that BartDecoder builds would wait for the GPU
         if inputs is None or inputs.device.type == "cpu" or "flash" in self.config._attn_implementation:
             return None
         query = self.layernorm_embedding.weight.new_empty(1, inputs.shape[1], 1, device=inputs.device)

@@ -18,17 +18,11 @@ from recurrent_bart.execution.grid import Grid, OutputSelection
 from recurrent_bart.model.decoder_context import encoder_output
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.model.modeling_pretrained import RecurrentBartPreTrainedModel
+from recurrent_bart.recurrence.bptt import n_segments_with_graph
 from recurrent_bart.recurrence.encoder_layer import RecurrentBartEncoderLayer
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState, build_recurrence
-from recurrent_bart.recurrence.segmentation import (
-    Segment,
-    align_at_end,
-    align_marks,
-    embed_segments_lazily,
-    has_barts_shapes,
-    is_traced,
-    segment_documents,
-)
+from recurrent_bart.recurrence.segmentation import Segment, embed_segments_lazily, is_traced
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, rename_every_segment
 
 logger = logging.get_logger(__name__)
 
@@ -52,10 +46,12 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         state: RecurrentState | None = None,
-        every_segment: bool | Tensor = False,
+        decode_at: str = "last_segment",
+        target_segments: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        batch: SegmentedBatch | None = None,
         earlier: Sequence[Segment] = (),
         may_pack: bool = False,
         **kwargs: Any,
@@ -67,49 +63,48 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             attention_mask: 1 at tokens. A segment without tokens does not exist. None: all positions are tokens.
             inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
             state: State of the text read before. With a state, a document may have nothing more to read.
-            every_segment: True: return the decoder's context after each segment. `(B, N)` booleans: return one row per
-                True segment (one row if all are False); with `decoder_context="section"` these segments end sections.
+            decode_at: `"last_segment"`: return the decoder's context after the last segment. `"every_segment"`: after
+                each segment.
+            target_segments: `(B, N)` booleans: return one context per True segment (one context if all are False)
+                instead. With `decoder_context="section"` these segments end sections.
             output_attentions: Return attention weights of every layer; needs the eager back end.
             return_dict: False: return a plain tuple, see `RecurrentEncoderOutput.as_tuple`.
-            earlier: Segments before `inputs_embeds`, from `embed_segments`; `attention_mask` then covers all segments.
-            may_pack: Allow packed contexts of the segments in `every_segment`, to save padding.
+            batch: Documents that are already segmented; `inputs_embeds` are then the last segments' embeddings.
+            earlier: With `batch`: segments before `inputs_embeds`, from `embed_segments`.
+            may_pack: Allow packed contexts after `target_segments`, to save padding.
 
         Raises:
             ValueError: Inputs are missing or given twice, a document has no token, a segment is longer than
-                `input_size`, uncut embeddings span several segments, or `every_segment` or `state` has a wrong shape.
+                `input_size`, uncut embeddings span several segments, `decode_at` is unknown, or `target_segments` or
+                `state` has a wrong shape.
         """
-        if self.is_traced_as_bart(input_ids, inputs_embeds, state, every_segment):
+        if "every_segment" in kwargs:
+            given = rename_every_segment({"every_segment": kwargs.pop("every_segment")})
+            decode_at, target_segments = given.get("decode_at", decode_at), given.get("target_segments")
+        if self.is_traced_as_bart(input_ids, inputs_embeds, state, decode_at, target_segments):
             flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
             return super().forward(input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **flags, **kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        is_flat = inputs_embeds.dim() == 3 if input_ids is None else input_ids.dim() == 2
-        segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, inputs_embeds)
+        if batch is None:
+            reading = input_ids, attention_mask, inputs_embeds, decode_at, target_segments
+            batch = SegmentedBatch.build(self.config, self.training, *reading, may_be_empty=state is not None)
+            inputs_embeds, earlier = self.embed_segments(batch)
         if state is not None:
-            state.check(self.config, len(mask))
-        segments, mask, n_empty_B = align_at_end(segments, mask, may_be_empty=state is not None)
-        marked_BN = aligned_BN = None
-        if isinstance(every_segment, Tensor):
-            marked_BN, every_segment = every_segment.cpu(), True
-            aligned_BN = align_marks(marked_BN, mask, n_empty_B)
-        if inputs_embeds is None:
-            segments, earlier = self.embed_segments(segments, every_segment)
-        recurrence = self.recurrence and self.recurrence(segments.device)
+            state.check(self.config, len(batch.attention_mask))
+        recurrence = self.recurrence and self.recurrence(inputs_embeds.device)
         grid = Grid(
             self.config, self.layers, recurrence, self._embed_segment, self.checkpoints_segments and self.training
         )
         selection = OutputSelection(
-            every_segment=every_segment,
+            every_segment=batch.decodes_several_segments,
             tokens=self.config.decoder_context in ("section", "all"),
             memories=self.config.decoder_context == "memory",
             attentions=self._gives_attentions(output_attentions),
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
-        with device_guard(segments.device):
-            outputs = grid.run(segments, mask, state, selection, earlier)
-        output = encoder_output(self.config, outputs, mask, state, every_segment, aligned_BN, may_pack)
-        output = output.shifted(-n_empty_B, marked_BN)
-        if is_flat and has_barts_shapes(self.config, mask):
+        with device_guard(inputs_embeds.device):
+            outputs = grid.run(inputs_embeds, batch.attention_mask, state, selection, earlier)
+        output = encoder_output(self.config, outputs, batch, state, may_pack).unaligned(batch)
+        if batch.has_barts_shapes:
             output = output.without_segments()
         return output.as_tuple() if return_dict is False else output
 
@@ -118,27 +113,33 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         state: RecurrentState | None = None,
-        every_segment: bool | Tensor = False,
+        decode_at: str = "last_segment",
+        target_segments: Tensor | None = None,
         **_: Any,
     ) -> bool:
         """Return True if a model without recurrence is traced on one segment; then BART's own code runs.
 
         The code for longer documents needs mask values, which do not exist while a compiler or an exporter traces.
         """
-        if not is_traced() or self.config.pre_seq_len or state is not None or every_segment is not False:
+        if not is_traced() or self.config.pre_seq_len or state is not None:
+            return False
+        if decode_at != "last_segment" or target_segments is not None:
             return False
         flat, n_dimensions = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
         return flat is not None and flat.dim() == n_dimensions and flat.shape[1] <= self.config.segment_size
 
-    def embed_segments(self, ids_BNL: Tensor, every_segment: bool) -> tuple[Tensor, list[Segment]]:
+    def embed_segments(self, batch: SegmentedBatch) -> tuple[Tensor, list[Segment]]:
         """Return embeddings `(B, N, L, D)` of the segments that get a gradient, and functions to embed earlier ones.
 
-        Under ZeRO-3 each call of the embedding is a collective, so the number of calls must not differ between ranks.
+        Embeddings in `batch` are returned as they are. Under ZeRO-3 each call of the embedding is a collective, so the
+        number of calls must not differ between ranks.
         """
-        n_segments, window = ids_BNL.shape[1], self.config.bptt_window
-        n_reached = n_segments if every_segment or window is None else min(window, n_segments)
-        if not torch.is_grad_enabled():
-            n_reached = 0
+        ids_BNL = batch.tokens
+        if not batch.has_ids:
+            return ids_BNL, []
+        n_segments, n_reached = ids_BNL.shape[1], 0
+        if torch.is_grad_enabled():
+            n_reached = n_segments_with_graph(self.config, n_segments, batch.decodes_several_segments)
         earlier_BNL, reached_BNL = ids_BNL.split((n_segments - n_reached, n_reached), dim=1)
         earlier = embed_segments_lazily(self.embed_tokens, earlier_BNL, self.config.vocab_size)
         return self.embed_tokens(reached_BNL), earlier

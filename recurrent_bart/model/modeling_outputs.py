@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
-from recurrent_bart.recurrence.segmentation import shift_segments, to_device
+from recurrent_bart.recurrence.segmentation import to_device
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch
 
 
 def take(tensor: Tensor, chosen: Tensor) -> Tensor:
@@ -33,12 +34,6 @@ def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
     whole = taken.new_zeros(*chosen.shape, *taken.shape[1:])
     whole[_indices(chosen, whole.device)] = taken
     return whole
-
-
-def _order(marked_BN: Tensor, n_segments_B: Tensor) -> Tensor:
-    """Return the order in which `shift_segments` puts the rows of marked segments."""
-    number_BN = shift_segments(torch.arange(marked_BN.numel()).view(marked_BN.shape), -n_segments_B)
-    return number_BN[shift_segments(marked_BN, -n_segments_B)].argsort()
 
 
 def _context_mask(hidden_BAD: Tensor, attention_mask: Tensor | None, n_memory: int) -> Tensor:
@@ -85,8 +80,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
 
     Attributes:
         last_hidden_state: Context `(B, A, D)`: states, then tokens, chosen by `config.decoder_context`. With
-            `every_segment=True` `(B, N, A, D)`. After selected segments: rows `(M, A, D)`, document by document, or
-            packed `(1, A, D)`.
+            `decode_at="every_segment"` `(B, N, A, D)`. After target segments: rows `(M, A, D)`, document by document,
+            or packed `(1, A, D)`.
         hidden_states: Token hidden states before the first layer and after every layer, each `(B, N, L, D)`.
         attentions: Attention weights of tokens in every layer, each `(B, N, H, L, A)`, prefix first. With
             `pre_seq_len=0` and flat documents of one segment, `hidden_states` and `attentions` have BART's shapes,
@@ -157,29 +152,33 @@ class RecurrentEncoderOutput(BaseModelOutput):
         if self.last_hidden_state.dim() != 3 or self.packing is not None:
             raise ValueError(
                 f"encoder_outputs of shape {tuple(self.last_hidden_state.shape)} are contexts after several segments; "
-                "one context per row (B, A, D) is needed here, generate(every_segment=...) takes several"
+                "one context per row (B, A, D) is needed; generate(decode_at=..., target_segments=...) takes several"
             )
 
-    def check_contexts(self, chosen_BN: Tensor | None) -> Tensor:
-        """Return the segments with a context: `chosen_BN`, or all if None. Raise ValueError if a context is missing."""
+    def check_contexts(self, target_segments_BN: Tensor | None) -> Tensor:
+        """Return the segments with a context: the given ones, or all if None.
+
+        Raises:
+            ValueError: A context is missing.
+        """
         if self.is_read is None:
-            raise ValueError("every_segment: encoder_outputs do not say which segments there are, is_read is missing")
-        if chosen_BN is None:
-            chosen_BN = torch.ones_like(self.is_read)
-        if chosen_BN.shape != self.is_read.shape:
+            raise ValueError("target_segments: encoder_outputs do not say which segments there are, is_read is missing")
+        if target_segments_BN is None:
+            target_segments_BN = torch.ones_like(self.is_read)
+        if target_segments_BN.shape != self.is_read.shape:
             raise ValueError(
-                f"every_segment of shape {tuple(chosen_BN.shape)}: encoder_outputs are of "
+                f"target_segments of shape {tuple(target_segments_BN.shape)}: encoder_outputs are of "
                 f"{tuple(self.is_read.shape)} documents and segments"
             )
         shape = tuple(self.last_hidden_state.shape)
-        # if no segment is selected, there is still one context
-        has_rows = len(shape) == 3 and shape[0] == max(1, int(chosen_BN.sum()))
+        # without any target segment, there is still one context
+        has_rows = len(shape) == 3 and shape[0] == max(1, int(target_segments_BN.sum()))
         if self.packing is None and not has_rows and shape[:-2] != tuple(self.is_read.shape):
             raise ValueError(
-                f"every_segment: encoder_outputs of shape {shape} are not the contexts after "
-                f"{int(chosen_BN.sum())} chosen segments; the encoder must be called with the same every_segment"
+                f"target_segments: encoder_outputs of shape {shape} are not the contexts after "
+                f"{int(target_segments_BN.sum())} segments; call the encoder with the same target_segments"
             )
-        return chosen_BN.to(self.is_read.device)
+        return target_segments_BN.to(self.is_read.device)
 
     def without_segments(self) -> "RecurrentEncoderOutput":
         """Return the outputs of one segment with `hidden_states` and `attentions` in BART's shapes."""
@@ -189,17 +188,12 @@ class RecurrentEncoderOutput(BaseModelOutput):
         }
         return replace(self, **plain)
 
-    def shifted(self, n_segments_B: Tensor, marked_BN: Tensor | None = None) -> "RecurrentEncoderOutput":
-        """Shift all per-segment outputs by `shift_segments`; `marked_BN` is True where a shifted segment has a row."""
-
-        def shift(tensor: Tensor) -> Tensor:
-            return shift_segments(tensor, n_segments_B)
-
-        hidden, mask, packing = self.last_hidden_state, self.context_mask, self.packing
-        order_M = torch.empty(0) if marked_BN is None else _order(marked_BN, n_segments_B)
+    def unaligned(self, batch: SegmentedBatch) -> "RecurrentEncoderOutput":
+        """Return the outputs in the order of segments that `batch` had before its documents were aligned."""
+        hidden, mask, packing, shift = self.last_hidden_state, self.context_mask, self.packing, batch.unalign
+        order_M = torch.empty(0) if batch.target_segments is None else batch.target_order()
         if hidden.dim() == 4:
             hidden, mask = shift(hidden), shift(mask)
-        # the shift reorders rows only if segments without text are marked
         elif (order_M.diff() < 0).any() and packing is None:
             hidden, mask = (take(part, to_device(order_M, part.device)) for part in (hidden, mask))
         elif packing is not None:

@@ -46,13 +46,8 @@ from recurrent_bart.model.oracle_inputs import OracleInputs
 from recurrent_bart.model.scheduled_sampling import Oracle
 from recurrent_bart.model.token_head import TokenHead
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
-from recurrent_bart.recurrence.segmentation import (
-    align_at_end,
-    align_marks,
-    has_barts_shapes,
-    segment_documents,
-    to_device,
-)
+from recurrent_bart.recurrence.segmentation import to_device
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, rename_every_segment
 
 
 class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
@@ -80,24 +75,17 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         requires a gradient, which ids cannot, and they see only outputs in a tuple. Otherwise the encoder's gradient
         would be lost silently.
         """
-        n_empty_B, marked_BN, is_barts = None, None, False
-        if inputs_embeds is None and input_ids is not None:
-            segments, mask = segment_documents(self.config, self.training, input_ids, attention_mask, None)
-            segments, attention_mask, n_empty_B = align_at_end(segments, mask, kwargs.get("state") is not None)
-            is_barts = input_ids.dim() == 2 and has_barts_shapes(self.config, mask)
-            every_segment = kwargs.get("every_segment", False)
-            if isinstance(every_segment, Tensor):
-                marked_BN, every_segment = every_segment.cpu(), True
-                kwargs["every_segment"] = align_marks(marked_BN, attention_mask, n_empty_B)
-            inputs_embeds, kwargs["earlier"] = self.encoder.embed_segments(segments, every_segment)
-        if torch.is_grad_enabled() and inputs_embeds is not None and not inputs_embeds.requires_grad:
-            inputs_embeds = inputs_embeds.detach().requires_grad_()
-        output = RecurrentEncoderOutput.from_tuple(
-            self.encoder(None, attention_mask, inputs_embeds, return_dict=False, **kwargs)
+        kwargs = rename_every_segment(kwargs)
+        selected = {name: kwargs.pop(name) for name in ("decode_at", "target_segments") if name in kwargs}
+        may_be_empty = kwargs.get("state") is not None
+        batch = SegmentedBatch.build(
+            self.config, self.training, input_ids, attention_mask, inputs_embeds, **selected, may_be_empty=may_be_empty
         )
-        if is_barts:
-            output = output.without_segments()
-        return output if n_empty_B is None else output.shifted(-n_empty_B, marked_BN)
+        embeds, earlier = self.encoder.embed_segments(batch)
+        if torch.is_grad_enabled() and not embeds.requires_grad:
+            embeds = embeds.detach().requires_grad_()
+        outputs = self.encoder(None, None, embeds, batch=batch, earlier=earlier, return_dict=False, **kwargs)
+        return RecurrentEncoderOutput.from_tuple(outputs)
 
     def decode(
         self,
@@ -271,8 +259,8 @@ class RecurrentBartForConditionalGeneration(
                 has_target = (known != IGNORED).any(dim=-1)
                 check_labels(known[has_target], self.config.vocab_size, every_row=False)
             # an oracle selects contexts by row, which packed contexts do not have
-            marks = {"every_segment": has_target, "may_pack": oracle is None}
-            encoded = self.model.encode(**reading, state=state, **marks, **kwargs)
+            targets = {"target_segments": has_target, "may_pack": oracle is None}
+            encoded = self.model.encode(**reading, state=state, **targets, **kwargs)
             output = self._decode_segments(encoded, labels, has_target, num_items_in_batch, oracle, return_logits)
             output.state = given_on(state, encoded.state)
             return output

@@ -177,18 +177,18 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
     return shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B), n_empty_B
 
 
-def align_marks(marked_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tensor:
-    """Shift one boolean per segment in the same way as `align_at_end` shifts the segments.
+def align_targets(target_segments_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tensor) -> Tensor:
+    """Shift one boolean per segment as `align_at_end` shifts the segments.
 
     Raises:
         ValueError: The shape differs from the number of documents and segments.
     """
-    if marked_BN.shape != mask_BNL.shape[:2]:
+    if target_segments_BN.shape != mask_BNL.shape[:2]:
         raise ValueError(
-            f"labels or every_segment for {tuple(marked_BN.shape)} documents and segments: there are "
+            f"labels or target_segments for {tuple(target_segments_BN.shape)} documents and segments: there are "
             f"{tuple(mask_BNL.shape[:2])}"
         )
-    return shift_segments(marked_BN, n_empty_B)
+    return shift_segments(target_segments_BN, n_empty_B)
 
 
 def embed_segments_lazily(embed: nn.Module, ids_BNL: Tensor, vocab_size: int) -> list[Segment]:

@@ -3,6 +3,7 @@
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.model.scheduled_sampling import Oracle
+from recurrent_bart.recurrence.bptt import target_windows
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import align_at_end, shift_segments
 
@@ -41,7 +43,7 @@ def window_losses(
     windows: Iterable[Batch] = [batch]
     state = None
     if n_windows > 1:
-        windows = bptt_windows(batch, config.bptt_window, n_windows)
+        windows = bptt_windows(batch, config, n_windows)
         state = RecurrentState.unread(config, len(batch.labels), device)
     for window in windows:
         inputs = window.model_inputs(device)
@@ -53,18 +55,17 @@ def window_losses(
 def has_windows(batch: Batch, config: RecurrentBartConfig) -> bool:
     """Return True if each truncated-BPTT window of a batch has its own backward pass.
 
-    Separate passes need truncated BPTT and one target per segment. With one target at the end, the segments before the
-    last window run without an autograd graph.
+    Separate passes need truncated BPTT and one target per segment. One target at the end has one backward pass.
     """
     return config.bptt_window is not None and batch.labels.dim() == 3
 
 
 def count_windows(batch: Batch, config: RecurrentBartConfig) -> int:
     """Return the number of backward passes of a batch."""
-    return -(-batch.input_ids.shape[1] // config.bptt_window) if has_windows(batch, config) else 1
+    return len(target_windows(config, batch.input_ids.shape[1]).starts()) if has_windows(batch, config) else 1
 
 
-def bptt_windows(batch: Batch, window: int, n_windows: int) -> Iterator[Batch]:
+def bptt_windows(batch: Batch, config: RecurrentBartConfig, n_windows: int) -> Iterator[Batch]:
     """Split a batch into truncated-BPTT windows. Gradients do not cross the boundary between two windows.
 
     Memory holds the autograd graph of only one window at a time. Documents are aligned at their end, as in the encoder,
@@ -72,16 +73,15 @@ def bptt_windows(batch: Batch, window: int, n_windows: int) -> Iterator[Batch]:
 
     Args:
         batch: Batch with labels `(B, N, T)`.
-        window: Segments per window; the first window has the remainder.
+        config: Configuration of the model.
         n_windows: Windows to yield, at least `count_windows`. Empty windows come first, because all ranks must make the
             same number of passes.
     """
     ids_BNL, mask_BNL, n_empty_B = align_at_end(batch.input_ids, batch.attention_mask)
     labels_BNT = shift_segments(batch.labels, n_empty_B)
-    n_segments = ids_BNL.shape[1]
-    for _ in range(n_windows - -(-n_segments // window)):
+    starts = target_windows(config, ids_BNL.shape[1]).starts()
+    for _ in range(n_windows - len(starts)):
         empty = torch.zeros(len(ids_BNL), 1, 1, dtype=torch.long)
         yield replace(batch, input_ids=empty, attention_mask=empty, labels=torch.full_like(empty, IGNORED))
-    for start in range(-(-n_segments % window), n_segments, window):
-        part = slice(max(0, start), start + window)
+    for part in itertools.starmap(slice, itertools.pairwise([*starts, ids_BNL.shape[1]])):
         yield replace(batch, input_ids=ids_BNL[:, part], attention_mask=mask_BNL[:, part], labels=labels_BNT[:, part])

@@ -137,10 +137,10 @@ def test_nothing_is_generated_after_segments_that_have_no_target(model, monkeypa
     """Segments with a target may be generated from in groups."""
     chosen, generate = [], model.generate
 
-    def watched(*inputs, every_segment, may_pack, **how):
-        chosen.append(every_segment.tolist())
+    def watched(*inputs, target_segments, may_pack, **how):
+        chosen.append(target_segments.tolist())
         assert may_pack
-        return generate(*inputs, every_segment=every_segment, may_pack=may_pack, **how)
+        return generate(*inputs, target_segments=target_segments, may_pack=may_pack, **how)
 
     monkeypatch.setattr(model, "generate", watched)
     make_evaluator([make_row("a", [3, 20, 4], [1, 1, 0])], "sections").summarise(model, Generation(max_new_tokens=2))

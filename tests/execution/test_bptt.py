@@ -31,23 +31,40 @@ def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(m
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("every_segment", [False, True])
+@pytest.mark.parametrize("decode_at", ["last_segment", "every_segment"])
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
-def test_gradient_reaches_as_far_as_the_window(make_model, depth, every_segment, fields):
+def test_gradient_reaches_as_far_as_the_window(make_model, depth, decode_at, fields):
     """Windows of depth + 1 segments end at the last segment; segments before the window get no gradient."""
     n_segments = 7
     model = make_model(bptt_depth=depth, **fields)
     ids = random_ids(2, n_segments, 8)
     embeds = model.model.encoder.embed_tokens(ids).detach().requires_grad_()
-    output = model.model.encoder(inputs_embeds=embeds, every_segment=every_segment)
-    for t in range(n_segments) if every_segment else [n_segments - 1]:
-        context = output.last_hidden_state[:, t] if every_segment else output.last_hidden_state
+    output = model.model.encoder(inputs_embeds=embeds, decode_at=decode_at)
+    is_every = decode_at == "every_segment"
+    for t in range(n_segments) if is_every else [n_segments - 1]:
+        context = output.last_hidden_state[:, t] if is_every else output.last_hidden_state
         (gradient,) = torch.autograd.grad(context.sin().sum(), embeds, retain_graph=True)
         reached = gradient.abs().amax(dim=(0, 2, 3)) > 0
         window = n_segments if depth == -1 else depth + 1
         windows_from_end = [(n_segments - 1 - s) // window for s in range(n_segments)]
         expected = [s <= t and windows_from_end[s] == windows_from_end[t] for s in range(n_segments)]
         assert reached.tolist() == expected
+
+
+@pytest.mark.parametrize("fields", [*VARIANTS.values(), {"recurrence": "none"}, {"pre_seq_len": 0}], ids=str)
+@pytest.mark.parametrize("depth", [0, 2, -1])
+@pytest.mark.parametrize("context_segments", [-1, 2])
+def test_the_decoders_gradient_reaches_every_segment_in_its_context(make_model, fields, depth, context_segments):
+    """`bptt_depth` cuts the gradient of the state only."""
+    model = make_model(bptt_depth=depth, decoder_context="all", context_segments=context_segments, **fields)
+    embeds = model.model.encoder.embed_tokens(random_ids(2, 5, 8)).detach().requires_grad_()
+    model(inputs_embeds=embeds, labels=random_ids(2, 4)).loss.backward()
+    reached = embeds.grad.abs().amax(dim=(0, 2, 3)) > 0
+    has_state = fields.get("recurrence") != "none" and fields.get("pre_seq_len") != 0
+    n_reached = {-1: 5, 2: 2}[context_segments]
+    if has_state:
+        n_reached = max(n_reached, {-1: 5, 0: 1, 2: 3}[depth])
+    assert reached.tolist() == [False] * (5 - n_reached) + [True] * n_reached
 
 
 @pytest.mark.parametrize("context", ["last", "memory", "all"])

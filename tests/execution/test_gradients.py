@@ -91,8 +91,10 @@ def naive_loss(model, documents, labels, window):
         n_segments = len(document)
         after, _ = encode(model, document, [t for t in range(1, n_segments) if (n_segments - t) % window == 0])
         for t, target in targets.items():
-            first = max(0, n_segments - ((n_segments - 1 - t) // window + 1) * window)
-            rows = context(config, detached_outside(after, first, t + 1), t, targets if len(labels[0]) > 1 else ())
+            # with several targets, each window has its own backward pass
+            has_own_pass = len(labels[0]) > 1
+            first = max(0, n_segments - ((n_segments - 1 - t) // window + 1) * window) if has_own_pass else 0
+            rows = context(config, detached_outside(after, first, t + 1), t, targets if has_own_pass else ())
             n_states = min(t + 1, config.context_segments % 10**6) if config.decoder_context == "memory" else 1
             encoded = RecurrentEncoderOutput(
                 last_hidden_state=rows.unsqueeze(0),

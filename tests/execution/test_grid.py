@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from recurrent_bart.execution import grid
 from reference import context, encode
 from tiny import batch_of, random_ids
 
@@ -79,7 +80,7 @@ def test_gradients_are_the_references(make_model, variant, lengths):
 def test_context_after_every_segment_is_the_references(make_model, variant):
     model = make_model(**variant)
     documents, input_ids, mask = batch_of(DOCUMENTS["ragged"])
-    output = model.model.encoder(input_ids, attention_mask=mask, every_segment=True)
+    output = model.model.encoder(input_ids, attention_mask=mask, decode_at="every_segment")
     for row, document in enumerate(documents):
         after, _ = encode(model, document)
         for t in range(len(document)):
@@ -115,3 +116,45 @@ def test_top_without_projection_is_barts_attention_over_memory_and_tokens(make_m
             stream = layer(stream, attention_mask=None)
         memory = stream[:, :3]
     torch.testing.assert_close(encoder(ids).last_hidden_state, stream, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fields", [{"pre_seq_len": 0}, {"recurrence": "none"}], ids=str)
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "segment"])
+@pytest.mark.parametrize(("most_tokens", "n_calls"), [(10_000, 1), (48, 3), (1, 5)])
+def test_segments_without_a_state_run_as_batches(make_model, monkeypatch, fields, checkpointing, most_tokens, n_calls):
+    """Three documents of 5 segments of 8 tokens: two segments have 48 tokens."""
+    _, input_ids, mask = batch_of([[8, 8, 3, 8, 7], [8, 5], [8, 8, 8]])
+    monkeypatch.setattr(grid, "MOST_TOKENS", most_tokens)
+    found = []
+    for schedule in ("sequential", "wavefront"):
+        torch.manual_seed(0)
+        model = make_model(decoder_context="all", schedule=schedule, attn_implementation="eager", **fields).train()
+        model.set_gradient_checkpointing(checkpointing)
+        calls = []
+        model.model.encoder.layers[0].register_forward_pre_hook(lambda *inputs: calls.append(inputs))  # noqa: B023
+        wanted = {"output_hidden_states": True, "output_attentions": True}
+        torch.manual_seed(1)
+        output = model.model.encoder(input_ids, attention_mask=mask, **wanted)
+        assert len(calls) == (n_calls if schedule == "wavefront" else 5)
+        output.last_hidden_state.sin().sum().backward()
+        gradients = [parameter.grad for parameter in model.model.encoder.parameters()]
+        found.append([output.last_hidden_state, *output.hidden_states, *output.attentions, *gradients])
+    for expected, parallel in zip(*found, strict=True):
+        torch.testing.assert_close(parallel, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("context_segments", [2, -1])
+def test_segments_without_a_state_keep_a_graph_only_if_the_decoder_sees_them(make_model, context_segments):
+    """A part of the segments runs without a graph, and a part with one."""
+    fields = {"decoder_context": "all", "context_segments": context_segments, "recurrence": "none"}
+    results = []
+    for schedule in ("sequential", "wavefront"):
+        torch.manual_seed(0)
+        model = make_model(schedule=schedule, **fields)
+        embeds = model.model.encoder.embed_tokens(random_ids(2, 5, 8).fill_(7)).detach().requires_grad_()
+        output = model.model.encoder(inputs_embeds=embeds)
+        output.last_hidden_state.sin().sum().backward()
+        results.append((output.last_hidden_state.detach(), embeds.grad))
+    for expected, parallel in zip(*results, strict=True):
+        torch.testing.assert_close(parallel, expected, rtol=0, atol=1e-12)
+    assert (results[1][1].abs().amax(dim=(0, 2, 3)) > 0).sum() == (5 if context_segments == -1 else 2)

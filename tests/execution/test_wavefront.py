@@ -12,6 +12,7 @@ from recurrent_bart.execution.stacked_layers import stack_layers
 from recurrent_bart.monitoring.memory import peak_bytes
 from recurrent_bart.recurrence.grouped_linear import StackedWeightSlice, linear, slice_weights
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
+from recurrent_bart.recurrence.segmented_batch import DECODE_AT
 from tiny import batch_of, random_ids
 
 RAGGED = [[8, 8, 3, 8, 7], [5], [8, 2, 1]]
@@ -159,12 +160,12 @@ def test_it_takes_as_many_steps_as_there_are_diagonals(make_model, monkeypatch, 
     step = wavefront.diagonal_step
     monkeypatch.setattr(wavefront, "diagonal_step", lambda *inputs: calls.append(inputs[3]) or step(*inputs))
     _, model = both(make_model, bptt_depth=depth)
-    model.model.encoder(random_ids(2, n_segments, 8), every_segment=every)
+    model.model.encoder(random_ids(2, n_segments, 8), decode_at=DECODE_AT[every])
     assert len(calls) == steps
     assert sum(map(len, calls)) == 3 * (n_segments if depth else 5)
     calls.clear()
     with torch.no_grad():
-        model.model.encoder(random_ids(2, n_segments, 8), every_segment=every)
+        model.model.encoder(random_ids(2, n_segments, 8), decode_at=DECODE_AT[every])
     assert len(calls) == n_segments + 2
 
 

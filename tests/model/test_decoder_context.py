@@ -50,7 +50,7 @@ def test_reference_values_and_gradients(make_model, fields):
 def test_reference_after_every_segment(make_model, fields):
     model = make_model(**fields)
     documents, input_ids, mask = batch_of(RAGGED)
-    output = model.model.encoder(input_ids, attention_mask=mask, every_segment=True)
+    output = model.model.encoder(input_ids, attention_mask=mask, decode_at="every_segment")
     for row, document in enumerate(documents):
         after, _ = encode(model, document)
         for t in range(len(document)):
@@ -77,7 +77,7 @@ def of_sections():
 )
 def test_the_decoder_sees_the_tokens_of_the_section_that_a_target_is_of(make_model, fields, n_most):
     model, (documents, inputs) = make_model(**fields), of_sections()
-    output = model.model.encode(inputs["input_ids"], inputs["attention_mask"], every_segment=SECTIONS)
+    output = model.model.encode(inputs["input_ids"], inputs["attention_mask"], target_segments=SECTIONS)
     for number, (row, t) in enumerate(SECTIONS.nonzero().tolist()):
         after, _ = encode(model, documents[row])
         expected = context(model.config, after, t, ends=SECTIONS[row].nonzero().flatten().tolist())
@@ -94,7 +94,7 @@ def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model)
     logits = output.logits
     # rows belong to targets, not to documents
     assert output.encoder_last_hidden_state is None
-    told = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], every_segment=SECTIONS,
+    told = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], target_segments=SECTIONS,
                           max_new_tokens=6)  # fmt: skip
     for row, t in SECTIONS.nonzero().tolist():
         ids, mask = (inputs[name][row : row + 1] for name in ("input_ids", "attention_mask"))
@@ -136,10 +136,10 @@ def test_a_state_of_sections_stays_as_small_as_they_are(make_model):
     model, ids = make_model(decoder_context="section"), random_ids(1, 9, 8)
     ends = torch.zeros(1, 9, dtype=torch.bool)
     ends[0, [3, 6]] = True
-    assert model.model.encode(ids, every_segment=ends).state.context.shape == (1, 2 * 8, 16)
+    assert model.model.encode(ids, target_segments=ends).state.context.shape == (1, 2 * 8, 16)
     ends[0, 8] = True
-    assert model.model.encode(ids, every_segment=ends).state.context.shape == (1, 0, 16)
-    # without `every_segment` no section ends
+    assert model.model.encode(ids, target_segments=ends).state.context.shape == (1, 0, 16)
+    # without a target segment no section ends
     assert model.model.encode(ids).state.context.shape == (1, 9 * 8, 16)
 
 
@@ -158,8 +158,8 @@ def test_rows_of_marked_segments_are_what_stands_after_every_one(make_model, fie
     """Check also marked segments without text, and no marked segment, which gives one row."""
     model, marked = make_model(**fields), torch.tensor([[1, 0, 1], [1, 0, 1], [0, 1, 1]]).bool()
     _, ids, mask = batch_of(RAGGED)
-    whole = model.model.encode(ids, mask, every_segment=True)
-    rows = model.model.encode(ids, mask, every_segment=marked)
+    whole = model.model.encode(ids, mask, decode_at="every_segment")
+    rows = model.model.encode(ids, mask, target_segments=marked)
     assert torch.equal(rows.is_read, whole.is_read)
     is_read = whole.is_read[marked]
     assert is_read.tolist() == [True, True, True, False, True, False]
@@ -170,7 +170,7 @@ def test_rows_of_marked_segments_are_what_stands_after_every_one(make_model, fie
             )
             found, expected = (hidden[seen] for hidden, seen in pairs)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert len(model.model.encode(ids, mask, every_segment=torch.zeros(3, 3).bool()).last_hidden_state) == 1
+    assert len(model.model.encode(ids, mask, target_segments=torch.zeros(3, 3).bool()).last_hidden_state) == 1
 
 
 PACKED = {
@@ -219,13 +219,13 @@ def test_contexts_are_padded_to_at_most_four_times_their_segments(make_model):
     ends = torch.zeros(1, 16, dtype=torch.bool)
     # sections of 1, 1, 1, 2, 3, 8 segments
     ends[0, [0, 1, 2, 4, 7, 15]] = True
-    packed = model.model.encode(ids, every_segment=ends, may_pack=True)
+    packed = model.model.encode(ids, target_segments=ends, may_pack=True)
     n_slots = packed.n_memory
     sizes = [(3, n_slots + 8), (2, n_slots + 24), (1, n_slots + 64)]
     assert packed.packing.sizes == sizes
     assert packed.packing.order.tolist() == [0, 1, 2, 3, 4, 5]
     assert packed.last_hidden_state.shape == (1, sum(rows * positions for rows, positions in sizes), 16)
-    rows = model.model.encode(ids, every_segment=ends)
+    rows = model.model.encode(ids, target_segments=ends)
     assert rows.packing is None
     assert rows.last_hidden_state.shape == (6, n_slots + 64, 16)
 
@@ -234,12 +234,12 @@ def test_contexts_that_are_about_as_long_are_not_packed(make_model, monkeypatch)
     """Check that contexts of which half is padding stay rows."""
     model, ids = make_model(decoder_context="section"), random_ids(2, 4, 8)
     ends = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 1]]).bool()
-    assert model.model.encode(ids, every_segment=ends, may_pack=True).packing is None
+    assert model.model.encode(ids, target_segments=ends, may_pack=True).packing is None
     # contexts of states are short and never packed
     monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
-    assert model.model.encode(ids, every_segment=ends, may_pack=True).packing is not None
+    assert model.model.encode(ids, target_segments=ends, may_pack=True).packing is not None
     model = make_model(decoder_context="memory")
-    assert model.model.encode(ids, every_segment=ends, may_pack=True).packing is None
+    assert model.model.encode(ids, target_segments=ends, may_pack=True).packing is None
 
 
 def test_packed_contexts_are_in_the_order_of_marks_also_of_segments_without_text(make_model, monkeypatch):
@@ -247,8 +247,8 @@ def test_packed_contexts_are_in_the_order_of_marks_also_of_segments_without_text
     model = make_model(decoder_context="section")
     marked = torch.tensor([[1, 0, 1], [1, 0, 1], [0, 1, 1]]).bool()
     _, ids, mask = batch_of(RAGGED)
-    rows = model.model.encode(ids, mask, every_segment=marked)
-    packed = model.model.encode(ids, mask, every_segment=marked, may_pack=True)
+    rows = model.model.encode(ids, mask, target_segments=marked)
+    packed = model.model.encode(ids, mask, target_segments=marked, may_pack=True)
     hidden, seen = (packed.packing.unpack(part, 1) for part in (packed.last_hidden_state, packed.context_mask))
     found = [
         part[is_seen.bool()]
@@ -264,8 +264,8 @@ def test_packed_contexts_are_in_the_order_of_marks_also_of_segments_without_text
 
 
 def test_marks_of_other_segments_are_refused(make_model):
-    with pytest.raises(ValueError, match=r"every_segment for \(1, 2\) documents and segments: there are \(1, 3\)"):
-        make_model().model.encode(random_ids(1, 3, 8), every_segment=torch.ones(1, 2).bool())
+    with pytest.raises(ValueError, match=r"target_segments for \(1, 2\) documents and segments: there are \(1, 3\)"):
+        make_model().model.encode(random_ids(1, 3, 8), target_segments=torch.ones(1, 2).bool())
 
 
 @of_every_context
@@ -303,7 +303,7 @@ def test_bptt_gradient_through_the_context_reaches_as_far_as_through_the_state(m
     n_segments = 7
     model = make_model(bptt_depth=depth, **fields)
     embeds = model.model.shared(random_ids(2, n_segments, 8)).detach().requires_grad_()
-    output = model.model.encoder(inputs_embeds=embeds, every_segment=True)
+    output = model.model.encoder(inputs_embeds=embeds, decode_at="every_segment")
     window = n_segments if depth == -1 else depth + 1
     from_end = [(n_segments - 1 - s) // window for s in range(n_segments)]
     for t in range(n_segments):
@@ -344,9 +344,9 @@ def test_a_segment_that_a_document_does_not_have_ends_no_section(make_model):
     mask[1, 1:] = 0
     documents = {"input_ids": random_ids(2, 4, 8), "attention_mask": mask, "state": state}
     marked = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 0]]).bool()
-    expected = model.model.encode(**documents, every_segment=marked)
+    expected = model.model.encode(**documents, target_segments=marked)
     marked[1, 2] = True
-    found = model.model.encode(**documents, every_segment=marked)
+    found = model.model.encode(**documents, target_segments=marked)
     torch.testing.assert_close(found.rows(torch.tensor([0, 1])).last_hidden_state, expected.last_hidden_state)
     assert torch.equal(found.rows(torch.tensor([0, 1])).context_mask, expected.context_mask)
     # two segments from the state and one of this call

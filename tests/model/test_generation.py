@@ -80,17 +80,19 @@ def test_a_ragged_batch_gives_what_its_documents_give_alone(make_model, document
         assert (together[row, len(single) :] == model.config.pad_token_id).all()
 
 
-@pytest.mark.parametrize("every_segment", [False, True])
+@pytest.mark.parametrize("decode_at", ["last_segment", "every_segment"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
-def test_the_context_is_projected_once_while_a_text_is_generated(make_model, documents, how, every_segment):
+def test_the_context_is_projected_once_while_a_text_is_generated(make_model, documents, how, decode_at):
     model = make_model()
     n_rows = []
     for layer in model.model.decoder.layers:
         for projection in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj):
             projection.register_forward_hook(lambda module, args, output: n_rows.append(len(output)))
     # without an end token, so that a call too many per token would be visible
-    generate(model, documents, **how, every_segment=every_segment, eos_token_id=None, forced_eos_token_id=None)
-    n_contexts = int(documents["attention_mask"].any(-1).sum()) if every_segment else len(documents["input_ids"])
+    generate(model, documents, **how, decode_at=decode_at, eos_token_id=None, forced_eos_token_id=None)
+    n_contexts = (
+        int(documents["attention_mask"].any(-1).sum()) if decode_at == "every_segment" else len(documents["input_ids"])
+    )
     n_projections = 2 * model.config.decoder_layers
     assert n_rows == [n_contexts * how.get("num_beams", 1)] * n_projections
 
@@ -145,7 +147,7 @@ def test_generate_from_a_state_goes_on_as_the_whole_document(make_model, documen
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 def test_after_every_segment_stands_what_reading_so_far_gives(make_model, documents, fields, how):
     model = make_model(**fields)
-    texts_BNT = generate(model, documents, **how, every_segment=True)
+    texts_BNT = generate(model, documents, **how, decode_at="every_segment")
     for row in range(3):
         whole = alone(documents, row)
         for number in range(whole["input_ids"].shape[1]):
@@ -160,17 +162,17 @@ def test_after_chosen_segments_stands_what_stands_there_after_every_one(make_mod
     model = make_model()
     chosen = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1]]).bool()
     n_texts = how.get("num_return_sequences", 1)
-    expected = generate(model, documents, **how, every_segment=True)
-    found = generate(model, documents, **how, every_segment=chosen)
+    expected = generate(model, documents, **how, decode_at="every_segment")
+    found = generate(model, documents, **how, target_segments=chosen)
     is_shown = (chosen & documents["attention_mask"].bool().any(-1)).repeat_interleave(n_texts, dim=0)
     assert is_shown.sum() == 3 * n_texts
     length = found.shape[2]
     assert torch.equal(found[is_shown], expected[is_shown][:, :length])
     assert (found[~is_shown] == model.config.pad_token_id).all()
-    read = model.model.encode(**documents, every_segment=True)
-    assert torch.equal(found, generate(model, {"encoder_outputs": read}, **how, every_segment=chosen))
+    read = model.model.encode(**documents, decode_at="every_segment")
+    assert torch.equal(found, generate(model, {"encoder_outputs": read}, **how, target_segments=chosen))
     with pytest.raises(ValueError, match="no segment that is read is chosen"):
-        generate(model, documents, every_segment=torch.zeros(3, 3).bool())
+        generate(model, documents, target_segments=torch.zeros(3, 3).bool())
 
 
 @pytest.mark.parametrize("fields", [{}, {"prefix_attention": "gated"}, {"recurrence": "none"}], ids=str)
@@ -190,25 +192,25 @@ def test_sections_of_similar_length_together_give_the_same_ids(make_model, monke
         return generate_rows(model, *inputs, encoder_outputs=encoder_outputs, **settings)
 
     monkeypatch.setattr(GenerationMixin, "generate", recorded)
-    rows = generate(model, documents, **how, every_segment=chosen)
-    packed = generate(model, documents, **how, every_segment=chosen, may_pack=True)
+    rows = generate(model, documents, **how, target_segments=chosen)
+    packed = generate(model, documents, **how, target_segments=chosen, may_pack=True)
     n_slots = contexts[0][1] - 4 * 8
     assert contexts == [(5, n_slots + 32), (2, n_slots + 8), (3, n_slots + 32)]
     assert torch.equal(packed, rows)
     assert len(rows.unique(dim=1)) > 1
     # a dictionary has one row per text, so contexts are not packed
-    more = generate(model, documents, **how, every_segment=chosen, may_pack=True, return_dict_in_generate=True)
+    more = generate(model, documents, **how, target_segments=chosen, may_pack=True, return_dict_in_generate=True)
     assert torch.equal(more.sequences, rows)
     begun = torch.full((5, 1), 2)
-    generate(model, documents, every_segment=chosen, may_pack=True, decoder_input_ids=begun)
+    generate(model, documents, target_segments=chosen, may_pack=True, decoder_input_ids=begun)
     assert [size[0] for size in contexts[3:]] == [5, 5]
 
 
 def test_several_sequences_after_every_segment(make_model, documents):
     """Check that there are documents times sequences rows, as without segments."""
     model = make_model()
-    texts = generate(model, documents, num_beams=3, num_return_sequences=2, every_segment=True)
-    best = generate(model, documents, num_beams=3, every_segment=True)
+    texts = generate(model, documents, num_beams=3, num_return_sequences=2, decode_at="every_segment")
+    best = generate(model, documents, num_beams=3, decode_at="every_segment")
     assert texts.shape[:2] == (6, 3)
     assert torch.equal(texts[::2, :, : best.shape[2]], best)
     assert not torch.equal(texts[::2], texts[1::2])
@@ -216,8 +218,8 @@ def test_several_sequences_after_every_segment(make_model, documents):
 
 def test_a_dictionary_after_every_segment_has_a_row_for_each_that_was_read(make_model, documents):
     model = make_model()
-    found = generate(model, documents, every_segment=True, return_dict_in_generate=True, output_scores=True)
-    assert torch.equal(found.sequences, generate(model, documents, every_segment=True))
+    found = generate(model, documents, decode_at="every_segment", return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(found.sequences, generate(model, documents, decode_at="every_segment"))
     assert found.scores[0].shape == (3 + 1 + 2, 60)
 
 

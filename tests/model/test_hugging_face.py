@@ -1,6 +1,7 @@
 """Tests of Hugging Face's model interface with several segments, adapted from its common tests."""
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -287,24 +288,46 @@ def test_encoder_outputs_that_lack_something_are_refused(build, documents, field
         model(encoder_outputs=given, attention_mask=mask, decoder_input_ids=decoder_input_ids)
 
 
-@pytest.mark.parametrize("reading", [{}, {"every_segment": True}, {"every_segment": "chosen"}], ids=str)
-@pytest.mark.parametrize("told", [False, True, "chosen"], ids=str)
-def test_encoder_outputs_of_other_segments_are_refused(build, reading, told):
+@pytest.mark.parametrize("read_at", ["last_segment", "every_segment", "target_segments"])
+@pytest.mark.parametrize("told_at", ["last_segment", "every_segment", "target_segments"])
+def test_encoder_outputs_of_other_segments_are_refused(build, read_at, told_at):
     model, ids = build(RecurrentBartForConditionalGeneration), random_ids(2, 3, 8)
-    chosen = torch.tensor([[True, False, True], [False, False, True]])
-    marks = {"chosen": chosen}
-    encoded = model.get_encoder()(ids, **{name: marks.get(value, value) for name, value in reading.items()})
+    target_segments = torch.tensor([[True, False, True], [False, False, True]])
+
+    def selection(at):
+        return {"target_segments": target_segments} if at == "target_segments" else {"decode_at": at}
+
+    encoded = model.get_encoder()(ids, **selection(read_at))
 
     def generate():
-        return model.generate(encoder_outputs=encoded, every_segment=marks.get(told, told), max_new_tokens=4)
+        return model.generate(encoder_outputs=encoded, **selection(told_at), max_new_tokens=4)
 
-    given = reading.get("every_segment", False)
-    # contexts after every segment include the contexts after selected ones
-    if given == told or (given is True and told == "chosen"):
-        assert generate().shape[:-1] == ((2,) if told is False else (2, 3))
-    elif not (given == "chosen" and told is False):
+    # contexts after every segment include the contexts after target segments
+    if read_at == told_at or (read_at == "every_segment" and told_at == "target_segments"):
+        assert generate().shape[:-1] == ((2,) if told_at == "last_segment" else (2, 3))
+    elif not (read_at == "target_segments" and told_at == "last_segment"):
         with pytest.raises(ValueError, match="encoder_outputs of shape"):
             generate()
+
+
+@pytest.mark.parametrize("at", [False, True, "target_segments"], ids=str)
+def test_the_former_name_every_segment_is_still_accepted_with_a_warning(build, at):
+    model, ids = build(RecurrentBartForConditionalGeneration), random_ids(2, 3, 8)
+    target_segments = torch.tensor([[True, False, True], [False, False, True]])
+    former = target_segments if at == "target_segments" else at
+    now = {False: {}, True: {"decode_at": "every_segment"}, "target_segments": {"target_segments": target_segments}}[at]
+    for call in (model.model.encode, model.get_encoder(), functools.partial(model.generate, max_new_tokens=4)):
+        with pytest.warns(FutureWarning, match="every_segment is now decode_at"):
+            found = call(ids, every_segment=former)
+        expected = call(ids, **now)
+        pair = (out if isinstance(out, torch.Tensor) else out.last_hidden_state for out in (found, expected))
+        assert torch.equal(*pair)
+
+
+def test_an_unknown_place_to_decode_at_is_refused(build):
+    model = build(RecurrentBartForConditionalGeneration)
+    with pytest.raises(ValueError, match="decode_at='end': allowed are 'last_segment', 'every_segment'"):
+        model.generate(random_ids(2, 3, 8), decode_at="end")
 
 
 @pytest.mark.parametrize(

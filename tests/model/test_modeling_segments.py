@@ -176,7 +176,7 @@ def test_generate_after_every_segment(make_model, documents):
     model = make_model()
     mask = torch.ones_like(documents)
     mask[1, 2] = 0
-    texts = model.generate(documents, attention_mask=mask, every_segment=True, num_beams=2, max_new_tokens=6)
+    texts = model.generate(documents, attention_mask=mask, decode_at="every_segment", num_beams=2, max_new_tokens=6)
     assert texts.shape[:2] == (2, N_SEGMENTS)
     for row, segment in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
         alone = model.generate(documents[row : row + 1, : segment + 1], num_beams=2, max_new_tokens=6)[0]
@@ -215,7 +215,10 @@ def test_overlap_repeats_the_tail_of_the_segment_before(make_model):
         ({"decoder_input_ids": torch.tensor([[2, 5], [5, 6]])}, "row 1 begins with 5"),
         ({"input_ids": random_ids(2, 2, 9)}, "segments of 9 tokens: input_size is 8"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
-        ({"labels": random_ids(2, 5, 4)}, r"labels or every_segment for \(2, 5\) documents and .* there are \(2, 3\)"),
+        (
+            {"labels": random_ids(2, 5, 4)},
+            r"target_segments for \(2, 5\) documents and .* there are \(2, 3\)",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -59,7 +59,7 @@ def test_adapters_for_summarisation_are_saved_alone_and_put_on_the_model_again(t
     assert torch.equal(again(**inputs).logits, logits)
     assert not torch.allclose(base(**inputs).logits, logits)
     plain, ids = again.merge_and_unload(), random_ids(2, 3, 8)
-    for how in ({"num_beams": 3}, {"every_segment": True}):
+    for how in ({"num_beams": 3}, {"decode_at": "every_segment"}):
         found, expected = (one.generate(input_ids=ids, max_new_tokens=5, **how) for one in (model, plain))
         assert torch.equal(found, expected)
 

@@ -1,0 +1,116 @@
+"""Batch of documents that is segmented and aligned once, and then travels from the encoder to the decoder's context.
+
+Shape suffixes: B documents, N segments, L tokens in a segment, M target segments.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.recurrence.segmentation import (
+    align_at_end,
+    align_targets,
+    has_barts_shapes,
+    segment_documents,
+    shift_segments,
+)
+
+DECODE_AT = ("last_segment", "every_segment")
+
+
+@dataclass(frozen=True)
+class SegmentedBatch:
+    """Segments of documents, aligned so that all documents end at the last segment.
+
+    Attributes:
+        tokens: Ids `(B, N, L)`, or embeddings `(B, N, L, D)`.
+        attention_mask: `(B, N, L)`, 1 at tokens; on the CPU.
+        n_empty: `(B,)`, number of segments that each document was shifted by; on the CPU.
+        decodes_every_segment: True: the decoder's context after each segment is needed.
+        target_segments: `(B, N)` booleans, True where a context is needed; on the CPU. None: see above.
+        has_barts_shapes: True if the outputs have BART's shapes, without a dimension of segments.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor
+    n_empty: Tensor
+    decodes_every_segment: bool
+    target_segments: Tensor | None
+    has_barts_shapes: bool
+
+    @classmethod
+    def build(
+        cls,
+        config: RecurrentBartConfig,
+        is_training: bool,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        decode_at: str = "last_segment",
+        target_segments: Tensor | None = None,
+        may_be_empty: bool = False,
+    ) -> "SegmentedBatch":
+        """Segment and align documents; see RecurrentBartEncoder for arguments and errors.
+
+        `may_be_empty` allows documents without a token.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if decode_at not in DECODE_AT:
+            raise ValueError(f"decode_at={decode_at!r}: allowed are {', '.join(map(repr, DECODE_AT))}")
+        given, n_dimensions = (inputs_embeds, 3) if input_ids is None else (input_ids, 2)
+        is_flat = given is not None and given.dim() == n_dimensions
+        tokens, mask = segment_documents(config, is_training, input_ids, attention_mask, inputs_embeds)
+        tokens, mask_BNL, n_empty_B = align_at_end(tokens, mask, may_be_empty)
+        if target_segments is not None:
+            target_segments = align_targets(target_segments.cpu(), mask_BNL, n_empty_B)
+        is_barts = is_flat and has_barts_shapes(config, mask_BNL)
+        return cls(tokens, mask_BNL, n_empty_B, decode_at == "every_segment", target_segments, is_barts)
+
+    @property
+    def has_ids(self) -> bool:
+        """True if `tokens` are ids that are not yet embedded."""
+        return self.tokens.dim() == 3
+
+    @property
+    def is_read(self) -> Tensor:
+        """`(B, N)` booleans, True at segments that their document has."""
+        return self.attention_mask.bool().any(dim=-1)
+
+    @property
+    def decodes_several_segments(self) -> bool:
+        """True if contexts after other segments than the last are needed."""
+        return self.decodes_every_segment or self.target_segments is not None
+
+    def unalign(self, segments: Tensor) -> Tensor:
+        """Undo the alignment of a tensor `(B, N, ...)`."""
+        return shift_segments(segments, -self.n_empty)
+
+    def target_order(self) -> Tensor:
+        """Return `(M,)`: for each target segment in the given order, its row among the aligned target segments.
+
+        The orders differ only if a target segment is one that its document does not have.
+        """
+        assert self.target_segments is not None
+        number_BN = torch.arange(self.target_segments.numel()).view(self.target_segments.shape)
+        return shift_segments(number_BN, self.n_empty)[self.target_segments].argsort()
+
+
+def rename_every_segment(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments with the former `every_segment` replaced by `decode_at` or `target_segments`."""
+    if "every_segment" not in arguments:
+        return arguments
+    every_segment = arguments["every_segment"]
+    warnings.warn(
+        "every_segment is now decode_at='every_segment', or target_segments=... for booleans (B, N)",
+        FutureWarning,
+        stacklevel=3,
+    )
+    rest = {name: value for name, value in arguments.items() if name != "every_segment"}
+    if isinstance(every_segment, Tensor):
+        return rest | {"target_segments": every_segment}
+    return rest | {"decode_at": DECODE_AT[bool(every_segment)]}
