@@ -90,7 +90,6 @@ def _source_and_target(sample: dict[str, Any]) -> dict[str, str]:
 
 
 def _rows(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """Return one table row per name, with one cell per run. Rows without text are dropped."""
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, [column.get(name, "") for column in columns]) for name in names]
     return [(name, cells) for name, cells in rows if any(cells)]

@@ -186,5 +186,4 @@ class RunFile:
 
 
 def _described(run: Run) -> dict[str, Any]:
-    """Return the run as a dictionary with lists instead of tuples, as JSON returns it."""
     return json.loads(json.dumps(asdict(run)))

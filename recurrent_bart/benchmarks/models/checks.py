@@ -84,7 +84,6 @@ def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> 
 
 @torch.no_grad()
 def _reads_first_segment(loss: Callable[[Tensor], Tensor], ids_BNL: Tensor) -> bool:
-    """Return True if a change of the first segment changes the loss."""
     other = ids_BNL.clone()
     other[:, 0] = other[:, 0].flip(-1)
     return bool((loss(ids_BNL) - loss(other)).abs() > TOLERANCE)
@@ -99,6 +98,5 @@ def _open_gates(model: nn.Module) -> None:
 
 
 def _loss_and_gradients(model: nn.Module, loss: Tensor) -> Tensor:
-    """Return the loss and all gradients as one vector."""
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
     return torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)])

@@ -34,7 +34,6 @@ def generator(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -
 
 
 def _stand_in(case: Case, place: Place) -> BaseModelOutput:
-    """Return a random encoder output. Its values do not change the cost of generation."""
     shape = case.batch_size, n_context(place), place.shape()["d_model"]
     return BaseModelOutput(last_hidden_state=torch.randn(shape, device=place.device, dtype=place.dtype))
 

@@ -138,7 +138,6 @@ def work_of(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> 
 
 
 def _resident_bytes(subject: BenchmarkModel, step: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes that stay allocated between two steps."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return _device_bytes(device)
