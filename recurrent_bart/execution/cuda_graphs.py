@@ -8,7 +8,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from recurrent_bart.execution.graph_guards import device_guard, graph_user
+from recurrent_bart.execution.graph_guards import device_guard, graph_store
 from recurrent_bart.execution.module_settings import backend_settings, has_hooks, settings_of
 from recurrent_bart.recurrence.segmentation import is_sharded
 
 # number of shapes per module whose graphs are kept, by last use
 MOST_SHAPES = 32
-_recorded: weakref.WeakKeyDictionary[nn.Module, "GraphedModule"] = weakref.WeakKeyDictionary()
 
 
 def can_capture(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
@@ -59,14 +57,15 @@ def call_graphed(
     Raises:
         ValueError: Another thread uses the module's graphs.
     """
-    with device_guard(inputs[0].device), graph_user(module).whole_pass():
-        recorded = _recorded.get(module)
-        if recorded is None or not recorded.is_of(module):
-            recorded = _recorded[module] = GraphedModule(module)
-        recorded.load(module)
+    store = graph_store(module)
+    with device_guard(inputs[0].device), store.user.whole_pass():
+        graphed = store.graphs.get(GraphedModule)
+        if graphed is None or not graphed.is_of(module):
+            graphed = store.graphs[GraphedModule] = GraphedModule(module)
+        graphed.load(module)
         shapes = tuple((part.shape, part.dtype, part.requires_grad) for part in inputs)
         key = shapes, settings, *settings_of(module), backend_settings()
-        call = recorded.call(key, functools.partial(GraphedCall, module, function, inputs))
+        call = graphed.call(key, functools.partial(GraphedCall, module, function, inputs))
         trained = (part for part in module.parameters() if part.requires_grad)
         return _Replayed.apply(call, len(inputs), *inputs, *trained)
 
@@ -75,7 +74,7 @@ class GraphedModule:
     """CUDA graphs of a module, which share memory and run one at a time."""
 
     def __init__(self, module: nn.Module):
-        self.is_copied, self.user = is_sharded(module), graph_user(module)
+        self.is_copied, self.user = is_sharded(module), graph_store(module).user
         with torch.no_grad():
             weights = {name: it.clone() if self.is_copied else it.detach() for name, it in module.named_parameters()}
         # autograd leaves that share the module's parameter memory; copies under ZeRO-3, which gathers parameters at

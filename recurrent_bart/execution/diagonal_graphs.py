@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recurrent_bart.execution.cuda_graphs import record
-from recurrent_bart.execution.graph_guards import graph_user
+from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.execution.retained_diagonals import RetainedDiagonals
 from recurrent_bart.execution.wavefront import Diagonal, Wavefront, diagonal_step
 from recurrent_bart.recurrence.cell import AttentionMasks
@@ -65,7 +65,7 @@ class DiagonalGraphs:
         self.together: tuple[Tensor, ...] = ()
         # one stream for all captures: memory that a graph returns to the pool can be reused on the same stream only
         self.where = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        self.user = graph_user(wavefront.recurrence)
+        self.user = graph_store(wavefront.recurrence).user
         self.captures = Captures(self)
         self._by_settings: dict[Hashable, Captures] = {}
         # number of passes that have overwritten the kept activations

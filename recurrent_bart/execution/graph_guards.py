@@ -3,14 +3,12 @@
 import contextlib
 import itertools
 import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-_users: weakref.WeakKeyDictionary[nn.Module, "GraphUser"] = weakref.WeakKeyDictionary()
 Step = TypeVar("Step")
 
 
@@ -19,9 +17,22 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def graph_user(module: nn.Module) -> "GraphUser":
-    """Return the guard for the memory that all CUDA graphs of a module share."""
-    return _users.setdefault(module, GraphUser())
+class GraphStore:
+    """CUDA graphs of a module, an attribute of the module; copies of the module and files begin without graphs."""
+
+    def __init__(self) -> None:
+        self.user = GraphUser()
+        self.graphs: dict[Hashable, Any] = {}
+
+    def __reduce__(self) -> tuple:
+        return GraphStore, ()
+
+
+def graph_store(module: nn.Module) -> GraphStore:
+    """Return the module's CUDA graphs; the first call makes an empty store."""
+    if "graph_store" not in vars(module):
+        module.graph_store = GraphStore()
+    return vars(module)["graph_store"]
 
 
 class GraphUser:

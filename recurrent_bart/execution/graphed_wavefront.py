@@ -10,20 +10,19 @@ are kept as far as memory allows.
 # Shape suffixes: B documents, N segments, S = slots and tokens of a segment, P prefix length (= slots), L tokens in a
 # segment, E encoder layers, D model width.
 
-import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.models.bart.modeling_bart import BartEncoderLayer
 
 from recurrent_bart.execution.cuda_graphs import rng_offset
 from recurrent_bart.execution.diagonal_graphs import READ_TOGETHER, DiagonalGraphs
 from recurrent_bart.execution.fused_cell import can_fuse
-from recurrent_bart.execution.graph_guards import graph_user
+from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.execution.module_settings import backend_settings, settings_of
 from recurrent_bart.execution.retained_diagonals import MOST_KEPT
 from recurrent_bart.execution.wavefront import Diagonal, Wavefront
@@ -37,7 +36,6 @@ MOST_TOKENS = 8_192
 MOST_SHAPES = 16
 # processes that share the device's memory for kept activations; set by `share_device`
 processes_per_device = 1
-_recorders: weakref.WeakKeyDictionary[nn.Module, dict[tuple, DiagonalGraphs]] = weakref.WeakKeyDictionary()
 
 
 def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, checkpointing: str) -> bool:
@@ -72,7 +70,7 @@ class GraphedWavefront(Wavefront):
         """
         assert self.recurrence is not None
         steps = self._run(weights, segments, mask_BNL, memory_EBPD)
-        yield from graph_user(self.recurrence).steps_of_pass(steps)
+        yield from graph_store(self.recurrence).user.steps_of_pass(steps)
 
     def _run(
         self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
@@ -122,7 +120,7 @@ class GraphedWavefront(Wavefront):
 
     def _bytes_kept_by_other_shapes(self, graphs: DiagonalGraphs) -> int:
         assert self.recurrence is not None
-        return sum(it.kept_bytes for it in _recorders[self.recurrence].values()) - graphs.kept.n_bytes
+        return sum(it.kept_bytes for it in graph_store(self.recurrence).graphs.values()) - graphs.kept.n_bytes
 
     def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
         """Return the streams `(N, B, S, D)` that enter the first layer."""
@@ -132,7 +130,7 @@ class GraphedWavefront(Wavefront):
 
     def _graphs_of_shape(self, weights: Weights, tokens_BLD: Tensor) -> DiagonalGraphs:
         assert self.recurrence is not None
-        kept = _recorders.setdefault(self.recurrence, {})
+        kept = graph_store(self.recurrence).graphs
         key = tokens_BLD.shape, tokens_BLD.dtype, tokens_BLD.device
         graphs = kept.pop(key, None)
         if graphs is None or graphs.layer() is not self.layer:

@@ -1,7 +1,10 @@
 """A decoder with CUDA graphs equals a plain decoder; on a CPU, replaying a graph runs the captured function."""
 
 import contextlib
+import copy
 import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from counted_calls import count_calls
 from played_graphs import ORDERS, PlayedGraph, call_graphed, call_in_order, call_plain, play_graphs
 from recurrent_bart.execution import cuda_graphs
+from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.model import modeling_decoder
 from tiny import random_ids, tiny_model, two_steps
 
@@ -65,7 +69,7 @@ def test_recordings_of_other_shapes_take_no_memory_of_their_own(graphs, make_mod
     places = set()
     for n_documents in (3, 2, 1):
         model(input_ids=random_ids(n_documents, 2, 8), labels=random_ids(n_documents, 4)).loss.backward()
-        *_, call = cuda_graphs._recorded[model.model.decoder].calls.values()
+        *_, call = graph_store(model.model.decoder).graphs[cuda_graphs.GraphedModule].calls.values()
         places.add(tuple(part.data_ptr() for part in (*call.inputs, *call.gradients, call.out, call.output_gradient)))
     assert len(graphs) == 6
     assert len(places) == 1
@@ -144,3 +148,20 @@ def test_no_garbage_is_collected_while_work_is_recorded(monkeypatch):
     is_collected, _ = cuda_graphs.capture(gc.isenabled, stream=None)
     assert not is_collected
     assert gc.isenabled()
+
+
+def test_graphs_belong_to_one_module(graphs, make_model):
+    """A copy, a pickled model and a model that is deleted have no graphs of another one."""
+    model = make_model(schedule="auto").train()
+    model(input_ids=random_ids(2, 2, 8), labels=random_ids(2, 4)).loss.backward()
+    parts = (model.model.decoder, model.model.encoder.recurrence)
+    assert graph_store(parts[0]).graphs
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in (copied, pickled):
+        assert not graph_store(other.model.decoder).graphs
+        assert graph_store(other.model.decoder).user is not graph_store(parts[0]).user
+    reference = weakref.ref(graph_store(parts[0]).graphs[cuda_graphs.GraphedModule])
+    graphs.clear()
+    del model, parts
+    gc.collect()
+    assert reference() is None

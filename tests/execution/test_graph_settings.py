@@ -12,7 +12,7 @@ from torch import nn
 
 from played_graphs import play_graphs
 from recurrent_bart.execution import cuda_graphs, diagonal_graphs, graphed_wavefront, grid, retained_diagonals
-from recurrent_bart.execution.graph_guards import GraphUser, device_guard
+from recurrent_bart.execution.graph_guards import GraphUser, device_guard, graph_store
 from recurrent_bart.model import modeling_decoder, modeling_encoder
 from tiny import batch_of, random_ids
 
@@ -174,7 +174,7 @@ def test_a_backward_pass_has_the_settings_of_its_forward_pass(make_model, graphs
         loss.backward()
         found.append([loss.detach(), *(parameter.grad for parameter in one.parameters())])
     check_equal(found[1], found[0])
-    (recorder,) = graphed_wavefront._recorders[model.model.encoder.recurrence].values()
+    (recorder,) = graph_store(model.model.encoder.recurrence).graphs.values()
     assert len(recorder._by_settings) == diagonal_graphs.MOST_SETTINGS
 
 

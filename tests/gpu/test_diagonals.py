@@ -7,6 +7,7 @@ from torch import nn
 from counted_calls import count_calls
 from played_graphs import ORDERS, call_graphed, call_in_order, call_plain
 from recurrent_bart.execution import diagonal_graphs, graphed_wavefront, grid, wavefront
+from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.model import modeling_decoder
 from tiny import DIAGONALS, random_ids, tiny_model
 
@@ -145,7 +146,7 @@ def test_what_is_kept_is_what_would_be_computed_again(n_bytes, is_ragged, order,
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found.append((torch.stack(losses).detach(), torch.zeros(()), gradients))
     check_equal(*found)
-    (recorder,) = graphed_wavefront._recorders[model.model.encoder.recurrence].values()
+    (recorder,) = graph_store(model.model.encoder.recurrence).graphs.values()
     # the recorder of the second model
     assert not recorder.kept.n_bytes
 
@@ -157,7 +158,7 @@ def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
         monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device, n_bytes=n_bytes: n_bytes)
         model = build("auto")
         results(model, documents(False))
-        (recorder,) = graphed_wavefront._recorders[model.model.encoder.recurrence].values()
+        (recorder,) = graph_store(model.model.encoder.recurrence).graphs.values()
         kept.append(len(recorder.kept._kept))
     assert kept == [0, 7]
 
