@@ -37,10 +37,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Generation:
-    """Generation settings: `num_beams=1` is greedy search; `n_documents=-1` summarises all documents."""
+    """Generation settings. `num_beams=None`: the model's value; `n_documents=-1`: summarise all documents."""
 
     max_new_tokens: int
-    num_beams: int = 1
+    num_beams: int | None = None
     n_documents: int = -1
 
 
@@ -103,7 +103,7 @@ class Evaluator:
             batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask.to(self.device),
             max_new_tokens=how.max_new_tokens,
-            num_beams=how.num_beams,
+            **({} if how.num_beams is None else {"num_beams": how.num_beams}),
             **targets,
         )
         return list(ids.cpu())

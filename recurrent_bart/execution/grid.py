@@ -186,7 +186,7 @@ class Grid:
         return bool(obstacle)
 
     def _is_on_other_device(self, device: torch.device) -> bool:
-        # the parameters of layers that are offloaded or on another device move only when modules are called
+        # parameters of offloaded layers come to the device only when the layer's module is called
         is_on_other_device = any(parameter.device != device for parameter in self.layers.parameters())
         if is_on_other_device and self.config.schedule == "wavefront":
             logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")

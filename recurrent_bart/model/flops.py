@@ -102,8 +102,8 @@ class Arithmetic:
         if config.associative_memory:
             n_heads = config.encoder_attention_heads
             n_equations = float((lengths_M // CHUNK * CHUNK**2 + (lengths_M % CHUNK) ** 2).sum())
-            # per token: write strength, read, value predicted from the key, write; and the products of each token with
-            # the tokens before it in its chunk
+            # counted per token: the write strength, the read, the value predicted from the key, and the write; and the
+            # products of the token with the earlier tokens of its chunk
             layer += 2 * width * (n_tokens * (n_heads + 3 * width // n_heads) + n_equations)
         return config.encoder_layers * layer + n_segments * self._recurrence()
 

@@ -20,7 +20,7 @@ HUGGING_FACE_FLAGS = {
     "eval_strategy": ("eval_every",),
     "evaluation_strategy": ("eval_every",),
     "fp16": ("precision",),
-    "generation_max_length": ("max_target_length",),
+    "generation_max_length": ("max_new_tokens", "max_target_length"),
     "generation_num_beams": ("num_beams",),
     "learning_rate_scheduler": ("lr_scheduler",),
     "logging_steps": ("log_every",),

@@ -35,8 +35,8 @@ class LearningRates:
     def of(cls, run: RunArguments, is_pretrained: bool, d_model: int) -> "LearningRates":
         """Return the learning rates from the flags, or their defaults.
 
-        For a pretrained model, the recurrence's default is 10 times BART's rate, because the recurrence is not
-        pretrained.
+        For a pretrained model, the default learning rate of the recurrence is 10 times BART's learning rate, because
+        the recurrence is not pretrained.
         """
         backbone, recurrence = run.learning_rate, run.recurrence_learning_rate
         if backbone is None:

@@ -155,7 +155,7 @@ def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path):
     ended = run_script(SCRIPT, *flags, timeout=120)
     assert ended.codes == [0], ended.text()
     assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in ended.text()
-    assert "generation up to 64 tokens; greedy; of the model: min_length 60" in ended.text()
+    assert "generation up to 64 tokens; greedy; min_length 60" in ended.text()
     assert "of the targets could not be generated with min_length 60" in ended.text()
     ended = run_script(SCRIPT, *flags, "--min_new_tokens", 0, timeout=120)
     assert ended.codes == [0], ended.text()

@@ -154,7 +154,7 @@ def test_targets_and_generation_end_with_the_positions_of_the_decoder(
     assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
     printed = capsys.readouterr().out
     assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in printed
-    assert "generation up to 64 tokens; greedy; of the model: " in printed
+    assert "generation up to 64 tokens; greedy; " in printed
     assert [record["step"] for record in read_metrics(tmp_path / "run") if "rouge1" in record] == [2]
 
 
@@ -167,7 +167,7 @@ def test_settings_of_generation_are_told_held_against_the_targets_and_saved(
     changes = {"model_name_or_path": model, "max_target_length": 40, "max_steps": 2}
     assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
     printed = capsys.readouterr().out
-    assert "generation up to 40 tokens; greedy; of the model: min_length 30\n" in printed
+    assert "generation up to 40 tokens; greedy; min_length 30\n" in printed
     warning = r"warning: \d+ % of the targets could not be generated with min_length 30, which the model was saved with"
     assert re.search(f"{warning}; --min_new_tokens 0 lifts it", printed)
     assert train_main(flags(documents, tmp_path / "changed", **changes, min_new_tokens=0)) == 0
