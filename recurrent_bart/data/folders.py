@@ -73,7 +73,10 @@ def _check_parts(folder: Path, split: str, parts: list[SplitPath]) -> None:
     has_folder = any(part.path.is_dir() for part in parts)
     kinds = {(part.name, kind_of(part.path), part.total) for part in parts}
     if len(parts) > 1 and (has_folder or len(kinds) > 1 or len({part.number for part in parts}) < len(parts)):
-        raise ValueError(f"{folder}: more than one place for split {split!r}: {files}")
+        raise ValueError(
+            f"{folder}: the files of split {split!r} may be copies of each other: {files}; keep one of them, or number "
+            f"files of one type: {split}_1.jsonl, {split}_2.jsonl"
+        )
     if parts[0].total not in (None, len(parts)):
         raise ValueError(f"{folder}: {len(parts)} of {parts[0].total} files of split {split!r} are there: {files}")
 

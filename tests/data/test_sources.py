@@ -174,7 +174,7 @@ def test_places_that_are_not_there_are_refused(tmp_path):
 def test_two_files_for_one_split_are_refused(tmp_path):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "train.csv")
-    with pytest.raises(ValueError, match="more than one place for split 'train'"):
+    with pytest.raises(ValueError, match="files of split 'train' may be copies of each other"):
         find_sources(str(tmp_path))
 
 

@@ -365,6 +365,12 @@ def test_flat_embeddings_of_several_segments_are_refused(build):
     assert torch.equal(model(**short).logits, expected)
 
 
+def test_a_document_in_segments_without_decoder_inputs_is_refused(build):
+    model = build(RecurrentBartForConditionalGeneration)
+    with pytest.raises(ValueError, match="decoder_input_ids or labels are missing"):
+        model(input_ids=random_ids(1, 2, 8))
+
+
 def test_decoder_inputs_past_the_position_table_are_refused(build):
     model, long = build(RecurrentBartForConditionalGeneration), random_ids(1, 65)
     inputs = (
@@ -374,7 +380,7 @@ def test_decoder_inputs_past_the_position_table_are_refused(build):
         {"input_ids": long[:, :8].view(1, 1, 8), "labels": long.view(1, 1, 65)},
     )
     for given in inputs:
-        with pytest.raises(ValueError, match="65 positions: max_position_embeddings is 64"):
+        with pytest.raises(ValueError, match="65 positions, but max_position_embeddings is 64"):
             model(**given)
     cache = model(long[:, :8], decoder_input_ids=long[:, :64], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="65 positions"):
