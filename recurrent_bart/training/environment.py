@@ -131,8 +131,8 @@ def batch_job() -> tuple[str, int]:
 def set_wandb_environment(folder: Path, given: Mapping[str, str], is_online: bool) -> None:
     """Make wandb write only into the run folder, and send nothing unless it is online.
 
-    Call this before wandb is imported. wandb then no longer finds the user's settings files, so the settings from `wandb_settings` are passed as
-    environment variables.
+    Call this before wandb is imported. wandb then no longer finds the user's settings files, so the settings from
+    `wandb_settings` are passed as environment variables.
 
     Raises:
         OSError: The folder cannot be written.
