@@ -132,7 +132,6 @@ class Evaluator:
         )
 
     def _batches(self, indices: list[int]) -> Iterator[Batch]:
-        """Yield the batches of this rank, in order of increasing number of segments."""
         lengths = dict(zip(self.plan.indices, self.plan.n_segments, strict=True))
         by_length = sorted(indices, key=lambda index: lengths[index])
         groups = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]

@@ -108,7 +108,6 @@ class Arithmetic:
         return config.encoder_layers * layer + n_segments * self._recurrence()
 
     def _recurrence(self) -> float:
-        """Count the operations of prefix projection and state update in one segment."""
         config, width = self.config, self.config.d_model
         projection = 6 * width * config.prefix_hidden_size if config.prefix_projection else 4 * width**2
         n_states = config.encoder_layers if config.recurrence == "layerwise" else 1

@@ -334,7 +334,6 @@ class RecurrentBartForConditionalGeneration(
         oracle: Oracle | None,
         return_logits: bool,
     ) -> RecurrentBartLMOutput:
-        """Decode all target segments as one batch."""
         # without any target, still decode one segment, so that every parameter takes part on every rank
         has_target = target_or_last_segment(has_target)
         labels = take(to_device(labels_BNT, self.final_logits_bias.device), has_target)

@@ -183,7 +183,7 @@ def warnings_of(printed):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dryrun", "disabled"])
 def test_a_run_that_is_not_online_sends_nothing_even_when_its_process_ends(documents, tmp_path, mode):
-    """At the end of a process, the library wandb sends statistics about itself."""
+    """Check the end of the process, where the library wandb sends statistics about itself."""
     with asked_service() as (address, requests):
         variables = {"WANDB_MODE": mode, "WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": address}
         command = [sys.executable, SCRIPT, *flags(documents, tmp_path / "run", max_steps=2, wandb_mode="auto")]
