@@ -17,6 +17,7 @@ from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.distributed import SharedError, first_then_all, is_first, log_on_first_rank, only_first
 from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.files import atomic_write
 from recurrent_bart.inference.stream_reader import load_model, run_flags
 from recurrent_bart.model.generation_settings import (
     change_settings,
@@ -25,7 +26,6 @@ from recurrent_bart.model.generation_settings import (
     describe_settings,
 )
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.run_folder import atomic_write
 from recurrent_bart.training.arguments import PRECISIONS, DataArguments, GenerationArguments, data_flags, flag
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
 from recurrent_bart.training.flags import DataclassFlagParser

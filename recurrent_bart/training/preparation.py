@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, plan_documents
-from recurrent_bart.data.corpus import atomic_directory, fingerprint, load_corpus, texts_of
+from recurrent_bart.data.corpus import load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
+from recurrent_bart.files import atomic_directory, fingerprint
 from recurrent_bart.model.generation_settings import longest_text
 from recurrent_bart.model.saved_models import check_model_place
 from recurrent_bart.monitoring.progress import say
