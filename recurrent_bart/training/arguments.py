@@ -20,13 +20,13 @@ from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.resumed_flags import check_resumed
 
 PRECISIONS = ("auto", "bf16", "fp32")
-SCHEDULES = ("linear", "cosine", "constant")
+LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 TRAINED = ("all", "prefix")
 
 
-def flag(default: Any, text: str) -> Any:
-    """Declare a dataclass field with a default and the help text of its flag."""
-    return field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, aliases: Sequence[str] = ()) -> Any:
+    """Declare a dataclass field with a default, the help text of its flag, and more names of the flag."""
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
 
 
 def _check_at_least(arguments: Any, least: float, *names: str) -> None:
@@ -315,7 +315,12 @@ class RunArguments(GenerationArguments):
         "peak learning rate of the recurrence and of adapters; if not given: 10 x --learning_rate for a pretrained "
         "model, else --learning_rate",
     )
-    lr_scheduler: str = flag("linear", "decay of the learning rate after warm-up: linear, cosine or constant")
+    lr_scheduler: str = flag(
+        "linear",
+        "decay of the learning rate after warm-up, as in Hugging Face's Trainer: linear or cosine (to 0 at "
+        "--max_steps), inverse_sqrt, or constant (constant_with_warmup is the same)",
+        aliases=["--lr_scheduler_type"],
+    )
     warmup_steps: int | None = flag(
         None,
         "optimizer steps over which the learning rate rises linearly to its peak; if not given: a tenth of --max_steps",
@@ -430,7 +435,7 @@ class RunArguments(GenerationArguments):
         # keep two checkpoints, because a crash may leave the newest one incomplete
         _check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
-        _check_choice(self, "lr_scheduler", SCHEDULES)
+        _check_choice(self, "lr_scheduler", LR_SCHEDULERS)
         _check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)
         _check_choice(self, "oracle", ORACLES)
         self.eval_every = self.eval_every or max(25, self.max_steps // 10)
