@@ -31,7 +31,8 @@ from recurrent_bart.training.environment import Environment, launched_rank, star
 from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.preparation import open_documents, sources_of
 
-# Flags for the documents. If one of these flags is given, the values of all four flags in the run are ignored.
+# Flags for the documents. If one of these flags is given, the values of all four flags in the run are ignored, and
+# the value of --dataset_config_name too.
 PLACES = ("dataset", "train_file", "validation_file", "test_file")
 
 
@@ -104,7 +105,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
     saved = data_flags(saved) if saved else saved
     names = {item.name for item in fields(DataArguments)}
     if _given_places(argv):
-        names -= set(PLACES)
+        names -= {*PLACES, "dataset_config_name"}
     parser.set_defaults(**{name: value for name, value in saved.items() if name in names})
     evaluation, data = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return evaluation, data

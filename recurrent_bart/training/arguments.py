@@ -190,13 +190,17 @@ class DataArguments:
 
     dataset: str = flag(
         "stdlib",
-        "documents: stdlib (built-in corpus), a file, a folder with train.* and validation.*, or a data set's name on "
-        "the Hugging Face Hub",
+        "documents: stdlib (built-in corpus), a file, a folder with train.* and validation.*, a folder written by "
+        "save_to_disk, or a data set's name on the Hugging Face Hub",
+    )
+    dataset_config_name: str | None = flag(
+        None,
+        "configuration of the data set that --dataset names on the Hugging Face Hub; if not given: its only one",
     )
     train_file: str | None = flag(
         None,
-        "training documents, instead of --dataset: JSON Lines (.jsonl or .jsonl.gz), CSV, Parquet, or a folder of "
-        "text files",
+        "training documents, instead of --dataset: JSON Lines (.jsonl or .jsonl.gz), a JSON list, CSV, TSV, Parquet, "
+        "a folder of text files, or a folder written by save_to_disk",
     )
     validation_file: str | None = flag(
         None,
@@ -220,7 +224,7 @@ class DataArguments:
         "rule that chooses the documents of --validation_share: content (by id or content), or line (by id or line "
         "number, as in older runs)",
     )
-    encoding: str = flag("utf-8", "character encoding of JSON Lines, CSV and text files, by its Python name")
+    encoding: str = flag("utf-8", "character encoding of JSON, CSV, TSV and text files, by its Python name")
     task: str = flag("document", "document: one target per document; sections: one target per section")
     text_column: str = flag(Columns.text, "column with the text of a document, for --task document")
     summary_column: str = flag(Columns.summary, "column with the target of a document, for --task document")
