@@ -17,6 +17,7 @@ from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.distributed import SharedError, first_then_all, is_first, log_on_first_rank, only_first
 from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.files import atomic_write
 from recurrent_bart.inference.stream_reader import load_model, run_flags
 from recurrent_bart.model.generation_settings import (
     change_settings,
@@ -26,14 +27,14 @@ from recurrent_bart.model.generation_settings import (
     text_length,
 )
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.run_folder import atomic_write
 from recurrent_bart.training.arguments import PRECISIONS, DataArguments, data_flags
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
 from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.generation_arguments import GenerationArguments, flag
 from recurrent_bart.training.preparation import open_documents, sources_of
 
-# Flags for the documents. If one of these flags is given, the values of all four flags in the run are ignored.
+# Flags for the documents. If one of these flags is given, the values of all four flags in the run are ignored, and
+# the value of --dataset_config_name too.
 PLACES = ("dataset", "train_file", "validation_file", "test_file")
 
 
@@ -105,7 +106,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
     saved = data_flags(saved) if saved else saved
     names = {item.name for item in fields(DataArguments)}
     if _given_places(argv):
-        names -= set(PLACES)
+        names -= {*PLACES, "dataset_config_name"}
     parser.set_defaults(**{name: value for name, value in saved.items() if name in names})
     evaluation, data = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return evaluation, data

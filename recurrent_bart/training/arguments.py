@@ -21,7 +21,7 @@ from recurrent_bart.training.generation_arguments import GenerationArguments, ch
 from recurrent_bart.training.resumed_flags import check_resumed
 
 PRECISIONS = ("auto", "bf16", "fp32")
-SCHEDULES = ("linear", "cosine", "constant")
+LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 TRAINED = ("all", "prefix")
 
 
@@ -178,13 +178,17 @@ class DataArguments:
 
     dataset: str = flag(
         "stdlib",
-        "documents: stdlib (built-in corpus), a file, a folder with train.* and validation.*, or a data set's name on "
-        "the Hugging Face Hub",
+        "documents: stdlib (built-in corpus), a file, a folder with train.* and validation.*, a folder written by "
+        "save_to_disk, or a data set's name on the Hugging Face Hub",
+    )
+    dataset_config_name: str | None = flag(
+        None,
+        "configuration of the data set that --dataset names on the Hugging Face Hub; if not given: its only one",
     )
     train_file: str | None = flag(
         None,
-        "training documents, instead of --dataset: JSON Lines (.jsonl or .jsonl.gz), CSV, Parquet, or a folder of "
-        "text files",
+        "training documents, instead of --dataset: JSON Lines (.jsonl or .jsonl.gz), a JSON list, CSV, TSV, Parquet, "
+        "a folder of text files, or a folder written by save_to_disk",
     )
     validation_file: str | None = flag(
         None,
@@ -208,7 +212,7 @@ class DataArguments:
         "rule that chooses the documents of --validation_share: content (by id or content), or line (by id or line "
         "number, as in older runs)",
     )
-    encoding: str = flag("utf-8", "character encoding of JSON Lines, CSV and text files, by its Python name")
+    encoding: str = flag("utf-8", "character encoding of JSON, CSV, TSV and text files, by its Python name")
     task: str = flag("document", "document: one target per document; sections: one target per section")
     text_column: str = flag(Columns.text, "column with the text of a document, for --task document")
     summary_column: str = flag(Columns.summary, "column with the target of a document, for --task document")
@@ -276,7 +280,12 @@ class RunArguments(GenerationArguments):
         "peak learning rate of the recurrence and of adapters; if not given: 10 x --learning_rate for a pretrained "
         "model, else --learning_rate",
     )
-    lr_scheduler: str = flag("linear", "decay of the learning rate after warm-up: linear, cosine or constant")
+    lr_scheduler: str = flag(
+        "linear",
+        "decay of the learning rate after warm-up, as in Hugging Face's Trainer: linear or cosine (to 0 at "
+        "--max_steps), inverse_sqrt, or constant (constant_with_warmup is the same)",
+        aliases=["--lr_scheduler_type"],
+    )
     warmup_steps: int | None = flag(
         None,
         "optimizer steps over which the learning rate rises linearly to its peak; if not given: a tenth of --max_steps",
@@ -390,7 +399,7 @@ class RunArguments(GenerationArguments):
         # keep two checkpoints, because a crash may leave the newest one incomplete
         check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
-        _check_choice(self, "lr_scheduler", SCHEDULES)
+        _check_choice(self, "lr_scheduler", LR_SCHEDULERS)
         _check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)
         _check_choice(self, "oracle", ORACLES)
         self.eval_every = self.eval_every or max(25, self.max_steps // 10)

@@ -25,7 +25,6 @@ HUGGING_FACE_FLAGS = {
     "learning_rate_scheduler": ("lr_scheduler",),
     "logging_steps": ("log_every",),
     "lr": ("learning_rate",),
-    "lr_scheduler_type": ("lr_scheduler",),
     "max_eval_samples": ("eval_documents", "limit"),
     "max_length": ("max_target_length", "max_new_tokens"),
     "max_predict_samples": ("limit",),

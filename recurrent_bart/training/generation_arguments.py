@@ -1,6 +1,7 @@
 """Flags of text generation, the same in training, evaluation and use."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -11,9 +12,9 @@ OF_MODEL = "if not given: the model's generation_config.json"
 EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
 
 
-def flag(default: Any, text: str) -> Any:
-    """Declare a dataclass field with a default and the help text of its flag."""
-    return field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, aliases: Sequence[str] = ()) -> Any:
+    """Declare a dataclass field with a default, the help text of its flag, and further names of the flag."""
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
 
 
 def check_at_least(arguments: Any, least: float, *names: str) -> None:

@@ -17,7 +17,6 @@ from deepspeed import DeepSpeedEngine
 from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.checkpointing.process_state import reseed_random_states
 from recurrent_bart.data.batches import Batch
-from recurrent_bart.data.corpus import atomic_directory
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import (
     all_together,
@@ -29,13 +28,14 @@ from recurrent_bart.distributed import (
     stop_all,
 )
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.files import atomic_directory, atomic_write
 from recurrent_bart.model.flops import peak_flops
 from recurrent_bart.model.generation_settings import change_settings
 from recurrent_bart.monitoring.progress import ProgressDisplay, say
 from recurrent_bart.monitoring.rank_metrics import RankTopology
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.report.curves import draw_curves
-from recurrent_bart.run_folder import RunFolder, atomic_write
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.description import describe, generated_length, learning_rates, oracle_at, resolved_settings
