@@ -36,7 +36,7 @@ class Job:
             (folder / "bin" / name).chmod(0o755)
 
     def start(self, script, *flags, **variables):
-        given = {name: value for name, value in environment().items() if not name.startswith(("SLURM", "OMP"))}
+        given = {name: value for name, value in environment().items() if not name.startswith(("SLURM", "OMP", "NCCL", "TORCH"))}
         given |= {**JOB, "SLURM_SUBMIT_DIR": str(self.folder), "NOTES": str(self.folder), "VIRTUAL_ENV": "tests"}
         given |= {"PATH": f"{self.folder / 'bin'}{os.pathsep}{given['PATH']}", **variables}
         command = ["bash", f"slurm/{script}", *map(str, flags)]
@@ -74,6 +74,41 @@ def test_each_of_two_processes_of_two_nodes_has_its_rank_and_its_gpu(job, rank, 
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == (str(rank), str(local_rank), "4")
     # the nodes must not share a Triton cache
     assert found["TRITON_CACHE_DIR"] == f"{tmp_path}/caches/triton-{node}"
+
+
+RANKS = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(("given", "is_kept"), [("own", True), ("missing", False)])
+def test_temporary_files_are_in_the_nodes_folder_if_it_can_be_written(job, tmp_path, given, is_kept):
+    (tmp_path / "own").mkdir()
+    caches = tmp_path / "caches"
+    variables = RANKS | {"JOB_CACHES": str(caches), "TMPDIR": str(tmp_path / given)}
+    assert job.run("process.sh", "launch/train.py", **variables) == 0
+    assert job.variables()["TMPDIR"] == str(tmp_path / given if is_kept else caches / "tmp")
+    assert (caches / "tmp").is_dir() != is_kept
+    assert (caches / "triton-0").is_dir()
+
+
+@pytest.mark.parametrize(("given", "is_kept"), [("own", True), ("missing", False)])
+@pytest.mark.parametrize(
+    ("script", "folder"),
+    [("train", "runs/slurm-42/caches"), ("evaluate", "runs/caches/42"), ("preflight", "runs/caches/42")],
+)
+def test_caches_are_in_the_folder_of_the_job_and_home_only_if_it_can_be_written(
+    job, tmp_path, script, folder, given, is_kept
+):
+    (tmp_path / "own").mkdir()
+    assert job.run(f"{script}.sh", HOME=str(tmp_path / given)) == 0
+    found, caches = job.variables(), tmp_path / folder
+    assert found["JOB_CACHES"] == str(caches)
+    assert found["TORCH_EXTENSIONS_DIR"] == str(caches / "torch_extensions")
+    assert found["HOME"] == str(tmp_path / given if is_kept else caches / "home")
+    assert (caches / "home").is_dir() != is_kept
+    # the messages of NCCL are those of failures
+    assert found["NCCL_DEBUG"] == "WARN"
+    # an error of NCCL reaches the process that tests a node
+    assert found.get("TORCH_NCCL_BLOCKING_WAIT") == ("1" if script == "preflight" else None)
 
 
 @pytest.mark.parametrize(
