@@ -105,7 +105,7 @@ def test_caches_are_in_the_folder_of_the_job_and_home_only_if_it_can_be_written(
     assert found["TORCH_EXTENSIONS_DIR"] == str(caches / "torch_extensions")
     assert found["HOME"] == str(tmp_path / given if is_kept else caches / "home")
     assert (caches / "home").is_dir() != is_kept
-    # the messages of NCCL are those of failures
+    # NCCL prints only failures
     assert found["NCCL_DEBUG"] == "WARN"
     # an error of NCCL reaches the process that tests a node
     assert found.get("TORCH_NCCL_BLOCKING_WAIT") == ("1" if script == "preflight" else None)
