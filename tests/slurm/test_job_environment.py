@@ -36,7 +36,11 @@ class Job:
             (folder / "bin" / name).chmod(0o755)
 
     def start(self, script, *flags, **variables):
-        given = {name: value for name, value in environment().items() if not name.startswith(("SLURM", "OMP", "NCCL", "TORCH"))}
+        given = {
+            name: value
+            for name, value in environment().items()
+            if not name.startswith(("SLURM", "OMP", "NCCL", "TORCH"))
+        }
         given |= {**JOB, "SLURM_SUBMIT_DIR": str(self.folder), "NOTES": str(self.folder), "VIRTUAL_ENV": "tests"}
         given |= {"PATH": f"{self.folder / 'bin'}{os.pathsep}{given['PATH']}", **variables}
         command = ["bash", f"slurm/{script}", *map(str, flags)]
