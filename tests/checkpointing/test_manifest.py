@@ -3,11 +3,12 @@
 import hashlib
 import itertools
 import json
+from concurrent.futures import Future
 
 import pytest
 
 from processes import run_in_processes
-from recurrent_bart.checkpointing.checkpoints import Checkpoints
+from recurrent_bart.checkpointing.checkpoints import CheckpointError, Checkpoints
 from recurrent_bart.checkpointing.manifest import has_all_parts, join_parts, problems, write_and_fsync, write_part
 
 
@@ -96,3 +97,22 @@ def test_damage_that_one_rank_finds_is_known_to_every_rank(checkpoint, number):
 
     for message in run_in_processes(load, 2, checkpoint.parent):
         assert f"no checkpoint is whole: {checkpoint}: {name} is incomplete (0 of" in message
+
+
+@pytest.mark.distributed
+def test_an_error_that_one_rank_meets_in_the_background_stops_every_rank(tmp_path):
+    def wait(rank):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", in_background=True)
+        checkpoints.writing, checkpoints.writing_step = Future(), 4
+        if rank == 1:
+            checkpoints.writing.set_exception(OSError("no space left"))
+        else:
+            checkpoints.writing.set_result(None)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.wait()
+        # the error is told once
+        checkpoints.wait()
+        return str(caught.value)
+
+    for message in run_in_processes(wait, 2, tmp_path):
+        assert "step-00000004 cannot be written (process 1: no space left; " in message
