@@ -120,6 +120,18 @@ def test_a_data_set_that_is_given_takes_the_place_of_the_runs_files(script, fold
     assert (data.train_file, data.validation_file, data.test_file) == (None, None, "other.jsonl")
 
 
+@pytest.mark.parametrize("name", ["dataset", "train_file", "validation_file", "test_file"])
+@pytest.mark.parametrize("spell", [lambda flag: flag, lambda flag: flag.replace("_", "-")], ids=["_", "-"])
+@pytest.mark.parametrize("separator", [" ", "="])
+def test_so_it_does_in_each_spelling_of_each_flag(script, folder, name, spell, separator):
+    given = f"{spell(f'--{name}')}{separator}other.jsonl".split(" ")
+    _, data = script.parse_arguments(["--model", str(folder.model), *given])
+    found = {place: getattr(data, place) for place in ("dataset", "train_file", "validation_file", "test_file")}
+    nothing = {"dataset": "stdlib", "train_file": None, "validation_file": None, "test_file": None}
+    assert found == nothing | {name: "other.jsonl"}
+    assert data.task == "sections"
+
+
 def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path):
     _, data = script.parse_arguments(["--model", str(tmp_path)])
     assert (data.dataset, data.task) == ("stdlib", "document")
