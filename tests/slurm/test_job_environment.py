@@ -173,7 +173,7 @@ def test_all_processes_meet_on_the_first_node_of_a_long_list(job):
 
 def test_jobs_on_one_node_meet_at_ports_of_their_own(job):
     ports = []
-    for number in (41, 42, 43, 19_999, 20_000, 123_456_789):
+    for number in (41, 42, 43, 142, 1_042, 2_042, 10_042, 19_999, 20_000, 123_456_789):
         assert job.run("train.sh", SLURM_JOB_ID=str(number)) == 0
         ports.append(int(job.variables()["MASTER_PORT"]))
     assert len(set(ports)) == len(ports)
