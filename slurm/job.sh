@@ -18,8 +18,9 @@ n_cpus=$((SLURM_CPUS_ON_NODE / n_per_node))
 unset SLURM_CPUS_PER_GPU
 
 # Rank 0 is on the first node. The port depends on the job and lies below the range of ephemeral ports.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+hostnames=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# Without `| head -n 1`: scontrol may still write when head ends, and the job would end with SIGPIPE.
+export MASTER_ADDR=${hostnames%%$'\n'*} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 
 # By default, PyTorch starts as many threads in each process as the node has cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$n_cpus}

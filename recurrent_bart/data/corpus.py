@@ -139,15 +139,17 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of all settings that decide the ids of a text. The tokenizer's path does not change the hash."""
+    # Gaps of a text become the mask token, which the backend of a fast tokenizer does not name.
+    mask = getattr(tokenizer, "mask_token_id", None)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        return fingerprint(tokenizer.backend_tokenizer.to_str())
+        return fingerprint(tokenizer.backend_tokenizer.to_str(), mask)
     # Hash vocabulary files by content, not by path.
     files = [str(tokenizer.init_kwargs.get(name)) for name in sorted(tokenizer.vocab_files_names)]
     hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()]
     settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if _is_setting(name, value)}
     added = sorted((number, repr(token)) for number, token in tokenizer.added_tokens_decoder.items())
     vocabulary = sorted(tokenizer.get_vocab().items())
-    return fingerprint(type(tokenizer).__name__, vocabulary, sorted(settings.items()), added, hashes)
+    return fingerprint(type(tokenizer).__name__, vocabulary, sorted(settings.items()), added, hashes, mask)
 
 
 def _is_setting(name: str, value: Any) -> bool:

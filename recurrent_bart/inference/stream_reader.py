@@ -28,12 +28,15 @@ from recurrent_bart.recurrence.segmentation import pad_segments
 from recurrent_bart.run_folder import RunFolder
 
 # increase the number when the contents of a saved bookmark change
-FORMAT = "recurrent_bart reading 2"
+FORMAT = "recurrent_bart reading 3"
 # configuration fields that the values of a state depend on, besides the weights
 STATE_FIELDS = (
     "pre_seq_len",
     "d_model",
     "encoder_layers",
+    "encoder_attention_heads",
+    "activation_function",
+    "scale_embedding",
     "recurrence",
     "prefix_attention",
     "prefix_projection",

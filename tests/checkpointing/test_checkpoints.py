@@ -358,6 +358,41 @@ def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(alone, tmp
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+def test_one_process_goes_on_for_two_with_their_metrics_and_new_random_states(alone, tmp_path, stage):
+    checkpoints = Checkpoints(tmp_path, trusts=True)
+    engine = train(make_engine(stage))
+    checkpoints.save(engine, STATE, FIGURES)
+    drawn = torch.rand(3)
+    path = tmp_path / "step-00000002"
+    as_if_written_by_two(path, FIGURES | {"loss": 2.0, "n_targets": 5})
+    torch.manual_seed(7)
+    other = make_engine(stage)
+    torch.manual_seed(7)
+    resumed = checkpoints.load(other)
+    # two ranks took the same two steps in the same 3.5 seconds
+    loss = FIGURES["loss"] + 2.0
+    assert resumed.figures == {"loss": loss, "n_targets": 12, "n_tokens": 180, "n_steps": 2, "seconds": 3.5}
+    assert resumed.state == STATE
+    found, expected = full_state_dict(other), full_state_dict(engine)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    after = torch.rand(3)
+    assert not torch.equal(after, drawn)
+    # not the numbers that the run drew at its beginning
+    torch.manual_seed(7)
+    assert not torch.equal(after, torch.rand(3))
+
+
+def as_if_written_by_two(path, figures):
+    """Change the checkpoint of one process: give it a second process with these metrics."""
+    trainer = json.loads((path / "trainer.json").read_text())
+    trainer["written_by"]["processes"] = 2
+    (path / "trainer.json").write_text(json.dumps(trainer))
+    second = read_tensors(path / "process-0.pt") | {"figures": figures}
+    torch.save(second, path / "process-1.pt")
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("then_in_bf16", [False, True])
 def test_another_precision_goes_on_with_the_same_weights_and_moments(alone, tmp_path, stage, then_in_bf16):
     checkpoints = Checkpoints(tmp_path)

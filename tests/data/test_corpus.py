@@ -3,11 +3,12 @@
 import json
 import multiprocessing
 import os
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
 from recurrent_bart.data import corpus as module
-from recurrent_bart.data.corpus import load_corpus, texts_of
+from recurrent_bart.data.corpus import load_corpus, texts_of, write_corpus
 from recurrent_bart.data.rows import Columns, Row
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.data.tokenizer import train_tokenizer
@@ -79,6 +80,49 @@ def test_other_documents_tokenizer_task_or_columns_are_not_taken_from_the_cache(
     write(path, both[:1])
     assert len(load(path, tokenizer, tmp_path)) == 1
     assert len(entries(tmp_path)) == 5
+
+
+def test_each_part_of_the_key_makes_another_entry_of_the_cache(tokenizer, tmp_path, monkeypatch):
+    source = FixedSource("one")
+    given = {"source": source, "task": "document", "columns": Columns(), "tokenizer": tokenizer, "cache_dir": tmp_path}
+    assert given["columns"] == Columns("document", "summary", "sections", "summaries", None)
+    load_corpus(**given)
+    load_corpus(**given)
+    assert len(entries(tmp_path)) == 1
+    changes = [{"source": FixedSource("other")}, {"task": "sections"}]
+    changes += [{"columns": replace(Columns(), **{item.name: "other"})} for item in fields(Columns)]
+    for number, change in enumerate(changes, 2):
+        load_corpus(**given | change)
+        assert len(entries(tmp_path)) == number, change
+    monkeypatch.setattr(module, "CACHE_VERSION", module.CACHE_VERSION + 1)
+    load_corpus(**given)
+    assert len(entries(tmp_path)) == len(changes) + 2
+
+
+@dataclass
+class FixedSource:
+    """Source of one document, whose identity is a name."""
+
+    name: str
+    place, split, skips_bad = "here", "train", False
+
+    def identity(self):
+        return [self.name]
+
+    def rows(self, task, columns, on_skip):
+        yield Row("a", ["one two"], ["numbers"])
+
+
+def test_the_hash_of_the_texts_is_that_of_texts_and_order_alone(tokenizer, tmp_path):
+    def texts_hash(rows, number, used=tokenizer):
+        return write_corpus(rows, used, tmp_path / str(number))
+
+    rows = [Row("a", ["one two"], ["x"]), Row("b", ["three"], ["y"])]
+    first = texts_hash(rows, 0)
+    assert texts_hash([replace(row, id="other") for row in rows], 1) == first
+    assert texts_hash(rows, 2, SilentTokenizer()) == first
+    others = [rows[::-1], [rows[0], replace(rows[1], sections=["four"])], [rows[0], replace(rows[1], summaries=["z"])]]
+    assert len({first, *(texts_hash(other, number) for number, other in enumerate(others, 3))}) == 4
 
 
 def test_a_file_of_the_same_size_but_newer_is_read_again(path, tokenizer, tmp_path):

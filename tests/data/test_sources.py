@@ -3,14 +3,18 @@
 import csv
 import gzip
 import json
+import os
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
+from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.rows import Columns
-from recurrent_bart.data.sources import find_sources
+from recurrent_bart.data.sources import Source, find_sources
 
 RECORDS = [{"id": f"d{i}", "document": f"text {i}", "summary": f"sum {i}"} for i in range(3)]
 
@@ -253,6 +257,72 @@ def test_two_files_for_one_split_are_refused(tmp_path):
     write(tmp_path / "train.csv")
     with pytest.raises(ValueError, match="files of split 'train' may be copies of each other"):
         find_sources(str(tmp_path))
+
+
+# for each field of a source: another value
+OTHER = {
+    "place": "owner/other",
+    "split": "validation",
+    "hub_split": "train[:50%]",
+    "held_out": HeldOut(0.3),
+    "skips_bad": True,
+    "n_made": 2,
+    "encoding": "latin-1",
+}
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """Replace the builder of a named data set."""
+    found = SimpleNamespace(info=SimpleNamespace(version="1.0.0"), hash="a0")
+    monkeypatch.setattr("recurrent_bart.data.sources.load_dataset_builder", lambda name: found)
+    return found
+
+
+def test_each_field_of_a_source_makes_it_another_one(builder, tmp_path):
+    # the kind is part of each identity, and notes do not change the documents
+    assert OTHER.keys() | {"kind", "files", "notes"} == {item.name for item in fields(Source)}
+    hub = Source("hub", "owner/name", "train", hub_split="train", held_out=HeldOut(0.1))
+    file = Source("file", "x", "train", (write(tmp_path / "x.jsonl"),), held_out=HeldOut(0.1))
+    assert replace(hub, notes=("a",)).identity() == hub.identity()
+    for source, names in ((hub, OTHER), (file, OTHER.keys() - {"place", "hub_split"})):
+        changed = [replace(source, **{name: OTHER[name]}).identity() for name in names]
+        changed.append(replace(source, held_out=HeldOut(0.1, "line")).identity())
+        changed.append(replace(source, held_out=None).identity())
+        assert all(changed.count(one) == 1 and one != source.identity() for one in changed)
+
+
+def test_another_version_or_script_of_a_named_data_set_is_another_one(builder):
+    source = Source("hub", "owner/name", "train", hub_split="train")
+    before = source.identity()
+    builder.hash = "b1"
+    assert source.identity() != before
+    builder.hash, builder.info.version = "a0", "1.0.1"
+    assert source.identity() != before
+    builder.info.version = "1.0.0"
+    assert source.identity() == before
+
+
+def test_each_file_that_is_read_makes_a_source_another_one(tmp_path):
+    write(tmp_path / "folder")
+    for name in ("train_1.jsonl", "train_2.jsonl"):
+        write(tmp_path / name)
+    folder = Source("folder", str(tmp_path / "folder"), "train")
+    shards = Source("file", "x", "train", (tmp_path / "train_1.jsonl", tmp_path / "train_2.jsonl"))
+    for source, changed in (
+        (folder, tmp_path / "folder" / "d1.txt"),
+        (folder, tmp_path / "folder" / "d1.summary.txt"),
+        (shards, tmp_path / "train_1.jsonl"),
+        (shards, tmp_path / "train_2.jsonl"),
+    ):
+        before = source.identity()
+        # the same size, but newer
+        os.utime(changed, ns=(0, 10**18))
+        assert source.identity() != before
+        before = source.identity()
+        changed.write_text(changed.read_text() + " ")
+        os.utime(changed, ns=(0, 10**18))
+        assert source.identity() != before
 
 
 def test_identity_changes_with_the_file(tmp_path):

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, BertJapaneseTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
-from recurrent_bart.data.corpus import load_corpus, tokenizer_identity
+from recurrent_bart.data.corpus import NO_SETTINGS, load_corpus, tokenizer_identity
 from recurrent_bart.data.gap_sentences import GAP
 from recurrent_bart.data.rows import Columns
 from recurrent_bart.data.sources import find_sources
@@ -146,3 +146,48 @@ def test_the_settings_of_a_slow_tokenizer_are_part_of_its_identity(tmp_path):
     assert tokenizer_identity(slow(moved)) == identities[0]
     first.save_pretrained(moved / "saved")
     assert tokenizer_identity(load_tokenizer(str(moved / "saved"))) == identities[0]
+
+
+def test_each_part_of_a_slow_tokenizer_is_part_of_its_identity(tmp_path):
+    found = [tokenizer_identity(slow(tmp_path))]
+
+    def changed(**settings):
+        tokenizer = slow(tmp_path)
+        tokenizer.init_kwargs |= settings
+        return tokenizer_identity(tokenizer)
+
+    found += [changed(do_lower_case=True), changed(never_split=["a"]), changed(word_tokenizer_type="mecab")]
+    # a class of another name may encode in another way
+    other = slow(tmp_path)
+    other.__class__ = type("OtherTokenizer", (type(other),), {})
+    found.append(tokenizer_identity(other))
+    special = slow(tmp_path)
+    special.add_special_tokens({"additional_special_tokens": ["<speaker>"]})
+    found.append(tokenizer_identity(special))
+    (tmp_path / "vocab.txt").write_text((tmp_path / "vocab.txt").read_text() + "\nword")
+    found.append(tokenizer_identity(BertJapaneseTokenizer(str(tmp_path / "vocab.txt"), word_tokenizer_type="basic")))
+    assert len(set(found)) == len(found)
+
+
+def test_what_does_not_change_the_ids_is_no_part_of_a_slow_tokenizers_identity(tmp_path):
+    tokenizer = slow(tmp_path)
+    before = tokenizer_identity(tokenizer)
+    assert NO_SETTINGS
+    tokenizer.init_kwargs |= dict.fromkeys(NO_SETTINGS, "other") | {"some_file": "elsewhere", "some_path": "elsewhere"}
+    assert tokenizer_identity(tokenizer) == before
+
+
+@pytest.mark.parametrize("make", [unigram, byte_pairs, words])
+def test_each_part_of_a_fast_tokenizer_is_part_of_its_identity(make, tmp_path):
+    found = [tokenizer_identity(make())]
+    assert tokenizer_identity(make()) == found[0]
+    added, special, unmasked, normalised = make(), make(), make(), make()
+    added.add_tokens(["Bürgerantrag"])
+    special.add_special_tokens({"additional_special_tokens": ["<speaker>"]})
+    # a gap in a text becomes the mask token, or `<mask>` in letters
+    unmasked.mask_token = None
+    normalised.backend_tokenizer.normalizer = normalizers.Lowercase()
+    found += [tokenizer_identity(tokenizer) for tokenizer in (added, special, unmasked, normalised)]
+    assert len(set(found)) == len(found)
+    make().save_pretrained(tmp_path)
+    assert tokenizer_identity(load_tokenizer(str(tmp_path))) == found[0]

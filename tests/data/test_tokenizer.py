@@ -52,6 +52,12 @@ def test_loaded_tokenizer_cuts_as_the_trained_one_and_keeps_the_text(trained, lo
     assert loaded.decode(ids, skip_special_tokens=True) == expected
 
 
+def test_spaces_before_punctuation_are_kept(trained, loaded):
+    text = "a list . it is n't , is it ? do not ! we 've"
+    for tokenizer in (trained, loaded):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
 def test_it_cuts_as_sentencepiece_does(monkeypatch):
     models = []
     convert = module.as_hugging_face

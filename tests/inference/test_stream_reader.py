@@ -215,6 +215,56 @@ def test_a_state_of_another_model_is_refused(make_reader, tmp_path):
     assert in_float32.bookmark.state.memory.dtype == torch.float32
 
 
+# for each configuration field that the values of a state depend on: another value
+OTHER_FIELDS = {
+    "pre_seq_len": 4,
+    "d_model": 32,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 2,
+    "activation_function": "relu",
+    "scale_embedding": True,
+    "recurrence": "top",
+    "prefix_attention": "gated",
+    "prefix_projection": False,
+    "update_gate": False,
+    "associative_memory": True,
+    "decoder_context": "section",
+    "context_segments": 2,
+    "segment_size": 9,
+    "input_size": 11,
+}
+
+
+def test_the_table_of_this_file_holds_the_fields_that_a_state_depends_on():
+    assert OTHER_FIELDS.keys() == set(inference.STATE_FIELDS)
+
+
+@pytest.mark.parametrize("name", OTHER_FIELDS)
+def test_a_state_of_a_model_that_differs_in_one_field_is_refused(make_reader, tmp_path, name):
+    """Change a field only in the configuration, so that the weights are the same."""
+    path = tmp_path / "state"
+    reader = make_reader(prefix_attention="concat", decoder_context="all")
+    read_all(reader, [TEXT])
+    reader.save(path)
+    reader.load(path)
+    assert getattr(reader.model.config, name) != OTHER_FIELDS[name]
+    setattr(reader.model.config, name, OTHER_FIELDS[name])
+    with pytest.raises(ValueError, match=f"the state is of another model, {name} is"):
+        reader.load(path)
+
+
+@pytest.mark.parametrize("changes", [{"encoder_attention_heads": 2}, {"activation_function": "relu"}], ids=str)
+def test_fields_that_no_weight_shows_change_the_state(make_reader, changes):
+    readers = []
+    for fields in ({}, changes):
+        torch.manual_seed(0)
+        readers.append(make_reader(prefix_attention="concat", **fields))
+    first, other = (inference.weights_identity(reader.model) for reader in readers)
+    assert first == other
+    states = [read_all(reader, [TEXT]).state.memory for reader in readers]
+    assert not torch.allclose(*states, atol=0.01)
+
+
 def test_what_is_no_state_is_refused(make_reader, tmp_path):
     reader = make_reader()
     (tmp_path / "text").write_text(TEXT)

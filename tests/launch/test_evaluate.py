@@ -130,6 +130,18 @@ def test_a_data_set_that_is_given_does_not_get_the_configuration_of_the_runs(scr
     assert places == [("owner/name", "long"), ("other/name", None), ("owner/name", "short")]
 
 
+@pytest.mark.parametrize("name", ["dataset", "train_file", "validation_file", "test_file"])
+@pytest.mark.parametrize("spell", [lambda flag: flag, lambda flag: flag.replace("_", "-")], ids=["_", "-"])
+@pytest.mark.parametrize("separator", [" ", "="])
+def test_so_it_does_in_each_spelling_of_each_flag(script, folder, name, spell, separator):
+    given = f"{spell(f'--{name}')}{separator}other.jsonl".split(" ")
+    _, data = script.parse_arguments(["--model", str(folder.model), *given])
+    found = {place: getattr(data, place) for place in ("dataset", "train_file", "validation_file", "test_file")}
+    nothing = {"dataset": "stdlib", "train_file": None, "validation_file": None, "test_file": None}
+    assert found == nothing | {name: "other.jsonl"}
+    assert data.task == "sections"
+
+
 def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path):
     _, data = script.parse_arguments(["--model", str(tmp_path)])
     assert (data.dataset, data.task) == ("stdlib", "document")

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from recurrent_bart.monitoring import progress as module
-from recurrent_bart.monitoring.progress import ProgressDisplay, clock, say
+from recurrent_bart.monitoring.progress import ProgressDisplay, clock, fill_lines, say
 
 RECORD = {
     "step": 20,
@@ -131,3 +131,8 @@ def test_only_the_first_process_shows_anything(monkeypatch, capsys, is_terminal)
 )
 def test_durations(seconds, text):
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(("width", "expected"), [(8, ["aaa  bbb", "c"]), (7, ["aaa", "bbb  c"]), (11, ["aaa  bbb  c"])])
+def test_a_line_is_filled_to_its_last_column(width, expected):
+    assert fill_lines(["aaa", "bbb", "c"], width) == expected

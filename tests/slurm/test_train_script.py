@@ -88,6 +88,15 @@ def test_a_line_of_a_file_gives_its_flags_without_windows_line_ends(submit, line
     assert job.flags == ["--max_steps", "2", *flags, "--output_dir", f"{tmp_path}/my runs/{task}"]
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize(("task", "seed"), [(1, "7"), (2, "8")])
+def test_each_line_counts_with_and_without_a_line_end_after_the_last(submit, tmp_path, task, seed, end):
+    (tmp_path / "flags.txt").write_text(f"--seed 7\n--seed 8{end}")
+    job = submit(f"@{tmp_path}/flags.txt", "--output_dir", tmp_path / "runs", task=task)
+    assert job.code == 0, job.printed
+    assert job.flags == ["--seed", seed, "--output_dir", f"{tmp_path}/runs/{task}"]
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

@@ -25,8 +25,9 @@ RESUMED = {
     "save_every": 3,
     "log_every": 2,
 }
-# settings of a run that is cut off and continues with another world size
-RESIZED = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "eval_every": 6, "save_every": 3, "log_every": 1}
+# Settings of a run that is cut off and continues with another world size. Its checkpoint holds metrics of every rank
+# for a log line that the resumed run completes.
+RESIZED = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "eval_every": 6, "save_every": 3, "log_every": 2}
 CUT_OFF_AFTER = 4
 
 

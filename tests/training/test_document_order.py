@@ -36,6 +36,20 @@ def test_it_goes_on_from_the_place_that_was_written_down(prepared, flags):
     assert [documents_of(resumed, step) for step in range(5, 30)] == [documents_of(order, s) for s in range(5, 30)]
 
 
+def test_batches_of_other_sizes_go_on_in_the_order_of_the_first(prepared):
+    """Resume twice, each time with another batch size, within one pass through the documents."""
+    state, read = TrainerState(), []
+    for size, n_steps in ((4, 2), (8, 2), (2, 8)):
+        order = build_order(parse_arguments(["--per_device_train_batch_size", str(size // 2)]), prepared, 2, state)
+        for step in range(state.step, state.step + n_steps):
+            assert len(documents_of(order, step)) == size
+            read += documents_of(order, step)
+        state.step += n_steps
+        store_data_position(order, state)
+        assert (state.n_documents, state.order_batch) == (len(read), 4)
+    assert sorted(read) == list(range(len(LENGTHS)))
+
+
 def test_a_number_of_tokens_is_one_of_whole_segments_and_rules_over_that_of_documents(prepared):
     order = build_order(parse_arguments([*TOKENS, *TWO]), prepared, 1, TrainerState())
     parts = [part for step in range(40) for (part,) in order.micro_batches(step, 1, 1)]

@@ -1,14 +1,26 @@
 """Environment of a process under each launcher, and a terminal without library messages."""
 
 import json
+import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from launching import LAUNCHED, run, torchrun
-from recurrent_bart.training.environment import launched_rank, start_processes, use_bf16
+from recurrent_bart.training import environment
+from recurrent_bart.training.environment import (
+    Environment,
+    Rendezvous,
+    batch_job,
+    is_batch_job,
+    launched_rank,
+    launched_rendezvous,
+    start_processes,
+    use_bf16,
+)
 
 WORKER = Path(__file__).with_name("environment_worker.py")
 
@@ -18,6 +30,65 @@ def test_the_rank_is_the_launchers(monkeypatch):
     assert launched_rank() == 0
     monkeypatch.setenv("RANK", "3")
     assert launched_rank() == 3
+
+
+# variables of the third of two processes on each of two hosts, counted from 0
+THIRD = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "alpha", "MASTER_PORT": "12345"}
+
+
+def test_each_variable_of_the_launcher_is_read_as_what_it_is(monkeypatch):
+    for name, value in THIRD.items():
+        monkeypatch.setenv(name, value)
+    assert launched_rendezvous() == Rendezvous(3, 1, 4, "alpha", 12345)
+
+
+@pytest.mark.usefixtures("_environ")
+def test_without_a_launcher_one_process_meets_itself_at_a_port_of_its_own(monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    found = launched_rendezvous()
+    assert (found.rank, found.local_rank, found.world_size, found.address) == (0, 0, 1, "127.0.0.1")
+    assert 1024 <= found.port < 65_536
+    # DeepSpeed and PyTorch read the same values
+    assert {name: os.environ[name] for name in THIRD} == {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(found.port),
+    }
+
+
+@pytest.mark.usefixtures("_environ")
+def test_a_process_takes_the_gpu_of_its_rank_on_the_host(monkeypatch):
+    for name, value in THIRD.items():
+        monkeypatch.setenv(name, value)
+    chosen, joined = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(environment.deepspeed, "init_distributed", lambda *given, **how: joined.append((given, how)))
+    found = start_processes(timeout_minutes=7)
+    assert found == Environment(3, 1, 4, torch.device("cuda", 1))
+    assert chosen == [torch.device("cuda", 1)]
+    assert joined == [(("nccl",), {"timeout": timedelta(minutes=7), "verbose": False})]
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_job", "job"),
+    [
+        ({}, False, ("", 0)),
+        ({"SLURM_JOB_ID": "42"}, True, ("42", 0)),
+        ({"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": ""}, True, ("42", 0)),
+        ({"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "3"}, True, ("42", 3)),
+    ],
+    ids=str,
+)
+def test_a_batch_job_has_its_number_and_that_of_its_restarts(monkeypatch, variables, is_job, job):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (is_batch_job(), batch_job()) == (is_job, job)
 
 
 @pytest.mark.distributed

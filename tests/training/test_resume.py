@@ -103,7 +103,12 @@ class TestAnotherNumberOfProcesses:
 
     def check_continued(self, output, resumed):
         whole = output / "whole"
+        assert len(losses(whole)) == 3
         assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+        shares = [
+            [record["segments_per_document"] for record in metrics(run) if "loss" in record] for run in (resumed, whole)
+        ]
+        assert shares[0] == pytest.approx(shares[1])
         norms = [[record["gradient_norm"] for record in metrics(run) if "loss" in record] for run in (resumed, whole)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-3)
         assert sorted(path.name for path in (resumed / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]

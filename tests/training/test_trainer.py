@@ -92,9 +92,11 @@ def follow(stops_at=None, first_step=0, evaluated_step=-1, **run):
         state,
         on_log=lambda record: events.append(("log", record["step"])),
         on_evaluation=evaluate,
+        on_save=lambda figures: events.append(("save", state.step, state.evaluated_step)),
         on_step=lambda step: events.append(("step", step)),
     ).train()
-    return {kind: [step for name, step in events if name == kind] for kind in ("step", "log", "evaluation")}
+    found = {kind: [step for name, step, *_ in events if name == kind] for kind in ("step", "log", "evaluation")}
+    return found | {"save": [tuple(steps) for name, *steps in events if name == "save"]}
 
 
 def after(seconds, call):
@@ -139,12 +141,25 @@ def test_an_evaluation_stops_it_early():
 
 def test_a_resumed_run_does_not_evaluate_where_it_begins():
     events = follow(first_step=4, evaluated_step=4, max_steps=6, log_every=1, eval_every=2)
-    assert events == {"step": [5, 6], "log": [5, 6], "evaluation": [6]}
+    assert events == {"step": [5, 6], "log": [5, 6], "evaluation": [6], "save": [(6, 6)]}
 
 
 def test_a_resumed_run_makes_the_evaluation_that_was_interrupted():
     events = follow(first_step=4, evaluated_step=2, max_steps=6, log_every=1, eval_every=2)
-    assert events == {"step": [5, 6], "log": [5, 6], "evaluation": [4, 6]}
+    assert events == {"step": [5, 6], "log": [5, 6], "evaluation": [4, 6], "save": [(4, 4), (6, 6)]}
+
+
+@pytest.mark.parametrize(
+    ("save_every", "saves"),
+    [
+        (None, [(0, 0), (4, 4), (8, 8), (10, 10)]),
+        # at an evaluation a checkpoint is written once, after the evaluation
+        (2, [(0, 0), (2, 0), (4, 4), (6, 4), (8, 8), (10, 10)]),
+        (3, [(0, 0), (3, 0), (4, 4), (6, 4), (8, 8), (9, 8), (10, 10)]),
+    ],
+)
+def test_a_checkpoint_is_written_once_at_each_interval_and_after_each_evaluation(save_every, saves):
+    assert follow(max_steps=10, log_every=5, eval_every=4, save_every=save_every)["save"] == saves
 
 
 @pytest.mark.parametrize("stage", [2, 3])

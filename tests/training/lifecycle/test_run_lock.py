@@ -69,7 +69,10 @@ def _fork(folder, start):
     os._exit(0)
 
 
-def test_of_many_processes_that_begin_together_one_has_the_lock(tmp_path):
+@pytest.mark.parametrize("is_left_over", [False, True], ids=["free", "lock of a dead process"])
+def test_of_many_processes_that_begin_together_one_has_the_lock(tmp_path, is_left_over):
+    if is_left_over:
+        write_lock(tmp_path, holder(pid=ended_process()))
     start, n_processes = time.time() + 0.3, 6
     children = [_fork(tmp_path, start) for _ in range(n_processes)]
     codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
@@ -90,6 +93,21 @@ def test_a_process_of_this_machine_that_is_gone_holds_nothing(lock, tmp_path, st
     lock.acquire()
     assert time.monotonic() - began < 5
     assert json.loads((tmp_path / "lock").read_text())["token"] == lock.holder.token
+
+
+def test_a_lock_that_another_process_has_just_taken_over_is_not_taken_from_it(lock, tmp_path, monkeypatch):
+    write_lock(tmp_path, holder(pid=ended_process()))
+    winner, folder_lock = holder(), run_lock._folder_lock
+
+    def beaten(folder):
+        # between the look at the dead process and the replacement of its lock
+        write_lock(folder, winner)
+        return folder_lock(folder)
+
+    monkeypatch.setattr(run_lock, "_folder_lock", beaten)
+    with pytest.raises(ValueError, match="a run is going on there"):
+        lock.acquire()
+    assert json.loads((tmp_path / "lock").read_text())["token"] == winner.token
 
 
 def test_a_killed_process_that_nobody_has_waited_for_holds_nothing(lock, tmp_path):

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from recurrent_bart.training.zero import deepspeed_config as module
 from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
 
 SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
@@ -51,6 +53,110 @@ def test_what_the_run_owns_is_filled(load):
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+# each key that a file may set, with a value that is not DeepSpeed's default
+OWN = {
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,
+        "contiguous_gradients": False,
+        "reduce_scatter": False,
+        "round_robin_gradients": True,
+        "reduce_bucket_size": 1_000,
+        "allgather_bucket_size": 2_000,
+        "sub_group_size": 3_000,
+        "stage3_prefetch_bucket_size": 4_000,
+        "stage3_param_persistence_threshold": 5_000,
+        "stage3_max_live_parameters": 6_000,
+        "stage3_max_reuse_distance": 7_000,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True, "buffer_size": 8_000},
+    },
+    "bf16": {"immediate_grad_update": False, "check_grad_overflow": True},
+    "data_types": {
+        "grad_accum_dtype": "bf16",
+        "param_dtype": "fp32",
+        "buffer_dtype": "fp32",
+        "keep_in_fp32_modules": ["layer_norm"],
+    },
+    "communication_data_type": "fp32",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "checkpoint": {"tag_validation": "Fail"},
+    "comms_logger": {"enabled": True, "verbose": True, "prof_all": False, "debug": True},
+    "flops_profiler": {
+        "enabled": True,
+        "recompute_fwd_factor": 0.5,
+        "profile_step": 7,
+        "module_depth": 2,
+        "top_modules": 3,
+        "detailed": False,
+        "output_file": "flops.txt",
+    },
+    "aio": {
+        "block_size": 4096,
+        "queue_depth": 9,
+        "intra_op_parallelism": 2,
+        "single_submit": True,
+        "overlap_events": False,
+        # True needs a GPU
+        "use_gds": False,
+    },
+    "steps_per_print": 11,
+    "wall_clock_breakdown": True,
+    "memory_breakdown": True,
+    "log_level": "ERROR",
+}
+
+
+def test_the_table_of_this_file_holds_every_key_that_a_file_may_set():
+    assert OWN.keys() == module.KNOWN
+    assert {name: set(OWN[name]) for name in module.PLAIN} == module.PLAIN
+
+
+def test_every_key_of_the_file_is_handed_on_as_it_is(load):
+    found = load(OWN | dict.fromkeys((*module.FILLED, *module.REFUSED), "auto"), use_bf16=True)
+    assert found == OWN | {
+        "bf16": {**OWN["bf16"], "enabled": True},
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+    }
+
+
+def test_deepspeed_reads_every_key_under_its_name(load):
+    found = DeepSpeedConfig(load(OWN, use_bf16=True))
+    zero = found.zero_config.model_dump(mode="json")
+    # DeepSpeed's fields have the key as alias
+    names = {field.alias or name: name for name, field in type(found.zero_config).model_fields.items()}
+    for key, value in OWN["zero_optimization"].items():
+        inner = zero[names[key]]
+        assert (value.items() <= inner.items()) if isinstance(value, dict) else (inner == value), key
+    assert found.bfloat16_config.enabled
+    assert (found.bfloat16_config.immediate_grad_update, found.bfloat16_config.check_grad_overflow) == (False, True)
+    types = OWN["data_types"]
+    assert {name: getattr(found, name) for name in types} == types
+    assert found.communication_data_type == torch.float32
+    assert (found.zero_allow_untested_optimizer, found.zero_force_ds_cpu_optimizer) == (True, False)
+    assert found.checkpoint_tag_validation_fail
+    assert OWN["comms_logger"].items() <= found.comms_config.comms_logger.model_dump().items()
+    assert OWN["flops_profiler"].items() <= vars(found.flops_profiler_config).items()
+    assert OWN["aio"].items() <= found.aio_config.items()
+    assert (found.steps_per_print, found.wall_clock_breakdown, found.memory_breakdown) == (11, True, True)
+    assert found.log_level == "ERROR"
+
+
+@pytest.mark.parametrize("name", sorted(module.REFUSED))
+def test_a_key_of_the_run_is_refused_in_a_file_with_the_reason(load, name):
+    with pytest.raises(ValueError, match=f"key '{name}' does not belong there: {module.REFUSED[name]}"):
+        load(BASE | {name: {}})
+
+
+@pytest.mark.parametrize("name", sorted(module.FILLED))
+def test_a_key_that_a_flag_sets_is_refused_in_a_file_with_the_flag(load, name):
+    with pytest.raises(ValueError, match=f"key '{name}' must be \"auto\": it is set by {module.FILLED[name]}"):
+        load(BASE | {name: 1})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,47 @@
+"""Data of a run that the report shows: the newest evaluation, the lowest loss, and flags that differ."""
+
+from recurrent_bart.report.run_record import differing_flags, hosts, key_metrics, read_run, slowest
+from recurrent_bart.run_folder import RunFolder
+from reported_runs import DEFAULTS, evaluation_record, sample, step_record, write_run
+
+
+def texts_of(run):
+    return {name: text["generated"] for name, text in run.samples.items()}
+
+
+def test_samples_are_those_of_the_last_evaluation_alone(tmp_path):
+    path = write_run(tmp_path / "run", [step_record(20)], [sample("a", "x", "y", "old"), sample("b", "x", "y", "old")])
+    assert texts_of(read_run(path, DEFAULTS)) == {"a": "old", "b": "old"}
+    # the document `b` is no longer among the samples
+    RunFolder(path).append_samples("Step 40", [sample("a", "x", "y", "new")])
+    assert texts_of(read_run(path, DEFAULTS)) == {"a": "new"}
+
+
+def test_the_best_evaluation_has_the_lowest_loss_and_its_own_rouge(tmp_path):
+    losses = {10: 3.5, 20: 3.25, 30: 3.75}
+    records = [evaluation_record(step, validation_loss=loss, rouge1=float(step)) for step, loss in losses.items()]
+    run = read_run(write_run(tmp_path / "run", records), DEFAULTS)
+    assert run.best["step"] == 20
+    found = key_metrics(run)
+    assert (found["best validation loss"], found["ROUGE-1"]) == ("3.2500", "20.00")
+    assert run.points("validation_loss", scale=2.0) == [(10, 7.0), (20, 6.5), (30, 7.5)]
+    assert run.last("validation_loss") == 3.75
+
+
+def test_the_slowest_rank_is_the_one_that_was_it_most_often(tmp_path):
+    ranks = [(0, "alpha"), (1, "beta"), (1, "beta"), (2, "beta")]
+    records = [
+        step_record(step, slowest_rank=rank, slowest_host=host, fastest_host="gamma", rank_seconds=[1.0] * 3)
+        for step, (rank, host) in enumerate(ranks, 1)
+    ]
+    run = read_run(write_run(tmp_path / "run", records), DEFAULTS)
+    assert slowest(run) == "most often the slowest: process 1 on beta, in 50 % of the lines of the log"
+    assert hosts(run) == {"alpha", "beta", "gamma"}
+
+
+def test_flags_that_differ_are_listed_with_the_value_of_each_run(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path / name, [step_record(1)], seed=seed, output_dir=name), DEFAULTS)
+        for name, seed in (("a", 1), ("b", 2))
+    ]
+    assert differing_flags(runs) == [("seed", ["1", "2"])]
