@@ -100,7 +100,9 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
     saved = folder.tokenizer if run.resume else None
     tokenizer, config, splits = open_splits(arguments.model, arguments.data, saved)
     if run.tokens_per_batch is not None and run.tokens_per_batch < config.input_size:
-        raise ValueError(f"--tokens_per_batch {run.tokens_per_batch}: a segment has up to {config.input_size} tokens")
+        raise ValueError(
+            f"--tokens_per_batch {run.tokens_per_batch}: must be at least {config.input_size}, the tokens of a segment"
+        )
     changes = changed_flags(asdict(arguments), folder.read_config()) if run.resume else {}
     prepared = Preparation(folder, deepspeed, tokenizer, config, splits, changes)
     if run.resume:

@@ -115,7 +115,7 @@ def test_lines_of_standard_input_are_summarised_as_each_file_is(script, run, sum
     [
         (["--every_segment"], "--every_segment: for one text, not for several"),
         (["--save_state", "state"], "--save_state: for one text, not for several"),
-        (["--tokens_per_batch", "7"], "--tokens_per_batch 7: a segment has up to 8 tokens"),
+        (["--tokens_per_batch", "7"], "--tokens_per_batch 7: must be at least 8, the tokens of a segment"),
         ([], "lines:2: the text is empty"),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_
 
         def summarise(self, texts):
             if "soft hyphens" in texts:
-                raise ValueError("document 1 of 1: 0 tokens, there is nothing to read")
+                raise ValueError("document 1 of 1 has no tokens")
             return [f"of {text}" for text in texts]
 
     monkeypatch.setattr(script, "Summariser", FakeSummariser)
@@ -301,6 +301,6 @@ def test_a_state_that_cannot_be_used_is_named_in_one_line(script, run, tmp_path,
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert script.main(["--model", str(run.model), str(text), "--load_state", str(text)]) == 2
-    assert_one_error(capsys.readouterr(), "text.txt: no saved state can be read")
+    assert_one_error(capsys.readouterr(), "text.txt: the saved state cannot be read")
     assert script.main(["--model", str(run.model), str(text), "--save_state", str(tmp_path / "no" / "state")]) == 2
     assert_one_error(capsys.readouterr(), "--save_state .*state: no folder")

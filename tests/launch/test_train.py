@@ -124,7 +124,7 @@ class TestTwoProcesses:
         folder = shutil.copytree(two_processes[0], tmp_path / "run")
         assert train_main(["--resume", str(folder), "--max_steps", "8"]) == 0
         printed = capsys.readouterr().out
-        assert "step-00000006, written by another number of processes" in printed
+        assert "step-00000006, written with a different number of processes" in printed
         assert "2 a device x 1 accumulated x 1 processes" in printed
         # The folder is like other folders of checkpoints, without temporary files.
         assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step-00000008"

@@ -285,5 +285,5 @@ def test_a_resumed_run_stays_in_its_folder(tmp_path, monkeypatch):
 
 
 def test_where_there_is_no_run_none_is_resumed(tmp_path):
-    with pytest.raises(ValueError, match=r"--resume .*none: no readable config.json there"):
+    with pytest.raises(ValueError, match=r"--resume .*none: .*none/config.json is missing or unreadable"):
         parse_arguments(["--resume", str(tmp_path / "none")])

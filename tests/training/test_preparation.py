@@ -57,7 +57,7 @@ def test_a_run_has_all_that_it_starts_from(prepare_run, tmp_path):
 
 
 def test_a_batch_without_room_for_a_segment_is_refused(prepare_run):
-    with pytest.raises(ValueError, match="--tokens_per_batch 39: a segment has up to 40 tokens"):
+    with pytest.raises(ValueError, match="--tokens_per_batch 39: must be at least 40, the tokens of a segment"):
         prepare_run(segment_size=32, input_size=40, tokens_per_batch=39)
     assert prepare_run(segment_size=32, input_size=40, tokens_per_batch=40)
 
@@ -178,7 +178,7 @@ def test_a_file_in_the_way_of_the_run_is_refused(prepare_run, tmp_path):
 def test_a_run_that_is_there_already_is_not_overwritten(prepare_run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="a run is there already; continue it with --resume"):
+    with pytest.raises(ValueError, match="already holds a run: continue it with --resume"):
         prepare_run()
 
 
