@@ -54,7 +54,7 @@ def test_one_that_cannot_be_made_is_warned_of_once():
     guarded.log({})
     guarded.alert("title", "text")
     assert guarded.finish(True) is None
-    assert warnings == ["wandb: no network; training goes on without it"]
+    assert warnings == ["wandb: no network; training continues without wandb"]
 
 
 @pytest.mark.parametrize("gives_up", [True, False])
@@ -64,7 +64,7 @@ def test_one_that_fails_is_left_alone_or_tried_again(gives_up):
     for is_broken in (False, True, True, False):
         recorder.is_broken = is_broken
         guarded.log({"broken": is_broken})
-    assert warnings == ["it: no space left on device; training goes on without it"]
+    assert warnings == ["it: no space left on device; training continues without it"]
     assert recorder.told == [{"broken": False}] * (1 if gives_up else 2)
 
 

@@ -178,7 +178,7 @@ def test_without_the_service_it_goes_on_offline_with_one_warning(folder, monkeyp
     monkeypatch.setattr(wandb, "init", fail)
     tracker = log(start_wandb(make_run(folder, is_online=True), [], warnings.append), RECORDS[:1])
     tracker.finish(True)
-    assert warnings == ["wandb: Run initialization has timed out after 30 sec.; it goes on offline"]
+    assert warnings == ["wandb: Run initialization has timed out after 30 sec.; wandb continues offline"]
     (file,) = files(folder)
     assert wandb_rows(file) == rows(RECORDS[:1])
 

@@ -188,7 +188,7 @@ class TestOutOfOrder:
         assert train_main(flags(documents, run, max_steps=2, wandb_mode="auto")) == 0
         printed = "".join(capfd.readouterr())
         (warning,) = warnings_of(printed)
-        assert warning.endswith("it goes on offline")
+        assert warning.endswith("wandb continues offline")
         assert f"wandb sync {run}/wandb/offline-run-*" in printed
         (file,) = wandb_files(run)
         assert len(wandb_rows(file)) == len(read_metrics(run))
