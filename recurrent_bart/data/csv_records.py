@@ -82,7 +82,7 @@ def _row(
 
 def _explain(error: csv.Error, line: int) -> str:
     if "unexpected end of data" in str(error):
-        return f"a quote is opened and never closed, up to line {line}; {REMEDY}"
+        return f"a quote has no closing quote up to line {line}; {REMEDY}"
     return f"text follows the closing quote of a field, on line {line} ({error}); {REMEDY}"
 
 

@@ -75,7 +75,7 @@ def _check_parts(folder: Path, split: str, parts: list[SplitPath]) -> None:
     if len(parts) > 1 and (has_folder or len(kinds) > 1 or len({part.number for part in parts}) < len(parts)):
         raise ValueError(f"{folder}: more than one place for split {split!r}: {files}")
     if parts[0].total not in (None, len(parts)):
-        raise ValueError(f"{folder}: {len(parts)} of {parts[0].total} files of split {split!r} are there: {files}")
+        raise ValueError(f"{folder}: split {split!r} has only {len(parts)} of {parts[0].total} files: {files}")
 
 
 def _not_read(folder: Path, paths: Iterable[Path]) -> Iterator[str]:

@@ -187,7 +187,7 @@ def _path_source(paths: tuple[Path, ...], split: str) -> Source:
         pairs, notes = find_texts(path)
         if not pairs:
             raise ValueError(
-                f"{path}: no train.* file and no texts NAME.txt with NAME.summary.txt; there are "
+                f"{path}: no train.* file and no texts NAME.txt with NAME.summary.txt; the folder has "
                 f"{name_some(sorted(item.name for item in path.iterdir())) or 'no files'}"
             )
         return Source("folder", str(path), split, notes=notes)
@@ -245,7 +245,7 @@ def _folder_records(source: Source, on_bad: OnBad) -> Records:
     pairs, _ = find_texts(Path(source.place))
     for pair in pairs:
         if pair.text is None:
-            on_bad(ValueError(f"{pair.summary}: there is no text {Path(pair.name).name}.txt beside it"))
+            on_bad(ValueError(f"{pair.summary}: the text {Path(pair.name).name}.txt is missing"))
             continue
         try:
             document, target = (read_text(file, source.encoding) for file in (pair.text, pair.summary))

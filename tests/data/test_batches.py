@@ -134,7 +134,7 @@ def test_cut_to_the_least_a_document_has_its_first_target_and_no_less():
 
 
 def test_segments_without_room_for_text_are_refused():
-    with pytest.raises(ValueError, match="segment_size=3 leaves no room beside 3 special tokens"):
+    with pytest.raises(ValueError, match="segment_size=3 must be more than 3, the number of special tokens"):
         plan_documents([[5]], [[1]], SegmentSizes(3, 3, -1), n_special=3)
 
 

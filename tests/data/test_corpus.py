@@ -92,8 +92,8 @@ def test_a_file_of_the_same_size_but_newer_is_read_again(path, tokenizer, tmp_pa
     ("record", "message"),
     [
         ({"document": "text"}, r"documents.jsonl:3: no column 'summary'"),
-        ({"document": "\u200b\u00ad", "summary": "s"}, r"documents.jsonl:3: a document of 0 tokens"),
-        ({"document": "text", "summary": "\u200b"}, r"documents.jsonl:3: no target, the summary has 0 tokens"),
+        ({"document": "\u200b\u00ad", "summary": "s"}, r"documents.jsonl:3: the document has no tokens"),
+        ({"document": "text", "summary": "\u200b"}, r"documents.jsonl:3: the summary has no tokens"),
     ],
 )
 def test_an_unusable_document_is_refused_and_nothing_is_left_in_the_cache(path, tmp_path, record, message):

@@ -37,7 +37,7 @@ FAULTS = {
         "x.csv:2: a quoted field goes over 3 lines, .* a quote seems to be missing",
     ),
     "a last field that closes later": ('a,"b\nc,d"\n', "x.csv:2: a quoted field goes over 2 lines"),
-    "a quote that never closes": ('a,b\n"c,d\ne,f\n', "x.csv:3: a quote is opened and never closed, up to line 4"),
+    "a quote that never closes": ('a,b\n"c,d\ne,f\n', "x.csv:3: a quote has no closing quote up to line 4"),
 }
 
 
@@ -105,6 +105,8 @@ def test_a_file_is_read_in_its_encoding(tmp_path, encoding):
 
 def test_a_byte_of_another_encoding_is_named_with_its_line_and_may_be_skipped(tmp_path):
     path = write(tmp_path, f"{HEAD}a,b\ncafé,c\nd,e\n", "latin-1")
-    with pytest.raises(ValueError, match=r"x.csv:3: byte 0xe9 is not utf-8; --encoding names"):
+    with pytest.raises(
+        ValueError, match=r"x.csv:3: byte 0xe9 is not utf-8; give the encoding of the file with --encoding"
+    ):
         read(path)
     assert [place for place, *_ in read(path, on_bad=lambda error: None)] == ["x.csv:2", "x.csv:4"]

@@ -22,10 +22,10 @@ def test_nothing_is_said_of_what_is_whole():
 
 def test_cut_documents_and_targets_are_counted():
     assert lines(2, 8) == [
-        "cut        1 of 4 (25.0 %) validation documents after 2 segments; --max_n_segments",
-        "cut        2 of 6 (33.3 %) validation targets with their sections, behind 2 segments; 1 documents have no "
-        "other target; --max_n_segments",
-        "cut        1 of 4 (25.0 %) validation targets after 8 tokens, special ones included; --max_target_length",
+        "cut        1 of 4 (25.0 %) validation documents after 2 segments (--max_n_segments)",
+        "cut        2 of 6 (33.3 %) validation targets with their sections, after 2 segments (--max_n_segments); "
+        "1 documents lose all targets",
+        "cut        1 of 4 (25.0 %) validation targets after 8 tokens, special tokens included (--max_target_length)",
     ]
 
 

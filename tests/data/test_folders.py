@@ -63,7 +63,7 @@ def test_numbered_files_of_a_split_are_read_in_order_of_their_numbers(tmp_path, 
         (("train.jsonl", "train_2.csv"), "more than one place for split 'train'"),
         (("train.jsonl", "val.jsonl", "dev.jsonl"), "more than one place for split 'validation': dev.jsonl, val.jsonl"),
         (("train.jsonl", "train/a.summary.txt"), "more than one place for split 'train'"),
-        (("train-00000-of-00002.jsonl",), "1 of 2 files of split 'train' are there"),
+        (("train-00000-of-00002.jsonl",), "split 'train' has only 1 of 2 files"),
     ],
 )
 def test_files_that_may_be_copies_or_are_missing_are_refused(tmp_path, names, message):

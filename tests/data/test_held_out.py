@@ -60,7 +60,7 @@ def test_few_documents_are_on_both_sides(n, share):
     "same", [records(3, id="one"), [{"id": str(i), "document": "one  text\n", "summary": "s"} for i in range(3)]]
 )
 def test_documents_that_belong_together_cannot_be_split_which_is_said(tmp_path, same):
-    with pytest.raises(ValueError, match=r"a.jsonl: all documents have one text, id or group.*--validation_file"):
+    with pytest.raises(ValueError, match=r"a.jsonl: all documents have the same text, id or group.*--validation_file"):
         sides(write(tmp_path / "a.jsonl", same))
 
 

@@ -106,7 +106,7 @@ def test_a_model_without_a_tokenizer_is_refused(bart, tmp_path):
 def test_a_tokenizer_without_barts_special_tokens_is_refused(trained, tmp_path):
     trained.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ValueError, match="its tokenizer has no bos_token, eos_token, pad_token"):
+    with pytest.raises(ValueError, match="the tokenizer has no bos_token, eos_token, pad_token"):
         load_tokenizer(str(tmp_path))
 
 
@@ -152,7 +152,10 @@ def with_code(bert):
 
 def test_code_that_comes_with_a_tokenizer_runs_only_if_it_is_trusted(with_code, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(ValueError, match="its tokenizer is code of its own; if you trust it, --trust_remote_code"):
+    with pytest.raises(
+        ValueError,
+        match="the tokenizer needs Python code from this folder; if you trust the code, add --trust_remote_code",
+    ):
         load_tokenizer(str(with_code))
     assert not (with_code / "ran").exists()
     tokenizer = load_tokenizer(str(with_code), trust_remote_code=True)

@@ -21,7 +21,7 @@ def test_one_that_cannot_be_made_a_batch_of_is_named(run, n_workers):
 BROKEN = {
     "line": ('{"id": 7, "sections": ["ant b', "train.jsonl:3: unreadable line"),
     "column": ('{"id": 7, "text": "ant"}', "train.jsonl:3: no column 'document'"),
-    "type": ('{"id": 7, "document": 3, "summary": "ant"}', "train.jsonl:3: column 'document' is not a text"),
+    "type": ('{"id": 7, "document": 3, "summary": "ant"}', "train.jsonl:3: column 'document' must be a text"),
     "target": ('{"id": 7, "document": "ant", "summary": " "}', "train.jsonl:3: no target"),
 }
 
