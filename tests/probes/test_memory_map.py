@@ -56,12 +56,12 @@ def test_what_a_model_does_not_have_is_left_out(changes, make_model, tmp_path):
     assert (found.gate == []) == ("prefix_attention" not in changes)
     draw_memory_map(found, tmp_path / "map.png")
     assert matplotlib.image.imread(tmp_path / "map.png").shape[1] == 988
-    assert ("by the decoder" in as_text(found)) == bool(found.decoder)
-    assert ("gate on memory" in as_text(found)) == bool(found.gate)
+    assert ("the decoder's read from the state" in as_text(found)) == bool(found.decoder)
+    assert ("gate on the state" in as_text(found)) == bool(found.gate)
 
 
 def test_a_model_without_memory_is_refused(make_model):
-    with pytest.raises(ValueError, match="pre_seq_len 0 has no memory"):
+    with pytest.raises(ValueError, match="pre_seq_len=0: the model has no state"):
         map_memory(make_model(pre_seq_len=0), document())
 
 
