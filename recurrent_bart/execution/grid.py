@@ -189,7 +189,7 @@ class Grid:
         # the parameters of layers that are offloaded or on another device move only when modules are called
         is_on_other_device = any(parameter.device != device for parameter in self.layers.parameters())
         if is_on_other_device and self.config.schedule == "wavefront":
-            logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")
+            logger.warning_once("schedule='wavefront': layers run one by one, because some are on a different device")
         return is_on_other_device
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: OutputSelection, is_last: bool) -> None:

@@ -28,8 +28,8 @@ class Contradiction:
 
     def __str__(self) -> str:
         return (
-            f"warning: {100 * self.share:.0f} % of the targets could not be generated with {self.setting} "
-            f"{self.value}, which the model was saved with; {self.remedy}"
+            f"warning: {100 * self.share:.0f} % of the targets cannot be generated with the model's setting "
+            f"{self.setting} {self.value}; {self.remedy}"
         )
 
 
@@ -44,8 +44,8 @@ def describe_limit(config: PreTrainedConfig, asked: int) -> list[str]:
         return []
     limit = config.max_position_embeddings
     return [
-        f"warning: --max_target_length {asked}: targets and generated texts end after {limit} tokens, as many as the "
-        "decoder has positions for"
+        f"warning: --max_target_length {asked}: targets and generated texts end after {limit} tokens, the number of "
+        "positions of the decoder"
     ]
 
 
@@ -55,11 +55,11 @@ def change_settings(
     """Change generation settings in place; raise ValueError if a setting is impossible or has no effect."""
     least = given.get("min_new_tokens")
     if least is not None and least > max_new_tokens:
-        raise ValueError(f"--min_new_tokens {least}: a text has at most {max_new_tokens} tokens")
+        raise ValueError(f"--min_new_tokens {least}: must be at most {max_new_tokens}, the maximum length of a text")
     num_beams = num_beams or generation.num_beams or 1
     if "length_penalty" in given:
         if num_beams == 1:
-            raise ValueError("--length_penalty: it has no effect without beam search; set --num_beams")
+            raise ValueError("--length_penalty has no effect without beam search; set --num_beams to 2 or more")
         # length_penalty needs beam search
         generation.num_beams = num_beams
     if "min_new_tokens" in given:
@@ -109,19 +109,19 @@ def contradictions(generation: GenerationConfig, targets: Iterable[Sequence[int]
             name,
             getattr(generation, name),
             _share(known, lambda target: len(target) - 1 < least),
-            "--min_new_tokens 0 lifts it",
+            "remove this limit with --min_new_tokens 0",
         ),
         Contradiction(
             "no_repeat_ngram_size",
             size,
             _share(known, lambda target: size > 0 and _repeats(target, size)),
-            "--no_repeat_ngram_size 0 lifts it",
+            "remove this limit with --no_repeat_ngram_size 0",
         ),
         Contradiction(
             "forced_bos_token_id",
             first,
             _share(known, lambda target: first is not None and target[0] != first),
-            "change it in generation_config.json in the folder of the model",
+            "change the setting in generation_config.json in the folder of the model",
         ),
     ]
     return [one for one in found if one.share >= LEAST_SHARE]

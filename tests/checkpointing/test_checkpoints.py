@@ -384,14 +384,14 @@ def _moments(engine):
 
 
 def test_another_model_is_refused(saved):
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="the checkpoint belongs to a different model"):
         saved[0].load(make_engine(pre_seq_len=4))
 
 
 def test_a_model_with_other_parameters_frozen_is_refused(saved):
     engine = make_engine()
     engine.module.lm_head.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="the checkpoint belongs to a different model"):
         saved[0].load(engine)
 
 

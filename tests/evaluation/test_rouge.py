@@ -115,7 +115,7 @@ def test_each_text_has_a_score_and_their_mean_is_the_whole():
 
 
 def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(ValueError, match="no references"):
+    with pytest.raises(ValueError, match="at least one reference text"):
         rouge([], [])
     with pytest.raises(ValueError, match="shorter"):
         rouge(["a", "b"], ["a"])

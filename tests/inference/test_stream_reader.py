@@ -233,7 +233,7 @@ def test_what_is_no_state_is_refused(make_reader, tmp_path):
 
 def test_no_text_is_refused(make_reader):
     for pieces in ([], ["", " \n "]):
-        with pytest.raises(ValueError, match="0 tokens"):
+        with pytest.raises(ValueError, match="the text has no tokens"):
             read_all(make_reader(), pieces)
 
 

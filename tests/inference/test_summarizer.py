@@ -59,5 +59,5 @@ def test_no_more_is_read_together_than_fits_and_no_less(model, tokenizer, monkey
 
 
 def test_a_text_without_a_token_is_named(model, tokenizer):
-    with pytest.raises(ValueError, match="document 2 of 3: 0 tokens"):
+    with pytest.raises(ValueError, match="document 2 of 3 has no tokens"):
         Summariser(model, tokenizer, 80).summarise(["the", " ", "list"])

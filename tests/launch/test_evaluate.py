@@ -156,13 +156,13 @@ def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path):
     assert ended.codes == [0], ended.text()
     assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in ended.text()
     assert "generation up to 64 tokens; greedy; of the model: min_length 60" in ended.text()
-    assert "of the targets could not be generated with min_length 60" in ended.text()
+    assert "of the targets cannot be generated with the model's setting min_length 60" in ended.text()
     ended = run_script(SCRIPT, *flags, "--min_new_tokens", 0, timeout=120)
     assert ended.codes == [0], ended.text()
-    assert "could not be generated" not in ended.text()
+    assert "cannot be generated" not in ended.text()
     assert "min_length" not in ended.text()
 
 
 def test_the_folder_of_a_run_is_no_model(script, folder, capsys):
     assert script.main(["--model", str(folder.path)]) == 2
-    assert "the folder of a run; give its model, " in capsys.readouterr().err
+    assert "this is the folder of a run; give the model of the run, " in capsys.readouterr().err

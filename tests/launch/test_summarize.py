@@ -179,7 +179,7 @@ def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_
     assert capsys.readouterr().out == "of the list\n\nof of numbers\n"
     assert script.main(flags) == 2
     assert "error: " in (error := capsys.readouterr().err)
-    assert "lines:2: document 1 of 1: 0 tokens" in error
+    assert "lines:2: document 1 of 1 has no tokens" in error
 
 
 def test_settings_in_force_are_shown_and_can_be_changed(script, run, summarize, tmp_path, capsys):
@@ -204,10 +204,10 @@ def test_settings_in_force_are_shown_and_can_be_changed(script, run, summarize, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--min_new_tokens", "7"], "--min_new_tokens 7: a text has at most 6 tokens"),
+        (["--min_new_tokens", "7"], "--min_new_tokens 7: must be at most 6, the maximum length of a text"),
         (["--min_new_tokens", "-1"], "--min_new_tokens -1: must be at least 0"),
         (["--max_new_tokens", "65"], "--max_new_tokens 65: the decoder of this model has positions for 64 tokens"),
-        (["--length_penalty", "2"], "--length_penalty: it has no effect without beam search; set --num_beams"),
+        (["--length_penalty", "2"], "--length_penalty has no effect without beam search; set --num_beams"),
         (["--skip_bad_samples"], "--skip_bad_samples: for several texts, not for one"),
     ],
 )
@@ -282,7 +282,7 @@ def test_what_is_no_model_is_named_in_one_line(script, run, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert script.main(["--model", str(tmp_path / "missing"), str(text)]) == 2
-    assert_one_error(capsys.readouterr(), "--model .*missing: no model there")
+    assert_one_error(capsys.readouterr(), "--model .*missing: no such folder; give the folder of a model")
     (tmp_path / "broken").mkdir()
     for file in run.model.iterdir():
         (tmp_path / "broken" / file.name).write_bytes(b"{}" if "safetensors" in file.name else file.read_bytes())
@@ -294,7 +294,9 @@ def test_what_is_no_model_is_named_in_one_line(script, run, tmp_path, capsys):
         assert script.main(["--model", str(tmp_path / "broken"), str(text)]) == 2
         assert_one_error(capsys.readouterr(), "--model .*broken: the model cannot be read .*copy or download it again")
     assert script.main(["--model", str(run.path), str(text)]) == 2
-    assert_one_error(capsys.readouterr(), "--model .*run: the folder of a run; give its model, .*run/model")
+    assert_one_error(
+        capsys.readouterr(), "--model .*run: this is the folder of a run; give the model of the run, .*run/model"
+    )
 
 
 def test_a_state_that_cannot_be_used_is_named_in_one_line(script, run, tmp_path, capsys):

@@ -119,7 +119,7 @@ def test_that_the_recurrence_is_new_is_said_in_one_line(pretrained, capsys, logg
     arguments = ModelArguments(model_name_or_path=pretrained)
     model = build_model(arguments, build_config(arguments, Tokenizer(40)), seed=0)
     size = sum(p.numel() for name, p in model.named_parameters() if is_recurrence(name)) / 1e6
-    line = f"new        the recurrence ({size:.1f} M parameters) is new and untrained: {pretrained} has none\n"
+    line = f"new        the recurrence ({size:.1f} M parameters) is new and untrained; {pretrained} has no recurrence\n"
     assert capsys.readouterr().out == line
     assert not logged.records
     # a saved Recurrent BART has no new parameters
@@ -166,7 +166,7 @@ def test_the_seed_decides_the_weights():
     ("changes", "message"),
     [
         ({"model_size": "huge"}, "--model_size huge: allowed are tiny, small, base, large"),
-        ({"segment_size": 2000}, "segment_size=2000 .*does not fit the position table: max_position_embeddings=1024"),
+        ({"segment_size": 2000}, "segment_size=2000, .* must be at most max_position_embeddings=1024"),
         ({"pre_seq_len": -1}, "pre_seq_len=-1: must be at least 0"),
         ({"prefix_attention": "none"}, "prefix_attention='none': allowed are 'concat', 'gated'"),
         ({"model_name_or_path": "no/such/folder"}, "--model_name_or_path no/such/folder: "),
@@ -198,7 +198,7 @@ def test_a_pretrained_model_that_drops_layers_is_refused(bart, tmp_path):
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ValueError, match="type 't5' was given"):
+    with pytest.raises(ValueError, match="model_type='t5'; allowed are"):
         build_config(ModelArguments(model_name_or_path=str(tmp_path)), Tokenizer())
 
 
