@@ -65,18 +65,18 @@ def test_key_figures_are_those_of_the_log(page):
         "seconds per step": "2.50",
         "peak memory": "3.0 GiB",
         "skipped steps": "1",
-        "state": "trained to its end",
-        "documents that are cut": "12",
+        "state": "finished",
+        "cut documents": "12",
         "processes": "2, on node-a, node-b",
-        "evaluations": "2, of 4.0 s each",
-        "checkpoints": "1, of 1.5 s each",
+        "evaluations": "2, median 4.0 s",
+        "checkpoints": "1, median 1.5 s",
         "best evaluation": "after step 20",
         "command": "launch/train.py --segment_size 64 --dataset papers --max_steps 40 --learning_rate 0.5 "
         "--output_dir somewhere",
     }
     assert {name: follows(page, name) for name in expected} == expected
     assert "gradient not finite on rank 1" in page.text()
-    assert "most often the slowest: process 1 on node-b, in 100 % of the lines" in page.text()
+    assert "slowest most often: rank 1 on node-b, in 100 % of the log lines" in page.text()
     assert "python " in follows(page, "versions")
 
 
@@ -209,7 +209,7 @@ def test_a_run_that_still_goes_on_is_reported(records, shown, tmp_path, make_pag
             file.write('{"step": 30, "lo')
     page = make_page(folder)
     assert shown in page.texts
-    assert follows(page, "state") == "still going on, or broken off"
+    assert follows(page, "state") == "still running, or killed"
 
 
 @pytest.mark.parametrize(
@@ -235,5 +235,5 @@ def test_a_long_run_makes_no_long_page(tmp_path, make_page):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no run there"):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         read_run(tmp_path, {})
