@@ -39,7 +39,7 @@ def test_a_run_whose_time_is_over_goes_on_from_the_queue_to_the_same_numbers(clu
     assert job.restarts() == 1
     # The output from before the requeue is kept.
     assert job.printed().count("stopping   SIGUSR1") == job.printed().count("stopped    after step") == 1
-    assert f"job {job.id} goes back into the queue; the run goes on in {tmp_path}/run" in job.printed()
+    assert f"job {job.id} is requeued; the run continues in {tmp_path}/run" in job.printed()
     assert job.printed().count("resumed    after step") == 1
     assert_equal_runs(tmp_path / "run", whole[0])
 

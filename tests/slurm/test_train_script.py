@@ -92,8 +92,8 @@ def test_a_line_of_a_file_gives_its_flags_without_windows_line_ends(submit, line
     ("task", "message"),
     [
         (4, "line 4 cannot be read (No closing quotation)"),
-        (5, "there is no line 5, or it is empty"),
-        (9, "there is no line 9, or it is empty"),
+        (5, "line 5 is missing or empty"),
+        (9, "line 9 is missing or empty"),
     ],
 )
 def test_a_line_that_gives_no_flags_ends_the_job(submit, lines, task, message):
