@@ -66,7 +66,7 @@ class EvaluationArguments(GenerationArguments):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1, or -1 for all")
         if self.json and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"--json {self.json}: no folder {Path(self.json).parent}")
+            raise ValueError(f"--json {self.json}: the folder {Path(self.json).parent} does not exist")
 
 
 @dataclass
@@ -128,7 +128,7 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
     model, tokenizer = load_model(arguments.model, environment.device, dtype, arguments.trust_remote_code)
     sources = sources_of(data)
     if arguments.split not in sources:
-        raise ValueError(f"--split {arguments.split}: there are {', '.join(sources)}")
+        raise ValueError(f"--split {arguments.split}: the data set has the splits {', '.join(sources)}")
     source, cap = sources[arguments.split], arguments.max_n_segments
     documents = first_then_all(lambda: open_documents(source, data, model.config, tokenizer, cap))
     for line in describe_cuts(arguments.split, documents.plan, documents.collator):

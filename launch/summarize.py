@@ -156,7 +156,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
     longest = longest_text(model.config, arguments.max_new_tokens or target_length(arguments.model))
     if (arguments.max_new_tokens or 0) > longest:
         raise ValueError(
-            f"--max_new_tokens {arguments.max_new_tokens}: the decoder of this model has positions for {longest} tokens"
+            f"--max_new_tokens {arguments.max_new_tokens}: must be at most {longest}, the positions of the decoder"
         )
     given = GenerationArguments(**{item.name: getattr(arguments, item.name) for item in fields(GenerationArguments)})
     change_settings(model.generation_config, given.generation_settings(), longest, arguments.num_beams)
@@ -180,9 +180,9 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     """
     save_state = arguments.save_state
     if save_state and not save_state.absolute().parent.is_dir():
-        raise ValueError(f"--save_state {save_state}: no folder {save_state.parent}")
+        raise ValueError(f"--save_state {save_state}: the folder {save_state.parent} does not exist")
     if arguments.skip_bad_samples:
-        raise ValueError("--skip_bad_samples: for several texts, not for one")
+        raise ValueError("--skip_bad_samples: needs several texts (several files or --each_line)")
     model, tokenizer, generation = load(arguments)
     reader = TextReader(model, tokenizer, 1 if arguments.every_segment else SEGMENTS_PER_CALL)
     if arguments.load_state:
@@ -211,7 +211,7 @@ def summarize_all(arguments: argparse.Namespace) -> None:
     """
     for flag in ("every_segment", "save_state", "load_state"):
         if getattr(arguments, flag):
-            raise ValueError(f"--{flag}: for one text, not for several")
+            raise ValueError(f"--{flag}: needs one text, not several")
     model, tokenizer, generation = load(arguments)
     summariser = Summariser(model, tokenizer, arguments.tokens_per_batch, **generation)
     texts = all_texts(arguments)
@@ -282,8 +282,8 @@ def pass_over(error: ValueError, skips: bool) -> None:
         ValueError: `skips` is False.
     """
     if not skips:
-        raise ValueError(f"{error}; --skip_bad_samples passes over it") from error
-    print(f"warning: {error}; it is passed over", file=sys.stderr, flush=True)
+        raise ValueError(f"{error}; add --skip_bad_samples to skip this text") from error
+    print(f"warning: {error}; this text is skipped", file=sys.stderr, flush=True)
 
 
 def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:

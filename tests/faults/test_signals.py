@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 def assert_stopped(run, ended, step, reason):
     assert set(ended.codes) == {STOPPED}, ended.text()
     assert f"stopped    after step {step}: {reason}" in ended.printed[0]
-    assert f"go on with --resume {run.folder}" in ended.printed[0]
+    assert f"continue with --resume {run.folder}" in ended.printed[0]
     # Only one process prints.
     assert not "".join(ended.printed[1:])
     assert run.outcome() == {"code": STOPPED, "reason": reason, "step": step}

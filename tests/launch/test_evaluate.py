@@ -131,7 +131,7 @@ def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path)
         (["--split", "dev"], "--split dev: allowed are train, validation, test"),
         (["--limit", "0"], "--limit 0: must be at least 1, or -1 for all"),
         (["--num_beams", "0"], "--num_beams 0: must be at least 1"),
-        (["--json", "missing/figures.json"], "--json missing/figures.json: no folder missing"),
+        (["--json", "missing/figures.json"], "--json missing/figures.json: the folder missing does not exist"),
     ],
 )
 def test_a_flag_out_of_range_is_named_in_one_line(flags, message, script, folder, capsys):
