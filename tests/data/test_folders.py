@@ -122,7 +122,7 @@ def test_texts_are_found_in_capitals_and_those_without_a_summary_are_said(tmp_pa
 
 def test_a_folder_without_documents_says_what_it_holds(tmp_path):
     write(tmp_path / "papers.jsonl", 0)
-    with pytest.raises(ValueError, match=r"no train.* there are papers.jsonl"):
+    with pytest.raises(ValueError, match=r"no train.* the folder has papers.jsonl"):
         find_sources(str(tmp_path))
 
 

@@ -43,8 +43,8 @@ def test_sections_joined_are_a_document():
 @pytest.mark.parametrize(
     ("record", "task", "message"),
     [
-        ({"text": "t", "summary": "s"}, "document", "f:3: no column 'document'; there are 'text', 'summary'"),
-        ({}, "document", "f:3: no column 'document'; there are none"),
+        ({"text": "t", "summary": "s"}, "document", "f:3: no column 'document'; the columns are 'text', 'summary'"),
+        ({}, "document", "f:3: no column 'document'; the columns are none"),
         ({"document": None, "summary": "s"}, "document", "f:3: column 'document' has no value"),
         ({"document": " \n", "summary": "s"}, "document", "f:3: the document is empty"),
         ({"document": "t", "summary": " "}, "document", "f:3: no target"),

@@ -103,7 +103,7 @@ def test_a_data_set_by_name_is_loaded_by_datasets(tmp_path, monkeypatch):
         ("x.jsonl", '{"document": "t", "summary": "s"}\n[1]\n', r"x.jsonl:2: .*JSON object is needed, not list"),
         ("x.jsonl", '{"document": "t"}\n', "x.jsonl:1: no column 'summary'"),
         ("x.csv", "document,summary\nt,s\nu,\n", "x.csv:3: no target"),
-        ("x.csv", "text,summary\nt,s\n", "x.csv:2: no column 'document'; there are 'text', 'summary'"),
+        ("x.csv", "text,summary\nt,s\n", "x.csv:2: no column 'document'; the columns are 'text', 'summary'"),
         ("x.xml", "<a/>", "x.xml: unknown kind of file"),
         ("x.jsonl.gz", "not gzip", "x.jsonl.gz:1: unreadable"),
         ("x.parquet", "not parquet", "x.parquet: "),

@@ -142,7 +142,7 @@ def test_a_flag_out_of_range_is_named_in_one_line(flags, message, script, folder
 def test_a_split_that_is_not_there_is_named_in_one_line(folder):
     ended = run_script(SCRIPT, "--model", folder.model, "--split", "test", timeout=60)
     assert ended.codes == [2]
-    assert "error: --split test: there are train, validation\n" in ended.text()
+    assert "error: --split test: the data set has the splits train, validation\n" in ended.text()
     assert "Traceback" not in ended.text()
 
 

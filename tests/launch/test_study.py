@@ -125,7 +125,7 @@ def test_places_are_shared_evenly(script, monkeypatch):
     assert script.find_places(None, 2) == ["cuda:0", "cuda:1"] * 2
     assert script.find_places(1, 1) == ["cuda:0"]
     assert script.find_places(0, 1) == ["cpu"]
-    with pytest.raises(ValueError, match="--devices 3: there are 2"):
+    with pytest.raises(ValueError, match="--devices 3: this machine has 2 GPUs"):
         script.find_places(3, 1)
 
 

@@ -60,7 +60,7 @@ def test_one_that_fails_decides_the_exit_code(script, tmp_path, monkeypatch, cap
     [
         (["--processes", "0"], "--processes 0"),
         (["--deepspeed", "a/x.json", "b/x.json"], "--deepspeed a/x.json b/x.json"),
-        (["--max_steps", "3"], "--max_steps: it is set"),
+        (["--max_steps", "3"], "--max_steps: the benchmark sets this flag"),
         (["--modelsize", "base"], "did you mean --model_size"),
     ],
 )
