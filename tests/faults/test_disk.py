@@ -17,7 +17,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_whole(run, rank):
     message = f"fault on rank 0: {run.checkpoints / 'step-00000004'} cannot be written (process {rank}: "
     assert message in ended.printed[0]
     assert "No space left on device" in ended.printed[0]
-    assert "bytes are free" in ended.printed[0]
+    assert "bytes of disk space are free" in ended.printed[0]
     assert run.steps() == [2]
     ended = run.resume()
     assert ended.codes == [DONE, DONE], ended.text()
@@ -32,7 +32,10 @@ def test_a_disk_that_is_full_while_the_model_is_written_leaves_the_one_before(ru
     written = run.folder / ("samples.md" if what == "draw_curves" else "model")
     assert f"{written} cannot be written (" in line
     assert "No space left on device" in line
-    assert "bytes are free); what stood there before is whole, and --resume goes on from the last checkpoint" in line
+    assert (
+        "bytes of disk space are free). Earlier files are undamaged: free disk space, then continue from the last"
+        in line
+    )
     assert "Traceback" not in ended.text()
     assert run.outcome()["code"] == FAULT
     # No temporary file is left, and the model is readable.

@@ -53,9 +53,9 @@ def test_broken_ones_may_be_passed_over_and_are_counted(broken):
     run, message = broken
     ended = run.train(1, changes={"skip_bad_samples": True, "max_steps": 1, "warmup_steps": 1})
     assert ended.codes == [DONE], ended.text()
-    assert "train.jsonl are passed over: " in ended.text()
+    assert "train.jsonl are skipped: " in ended.text()
     assert message in ended.text()
-    assert "documents  23 to train on" in ended.text()
+    assert "documents  23 for training" in ended.text()
     assert [record["n_bad_documents"] for record in run.records() if "loss" in record] == [1]
     # Skipped documents count also if documents come from the cache.
     ended = run.resume(1, changes={"max_steps": 2})

@@ -61,4 +61,4 @@ def test_an_error_that_nobody_foresaw_is_told_once_with_its_rank(run, moment):
 def test_a_process_that_makes_batches_and_is_killed_ends_the_run(run):
     ended = run.train(1, fault="worker_killed", ranks=[0], changes={"dataloader_num_workers": 1, "max_steps": 50})
     assert ended.codes == [FAULT], ended.text()
-    assert "fault on rank 0: a process that makes batches has ended" in ended.text()
+    assert "fault on rank 0: a data loader process has ended" in ended.text()

@@ -24,7 +24,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_a_step_that_all_skip(run, v
 def test_a_gradient_that_is_not_finite_on_one_process_is_a_step_that_all_skip(run):
     ended = run.train(fault="gradient_becomes", value=math.nan, step=3)
     assert ended.codes == [DONE, DONE], ended.text()
-    assert "warning: step 3 is skipped: the gradient was not finite, every loss was" in ended.printed[0]
+    assert "warning: step 3 is skipped: the gradient was not finite, but every loss was" in ended.printed[0]
 
 
 def test_a_run_of_such_steps_ends_with_a_checkpoint_that_can_be_gone_on_from(run):

@@ -16,7 +16,7 @@ def test_all_processes_of_a_second_run_end_and_one_says_why(run):
     ended = run.train()
     lock.release()
     assert ended.codes == [MISTAKE, MISTAKE], ended.text()
-    assert ended.text().count("a run is going on there (process") == 1
+    assert ended.text().count("another run uses this folder (process") == 1
     assert not ended.printed[1]
     assert list(run.folder.iterdir()) == []
 

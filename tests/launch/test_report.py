@@ -31,7 +31,7 @@ def test_the_page_lies_in_the_run_or_where_it_is_asked_for(script, run, tmp_path
 
 def test_high_losses_are_warned_of(script, run):
     script.main([str(run)])
-    warning = "step 100: the loss is 9, its median before was 2"
+    warning = "step 100: the loss is 9, the median of earlier losses is 2"
     assert warning in Page((run / "report.html").read_text()).texts
 
 

@@ -133,7 +133,7 @@ def no_target_before_the_cut():
     ("records", "flags", "message"),
     [
         ([], {}, r"train.jsonl: the file is empty"),
-        ([{"document": "t"}], {}, r"train.jsonl:1: no column 'summary'; there are 'document'"),
+        ([{"document": "t"}], {}, r"train.jsonl:1: no column 'summary'; the columns are 'document'"),
         ([*RECORDS, {"document": "t", "summary": " "}], {}, r"train.jsonl:31: no target"),
         ([*RECORDS, {"document": "\n", "summary": "s"}], {}, r"train.jsonl:31: the document is empty"),
         (RECORDS, {"task": "sections"}, r"train.jsonl:1: no column 'sections'"),
@@ -242,7 +242,10 @@ def test_a_run_is_not_resumed_with_other_documents(begun, tmp_path, changes):
     if not changes:
         path.write_text(json.dumps({"document": "a line on top", "summary": "s"}) + "\n" + path.read_text())
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=r"--resume .*run: the (train|validation) documents are not those .* new run"):
+    with pytest.raises(
+        ValueError,
+        match=r"--resume .*run: the (train|validation) documents differ .* start a new run",
+    ):
         resume(tmp_path, **changes)
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
@@ -254,7 +257,7 @@ def test_a_run_of_an_older_version_keeps_its_split_and_says_that_documents_are_n
     prepared.folder.write_config(arguments=config["arguments"])
     capsys.readouterr()
     held_out = resume(tmp_path).splits["validation"].corpus["id"]
-    assert "does not say which documents it was begun with" in capsys.readouterr().out
+    assert "does not record the documents of the run" in capsys.readouterr().out
     lines = [f"train.jsonl:{number + 1}" for number in range(len(RECORDS))]
     assert held_out[:] == [line for line in lines if split_of(line) == "validation"]
 

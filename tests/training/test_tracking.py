@@ -309,4 +309,4 @@ def test_a_recurrence_that_cannot_be_looked_at_stops_nothing(documents, tmp_path
 
     monkeypatch.setattr("recurrent_bart.training.probing.recurrence_metrics", fail)
     assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
-    assert "warning: the recurrence could not be looked at: out of memory" in "".join(capfd.readouterr())
+    assert "warning: the metrics of the recurrence could not be computed: out of memory" in "".join(capfd.readouterr())
