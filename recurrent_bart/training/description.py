@@ -57,6 +57,7 @@ def describe(
     trained = sum(sizes[name] for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
     total, own = sum(sizes.values()), sum(size for name, size in sizes.items() if is_recurrence(name))
     rates = learning_rates(arguments, config)
+    n_segments = sum(train.n_segments) / len(train.indices)
     lines = [
         f"run        {prepared.folder.path}",
         *describe_changes(prepared.changes),
@@ -64,7 +65,7 @@ def describe(
         f"{trained / 1e6:.1f} M trained ({100 * trained / total:.1f} %)",
         f"segments   {config.segment_size} tokens, {config.pre_seq_len} prefix positions, "
         f"bptt_depth {config.bptt_depth}, at most {config.max_n_segments} segments per document",
-        f"documents  {len(train.indices)} for training ({sum(train.n_segments) / len(train.indices):.1f} segments each), "
+        f"documents  {len(train.indices)} for training, with {n_segments:.1f} segments on average; "
         f"{len(validation.indices)} for validation; task {arguments.data.task}",
         *describe_data_order(arguments, prepared, environment.world_size, order),
         f"rates      {rates.backbone:.1e}, recurrence {rates.recurrence:.1e}, {run.lr_scheduler} decay after "
