@@ -25,7 +25,7 @@ def verdict(changed, **changes):
     return judge(by_node(reports, 2, NAMES), EXPECTED)
 
 
-def test_good_nodes_are_not_named():
+def test_good_nodes_are_not_reported():
     assert verdict(None) == {}
 
 
@@ -40,12 +40,12 @@ def test_good_nodes_are_not_named():
         ({"clock": 1e9 + 3}, "clock differs by 3.0 s from the median of the nodes"),
     ],
 )
-def test_a_bad_node_is_named_with_what_is_wrong(changes, expected):
+def test_a_bad_node_is_reported_with_its_problem(changes, expected):
     # bob, the middle node; the problem of both ranks is reported once
     assert verdict("bob", **changes) == {"bob": [expected]}
 
 
-def test_a_slow_neighbour_is_not_the_fault_of_a_node():
+def test_a_slow_neighbour_does_not_make_a_node_bad():
     slow, fast = 1e9, 20e9
     rates = {"ada": (slow, fast), "bob": (slow, slow), "cyd": (fast, slow)}
     reports = [report(name, rates[name]) for name in NAMES for _ in range(2)]
@@ -54,13 +54,13 @@ def test_a_slow_neighbour_is_not_the_fault_of_a_node():
     }
 
 
-def test_slow_means_slower_than_expected_where_all_are_alike():
+def test_equally_slow_nodes_are_compared_with_the_required_rate():
     reports = [report(name, (1e9, 1e9)) for name in NAMES for _ in range(2)]
     assert list(judge(by_node(reports, 2, NAMES), EXPECTED)) == NAMES
     assert judge(by_node(reports, 2, NAMES), dataclasses.replace(EXPECTED, between=0.5)) == {}
 
 
-def test_a_node_that_says_nothing_is_named_by_the_job():
+def test_a_node_without_a_report_is_named_by_the_job():
     reports = [report("ada"), report("ada"), None, None, report("cyd"), None]
     expected = {"bob": ["2 of 2 processes did not report"], "cyd": ["1 of 2 processes did not report"]}
     assert judge(by_node(reports, 2, NAMES), EXPECTED) == expected

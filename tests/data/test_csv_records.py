@@ -64,7 +64,7 @@ def test_a_faulty_row_of_several_lines_is_never_skipped(tmp_path, name):
         read(write(tmp_path, HEAD + rows), on_bad=lambda error: None)
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path):
+def test_two_columns_with_the_same_name_are_refused(tmp_path):
     path = write(tmp_path, "document,document,summary\na,b,c\n")
     with pytest.raises(ValueError, match=r"x.csv:1: two columns are named 'document'"):
         read(path, on_bad=lambda error: None)
@@ -72,7 +72,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     assert read(write(tmp_path, ",document,,summary\n0,a,,c\n")) == [("x.csv:2", "a", "c")]
 
 
-def test_fields_with_commas_quotes_and_lines_are_read_as_they_were_written(tmp_path):
+def test_fields_with_commas_quotes_and_lines_are_read_unchanged(tmp_path):
     fields = [
         "one\ntwo, three",
         'she said "yes"',
@@ -91,7 +91,7 @@ def test_fields_with_commas_quotes_and_lines_are_read_as_they_were_written(tmp_p
     assert [record[1:] for record in read(path)] == list(zip(fields, reversed(fields), strict=True))
 
 
-def test_the_line_of_a_record_is_its_first_one_and_blank_lines_are_passed_over(tmp_path):
+def test_a_record_has_the_number_of_its_first_line_and_blank_lines_are_skipped(tmp_path):
     path = write(tmp_path, HEAD + '"a\nb",c\n\n\nd,e\n')
     assert read(path) == [("x.csv:2", "a\nb", "c"), ("x.csv:6", "d", "e")]
 
@@ -103,7 +103,7 @@ def test_a_file_is_read_in_its_encoding(tmp_path, encoding):
     assert read(path, encoding=encoding) == [("x.csv:2", text, "s")]
 
 
-def test_a_byte_of_another_encoding_is_named_with_its_line_and_may_be_skipped(tmp_path):
+def test_an_undecodable_byte_is_named_with_its_line_and_may_be_skipped(tmp_path):
     path = write(tmp_path, f"{HEAD}a,b\ncafé,c\nd,e\n", "latin-1")
     with pytest.raises(
         ValueError, match=r"x.csv:3: byte 0xe9 is not utf-8; give the encoding of the file with --encoding"

@@ -58,7 +58,7 @@ def test_files_may_be_named_one_by_one(tmp_path):
     assert len(read(sources["validation"])) == len(read(sources["test"])) == 2
 
 
-def test_sections_are_lists(tmp_path):
+def test_sections_are_read_from_lists(tmp_path):
     record = {"sections": ["a", "b"], "summaries": ["A", "B"]}
     other = {"sections": ["c"], "summaries": ["C"]}
     for name in ("x.jsonl", "x.parquet"):
@@ -134,7 +134,7 @@ def test_corrupt_gzip_is_refused(tmp_path):
         read(find_sources("stdlib", train_file=str(path))["train"])
 
 
-def test_a_line_that_is_no_utf8_is_refused_with_its_number(tmp_path):
+def test_a_line_that_is_not_utf8_is_refused_with_its_number(tmp_path):
     path = write(tmp_path / "x.jsonl", RECORDS)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1].replace(b"text", "té".encode("latin-1")) + lines[2])
@@ -143,13 +143,13 @@ def test_a_line_that_is_no_utf8_is_refused_with_its_number(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
-def test_a_byte_order_mark_is_no_part_of_the_documents(tmp_path, name):
+def test_a_byte_order_mark_is_not_part_of_a_document(tmp_path, name):
     path = write(tmp_path / name, RECORDS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert read(find_sources("stdlib", train_file=str(path), validation_file=str(path))["train"])[0][0] == "d0"
 
 
-def test_what_is_held_out_does_not_depend_on_where_the_file_lies(tmp_path, monkeypatch):
+def test_the_held_out_documents_do_not_depend_on_the_folder_of_the_file(tmp_path, monkeypatch):
     """Training and a later evaluation may start in different folders."""
     records = [{"document": f"text {i}", "summary": "s"} for i in range(100)]
     path = write(tmp_path / "data" / "x.csv", records)
@@ -159,7 +159,7 @@ def test_what_is_held_out_does_not_depend_on_where_the_file_lies(tmp_path, monke
     assert read(find_sources(str(path))["validation"]) == validation
 
 
-def test_places_that_are_not_there_are_refused(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         find_sources("stdlib", train_file=str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match="no such file or folder"):

@@ -14,7 +14,7 @@ def preflight(cluster, folder, *flags):
     return job
 
 
-def test_good_nodes_are_fit(cluster, tmp_path):
+def test_good_nodes_pass(cluster, tmp_path):
     job = preflight(cluster, tmp_path)
     assert job.state() == "COMPLETED", job.printed()
     assert "all 2 nodes passed" in job.printed()
