@@ -48,7 +48,7 @@ class EvaluationArguments(GenerationArguments):
     batch_size: int = flag(8, "documents per forward pass on each rank")
     max_n_segments: int = flag(-1, "maximum number of segments read per document; -1 is all, as in launch/summarize.py")
     trust_remote_code: bool = flag(False, "run Python code from the tokenizer's folder")
-    json: str | None = flag(None, "JSON file for the results; without it, they are only printed")
+    json: str | None = flag(None, "JSON file for the results; if not given: the results are only printed")
     precision: str = flag("auto", "bf16, fp32, or auto: bf16 if the device supports it, fp32 otherwise")
     timeout_minutes: int = flag(60, "minutes that a rank waits for another rank before it fails")
     local_rank: int = flag(-1, "rank on this node; set by the deepspeed launcher")
@@ -98,7 +98,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
     Raises:
         ValueError: A flag is unknown or out of range, or the run's configuration is unreadable.
     """
-    description = "Validation loss and ROUGE of a model. Data flags default to those of its run."
+    description = (
+        "Compute validation loss and ROUGE of a model. The default of a data flag is the value of the model's run."
+    )
     parser = DataclassFlagParser([EvaluationArguments, DataArguments], description)
     saved = run_flags(parser.parse_flags(argv).model).get("data", {})
     saved = data_flags(saved) if saved else saved

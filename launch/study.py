@@ -79,7 +79,7 @@ def build_parser() -> FlagParser:
         help="flags of launch/train.py for the studies document and sections; default: none",
     )
     parser.add_argument("--report_only", action="store_true", help="start no run, only write the report again")
-    worker = parser.add_argument_group("one process of a study, which starts it itself")
+    worker = parser.add_argument_group("internal flags of one process, set by the study")
     worker.add_argument("--run", type=Path, nargs="+", help="files that describe the runs to do")
     worker.add_argument("--device", default="cpu", help="PyTorch device; default: %(default)s")
     worker.add_argument(

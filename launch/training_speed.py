@@ -50,7 +50,7 @@ def build_parser() -> FlagParser:
     """Build the parser of this script's flags."""
     parser = FlagParser(
         description=__doc__,
-        epilog="Further flags are those of launch/train.py: --model_size large, --wandb_mode offline and the like.",
+        epilog="Flags of launch/train.py change the workload, for example --model_size large or --wandb_mode offline.",
     )
     parser.add_argument(
         "--parts",

@@ -272,7 +272,7 @@ CHARTS = {
         Chart(
             "rates",
             "Learning rate and gradient norm",
-            "The gradient of the recurrence is small while its gates are closed. If peaks recur, lower the rate.",
+            "The gradient of the recurrence is small while its gates are closed. Frequent peaks: lower the rate.",
             _rates,
         ),
     ),
