@@ -319,7 +319,7 @@ def _check_model(path: Path, then: dict[str, Any], engine: DeepSpeedEngine) -> N
     now = _written_by(engine)
     if then["model"] != now["model"]:
         raise ValueError(
-            f"{path}: the checkpoint belongs to a different model: names, shapes or training of its "
+            f"{path}: the checkpoint belongs to a different model: names, shapes or freezing of "
             "parameters differ; use the --model_name_or_path and the version of recurrent_bart of its run"
         )
 
