@@ -17,21 +17,24 @@ from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.distributed import SharedError, first_then_all, is_first, log_on_first_rank, only_first
 from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.files import atomic_write
 from recurrent_bart.inference.stream_reader import load_model, run_flags
 from recurrent_bart.model.generation_settings import (
     change_settings,
     contradictions,
     describe_limit,
     describe_settings,
+    text_length,
 )
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.run_folder import atomic_write
-from recurrent_bart.training.arguments import PRECISIONS, DataArguments, GenerationArguments, data_flags, flag
+from recurrent_bart.training.arguments import PRECISIONS, DataArguments, data_flags
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
 from recurrent_bart.training.flags import DataclassFlagParser
+from recurrent_bart.training.generation_arguments import GenerationArguments, flag
 from recurrent_bart.training.preparation import open_documents, sources_of
 
-# Flags for the documents. If one of these flags is given, the values of all four flags in the run are ignored.
+# Flags for the documents. If one of these flags is given, the values of all four flags in the run are ignored, and
+# the value of --dataset_config_name too.
 PLACES = ("dataset", "train_file", "validation_file", "test_file")
 
 
@@ -43,7 +46,6 @@ class EvaluationArguments(GenerationArguments):
 
     model: str = field(metadata={"help": "folder of the model to evaluate: RUN/model"})
     split: str = flag("validation", "split to evaluate on: train, validation or test")
-    num_beams: int = flag(1, "number of beams of beam search; 1 is greedy search")
     limit: int = flag(-1, "number of documents to evaluate on, from the first on; -1 is all")
     batch_size: int = flag(8, "documents per forward pass on each rank")
     max_n_segments: int = flag(-1, "maximum number of segments read per document; -1 is all, as in launch/summarize.py")
@@ -59,7 +61,7 @@ class EvaluationArguments(GenerationArguments):
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"--{name} {getattr(self, name)}: allowed are {', '.join(values)}")
-        for name in ("num_beams", "batch_size", "timeout_minutes"):
+        for name in ("batch_size", "timeout_minutes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("limit", "max_n_segments"):
@@ -106,7 +108,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
     saved = data_flags(saved) if saved else saved
     names = {item.name for item in fields(DataArguments)}
     if _given_places(argv):
-        names -= set(PLACES)
+        names -= {*PLACES, "dataset_config_name"}
     parser.set_defaults(**{name: value for name, value in saved.items() if name in names})
     evaluation, data = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return evaluation, data
@@ -139,17 +141,18 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
     evaluator = Evaluator(
         documents.corpus, plan, documents.collator, tokenizer, arguments.batch_size, environment.device
     )
-    generation, longest = model.generation_config, documents.collator.max_target_length
-    change_settings(generation, arguments.generation_settings(), longest, arguments.num_beams)
+    generation, given = model.generation_config, arguments.generation_settings()
+    longest = text_length(model.config, generation, given, documents.collator.max_target_length)
+    change_settings(generation, given, longest)
     limits = describe_limit(model.config, data.max_target_length)
     for line in [
         *limits,
-        describe_settings(generation, longest, arguments.num_beams),
+        describe_settings(generation, longest),
         *contradictions(generation, documents.targets()),
     ]:
         say(str(line))
     loss = evaluator.loss(model)
-    samples = evaluator.summarise(model, Generation(longest, arguments.num_beams))
+    samples = evaluator.summarise(model, Generation(longest))
     return Results(len(plan.indices), len(samples), loss, score(samples))
 
 

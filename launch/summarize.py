@@ -19,9 +19,10 @@ from transformers.utils import logging
 from recurrent_bart.data.text_files import ENCODING
 from recurrent_bart.inference.stream_reader import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
 from recurrent_bart.inference.summarizer import Summariser
-from recurrent_bart.model.generation_settings import change_settings, describe_settings, longest_text
-from recurrent_bart.training.arguments import DataArguments, GenerationArguments
+from recurrent_bart.model.generation_settings import change_settings, describe_settings, text_length
+from recurrent_bart.training.arguments import DataArguments
 from recurrent_bart.training.flags import FlagParser
+from recurrent_bart.training.generation_arguments import GenerationArguments, add_generation_flags
 
 # Number of texts in memory at a time. Texts of similar length share a batch.
 WINDOW = 256
@@ -36,14 +37,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 text file; default: standard input")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
     parser.add_argument(
-        "--num_beams", type=positive, help="number of beams of beam search; default: value of the model"
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=positive,
-        help="maximum length of a summary, in tokens; default: max_target_length of the model's run",
-    )
-    parser.add_argument(
         "--every_segment", action="store_true", help="print a summary after each segment, as soon as it is read"
     )
     parser.add_argument("--each_line", action="store_true", help="treat each line as a separate text")
@@ -53,9 +46,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=16_384,
         help="maximum number of tokens in a batch of several texts, padding included; default: %(default)s",
     )
-    for item in fields(GenerationArguments):
-        kind = float if item.name == "length_penalty" else int
-        parser.add_argument(f"--{item.name}", type=kind, help=item.metadata["help"])
+    add_generation_flags(parser)
     parser.add_argument(
         "--skip_bad_samples", action="store_true", help="skip unreadable texts and print an empty line for each"
     )
@@ -153,22 +144,16 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if has_bf16 else torch.float32
     model, tokenizer = load_model(arguments.model, device, dtype, arguments.trust_remote_code)
-    longest = longest_text(model.config, arguments.max_new_tokens or target_length(arguments.model))
-    if (arguments.max_new_tokens or 0) > longest:
-        raise ValueError(
-            f"--max_new_tokens {arguments.max_new_tokens}: must be at most {longest}, the positions of the decoder"
-        )
-    given = GenerationArguments(**{item.name: getattr(arguments, item.name) for item in fields(GenerationArguments)})
-    change_settings(model.generation_config, given.generation_settings(), longest, arguments.num_beams)
-    generation = {"max_new_tokens": longest}
-    if arguments.num_beams:
-        generation["num_beams"] = arguments.num_beams
-    return model, tokenizer, generation
+    flags = {item.name: getattr(arguments, item.name) for item in fields(GenerationArguments)}
+    given = GenerationArguments(**flags).generation_settings()
+    longest = text_length(model.config, model.generation_config, given, target_length(arguments.model))
+    change_settings(model.generation_config, given, longest)
+    return model, tokenizer, {"max_new_tokens": longest}
 
 
 def show_settings(model: Any, generation: dict[str, int]) -> None:
     """Print the generation settings on standard error."""
-    line = describe_settings(model.generation_config, generation["max_new_tokens"], generation.get("num_beams"))
+    line = describe_settings(model.generation_config, generation["max_new_tokens"])
     print(line, file=sys.stderr, flush=True)
 
 

@@ -30,7 +30,8 @@ from recurrent_bart.benchmarks.training.session import Starter
 from recurrent_bart.benchmarks.training.tables import LEGEND, summary, training_tables
 from recurrent_bart.benchmarks.training.workloads import Work
 from recurrent_bart.distributed import barrier
-from recurrent_bart.run_folder import atomic_write, git_commit, versions
+from recurrent_bart.files import atomic_write
+from recurrent_bart.run_folder import git_commit, versions
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.lifecycle.exit_codes import ExitCode

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -27,6 +26,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from recurrent_bart.files import atomic_write
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "recurrent-bart")
 
@@ -159,13 +160,6 @@ class RunFolder:
             elif samples:
                 samples[-1][part["name"]] = " ".join(part["block"].split())
         return samples
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Write a file atomically. A reader finds either the old or the new content, never a mixture."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def git_commit() -> str | None:

@@ -18,7 +18,8 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 ENVIRONMENT = PACKAGE / "training" / "environment.py"
 # each layer imports only earlier layers and itself
 LAYERS = [
-    {"configuration_recurrent_bart", "distributed", "run_folder"},
+    {"configuration_recurrent_bart", "distributed", "files"},
+    {"run_folder"},
     {"recurrence"},
     {"execution"},
     {"model"},

@@ -198,12 +198,3 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path, content):
         (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"--resume .*: .*/config.json is missing or unreadable"):
         RunFolder(tmp_path).read_config()
-
-
-def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    module.atomic_write(path, "old")
-    monkeypatch.setattr(module.os, "replace", lambda *_: pytest.fail("crash"))
-    with pytest.raises(BaseException, match="crash"):
-        module.atomic_write(path, "new")
-    assert path.read_text() == "old"

@@ -235,7 +235,7 @@ class DocumentOrder(ABC):
     def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
         """Return the document indices of optimizer step `step`, grouped by micro-batch, then by rank.
 
-        Documents of similar length go to the same micro-batch on different ranks, so that no rank waits long.
+        In each micro-step, all ranks get documents of similar length, so that no rank waits long for another rank.
         """
 
     def epoch(self, step: int) -> float:

@@ -1,11 +1,8 @@
 """Tokenised documents, which are tokenised once, cached on disk and memory-mapped during training."""
 
-import contextlib
 import hashlib
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from recurrent_bart.data.rows import Columns, Row, refuse
 from recurrent_bart.data.sources import Source
 from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.
 CACHE_VERSION = 3
@@ -155,48 +153,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 def _is_setting(name: str, value: Any) -> bool:
     is_path = name.endswith(("_file", "_path")) or (isinstance(value, str) and Path(value).is_absolute())
     return value is not None and not is_path and name not in NO_SETTINGS and not name.endswith("_token")
-
-
-def fingerprint(*parts: Any) -> str:
-    """Return the first 16 hex digits of the SHA-256 of JSON-serialisable values."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
-    """Create a temporary folder and rename it to `folder` at the end of the block. `folder` is then complete.
-
-    If several processes write the same folder, the folder of the first process to finish stays. With `replaces`, the
-    new folder replaces an old folder.
-
-    Raises:
-        ValueError: The parent folder is not writable.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise ValueError(f"{folder.parent}: cannot be written ({error.strerror})") from error
-    old = draft.with_name(draft.name + ".old")
-    try:
-        yield draft
-        # mkdtemp creates the folder readable only by its owner.
-        draft.chmod(0o755)
-        if replaces and folder.exists():
-            folder.rename(old)
-        _rename_unless_there(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _rename_unless_there(draft: Path, folder: Path) -> None:
-    try:
-        draft.rename(folder)
-    except OSError:
-        # Another process renamed its folder first, or the disk failed.
-        if not folder.is_dir():
-            raise
 
 
 def texts_of(rows: Iterable[Row]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Reader for CSV files that detects missing quotes."""
+"""Reader for CSV and TSV files that detects missing quotes."""
 
 import csv
 import re
@@ -9,18 +9,19 @@ from typing import Any
 from recurrent_bart.data.rows import refuse
 from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
 
-# A comma with text on both sides, outside of numbers. In prose, a space follows a comma.
-TIGHT_COMMA = re.compile(r"(?<=[^\s,]),(?=[^\s,\d])|(?<=[^\s,\d]),(?=\d)")
-REMEDY = 'a field with a comma, quote or line end needs "..." around it, and each quote in it twice: ""'
+# Pattern of a delimiter that seems to separate fields: a comma with text on both sides, outside of numbers, because a
+# space follows a comma in prose; and any tab.
+SEPARATES = {",": re.compile(r"(?<=[^\s,]),(?=[^\s,\d])|(?<=[^\s,\d]),(?=\d)"), "\t": re.compile("\t")}
+REMEDY = 'write "..." around a field with a delimiter, quote or line end, and "" for each quote in the field'
 
 
 class CsvRows:
     """Iterator over the rows of a CSV file. It also stores the raw lines of the last row."""
 
-    def __init__(self, lines: Iterator[str]):
-        self._lines, self.raw = lines, list[str]()
+    def __init__(self, lines: Iterator[str], delimiter: str):
+        self._lines, self.raw, self.delimiter = lines, list[str](), delimiter
         # strict=True: text after a closing quote is an error, and so is a quote that is never closed.
-        self.reader = csv.reader(self._taken(), strict=True)
+        self.reader = csv.reader(self._taken(), delimiter=delimiter, strict=True)
 
     @property
     def line(self) -> int:
@@ -42,16 +43,18 @@ class CsvRows:
 
 
 def csv_records(
-    path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
+    path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING, delimiter: str = ","
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row as a dictionary, with its `file:line`. The first row of the file names the columns.
+
+    `delimiter` is a comma or a tab.
 
     If `on_bad` returns, the faulty row is skipped. A wrong number of fields, a wrong quote and equal column names raise
     ValueError. A faulty row of several lines always raises: the start of the next row is unknown.
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path, encoding, newline="") as file:
-        rows = CsvRows(iter(file))
+        rows = CsvRows(iter(file), delimiter)
         names = _row(rows, path, encoding, refuse)
         _check_names(names or [], path)
         while names:
@@ -70,7 +73,7 @@ def _row(
         row = rows.next_row()
         if row is not None:
             check_decoded("".join(rows.raw), encoding)
-            _check_row(row, rows.raw, n_columns or len(row))
+            _check_row(row, rows, n_columns or len(row))
         return row
     except (csv.Error, ValueError) as error:
         last = rows.line + len(rows.raw) - 1
@@ -86,18 +89,18 @@ def _explain(error: csv.Error, line: int) -> str:
     return f"text follows the closing quote of a field, on line {line} ({error}); {REMEDY}"
 
 
-def _check_row(row: list[str], raw: list[str], n_columns: int) -> None:
+def _check_row(row: list[str], rows: CsvRows, n_columns: int) -> None:
     if len(row) != n_columns:
         raise ValueError(f"{len(row)} fields, but the first row names {n_columns} columns; {REMEDY}")
-    if len(raw) > 1 and n_columns > 1 and all(_is_row(line, n_columns) for line in raw):
+    if len(rows.raw) > 1 and n_columns > 1 and all(_is_row(line, rows.delimiter, n_columns) for line in rows.raw):
         raise ValueError(
-            f"a quoted field goes over {len(raw)} lines, each of which is a row of {n_columns} fields without the "
+            f"a quoted field has {len(rows.raw)} lines, and each line is a row of {n_columns} fields without the "
             f"quotes: a quote seems to be missing; {REMEDY}. If none is, write the documents as .jsonl"
         )
 
 
-def _is_row(line: str, n_columns: int) -> bool:
-    return len(TIGHT_COMMA.findall(line.replace('"', ""))) == n_columns - 1
+def _is_row(line: str, delimiter: str, n_columns: int) -> bool:
+    return len(SEPARATES[delimiter].findall(line.replace('"', ""))) == n_columns - 1
 
 
 def _check_names(names: list[str], path: Path) -> None:

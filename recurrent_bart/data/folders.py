@@ -15,10 +15,13 @@ SPLIT_NAMES = {
 SPLIT_OF_NAME = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 # Examples: train, train_2, train-00000-of-00002.
 SPLIT_STEM = re.compile(rf"(?i)({'|'.join(SPLIT_OF_NAME)})(?:[-_ ]?(\d+)(?:-of-(\d+))?)?")
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TEXT = re.compile(r"(?i)(.+?)(\.summary)?\.txt")
 # Files that describe a data set.
-ABOUT = re.compile(r"(?i)(readme|licen[cs]e|citation|dataset_infos?\b).*")
+ABOUT = re.compile(r"(?i)(readme|licen[cs]e|citation|dataset_(infos?|dict)\b).*")
+# Files that the library `datasets` writes into the folder of a data set, and into the folder of several splits.
+SAVED = ("state.json", "dataset_info.json")
+SAVED_SPLITS = "dataset_dict.json"
 # Maximum number of file names in a message.
 N_NAMED = 5
 
@@ -73,7 +76,10 @@ def _check_parts(folder: Path, split: str, parts: list[SplitPath]) -> None:
     has_folder = any(part.path.is_dir() for part in parts)
     kinds = {(part.name, kind_of(part.path), part.total) for part in parts}
     if len(parts) > 1 and (has_folder or len(kinds) > 1 or len({part.number for part in parts}) < len(parts)):
-        raise ValueError(f"{folder}: more than one place for split {split!r}: {files}")
+        raise ValueError(
+            f"{folder}: the files of split {split!r} may be copies of each other: {files}; keep one of them, or number "
+            f"files of one type: {split}_1.jsonl, {split}_2.jsonl"
+        )
     if parts[0].total not in (None, len(parts)):
         raise ValueError(f"{folder}: split {split!r} has only {len(parts)} of {parts[0].total} files: {files}")
 
@@ -88,6 +94,22 @@ def name_some(names: list[str]) -> str:
     """Join the first `N_NAMED` names into a text that ends with the number of the remaining names."""
     more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
     return ", ".join(names[:N_NAMED]) + more
+
+
+def find_saved(folder: Path) -> tuple[Path, ...]:
+    """Return the files of a data set that `save_to_disk` of the library `datasets` wrote; empty for another folder.
+
+    Raises:
+        ValueError: The folder holds several splits.
+    """
+    if (folder / SAVED_SPLITS).exists():
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise ValueError(f"{folder}: a data set with the splits {name_some(names)}; give the folder of one split")
+    if not all((folder / name).exists() for name in SAVED):
+        return ()
+    # Files named cache-* hold results of `map` and `filter` that are not part of the data set.
+    arrow = [path for path in folder.glob("*.arrow") if not path.name.startswith("cache-")]
+    return (folder / SAVED[0], *sorted(arrow))
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""Reader for JSON Lines files, plain or compressed with gzip."""
+"""Readers for JSON Lines files, plain or compressed with gzip, and for JSON files with a list of objects."""
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from recurrent_bart.data.rows import refuse
 from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
+
+ARRAY_START = re.compile(r"[\ufeff\s]*\[\s*")
+ARRAY_DELIMITER = re.compile(r"\s*([,\]])\s*")
 
 
 def jsonl_records(
@@ -41,9 +45,62 @@ def _record(line: str, encoding: str) -> dict[str, Any] | None:
     check_decoded(line, encoding)
     # In concatenated files, later lines can begin with a byte order mark.
     text = line.lstrip("\ufeff")
-    if not text.strip():
-        return None
-    record = json.loads(text)
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
-    return record
+    return _object(json.loads(text)) if text.strip() else None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def json_records(
+    path: Path, on_bad: Callable[[ValueError], None] = refuse, encoding: str = ENCODING
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a JSON list or of JSON Lines, with the `file:line` at which each begins.
+
+    A list is read into memory. If `on_bad` returns, an element that is no object is skipped. Wrong JSON in a list
+    always raises ValueError: the start of the next element is unknown.
+    """
+    with open_text(path, encoding) as file:
+        if not _begins_list(file):
+            yield from jsonl_records(path, on_bad, encoding)
+            return
+        file.seek(0)
+        text = file.read()
+    number, counted = 1, 0
+    try:
+        for start, end, value in _elements(text):
+            number, counted = number + text.count("\n", counted, start), start
+            try:
+                check_decoded(text[start:end], encoding)
+                record = _object(value)
+            except ValueError as error:
+                on_bad(ValueError(f"{path}:{number}: unreadable object ({error})"))
+                continue
+            yield f"{path}:{number}", record
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: unreadable list of objects ({error})") from error
+
+
+def _begins_list(lines: Iterable[str]) -> bool:
+    """Return True if the first character, except white space, is an opening bracket."""
+    return next((text[0] == "[" for line in lines if (text := line.lstrip("\ufeff \t\r\n"))), False)
+
+
+def _elements(text: str) -> Iterator[tuple[int, int, Any]]:
+    """Yield start, end and value of each element of a JSON list. Raise json.JSONDecodeError for other text."""
+    decoder, start = json.JSONDecoder(), ARRAY_START.match(text)
+    assert start is not None
+    position = start.end()
+    delimiter = "]" if text.startswith("]", position) else ","
+    position += delimiter == "]"
+    while delimiter == ",":
+        value, end = decoder.raw_decode(text, position)
+        yield position, end, value
+        found = ARRAY_DELIMITER.match(text, end)
+        if found is None:
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        delimiter, position = found[1], found.end()
+    if text[position:].strip():
+        raise json.JSONDecodeError("Extra data", text, position)

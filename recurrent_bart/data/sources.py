@@ -1,4 +1,4 @@
-"""Sources of documents: the embedded corpus, files, folders of texts, data sets by name."""
+"""Sources of documents: the embedded corpus, files, folders of texts, saved data sets, data sets by name."""
 
 import csv
 import functools
@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
-from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
+from datasets import Dataset, get_dataset_split_names, load_dataset, load_dataset_builder
 
 from recurrent_bart.data.csv_records import csv_records
-from recurrent_bart.data.folders import SPLIT_OF_NAME, find_splits, find_texts, kind_of, name_some
+from recurrent_bart.data.folders import SPLIT_OF_NAME, find_saved, find_splits, find_texts, kind_of, name_some
 from recurrent_bart.data.gap_sentences import gap_sentence_rows
 from recurrent_bart.data.held_out import HeldOut, held_out_texts, split_by_line
-from recurrent_bart.data.jsonl import jsonl_records
+from recurrent_bart.data.jsonl import json_records, jsonl_records
 from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse
 from recurrent_bart.data.stdlib import EMBEDDED, library_root, stdlib_rows
 from recurrent_bart.data.text_files import ENCODING, read_text
@@ -30,8 +30,9 @@ class Source:
     """Documents of one split.
 
     Attributes:
-        kind: `"stdlib"`, `"file"`, `"folder"` or `"hub"`.
+        kind: `"stdlib"`, `"file"`, `"folder"`, `"saved"` (by `save_to_disk`) or `"hub"`.
         place: Path of a file or folder, or name of a data set.
+        config_name: Configuration of a data set by name; empty: its only one.
         hub_split: Name of the split in the data set.
         held_out: Rule that selects validation documents if there is no validation split.
         skips_bad: True if unusable documents are skipped.
@@ -43,6 +44,7 @@ class Source:
     place: str
     split: str
     files: tuple[Path, ...] = ()
+    config_name: str = ""
     hub_split: str = ""
     held_out: HeldOut | None = None
     skips_bad: bool = False
@@ -53,8 +55,9 @@ class Source:
     def identity(self) -> list[Any]:
         """Return values that change with the documents: file sizes and times, versions, settings. Reads no document."""
         if self.kind == "hub":
-            builder = load_dataset_builder(self.place)
-            return [self.kind, self.place, self.hub_split, str(builder.info.version), builder.hash, *self._choices()]
+            builder = load_dataset_builder(self.place, self.config_name or None)
+            name = [self.place, self.config_name] if self.config_name else self.place
+            return [self.kind, name, self.hub_split, str(builder.info.version), builder.hash, *self._choices()]
         return [self.kind, [_stamp(file) for file in self._read()], *self._choices()]
 
     def _choices(self) -> list[Any]:
@@ -106,7 +109,7 @@ class Source:
             yield from stdlib_rows(self.split, task)
             return
         on_bad = on_skip if self.skips_bad else refuse
-        readers = {"file": _file_records, "folder": _folder_records, "hub": _hub_records}
+        readers = {"file": _file_records, "folder": _folder_records, "saved": _saved_records, "hub": _hub_records}
         for place, record in readers[self.kind](self, on_bad):
             try:
                 row = make_row(record, task, columns, place)
@@ -136,12 +139,14 @@ def find_sources(
     validation_file: str | None = None,
     test_file: str | None = None,
     held_out: HeldOut | None = None,
+    config_name: str = "",
 ) -> dict[str, Source]:
     """Find the source of each split. Without a validation split, `held_out` selects training documents for validation.
 
     `dataset` is `"stdlib"`, a file, a folder of texts, a folder with files or folders named `train.*`, `validation.*`,
-    `test.*` or similar, or the name of a data set for `datasets.load_dataset`. If one of the three files is given (each
-    a file or a folder of texts), `dataset` is ignored.
+    `test.*` or similar, a folder written by `save_to_disk`, or the name of a data set for `datasets.load_dataset`, with
+    its configuration `config_name`. If one of the three files is given (each a file or a folder of one split),
+    `dataset` is ignored.
 
     Raises:
         ValueError: A file does not exist or has an unknown type.
@@ -156,7 +161,7 @@ def find_sources(
     elif dataset.startswith((".", "/", "~")) or Path(dataset).suffix:
         raise ValueError(f"{dataset}: no such file or folder")
     else:
-        sources = _hub_sources(dataset)
+        sources = _hub_sources(dataset, config_name)
     if "train" in sources and "validation" not in sources:
         whole = replace(sources["train"], held_out=held_out or HeldOut())
         sources |= {split: replace(whole, split=split) for split in ("train", "validation")}
@@ -184,6 +189,8 @@ def _with_notes(sources: dict[str, Source], notes: tuple[str, ...]) -> dict[str,
 def _path_source(paths: tuple[Path, ...], split: str) -> Source:
     path = paths[0]
     if path.is_dir():
+        if saved := find_saved(path):
+            return Source("saved", str(path), split, saved)
         pairs, notes = find_texts(path)
         if not pairs:
             raise ValueError(
@@ -198,11 +205,17 @@ def _path_source(paths: tuple[Path, ...], split: str) -> Source:
     return Source("file", str(path), split, paths)
 
 
-def _hub_sources(name: str) -> dict[str, Source]:
+def _hub_sources(name: str, config_name: str) -> dict[str, Source]:
     try:
-        there = get_dataset_split_names(name)
+        there = get_dataset_split_names(name, config_name or None)
     except Exception as error:
-        raise ValueError(f"--dataset {name}: neither a file or folder nor a data set that loads ({error})") from error
+        # The library lists a data set's configurations on several lines.
+        text = " ".join(str(error).split())
+        flags = f"--dataset {name}" + (f" --dataset_config_name {config_name}" if config_name else "")
+        remedy = "; give one with --dataset_config_name" if "onfig name is missing" in text else ""
+        raise ValueError(
+            f"{flags}: no such file or folder, and no data set could be loaded ({text}){remedy}"
+        ) from error
     found: dict[str, str] = {}
     for hub_split in there:
         split = SPLIT_OF_NAME.get(hub_split.lower())
@@ -211,7 +224,11 @@ def _hub_sources(name: str) -> dict[str, Source]:
             found[split] = hub_split
     left = [hub_split for hub_split in there if hub_split not in found.values()]
     notes = (f"{name}: splits not read: {name_some(left)}",) if left else ()
-    sources = {split: Source("hub", name, split, hub_split=found[split]) for split in SPLITS if split in found}
+    sources = {
+        split: Source("hub", name, split, config_name=config_name, hub_split=found[split])
+        for split in SPLITS
+        if split in found
+    }
     return _with_notes(sources, notes)
 
 
@@ -226,10 +243,16 @@ def _file_records(source: Source, on_bad: OnBad) -> Records:
 
 
 def _records_reader(path: Path) -> Callable[[Path, OnBad, str], Records]:
-    readers = {".jsonl": jsonl_records, ".json": jsonl_records, ".csv": csv_records, ".parquet": _parquet_records}
+    readers = {
+        ".jsonl": jsonl_records,
+        ".json": json_records,
+        ".csv": csv_records,
+        ".tsv": functools.partial(csv_records, delimiter="\t"),
+        ".parquet": _parquet_records,
+    }
     kind = kind_of(path)
     if kind is None:
-        raise ValueError(f"{path}: unknown kind of file; known are .jsonl, .jsonl.gz, .csv and .parquet")
+        raise ValueError(f"{path}: unknown file type; allowed are .jsonl, .jsonl.gz, .json, .csv, .tsv and .parquet")
     return readers[kind]
 
 
@@ -255,6 +278,14 @@ def _folder_records(source: Source, on_bad: OnBad) -> Records:
         yield str(pair.text), {"id": pair.name, "document": document, "summary": target}
 
 
+def _saved_records(source: Source, on_bad: OnBad) -> Records:
+    try:
+        for number, record in enumerate(Dataset.load_from_disk(source.place).with_format(None)):
+            yield f"{source.place}[{number}]", record
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{source.place}: unreadable ({error})") from error
+
+
 def _hub_records(source: Source, on_bad: OnBad) -> Records:
-    for number, record in enumerate(load_dataset(source.place, split=source.hub_split)):
+    for number, record in enumerate(load_dataset(source.place, source.config_name or None, split=source.hub_split)):
         yield f"{source.place}[{number}]", record

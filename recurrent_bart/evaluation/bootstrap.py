@@ -82,7 +82,9 @@ class Resamples:
         return Interval(mean, mean - half, mean + half)
 
     def interval(self) -> Interval:
-        """Return the confidence interval over documents and seeds together. With one seed, only documents count.
+        """Return the confidence interval over documents and seeds together.
+
+        With one seed, it is the interval over documents alone.
 
         Squared distances from the mean to the ends of `over_documents` and `over_seeds` add up (Zou and Donner 2008,
         Statistics in Medicine 27), so the result is never narrower than these two intervals.

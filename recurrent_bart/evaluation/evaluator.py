@@ -37,10 +37,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Generation:
-    """Generation settings: `num_beams=1` is greedy search; `n_documents=-1` summarises all documents."""
+    """Generation settings. `num_beams=None`: the model's value; `n_documents=-1`: summarise all documents."""
 
     max_new_tokens: int
-    num_beams: int = 1
+    num_beams: int | None = None
     n_documents: int = -1
 
 
@@ -103,7 +103,7 @@ class Evaluator:
             batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask.to(self.device),
             max_new_tokens=how.max_new_tokens,
-            num_beams=how.num_beams,
+            **({} if how.num_beams is None else {"num_beams": how.num_beams}),
             **targets,
         )
         return list(ids.cpu())
@@ -132,7 +132,6 @@ class Evaluator:
         )
 
     def _batches(self, indices: list[int]) -> Iterator[Batch]:
-        """Yield the batches of this rank, in order of increasing number of segments."""
         lengths = dict(zip(self.plan.indices, self.plan.n_segments, strict=True))
         by_length = sorted(indices, key=lambda index: lengths[index])
         groups = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]

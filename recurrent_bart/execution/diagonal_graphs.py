@@ -50,7 +50,7 @@ class DiagonalGraphs:
     def __init__(self, wavefront: Wavefront, weights: Weights, tokens_BLD: Tensor):
         # weak references: the graphs must not keep the modules alive
         self.layer, self.recurrence = weakref.ref(wavefront.layer), weakref.ref(wavefront.recurrence)
-        n_layers, self.n_slots = wavefront.config.encoder_layers, wavefront.n_slots
+        n_layers, self.n_slots = wavefront.config.encoder_layers, wavefront.recurrence.n_slots
         n_documents, n_tokens, width = tokens_BLD.shape
         with torch.inference_mode(False):
             # entry i enters layer i; the last entry leaves the last layer

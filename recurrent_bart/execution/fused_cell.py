@@ -100,7 +100,6 @@ def _project(recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor)
 
 
 def _attend(attention: BartAttention, heads: "Heads", visible: AttentionMasks, gate_EH: Tensor | None) -> Tensor:
-    """Return the attention output of slots and tokens, `(R, S, D)`."""
     from recurrent_bart.execution.kernels.gated_prefix import add_prefix_read
 
     slots_read, _ = attend(attention, heads.slots_query, (heads.slots_key, heads.slots_value), visible.slots)

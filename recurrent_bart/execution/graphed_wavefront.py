@@ -61,21 +61,19 @@ class GraphedWavefront(Wavefront):
     """
 
     def run(
-        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
-    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Run as `Wavefront.run` does. Without autograd, the next iteration overwrites a yielded state.
 
         Raises:
             ValueError: Another thread runs the same encoder.
         """
-        assert self.recurrence is not None
         steps = self._run(weights, segments, mask_BNL, memory_EBPD)
         yield from graph_store(self.recurrence).user.steps_of_pass(steps)
 
     def _run(
-        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
-    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        assert memory_EBPD is not None
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
         tokens_BLD = segments[0]()
         diagonals = self._diagonals(segments, tokens_BLD, mask_BNL)
         graphs = self._graphs_of_shape(weights, tokens_BLD)
@@ -115,21 +113,17 @@ class GraphedWavefront(Wavefront):
 
     def _settings(self) -> Hashable:
         """Return the constants that a CUDA graph keeps from its capture; all layers have the same constants."""
-        assert self.recurrence is not None
         return *settings_of(self.layer, self.recurrence), backend_settings()
 
     def _bytes_kept_by_other_shapes(self, graphs: DiagonalGraphs) -> int:
-        assert self.recurrence is not None
         return sum(it.kept_bytes for it in graph_store(self.recurrence).graphs.values()) - graphs.kept.n_bytes
 
     def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
         """Return the streams `(N, B, S, D)` that enter the first layer."""
-        assert self.recurrence is not None
         slots = self.recurrence.slots(memory_EBPD).repeat(len(segments), 1, 1)
         return self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
 
     def _graphs_of_shape(self, weights: Weights, tokens_BLD: Tensor) -> DiagonalGraphs:
-        assert self.recurrence is not None
         kept = graph_store(self.recurrence).graphs
         key = tokens_BLD.shape, tokens_BLD.dtype, tokens_BLD.device
         graphs = kept.pop(key, None)

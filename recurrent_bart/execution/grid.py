@@ -175,7 +175,8 @@ class Grid:
             return self._sequential
         if self._has_different_layers() or self._is_on_other_device(segments_BNLD.device):
             return self._sequential
-        weights = stack_layers(self.layers) | dict(self.recurrence.by_layer() if self.recurrence else {})
+        assert self.recurrence is not None
+        weights = stack_layers(self.layers) | dict(self.recurrence.by_layer())
         return functools.partial(self._wavefront, weights)
 
     def _has_different_layers(self) -> bool:
@@ -186,7 +187,7 @@ class Grid:
         return bool(obstacle)
 
     def _is_on_other_device(self, device: torch.device) -> bool:
-        # the parameters of layers that are offloaded or on another device move only when modules are called
+        # parameters of offloaded layers come to the device only when the layer's module is called
         is_on_other_device = any(parameter.device != device for parameter in self.layers.parameters())
         if is_on_other_device and self.config.schedule == "wavefront":
             logger.warning_once("schedule='wavefront': layers run one by one, because some are on a different device")
@@ -215,6 +216,8 @@ class Grid:
         if len(segments) == 1:
             yield from self._sequential(segments, mask_BNL, memory_EBPD, kept)
             return
+        assert self.recurrence is not None
+        assert memory_EBPD is not None
         layer = self.layers[0]
         by_layer = "layer" if layer.gradient_checkpointing and layer.training else "none"
         checkpointing = "segment" if self.checkpoints_segments else by_layer

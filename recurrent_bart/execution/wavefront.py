@@ -52,8 +52,7 @@ class Wavefront:
     config: RecurrentBartConfig
     # any layer, for the settings that all layers share
     layer: BartEncoderLayer
-    # None if `pre_seq_len` is 0
-    recurrence: PrefixRecurrence | None
+    recurrence: PrefixRecurrence
     # returns the first layer's stream (B, P + L, D) from a segment's token embeddings and its slots
     embed: Callable[[Tensor, Tensor | None], Tensor]
     # "layer" recomputes each diagonal in the backward pass; "segment" recomputes groups of diagonals, of the size that
@@ -62,14 +61,9 @@ class Wavefront:
     # tokens of every segment are needed, not only the last segment's tokens
     gives_all_tokens: bool = True
 
-    @property
-    def n_slots(self) -> int:
-        """Number of slots in front of each segment's tokens."""
-        return self.recurrence.n_slots if self.recurrence else 0
-
     def run(
-        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None
-    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Yield, after each segment, the last layer's tokens `(B, L, D)`, if needed, and all states `(E, B, P, D)`.
 
         A yielded state of a lower layer already belongs to a later segment, except after the last segment.
@@ -92,8 +86,8 @@ class Wavefront:
             yield from outputs
 
     def _chunk(
-        self, diagonals: list[Diagonal], weights: Weights, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None
-    ) -> tuple[Weights, Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+        self, diagonals: list[Diagonal], weights: Weights, frontier_EBSD: Tensor | None, memory_EBPD: Tensor
+    ) -> tuple[Weights, Tensor | None, Tensor, list[tuple[Tensor | None, Tensor]]]:
         """Run consecutive diagonals; return weights, streams and state for the next chunk, and outputs of `run`."""
         outputs, stacks = [], dict(weights)
         for diagonal in diagonals:
@@ -102,7 +96,7 @@ class Wavefront:
             if diagonal.stop == self.config.encoder_layers:
                 frontier_EBSD, top_1BSD = frontier_EBSD.split((len(frontier_EBSD) - 1, 1))
                 # a view would keep the streams of all layers alive
-                tokens_BLD = top_1BSD[0, :, self.n_slots :].clone() if self._gives_tokens(diagonal) else None
+                tokens_BLD = top_1BSD[0, :, self.recurrence.n_slots :].clone() if self._gives_tokens(diagonal) else None
                 outputs.append((tokens_BLD, memory_EBPD))
         return stacks, frontier_EBSD, memory_EBPD, outputs
 
@@ -110,22 +104,20 @@ class Wavefront:
         # the last segment's tokens above the last layer are always needed
         return self.gives_all_tokens or diagonal.first == self.config.encoder_layers - 1
 
-    def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor | None) -> Tensor:
+    def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor) -> Tensor:
         if diagonal.segment is None:
             assert frontier_EBSD is not None
             return frontier_EBSD
-        slots = None if self.recurrence is None or memory_EBPD is None else self.recurrence.slots(memory_EBPD)
-        new_1BSD = self.embed(diagonal.segment(), slots).unsqueeze(0)
+        new_1BSD = self.embed(diagonal.segment(), self.recurrence.slots(memory_EBPD)).unsqueeze(0)
         return new_1BSD if frontier_EBSD is None else torch.cat([new_1BSD, frontier_EBSD])
 
     def _run_diagonal(
-        self, diagonal: Diagonal, stacks: dict[str, Tensor], stream_EBSD: Tensor, memory_EBPD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, diagonal: Diagonal, stacks: dict[str, Tensor], stream_EBSD: Tensor, memory_EBPD: Tensor
+    ) -> tuple[Tensor, Tensor]:
         first, stop = diagonal.first, diagonal.stop
-        own = None if memory_EBPD is None else memory_EBPD[first:stop]
-        inputs = stream_EBSD, own, diagonal.visible, diagonal.is_read
+        inputs = stream_EBSD, memory_EBPD[first:stop], diagonal.visible, diagonal.is_read
         stream_EBSD, own = diagonal_step(slice_weights(stacks, first, stop), self.layer, self.recurrence, *inputs)
-        if memory_EBPD is not None and own is not None and len(own) < len(memory_EBPD):
+        if len(own) < len(memory_EBPD):
             own = torch.cat([memory_EBPD[:first], own, memory_EBPD[stop:]])
         return stream_EBSD, own
 
@@ -140,7 +132,7 @@ class Wavefront:
         all_read = is_read_NB.all(dim=-1).tolist()
         is_read_NB = on_device(is_read_NB, tokens_BLD.device)
         visible = AttentionMasks.build(
-            self.config, tokens_BLD, mask_NBL.flatten(0, 1), self.n_slots, slots_read_prefix=True
+            self.config, tokens_BLD, mask_NBL.flatten(0, 1), self.recurrence.n_slots, slots_read_prefix=True
         )
         diagonals = []
         for number in range(n_segments + n_layers - 1):
@@ -156,13 +148,13 @@ class Wavefront:
 def diagonal_step(
     weights: Weights,
     layer: BartEncoderLayer,
-    recurrence: PrefixRecurrence | None,
+    recurrence: PrefixRecurrence,
     stream_EBSD: Tensor,
-    memory_EBPD: Tensor | None,
+    memory_EBPD: Tensor,
     visible: AttentionMasks,
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Run one cell per layer, for several layers at once.
 
     Args:
@@ -178,22 +170,19 @@ def diagonal_step(
     Returns:
         Hidden states of slots and tokens that leave the layers, and the new states.
     """
-    layers, prefix, gate_RH, matrix = StackedLayers(weights, layer), None, None, None
-    if recurrence is not None and memory_EBPD is not None:
-        if visible.n_slots and can_fuse(layer, stream_EBSD):
-            return fused_cell(layers, recurrence, stream_EBSD, memory_EBPD, visible, is_read_EB, into)
-        key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
-        prefix = key.flatten(0, 1), value.flatten(0, 1)
-        if "prefix_gate" in weights:
-            gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
-        matrix = recurrence.matrix(memory_EBPD, stream_EBSD, visible.is_token, weights)
+    layers, gate_RH = StackedLayers(weights, layer), None
+    if can_fuse(layer, stream_EBSD):
+        return fused_cell(layers, recurrence, stream_EBSD, memory_EBPD, visible, is_read_EB, into)
+    key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
+    prefix = key.flatten(0, 1), value.flatten(0, 1)
+    if "prefix_gate" in weights:
+        gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
+    matrix = recurrence.matrix(memory_EBPD, stream_EBSD, visible.is_token, weights)
     stream_RSD, _, written = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH, matrix)
     stream_EBSD = stream_RSD.view_as(stream_EBSD)
-    if recurrence is not None and memory_EBPD is not None:
-        slots_EBPD = stream_EBSD[:, :, : visible.n_slots]
-        memory_EBPD = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_EB, weights, written)
+    slots_EBPD = stream_EBSD[:, :, : visible.n_slots]
+    memory_EBPD = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_EB, weights, written)
     if into is not None:
-        assert memory_EBPD is not None
         stream_EBSD, memory_EBPD = into[0].copy_(stream_EBSD), into[1].copy_(memory_EBPD)
     return stream_EBSD, memory_EBPD
 

@@ -102,13 +102,12 @@ class Arithmetic:
         if config.associative_memory:
             n_heads = config.encoder_attention_heads
             n_equations = float((lengths_M // CHUNK * CHUNK**2 + (lengths_M % CHUNK) ** 2).sum())
-            # per token: write strength, read, value predicted from the key, write; and the products of each token with
-            # the tokens before it in its chunk
+            # counted per token: the write strength, the read, the value predicted from the key, and the write; and the
+            # products of the token with the earlier tokens of its chunk
             layer += 2 * width * (n_tokens * (n_heads + 3 * width // n_heads) + n_equations)
         return config.encoder_layers * layer + n_segments * self._recurrence()
 
     def _recurrence(self) -> float:
-        """Count the operations of prefix projection and state update in one segment."""
         config, width = self.config, self.config.d_model
         projection = 6 * width * config.prefix_hidden_size if config.prefix_projection else 4 * width**2
         n_states = config.encoder_layers if config.recurrence == "layerwise" else 1

@@ -9,10 +9,12 @@ from transformers import GenerationConfig, PreTrainedConfig
 # settings that every BART has, or that a script's flags replace
 COMMON = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "transformers_version"),
-    *("max_length", "max_new_tokens", "num_beams", "_from_model_config"),
+    *("max_length", "max_new_tokens", "num_beams", "do_sample", "_from_model_config"),
 )
 # settings that only beam search reads
 BEAM_SETTINGS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
+# settings that only sampling reads
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "typical_p", "min_p")
 # share of contradicting targets from which on a warning is printed
 LEAST_SHARE = 0.1
 
@@ -49,19 +51,31 @@ def describe_limit(config: PreTrainedConfig, asked: int) -> list[str]:
     ]
 
 
-def change_settings(
-    generation: GenerationConfig, given: Mapping[str, Any], max_new_tokens: int, num_beams: int | None = None
-) -> None:
+def text_length(config: PreTrainedConfig, generation: GenerationConfig, given: Mapping[str, Any], usual: int) -> int:
+    """Return the most tokens of a generated text: the given setting, else the model's, else `usual`.
+
+    Raises:
+        ValueError: The given `max_new_tokens` exceeds the decoder's positions.
+    """
+    most = longest_text(config, given.get("max_new_tokens") or generation.max_new_tokens or usual)
+    if given.get("max_new_tokens", 0) > most:
+        raise ValueError(
+            f"--max_new_tokens {given['max_new_tokens']}: must be at most {most}, the positions of the decoder"
+        )
+    return most
+
+
+def change_settings(generation: GenerationConfig, given: Mapping[str, Any], max_new_tokens: int) -> None:
     """Change generation settings in place; raise ValueError if a setting is impossible or has no effect."""
     least = given.get("min_new_tokens")
     if least is not None and least > max_new_tokens:
         raise ValueError(f"--min_new_tokens {least}: must be at most {max_new_tokens}, the maximum length of a text")
-    num_beams = num_beams or generation.num_beams or 1
-    if "length_penalty" in given:
-        if num_beams == 1:
-            raise ValueError("--length_penalty has no effect without beam search; set --num_beams to 2 or more")
-        # length_penalty needs beam search
-        generation.num_beams = num_beams
+    num_beams, is_sampled = (given.get(name, getattr(generation, name)) for name in ("num_beams", "do_sample"))
+    for name in given:
+        if name in BEAM_SETTINGS and (num_beams or 1) == 1:
+            raise ValueError(f"--{name} has no effect without beam search; set --num_beams to 2 or more")
+        if name in SAMPLING_SETTINGS and not is_sampled:
+            raise ValueError(f"--{name} has no effect without sampling; set --do_sample")
     if "min_new_tokens" in given:
         # older name of the same setting
         generation.min_length = None
@@ -74,24 +88,29 @@ def change_settings(
         generation._original_object_hash = hash(generation)
 
 
-def describe_settings(generation: GenerationConfig, max_new_tokens: int, num_beams: int | None = None) -> str:
-    """Return a line with all settings that texts are generated with; `num_beams=None` means the model's."""
-    num_beams = num_beams or generation.num_beams or 1
-    parts = [f"up to {max_new_tokens} tokens", "greedy" if num_beams == 1 else f"{num_beams} beams"]
+def describe_settings(generation: GenerationConfig, max_new_tokens: int) -> str:
+    """Return a line with all settings that texts are generated with."""
+    num_beams = generation.num_beams or 1
+    kinds = [f"{num_beams} beams"] if num_beams > 1 else []
+    kinds += ["sampling"] if generation.do_sample else []
+    parts = [f"up to {max_new_tokens} tokens", " with ".join(kinds) or "greedy"]
     own = settings_of_model(generation, num_beams)
     if own:
-        parts.append("of the model: " + ", ".join(f"{name} {value}" for name, value in own.items()))
+        parts.append(", ".join(f"{name} {value}" for name, value in own.items()))
     return f"generation {'; '.join(parts)}"
 
 
 def settings_of_model(generation: GenerationConfig, num_beams: int) -> dict[str, Any]:
-    """Return the settings that this model was saved with and that change its texts."""
+    """Return the settings that differ from the usual ones and that change the texts."""
     usual = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
     found = {}
     for name, value in generation.to_dict().items():
         is_usual = value is None or value == usual.get(name) or name.startswith(("output_", "return_"))
         is_end = name == "forced_eos_token_id" and value == generation.eos_token_id
-        if not (is_usual or is_end or name in COMMON or (num_beams == 1 and name in BEAM_SETTINGS)):
+        is_unread = name in (BEAM_SETTINGS if num_beams == 1 else ()) or (
+            name in SAMPLING_SETTINGS and not generation.do_sample
+        )
+        if not (is_usual or is_end or is_unread or name in COMMON):
             found[name] = value
     return found
 

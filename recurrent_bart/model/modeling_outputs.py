@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
-from recurrent_bart.recurrence.segmentation import to_device
+from recurrent_bart.recurrence.segmentation import is_traced, to_device
 from recurrent_bart.recurrence.segmented_batch import SegmentedBatch
 
 
@@ -36,11 +36,14 @@ def put_back(taken: Tensor, chosen: Tensor) -> Tensor:
     return whole
 
 
-def _context_mask(hidden_BAD: Tensor, attention_mask: Tensor | None, n_memory: int) -> Tensor:
-    """Return the context's padding mask `(B, A)`; `attention_mask` may leave out the leading state positions."""
+def _context_mask(hidden_BAD: Tensor, attention_mask: Tensor | None, n_memory: int) -> tuple[Tensor, bool | None]:
+    """Return the context's padding mask `(B, A)`, and True if it has a 0, None if that is unknown while traced.
+
+    `attention_mask` may leave out the leading state positions.
+    """
     whole_BA = torch.ones(hidden_BAD.shape[:2], dtype=torch.long, device=hidden_BAD.device)
-    if attention_mask is None or attention_mask.all():
-        return whole_BA
+    if attention_mask is None or (not is_traced() and attention_mask.all()):
+        return whole_BA, False
     if attention_mask.dim() == 2 and attention_mask.shape[1] == hidden_BAD.shape[1] - n_memory:
         attention_mask = nn.functional.pad(attention_mask, (n_memory, 0), value=1)
     if attention_mask.shape != whole_BA.shape:
@@ -49,7 +52,7 @@ def _context_mask(hidden_BAD: Tensor, attention_mask: Tensor | None, n_memory: i
             f"not show which of the {hidden_BAD.shape[1]} positions are padding; give the encoder's "
             f"RecurrentEncoderOutput, or attention_mask of shape {tuple(whole_BA.shape)}"
         )
-    return attention_mask.to(whole_BA)
+    return attention_mask.to(whole_BA), None if is_traced() else True
 
 
 def _indices(chosen: Tensor, device: torch.device) -> tuple[Tensor, ...]:
@@ -144,8 +147,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
                 "decoder must know how many positions are states; give the RecurrentEncoderOutput of the encoder"
             )
         n_memory = config.pre_seq_len if config.has_state and config.decoder_context != "memory" else 0
-        mask = _context_mask(hidden, attention_mask, n_memory)
-        return cls(*given, context_mask=mask, n_memory=n_memory, has_padding=not bool(mask.all()))
+        mask, has_padding = _context_mask(hidden, attention_mask, n_memory)
+        return cls(*given, context_mask=mask, n_memory=n_memory, has_padding=has_padding)
 
     def check_one_context(self) -> None:
         """Raise a ValueError if there is more than one context per row."""

@@ -81,8 +81,8 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
         - Sequential encoder: `"layer"` recomputes each layer separately; `"segment"` recomputes all layers of a segment
         together and stores only the state.
-        - Wavefront encoder: `"layer"` recomputes each diagonal separately and stores hidden states and states;
-        `"segment"` recomputes as many diagonals together as minimize memory.
+        - Wavefront encoder: `"layer"` recomputes one diagonal at a time; `"segment"` recomputes several consecutive
+        diagonals at a time, and chooses their number so that peak memory is lowest.
         """
         if grain not in CHECKPOINTING_GRAINS:
             raise ValueError(f"gradient checkpointing {grain!r}: allowed are {', '.join(CHECKPOINTING_GRAINS)}")

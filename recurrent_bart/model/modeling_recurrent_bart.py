@@ -122,8 +122,8 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         # a static cache returns a tensor, and reading it would synchronize with the device
         if inputs is not None and isinstance(n_read, int) and n_read + inputs.shape[1] > most:
             raise ValueError(
-                f"decoder_input_ids or labels of {n_read + inputs.shape[1]} positions: max_position_embeddings is "
-                f"{most}. Where none are given, input_ids are shifted to stand for them"
+                f"decoder_input_ids or labels have {n_read + inputs.shape[1]} positions, but max_position_embeddings "
+                f"is {most}. Without decoder_input_ids and labels, the decoder reads input_ids, shifted by one"
             )
 
     @can_return_tuple
@@ -161,7 +161,10 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
             return RecurrentBartModelOutput(**output)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None or input_ids.dim() != 2:
-                raise ValueError("decoder_input_ids are needed: only flat input_ids can be shifted to stand for them")
+                raise ValueError(
+                    "decoder_input_ids or labels are missing; the decoder can read input_ids instead only if their "
+                    "shape is (batch, tokens)"
+                )
             decoder_input_ids = shift_tokens_right(
                 input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
             )
@@ -331,7 +334,6 @@ class RecurrentBartForConditionalGeneration(
         oracle: Oracle | None,
         return_logits: bool,
     ) -> RecurrentBartLMOutput:
-        """Decode all target segments as one batch."""
         # without any target, still decode one segment, so that every parameter takes part on every rank
         has_target = target_or_last_segment(has_target)
         labels = take(to_device(labels_BNT, self.final_logits_bias.device), has_target)

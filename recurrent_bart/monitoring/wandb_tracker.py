@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.files import atomic_write
 from recurrent_bart.monitoring.tracker import Record, Warn, curves_of
-from recurrent_bart.run_folder import atomic_write
 
 WANDB_MODES = ("online", "offline", "disabled")
 # Other values of WANDB_MODE and their meaning here. "shared" means online, because the number of nodes decides sharing.

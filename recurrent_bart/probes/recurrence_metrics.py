@@ -52,7 +52,6 @@ def recurrence_metrics(
 
 @torch.no_grad()
 def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor) -> dict[str, Table]:
-    """Encode one document; return each metric as a table by layer and segment."""
     recurrence = model.model.encoder.recurrence
     state = RecurrentState.unread(model.config, 1, ids_BNL.device)
     old_EPD = recurrence.without_matrix(recurrence.initial_state_memory(1))[:, 0].float()
@@ -134,7 +133,6 @@ def _segment_of_target(labels_1NT: Tensor) -> int:
 
 
 def _mean_row(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean at each index over the rows that are long enough."""
     longest = max(map(len, rows))
     return [fmean(row[index] for row in rows if index < len(row)) for index in range(longest)]
 

@@ -21,7 +21,7 @@ CHUNK = 64
 class Matrix:
     """Matrices of all heads. In one segment, gates scale the values read, and strengths scale the values written."""
 
-    # (R, H, K, K), one row per dimension of a key
+    # (R, H, K, K); the third axis counts the dimensions of keys, the last axis the dimensions of values
     values: Tensor
     # gate on the read values, (R, H); initialized to `matrix_gate_init`
     gate: Tensor

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from recurrent_bart.report.drawing import (
     STEP,
@@ -19,7 +19,7 @@ from recurrent_bart.report.drawing import (
     stacked_bars,
     thousands,
 )
-from recurrent_bart.report.run_record import GIB, Run
+from recurrent_bart.report.run_record import Run
 
 Draw = Callable[[Sequence[Run]], Figure | None]
 Series = list[tuple[str, Points, int, int]]
@@ -41,14 +41,14 @@ class Chart:
     draw: Draw
 
 
-def series_of(runs: Sequence[Run], fields: dict[str, str], scale: float = 1.0) -> Series:
-    """Return one line per run and field, with values multiplied by `scale`. `fields` maps field names to labels.
+def series_of(runs: Sequence[Run], fields: dict[str, str]) -> Series:
+    """Return one line per run and field. `fields` maps field names to labels.
 
     With several runs, the colour shows the run and the line style the field. With one run, the colour shows the field.
     """
     series: Series = []
     for number, run in enumerate(runs):
-        drawn = [(place, name, run.points(name, scale)) for place, name in enumerate(fields)]
+        drawn = [(place, name, run.points(name)) for place, name in enumerate(fields)]
         drawn = [entry for entry in drawn if entry[2]]
         for order, (place, name, points) in enumerate(drawn):
             if len(runs) > 1:
@@ -86,19 +86,6 @@ def _rouge(runs: Sequence[Run]) -> Figure | None:
     figure, panels = new_figure(2.5, 1, 3)
     for axes, (label, series) in zip(panels, found, strict=True):
         lines(axes, series, f"{label}, F1, %")
-    legend(figure)
-    return figure
-
-
-def _rates(runs: Sequence[Run]) -> Figure | None:
-    rates = series_of(runs, {"learning_rate": ""})
-    fields = {"gradient_norm_backbone": "backbone", "gradient_norm_recurrence": "recurrence"}
-    norms = series_of(runs, fields)
-    if not rates and not norms:
-        return None
-    figure, (left, right) = new_figure(2.7, 1, 2)
-    lines(left, rates, "learning rate of the backbone", numbers=FormatStrFormatter("%.1e"))
-    lines(right, norms, _with_styles("gradient norm", runs, fields))
     legend(figure)
     return figure
 
@@ -161,19 +148,6 @@ def rank_table(run: Run) -> tuple[Table, list[int]]:
         middle = median(seconds) or 1.0
         columns.append([value / middle for value in seconds])
     return [list(row) for row in zip(*columns, strict=True)], [group[-1][0] for group in groups]
-
-
-def _memory(runs: Sequence[Run]) -> Figure | None:
-    fields = {"memory_allocated_bytes": "allocated"}
-    if any(any(run.of("memory_reserved_bytes")) for run in runs):
-        fields["memory_reserved_bytes"] = "reserved"
-    series = series_of(runs, fields, 1 / GIB)
-    if not series:
-        return None
-    figure, (axes,) = new_figure(2.5)
-    lines(axes, series, _with_styles("peak memory of the rank with the most, GiB", runs, fields))
-    legend(figure)
-    return figure
 
 
 def _gates(runs: Sequence[Run]) -> Figure | None:
@@ -269,12 +243,6 @@ CHARTS = {
             "Overlap of words and word pairs between generated texts and targets, on validation documents.",
             _rouge,
         ),
-        Chart(
-            "rates",
-            "Learning rate and gradient norm",
-            "The gradient of the recurrence is small while its gates are closed. Frequent peaks: lower the rate.",
-            _rates,
-        ),
     ),
     "Speed": (
         Chart(
@@ -295,12 +263,6 @@ CHARTS = {
             "The median rank has 1.00; a slower rank has more. A rank that is always slow points to a slow device, "
             "and neighbouring slow ranks point to a slow node.",
             _processes,
-        ),
-        Chart(
-            "memory",
-            "Memory",
-            "A line that rises during the whole run is a memory leak. Reserved far above allocated is fragmentation.",
-            _memory,
         ),
     ),
     "Recurrence": (

@@ -7,10 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from recurrent_bart.files import atomic_write
 from recurrent_bart.report.charts import CHARTS
 from recurrent_bart.report.drawing import COLORS, SERIES, to_svg, write_png
 from recurrent_bart.report.run_record import Run, differing_flags, facts, key_metrics, slowest
-from recurrent_bart.run_folder import atomic_write
 
 TEMPLATE = "report.html.jinja"
 # Colours of the dark page: the same hues, lighter.

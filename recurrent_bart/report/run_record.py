@@ -45,9 +45,9 @@ class Run:
         """Return the newest value of a field; None if there is none."""
         return next(reversed(self.of(name)), None)
 
-    def points(self, name: str, scale: float = 1.0) -> Points:
-        """Return (step, value) pairs of a field, multiplied by `scale`."""
-        return [(record["step"], record[name] * scale) for record in self.records if record.get(name) is not None]
+    def points(self, name: str) -> Points:
+        """Return (step, value) pairs of a field."""
+        return [(record["step"], record[name]) for record in self.records if record.get(name) is not None]
 
     @property
     def label(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from recurrent_bart.run_folder import atomic_write
+from recurrent_bart.files import atomic_write
 from recurrent_bart.studies.tasks.babi import load_babi
 from recurrent_bart.studies.tasks.memory_tasks import SYMBOL_TASKS, MemoryTask
 

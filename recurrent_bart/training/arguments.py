@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,24 +17,12 @@ from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
 from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.curriculum import Curriculum, parse_stages
 from recurrent_bart.training.flags import DataclassFlagParser
+from recurrent_bart.training.generation_arguments import GenerationArguments, check_at_least, flag
 from recurrent_bart.training.resumed_flags import check_resumed
 
 PRECISIONS = ("auto", "bf16", "fp32")
-SCHEDULES = ("linear", "cosine", "constant")
+LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 TRAINED = ("all", "prefix")
-
-
-def flag(default: Any, text: str) -> Any:
-    """Declare a dataclass field with a default and the help text of its flag."""
-    return field(default=default, metadata={"help": text})
-
-
-def _check_at_least(arguments: Any, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        # `not >=` refuses NaN too
-        if value is not None and not value >= least:
-            raise ValueError(f"--{name} {value}: must be at least {least:g}")
 
 
 def _check_below(arguments: Any, limit: float, name: str) -> None:
@@ -71,8 +59,8 @@ class ModelArguments:
     vocab_size: int = flag(4096, "number of ids of a tokenizer that is trained for a new model")
     pre_seq_len: int | None = flag(
         None,
-        "number of prefix positions per segment, which is also the width of the state; 0: no recurrence; if not "
-        "given: the pretrained model's value, else 20",
+        "number of prefix positions per segment, and of slots in the state; 0: no recurrence; if not given: the "
+        "pretrained model's value, else 20",
     )
     segment_size: int | None = flag(
         None,
@@ -162,11 +150,11 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 0, "dropout")
+        check_at_least(self, 0, "dropout")
         _check_below(self, 1, "dropout")
         _check_choice(self, "train", TRAINED)
-        _check_at_least(self, 0, "lora_r")
-        _check_at_least(self, 1, "lora_alpha")
+        check_at_least(self, 0, "lora_r")
+        check_at_least(self, 1, "lora_alpha")
         if self.lora_r and self.train != "all":
             raise ValueError(
                 f"--lora_r {self.lora_r}: must be 0 with --train {self.train}, which does not train adapters"
@@ -192,13 +180,17 @@ class DataArguments:
 
     dataset: str = flag(
         "stdlib",
-        "documents: stdlib (built-in corpus), a file, a folder with train.* and validation.*, or a data set's name on "
-        "the Hugging Face Hub",
+        "documents: stdlib (built-in corpus), a file, a folder with train.* and validation.*, a folder written by "
+        "save_to_disk, or a data set's name on the Hugging Face Hub",
+    )
+    dataset_config_name: str | None = flag(
+        None,
+        "configuration of the data set that --dataset names on the Hugging Face Hub; if not given: its only one",
     )
     train_file: str | None = flag(
         None,
-        "training documents, instead of --dataset: JSON Lines (.jsonl or .jsonl.gz), CSV, Parquet, or a folder of "
-        "text files",
+        "training documents, instead of --dataset: JSON Lines (.jsonl or .jsonl.gz), a JSON list, CSV, TSV, Parquet, "
+        "a folder of text files, or a folder written by save_to_disk",
     )
     validation_file: str | None = flag(
         None,
@@ -222,7 +214,7 @@ class DataArguments:
         "rule that chooses the documents of --validation_share: content (by id or content), or line (by id or line "
         "number, as in older runs)",
     )
-    encoding: str = flag("utf-8", "character encoding of JSON Lines, CSV and text files, by its Python name")
+    encoding: str = flag("utf-8", "character encoding of JSON, CSV, TSV and text files, by its Python name")
     task: str = flag("document", "document: one target per document; sections: one target per section")
     text_column: str = flag(Columns.text, "column with the text of a document, for --task document")
     summary_column: str = flag(Columns.summary, "column with the target of a document, for --task document")
@@ -234,7 +226,9 @@ class DataArguments:
         "text (PEGASUS); 0: none",
     )
     max_target_length: int = flag(
-        128, "most tokens of a target, at least 4; longer targets are cut, and generation stops at this length"
+        128,
+        "most tokens of a target, at least 4; longer targets are cut; generation stops at this length, unless "
+        "--max_new_tokens is given",
     )
     skip_bad_samples: bool = flag(
         False, "skip documents that are unreadable or empty, and count them; if not given: the run stops at the first"
@@ -249,43 +243,14 @@ class DataArguments:
         if not 0 < self.validation_share < 1:
             raise ValueError(f"--validation_share {self.validation_share}: must be above 0 and below 1")
         check_encoding(self.encoding)
-        _check_at_least(self, 4, "max_target_length")
-        _check_at_least(self, 0, "gap_sentences")
+        check_at_least(self, 4, "max_target_length")
+        check_at_least(self, 0, "gap_sentences")
 
     def columns(self) -> Columns:
         """Return the names of the columns to read."""
         return Columns(
             self.text_column, self.summary_column, self.sections_column, self.summaries_column, self.group_column
         )
-
-
-@dataclass(kw_only=True)
-class GenerationArguments:
-    """Flags of text generation, except length and beams. Without a flag, the model's value holds."""
-
-    _argument_group_name: ClassVar[str] = "generation"
-
-    min_new_tokens: int | None = flag(
-        None, "fewest tokens of a generated text; 0: no minimum; if not given: the model's generation_config.json"
-    )
-    no_repeat_ngram_size: int | None = flag(
-        None,
-        "length in tokens of the sequences that no generated text contains twice; 0: no restriction; if not given: "
-        "the model's generation_config.json",
-    )
-    length_penalty: float | None = flag(
-        None,
-        "exponent of the text length in beam search; higher values give longer texts; if not given: the model's "
-        "generation_config.json",
-    )
-
-    def __post_init__(self) -> None:
-        _check_at_least(self, 0, "min_new_tokens", "no_repeat_ngram_size")
-
-    def generation_settings(self) -> dict[str, Any]:
-        """Return the generation flags that were given."""
-        values = {item.name: getattr(self, item.name) for item in fields(GenerationArguments)}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
@@ -317,7 +282,12 @@ class RunArguments(GenerationArguments):
         "peak learning rate of the recurrence and of adapters; if not given: 10 x --learning_rate for a pretrained "
         "model, else --learning_rate",
     )
-    lr_scheduler: str = flag("linear", "decay of the learning rate after warm-up: linear, cosine or constant")
+    lr_scheduler: str = flag(
+        "linear",
+        "decay of the learning rate after warm-up, as in Hugging Face's Trainer: linear or cosine (to 0 at "
+        "--max_steps), inverse_sqrt, or constant (constant_with_warmup is the same)",
+        aliases=["--lr_scheduler_type"],
+    )
     warmup_steps: int | None = flag(
         None,
         "optimizer steps over which the learning rate rises linearly to its peak; if not given: a tenth of --max_steps",
@@ -380,7 +350,6 @@ class RunArguments(GenerationArguments):
     per_device_eval_batch_size: int | None = flag(
         None, "documents per device in a forward pass of an evaluation; if not given: --per_device_train_batch_size"
     )
-    num_beams: int = flag(1, "beams of generation in evaluations; 1: greedy search")
     patience: int = flag(0, "evaluations in a row without a lower validation loss after which the run stops; 0: never")
     async_save: bool = flag(
         False, "write checkpoints in the background from a copy in CPU memory, while training goes on"
@@ -418,21 +387,21 @@ class RunArguments(GenerationArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
-        _check_at_least(self, 1, *positive, "eval_documents", "num_beams", "timeout_minutes")
-        _check_at_least(self, 0, "max_minutes", "max_loss_spikes")
-        _check_at_least(self, 1, "max_skipped_steps", "step_timeout_seconds", "tokens_per_batch")
-        _check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
-        _check_at_least(
+        check_at_least(self, 1, *positive, "eval_documents", "timeout_minutes")
+        check_at_least(self, 0, "max_minutes", "max_loss_spikes")
+        check_at_least(self, 1, "max_skipped_steps", "step_timeout_seconds", "tokens_per_batch")
+        check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
+        check_at_least(
             self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay", "eval_every"
         )
-        _check_at_least(self, 0, "save_every", "keep_every")
-        _check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
-        _check_at_least(self, 0, "adam_beta2")
+        check_at_least(self, 0, "save_every", "keep_every")
+        check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
+        check_at_least(self, 0, "adam_beta2")
         _check_below(self, 1, "adam_beta2")
         # keep two checkpoints, because a crash may leave the newest one incomplete
-        _check_at_least(self, 2, "keep_last")
+        check_at_least(self, 2, "keep_last")
         _check_choice(self, "precision", PRECISIONS)
-        _check_choice(self, "lr_scheduler", SCHEDULES)
+        _check_choice(self, "lr_scheduler", LR_SCHEDULERS)
         _check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)
         _check_choice(self, "oracle", ORACLES)
         self.eval_every = self.eval_every or max(25, self.max_steps // 10)
@@ -440,7 +409,7 @@ class RunArguments(GenerationArguments):
             self.warmup_steps = self.max_steps // 10
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"--warmup_steps {self.warmup_steps}: must be at most --max_steps {self.max_steps}")
-        _check_at_least(self, 1, "curriculum_steps")
+        check_at_least(self, 1, "curriculum_steps")
         if self.curriculum is None and (self.curriculum_steps or self.curriculum_loss is not None):
             raise ValueError("--curriculum_steps and --curriculum_loss need --curriculum")
         # raises ValueError if the stages cannot be parsed

@@ -3,11 +3,12 @@
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
+from torch import nn
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import DocumentOrder
 from recurrent_bart.data.cuts import describe_cuts
-from recurrent_bart.model.generation_settings import contradictions, describe_limit, describe_settings
+from recurrent_bart.model.generation_settings import contradictions, describe_limit, describe_settings, text_length
 from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.model.scheduled_sampling import Oracle, gold_probability
 from recurrent_bart.training.arguments import Arguments, RunArguments
@@ -21,6 +22,12 @@ from recurrent_bart.training.resumed_flags import describe_changes
 def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> LearningRates:
     """Return the peak learning rates of a run."""
     return LearningRates.of(arguments.run, arguments.model.model_name_or_path is not None, config.d_model)
+
+
+def generated_length(model: nn.Module, run: RunArguments, prepared: Preparation) -> int:
+    """Return the most tokens of a text that an evaluation generates."""
+    usual = prepared.splits["validation"].collator.max_target_length
+    return text_length(prepared.config, model.generation_config, run.generation_settings(), usual)
 
 
 def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict[str, Any]:
@@ -95,6 +102,6 @@ def _describe_generation(arguments: Arguments, prepared: Preparation, engine: De
     generation, validation = engine.module.generation_config, prepared.splits["validation"]
     return [
         *describe_limit(prepared.config, arguments.data.max_target_length),
-        describe_settings(generation, validation.collator.max_target_length, arguments.run.num_beams),
+        describe_settings(generation, generated_length(engine.module, arguments.run, prepared)),
         *map(str, contradictions(generation, validation.targets())),
     ]

@@ -128,11 +128,11 @@ def batch_job() -> tuple[str, int]:
     return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def set_wandb_folders(folder: Path, given: Mapping[str, str]) -> None:
-    """Make wandb write only into the run folder. Call this before wandb is imported.
+def set_wandb_environment(folder: Path, given: Mapping[str, str], is_online: bool) -> None:
+    """Make wandb write only into the run folder, and send nothing unless it is online.
 
-    wandb then no longer finds the user's settings files, so the settings from `wandb_settings` are passed as
-    environment variables.
+    Call this before wandb is imported. wandb then no longer finds the user's settings files, so the settings from
+    `wandb_settings` are passed as environment variables.
 
     Raises:
         OSError: The folder cannot be written.
@@ -150,8 +150,8 @@ def set_wandb_folders(folder: Path, given: Mapping[str, str]) -> None:
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())
     # a wandb service that another process started may still use the id of a killed run
     os.environ.pop("WANDB_SERVICE", None)
-    # the mode is passed to wandb.init; wandb refuses to start if this variable has an unknown value
-    os.environ.pop("WANDB_MODE", None)
+    # wandb.init gets the mode too; but wandb's own statistics, sent at the end of the process, follow this variable
+    os.environ["WANDB_MODE"] = "online" if is_online else "offline"
 
 
 def wandb_settings() -> dict[str, str]:

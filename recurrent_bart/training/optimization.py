@@ -1,13 +1,13 @@
 """Optimizer and learning rate scheduler."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.training.arguments import RunArguments
@@ -35,8 +35,8 @@ class LearningRates:
     def of(cls, run: RunArguments, is_pretrained: bool, d_model: int) -> "LearningRates":
         """Return the learning rates from the flags, or their defaults.
 
-        For a pretrained model, the recurrence's default is 10 times BART's rate, because the recurrence is not
-        pretrained.
+        For a pretrained model, the default learning rate of the recurrence is 10 times BART's learning rate, because
+        the recurrence is not pretrained.
         """
         backbone, recurrence = run.learning_rate, run.recurrence_learning_rate
         if backbone is None:
@@ -78,24 +78,18 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: Optimizer, run: RunArguments) -> LambdaLR:
-    """Build the scheduler: a linear warm-up, then the decay that `--lr_scheduler` names, to 0 at `--max_steps`."""
+    """Build the scheduler: a linear warm-up, then the decay of transformers that `--lr_scheduler` names."""
     return LambdaLR(optimizer, learning_rate_factor(run.lr_scheduler, run.warmup_steps or 0, run.max_steps))
 
 
 def learning_rate_factor(schedule: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
     """Return a function that maps a step (counted from 0) to a share (0 to 1) of the peak learning rate."""
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-        return {
-            "linear": 1.0 - progress,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-            "constant": 1.0,
-        }[schedule]
-
-    return factor
+    # all schedules of this package have a warm-up
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    # transformers' share is 0 at step 0, so the first step here is its step 1
+    unused = SGD([torch.zeros(())])
+    share = get_scheduler(name, unused, warmup_steps + 1, max_steps + 1).lr_lambdas[0]
+    return lambda step: share(min(step, max_steps) + 1)
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:

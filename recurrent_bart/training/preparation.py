@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, plan_documents
-from recurrent_bart.data.corpus import atomic_directory, fingerprint, load_corpus, texts_of
+from recurrent_bart.data.corpus import load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
+from recurrent_bart.files import atomic_directory, fingerprint
 from recurrent_bart.model.generation_settings import longest_text
 from recurrent_bart.model.saved_models import check_model_place
 from recurrent_bart.monitoring.progress import say
@@ -159,9 +160,12 @@ def find_training_sources(data: DataArguments) -> dict[str, Source]:
 def sources_of(data: DataArguments) -> dict[str, Source]:
     """Return the source of each split that exists. Print notes about unused data."""
     held_out = HeldOut(data.validation_share, data.held_out_by)
-    sources = find_sources(data.dataset, data.train_file, data.validation_file, data.test_file, held_out)
+    files = (data.train_file, data.validation_file, data.test_file)
+    sources = find_sources(data.dataset, *files, held_out, data.dataset_config_name or "")
     for note in dict.fromkeys(note for source in sources.values() for note in source.notes):
         say(f"warning: {note}")
+    if data.dataset_config_name and not any(source.config_name for source in sources.values()):
+        say("warning: --dataset_config_name has no effect: the documents are not from the Hugging Face Hub")
     is_held_out = any(source.held_out for source in sources.values())
     if not is_held_out and (data.group_column or data.validation_share != DataArguments.validation_share):
         say("warning: --group_column and --validation_share have no effect: the data set has a validation split")

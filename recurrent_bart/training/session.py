@@ -17,7 +17,6 @@ from deepspeed import DeepSpeedEngine
 from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.checkpointing.process_state import reseed_random_states
 from recurrent_bart.data.batches import Batch
-from recurrent_bart.data.corpus import atomic_directory
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import (
     all_together,
@@ -29,16 +28,17 @@ from recurrent_bart.distributed import (
     stop_all,
 )
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.files import atomic_directory, atomic_write
 from recurrent_bart.model.flops import peak_flops
 from recurrent_bart.model.generation_settings import change_settings
 from recurrent_bart.monitoring.progress import ProgressDisplay, say
 from recurrent_bart.monitoring.rank_metrics import RankTopology
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.report.curves import draw_curves
-from recurrent_bart.run_folder import RunFolder, atomic_write
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.adapters import choose_trained, merged
 from recurrent_bart.training.arguments import Arguments
-from recurrent_bart.training.description import describe, learning_rates, oracle_at, resolved_settings
+from recurrent_bart.training.description import describe, generated_length, learning_rates, oracle_at, resolved_settings
 from recurrent_bart.training.document_order import build_order, store_data_position
 from recurrent_bart.training.environment import Environment, batch_job, is_batch_job
 from recurrent_bart.training.lifecycle.exit_codes import ExitCode, Outcome
@@ -123,7 +123,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     prepared = first_then_all(lambda: prepare(arguments, environment))
     model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
     choose_trained(model, arguments.model)
-    change_settings(model.generation_config, run.generation_settings(), _max_target_length(prepared), run.num_beams)
+    change_settings(model.generation_config, run.generation_settings(), generated_length(model, run, prepared))
     rates = learning_rates(arguments, prepared.config)
     optimizer = build_optimizer(model, rates, run.weight_decay, run.adam_beta2)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
@@ -141,10 +141,6 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
         torch.manual_seed(run.seed + 1 + environment.rank)
         reseed_random_states(resumed.state.step)
     return kind(arguments, environment, prepared, engine, checkpoints, resumed, lock)
-
-
-def _max_target_length(prepared: Preparation) -> int:
-    return prepared.splits["validation"].collator.max_target_length
 
 
 def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
@@ -365,7 +361,8 @@ class Session:
 
     def _generation(self) -> Generation:
         run = self.arguments.run
-        return Generation(_max_target_length(self.prepared), run.num_beams, run.eval_documents)
+        length = generated_length(self.engine.module, run, self.prepared)
+        return Generation(length, n_documents=run.eval_documents)
 
     def _evaluator(self, documents: Documents) -> Evaluator:
         run = self.arguments.run

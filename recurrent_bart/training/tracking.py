@@ -17,7 +17,7 @@ from recurrent_bart.training.arguments import TrackingArguments, split_tags
 from recurrent_bart.training.environment import (
     Environment,
     has_wandb_key,
-    set_wandb_folders,
+    set_wandb_environment,
     wandb_mode,
     wandb_settings,
 )
@@ -84,7 +84,7 @@ def _start_wandb(
     if is_online and not has_wandb_key(given):
         warn("wandb: no API key is set (WANDB_API_KEY, or wandb login); wandb continues offline")
         is_online = False
-    set_wandb_folders(folder.path, given)
+    set_wandb_environment(folder.path, given, is_online)
     run = WandbRun(
         id=identity,
         folder=(folder.path / "wandb").absolute(),

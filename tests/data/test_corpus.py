@@ -7,7 +7,7 @@ import os
 import pytest
 
 from recurrent_bart.data import corpus as module
-from recurrent_bart.data.corpus import atomic_directory, load_corpus, texts_of
+from recurrent_bart.data.corpus import load_corpus, texts_of
 from recurrent_bart.data.rows import Columns, Row
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.data.tokenizer import train_tokenizer
@@ -156,47 +156,6 @@ def test_two_processes_may_tokenise_the_same_documents_at_once(path, tmp_path):
         worker.join()
     assert found == [["a", "b"]] * 2
     assert len(entries(tmp_path)) == 1
-
-
-def test_a_folder_appears_when_it_is_complete_and_not_when_it_fails(tmp_path):
-    folder = tmp_path / "deep" / "folder"
-    with atomic_directory(folder) as draft:
-        (draft / "file").write_text("new")
-        assert not folder.exists()
-    assert (folder / "file").read_text() == "new"
-    assert folder.stat().st_mode & 0o777 == 0o755
-    other = tmp_path / "deep" / "other"
-    with pytest.raises(FileNotFoundError), atomic_directory(other) as draft:
-        (draft / "no folder" / "file").write_text("half")
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
-
-
-def test_a_folder_makes_way_for_a_new_one_only_when_told(tmp_path):
-    folder = tmp_path / "folder"
-    for text, replaces in (("first", False), ("dropped", False), ("second", True)):
-        with atomic_directory(folder, replaces) as draft:
-            (draft / "file").write_text(text)
-        assert (folder / "file").read_text() == ("first" if text == "dropped" else text)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-def test_a_failed_replacement_leaves_the_old_one(tmp_path):
-    folder = tmp_path / "folder"
-    with atomic_directory(folder) as draft:
-        (draft / "file").write_text("old")
-    with pytest.raises(FileNotFoundError), atomic_directory(folder, replaces=True) as draft:
-        (draft / "no folder" / "file").write_text("half")
-    assert (folder / "file").read_text() == "old"
-
-
-def test_what_a_crash_left_behind_does_not_stand_in_the_way(tmp_path):
-    folder = tmp_path / "folder"
-    for name in (folder.name, ".folder.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("old")
-    with atomic_directory(folder, replaces=True) as draft:
-        (draft / "file").write_text("new")
-    assert (folder / "file").read_text() == "new"
 
 
 def test_a_cache_that_cannot_be_written_is_refused(path, tokenizer, tmp_path):

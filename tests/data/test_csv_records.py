@@ -1,4 +1,4 @@
-"""CSV files: correct rows, or an error with file and line."""
+"""CSV and TSV files: correct rows, or an error with file and line."""
 
 import csv
 
@@ -34,9 +34,9 @@ FAULTS = {
     ),
     "a quote that closes before a comma": (
         '"The roof leaks,Repair.\nThe bridge.,Review.\nThe park.",Open.\nd,e\n',
-        "x.csv:2: a quoted field goes over 3 lines, .* a quote seems to be missing",
+        "x.csv:2: a quoted field has 3 lines, .* a quote seems to be missing",
     ),
-    "a last field that closes later": ('a,"b\nc,d"\n', "x.csv:2: a quoted field goes over 2 lines"),
+    "a last field that closes later": ('a,"b\nc,d"\n', "x.csv:2: a quoted field has 2 lines"),
     "a quote that never closes": ('a,b\n"c,d\ne,f\n', "x.csv:3: a quote has no closing quote up to line 4"),
 }
 
@@ -46,6 +46,18 @@ def test_a_faulty_row_is_refused_with_file_and_line(tmp_path, name):
     rows, message = FAULTS[name]
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path, HEAD + rows))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_row_between_tabs_is_refused_too(tmp_path, name):
+    rows, message = FAULTS[name]
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path, (HEAD + rows).replace(",", "\t")), delimiter="\t")
+
+
+def test_fields_between_tabs_may_have_commas_and_quoted_tabs(tmp_path):
+    path = write(tmp_path, 'document\tsummary\na,b, c\t1,000\n"d\te"\t"f ""g""\nh"\n')
+    assert read(path, delimiter="\t") == [("x.csv:2", "a,b, c", "1,000"), ("x.csv:3", "d\te", 'f "g"\nh')]
 
 
 @pytest.mark.parametrize("rows", ["a,b,c\n", '"a" b,c\n', "a\n", '"a\\"b","c"\n'])

@@ -59,10 +59,13 @@ def test_numbered_files_of_a_split_are_read_in_order_of_their_numbers(tmp_path, 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("train.jsonl", "train.jsonl.gz"), "more than one place for split 'train'"),
-        (("train.jsonl", "train_2.csv"), "more than one place for split 'train'"),
-        (("train.jsonl", "val.jsonl", "dev.jsonl"), "more than one place for split 'validation': dev.jsonl, val.jsonl"),
-        (("train.jsonl", "train/a.summary.txt"), "more than one place for split 'train'"),
+        (("train.jsonl", "train.jsonl.gz"), "files of split 'train' may be copies of each other"),
+        (("train.jsonl", "train_2.csv"), "files of split 'train' may be copies of each other"),
+        (
+            ("train.jsonl", "val.jsonl", "dev.jsonl"),
+            "of each other: dev.jsonl, val.jsonl; keep one of them, or number files of one type",
+        ),
+        (("train.jsonl", "train/a.summary.txt"), "files of split 'train' may be copies of each other"),
         (("train-00000-of-00002.jsonl",), "split 'train' has only 1 of 2 files"),
     ],
 )

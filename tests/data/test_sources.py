@@ -7,6 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from datasets import Dataset, DatasetDict
 
 from recurrent_bart.data.rows import Columns
 from recurrent_bart.data.sources import find_sources
@@ -22,9 +23,11 @@ def write(path, records=RECORDS):
         path.write_text(lines)
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines.encode()))
-    elif path.suffix == ".csv":
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records, indent=1))
+    elif path.suffix in (".csv", ".tsv"):
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, records[0])
+            writer = csv.DictWriter(file, records[0], delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(records)
     elif path.suffix == ".parquet":
@@ -41,7 +44,9 @@ def read(source, task="document"):
     return [(row.id, row.sections[0], row.summaries[0]) for row in source.rows(task, Columns())]
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.parquet", "train"])
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "train.jsonl.gz", "train.json", "train.csv", "train.tsv", "train.parquet", "train"]
+)
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
     write(tmp_path / name)
     write(tmp_path / "validation.jsonl", RECORDS[:1])
@@ -49,6 +54,52 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
     assert read(sources["train"]) == [(f"d{i}", f"text {i}", f"sum {i}") for i in range(3)]
     assert read(sources["validation"]) == [("d0", "text 0", "sum 0")]
     assert "test" not in sources
+
+
+def test_a_data_set_of_several_splits_saved_to_disk_is_read(tmp_path):
+    splits = {"train": RECORDS, "dev": RECORDS[:1], "extra": RECORDS}
+    DatasetDict({name: Dataset.from_list(records) for name, records in splits.items()}).save_to_disk(tmp_path / "data")
+    sources = find_sources(str(tmp_path / "data"))
+    assert {split: source.kind for split, source in sources.items()} == {"train": "saved", "validation": "saved"}
+    assert read(sources["train"]) == [(f"d{i}", f"text {i}", f"sum {i}") for i in range(3)]
+    assert read(sources["validation"]) == [("d0", "text 0", "sum 0")]
+    assert sources["train"].notes == (f"{tmp_path / 'data'}: not read: extra",)
+    with pytest.raises(
+        ValueError, match=r"data: a data set with the splits dev, extra, train; give the folder of one split"
+    ):
+        find_sources("stdlib", train_file=str(tmp_path / "data"))
+
+
+def test_a_data_set_of_one_split_saved_to_disk_is_read_and_some_documents_are_held_out(tmp_path):
+    folder = tmp_path / "data"
+    records = [{"id": f"d{i}", "sections": [f"text {i}", "b"], "summaries": ["s", "t"]} for i in range(100)]
+    Dataset.from_list(records).with_format("numpy").save_to_disk(folder, num_shards=2)
+    sources = find_sources(str(folder))
+    train, validation = read(sources["train"], "sections"), read(sources["validation"], "sections")
+    assert sorted(train + validation) == sorted((f"d{i}", f"text {i}", "s") for i in range(100))
+    assert 3 < len(validation) < 30
+    before = sources["train"].identity()
+    (folder / "cache-1.arrow").write_bytes(b"")
+    assert find_sources(str(folder))["train"].identity() == before
+    named = find_sources("stdlib", train_file=str(folder), validation_file=str(write(tmp_path / "v.jsonl")))
+    assert len(read(named["train"], "sections")) == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("state.json", "{"), ("data-00000-of-00001.arrow", "not arrow"), ("state.json", "{}")]
+)
+def test_a_damaged_data_set_on_disk_is_refused(tmp_path, name, content):
+    Dataset.from_list(RECORDS).save_to_disk(tmp_path / "data")
+    (tmp_path / "data" / name).write_text(content)
+    with pytest.raises(ValueError, match="data: unreadable"):
+        read(find_sources("stdlib", train_file=str(tmp_path / "data"))["train"])
+
+
+def test_a_document_of_a_saved_data_set_is_named_by_its_number(tmp_path):
+    Dataset.from_list([*RECORDS, {"id": "d3", "document": "text", "summary": None}]).save_to_disk(tmp_path / "data")
+    source = find_sources("stdlib", train_file=str(tmp_path / "data"))["train"]
+    with pytest.raises(ValueError, match=r"data\[3\]: column 'summary' has no value"):
+        list(source.rows("document", Columns()))
 
 
 def test_files_may_be_named_one_by_one(tmp_path):
@@ -94,17 +145,47 @@ def test_a_data_set_by_name_is_loaded_by_datasets(tmp_path, monkeypatch):
     assert sources["test"].identity() != sources["train"].identity()
 
 
+def test_a_configuration_of_a_data_set_by_name_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    configs = []
+    for name, records in (("short", RECORDS[:1]), ("long", RECORDS)):
+        files = {split: f"{name}/{split}.parquet" for split in ("train", "validation")}
+        for file in files.values():
+            write(tmp_path / "owner" / "name" / file, records)
+        data_files = [{"split": split, "path": file} for split, file in files.items()]
+        configs.append({"config_name": name, "data_files": data_files})
+    # JSON is YAML too.
+    (tmp_path / "owner" / "name" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("recurrent_bart.data.sources.Path.exists", lambda self: False)
+        short, long = (find_sources("owner/name", config_name=name)["train"] for name in ("short", "long"))
+    assert len(read(short)) == 1
+    assert len(read(long)) == 3
+    assert short.identity() != long.identity()
+    monkeypatch.setattr("recurrent_bart.data.sources.Path.exists", lambda self: False)
+    with pytest.raises(
+        ValueError, match=r"--dataset owner/name: .*'short', 'long'.*give one with --dataset_config_name"
+    ):
+        find_sources("owner/name")
+    with pytest.raises(ValueError, match=r"--dataset owner/name --dataset_config_name no: .*'no' not found"):
+        find_sources("owner/name", config_name="no")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.jsonl", "", "x.jsonl: the file is empty"),
         ("x.jsonl", "\n \n", "no documents with a target for --task document in split 'train'"),
         ("x.jsonl", '{"document": "t", "summary": "s"}\n{"document": \n', r"x.jsonl:2: unreadable line"),
-        ("x.jsonl", '{"document": "t", "summary": "s"}\n[1]\n', r"x.jsonl:2: .*JSON object is needed, not list"),
+        ("x.jsonl", '{"document": "t", "summary": "s"}\n[1]\n', r"x.jsonl:2: .*must be a JSON object, not list"),
         ("x.jsonl", '{"document": "t"}\n', "x.jsonl:1: no column 'summary'"),
-        ("x.csv", "document,summary\nt,s\nu,\n", "x.csv:3: no target"),
+        ("x.csv", "document,summary\nt,s\nu,\n", "x.csv:3: the summary is empty"),
         ("x.csv", "text,summary\nt,s\n", "x.csv:2: no column 'document'; the columns are 'text', 'summary'"),
-        ("x.xml", "<a/>", "x.xml: unknown kind of file"),
+        ("x.tsv", "document\tsummary\nt\ts\nu\n", "x.tsv:3: 1 fields, but the first row names 2 columns"),
+        ("x.json", '[{"document": "t", "summary": "s"},\n{"document": "u"}]', "x.json:2: no column 'summary'"),
+        ("x.json", "[]", "no documents with a target for --task document in split 'train'"),
+        ("x.xml", "<a/>", "x.xml: unknown file type"),
         ("x.jsonl.gz", "not gzip", "x.jsonl.gz:1: unreadable"),
         ("x.parquet", "not parquet", "x.parquet: "),
     ],
@@ -164,7 +245,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         find_sources("stdlib", train_file=str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match="no such file or folder"):
         find_sources(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="neither a file or folder nor a data set"):
+    with pytest.raises(ValueError, match="no such file or folder, and no data set could be loaded"):
         find_sources("no-such-data-set")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no train"):
@@ -174,7 +255,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
 def test_two_files_for_one_split_are_refused(tmp_path):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "train.csv")
-    with pytest.raises(ValueError, match="more than one place for split 'train'"):
+    with pytest.raises(ValueError, match="files of split 'train' may be copies of each other"):
         find_sources(str(tmp_path))
 
 

@@ -22,7 +22,7 @@ BROKEN = {
     "line": ('{"id": 7, "sections": ["ant b', "train.jsonl:3: unreadable line"),
     "column": ('{"id": 7, "text": "ant"}', "train.jsonl:3: no column 'document'"),
     "type": ('{"id": 7, "document": 3, "summary": "ant"}', "train.jsonl:3: column 'document' must be a text"),
-    "target": ('{"id": 7, "document": "ant", "summary": " "}', "train.jsonl:3: no target"),
+    "target": ('{"id": 7, "document": "ant", "summary": " "}', "train.jsonl:3: the summary is empty"),
 }
 
 

@@ -120,6 +120,16 @@ def test_a_data_set_that_is_given_takes_the_place_of_the_runs_files(script, fold
     assert (data.train_file, data.validation_file, data.test_file) == (None, None, "other.jsonl")
 
 
+def test_a_data_set_that_is_given_does_not_get_the_configuration_of_the_runs(script, tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_config(arguments={"data": {"dataset": "owner/name", "dataset_config_name": "long"}})
+    places = []
+    for given in ([], ["--dataset", "other/name"], ["--dataset_config_name", "short"]):
+        _, data = script.parse_arguments(["--model", str(run.model), *given])
+        places.append((data.dataset, data.dataset_config_name))
+    assert places == [("owner/name", "long"), ("other/name", None), ("owner/name", "short")]
+
+
 def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path):
     _, data = script.parse_arguments(["--model", str(tmp_path)])
     assert (data.dataset, data.task) == ("stdlib", "document")
@@ -155,7 +165,7 @@ def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path):
     ended = run_script(SCRIPT, *flags, timeout=120)
     assert ended.codes == [0], ended.text()
     assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in ended.text()
-    assert "generation up to 64 tokens; greedy; of the model: min_length 60" in ended.text()
+    assert "generation up to 64 tokens; greedy; min_length 60" in ended.text()
     assert "of the targets cannot be generated with the model's setting min_length 60" in ended.text()
     ended = run_script(SCRIPT, *flags, "--min_new_tokens", 0, timeout=120)
     assert ended.codes == [0], ended.text()

@@ -154,7 +154,7 @@ def test_targets_and_generation_end_with_the_positions_of_the_decoder(
     assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
     printed = capsys.readouterr().out
     assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in printed
-    assert "generation up to 64 tokens; greedy; of the model: " in printed
+    assert "generation up to 64 tokens; greedy; " in printed
     assert [record["step"] for record in read_metrics(tmp_path / "run") if "rouge1" in record] == [2]
 
 
@@ -167,7 +167,7 @@ def test_settings_of_generation_are_told_held_against_the_targets_and_saved(
     changes = {"model_name_or_path": model, "max_target_length": 40, "max_steps": 2}
     assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
     printed = capsys.readouterr().out
-    assert "generation up to 40 tokens; greedy; of the model: min_length 30\n" in printed
+    assert "generation up to 40 tokens; greedy; min_length 30\n" in printed
     warning = r"warning: \d+ % of the targets cannot be generated with the model's setting min_length 30"
     assert re.search(f"{warning}; remove this limit with --min_new_tokens 0", printed)
     assert train_main(flags(documents, tmp_path / "changed", **changes, min_new_tokens=0)) == 0
@@ -253,7 +253,7 @@ def test_bf16_trains(documents, tmp_path, train_main):
 BAD_FILES = {
     "empty": ("", "the file is empty"),
     "no column": ('{"id": 1, "text": "a b c"}\n', "no column 'document'"),
-    "no target": ('{"document": "a b c", "summary": " "}\n', "no target"),
+    "no target": ('{"document": "a b c", "summary": " "}\n', "the summary is empty"),
     "no text": ('{"document": "  ", "summary": "a"}\n', "the document is empty"),
     "unreadable line": ('{"document": "a b c", "summary": "a"}\n{"docum\n', "train.jsonl:2"),
 }

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from tiny import TINY, random_ids
+from tiny import RECURRENT, TINY, open_gates, random_ids
 
 
 @pytest.fixture
@@ -49,6 +50,48 @@ def test_it_exports(bart, model, document, strict):
     inputs = document | {"decoder_input_ids": random_ids(2, 6), "use_cache": False}
     exported = torch.export.export(model, (), kwargs=inputs, strict=strict).module()
     torch.testing.assert_close(exported(**inputs).logits, bart(**inputs).logits)
+
+
+def test_it_exports_for_documents_and_targets_of_any_length(bart, model, document):
+    inputs = document | {"decoder_input_ids": random_ids(2, 6)}
+    dynamic = dict.fromkeys(inputs, dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)) | {"use_cache": None}
+    exported = torch.export.export(model, (), kwargs=inputs | {"use_cache": False}, dynamic_shapes=dynamic).module()
+    shorter = {name: tensor[:1, : tensor.shape[1] - 2] for name, tensor in inputs.items()}
+    torch.testing.assert_close(exported(**shorter, use_cache=False).logits, bart(**shorter).logits)
+
+
+class AfterTheEncoder(torch.nn.Module):
+    """Decoder and head behind encoder outputs, the part that clients export as a second graph."""
+
+    def __init__(self, model, form):
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, hidden, attention_mask, decoder_input_ids):
+        inputs = {"attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids, "use_cache": False}
+        return self.model(encoder_outputs=self.form(hidden), **inputs).logits
+
+
+@pytest.mark.parametrize("form", [BaseModelOutput, lambda hidden: (hidden,)], ids=["object", "tuple"])
+@pytest.mark.parametrize("is_masked", [True, False], ids=["mask", "no mask"])
+def test_the_decoder_exports_without_the_encoder(bart, model, document, form, is_masked):
+    mask = document["attention_mask"] if is_masked else None
+    hidden, target = bart.get_encoder()(document["input_ids"], mask).last_hidden_state, random_ids(2, 6)
+    inputs = hidden.detach(), mask, target
+    exported = torch.export.export(AfterTheEncoder(model, form), inputs, strict=False).module()
+    expected = bart(input_ids=document["input_ids"], attention_mask=mask, decoder_input_ids=target).logits
+    torch.testing.assert_close(exported(*inputs), expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"prefix_attention": "gated"}, {"decoder_context": "memory"}], ids=str)
+def test_the_decoder_behind_a_state_exports_without_the_encoder(document, fields):
+    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY | RECURRENT | fields)).eval()
+    open_gates(model)
+    encoded = model.get_encoder()(**document)
+    inputs = encoded.last_hidden_state.detach(), encoded.context_mask, random_ids(2, 6)
+    decoder = AfterTheEncoder(model, BaseModelOutput)
+    exported = torch.export.export(decoder, inputs, strict=False).module()
+    torch.testing.assert_close(exported(*inputs), decoder(*inputs))
 
 
 def test_other_documents_are_still_right_when_compiled(model, document):

@@ -10,6 +10,7 @@ from recurrent_bart.model.generation_settings import (
     describe_limit,
     describe_settings,
     longest_text,
+    text_length,
 )
 from tiny import tiny_model
 
@@ -32,7 +33,7 @@ USUAL = {name: CNN[name] for name in CNN if name.endswith("_token_id") and name 
 
 
 def test_all_settings_that_change_texts_are_in_one_line():
-    expected = "generation up to 64 tokens; 4 beams; of the model: "
+    expected = "generation up to 64 tokens; 4 beams; "
     beams = describe_settings(GenerationConfig(**CNN), 64)
     assert beams.startswith(expected)
     assert sorted(beams.removeprefix(expected).split(", ")) == [
@@ -43,14 +44,14 @@ def test_all_settings_that_change_texts_are_in_one_line():
         "no_repeat_ngram_size 3",
     ]
     # settings of beam search have no effect in greedy search
-    greedy = describe_settings(GenerationConfig(**CNN), 64, num_beams=1)
-    assert greedy.startswith("generation up to 64 tokens; greedy; of the model: ")
+    greedy = describe_settings(GenerationConfig(**CNN | {"num_beams": 1}), 64)
+    assert greedy.startswith("generation up to 64 tokens; greedy; ")
     assert "length_penalty" not in greedy
     assert "min_length 56" in greedy
 
 
 def test_a_model_without_settings_of_its_own_has_a_short_line():
-    assert describe_settings(GenerationConfig(**USUAL), 8, 2) == "generation up to 8 tokens; 2 beams"
+    assert describe_settings(GenerationConfig(**USUAL, num_beams=2), 8) == "generation up to 8 tokens; 2 beams"
     assert describe_settings(tiny_model().generation_config, 8) == "generation up to 8 tokens; greedy"
 
 
@@ -114,12 +115,12 @@ def test_what_the_warning_says_can_be_generated_is_what_generate_does(least):
 def test_settings_that_were_given_are_saved_with_the_model(tmp_path):
     model = tiny_model()
     model.generation_config = GenerationConfig(**USUAL, min_length=56)
-    given = {"min_new_tokens": 0, "no_repeat_ngram_size": 2, "length_penalty": 0.5}
-    change_settings(model.generation_config, given, 20, num_beams=3)
+    given = {"min_new_tokens": 0, "no_repeat_ngram_size": 2, "length_penalty": 0.5, "num_beams": 3}
+    change_settings(model.generation_config, given, 20)
     model.save_pretrained(tmp_path)
     saved = RecurrentBartForConditionalGeneration.from_pretrained(tmp_path).generation_config
     line = describe_settings(saved, 20)
-    assert line.startswith("generation up to 20 tokens; 3 beams; of the model: ")
+    assert line.startswith("generation up to 20 tokens; 3 beams; ")
     for part in ("min_new_tokens 0", "no_repeat_ngram_size 2", "length_penalty 0.5"):
         assert part in line
     assert "min_length" not in line
@@ -143,6 +144,33 @@ def test_settings_that_cannot_hold_are_refused():
     with pytest.raises(ValueError, match="--length_penalty has no effect without beam search"):
         change_settings(generation, {"length_penalty": 2.0}, 20)
     change_settings(GenerationConfig(**CNN), {"length_penalty": 2.0}, 20)
+    for name, value in {"temperature": 0.7, "top_p": 0.9}.items():
+        with pytest.raises(ValueError, match=f"--{name} has no effect without sampling; set --do_sample"):
+            change_settings(generation, {name: value}, 20)
+        change_settings(generation, {name: value, "do_sample": True}, 20)
+        assert getattr(generation, name) == value
+        generation.do_sample = None
+
+
+def test_sampling_and_its_settings_are_in_the_line():
+    generation = GenerationConfig(**USUAL, temperature=0.7)
+    assert describe_settings(generation, 8) == "generation up to 8 tokens; greedy"
+    change_settings(generation, {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.2}, 8)
+    line = describe_settings(generation, 8)
+    assert line.startswith("generation up to 8 tokens; sampling; ")
+    assert sorted(line.split("; ")[2].split(", ")) == ["repetition_penalty 1.2", "temperature 0.7", "top_p 0.9"]
+    change_settings(generation, {"num_beams": 3}, 8)
+    assert describe_settings(generation, 8).startswith("generation up to 8 tokens; 3 beams with sampling; ")
+
+
+@pytest.mark.parametrize(
+    ("given", "saved", "expected"), [({}, None, 40), ({}, 30, 30), ({"max_new_tokens": 20}, 30, 20), ({}, 99, 64)]
+)
+def test_the_length_of_texts_is_the_given_one_or_the_models_or_the_targets(given, saved, expected):
+    config = RecurrentBartConfig(max_position_embeddings=64)
+    assert text_length(config, GenerationConfig(max_new_tokens=saved), given, 40) == expected
+    with pytest.raises(ValueError, match="--max_new_tokens 65: must be at most 64, the positions of the decoder"):
+        text_length(config, GenerationConfig(), {"max_new_tokens": 65}, 40)
 
 
 def test_a_text_has_no_more_tokens_than_the_decoder_has_positions():

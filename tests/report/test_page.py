@@ -90,7 +90,7 @@ def test_all_charts_are_in_the_page_and_saved_as_files(page, folder):
     figures = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("role") == "img"]
     pictures = {picture.stem: picture for picture in (folder / "page").glob("*.png")}
     assert pictures.keys() == {
-        *("loss", "rouge", "rates", "speed", "seconds", "processes", "memory"),
+        *("loss", "rouge", "speed", "seconds", "processes"),
         *("gates", "prefix_size", "prefix_mass", "state_norm", "state_change", "gradient"),
     }
     assert len(set(figures)) == len(figures) == len(pictures)

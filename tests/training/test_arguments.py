@@ -69,6 +69,10 @@ def test_the_schedule_is_the_architectures_and_not_the_learning_rates():
     assert arguments.run.lr_scheduler == "cosine"
 
 
+def test_the_learning_rate_schedule_may_be_named_as_by_hugging_face():
+    assert parse_arguments(["--lr_scheduler_type", "inverse_sqrt"]).run.lr_scheduler == "inverse_sqrt"
+
+
 def test_columns_have_the_names_that_were_given():
     data = parse_arguments(["--text_column", "article", "--summaries_column", "heads"]).data
     assert vars(data.columns()) == {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recurrent_bart.training.adapters import choose_trained
-from recurrent_bart.training.arguments import ModelArguments, RunArguments
+from recurrent_bart.training.arguments import LR_SCHEDULERS, ModelArguments, RunArguments
 from recurrent_bart.training.optimization import (
     LearningRates,
     build_optimizer,
@@ -170,6 +170,9 @@ def test_a_wider_model_from_scratch_learns_more_slowly():
         ("linear", [0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
         ("cosine", [0.2, 0.4, 0.6, 0.8, 1.0, 0.8536, 0.5, 0.1464, 0.0, 0.0]),
         ("constant", [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("constant_with_warmup", [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        # after the warm-up, the square root of 5 / (step + 1)
+        ("inverse_sqrt", [0.2, 0.4, 0.6, 0.8, 1.0, 0.9129, 0.8452, 0.7906, 0.7454, 0.7454]),
     ],
 )
 def test_warm_up_and_decay(schedule, shares):
@@ -179,9 +182,12 @@ def test_warm_up_and_decay(schedule, shares):
 
 def test_every_step_of_a_run_moves_the_weights():
     """Check that neither the first nor the last step has learning rate 0."""
-    for schedule in ("linear", "cosine"):
-        factor = learning_rate_factor(schedule, 0, 3)
-        assert [factor(step) > 0 for step in range(4)] == [True, True, True, False]
+    for schedule in LR_SCHEDULERS:
+        for warmup_steps in range(4):
+            factor = learning_rate_factor(schedule, warmup_steps, max_steps=3)
+            assert all(0 < factor(step) <= 1 for step in range(3)), (schedule, warmup_steps)
+        if schedule in ("linear", "cosine"):
+            assert learning_rate_factor(schedule, 0, 3)(3) == 0
 
 
 def test_the_schedule_scales_each_groups_own_rate():

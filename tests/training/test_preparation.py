@@ -11,7 +11,13 @@ import torch
 from recurrent_bart.data.rows import split_of
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import Environment
-from recurrent_bart.training.preparation import default_output_dir, make_run_folder, open_documents, prepare
+from recurrent_bart.training.preparation import (
+    default_output_dir,
+    find_training_sources,
+    make_run_folder,
+    open_documents,
+    prepare,
+)
 
 ALONE = Environment(0, 0, 1, torch.device("cpu"))
 RECORDS = [{"id": f"d{i}", "document": f"text number {i} " * 30, "summary": f"number {i}"} for i in range(30)]
@@ -120,8 +126,6 @@ def test_another_cap_may_be_set_on_opening_documents(prepare_run, tmp_path):
 
 
 def sources_of(tmp_path):
-    from recurrent_bart.training.preparation import find_training_sources
-
     return find_training_sources(parse_arguments(["--dataset", str(tmp_path / "train.jsonl")]).data)
 
 
@@ -134,7 +138,7 @@ def no_target_before_the_cut():
     [
         ([], {}, r"train.jsonl: the file is empty"),
         ([{"document": "t"}], {}, r"train.jsonl:1: no column 'summary'; the columns are 'document'"),
-        ([*RECORDS, {"document": "t", "summary": " "}], {}, r"train.jsonl:31: no target"),
+        ([*RECORDS, {"document": "t", "summary": " "}], {}, r"train.jsonl:31: the summary is empty"),
         ([*RECORDS, {"document": "\n", "summary": "s"}], {}, r"train.jsonl:31: the document is empty"),
         (RECORDS, {"task": "sections"}, r"train.jsonl:1: no column 'sections'"),
         (RECORDS, {"text_column": "body"}, r"train.jsonl:1: no column 'body'"),
@@ -271,6 +275,28 @@ def test_what_a_data_set_holds_beside_its_splits_is_said(prepare_run, tmp_path, 
     prepared = prepare_run(dataset=folder)
     assert len(prepared.splits["validation"].corpus) == 3
     assert f"warning: {folder}: not read: more.jsonl" in capsys.readouterr().out
+
+
+def test_the_configuration_of_a_data_set_reaches_the_library_or_is_said_to_change_nothing(capsys, monkeypatch):
+    asked = []
+
+    def names_of_splits(*place):
+        asked.append(place)
+        return ["train", "validation"]
+
+    monkeypatch.setattr("recurrent_bart.data.sources.get_dataset_split_names", names_of_splits)
+    flags = ["--dataset_config_name", "long"]
+    found = find_training_sources(parse_arguments(["--dataset", "owner/name", *flags]).data)
+    assert asked == [("owner/name", "long")]
+    assert {source.config_name for source in found.values()} == {"long"}
+    assert "warning" not in capsys.readouterr().out
+    find_training_sources(parse_arguments(flags).data)
+    assert "warning: --dataset_config_name has no effect" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_configuration_of_its_data_set(begun, tmp_path):
+    with pytest.raises(ValueError, match="--dataset_config_name long: the run was started without this flag"):
+        resume(tmp_path, dataset_config_name="long")
 
 
 def test_a_file_in_another_encoding_is_read(prepare_run, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,7 +15,7 @@ import pytest
 import wandb
 
 from forked import launched, run_script
-from launching import free_port
+from launching import free_port, run
 from monitoring.event_files import tensorboard_points, wandb_records, wandb_rows, wandb_run
 from recurrent_bart.monitoring import wandb_tracker
 from recurrent_bart.monitoring.fields import CHECKPOINTS, EVALUATIONS, FIELDS, SKIPS, STEPS
@@ -22,6 +23,7 @@ from recurrent_bart.monitoring.tracker import curves_of
 from recurrent_bart.training.trainer import Trainer
 from runs import flags
 
+SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 WORKER = Path(__file__).with_name("tracking_worker.py")
 # the documents have one to three sections, and at most two segments are read
 RUN = {
@@ -176,6 +178,18 @@ def asked_service():
 
 def warnings_of(printed):
     return [line for line in printed.splitlines() if line.startswith("warning")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["dryrun", "disabled"])
+def test_a_run_that_is_not_online_sends_nothing_even_when_its_process_ends(documents, tmp_path, mode):
+    """Check the end of the process, where the library wandb sends statistics about itself."""
+    with asked_service() as (address, requests):
+        variables = {"WANDB_MODE": mode, "WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": address}
+        command = [sys.executable, SCRIPT, *flags(documents, tmp_path / "run", max_steps=2, wandb_mode="auto")]
+        code, output = run(command, timeout=250, **variables)
+    assert code == 0, output
+    assert requests == []
 
 
 @pytest.mark.usefixtures("_fresh_wandb")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from recurrent_bart.training.environment import has_wandb_key, set_wandb_folders, wandb_mode, wandb_settings
+from recurrent_bart.training.environment import has_wandb_key, set_wandb_environment, wandb_mode, wandb_settings
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_what_the_commands_of_wandb_have_set_holds(monkeypatch, tmp_path):
     given = wandb_settings()
     assert given["base_url"] == "http://wandb.example.org"
     # wandb no longer finds its settings files, but it reads this variable
-    set_wandb_folders(tmp_path / "run", given)
+    set_wandb_environment(tmp_path / "run", given, is_online=False)
     assert os.environ["WANDB_BASE_URL"] == "http://wandb.example.org"
 
 
@@ -114,5 +114,13 @@ def test_a_damaged_settings_file_says_nothing(tmp_path):
 @pytest.mark.usefixtures("_environ")
 def test_a_service_of_another_process_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_SERVICE", "2-1234-tcp-localhost-40000")
-    set_wandb_folders(tmp_path, wandb_settings())
+    set_wandb_environment(tmp_path, wandb_settings(), is_online=False)
     assert "WANDB_SERVICE" not in os.environ
+
+
+@pytest.mark.usefixtures("_environ")
+@pytest.mark.parametrize(("is_online", "expected"), [(True, "online"), (False, "offline")])
+def test_wandb_is_told_the_resolved_mode(monkeypatch, tmp_path, is_online, expected):
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    set_wandb_environment(tmp_path, wandb_settings(), is_online)
+    assert os.environ["WANDB_MODE"] == expected

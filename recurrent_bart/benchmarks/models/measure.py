@@ -159,7 +159,7 @@ def _device_bytes(device: torch.device) -> int:
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a step takes with all its kernels. Kernels queued earlier finish before."""
+    """Return the duration of one step in seconds, until the GPU has finished all its kernels."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()

@@ -1,7 +1,6 @@
 """Loop that measures all cases of a suite alternately and saves the results after each measurement."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from recurrent_bart.benchmarks.models.cases import Case, Group
 from recurrent_bart.benchmarks.models.measure import OUT_OF_MEMORY, Measurement, matrix_peak, measure
 from recurrent_bart.benchmarks.models.subjects import Place
+from recurrent_bart.files import atomic_write
 
 Results = dict[str, dict[Case, Measurement]]
 
@@ -55,9 +55,7 @@ def write_results(path: Path, results: Results, about: dict[str, Any]) -> None:
         for name, group in results.items()
         for case, measured in group.items()
     ]
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(about | {"results": lines}, indent=1))
-    os.replace(part, path)
+    atomic_write(path, json.dumps(about | {"results": lines}, indent=1))
 
 
 def derived(measured: Measurement) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ CHUNKS, COLUMNS = 16, 128
 
 
 def n_chunks(n_layers: int, n_rows: int, device: torch.device) -> int:
-    """Return the number of programs that share a layer's rows, enough to keep the GPU busy with all layers."""
+    """Return the number of Triton programs for the rows of one layer; all layers' programs together fill the GPU."""
     n_processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, min(n_rows, PROGRAMS_PER_PROCESSOR * n_processors // n_layers))
 

@@ -194,7 +194,6 @@ def _common(models: Models) -> set[Target]:
 
 
 def _by_document(seeds: list[Figures], targets: list[Target]) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums of totals and of counts, each `(seeds, documents)`."""
     numbers = {document: number for number, document in enumerate(dict.fromkeys(name for name, _ in targets))}
     sums = np.zeros((2, len(seeds), len(numbers)))
     for seed, figures in enumerate(seeds):

@@ -121,7 +121,7 @@ class TextTraining:
         self.reader.model.load_state_dict(self.best)
         self.reader.model.eval()
         run = self.arguments.run
-        how = Generation(self.evaluator.collator.max_target_length, run.num_beams, run.eval_documents)
+        how = Generation(self.evaluator.collator.max_target_length, run.num_beams or 1, run.eval_documents)
         writer = replace(self.evaluator, batch_size=run.per_device_eval_batch_size or self.evaluator.batch_size)
         samples = writer.summarise(self.reader.model, how)
         scores = rouge_per_sample([sample.generated for sample in samples], [sample.target for sample in samples])

@@ -199,7 +199,6 @@ class SingleRun:
 
     @torch.no_grad()
     def _predict(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
-        """Return the most likely ids `(B, T)` under teacher forcing."""
         self.model.eval()
         predicted_BT = self._forward(input_ids_BNL, labels_BT).logits.argmax(dim=-1)
         self.model.train()

@@ -176,7 +176,6 @@ class Babi(MemoryTask):
 
 
 def _documents(tables: Tables, drawn_B: Tensor, length: int, generator: Generator) -> Tensor:
-    """Return documents `(B, C)` of `length` words with the stories `drawn_B`."""
     start_B, places_BS = _passages(tables, drawn_B, length, generator)
     numbers_BF, n_words_B = tables.fact_numbers[drawn_B], tables.question_lengths[drawn_B]
     # position of a word of a fact: number of filler words before the fact, plus number of earlier words of facts

@@ -112,7 +112,7 @@ def gathered_for_evaluation(engine: DeepSpeedEngine) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _unreduced(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Remove ZeRO-3's hooks on leaves, so that a backward pass for metrics does not count as a training pass."""
+    """Disable the hooks that collect parameter gradients under ZeRO-3, for backward passes that compute metrics."""
     hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in engine.optimizer.leaf_parameters]
     for registered, _ in hooks:
         registered.clear()

@@ -117,7 +117,6 @@ class StepGradients:
             yield
 
     def _put_back(self) -> None:
-        """Give the sums to DeepSpeed, which frees each sum after its reduction."""
         sums, self.sums = self.sums, []
         for parameter, total in zip(self.parameters, sums, strict=True):
             if total is not None:

@@ -1,0 +1,60 @@
+"""Files and folders that are complete or absent, and hashes of values."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write a file atomically. A reader finds either the old or the new content, never a mixture."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
+    """Create a temporary folder and rename it to `folder` at the end of the block. `folder` is then complete.
+
+    If several processes write the same folder, the folder of the first process to finish stays. With `replaces`, the
+    new folder replaces an old folder.
+
+    Raises:
+        ValueError: The parent folder is not writable.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ValueError(f"{folder.parent}: cannot be written ({error.strerror})") from error
+    old = draft.with_name(draft.name + ".old")
+    try:
+        yield draft
+        # mkdtemp creates the folder readable only by its owner.
+        draft.chmod(0o755)
+        if replaces and folder.exists():
+            folder.rename(old)
+        _rename_unless_there(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_unless_there(draft: Path, folder: Path) -> None:
+    try:
+        draft.rename(folder)
+    except OSError:
+        # Another process renamed its folder first, or the disk failed.
+        if not folder.is_dir():
+            raise
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return the first 16 hex digits of the SHA-256 of JSON-serialisable values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,63 @@
+"""Files and folders are complete or absent."""
+
+import pytest
+
+from recurrent_bart import files
+from recurrent_bart.files import atomic_directory, atomic_write, fingerprint
+
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    atomic_write(path, "old")
+    monkeypatch.setattr(files.os, "replace", lambda *_: pytest.fail("crash"))
+    with pytest.raises(BaseException, match="crash"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_folder_appears_when_it_is_complete_and_not_when_it_fails(tmp_path):
+    folder = tmp_path / "deep" / "folder"
+    with atomic_directory(folder) as draft:
+        (draft / "file").write_text("new")
+        assert not folder.exists()
+    assert (folder / "file").read_text() == "new"
+    assert folder.stat().st_mode & 0o777 == 0o755
+    other = tmp_path / "deep" / "other"
+    with pytest.raises(FileNotFoundError), atomic_directory(other) as draft:
+        (draft / "no folder" / "file").write_text("half")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
+
+
+def test_a_folder_makes_way_for_a_new_one_only_when_told(tmp_path):
+    folder = tmp_path / "folder"
+    for text, replaces in (("first", False), ("dropped", False), ("second", True)):
+        with atomic_directory(folder, replaces) as draft:
+            (draft / "file").write_text(text)
+        assert (folder / "file").read_text() == ("first" if text == "dropped" else text)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_failed_replacement_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "folder"
+    with atomic_directory(folder) as draft:
+        (draft / "file").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_directory(folder, replaces=True) as draft:
+        (draft / "no folder" / "file").write_text("half")
+    assert (folder / "file").read_text() == "old"
+
+
+def test_what_a_crash_left_behind_does_not_stand_in_the_way(tmp_path):
+    folder = tmp_path / "folder"
+    for name in (folder.name, ".folder.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("old")
+    with atomic_directory(folder, replaces=True) as draft:
+        (draft / "file").write_text("new")
+    assert (folder / "file").read_text() == "new"
+
+
+def test_a_fingerprint_depends_on_all_values_and_their_order():
+    values = [fingerprint("a", 1), fingerprint("a", 2), fingerprint(1, "a"), fingerprint(["a", 1])]
+    assert len(set(values)) == 4
+    # Caches and checkpoints on disk contain this hash.
+    assert values[0] == fingerprint("a", 1) == "2657442bb4a48d62"
