@@ -134,14 +134,14 @@ def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
     names = [group.name for group in suite]
     wanted = arguments.groups or names
     if unknown := set(wanted) - set(names):
-        raise ValueError(f"--groups {' '.join(sorted(unknown))}: the suite has {', '.join(names)}")
+        raise ValueError(f"--groups {' '.join(sorted(unknown))}: unknown; the suite has the groups {', '.join(names)}")
     chosen = [
         Group(group.name, tuple(case for case in group.cases if case.model in arguments.models))
         for group in suite
         if group.name in wanted
     ]
     if not any(group.cases for group in chosen):
-        raise ValueError(f"no case of {', '.join(arguments.models)} in {', '.join(wanted)}")
+        raise ValueError(f"--models {' '.join(arguments.models)}: no case in the groups {', '.join(wanted)}")
     return [group for group in chosen if group.cases]
 
 
@@ -160,7 +160,7 @@ def describe(place: Place) -> dict[str, Any]:
     """Return the hardware, versions and settings that the results hold for."""
     is_gpu = place.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(place.device) if is_gpu else f"processor {platform.machine()}",
+        "device": torch.cuda.get_device_name(place.device) if is_gpu else f"CPU {platform.machine()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "size": place.model_size,

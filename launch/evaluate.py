@@ -50,7 +50,7 @@ class EvaluationArguments(GenerationArguments):
     batch_size: int = flag(8, "documents per forward pass on each rank")
     max_n_segments: int = flag(-1, "maximum number of segments read per document; -1 is all, as in launch/summarize.py")
     trust_remote_code: bool = flag(False, "run Python code from the tokenizer's folder")
-    json: str | None = flag(None, "JSON file for the results; without it, they are only printed")
+    json: str | None = flag(None, "JSON file for the results; if not given: the results are only printed")
     precision: str = flag("auto", "bf16, fp32, or auto: bf16 if the device supports it, fp32 otherwise")
     timeout_minutes: int = flag(60, "minutes that a rank waits for another rank before it fails")
     local_rank: int = flag(-1, "rank on this node; set by the deepspeed launcher")
@@ -68,7 +68,7 @@ class EvaluationArguments(GenerationArguments):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1, or -1 for all")
         if self.json and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"--json {self.json}: no folder {Path(self.json).parent}")
+            raise ValueError(f"--json {self.json}: the folder {Path(self.json).parent} does not exist")
 
 
 @dataclass
@@ -100,7 +100,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
     Raises:
         ValueError: A flag is unknown or out of range, or the run's configuration is unreadable.
     """
-    description = "Validation loss and ROUGE of a model. Data flags default to those of its run."
+    description = (
+        "Compute validation loss and ROUGE of a model. The default of a data flag is the value of the model's run."
+    )
     parser = DataclassFlagParser([EvaluationArguments, DataArguments], description)
     saved = run_flags(parser.parse_flags(argv).model).get("data", {})
     saved = data_flags(saved) if saved else saved
@@ -130,7 +132,7 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
     model, tokenizer = load_model(arguments.model, environment.device, dtype, arguments.trust_remote_code)
     sources = sources_of(data)
     if arguments.split not in sources:
-        raise ValueError(f"--split {arguments.split}: there are {', '.join(sources)}")
+        raise ValueError(f"--split {arguments.split}: the data set has the splits {', '.join(sources)}")
     source, cap = sources[arguments.split], arguments.max_n_segments
     documents = first_then_all(lambda: open_documents(source, data, model.config, tokenizer, cap))
     for line in describe_cuts(arguments.split, documents.plan, documents.collator):

@@ -19,7 +19,7 @@ from recurrent_bart.training.flags import FlagParser
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the flags of this script."""
-    parser = FlagParser(description="Show what is read from memory where in one document.")
+    parser = FlagParser(description="Show how much each layer reads from the state in each segment of a document.")
     parser.add_argument("file", type=Path, metavar="FILE", help="UTF-8 text file with one document")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code from the tokenizer's folder")

@@ -125,7 +125,7 @@ def try_network(arguments: argparse.Namespace, meeting: Rendezvous, store: dist.
     try:
         measure_network(report, meeting, store, arguments.per_node, arguments.wait)
     except RuntimeError as error:
-        report.problems.append(f"no all-reduce ({str(error).splitlines()[0]})")
+        report.problems.append(f"all-reduce failed ({str(error).splitlines()[0]})")
 
 
 def tell(nodes: list[Node], wrong: dict[str, list[str]]) -> int:
@@ -135,9 +135,9 @@ def tell(nodes: list[Node], wrong: dict[str, list[str]]) -> int:
     for name, problems in wrong.items():
         print(f"bad node {name}: {'; '.join(problems)}")
     if wrong:
-        print(f"leave them out: --exclude={','.join(wrong)}", flush=True)
+        print(f"to leave out the bad nodes: --exclude={','.join(wrong)}", flush=True)
     else:
-        print(f"all {len(nodes)} nodes are fit", flush=True)
+        print(f"all {len(nodes)} nodes passed", flush=True)
     return 1 if wrong else 0
 
 

@@ -18,7 +18,7 @@ KINDS = (ModelArguments, DataArguments, RunArguments, TrackingArguments)
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the flags of this script."""
-    parser = FlagParser(description="Report on runs as one HTML page.")
+    parser = FlagParser(description="Write a report on one or more runs as one HTML page.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several runs are compared")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="HTML file of the report; default: report.html in the first RUN"
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
-    print(f"{written[0]}; {len(written) - 1} drawings in {page.with_suffix('')}")
+    print(f"report in {written[0]}; {len(written) - 1} charts in {page.with_suffix('')}")
     return 0
 
 

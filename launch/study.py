@@ -79,7 +79,7 @@ def build_parser() -> FlagParser:
         help="flags of launch/train.py for the studies document and sections; default: none",
     )
     parser.add_argument("--report_only", action="store_true", help="start no run, only write the report again")
-    worker = parser.add_argument_group("one process of a study, which starts it itself")
+    worker = parser.add_argument_group("internal flags of one process, set by the study")
     worker.add_argument("--run", type=Path, nargs="+", help="files that describe the runs to do")
     worker.add_argument("--device", default="cpu", help="PyTorch device; default: %(default)s")
     worker.add_argument(
@@ -137,7 +137,7 @@ def run_study(arguments: argparse.Namespace) -> int:
     n_failed = 0 if arguments.report_only else do_runs(runs, folder, arguments)
     groups = read_results(folder, runs)
     if not groups:
-        raise ValueError(f"{folder}: no run came to its end")
+        raise ValueError(f"{folder}: no run has finished")
     is_text = arguments.name in TEXT_STUDIES
     text, plot = (text_report(groups), "losses.png") if is_text else (report(groups), "accuracy.png")
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -161,7 +161,9 @@ def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
         runs = [dataclasses.replace(run, max_steps=arguments.max_steps or run.max_steps) for run in runs]
     runs = [run for run in runs if any(text in run.file_name() for text in arguments.only)]
     if not runs:
-        raise ValueError(f"study {arguments.name}: no run has {' or '.join(arguments.only)} in its file name")
+        raise ValueError(
+            f"--only {' '.join(arguments.only)}: no run of the study {arguments.name} has this text in its file name"
+        )
     return runs
 
 
@@ -195,8 +197,8 @@ def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) ->
     runs_at_once = find_runs_at_once(arguments.runs_at_once, is_text, places[0])
     groups = deal([folder / run.file_name() for run in todo], len(places), runs_at_once)
     print(
-        f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {len(places)} processes, each with "
-        f"{runs_at_once} at once",
+        f"{len(runs)} runs, {len(runs) - len(todo)} already finished; {len(places)} processes, runs at once in each "
+        f"process: {runs_at_once}",
         flush=True,
     )
     flags = {
@@ -221,7 +223,9 @@ def find_runs_at_once(asked: int | None, is_text: bool, device: str) -> int:
         ValueError: More than 1 is requested, but each run on documents needs its process.
     """
     if is_text and (asked or 1) > 1:
-        raise ValueError(f"--runs_at_once {asked}: runs on documents are processes of their own")
+        raise ValueError(
+            f"--runs_at_once {asked}: must be 1 in a study on documents, because each run needs a separate process"
+        )
     return asked or (1 if is_text or device == "cpu" else 16)
 
 
@@ -235,7 +239,7 @@ def find_places(n_devices: int | None, processes_per_device: int) -> list[str]:
     """Return one device per process. Consecutive processes use different devices."""
     n_gpus = torch.cuda.device_count() if n_devices is None else n_devices
     if n_gpus > torch.cuda.device_count():
-        raise ValueError(f"--devices {n_devices}: there are {torch.cuda.device_count()} GPUs")
+        raise ValueError(f"--devices {n_devices}: this machine has {torch.cuda.device_count()} GPUs")
     devices = [f"cuda:{number}" for number in range(n_gpus)] or ["cpu"]
     return devices * processes_per_device
 
@@ -250,7 +254,7 @@ def worker(files: Sequence[Path], device: str, **flags: Any) -> list[str]:
 def outcome(ended: Ended) -> tuple[bool, str]:
     """Return True if the run failed, else False, and a line about its result."""
     if ended.code is None:
-        return False, "not started, the time is over"
+        return False, "not started: the time limit is reached"
     if ended.code:
         return True, f"failed with exit code {ended.code}: {ended.said}"
     record = RunFile(ended.file).read()

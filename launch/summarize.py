@@ -165,9 +165,9 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     """
     save_state = arguments.save_state
     if save_state and not save_state.absolute().parent.is_dir():
-        raise ValueError(f"--save_state {save_state}: no folder {save_state.parent}")
+        raise ValueError(f"--save_state {save_state}: the folder {save_state.parent} does not exist")
     if arguments.skip_bad_samples:
-        raise ValueError("--skip_bad_samples: for several texts, not for one")
+        raise ValueError("--skip_bad_samples: needs several texts (several files or --each_line)")
     model, tokenizer, generation = load(arguments)
     reader = TextReader(model, tokenizer, 1 if arguments.every_segment else SEGMENTS_PER_CALL)
     if arguments.load_state:
@@ -196,7 +196,7 @@ def summarize_all(arguments: argparse.Namespace) -> None:
     """
     for flag in ("every_segment", "save_state", "load_state"):
         if getattr(arguments, flag):
-            raise ValueError(f"--{flag}: for one text, not for several")
+            raise ValueError(f"--{flag}: needs one text, not several")
     model, tokenizer, generation = load(arguments)
     summariser = Summariser(model, tokenizer, arguments.tokens_per_batch, **generation)
     texts = all_texts(arguments)
@@ -267,8 +267,8 @@ def pass_over(error: ValueError, skips: bool) -> None:
         ValueError: `skips` is False.
     """
     if not skips:
-        raise ValueError(f"{error}; --skip_bad_samples passes over it") from error
-    print(f"warning: {error}; it is passed over", file=sys.stderr, flush=True)
+        raise ValueError(f"{error}; add --skip_bad_samples to skip this text") from error
+    print(f"warning: {error}; this text is skipped", file=sys.stderr, flush=True)
 
 
 def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> ExitCode:
             folder = run_experiment(arguments, start_processes(arguments.run.timeout_minutes))
     except Interrupted:
         if rank == 0:
-            print(f"go on with --resume {shlex.quote(str(arguments.run.output_dir))}")
+            print(f"continue with --resume {shlex.quote(str(arguments.run.output_dir))}")
         return ExitCode.STOPPED
     except SharedError:
         log_on_first_rank(seconds=1)

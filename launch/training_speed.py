@@ -51,7 +51,7 @@ def build_parser() -> FlagParser:
     """Build the parser of this script's flags."""
     parser = FlagParser(
         description=__doc__,
-        epilog="Further flags are those of launch/train.py: --model_size large, --wandb_mode offline and the like.",
+        epilog="Flags of launch/train.py change the workload, for example --model_size large or --wandb_mode offline.",
     )
     parser.add_argument(
         "--parts",
@@ -157,7 +157,7 @@ def measure_all(own: argparse.Namespace, given: Sequence[str], argv: list[str]) 
     finally:
         # After a signal, print the results so far.
         print_results(results, about)
-    print(f"written: {folder}/results.json")
+    print(f"results in {folder}/results.json")
     return int(any(found.outcome not in (MEASURED, LEFT_OUT) for found in results.values()))
 
 
@@ -182,7 +182,8 @@ def find_processes(asked: Sequence[int] | None) -> Sequence[int]:
     n_gpus = torch.cuda.device_count()
     for number in asked or ():
         if number < 1 or (n_gpus and number > n_gpus):
-            raise ValueError(f"--processes {number}: at least 1, and there are {n_gpus or 'no'} GPUs")
+            most = f", and at most {n_gpus}, the number of GPUs" if n_gpus else ""
+            raise ValueError(f"--processes {number}: must be at least 1{most}")
     return asked or [2**power for power in range((n_gpus or 2).bit_length())]
 
 
@@ -193,7 +194,7 @@ def find_shardings(files: Sequence[Path]) -> Sequence[Path]:
         ValueError: Two configurations have the same file name.
     """
     if len({file.stem for file in files}) < len(files):
-        raise ValueError(f"--deepspeed {' '.join(map(str, files))}: each needs a name of its own")
+        raise ValueError(f"--deepspeed {' '.join(map(str, files))}: two files have the same name; rename one")
     return files
 
 
@@ -207,7 +208,7 @@ def command_of(launch: Launch, flags: Sequence[str], file: Path, n_rounds: int, 
 def describe(argv: list[str]) -> dict[str, Any]:
     """Return the hardware, versions and command that the results hold for."""
     n_gpus = torch.cuda.device_count()
-    device = f"{n_gpus} x {torch.cuda.get_device_name(0)}" if n_gpus else f"processor {platform.machine()}"
+    device = f"{n_gpus} x {torch.cuda.get_device_name(0)}" if n_gpus else f"CPU {platform.machine()}"
     return {"device": device, **versions(), "git_commit": git_commit(), "command": argv}
 
 

@@ -111,8 +111,8 @@ class RecurrentBartConfig(BartConfig):
                 raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
         if self.schedule == "wavefront" and self.recurrence == "top":
             raise ValueError(
-                'schedule="wavefront" with recurrence="top": a segment cannot begin before the last layer has ended '
-                'the one before; "sequential" or another recurrence is needed'
+                'schedule="wavefront" does not work with recurrence="top": a segment needs the state after all layers '
+                'of the previous segment. Use schedule="sequential" or recurrence="layerwise"'
             )
 
     def _check_sizes(self) -> None:
@@ -133,28 +133,28 @@ class RecurrentBartConfig(BartConfig):
             raise ValueError(f"hidden_dropout_prob={self.hidden_dropout_prob}: must be at least 0 and below 1")
         if self.input_size < self.segment_size:
             raise ValueError(
-                f"input_size={self.input_size} is below segment_size={self.segment_size}: it counts the segment's own "
-                "tokens and the overlap in front of them"
+                f"input_size={self.input_size}: must be at least segment_size={self.segment_size}, because input_size "
+                "counts the tokens of the segment and of the overlap before the segment"
             )
         if self.input_size > self.max_position_embeddings:
             raise ValueError(
-                f"segment_size={self.segment_size} with input_size={self.input_size} does not fit the position table: "
+                f"segment_size={self.segment_size}, input_size={self.input_size}: must be at most "
                 f"max_position_embeddings={self.max_position_embeddings}"
             )
         if self.decoder_context == "memory" and not self.has_state:
             raise ValueError(
-                f'decoder_context="memory" needs a state to attend to: pre_seq_len={self.pre_seq_len}, '
-                f"recurrence={self.recurrence!r} has none"
+                f'decoder_context="memory" needs a state, and pre_seq_len={self.pre_seq_len} with '
+                f"recurrence={self.recurrence!r} gives no state"
             )
         if self.associative_memory and not (self.has_state and self.recurrence == "layerwise"):
             raise ValueError(
-                f"associative_memory needs a state of each layer: pre_seq_len={self.pre_seq_len}, "
-                f"recurrence={self.recurrence!r} has none"
+                f"associative_memory needs a state in each layer, and pre_seq_len={self.pre_seq_len} with "
+                f"recurrence={self.recurrence!r} gives none"
             )
         if self.encoder_layerdrop:
             raise ValueError(
-                f"encoder_layerdrop={self.encoder_layerdrop}: must be 0, for a dropped layer would lose its state. "
-                "from_pretrained(..., encoder_layerdrop=0.0) loads a checkpoint whose configuration has another value"
+                f"encoder_layerdrop={self.encoder_layerdrop}: must be 0, because a dropped layer would lose its state. "
+                "Load a checkpoint with another value by from_pretrained(..., encoder_layerdrop=0.0)"
             )
 
     @property
@@ -183,14 +183,14 @@ class RecurrentBartConfig(BartConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, BartConfig.model_type):
             raise ValueError(
-                f"{pretrained_model_name_or_path}: a checkpoint of type {model_type!r} was given, "
-                f"{BartConfig.model_type!r} or {cls.model_type!r} is needed"
+                f"{pretrained_model_name_or_path}: model_type={model_type!r}; allowed are {BartConfig.model_type!r} "
+                f"and {cls.model_type!r}"
             )
         for name, value in BARTS_LAYOUT.items():
             if config_dict.get(name, value) != value:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path}: {name}={config_dict[name]!r} is of another architecture, such "
-                    f"as mBART; BART has {value!r}"
+                    f"{pretrained_model_name_or_path}: {name}={config_dict[name]!r} belongs to a different "
+                    f"architecture, for example mBART; BART has {value!r}"
                 )
         if model_type == BartConfig.model_type:
             config_dict = {k: v for k, v in config_dict.items() if k not in ("model_type", "architectures")}

@@ -64,7 +64,10 @@ class RunFolder:
         """
         if self.config_file.exists():
             again = shlex.quote(str(self.path))
-            raise ValueError(f"--output_dir {self.path}: a run is there already; continue it with --resume {again}")
+            raise ValueError(
+                f"--output_dir {self.path} already holds a run: continue it with --resume {again}, or give "
+                "another folder"
+            )
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not existing.is_dir():
             raise ValueError(f"--output_dir {self.path}: {existing} is not a folder")
@@ -89,7 +92,7 @@ class RunFolder:
         except OSError as error:
             if isinstance(error, FileExistsError) and self.path.is_dir():
                 raise
-            raise ValueError(f"--output_dir {self.path}: cannot be made ({error.strerror})") from error
+            raise ValueError(f"--output_dir {self.path}: the folder cannot be created ({error.strerror})") from error
 
     def write_config(self, **sections: Any) -> None:
         """Write the resolved configuration, the git commit and the versions of packages."""
@@ -101,7 +104,7 @@ class RunFolder:
         try:
             return json.loads(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"--resume {self.path}: no readable config.json there ({error})") from error
+            raise ValueError(f"--resume {self.path}: {self.config_file} is missing or unreadable ({error})") from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. NaN and infinity are written as null, because JSON does not allow them."""
@@ -201,7 +204,7 @@ def _block(text: str) -> str:
     line = " ".join(text.split())
     if len(line) > SAMPLE_CHARACTERS:
         head = line[:SAMPLE_CHARACTERS]
-        line = f"{head} [... {len(line) - len(head):,} characters more]"
+        line = f"{head} [... {len(line) - len(head):,} more characters]"
     # words stay whole, so that `read_samples` can join the lines again
     lines = textwrap.wrap(line, SAMPLE_WIDTH, break_long_words=False, break_on_hyphens=False)
     return "".join(f"    {part}\n" for part in lines) or "    \n"

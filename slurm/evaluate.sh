@@ -12,9 +12,9 @@
 # launch/evaluate.py. The results are in the job's output, and in the file of --json if it is given.
 set -euo pipefail
 
-: "${SLURM_JOB_ID:?is not there: start with sbatch slurm/evaluate.sh}"
+: "${SLURM_JOB_ID:?is not set; start this script with sbatch slurm/evaluate.sh}"
 cd "$SLURM_SUBMIT_DIR"
-[[ -f slurm/job.sh ]] || { echo "error: submit it where slurm/job.sh is found" >&2; exit 2; }
+[[ -f slurm/job.sh ]] || { echo "error: slurm/job.sh not found: run sbatch in the root of the repository" >&2; exit 2; }
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
 

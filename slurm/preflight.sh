@@ -10,9 +10,9 @@
 # launch/preflight.py. The job prints the bad nodes with the reasons, and fails.
 set -euo pipefail
 
-: "${SLURM_JOB_ID:?is not there: start with sbatch slurm/preflight.sh}"
+: "${SLURM_JOB_ID:?is not set; start this script with sbatch slurm/preflight.sh}"
 cd "$SLURM_SUBMIT_DIR"
-[[ -f slurm/job.sh ]] || { echo "error: submit it where slurm/job.sh is found" >&2; exit 2; }
+[[ -f slurm/job.sh ]] || { echo "error: slurm/job.sh not found: run sbatch in the root of the repository" >&2; exit 2; }
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
 

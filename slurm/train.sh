@@ -19,9 +19,9 @@
 # A flag @FILE is replaced by the flags in the line of FILE that has the task number; quotes work as in a shell.
 set -euo pipefail
 
-: "${SLURM_JOB_ID:?is not there: start with sbatch slurm/train.sh}"
+: "${SLURM_JOB_ID:?is not set; start this script with sbatch slurm/train.sh}"
 cd "$SLURM_SUBMIT_DIR"
-[[ -f slurm/job.sh ]] || { echo "error: submit it where slurm/job.sh is found" >&2; exit 2; }
+[[ -f slurm/job.sh ]] || { echo "error: slurm/job.sh not found: run sbatch in the root of the repository" >&2; exit 2; }
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
 
@@ -44,7 +44,7 @@ except OSError as error:
 except ValueError as error:
     sys.exit(f"error: @{name}: line {number} cannot be read ({error})")
 if not words:
-    sys.exit(f"error: @{name}: there is no line {number}, or it is empty")
+    sys.exit(f"error: @{name}: line {number} is missing or empty")
 # The final mark preserves an empty last flag.
 print(*words, "end", sep="\n")
 END
@@ -57,7 +57,7 @@ given=()
 [[ -z $index || " $*" == *" @"* || " $*" == *" --resume"* ]] || given=(--seed "$index")
 for flag; do
     if [[ $flag == @* ]]; then
-        [[ -n $index ]] || mistake "$flag: which line, only an array says: sbatch --array=1-5 slurm/train.sh $flag"
+        [[ -n $index ]] || mistake "$flag: needs an array job: sbatch --array=1-5 slurm/train.sh $flag"
         lines=$(flags_in_line "${flag#@}" "$index") || exit 2
         mapfile -t words <<<"$lines"
         given+=("${words[@]::${#words[@]}-1}")
@@ -73,7 +73,7 @@ flags=()
 for ((i = 0; i < ${#given[@]}; i++)); do
     case ${given[i]} in
         --output[_-]dir=* | --resume=*) verb=${given[i]%%=*} folder=${given[i]#*=}${index:+/$index} ;;
-        --output[_-]dir | --resume) verb=${given[i]} folder=${given[++i]:?is no folder}${index:+/$index} ;;
+        --output[_-]dir | --resume) verb=${given[i]} folder=${given[++i]:?a folder is missing}${index:+/$index} ;;
         *) flags+=("${given[i]}") ;;
     esac
 done
@@ -124,7 +124,7 @@ goes_on() {
 }
 
 if goes_on; then
-    echo "job $job goes back into the queue; the run goes on in $folder"
+    echo "job $job is requeued; the run continues in $folder"
     # Requeue last: SLURM ends everything that the job still runs.
     scontrol requeue "$job"
 fi

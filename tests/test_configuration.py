@@ -24,8 +24,8 @@ def test_sizes_follow_from_each_other(fields, segment_size, input_size):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"segment_size": 2000}, "segment_size=2000 .* does not fit the position table: max_position_embeddings=1024"),
-        ({"segment_size": 10, "input_size": 8}, "input_size=8 is below segment_size=10"),
+        ({"segment_size": 2000}, "segment_size=2000, .* must be at most max_position_embeddings=1024"),
+        ({"segment_size": 10, "input_size": 8}, "input_size=8: must be at least segment_size=10"),
         ({"segment_size": 2}, "segment_size=2: must be at least 3"),
         ({"pre_seq_len": -1}, "pre_seq_len=-1"),
         ({"bptt_depth": -2}, "bptt_depth=-2"),
@@ -36,9 +36,9 @@ def test_sizes_follow_from_each_other(fields, segment_size, input_size):
         ({"prefix_attention": "open"}, "allowed are 'concat', 'gated'"),
         ({"encoder_layerdrop": 0.1}, "encoder_layerdrop=0.1"),
         ({"context_segments": 0}, "context_segments=0: must be at least 1, or -1 for no cap"),
-        ({"associative_memory": True, "recurrence": "top"}, "associative_memory needs a state of each layer"),
-        ({"associative_memory": True, "pre_seq_len": 0}, "associative_memory needs a state of each layer"),
-        ({"schedule": "wavefront", "recurrence": "top"}, 'schedule="wavefront" with recurrence="top"'),
+        ({"associative_memory": True, "recurrence": "top"}, "associative_memory needs a state in each layer"),
+        ({"associative_memory": True, "pre_seq_len": 0}, "associative_memory needs a state in each layer"),
+        ({"schedule": "wavefront", "recurrence": "top"}, 'schedule="wavefront" does not work with recurrence="top"'),
     ],
 )
 def test_fields_out_of_range_are_refused(fields, message):
@@ -58,7 +58,7 @@ def test_a_plain_bart_configuration_is_taken_for_ours(tmp_path, recwarn):
 
 def test_fields_given_at_loading_are_checked(tmp_path):
     BartConfig(max_position_embeddings=64).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not fit the position table"):
+    with pytest.raises(ValueError, match="must be at most max_position_embeddings=64"):
         RecurrentBartConfig.from_pretrained(tmp_path, segment_size=128)
 
 
@@ -70,5 +70,5 @@ def test_a_new_segment_size_at_loading_brings_no_overlap(tmp_path):
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     MBartConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a checkpoint of type 'mbart' was given"):
+    with pytest.raises(ValueError, match="model_type='mbart'; allowed are"):
         RecurrentBartConfig.from_pretrained(tmp_path)

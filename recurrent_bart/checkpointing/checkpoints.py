@@ -190,8 +190,10 @@ class Checkpoints:
         met = next((text for text in errors if text), None)
         if met is not None:
             free = shutil.disk_usage(self.folder.parent).free
-            text = f"{self._path(step)} cannot be written ({met}; {free:,} bytes are free); those before it are whole"
-            raise CheckpointError(text) from error
+            raise CheckpointError(
+                f"{self._path(step)} cannot be written ({met}; {free:,} bytes of disk space are free); earlier "
+                "checkpoints are undamaged"
+            ) from error
 
     def _gather(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float], draft: Path) -> None:
         engine.checkpoint_engine = self.files
@@ -237,7 +239,7 @@ class Checkpoints:
                 return self._path(step)
             damage.append(f"{self._path(step)}: {found[0]}")
             if is_first():
-                say(f"warning: {damage[-1]}; it is passed over")
+                say(f"warning: {damage[-1]}; this checkpoint is skipped")
         only_first(lambda: _raise_if_damaged(damage))
         return None
 
@@ -250,7 +252,7 @@ class Checkpoints:
 
     def _problems(self, path: Path) -> list[str]:
         if not path.resolve().is_relative_to(self.folder.resolve()) and not self.trusts:
-            own = ["it lies outside of the run's folder: --trust_checkpoint reads it"]
+            own = ["the checkpoint is outside the run's folder; add --trust_checkpoint to read it"]
         elif self.trusts and not (path / MANIFEST).exists():
             own = []
         else:
@@ -279,8 +281,7 @@ class Checkpoints:
 
         def convert() -> None:
             shutil.rmtree(converted, ignore_errors=True)
-            reason = "by another number of processes, under another ZeRO stage or in another precision"
-            say(f"resuming   {path.name}, written {reason}")
+            say(f"resuming   {path.name}, written with a different number of processes, ZeRO stage or precision")
             write_universal(path / ENGINE, converted / ENGINE, stage_then, stage)
 
         only_first(convert)
@@ -298,7 +299,7 @@ def _remove(checkpoint: Path) -> None:
 
 def _raise_if_damaged(damage: Sequence[str]) -> None:
     if damage:
-        raise ValueError(f"no checkpoint is whole: {'; '.join(damage)}")
+        raise ValueError(f"no checkpoint can be read: {'; '.join(damage)}")
 
 
 def _written_by(engine: DeepSpeedEngine) -> dict[str, Any]:
@@ -318,8 +319,8 @@ def _check_model(path: Path, then: dict[str, Any], engine: DeepSpeedEngine) -> N
     now = _written_by(engine)
     if then["model"] != now["model"]:
         raise ValueError(
-            f"{path}: cannot be continued with another model: the names, shapes or trained parameters of this one are "
-            "not those of the checkpoint; is --model_name_or_path or the version of recurrent_bart another one?"
+            f"{path}: the checkpoint belongs to a different model: names, shapes or freezing of "
+            "parameters differ; use the --model_name_or_path and the version of recurrent_bart of its run"
         )
 
 

@@ -95,7 +95,7 @@ def problems(folder: Path, share: slice = slice(None)) -> list[str]:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         listed = sorted((name, record["bytes"], record["sha256"]) for name, record in files.items())
     except FileNotFoundError:
-        return [f"there is no {MANIFEST}"]
+        return [f"{MANIFEST} is missing"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{MANIFEST} is unreadable ({error})"]
     return list(_file_problems(folder, listed[share]))
@@ -105,14 +105,14 @@ def _file_problems(folder: Path, listed: Iterable[tuple[str, int, str]]) -> Iter
     for name, n_bytes, sha256 in listed:
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
-            yield f"{name} is outside of it"
+            yield f"{name} is outside the checkpoint's folder"
             continue
         try:
             found = file.stat().st_size
             if found != n_bytes:
                 yield f"{name} is incomplete ({found} of {n_bytes} bytes)"
             elif _sha256(file) != sha256:
-                yield f"{name} is damaged (its checksum is not the manifest's)"
+                yield f"{name} is damaged (its checksum differs from the checksum in {MANIFEST})"
         except OSError as error:
             yield f"{name} cannot be read ({error.strerror})"
 

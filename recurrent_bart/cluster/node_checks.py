@@ -68,7 +68,7 @@ def check_node(local_rank: int, n_gpus: int, shared: Path, scratch: Path) -> Rep
 
 def _gpu_problems(local_rank: int, n_seen: int, n_expected: int) -> Iterator[str]:
     if n_seen < n_expected:
-        yield f"{n_seen} GPUs, not {n_expected}"
+        yield f"{n_seen} GPUs found, {n_expected} required"
     elif n_expected:
         try:
             free, total = torch.cuda.mem_get_info(local_rank)
@@ -76,7 +76,7 @@ def _gpu_problems(local_rank: int, n_seen: int, n_expected: int) -> Iterator[str
             yield f"GPU {local_rank} does not work ({str(error).splitlines()[0]})"
         else:
             if free < LEAST_FREE_SHARE * total:
-                yield f"GPU {local_rank}: {(total - free) / GIB:.0f} of {total / GIB:.0f} GiB are taken"
+                yield f"GPU {local_rank}: {(total - free) / GIB:.0f} of {total / GIB:.0f} GiB are in use"
 
 
 def write_rate(folder: Path) -> float:
@@ -161,7 +161,7 @@ def measure_network(report: Report, meeting: Rendezvous, store: dist.Store, n_pe
             try:
                 report.between[str(other)] = reduction_rate(group, device)
             except RuntimeError as error:
-                report.problems.append(f"no all-reduce with node number {other} ({str(error).splitlines()[0]})")
+                report.problems.append(f"all-reduce with node number {other} failed ({str(error).splitlines()[0]})")
     dist.barrier()
     report.clock = time.time()
 

@@ -61,8 +61,8 @@ class Node:
         first = self.found[0]
         parts = [f"{first.n_gpus} GPUs", f"{first.memory_bytes / GIB:.0f} GiB of memory free"]
         parts += [f"{first.disk_bytes / GIB:.0f} GiB of disk free, written at {first.disk_rate / 1e6:.0f} MB/s"]
-        parts += [f"all-reduce {self.within:.1f} GB/s on it"] if self.within else []
-        parts += [f"all-reduce {self.between:.1f} GB/s with the next"] if self.between else []
+        parts += [f"all-reduce {self.within:.1f} GB/s within the node"] if self.within else []
+        parts += [f"all-reduce {self.between:.1f} GB/s with a neighbour node"] if self.between else []
         return f"{self.name}: {', '.join(parts)}"
 
 
@@ -85,15 +85,17 @@ def judge(nodes: Sequence[Node], expected: Expectations) -> dict[str, list[str]]
     for node in nodes:
         problems = [problem for report in node.found for problem in report.problems]
         n_silent = node.reports.count(None)
-        problems += [f"{n_silent} of {len(node.reports)} processes say nothing"] if n_silent else []
+        problems += [f"{n_silent} of {len(node.reports)} processes did not report"] if n_silent else []
         problems += _too_little(node, expected)
-        for name, place in (("within", "on it"), ("between", "with the next")):
+        for name, place in (("within", "within the node"), ("between", "with a neighbour node")):
             rate = getattr(node, name)
             least = max(getattr(expected, name), LEAST_SHARE_OF_MEDIAN * typical[name])
             if rate is not None and rate < least:
-                problems.append(f"all-reduce {place} at {rate:.2g} GB/s, expected {least:.2g}")
+                problems.append(f"all-reduce {place} at {rate:.2g} GB/s, at least {least:.2g} required")
         off = max((abs(r.clock - statistics.median(clocks)) for r in node.found if r.clock), default=0.0)
-        problems += [f"its clock is off by {off:.1f} s"] if off > expected.clock_seconds else []
+        problems += (
+            [f"clock differs by {off:.1f} s from the median of the nodes"] if off > expected.clock_seconds else []
+        )
         if problems:
             wrong[node.name] = list(dict.fromkeys(problems))
     return wrong
@@ -105,9 +107,9 @@ def _too_little(node: Node, expected: Expectations) -> list[str]:
     # a folder that cannot be written is already among the problems
     disk = min((report.disk_bytes / GIB for report in node.found if report.disk_rate), default=expected.disk_gib)
     if memory < expected.memory_gib:
-        problems.append(f"{memory:.1f} GiB of memory free, expected {expected.memory_gib:g}")
+        problems.append(f"{memory:.1f} GiB of memory free, at least {expected.memory_gib:g} required")
     if disk < expected.disk_gib:
-        problems.append(f"{disk:.1f} GiB of disk free, expected {expected.disk_gib:g}")
+        problems.append(f"{disk:.1f} GiB of disk free, at least {expected.disk_gib:g} required")
     return problems
 
 

@@ -187,7 +187,9 @@ def plan_documents(
     """
     room = sizes.segment_size - n_special
     if room < 1:
-        raise ValueError(f"segment_size={sizes.segment_size} leaves no room beside {n_special} special tokens")
+        raise ValueError(
+            f"segment_size={sizes.segment_size} must be more than {n_special}, the number of special tokens"
+        )
     target_room = math.inf if max_target_length is None else max_target_length - n_special
     plan = DocumentPlan([], [], [], 0, 0)
     for index, (sections, summaries) in enumerate(zip(section_lengths, summary_lengths, strict=True)):

@@ -121,8 +121,8 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
         sections = [next(ids) for _ in row.sections]
         summaries = [next(ids) for _ in row.summaries]
         if not any(sections) or not any(summaries):
-            what = "no target, the summary has" if any(sections) else "a document of"
-            on_bad(ValueError(f"{row.id}: {what} 0 tokens"))
+            empty = "summary" if any(sections) else "document"
+            on_bad(ValueError(f"{row.id}: the {empty} has no tokens"))
             continue
         records.append(
             {

@@ -12,7 +12,7 @@ from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
 # Pattern of a delimiter that seems to separate fields: a comma with text on both sides, outside of numbers, because a
 # space follows a comma in prose; and any tab.
 SEPARATES = {",": re.compile(r"(?<=[^\s,]),(?=[^\s,\d])|(?<=[^\s,\d]),(?=\d)"), "\t": re.compile("\t")}
-REMEDY = 'a field with a delimiter, quote or line end needs "..." around it, and each quote in it twice: ""'
+REMEDY = 'write "..." around a field with a delimiter, quote or line end, and "" for each quote in the field'
 
 
 class CsvRows:
@@ -85,7 +85,7 @@ def _row(
 
 def _explain(error: csv.Error, line: int) -> str:
     if "unexpected end of data" in str(error):
-        return f"a quote is opened and never closed, up to line {line}; {REMEDY}"
+        return f"a quote has no closing quote up to line {line}; {REMEDY}"
     return f"text follows the closing quote of a field, on line {line} ({error}); {REMEDY}"
 
 
@@ -94,7 +94,7 @@ def _check_row(row: list[str], rows: CsvRows, n_columns: int) -> None:
         raise ValueError(f"{len(row)} fields, but the first row names {n_columns} columns; {REMEDY}")
     if len(rows.raw) > 1 and n_columns > 1 and all(_is_row(line, rows.delimiter, n_columns) for line in rows.raw):
         raise ValueError(
-            f"a quoted field goes over {len(rows.raw)} lines, each of which is a row of {n_columns} fields without the "
+            f"a quoted field has {len(rows.raw)} lines, and each line is a row of {n_columns} fields without the "
             f"quotes: a quote seems to be missing; {REMEDY}. If none is, write the documents as .jsonl"
         )
 

@@ -81,7 +81,7 @@ def _check_parts(folder: Path, split: str, parts: list[SplitPath]) -> None:
             f"files of one type: {split}_1.jsonl, {split}_2.jsonl"
         )
     if parts[0].total not in (None, len(parts)):
-        raise ValueError(f"{folder}: {len(parts)} of {parts[0].total} files of split {split!r} are there: {files}")
+        raise ValueError(f"{folder}: split {split!r} has only {len(parts)} of {parts[0].total} files: {files}")
 
 
 def _not_read(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
@@ -104,7 +104,7 @@ def find_saved(folder: Path) -> tuple[Path, ...]:
     """
     if (folder / SAVED_SPLITS).exists():
         names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise ValueError(f"{folder}: a data set with the splits {name_some(names)}; name the folder of one of them")
+        raise ValueError(f"{folder}: a data set with the splits {name_some(names)}; give the folder of one split")
     if not all((folder / name).exists() for name in SAVED):
         return ()
     # Files named cache-* hold results of `map` and `filter` that are not part of the data set.

@@ -42,8 +42,8 @@ def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[s
     positions = {root: _position(root[1]) for root in groups.roots()}
     if len(positions) == 1:
         raise ValueError(
-            f"{place}: all documents have one text, id or group, so none can be held out; give --validation_file, more "
-            "documents or another --group_column"
+            f"{place}: all documents have the same text, id or group, so none can be held out for validation; give "
+            "--validation_file, more documents or a different --group_column"
         )
     by_position = sorted(positions, key=positions.__getitem__)
     n_held_out = sum(position < share for position in positions.values())

@@ -50,7 +50,7 @@ def _record(line: str, encoding: str) -> dict[str, Any] | None:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is needed, not {type(value).__name__}")
+        raise ValueError(f"must be a JSON object, not {type(value).__name__}")
     return value
 
 

@@ -85,12 +85,12 @@ def with_targets(row: Row, place: str) -> Row:
     """Return the row. Raise ValueError if all texts or summaries are blank, or a text has a lone surrogate."""
     # Check the summaries first: sections without a following target are already dropped from the row.
     if not any(summary.strip() for summary in row.summaries):
-        raise ValueError(f"{place}: no target, the summary is empty")
+        raise ValueError(f"{place}: the summary is empty")
     if not any(section.strip() for section in row.sections):
         raise ValueError(f"{place}: the document is empty")
     for text in (*row.sections, *row.summaries):
         if HALF_CHARACTER.search(text):
-            raise ValueError(f"{place}: not a text, it holds half of a character (a lone surrogate)")
+            raise ValueError(f"{place}: the text has half a character (a lone surrogate)")
     return row
 
 
@@ -103,7 +103,7 @@ def split_of(name: str) -> str:
 def _texts(record: dict[str, Any], column: str, place: str) -> list[str]:
     texts = _field(record, column, place)
     if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
-        raise ValueError(f"{place}: column {column!r} is not a list of texts")
+        raise ValueError(f"{place}: column {column!r} must be a list of texts")
     return [text or "" for text in texts]
 
 
@@ -112,13 +112,13 @@ def _text(record: dict[str, Any], column: str, list_column: str, place: str, joi
         return joined_by.join(text for text in _texts(record, list_column, place) if text)
     text = _field(record, column, place)
     if not isinstance(text, str):
-        raise ValueError(f"{place}: column {column!r} is not a text but {type(text).__name__}")
+        raise ValueError(f"{place}: column {column!r} must be a text, not {type(text).__name__}")
     return text
 
 
 def _field(record: dict[str, Any], column: str, place: str) -> Any:
     if column not in record:
-        raise ValueError(f"{place}: no column {column!r}; there are {', '.join(map(repr, record)) or 'none'}")
+        raise ValueError(f"{place}: no column {column!r}; the columns are {', '.join(map(repr, record)) or 'none'}")
     if record[column] is None:
         raise ValueError(f"{place}: column {column!r} has no value")
     return record[column]

@@ -194,7 +194,7 @@ def _path_source(paths: tuple[Path, ...], split: str) -> Source:
         pairs, notes = find_texts(path)
         if not pairs:
             raise ValueError(
-                f"{path}: no train.* file and no texts NAME.txt with NAME.summary.txt; there are "
+                f"{path}: no train.* file and no texts NAME.txt with NAME.summary.txt; the folder has "
                 f"{name_some(sorted(item.name for item in path.iterdir())) or 'no files'}"
             )
         return Source("folder", str(path), split, notes=notes)
@@ -212,8 +212,10 @@ def _hub_sources(name: str, config_name: str) -> dict[str, Source]:
         # The library lists a data set's configurations on several lines.
         text = " ".join(str(error).split())
         flags = f"--dataset {name}" + (f" --dataset_config_name {config_name}" if config_name else "")
-        remedy = "; --dataset_config_name takes one of them" if "onfig name is missing" in text else ""
-        raise ValueError(f"{flags}: neither a file or folder nor a data set that loads ({text}){remedy}") from error
+        remedy = "; give one with --dataset_config_name" if "onfig name is missing" in text else ""
+        raise ValueError(
+            f"{flags}: no such file or folder, and no data set could be loaded ({text}){remedy}"
+        ) from error
     found: dict[str, str] = {}
     for hub_split in there:
         split = SPLIT_OF_NAME.get(hub_split.lower())
@@ -250,7 +252,7 @@ def _records_reader(path: Path) -> Callable[[Path, OnBad, str], Records]:
     }
     kind = kind_of(path)
     if kind is None:
-        raise ValueError(f"{path}: unknown kind of file; known are .jsonl, .jsonl.gz, .json, .csv, .tsv and .parquet")
+        raise ValueError(f"{path}: unknown file type; allowed are .jsonl, .jsonl.gz, .json, .csv, .tsv and .parquet")
     return readers[kind]
 
 
@@ -266,7 +268,7 @@ def _folder_records(source: Source, on_bad: OnBad) -> Records:
     pairs, _ = find_texts(Path(source.place))
     for pair in pairs:
         if pair.text is None:
-            on_bad(ValueError(f"{pair.summary}: there is no text {Path(pair.name).name}.txt beside it"))
+            on_bad(ValueError(f"{pair.summary}: the text {Path(pair.name).name}.txt is missing"))
             continue
         try:
             document, target = (read_text(file, source.encoding) for file in (pair.text, pair.summary))

@@ -38,7 +38,7 @@ def check_decoded(text: str, encoding: str) -> None:
     if undecoded:
         name = "utf-8" if encoding == ENCODING else encoding
         byte = ord(undecoded[0]) - 0xDC00
-        raise ValueError(f"byte 0x{byte:02x} is not {name}; --encoding names the encoding of the file")
+        raise ValueError(f"byte 0x{byte:02x} is not {name}; give the encoding of the file with --encoding")
 
 
 def read_text(path: Path, encoding: str = ENCODING) -> str:

@@ -32,18 +32,19 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{name_or_path}: its tokenizer is code of its own; if you trust it, --trust_remote_code runs it"
+                f"{name_or_path}: the tokenizer needs Python code from this folder; if you trust the code, add "
+                "--trust_remote_code"
             ) from error
         raise ValueError(f"{name_or_path}: no tokenizer could be loaded ({_one_line(error)})") from error
     # If a folder has a model but no tokenizer, Hugging Face returns a tokenizer with special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ValueError(f"{name_or_path}: no tokenizer could be loaded (there are no files of one)")
+        raise ValueError(f"{name_or_path}: no tokenizer could be loaded (its files are missing)")
     for name, instead in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
         if getattr(tokenizer, name) is None:
             setattr(tokenizer, name, getattr(tokenizer, instead))
     missing = [name for name in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, name) is None]
     if missing:
-        raise ValueError(f"{name_or_path}: its tokenizer has no {', '.join(missing)}")
+        raise ValueError(f"{name_or_path}: the tokenizer has no {', '.join(missing)}")
     return tokenizer
 
 

@@ -57,7 +57,7 @@ def rouge_per_sample(predictions: Sequence[str], references: Sequence[str]) -> d
         ValueError: There are no references, or the numbers of predictions and references differ.
     """
     if not references:
-        raise ValueError("no references to score against")
+        raise ValueError("ROUGE needs at least one reference text")
     scorer = rouge_scorer.RougeScorer(list(METRICS), tokenizer=RougeTokenizer())
     scores = [
         scorer.score("\n".join(sentences(reference)), "\n".join(sentences(prediction)))

@@ -190,7 +190,7 @@ class Grid:
         # parameters of offloaded layers come to the device only when the layer's module is called
         is_on_other_device = any(parameter.device != device for parameter in self.layers.parameters())
         if is_on_other_device and self.config.schedule == "wavefront":
-            logger.warning_once("schedule='wavefront': layers are offloaded or on another device, they run one by one")
+            logger.warning_once("schedule='wavefront': layers run one by one, because some are on a different device")
         return is_on_other_device
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: OutputSelection, is_last: bool) -> None:

@@ -128,7 +128,7 @@ class TextReader:
         """
         end = replace(self.bookmark, ids=self.bookmark.ids + self._encode(self.bookmark.text))
         if not end.ids:
-            raise ValueError("a document of 0 tokens has nothing to read")
+            raise ValueError("the text has no tokens")
         yield from self._full_segments(end)
         yield self._read(end, 1)
 
@@ -154,9 +154,9 @@ class TextReader:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: no saved state can be read ({error})") from error
+            raise ValueError(f"{path}: the saved state cannot be read ({error})") from error
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a saved state: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+            raise ValueError(f"{path}: not a saved state: format {metadata.get('format')!r} found, {FORMAT!r} required")
         self._check_same(json.loads(metadata["reader"]), path)
         state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
         self.bookmark = Bookmark(
@@ -209,7 +209,8 @@ class TextReader:
         for name, here in self._identity().items():
             if saved.get(name) != here:
                 raise ValueError(
-                    f"{path}: the state is of another model, {name} is {saved.get(name)!r} there and {here!r} here"
+                    f"{path}: the state was saved with a different model: {name} is {saved.get(name)!r} in the file, "
+                    f"{here!r} in this model"
                 )
 
 

@@ -34,7 +34,9 @@ class Summariser:
         assert config.segment_size is not None
         assert config.input_size is not None
         if tokens_per_batch < config.input_size:
-            raise ValueError(f"--tokens_per_batch {tokens_per_batch}: a segment has up to {config.input_size} tokens")
+            raise ValueError(
+                f"--tokens_per_batch {tokens_per_batch}: must be at least {config.input_size}, the tokens of a segment"
+            )
         self.most_segments = tokens_per_batch // config.input_size
         sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments=-1)
         self.collator = Collator("document", sizes, *special, config.pad_token_id, max_target_length=0)
@@ -44,7 +46,7 @@ class Summariser:
         """Return one summary per text; batching does not change it. Raise ValueError for a text without tokens."""
         ids = self.encoder(texts)
         if not all(ids):
-            raise ValueError(f"document {ids.index([]) + 1} of {len(ids)}: 0 tokens, there is nothing to read")
+            raise ValueError(f"document {ids.index([]) + 1} of {len(ids)} has no tokens")
         n_segments = [-(-len(document) // self.room) for document in ids]
         summaries: dict[int, str] = {}
         for group in group_by_segments(n_segments, self.most_segments):

@@ -103,7 +103,7 @@ class SegmentGeneration(GenerationMixin):
         assert is_read_BN is not None
         has_text_BN = is_read_BN & target_segments_BN
         if not has_text_BN.any():
-            raise ValueError("target_segments: no document has one of these segments")
+            raise ValueError("target_segments: the selected segments hold no text in any document")
         if encoded.packing is not None:
             generated = self._generate_groups(
                 encoded, is_read_BN[target_segments_BN].cpu(), generation_config, **kwargs

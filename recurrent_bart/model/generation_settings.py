@@ -30,8 +30,8 @@ class Contradiction:
 
     def __str__(self) -> str:
         return (
-            f"warning: {100 * self.share:.0f} % of the targets could not be generated with {self.setting} "
-            f"{self.value}, which the model was saved with; {self.remedy}"
+            f"warning: {100 * self.share:.0f} % of the targets cannot be generated with the model's setting "
+            f"{self.setting} {self.value}; {self.remedy}"
         )
 
 
@@ -46,8 +46,8 @@ def describe_limit(config: PreTrainedConfig, asked: int) -> list[str]:
         return []
     limit = config.max_position_embeddings
     return [
-        f"warning: --max_target_length {asked}: targets and generated texts end after {limit} tokens, as many as the "
-        "decoder has positions for"
+        f"warning: --max_target_length {asked}: targets and generated texts end after {limit} tokens, the number of "
+        "positions of the decoder"
     ]
 
 
@@ -60,7 +60,7 @@ def text_length(config: PreTrainedConfig, generation: GenerationConfig, given: M
     most = longest_text(config, given.get("max_new_tokens") or generation.max_new_tokens or usual)
     if given.get("max_new_tokens", 0) > most:
         raise ValueError(
-            f"--max_new_tokens {given['max_new_tokens']}: the decoder of this model has positions for {most} tokens"
+            f"--max_new_tokens {given['max_new_tokens']}: must be at most {most}, the positions of the decoder"
         )
     return most
 
@@ -69,13 +69,13 @@ def change_settings(generation: GenerationConfig, given: Mapping[str, Any], max_
     """Change generation settings in place; raise ValueError if a setting is impossible or has no effect."""
     least = given.get("min_new_tokens")
     if least is not None and least > max_new_tokens:
-        raise ValueError(f"--min_new_tokens {least}: a text has at most {max_new_tokens} tokens")
+        raise ValueError(f"--min_new_tokens {least}: must be at most {max_new_tokens}, the maximum length of a text")
     num_beams, is_sampled = (given.get(name, getattr(generation, name)) for name in ("num_beams", "do_sample"))
     for name in given:
         if name in BEAM_SETTINGS and (num_beams or 1) == 1:
-            raise ValueError(f"--{name}: it has no effect without beam search; set --num_beams")
+            raise ValueError(f"--{name} has no effect without beam search; set --num_beams to 2 or more")
         if name in SAMPLING_SETTINGS and not is_sampled:
-            raise ValueError(f"--{name}: it has no effect without sampling; set --do_sample")
+            raise ValueError(f"--{name} has no effect without sampling; set --do_sample")
     if "min_new_tokens" in given:
         # older name of the same setting
         generation.min_length = None
@@ -128,19 +128,19 @@ def contradictions(generation: GenerationConfig, targets: Iterable[Sequence[int]
             name,
             getattr(generation, name),
             _share(known, lambda target: len(target) - 1 < least),
-            "--min_new_tokens 0 lifts it",
+            "remove this limit with --min_new_tokens 0",
         ),
         Contradiction(
             "no_repeat_ngram_size",
             size,
             _share(known, lambda target: size > 0 and _repeats(target, size)),
-            "--no_repeat_ngram_size 0 lifts it",
+            "remove this limit with --no_repeat_ngram_size 0",
         ),
         Contradiction(
             "forced_bos_token_id",
             first,
             _share(known, lambda target: first is not None and target[0] != first),
-            "change it in generation_config.json in the folder of the model",
+            "change the setting in generation_config.json in the folder of the model",
         ),
     ]
     return [one for one in found if one.share >= LEAST_SHARE]

@@ -25,7 +25,7 @@ def load_pretrained(model_class: Any, source: str, say: Callable[[str], None], *
         if is_plain and not info["unexpected_keys"] and not info["mismatched_keys"]:
             reports.clear()
             size = sum(p.numel() for name, p in model.named_parameters() if name in info["missing_keys"])
-            say(f"the recurrence ({size / 1e6:.1f} M parameters) is new and untrained: {source} has none")
+            say(f"the recurrence ({size / 1e6:.1f} M parameters) is new and untrained; {source} has no recurrence")
     return model
 
 

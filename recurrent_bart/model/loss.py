@@ -31,12 +31,12 @@ def check_labels(labels: Tensor, vocab_size: int, every_row: bool) -> None:
     if is_outside.any():
         row, column = is_outside.nonzero()[0].tolist()
         raise ValueError(
-            f"labels: row {row} holds {int(labels[row, column])} at position {column}; ids go from 0 to "
-            f"{vocab_size - 1}, {IGNORED} stands for no target"
+            f"labels: row {row} holds {int(labels[row, column])} at position {column}; allowed are ids from 0 to "
+            f"{vocab_size - 1}, and {IGNORED} for no target"
         )
     is_empty = (labels == IGNORED).all(dim=-1)
     if every_row and is_empty.any():
-        raise ValueError(f"labels: row {int(is_empty.nonzero()[0])} has no target, all are {IGNORED}")
+        raise ValueError(f"labels: row {int(is_empty.nonzero()[0])} has no target, only {IGNORED}")
 
 
 def check_decoder_start(decoder_input_ids: Tensor, decoder_start_token_id: int) -> None:
@@ -47,8 +47,8 @@ def check_decoder_start(decoder_input_ids: Tensor, decoder_start_token_id: int) 
     if is_wrong.any():
         row = int(is_wrong.nonzero()[0])
         raise ValueError(
-            f"decoder_input_ids: row {row} begins with {int(decoder_input_ids[row, 0])}, "
-            f"decoder_start_token_id is {decoder_start_token_id}"
+            f"decoder_input_ids: row {row} begins with {int(decoder_input_ids[row, 0])}, but must begin with "
+            f"decoder_start_token_id={decoder_start_token_id}"
         )
 
 
@@ -56,7 +56,7 @@ def check_unused(arguments: Mapping[str, Any], cause: str) -> None:
     """Raise a ValueError that names the arguments that are not None, because `cause` makes them useless."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
-        raise ValueError(f"{', '.join(given)}: not used with {cause}, leave out")
+        raise ValueError(f"{', '.join(given)}: not used with {cause}; remove")
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:

@@ -147,7 +147,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
     def _gives_attentions(self, output_attentions: bool | None) -> bool:
         is_requested = self.config.output_attentions if output_attentions is None else output_attentions
         if is_requested and "eager" not in self.config._attn_implementation:
-            logger.warning_once(f"output_attentions: {self.config._attn_implementation} has none to give, eager has")
+            attention = self.config._attn_implementation
+            logger.warning_once(f"output_attentions: {attention} returns no attention weights; use eager attention")
             return False
         return is_requested
 

@@ -137,8 +137,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
             return cls.from_tuple(given)
         if not 1 <= len(given) <= 3:
             raise ValueError(
-                f"encoder_outputs: a tuple of {len(given)} values; a RecurrentEncoderOutput, its plain tuple of "
-                f"{len(fields(cls))}, or last_hidden_state, hidden_states and attentions are needed"
+                f"encoder_outputs: a tuple of {len(given)} values; give a RecurrentEncoderOutput, its plain tuple of "
+                f"{len(fields(cls))}, or (last_hidden_state, hidden_states, attentions)"
             )
         hidden = given[0]
         if config.decoder_context == "memory" and config.prefix_attention == "gated":
@@ -154,8 +154,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
         """Raise a ValueError if there is more than one context per row."""
         if self.last_hidden_state.dim() != 3 or self.packing is not None:
             raise ValueError(
-                f"encoder_outputs of shape {tuple(self.last_hidden_state.shape)} are contexts after several segments; "
-                "one context per row (B, A, D) is needed; generate(decode_at=..., target_segments=...) takes several"
+                f"encoder_outputs of shape {tuple(self.last_hidden_state.shape)} hold several contexts per row; "
+                "give one context per row (B, A, D), or call generate(decode_at=..., target_segments=...)"
             )
 
     def check_contexts(self, target_segments_BN: Tensor | None) -> Tensor:
@@ -165,12 +165,12 @@ class RecurrentEncoderOutput(BaseModelOutput):
             ValueError: A context is missing.
         """
         if self.is_read is None:
-            raise ValueError("target_segments: encoder_outputs do not say which segments there are, is_read is missing")
+            raise ValueError("target_segments: is_read is missing; give the RecurrentEncoderOutput of the encoder")
         if target_segments_BN is None:
             target_segments_BN = torch.ones_like(self.is_read)
         if target_segments_BN.shape != self.is_read.shape:
             raise ValueError(
-                f"target_segments of shape {tuple(target_segments_BN.shape)}: encoder_outputs are of "
+                f"target_segments has shape {tuple(target_segments_BN.shape)}, but encoder_outputs have "
                 f"{tuple(self.is_read.shape)} documents and segments"
             )
         shape = tuple(self.last_hidden_state.shape)
@@ -178,8 +178,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
         has_rows = len(shape) == 3 and shape[0] == max(1, int(target_segments_BN.sum()))
         if self.packing is None and not has_rows and shape[:-2] != tuple(self.is_read.shape):
             raise ValueError(
-                f"target_segments: encoder_outputs of shape {shape} are not the contexts after "
-                f"{int(target_segments_BN.sum())} segments; call the encoder with the same target_segments"
+                f"target_segments: encoder_outputs of shape {shape} do not hold the contexts after "
+                f"the {int(target_segments_BN.sum())} target segments; call the encoder with the same target_segments"
             )
         return target_segments_BN.to(self.is_read.device)
 

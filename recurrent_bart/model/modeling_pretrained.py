@@ -44,8 +44,8 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
         norms = sorted(name for name in report["unexpected_keys"] if FINAL_NORM.search(name))
         if norms:
             raise ValueError(
-                f"the checkpoint has {', '.join(norms)}. BART has no norm above the last layer: these are weights of "
-                "mBART, or of another model with norms before each layer, whatever the configuration says"
+                f"the checkpoint has {', '.join(norms)}, but BART has no norm after the last layer. The weights belong "
+                "to mBART or a similar model with a norm before each layer, although the configuration names BART"
             )
         return (model, report) if output_loading_info else model
 

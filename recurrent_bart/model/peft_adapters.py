@@ -37,15 +37,16 @@ def save_recurrence(model: nn.Module, configs: dict[str, Any]) -> None:
             continue
         if getattr(config, "modules_to_save", []) == []:
             logger.warning(
-                f"PEFT adapter {adapter!r}: the recurrence is not trained and is not saved with the adapter. A fresh "
-                f'conversion of BART draws another one, and logits change; modules_to_save=["{RECURRENCE}"] saves it'
+                f"PEFT adapter {adapter!r}: the recurrence is not trained and is not saved with the adapter. Each "
+                "conversion of BART draws new weights for the recurrence, and logits change. "
+                f'modules_to_save=["{RECURRENCE}"] saves the recurrence'
             )
             continue
         _train(model, adapter, config)
         if any(isinstance(module, GatedCrossAttention) for module in model.modules()):
             logger.warning(
                 f'PEFT adapter {adapter!r}: with prefix_attention="gated", memory_gate of the decoder is not trained; '
-                'it stays closed on a fresh conversion of BART. prefix_attention="concat" has no such gate'
+                'the gate stays closed after a conversion of BART. prefix_attention="concat" has no memory_gate'
             )
 
 

@@ -51,19 +51,19 @@ def reading_model(flag: str, place: str) -> Iterator[None]:
 
 def _problem(path: Path) -> str | None:
     if path.is_file():
-        return f"a file; give the folder of the model, {path.parent}"
+        return f"this is a file; give the folder of the model, {path.parent}"
     if not path.is_dir():
-        return "no model there, there is no such folder (RUN/model is one)"
+        return "no such folder; give the folder of a model, for example RUN/model"
     if (path / "trainer.json").is_file():
-        return "a checkpoint, from which --resume RUN goes on; the model of a run is RUN/model"
+        return "this is a checkpoint; continue training with --resume RUN, or give the model of the run, RUN/model"
     config = _read_json(path / "config.json")
     if config is None:
-        return "no model there, a folder with config.json is needed (RUN/model)"
+        return "config.json is missing; give the folder of a model, for example RUN/model"
     if "arguments" not in config or "model_type" in config:
         return None
     if (path / "model" / "config.json").is_file():
-        return f"the folder of a run; give its model, {path / 'model'}"
-    return "the folder of a run that has saved no model yet; its first evaluation does"
+        return f"this is the folder of a run; give the model of the run, {path / 'model'}"
+    return "this run has not saved a model yet; a run saves a model after the first evaluation"
 
 
 def _read_json(file: Path) -> Any:

@@ -14,7 +14,7 @@ class TensorBoardTracker:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ValueError('it needs tensorboardX: pip install "recurrent-bart[tensorboard]"') from error
+            raise ValueError('tensorboardX is not installed: pip install "recurrent-bart[tensorboard]"') from error
         shutil.rmtree(folder, ignore_errors=True)
         self.writer = SummaryWriter(str(folder), flush_secs=10)
         for record in history:

@@ -82,7 +82,7 @@ class Guarded:
         except Exception as error:
             if not self.has_warned:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                self.warn(f"{self.name}: {reason}; training goes on without it")
+                self.warn(f"{self.name}: {reason}; training continues without {self.name}")
             self.has_warned = True
             if self.gives_up:
                 self.tracker = None

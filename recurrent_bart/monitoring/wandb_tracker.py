@@ -156,7 +156,7 @@ def start_wandb(run: WandbRun, history: Sequence[Record], warn: Warn) -> WandbTr
         try:
             return WandbTracker(run, history)
         except Exception as error:
-            warn(f"wandb: {' '.join(str(error).split())}; it goes on offline")
+            warn(f"wandb: {' '.join(str(error).split())}; wandb continues offline")
             _stop_service()
     return WandbTracker(WandbRun(**{**vars(run), "is_online": False}), history)
 

@@ -65,7 +65,7 @@ def map_memory(
     """
     recurrence = model.model.encoder.recurrence
     if recurrence is None:
-        raise ValueError("a model of pre_seq_len 0 has no memory to read from")
+        raise ValueError("pre_seq_len=0: the model has no state to read")
     segments, masks = segment_documents(model.config, False, ids_1n, None, None)
     state: Any = RecurrentState.unread(model.config, 1, ids_1n.device)
     reads = []
@@ -91,12 +91,15 @@ def map_memory(
 def as_text(found: MemoryMap) -> str:
     """Return the map as tables for a terminal."""
     parts = [
-        "read from memory, over what is read from tokens, by layer and segment",
+        "size of the read from the state over size of the read from tokens, by layer and segment",
         *_lines(found.size),
-        "share of attention to memory, by layer and segment",
+        "share of attention on the state, by layer and segment",
         *_lines(found.mass),
     ]
-    for name, row in (("gate on memory, by layer", found.gate), ("by the decoder, by layer", found.decoder)):
+    for name, row in (
+        ("opening of the gate on the state, by layer", found.gate),
+        ("the decoder's read from the state over its read from tokens, by layer", found.decoder),
+    ):
         if row:
             parts += [name, *_columns([row], [str(number + 1) for number in range(len(row))], [""])]
     return "\n".join(parts)
@@ -128,14 +131,14 @@ def draw_memory_map(found: MemoryMap, path: Path) -> None:
     panels = dict(zip(names, figure.subplots(len(names), height_ratios=heights), strict=True))
     for axes in panels.values():
         dress(axes)
-    text = "what tokens read from memory, over what they read from tokens"
+    text = "size of the read from the state over size of the read from tokens"
     heat_map(panels["size"], found.size, text, "segment", "layer", limits_of([found.size]))
-    text = "share of attention to memory"
+    text = "share of attention on the state"
     heat_map(panels["mass"], found.mass, text, "segment", "layer", limits_of([found.mass]))
     _draw_along(panels["along"], found)
     titles = {
-        "gate": "how far the gate on memory is open",
-        "decoder": "the decoder: read from memory, over from tokens",
+        "gate": "opening of the gate on the state",
+        "decoder": "decoder: read from the state over read from tokens",
     }
     for name in last:
         row = getattr(found, name)
@@ -149,7 +152,7 @@ def _draw_along(axes: Any, found: MemoryMap) -> None:
     axes.plot(*zip(*thinned(points), strict=True), color=SERIES[0], linewidth=1.0)
     for end in found.segment_ends[:-1] if len(found.segment_ends) <= MOST_BORDERS else ():
         axes.axvline(end + 0.5, color=COLORS["muted"], linewidth=0.6, linestyle=":")
-    title(axes, "the first along the text, mean over layers; dotted: a segment ends")
+    title(axes, "read from the state over read from tokens, along the text, mean over layers; dotted: segment ends")
     axes.set_xlabel("tokens read", fontsize=8)
     axes.set_xlim(0, len(points) + 1)
     axes.set_ylim(bottom=0)

@@ -86,13 +86,13 @@ class RecurrentState(ModelOutput):
         """
         for name, tensor in self.items():
             if len(tensor) != n_documents:
-                raise ValueError(f"state: {name} is of {len(tensor)} documents, the batch has {n_documents}")
+                raise ValueError(f"state: {name} has {len(tensor)} documents, but the batch has {n_documents}")
         found, needed = (
             self.memory if self.memory is None else tuple(self.memory.shape),
             self.memory_shape(config, n_documents),
         )
         if found != needed:
-            raise ValueError(f"state: memory has shape {found}, this model's has shape {needed}")
+            raise ValueError(f"state: memory has shape {found}, but this model needs {needed}")
 
     def detach(self) -> "RecurrentState":
         """Return the state detached from the autograd graph."""

@@ -43,12 +43,14 @@ def split_into_segments(
         ValueError: The document has no tokens, or a segment has no room for text.
     """
     if not tokens:
-        raise ValueError("a document of 0 tokens has no segments")
+        raise ValueError("a document must have at least 1 token")
     if len(tokens) <= segment_size:
         return [list(tokens)]
     room = segment_size - n_leading - n_trailing
     if room < 1:
-        raise ValueError(f"segment_size={segment_size} leaves no room beside {n_leading + n_trailing} special tokens")
+        raise ValueError(
+            f"segment_size={segment_size} must be more than {n_leading + n_trailing}, the number of special tokens"
+        )
     end = len(tokens) - n_trailing
     leading, text, trailing = list(tokens[:n_leading]), tokens[n_leading:end], list(tokens[end:])
     overlap = input_size - segment_size
@@ -74,7 +76,7 @@ def segment_positions(
     for row, mask in enumerate(attention_mask.tolist()):
         positions = [i for i, is_token in enumerate(mask) if is_token]
         if not positions:
-            raise ValueError(f"attention_mask: row {row} is a document of 0 tokens")
+            raise ValueError(f"attention_mask: row {row} has no tokens")
         n_leading = int(input_ids[row, positions[0]] == special[0])
         n_trailing = int(input_ids[row, positions[-1]] == special[1])
         rows.append(split_into_segments(positions, segment_size, input_size, n_leading, n_trailing))
@@ -138,15 +140,15 @@ def segment_documents(
         return tokens.unsqueeze(1), mask.unsqueeze(1)
     if is_flat and input_ids is None:
         raise ValueError(
-            f"inputs_embeds of {shape[1]} positions: segment_size is {config.segment_size}, and embeddings do not show "
-            "which of them are the special tokens that every segment needs; give input_ids, or segments (B, N, L, D)"
+            f"inputs_embeds has {shape[1]} positions, more than segment_size={config.segment_size}. Only ids show "
+            "which tokens are special, so give input_ids, or inputs_embeds in segments (B, N, L, D)"
         )
     if is_flat:
         special = config.bos_token_id, config.eos_token_id
         positions = segment_positions(mask, input_ids, special, config.segment_size, config.input_size)
         tokens, mask = gather_segments(tokens, positions, config.pad_token_id), (positions >= 0).to(mask.dtype)
     if tokens.shape[2] > config.input_size:
-        raise ValueError(f"segments of {tokens.shape[2]} tokens: input_size is {config.input_size}")
+        raise ValueError(f"segments have {tokens.shape[2]} tokens, but input_size is {config.input_size}")
     if is_training and config.max_n_segments != -1:
         tokens, mask = tokens[:, : config.max_n_segments], mask[:, : config.max_n_segments]
     return tokens, mask
@@ -171,7 +173,7 @@ def align_at_end(segments: Tensor, mask_BNL: Tensor, may_be_empty: bool = False)
     is_read_BN = mask_BNL.bool().any(dim=-1)
     has_none = ~is_read_BN.any(dim=1)
     if not may_be_empty and has_none.any():
-        raise ValueError(f"attention_mask: row {int(has_none.nonzero()[0])} is a document of 0 tokens")
+        raise ValueError(f"attention_mask: row {int(has_none.nonzero()[0])} has no tokens")
     # argmax returns the first maximum: 0 for a row without tokens
     n_empty_B = is_read_BN.flip(1).int().argmax(dim=1)
     return shift_segments(segments, n_empty_B), shift_segments(mask_BNL, n_empty_B), n_empty_B
@@ -185,8 +187,8 @@ def align_targets(target_segments_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tenso
     """
     if target_segments_BN.shape != mask_BNL.shape[:2]:
         raise ValueError(
-            f"labels or target_segments for {tuple(target_segments_BN.shape)} documents and segments: there are "
-            f"{tuple(mask_BNL.shape[:2])}"
+            f"labels or target_segments are for {tuple(target_segments_BN.shape)} documents and segments, but the "
+            f"input has {tuple(mask_BNL.shape[:2])}"
         )
     return shift_segments(target_segments_BN, n_empty_B)
 

@@ -59,7 +59,7 @@ class SegmentedBatch:
         `may_be_empty` allows documents without a token.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if decode_at not in DECODE_AT:
             raise ValueError(f"decode_at={decode_at!r}: allowed are {', '.join(map(repr, DECODE_AT))}")
         given, n_dimensions = (inputs_embeds, 3) if input_ids is None else (input_ids, 2)
@@ -106,7 +106,7 @@ def rename_every_segment(arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
     every_segment = arguments["every_segment"]
     warnings.warn(
-        "every_segment is now decode_at='every_segment', or target_segments=... for booleans (B, N)",
+        "every_segment is deprecated: use decode_at='every_segment', or target_segments=... for booleans (B, N)",
         FutureWarning,
         stacklevel=3,
     )

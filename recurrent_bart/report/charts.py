@@ -96,7 +96,7 @@ def _speed(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, (left, right) = new_figure(2.7, 1, 2)
     lines(left, speed, "document tokens per second", numbers=thousands())
-    lines(right, share, "share of the devices' peak", numbers=PercentFormatter(1, decimals=0))
+    lines(right, share, "share of the peak FLOP/s of all devices", numbers=PercentFormatter(1, decimals=0))
     legend(figure)
     return figure
 
@@ -105,7 +105,7 @@ KINDS = {
     "data_seconds": "waiting for data",
     "forward_seconds": "forward",
     "backward_seconds": "backward",
-    "optimizer_seconds": "update",
+    "optimizer_seconds": "optimizer update",
 }
 
 
@@ -118,7 +118,7 @@ def _seconds(runs: Sequence[Run]) -> Figure | None:
     if not rows:
         return None
     figure, (axes,) = new_figure(1.1 + 0.35 * len(rows))
-    stacked_bars(axes, rows, "seconds of a step by kind of work, mean of the whole run")
+    stacked_bars(axes, rows, "seconds per step by kind of work, mean over the run")
     legend(figure)
     return figure
 
@@ -129,8 +129,8 @@ def _processes(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, panels = new_figure(sum(1.1 + 0.16 * max(6, len(table)) for _, (table, _) in found), len(found))
     for axes, (run, (table, steps)) in zip(panels, found, strict=True):
-        text = f"{run.label}: seconds of a step before the processes meet, over the median process's"
-        heat_map(axes, table, text, STEP, "process", limits_of([table], from_0=False), steps)
+        text = f"{run.label}: seconds of a rank in data loading and forward passes, over the median rank"
+        heat_map(axes, table, text, STEP, "rank", limits_of([table], from_0=False), steps)
         # Ranks count from 0.
         axes.set_yticks([place + 0.5 for place in range(len(table))], [str(place) for place in range(len(table))])
     return figure
@@ -151,7 +151,7 @@ def rank_table(run: Run) -> tuple[Table, list[int]]:
 
 
 def _gates(runs: Sequence[Run]) -> Figure | None:
-    names = {"prefix_gate": "gate on the prefix", "update_gate": "gate on the update of the state"}
+    names = {"prefix_gate": "gate on the prefix", "update_gate": "gate on the state update"}
     found = []
     for run in runs:
         for name, label in names.items():
@@ -219,7 +219,11 @@ def _gradient(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, (axes,) = new_figure(2.7)
     lines(
-        axes, series, "norm of the gradient of the last target by a segment's embeddings", "segments away", is_log=True
+        axes,
+        series,
+        "gradient norm of the last target's loss at the embeddings of a segment",
+        "distance in segments",
+        is_log=True,
     )
     legend(figure)
     return figure
@@ -228,12 +232,15 @@ def _gradient(runs: Sequence[Run]) -> Figure | None:
 CHARTS = {
     "Learning": (
         Chart(
-            "loss", "Loss", "Both should fall. Validation that rises while training still falls is overfitting.", _loss
+            "loss",
+            "Loss",
+            "Both losses should fall. Overfitting: the validation loss rises while the training loss still falls.",
+            _loss,
         ),
         Chart(
             "rouge",
             "ROUGE",
-            "Words and word pairs that generated texts share with their targets, on validation.",
+            "Overlap of words and word pairs between generated texts and targets, on validation documents.",
             _rouge,
         ),
     ),
@@ -241,61 +248,61 @@ CHARTS = {
         Chart(
             "speed",
             "Throughput",
-            "Useful arithmetic alone counts as share of the peak: what gradient checkpointing computes again does not.",
+            "The share of the peak counts useful operations only, not operations that gradient checkpointing repeats.",
             _speed,
         ),
         Chart(
             "seconds",
-            "Where the time goes",
-            "Waiting for data should be next to nothing. Backward holds the wait for other processes' gradients.",
+            "Time per step",
+            "Waiting for data should be close to 0. Backward includes waiting for gradients of other ranks.",
             _seconds,
         ),
         Chart(
             "processes",
-            "Processes",
-            "A process as fast as the median one has 1.00. A row that stays light is a slow device; neighbouring rows "
-            "together are a slow machine.",
+            "Ranks",
+            "The median rank has 1.00; a slower rank has more. A rank that is always slow points to a slow device, "
+            "and neighbouring slow ranks point to a slow node.",
             _processes,
         ),
     ),
-    "What the recurrence does": (
+    "Recurrence": (
         Chart(
             "gates",
             "Gates",
-            "How far each layer's gates are open at each evaluation. The gate on the prefix begins at 0, which is BART "
-            "itself; one that stays there reads nothing from memory.",
+            "Opening of each layer's gates at each evaluation. The gate on the prefix starts at 0: the model then "
+            "equals BART. A layer whose gate stays at 0 reads nothing from the state.",
             _gates,
         ),
         Chart(
             "prefix_size",
-            "What is read from memory",
-            "Size of what tokens read from the prefix over the size of what they read from tokens, two validation "
-            "documents. 0: nothing is read; 1: as much as from the text itself.",
+            "Read from the state",
+            "Norm of the attention output from the prefix over the norm of the attention output from tokens, in two "
+            "validation documents. 0: tokens read nothing from the state; 1: as much as from the text.",
             _by_segment("prefix_size"),
         ),
         Chart(
             "prefix_mass",
             "Attention to the prefix",
-            "Share of the tokens' attention. Behind a gate it says how far that is open, the same for every segment.",
+            "Share of the tokens' attention. With gated prefix_attention: opening of the gate, equal in all segments.",
             _by_segment("prefix_mass"),
         ),
         Chart(
             "state_norm",
             "Size of the state",
-            "It should level off. One that grows with every segment has no bound on longer documents.",
+            "The size should become constant. If the size grows with every segment, long documents have no bound.",
             _by_segment("state_norm"),
         ),
         Chart(
             "state_change",
             "Change of the state",
-            "By each segment, over its size before. Where it falls to 0, later segments are no longer written down.",
+            "Change by each segment, over the size before the segment. 0: the segment is not stored in the state.",
             _by_segment("state_change", highest=1.0),
         ),
         Chart(
             "gradient",
-            "Credit over distance",
-            "Does a target teach what to remember of segments long before it? A gentle slope says so; with closed "
-            "gates nothing arrives from beyond the last segment.",
+            "Gradient by distance",
+            "A gentle slope: targets train the model to remember distant segments. With closed gates, the gradient "
+            "does not reach segments before the last.",
             _gradient,
         ),
     ),

@@ -14,7 +14,7 @@ from recurrent_bart.run_folder import RunFolder
 GIB = 2**30
 # Flags for paths and ranks, which do not change the training.
 PLACES = {"output_dir", "cache_dir", "resume", "local_rank"}
-ENDINGS = {0: "trained to its end", 1: "ended by a fault", 2: "ended by a mistake", 75: "stopped"}
+ENDINGS = {0: "finished", 1: "ended by a fault", 2: "ended by a mistake in a flag or file", 75: "stopped"}
 
 Record = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -75,7 +75,7 @@ class Run:
     def ending(self) -> str:
         """Sentence about the end of the run, with the reason."""
         if self.outcome is None:
-            return "still going on, or broken off"
+            return "still running, or killed"
         ending = ENDINGS.get(self.outcome.get("code", -1), "ended")
         reason = " ".join(str(self.outcome.get("reason") or "").split())
         return f"{ending}: {reason}" if reason else ending
@@ -93,7 +93,7 @@ def read_run(path: Path, defaults: Mapping[str, Any], warnings: Sequence[str] = 
     """Return the run stored in a folder. Raise ValueError if the folder has no `config.json`."""
     folder = RunFolder(path)
     if not folder.config_file.is_file():
-        raise ValueError(f"{path}: no run there, a folder with config.json is needed")
+        raise ValueError(f"{path}: config.json is missing; give the folder of a run")
     samples = folder.read_samples()
     newest = max((sample["step"] for sample in samples), default=0)
     return Run(
@@ -148,12 +148,12 @@ def facts(run: Run) -> dict[str, str]:
         ),
         "segments": _listed(model, ("segment_size", "input_size", "max_n_segments")),
         "documents": f"{flags.get('train_file') or flags.get('dataset', '')}, one target per {_target(flags)}",
-        "documents that are cut": _formatted(run.last("n_cut_documents"), ","),
-        "documents passed over": _formatted(run.last("n_bad_documents"), ","),
+        "cut documents": _formatted(run.last("n_cut_documents"), ","),
+        "skipped documents": _formatted(run.last("n_bad_documents"), ","),
         "processes": f"{len(run.last('rank_seconds') or [])}, on {', '.join(sorted(hosts(run)))}" if hosts(run) else "",
         "evaluations": _times(run.of("evaluation_seconds")),
         "checkpoints": _times(run.of("checkpoint_seconds")),
-        "memory given back under pressure": f"{run.last('memory_retries')} times" if run.last("memory_retries") else "",
+        "retried GPU allocations": f"{run.last('memory_retries')} times" if run.last("memory_retries") else "",
         "versions": ", ".join(f"{name} {value}" for name, value in run.config.get("versions", {}).items() if value),
         "commit": run.config.get("git_commit") or "",
         "command": run.command(),
@@ -180,7 +180,7 @@ def slowest(run: Run) -> str:
         return ""
     rank, host = max(ranks, key=ranks.count)
     share = 100 * ranks.count((rank, host)) / len(ranks)
-    return f"most often the slowest: process {rank} on {host}, in {share:.0f} % of the lines of the log"
+    return f"slowest most often: rank {rank} on {host}, in {share:.0f} % of the log lines"
 
 
 def _shown(value: Any) -> str:
@@ -204,4 +204,4 @@ def _formatted(value: float | None, form: str) -> str:
 
 
 def _times(seconds: list[float]) -> str:
-    return f"{len(seconds)}, of {median(seconds):.1f} s each" if seconds else ""
+    return f"{len(seconds)}, median {median(seconds):.1f} s" if seconds else ""

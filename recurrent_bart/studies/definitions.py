@@ -276,7 +276,7 @@ def build_study(name: str, texts: Texts, seeds: Iterable[int] = range(3)) -> lis
         ValueError: The name is unknown, or the study needs texts that are missing.
     """
     if name not in STUDIES:
-        raise ValueError(f"study {name}: known are {', '.join((*STUDIES, *TEXT_STUDIES))}")
+        raise ValueError(f"study {name}: allowed are {', '.join((*STUDIES, *TEXT_STUDIES))}")
     tasks, variants = STUDIES[name]
     # Seeds are the outer loop, so a study that stops early has all variants for the first seeds.
     return [

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from recurrent_bart.studies.study_run import Run, RunFile
 
 MIB = 2**20
-MEASURES = {"token_accuracy": "share of right tokens", "exact_match": "share of answers that are right throughout"}
+MEASURES = {"token_accuracy": "share of correct tokens", "exact_match": "share of answers with all tokens correct"}
 
 Records = list[dict[str, Any]]
 # (task, variant) -> one record per seed
@@ -35,7 +35,7 @@ def report(groups: Groups) -> str:
         f"Test accuracy by number of segments, {text}: mean (lowest to highest seed)\n\n" for text in MEASURES.values()
     ]
     parts = [title + accuracy_table(groups, name) for title, name in zip(tables, MEASURES, strict=True)]
-    parts.append("Cost; seconds are of devices that runs may share\n\n" + cost_table(groups))
+    parts.append("Cost; several runs may share a device\n\n" + cost_table(groups))
     parts.append(origin(groups))
     return "\n\n".join(parts) + "\n"
 
@@ -83,7 +83,7 @@ def origin(groups: Groups) -> str:
         "date": {record["date"] for record in records},
     }
     cut = sum(record["stopped"] == "budget" for record in records)
-    ended = f" {cut} of {len(records)} runs were cut off by their budget." if cut else ""
+    ended = f" {cut} of {len(records)} runs stopped at the time limit." if cut else ""
     return "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in facts.items()) + f".{ended}"
 
 

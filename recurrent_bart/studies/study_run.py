@@ -143,7 +143,7 @@ class StudyRun:
             splits = load_babi(**settings | {"renamed": tuple(map(tuple, settings.get("renamed", ())))})
             return splits["train"], splits["validation"]
         if name not in SYMBOL_TASKS:
-            raise ValueError(f"task {name!r}: known are {', '.join(SYMBOL_TASKS)}, babi")
+            raise ValueError(f"task {name!r}: allowed are {', '.join(SYMBOL_TASKS)}, babi")
         task = SYMBOL_TASKS[name](**settings)
         return task, task
 

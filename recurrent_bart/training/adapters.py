@@ -47,7 +47,7 @@ def merged(weights: dict[str, Tensor], arguments: ModelArguments) -> dict[str, T
 
 def _inject(model: nn.Module, arguments: ModelArguments) -> None:
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("--lora_r: needs the package peft: pip install peft")
+        raise ValueError("--lora_r needs the package peft: pip install peft")
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_strength(), target_modules=list(ADAPTED))

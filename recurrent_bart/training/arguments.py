@@ -156,9 +156,11 @@ class ModelArguments:
         check_at_least(self, 0, "lora_r")
         check_at_least(self, 1, "lora_alpha")
         if self.lora_r and self.train != "all":
-            raise ValueError(f"--lora_r {self.lora_r}: adapters are not trained with --train {self.train}")
+            raise ValueError(
+                f"--lora_r {self.lora_r}: must be 0 with --train {self.train}, which does not train adapters"
+            )
         if self.train == "prefix" and self.pre_seq_len == 0:
-            raise ValueError("--train prefix: with --pre_seq_len 0 there is no prefix to train")
+            raise ValueError("--train prefix: needs --pre_seq_len of at least 1")
 
     def lora_strength(self) -> int:
         """Return LoRA's alpha: the adapters' output is multiplied by alpha / `lora_r`."""
@@ -491,7 +493,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if folder:
         if Path(arguments.run.output_dir or "").absolute() != Path(folder).absolute():
             raise ValueError(
-                f"--output_dir {arguments.run.output_dir}: a run that is resumed goes on in its own folder"
+                f"--output_dir {arguments.run.output_dir}: a resumed run keeps its folder; remove the flag"
             )
         check_resumed(asdict(arguments), RunFolder(Path(folder)).read_config())
     return arguments

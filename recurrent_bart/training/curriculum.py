@@ -24,8 +24,8 @@ class Curriculum:
     def __post_init__(self) -> None:
         if not self.stages or self.stages[0] < 1 or list(self.stages) != sorted(self.stages):
             raise ValueError(
-                f"curriculum of {', '.join(map(str, self.stages))} segments: none may have fewer than the one before, "
-                "from 1 on"
+                f"--curriculum {','.join(map(str, self.stages))}: must start with at least 1, and no number may be "
+                "lower than the previous number"
             )
 
     def longest(self, stage: int) -> int:
@@ -52,4 +52,4 @@ def parse_stages(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:
-        raise ValueError(f"--curriculum {text}: numbers of segments are needed, such as 1,2,4,8") from error
+        raise ValueError(f"--curriculum {text}: must be whole numbers, for example 1,2,4,8") from error

@@ -64,18 +64,19 @@ def describe(
     trained = sum(sizes[name] for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
     total, own = sum(sizes.values()), sum(size for name, size in sizes.items() if is_recurrence(name))
     rates = learning_rates(arguments, config)
+    n_segments = sum(train.n_segments) / len(train.indices)
     lines = [
         f"run        {prepared.folder.path}",
         *describe_changes(prepared.changes),
-        f"model      {total / 1e6:.1f} M parameters, {own / 1e6:.1f} M of them the recurrence's; "
+        f"model      {total / 1e6:.1f} M parameters, {own / 1e6:.1f} M in the recurrence; "
         f"{trained / 1e6:.1f} M trained ({100 * trained / total:.1f} %)",
         f"segments   {config.segment_size} tokens, {config.pre_seq_len} prefix positions, "
-        f"bptt_depth {config.bptt_depth}, at most {config.max_n_segments} segments a document",
-        f"documents  {len(train.indices)} to train on, of {sum(train.n_segments) / len(train.indices):.1f} segments; "
+        f"bptt_depth {config.bptt_depth}, at most {config.max_n_segments} segments per document",
+        f"documents  {len(train.indices)} for training, with {n_segments:.1f} segments on average; "
         f"{len(validation.indices)} for validation; task {arguments.data.task}",
         *describe_data_order(arguments, prepared, environment.world_size, order),
         f"rates      {rates.backbone:.1e}, recurrence {rates.recurrence:.1e}, {run.lr_scheduler} decay after "
-        f"{run.warmup_steps} steps of warm-up",
+        f"{run.warmup_steps} warm-up steps",
         f"engine     ZeRO-{engine.zero_optimization_stage()}, {environment.device.type}, "
         f"{'bf16' if engine.bfloat16_enabled() else 'fp32'}",
     ]
@@ -83,14 +84,14 @@ def describe(
     if curriculum:
         reached = "" if run.curriculum_loss is None else f" or at a training loss of {run.curriculum_loss:g}"
         lines.append(
-            f"curriculum 1 to {' / '.join(map(str, curriculum.stages))} segments of a document; the next stage after "
+            f"curriculum 1 to {' / '.join(map(str, curriculum.stages))} segments per document; the next stage after "
             f"{curriculum.stage_steps} steps{reached}"
         )
     first, last = oracle_at(run, order, 0), oracle_at(run, order, run.max_steps)
     if first and last:
         lines.append(
-            f"oracle     {run.oracle}; of the words that the decoder reads {first.gold_probability:.2f} are the "
-            f"target's at first, {last.gold_probability:.2f} at the end"
+            f"oracle     {run.oracle}; share of target words in the decoder's input: {first.gold_probability:.2f} at "
+            f"the start, {last.gold_probability:.2f} at the end"
         )
     for name, documents in prepared.splits.items():
         lines += describe_cuts({"train": "training"}.get(name, name), documents.plan, documents.collator)

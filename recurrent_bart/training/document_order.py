@@ -21,7 +21,7 @@ def build_order(arguments: Arguments, prepared: Preparation, world_size: int, st
     if run.tokens_per_batch is None:
         return by_documents(run, n_segments, world_size, state)
     if state.order_batch:
-        stop_all(f"--tokens_per_batch {run.tokens_per_batch}: a run that was begun without goes on without")
+        stop_all(f"--tokens_per_batch {run.tokens_per_batch}: the run was started without this flag; remove the flag")
     # RecurrentBartConfig fills the default
     assert prepared.config.input_size is not None
     return TokenBatchOrder(
@@ -62,20 +62,20 @@ def describe_data_order(
     """Return log lines that state the documents or tokens per step, with the share of padding."""
     run = arguments.run
     parts = f"x {run.gradient_accumulation_steps} accumulated x {world_size} processes"
-    times = f"{order.epoch(run.max_steps):.1f} times through the documents"
-    padding = f"padding    {_padding(run, world_size, order)} of the segments that are computed hold no text"
+    times = f"{order.epoch(run.max_steps):.1f} epochs"
+    padding = f"padding    {_padding(run, world_size, order)} of the computed segments hold no text"
     if not isinstance(order, TokenBatchOrder):
         n_device = run.per_device_train_batch_size
         n_documents = n_device * run.gradient_accumulation_steps * world_size
         return [
-            f"steps      {run.max_steps} of {n_documents} documents = {n_device} a device {parts}; {times}",
+            f"steps      {run.max_steps} of {n_documents} documents = {n_device} per device {parts}; {times}",
             padding,
         ]
     n_segments = prepared.splits["train"].plan.n_segments
     without = _padding(run, world_size, by_documents(run, n_segments, world_size, TrainerState()))
     return [
-        f"steps      {run.max_steps} of up to {run.tokens_per_batch} tokens a device {parts}; {times}; "
-        f"{sum(n > order.most for n in n_segments)} documents have more, each a batch of its own",
+        f"steps      {run.max_steps} of up to {run.tokens_per_batch} tokens per device {parts}; {times}; "
+        f"{sum(n > order.most for n in n_segments)} documents have more, each in a separate batch",
         f"{padding}; {without} in batches of {run.per_device_train_batch_size} documents",
     ]
 

@@ -74,7 +74,7 @@ def launched_rendezvous() -> Rendezvous:
         os.environ.update(single | {"MASTER_PORT": str(_free_port())})
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
     if missing:
-        raise ValueError(f"RANK is set in the environment, {', '.join(missing)} not: start with deepspeed or torchrun")
+        raise ValueError(f"RANK is set, but not {', '.join(missing)}: start the script with deepspeed or torchrun")
     rank, local_rank, world_size, address, port = (os.environ[name] for name in LAUNCHER_VARIABLES)
     return Rendezvous(int(rank), int(local_rank), int(world_size), address, int(port))
 
@@ -106,8 +106,8 @@ def start_processes(timeout_minutes: int) -> Environment:
     except torch.distributed.DistNetworkError as error:
         address = f"{rendezvous.address}:{rendezvous.port}"
         raise ValueError(
-            f"processes cannot meet at {address} ({error}); give the launcher another port: `deepspeed --master_port "
-            "PORT launch/train.py ...`, or likewise `torchrun --master_port PORT`"
+            f"processes cannot connect at {address} ({error}); give the launcher a different port: `deepspeed "
+            "--master_port PORT launch/train.py ...` or `torchrun --master_port PORT launch/train.py ...`"
         ) from error
     return Environment(rendezvous.rank, rendezvous.local_rank, rendezvous.world_size, device)
 
@@ -205,7 +205,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     """Return True if the run computes in bf16. Raise ValueError if `precision` is bf16 and the GPU lacks it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError("--precision bf16: this GPU does not have it, use fp32")
+        raise ValueError("--precision bf16: this GPU does not support bf16; use --precision fp32")
     return has_bf16 if precision == "auto" else precision == "bf16"
 
 

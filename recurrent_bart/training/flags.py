@@ -51,8 +51,8 @@ HUGGING_FACE_FLAGS = {
 }
 # hints that are printed after the suggested flag
 NOTES = {
-    "num_train_epochs": "which counts optimizer steps; the line `steps` of a run names the epochs they come to",
-    "overwrite_output_dir": "a run is never overwritten: name another folder, or go on with the run that is there",
+    "num_train_epochs": "which counts optimizer steps; the line `steps` of a run shows the number of epochs",
+    "overwrite_output_dir": "because a run is never overwritten: give another folder, or continue the old run",
     "resume_from_checkpoint": "which takes the folder of the run and finds its last checkpoint",
     "warmup_ratio": "which counts optimizer steps; its default is a tenth of all",
 }
@@ -115,7 +115,7 @@ def describe_unknown_flag(parser: argparse.ArgumentParser, args: Sequence[str]) 
     known = [name for name in parser._option_string_actions if name.startswith("--")]
     for argument in args:
         if "\r" in argument:
-            return f"argument {argument!r}: it holds a carriage return, as of a file with Windows line ends"
+            return f"argument {argument!r}: remove the carriage return, which comes from a file with Windows line ends"
         if argument == "--":
             return None
         # argparse treats a text that contains a space as a value
@@ -130,7 +130,7 @@ def suggest_flag(argument: str, known: Sequence[str]) -> str:
     ours = [f"--{flag}" for flag in HUGGING_FACE_FLAGS.get(name, ()) if f"--{flag}" in known]
     if ours:
         note = f", {NOTES[name]}" if name in NOTES else ""
-        return f"; here it is {' and '.join(ours)}{note}"
+        return f"; use {' and '.join(ours)}{note}"
     begun = [flag for flag in known if flag.startswith(f"--{name}")]
     close = begun[:1] or difflib.get_close_matches(f"--{name}", known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -67,11 +67,11 @@ def build_config(
         # would be used
         raise ValueError(
             f"--model_name_or_path {arguments.model_name_or_path}: decoder_layerdrop is {config.decoder_layerdrop} in "
-            "its config.json, and must be 0 to be trained"
+            "config.json; training needs the value 0"
         )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} ids, {arguments.model_name_or_path} only {config.vocab_size}"
+            f"the tokenizer has {len(tokenizer)} ids, but {arguments.model_name_or_path} has only {config.vocab_size}"
         )
     _check_special_ids(arguments, config, tokenizer)
     return config
@@ -93,7 +93,7 @@ def _check_special_ids(
     if differing:
         whose = f"--tokenizer_name {arguments.tokenizer_name}" if arguments.tokenizer_name else "the tokenizer"
         raise ValueError(
-            f"{whose} has other special ids than {arguments.model_name_or_path}: {'; '.join(differing)}. Give the "
+            f"{whose} and {arguments.model_name_or_path} have different special ids: {'; '.join(differing)}. Give the "
             "tokenizer that the model was trained with, or correct the ids in the model's config.json"
         )
 

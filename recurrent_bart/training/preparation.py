@@ -101,7 +101,9 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
     saved = folder.tokenizer if run.resume else None
     tokenizer, config, splits = open_splits(arguments.model, arguments.data, saved)
     if run.tokens_per_batch is not None and run.tokens_per_batch < config.input_size:
-        raise ValueError(f"--tokens_per_batch {run.tokens_per_batch}: a segment has up to {config.input_size} tokens")
+        raise ValueError(
+            f"--tokens_per_batch {run.tokens_per_batch}: must be at least {config.input_size}, the tokens of a segment"
+        )
     changes = changed_flags(asdict(arguments), folder.read_config()) if run.resume else {}
     prepared = Preparation(folder, deepspeed, tokenizer, config, splits, changes)
     if run.resume:
@@ -113,13 +115,13 @@ def check_same_documents(folder: RunFolder, now: dict[str, dict[str, Any]]) -> N
     """Check that a resumed run has the documents it began with. Raise ValueError if the documents differ."""
     then = folder.read_config().get("documents")
     if then is None:
-        say(f"warning: {folder.path} does not say which documents it was begun with, so they are not compared")
+        say(f"warning: {folder.config_file} does not record the documents of the run, so they are not compared")
         return
     for split, documents in now.items():
         if documents != then[split]:
             raise ValueError(
-                f"--resume {folder.path}: the {split} documents are not those that the run was begun with "
-                f"({then[split]['number']} then, {documents['number']} now). To go on with other documents, begin a "
+                f"--resume {folder.path}: the {split} documents differ from the documents at the start of the run "
+                f"({then[split]['number']} then, {documents['number']} now). To train on different documents, start a "
                 f"new run with --model_name_or_path {folder.model}"
             )
 
@@ -148,7 +150,10 @@ def find_training_sources(data: DataArguments) -> dict[str, Source]:
     """Find the sources of all splits. Raise ValueError if there is no training split."""
     sources = sources_of(data)
     if "train" not in sources:
-        raise ValueError(f"--dataset {data.dataset}: no training split; there are {', '.join(sources) or 'none'}")
+        raise ValueError(
+            f"--dataset {data.dataset}: the data set has no training split; its splits are "
+            f"{', '.join(sources) or 'unknown'}"
+        )
     return sources | {"train": replace(sources["train"], n_made=data.gap_sentences)}
 
 
@@ -160,10 +165,10 @@ def sources_of(data: DataArguments) -> dict[str, Source]:
     for note in dict.fromkeys(note for source in sources.values() for note in source.notes):
         say(f"warning: {note}")
     if data.dataset_config_name and not any(source.config_name for source in sources.values()):
-        say("warning: --dataset_config_name changes nothing: the documents are no data set of the Hugging Face Hub")
+        say("warning: --dataset_config_name has no effect: the documents are not from the Hugging Face Hub")
     is_held_out = any(source.held_out for source in sources.values())
     if not is_held_out and (data.group_column or data.validation_share != DataArguments.validation_share):
-        say("warning: --group_column and --validation_share change nothing: there is a validation split")
+        say("warning: --group_column and --validation_share have no effect: the data set has a validation split")
     encoding = check_encoding(data.encoding)
     return {
         split: replace(source, skips_bad=data.skip_bad_samples, encoding=encoding) for split, source in sources.items()
@@ -206,14 +211,16 @@ def open_documents(
     found = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
     corpus, skipped = found.rows, found.skipped
     if skipped:
-        say(f"warning: {len(skipped)} documents of {source.place} are passed over: {'; '.join(skipped[:N_SHOWN])}")
+        say(f"warning: {len(skipped)} documents of {source.place} are skipped: {'; '.join(skipped[:N_SHOWN])}")
     leading, trailing = special_tokens_around(tokenizer)
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
     longest = longest_text(config, data.max_target_length)
     n_special = len(leading) + len(trailing)
     plan = plan_documents(corpus["section_lengths"], corpus["summary_lengths"], sizes, n_special, longest)
     if not plan.indices:
-        raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments")
+        raise ValueError(
+            f"{source.place}: no document has a target in its first {max_n_segments} segments (--max_n_segments)"
+        )
     collator = Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest)
     return Documents(corpus, plan, collator, skipped, found.fingerprint)
 

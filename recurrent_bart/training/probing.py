@@ -31,5 +31,5 @@ def _probe(model: RecurrentBartForConditionalGeneration, evaluator: Evaluator) -
     try:
         return recurrence_metrics(model, documents)
     except Exception as error:
-        warn(f"the recurrence could not be looked at: {' '.join(str(error).split())}")
+        warn(f"the metrics of the recurrence could not be computed: {' '.join(str(error).split())}")
         return {}

@@ -49,10 +49,10 @@ def check_resumed(given: Flags, saved: dict[str, Any]) -> None:
     for name, (then, now) in changed_flags(given, saved).items():
         if name not in KEPT_MODEL + KEPT_DATA or (name in PATHS and _has_moved(then)):
             continue
-        was = "without it" if then is None else f"with {then}"
+        was = "without this flag" if then is None else f"with {then}"
         raise ValueError(
-            f"--{name} {now}: the run was begun {was}, and a resumed run keeps that; leave the flag out, or begin a "
-            "new run, from this one's model with --model_name_or_path RUN/model"
+            f"--{name} {now}: the run was started {was}, and a resumed run cannot change this flag. Remove the flag, "
+            "or start a new run with --model_name_or_path RUN/model"
         )
 
 
@@ -63,8 +63,8 @@ def describe_changes(changes: dict[str, tuple[Any, Any]]) -> list[str]:
     measured = [f"--{name}" for name in changes if name in MEASURED]
     if measured:
         lines.append(
-            f"warning: {', '.join(measured)} changed what validation losses are of; the best model so far is kept by "
-            "its loss from before"
+            f"warning: {', '.join(measured)} changes what the validation loss measures, so earlier losses are not "
+            "comparable; the best model is still chosen by its earlier loss"
         )
     return lines
 

@@ -135,9 +135,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     )
     resumed = checkpoints.load(engine) if run.resume else Resumed()
     if resumed.state.step > run.max_steps:
-        stop_all(
-            f"--max_steps {run.max_steps}: the run has done {resumed.state.step} steps; --max_steps counts these too"
-        )
+        stop_all(f"--max_steps {run.max_steps}: must be at least {resumed.state.step}, the steps that the run has done")
     if "seed" in prepared.changes:
         # replace the checkpoint's random states, which come from the seed before the change
         torch.manual_seed(run.seed + 1 + environment.rank)
@@ -263,7 +261,7 @@ class Session:
             self.trackers.alert("loss is high", warning)
             self.display.say(f"warning: {warning}")
         if warning and self.spikes.n_in_row == self.arguments.run.max_loss_spikes:
-            stop_all(f"{warning}; lower --learning_rate and --resume from a checkpoint before, or begin anew")
+            stop_all(f"{warning}; lower --learning_rate, then continue with --resume or start a new run")
 
     def step(self, step: int) -> None:
         """Report a finished step. The first step takes longest, so later steps get a shorter timeout."""

@@ -65,7 +65,7 @@ def _first_id(folder: RunFolder, requested_id: str | None) -> tuple[str, str]:
     except OSError as error:
         return "", str(error)
     if requested_id not in (None, identity):
-        warn(f"WANDB_RUN_ID {requested_id} is not used: this run has begun as {identity} in wandb")
+        warn(f"WANDB_RUN_ID {requested_id} is not used: the id of this run in wandb is {identity}")
     return identity, ""
 
 
@@ -82,7 +82,7 @@ def _start_wandb(
         raise OSError(problem)
     is_online = mode == "online"
     if is_online and not has_wandb_key(given):
-        warn("wandb: no API key is set (WANDB_API_KEY, or wandb login); it goes on offline")
+        warn("wandb: no API key is set (WANDB_API_KEY, or wandb login); wandb continues offline")
         is_online = False
     set_wandb_environment(folder.path, given, is_online)
     run = WandbRun(

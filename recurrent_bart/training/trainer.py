@@ -216,7 +216,11 @@ class Trainer:
         """Count a step that was not applied, and report the ranks that caused it. Stop after too many in a row."""
         is_finite = gather_objects(math.isfinite(float(self.tally.loss)))
         ranks = [str(rank) for rank, finite in enumerate(is_finite) if not finite]
-        what = f"loss was not finite on rank {', '.join(ranks)}" if ranks else "gradient was not finite, every loss was"
+        what = (
+            f"loss was not finite on rank {', '.join(ranks)}"
+            if ranks
+            else "gradient was not finite, but every loss was"
+        )
         self.state.n_skipped += 1
         self.state.n_skipped_in_row += 1
         self.on_skip(f"step {self.state.step} is skipped: the {what}")
@@ -228,8 +232,8 @@ class Trainer:
         n_steps, self.state.n_skipped_in_row = self.state.n_skipped_in_row, 0
         self.save()
         message = (
-            f"step {self.state.step}: no finite gradient in {n_steps} steps, the weights are those before them; "
-            "lower --learning_rate or raise --warmup_steps and --resume, or begin anew"
+            f"step {self.state.step}: no finite gradient in {n_steps} steps, which left the weights unchanged; "
+            "lower --learning_rate or raise --warmup_steps, then continue with --resume or start a new run"
         )
         stop_all(message)
 

@@ -75,7 +75,7 @@ def break_file(path, how):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_all_of_a_state_comes_back(alone, tmp_path, stage):
+def test_the_whole_training_state_is_restored(alone, tmp_path, stage):
     checkpoints = Checkpoints(tmp_path)
     engine = train(make_engine(stage))
     checkpoints.save(engine, STATE, FIGURES)
@@ -88,23 +88,23 @@ def test_all_of_a_state_comes_back(alone, tmp_path, stage):
     assert other.get_lr() == engine.get_lr()
 
 
-def test_without_a_checkpoint_a_run_begins_anew(alone, tmp_path):
+def test_a_run_without_a_checkpoint_starts_at_step_0(alone, tmp_path):
     assert Checkpoints(tmp_path / "none").load(make_engine()) == Resumed()
 
 
-def test_the_state_of_another_version_is_read():
+def test_the_state_of_a_different_version_is_read():
     saved = {"step": 4, "best_loss": 0.5, "unheard_of": 1}
     assert TrainerState.of(saved) == TrainerState(step=4, best_loss=0.5)
 
 
-def test_the_last_and_the_best_are_kept(saved):
+def test_the_last_and_the_best_checkpoint_are_kept(saved):
     checkpoints, engine = saved
     for step in range(3, 7):
         checkpoints.save(engine, replace(STATE, step=step, best_step=3))
     assert names(checkpoints) == ["step-00000003", "step-00000005", "step-00000006"]
 
 
-def test_those_at_multiples_are_kept(saved):
+def test_checkpoints_at_multiples_are_kept(saved):
     checkpoints, engine = saved
     checkpoints.keep_every = 3
     for step in range(3, 9):
@@ -125,7 +125,7 @@ def test_the_manifest_names_every_file_with_its_size_and_checksum(saved):
     assert content["versions"]["torch"]
 
 
-def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(alone, tmp_path, monkeypatch):
+def test_all_files_are_fsynced_before_the_checkpoint_is_renamed(alone, tmp_path, monkeypatch):
     events = []
     fsync, rename = os.fsync, module.Path.rename
 
@@ -156,7 +156,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         "pattern", ["engine/*model_states.pt", "engine/*optim_states.pt", "process-0.pt", "trainer.json"]
     )
-    def test_the_newest_whole_checkpoint_is_used_and_the_damaged_file_named(self, saved, pattern, how, capsys):
+    def test_the_newest_undamaged_checkpoint_is_loaded_and_the_damaged_file_named(self, saved, pattern, how, capsys):
         checkpoints, engine = saved
         checkpoints.save(engine, replace(STATE, step=3))
         (file,) = (checkpoints.folder / "step-00000003").glob(pattern)
@@ -167,7 +167,7 @@ class TestDamage:
         assert f"step-00000003: {file.relative_to(checkpoints.folder / 'step-00000003')} {word}" in printed
 
     @pytest.mark.parametrize("content", [None, "", "{", '{"files": 3}', "[]", '{"files": {"a": {}}}'])
-    def test_so_it_is_if_the_manifest_is_damaged(self, saved, content, capsys):
+    def test_a_damaged_manifest_makes_the_run_load_an_older_checkpoint(self, saved, content, capsys):
         checkpoints, engine = saved
         checkpoints.save(engine, replace(STATE, step=3))
         file = checkpoints.folder / "step-00000003" / "manifest.json"
@@ -177,16 +177,18 @@ class TestDamage:
         assert checkpoints.load(make_engine()).state == STATE
         assert "manifest.json" in capsys.readouterr().out
 
-    def test_if_none_is_whole_it_is_refused(self, saved):
+    def test_loading_fails_if_all_checkpoints_are_damaged(self, saved):
         checkpoints, engine = saved
         checkpoints.save(engine, replace(STATE, step=3))
         for step in (2, 3):
             break_file(checkpoints.folder / f"step-0000000{step}" / "process-0.pt", "cut off")
-        with pytest.raises(ValueError, match=r"no checkpoint is whole: .*step-00000003.*step-00000002: process-0.pt"):
+        with pytest.raises(
+            ValueError, match=r"no checkpoint can be read: .*step-00000003.*step-00000002: process-0.pt"
+        ):
             checkpoints.load(make_engine())
         assert names(checkpoints) == ["step-00000002", "step-00000003"]
 
-    def test_a_damaged_one_does_not_count_as_one_of_the_last(self, saved):
+    def test_a_damaged_checkpoint_does_not_count_as_one_of_the_last(self, saved):
         checkpoints, engine = saved
         for step in (4, 6):
             checkpoints.save(engine, replace(STATE, step=step, best_step=2))
@@ -208,7 +210,7 @@ class TestFullDisk:
             patch.setattr(manifest.os, "fsync", refuse)
             yield patch
 
-    def test_the_checkpoint_before_is_whole_and_the_error_clear(self, saved, full_disk):
+    def test_a_full_disk_leaves_the_earlier_checkpoint_undamaged(self, saved, full_disk):
         checkpoints, engine = saved
         with pytest.raises(CheckpointError, match=r"step-00000003 cannot be written \(process 0: .*No space left"):
             checkpoints.save(engine, replace(STATE, step=3))
@@ -219,7 +221,7 @@ class TestFullDisk:
         checkpoints.save(engine, replace(STATE, step=4))
         assert names(checkpoints) == ["step-00000002", "step-00000004"]
 
-    def test_what_was_written_in_the_background_is_told_of_later(self, saved, full_disk):
+    def test_an_error_in_a_background_write_is_raised_by_wait(self, saved, full_disk):
         checkpoints, engine = saved
         background = Checkpoints(checkpoints.folder, in_background=True)
         background.save(engine, replace(STATE, step=3))
@@ -227,7 +229,7 @@ class TestFullDisk:
             background.wait()
 
 
-def test_one_that_is_half_removed_is_not_read(saved, monkeypatch):
+def test_a_half_removed_checkpoint_is_not_read(saved, monkeypatch):
     checkpoints, engine = saved
     monkeypatch.setattr(module.shutil, "rmtree", lambda path, **_: None)
     for step in (3, 4):
@@ -235,7 +237,7 @@ def test_one_that_is_half_removed_is_not_read(saved, monkeypatch):
     assert "step-00000002" not in names(checkpoints)
 
 
-def test_in_the_background_what_was_there_when_it_began_is_written(saved, monkeypatch):
+def test_a_background_write_holds_the_weights_of_its_start(saved, monkeypatch):
     checkpoints, engine = saved
     background = Checkpoints(checkpoints.folder, in_background=True)
     may_write = threading.Event()
@@ -261,20 +263,20 @@ def test_in_the_background_what_was_there_when_it_began_is_written(saved, monkey
 
 
 class TestTrust:
-    def test_without_a_manifest_it_takes_trust(self, saved):
+    def test_a_checkpoint_without_a_manifest_needs_trust_checkpoint(self, saved):
         checkpoints, _ = saved
         (checkpoints.folder / "step-00000002" / "manifest.json").unlink()
-        with pytest.raises(ValueError, match=r"there is no manifest\.json"):
+        with pytest.raises(ValueError, match=r"manifest\.json is missing"):
             checkpoints.load(make_engine())
         assert Checkpoints(checkpoints.folder, trusts=True).load(make_engine()).state == STATE
 
-    def test_from_elsewhere_it_takes_trust(self, saved, tmp_path_factory):
+    def test_a_checkpoint_outside_the_run_needs_trust_checkpoint(self, saved, tmp_path_factory):
         checkpoints, _ = saved
         path = checkpoints.folder / "step-00000002"
         elsewhere = tmp_path_factory.mktemp("elsewhere") / path.name
         shutil.move(path, elsewhere)
         path.symlink_to(elsewhere)
-        with pytest.raises(ValueError, match="outside of the run's folder"):
+        with pytest.raises(ValueError, match="the checkpoint is outside the run's folder; add --trust_checkpoint"):
             checkpoints.load(make_engine())
         assert Checkpoints(checkpoints.folder, trusts=True).load(make_engine()).state == STATE
 
@@ -290,7 +292,7 @@ class TestTrust:
             ("engine/*optim_states.pt", 3),
         ],
     )
-    def test_nothing_that_a_file_holds_is_run(self, saved, pattern, stage, trusts, tmp_path_factory):
+    def test_loading_a_checkpoint_runs_no_code_from_it(self, saved, pattern, stage, trusts, tmp_path_factory):
         checkpoints, _ = saved
         path = checkpoints.folder / "step-00000002"
         made = tmp_path_factory.mktemp("made") / "by a stranger"
@@ -305,13 +307,13 @@ class TestTrust:
         pickle.loads(pickle.dumps(Stranger(str(made))))
         assert made.exists()
 
-    def test_a_manifest_that_names_a_file_outside_is_refused(self, saved):
+    def test_a_manifest_with_a_file_outside_the_checkpoint_is_refused(self, saved):
         checkpoints, _ = saved
         path = checkpoints.folder / "step-00000002"
         outside = checkpoints.folder / "outside"
         outside.write_bytes(b"")
         forge(path, outside)
-        with pytest.raises(ValueError, match="outside is outside of it"):
+        with pytest.raises(ValueError, match="outside is outside the checkpoint's folder"):
             checkpoints.load(make_engine())
 
 
@@ -335,7 +337,7 @@ class Stranger:
 
 
 @pytest.mark.parametrize(("then", "now"), [(2, 3), (3, 2)])
-def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(alone, tmp_path, then, now, capsys):
+def test_a_different_zero_stage_loads_the_same_weights_and_moments(alone, tmp_path, then, now, capsys):
     checkpoints = Checkpoints(tmp_path)
     engine = train(make_engine(then, rate=0.001))
     checkpoints.save(engine, STATE)
@@ -394,7 +396,7 @@ def as_if_written_by_two(path, figures):
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("then_in_bf16", [False, True])
-def test_another_precision_goes_on_with_the_same_weights_and_moments(alone, tmp_path, stage, then_in_bf16):
+def test_a_different_precision_loads_the_same_weights_and_moments(alone, tmp_path, stage, then_in_bf16):
     checkpoints = Checkpoints(tmp_path)
     engine = train(make_engine(stage, rate=0.001, in_bf16=then_in_bf16))
     checkpoints.save(engine, STATE)
@@ -416,20 +418,20 @@ def _moments(engine):
     return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
 
 
-def test_another_model_is_refused(saved):
-    with pytest.raises(ValueError, match="another model"):
+def test_a_checkpoint_of_a_different_model_is_refused(saved):
+    with pytest.raises(ValueError, match="the checkpoint belongs to a different model"):
         saved[0].load(make_engine(pre_seq_len=4))
 
 
-def test_a_model_with_other_parameters_frozen_is_refused(saved):
+def test_a_checkpoint_with_different_frozen_parameters_is_refused(saved):
     engine = make_engine()
     engine.module.lm_head.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="the checkpoint belongs to a different model"):
         saved[0].load(engine)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_settings_that_are_given_anew_hold(alone, tmp_path, stage):
+def test_optimizer_settings_of_the_resumed_run_apply(alone, tmp_path, stage):
     checkpoints = Checkpoints(tmp_path)
     engine = train(make_engine(stage))
     checkpoints.save(engine, STATE)
@@ -448,7 +450,7 @@ def test_settings_that_are_given_anew_hold(alone, tmp_path, stage):
 @pytest.mark.parametrize(
     "now", [{"decay": 0.0}, {"recurrence_rate": 0.5}, {"decay": 0.0, "recurrence_rate": 0.5}], ids=str
 )
-def test_flags_that_make_groups_alike_load_the_moments(alone, tmp_path, stage, now):
+def test_flags_that_make_parameter_groups_equal_load_the_moments(alone, tmp_path, stage, now):
     """Change to zero weight decay or to one learning rate for all groups, and back."""
     checkpoints = Checkpoints(tmp_path)
     engine = train(make_engine(stage))

@@ -25,42 +25,44 @@ def verdict(changed, **changes):
     return judge(by_node(reports, 2, NAMES), EXPECTED)
 
 
-def test_good_nodes_are_not_named():
+def test_good_nodes_are_not_reported():
     assert verdict(None) == {}
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"problems": ["1 GPUs, not 2"]}, "1 GPUs, not 2"),
-        ({"memory_bytes": 4 * GIB}, "4.0 GiB of memory free, expected 8"),
-        ({"disk_bytes": 3 * GIB}, "3.0 GiB of disk free, expected 10"),
-        ({"within": 60e9}, "all-reduce on it at 60 GB/s, expected 1e+02"),
-        ({"within": 20e9}, "all-reduce on it at 20 GB/s, expected 1e+02"),
-        ({"clock": 1e9 + 3}, "its clock is off by 3.0 s"),
+        ({"problems": ["1 GPUs found, 2 required"]}, "1 GPUs found, 2 required"),
+        ({"memory_bytes": 4 * GIB}, "4.0 GiB of memory free, at least 8 required"),
+        ({"disk_bytes": 3 * GIB}, "3.0 GiB of disk free, at least 10 required"),
+        ({"within": 60e9}, "all-reduce within the node at 60 GB/s, at least 1e+02 required"),
+        ({"within": 20e9}, "all-reduce within the node at 20 GB/s, at least 1e+02 required"),
+        ({"clock": 1e9 + 3}, "clock differs by 3.0 s from the median of the nodes"),
     ],
 )
-def test_a_bad_node_is_named_with_what_is_wrong(changes, expected):
+def test_a_bad_node_is_reported_with_its_problem(changes, expected):
     # bob, the middle node; the problem of both ranks is reported once
     assert verdict("bob", **changes) == {"bob": [expected]}
 
 
-def test_a_slow_neighbour_is_not_the_fault_of_a_node():
+def test_a_slow_neighbour_does_not_make_a_node_bad():
     slow, fast = 1e9, 20e9
     rates = {"ada": (slow, fast), "bob": (slow, slow), "cyd": (fast, slow)}
     reports = [report(name, rates[name]) for name in NAMES for _ in range(2)]
-    assert judge(by_node(reports, 2, NAMES), EXPECTED) == {"bob": ["all-reduce with the next at 1 GB/s, expected 10"]}
+    assert judge(by_node(reports, 2, NAMES), EXPECTED) == {
+        "bob": ["all-reduce with a neighbour node at 1 GB/s, at least 10 required"]
+    }
 
 
-def test_slow_means_slower_than_expected_where_all_are_alike():
+def test_equally_slow_nodes_are_compared_with_the_required_rate():
     reports = [report(name, (1e9, 1e9)) for name in NAMES for _ in range(2)]
     assert list(judge(by_node(reports, 2, NAMES), EXPECTED)) == NAMES
     assert judge(by_node(reports, 2, NAMES), dataclasses.replace(EXPECTED, between=0.5)) == {}
 
 
-def test_a_node_that_says_nothing_is_named_by_the_job():
+def test_a_node_without_a_report_is_named_by_the_job():
     reports = [report("ada"), report("ada"), None, None, report("cyd"), None]
-    expected = {"bob": ["2 of 2 processes say nothing"], "cyd": ["1 of 2 processes say nothing"]}
+    expected = {"bob": ["2 of 2 processes did not report"], "cyd": ["1 of 2 processes did not report"]}
     assert judge(by_node(reports, 2, NAMES), EXPECTED) == expected
     assert "node number 1" in judge(by_node(reports, 2, []), EXPECTED)
 

@@ -24,7 +24,7 @@ def row(sections, summaries, index=0):
     }
 
 
-def test_a_document_batch_holds_segments_and_one_target_a_row():
+def test_a_document_batch_holds_segments_and_one_target_per_row():
     batch = make_collator()([row([6], [2], index=5), row([3], [1], index=9)])
     assert batch.input_ids.tolist() == [
         [[BOS, 10, 11, 12, 13, EOS], [BOS, 14, 15, EOS, PAD, PAD]],
@@ -39,7 +39,7 @@ def test_a_document_batch_holds_segments_and_one_target_a_row():
     assert (batch.n_targets(), batch.n_tokens()) == (7, 15)
 
 
-def test_all_of_a_batch_is_pinned(monkeypatch):
+def test_all_tensors_of_a_batch_are_pinned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1000)
     batch = make_collator()([row([6], [2], index=5)])
     pinned = batch.pin_memory()
@@ -49,13 +49,13 @@ def test_all_of_a_batch_is_pinned(monkeypatch):
     assert pinned.indices == [5]
 
 
-def test_padding_is_told_from_a_token_that_happens_to_have_the_pad_id():
+def test_a_token_with_the_pad_id_is_not_padding():
     document = {"index": 0, "sections": [[PAD, 7]], "summaries": [[8]]}
     batch = make_collator()([document, row([4], [1])])
     assert batch.attention_mask[0, 0].tolist() == [1, 1, 1, 1, 0, 0]
 
 
-def test_a_sections_target_stands_at_its_last_segment():
+def test_the_target_of_a_section_belongs_to_its_last_segment():
     batch = make_collator("sections")([row([5, 2, 4], [2, 0, 1]), row([1], [1])])
     assert batch.input_ids.shape == (2, 4, 6)
     ignored = [-100] * 4
@@ -65,24 +65,24 @@ def test_a_sections_target_stands_at_its_last_segment():
     ]
 
 
-def test_segments_repeat_the_tail_of_the_one_before_as_overlap():
+def test_segments_repeat_the_end_of_the_previous_segment_as_overlap():
     segments, _ = make_collator(input_size=8).segments(row([6], [1]))
     assert segments == [[BOS, 10, 11, 12, 13, EOS], [BOS, 12, 13, 14, 15, EOS]]
 
 
-def test_a_document_is_cut_at_the_cap_and_the_section_that_is_cut_keeps_its_target():
+def test_a_document_is_cut_at_the_limit_and_the_cut_section_keeps_its_target():
     segments, targets = make_collator("sections", max_n_segments=3).segments(row([4, 9, 4], [1, 1, 1]))
     assert segments == [[BOS, 10, 11, 12, 13, EOS], [BOS, 20, 21, 22, 23, EOS], [BOS, 24, 25, 26, 27, EOS]]
     assert targets == [[BOS, 100, EOS], [], [BOS, 200, EOS]]
 
 
-def test_a_section_of_0_tokens_is_passed_over():
+def test_a_section_without_tokens_is_skipped():
     segments, targets = make_collator("sections").segments(row([2, 0, 2], [1, 1, 1]))
     assert segments == [[BOS, 10, 11, EOS], [BOS, 30, 31, EOS]]
     assert targets == [[BOS, 100, EOS], [BOS, 300, EOS]]
 
 
-def test_a_long_target_is_cut_and_still_ends():
+def test_a_cut_target_still_has_its_end_token():
     _, targets = make_collator(max_target_length=5).segments(row([2], [9]))
     assert targets == [[BOS, 100, 101, 102, EOS]]
 
@@ -95,7 +95,7 @@ def test_an_unknown_task_is_refused():
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("max_n_segments", [-1, 1, 3])
 @pytest.mark.parametrize("overlap", [0, 2])
-def test_the_plan_is_what_the_collator_makes(task, max_n_segments, overlap):
+def test_the_plan_equals_the_batches_of_the_collator(task, max_n_segments, overlap):
     """Lengths are close to each multiple of a segment's room, with and without targets."""
     random = torch.Generator().manual_seed(1)
     rows = [row([length], [1]) for length in range(1, 15)]
@@ -119,7 +119,7 @@ def test_the_plan_is_what_the_collator_makes(task, max_n_segments, overlap):
     assert plan.n_cut == sum(len(whole.segments(rows[i])[0]) > len(made[i][0]) for i in plan.indices)
 
 
-def test_cut_to_the_least_a_document_has_its_first_target_and_no_less():
+def test_the_shortest_cut_keeps_the_first_target():
     rows = [row([5], [2]), row([9, 5], [0, 1]), row([0, 3, 7], [2, 0, 2])]
     lengths = [[len(section) for section in r["sections"]] for r in rows]
     targets = [[len(summary) for summary in r["summaries"]] for r in rows]
@@ -134,7 +134,7 @@ def test_cut_to_the_least_a_document_has_its_first_target_and_no_less():
 
 
 def test_segments_without_room_for_text_are_refused():
-    with pytest.raises(ValueError, match="segment_size=3 leaves no room beside 3 special tokens"):
+    with pytest.raises(ValueError, match="segment_size=3 must be more than 3, the number of special tokens"):
         plan_documents([[5]], [[1]], SegmentSizes(3, 3, -1), n_special=3)
 
 
@@ -144,7 +144,7 @@ def make_order(n_documents=23, global_batch=4, seed=7, pool=3):
 
 
 @pytest.mark.parametrize(("n_documents", "global_batch"), [(23, 4), (24, 4), (5, 4), (3, 7), (1, 2), (200, 2)])
-def test_every_document_is_read_once_a_round(n_documents, global_batch):
+def test_every_document_is_read_once_per_round(n_documents, global_batch):
     """After each whole number of pools, the numbers of reads of two documents differ by at most 1."""
     order = make_order(n_documents, global_batch)
     counts = torch.zeros(n_documents, dtype=torch.long)
@@ -156,25 +156,25 @@ def test_every_document_is_read_once_a_round(n_documents, global_batch):
     assert order.epoch(6 * order.pool) == pytest.approx(float(counts.float().mean()))
 
 
-def test_a_step_does_not_depend_on_those_before_it():
+def test_a_step_does_not_depend_on_earlier_steps():
     steps = [make_order().step_indices(step) for step in range(30)]
     for step in (29, 0, 13):
         assert make_order().step_indices(step) == steps[step]
 
 
-def test_the_order_is_another_every_round_and_for_every_seed():
+def test_the_order_differs_by_round_and_seed():
     order = make_order(n_documents=24)
     first, second = ([order.step_indices(step) for step in range(start, start + 6)] for start in (0, 6))
     assert first != second
     assert first != [make_order(n_documents=24, seed=8).step_indices(step) for step in range(6)]
 
 
-def test_rounds_and_pools_of_one_number_are_drawn_apart():
+def test_a_round_and_a_pool_with_the_same_number_are_drawn_differently():
     order = make_order(n_documents=24)
     assert order.permutation(24, "round", 1).tolist() != order.permutation(24, "pool", 1).tolist()
 
 
-def test_documents_of_a_batch_are_alike_in_length_and_batches_are_not_sorted():
+def test_documents_of_a_batch_have_similar_lengths_and_batches_are_not_sorted():
     lengths = torch.randint(1, 60, (640,), generator=torch.Generator().manual_seed(0))
     order = BatchOrder(lengths.tolist(), global_batch=8, seed=0)
     batches = [lengths[order.step_indices(step)] for step in range(80)]
@@ -185,7 +185,7 @@ def test_documents_of_a_batch_are_alike_in_length_and_batches_are_not_sorted():
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), (4, 8), (4, 3, 5, 1), (2, 6, 4)])
-def test_steps_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
+def test_a_change_of_step_size_repeats_and_loses_no_document(sizes):
     lengths = make_order(n_documents=48).n_segments.tolist()
     unit, read, step = sizes[0], [], 0
     for size in sizes:
@@ -204,7 +204,7 @@ def test_steps_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
     assert torch.bincount(torch.tensor(read)).max() == 2
 
 
-def test_steps_of_the_first_size_again_are_those_that_there_would_have_been():
+def test_a_return_to_the_first_step_size_gives_the_original_steps():
     order = make_order(n_documents=48)
     lengths = order.n_segments.tolist()
     # Two steps of half the size are in between.
@@ -213,12 +213,12 @@ def test_steps_of_the_first_size_again_are_those_that_there_would_have_been():
 
 
 @pytest.mark.parametrize("seed", [0, 2**31 - 1])
-def test_seeds_of_any_size(seed):
+def test_seeds_may_have_any_size(seed):
     assert len(make_order(seed=seed).step_indices(10**6)) == 4
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 6), (2, 3), (3, 2), (6, 1)])
-def test_processes_share_a_step_out_whatever_their_number(world_size, accumulation):
+def test_any_number_of_ranks_share_the_documents_of_a_step(world_size, accumulation):
     order = make_order(n_documents=50, global_batch=12)
     for first_step in (0, 3):
         ranks = [
@@ -231,7 +231,7 @@ def test_processes_share_a_step_out_whatever_their_number(world_size, accumulati
             assert sorted(itertools.chain(*parts)) == sorted(order.step_indices(first_step + step))
 
 
-def test_processes_read_documents_of_like_length_at_the_same_time():
+def test_ranks_read_documents_of_similar_length_at_the_same_time():
     lengths = list(range(1, 25))
     order = BatchOrder(lengths, global_batch=24, seed=0)
     first, second = (list(itertools.islice(RankBatches(order, 0, rank, 2, 3), 3)) for rank in range(2))

@@ -43,7 +43,7 @@ def entries(cache):
     return sorted(path.name for path in (cache / "corpora").iterdir())
 
 
-def test_documents_are_ids_without_special_tokens_and_their_lengths(path, tokenizer, tmp_path):
+def test_documents_hold_ids_without_special_tokens_and_lengths(path, tokenizer, tmp_path):
     corpus = load(path, tokenizer, tmp_path)
     assert corpus["id"] == ["a", "b"]
     row = corpus[0]
@@ -63,13 +63,13 @@ def test_sections_keep_their_targets(tokenizer, tmp_path):
     assert row["summary_lengths"][1] == 0
 
 
-def test_what_is_in_the_cache_is_not_tokenised_again(path, tokenizer, tmp_path, monkeypatch):
+def test_cached_documents_are_not_tokenised_again(path, tokenizer, tmp_path, monkeypatch):
     first = load(path, tokenizer, tmp_path).to_list()
     monkeypatch.setattr(module, "write_corpus", lambda *_: pytest.fail("tokenised again"))
     assert load(path, tokenizer, tmp_path).to_list() == first
 
 
-def test_other_documents_tokenizer_task_or_columns_are_not_taken_from_the_cache(path, tokenizer, tmp_path):
+def test_other_documents_tokenizer_task_or_columns_make_a_new_cache_entry(path, tokenizer, tmp_path):
     both = [record | {"sections": [record["document"]], "summaries": [record["summary"]]} for record in RECORDS]
     write(path, both)
     load(path, tokenizer, tmp_path)
@@ -136,11 +136,11 @@ def test_a_file_of_the_same_size_but_newer_is_read_again(path, tokenizer, tmp_pa
     ("record", "message"),
     [
         ({"document": "text"}, r"documents.jsonl:3: no column 'summary'"),
-        ({"document": "\u200b\u00ad", "summary": "s"}, r"documents.jsonl:3: a document of 0 tokens"),
-        ({"document": "text", "summary": "\u200b"}, r"documents.jsonl:3: no target, the summary has 0 tokens"),
+        ({"document": "\u200b\u00ad", "summary": "s"}, r"documents.jsonl:3: the document has no tokens"),
+        ({"document": "text", "summary": "\u200b"}, r"documents.jsonl:3: the summary has no tokens"),
     ],
 )
-def test_an_unusable_document_is_refused_and_nothing_is_left_in_the_cache(path, tmp_path, record, message):
+def test_an_unusable_document_is_refused_and_leaves_no_cache_entry(path, tmp_path, record, message):
     tokenizer = SilentTokenizer()
     write(path, [*RECORDS, record])
     with pytest.raises(ValueError, match=message):
@@ -189,7 +189,7 @@ def _load_in_process(path, cache, barrier, results):
     results.put(load(path, tokenizer, cache)["id"][:])
 
 
-def test_two_processes_that_tokenise_the_same_at_once_do_not_disturb_each_other(path, tmp_path):
+def test_two_processes_may_tokenise_the_same_documents_at_once(path, tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
     workers = [context.Process(target=_load_in_process, args=(path, tmp_path, barrier, results)) for _ in range(2)]

@@ -34,10 +34,10 @@ FAULTS = {
     ),
     "a quote that closes before a comma": (
         '"The roof leaks,Repair.\nThe bridge.,Review.\nThe park.",Open.\nd,e\n',
-        "x.csv:2: a quoted field goes over 3 lines, .* a quote seems to be missing",
+        "x.csv:2: a quoted field has 3 lines, .* a quote seems to be missing",
     ),
-    "a last field that closes later": ('a,"b\nc,d"\n', "x.csv:2: a quoted field goes over 2 lines"),
-    "a quote that never closes": ('a,b\n"c,d\ne,f\n', "x.csv:3: a quote is opened and never closed, up to line 4"),
+    "a last field that closes later": ('a,"b\nc,d"\n', "x.csv:2: a quoted field has 2 lines"),
+    "a quote that never closes": ('a,b\n"c,d\ne,f\n', "x.csv:3: a quote has no closing quote up to line 4"),
 }
 
 
@@ -76,7 +76,7 @@ def test_a_faulty_row_of_several_lines_is_never_skipped(tmp_path, name):
         read(write(tmp_path, HEAD + rows), on_bad=lambda error: None)
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path):
+def test_two_columns_with_the_same_name_are_refused(tmp_path):
     path = write(tmp_path, "document,document,summary\na,b,c\n")
     with pytest.raises(ValueError, match=r"x.csv:1: two columns are named 'document'"):
         read(path, on_bad=lambda error: None)
@@ -84,7 +84,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     assert read(write(tmp_path, ",document,,summary\n0,a,,c\n")) == [("x.csv:2", "a", "c")]
 
 
-def test_fields_with_commas_quotes_and_lines_are_read_as_they_were_written(tmp_path):
+def test_fields_with_commas_quotes_and_lines_are_read_unchanged(tmp_path):
     fields = [
         "one\ntwo, three",
         'she said "yes"',
@@ -103,7 +103,7 @@ def test_fields_with_commas_quotes_and_lines_are_read_as_they_were_written(tmp_p
     assert [record[1:] for record in read(path)] == list(zip(fields, reversed(fields), strict=True))
 
 
-def test_the_line_of_a_record_is_its_first_one_and_blank_lines_are_passed_over(tmp_path):
+def test_a_record_has_the_number_of_its_first_line_and_blank_lines_are_skipped(tmp_path):
     path = write(tmp_path, HEAD + '"a\nb",c\n\n\nd,e\n')
     assert read(path) == [("x.csv:2", "a\nb", "c"), ("x.csv:6", "d", "e")]
 
@@ -115,8 +115,10 @@ def test_a_file_is_read_in_its_encoding(tmp_path, encoding):
     assert read(path, encoding=encoding) == [("x.csv:2", text, "s")]
 
 
-def test_a_byte_of_another_encoding_is_named_with_its_line_and_may_be_skipped(tmp_path):
+def test_an_undecodable_byte_is_named_with_its_line_and_may_be_skipped(tmp_path):
     path = write(tmp_path, f"{HEAD}a,b\ncafé,c\nd,e\n", "latin-1")
-    with pytest.raises(ValueError, match=r"x.csv:3: byte 0xe9 is not utf-8; --encoding names"):
+    with pytest.raises(
+        ValueError, match=r"x.csv:3: byte 0xe9 is not utf-8; give the encoding of the file with --encoding"
+    ):
         read(path)
     assert [place for place, *_ in read(path, on_bad=lambda error: None)] == ["x.csv:2", "x.csv:4"]

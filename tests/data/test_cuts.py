@@ -16,21 +16,21 @@ def lines(max_n_segments, max_target_length):
     return list(describe_cuts("validation", plan, Collator("sections", sizes, [0], [2], 1, max_target_length)))
 
 
-def test_nothing_is_said_of_what_is_whole():
+def test_uncut_documents_give_no_message():
     assert lines(-1, 9) == []
 
 
 def test_cut_documents_and_targets_are_counted():
     assert lines(2, 8) == [
-        "cut        1 of 4 (25.0 %) validation documents after 2 segments; --max_n_segments",
-        "cut        2 of 6 (33.3 %) validation targets with their sections, behind 2 segments; 1 documents have no "
-        "other target; --max_n_segments",
-        "cut        1 of 4 (25.0 %) validation targets after 8 tokens, special ones included; --max_target_length",
+        "cut        1 of 4 (25.0 %) validation documents after 2 segments (--max_n_segments)",
+        "cut        2 of 6 (33.3 %) validation targets with their sections, after 2 segments (--max_n_segments); "
+        "1 documents lose all targets",
+        "cut        1 of 4 (25.0 %) validation targets after 8 tokens, special tokens included (--max_target_length)",
     ]
 
 
 @pytest.mark.parametrize(("length", "n_cut"), [(9, 0), (8, 2), (5, 2), (4, 3), (3, 6)])
-def test_the_targets_that_are_cut_are_those_that_the_collator_cuts(length, n_cut):
+def test_the_number_of_cut_targets_equals_that_of_the_collator(length, n_cut):
     collator = Collator("sections", SegmentSizes(6, 6, -1), [0], [2], 1, length)
     targets = [[5] * n for own in TARGETS for n in own if n]
     assert sum(len(collator.target(target)) - 2 < len(target) for target in targets) == n_cut

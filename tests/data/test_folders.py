@@ -66,7 +66,7 @@ def test_numbered_files_of_a_split_are_read_in_order_of_their_numbers(tmp_path, 
             "of each other: dev.jsonl, val.jsonl; keep one of them, or number files of one type",
         ),
         (("train.jsonl", "train/a.summary.txt"), "files of split 'train' may be copies of each other"),
-        (("train-00000-of-00002.jsonl",), "1 of 2 files of split 'train' are there"),
+        (("train-00000-of-00002.jsonl",), "split 'train' has only 1 of 2 files"),
     ],
 )
 def test_files_that_may_be_copies_or_are_missing_are_refused(tmp_path, names, message):
@@ -76,7 +76,7 @@ def test_files_that_may_be_copies_or_are_missing_are_refused(tmp_path, names, me
         find_sources(str(tmp_path))
 
 
-def test_what_is_not_read_is_said_in_one_line(tmp_path):
+def test_unread_files_are_named_in_one_line(tmp_path):
     write(tmp_path / "train.jsonl", 0, 1)
     write(tmp_path / "val.jsonl", 0)
     for name in ("extra.jsonl", "train.xlsx", "README.md", ".hidden", "LICENSE"):
@@ -84,7 +84,7 @@ def test_what_is_not_read_is_said_in_one_line(tmp_path):
     assert notes(find_sources(str(tmp_path))) == [f"{tmp_path}: not read: extra.jsonl, train.xlsx"]
 
 
-def test_folders_behind_links_are_read_once(tmp_path):
+def test_linked_folders_are_read_once(tmp_path):
     write_pair(tmp_path / "data" / "train", "a")
     write_pair(tmp_path / "archive" / "2023", "b")
     write_pair(tmp_path / "data" / "val", "c")
@@ -99,7 +99,7 @@ def test_folders_behind_links_are_read_once(tmp_path):
     assert find_sources(str(tmp_path / "data"))["train"].identity() != before
 
 
-def test_a_link_that_leads_nowhere_is_an_unreadable_text(tmp_path):
+def test_a_broken_link_is_an_unreadable_text(tmp_path):
     write_pair(tmp_path, "a")
     write_pair(tmp_path, "b")
     (tmp_path / "b.txt").unlink()
@@ -110,7 +110,7 @@ def test_a_link_that_leads_nowhere_is_an_unreadable_text(tmp_path):
         texts(source)
 
 
-def test_texts_are_found_in_capitals_and_those_without_a_summary_are_said(tmp_path):
+def test_file_names_in_capitals_are_found_and_texts_without_a_summary_are_named(tmp_path):
     write_pair(tmp_path, "a")
     write_pair(tmp_path, "c", suffix=".TXT")
     (tmp_path / "alone.txt").write_text("text")
@@ -123,13 +123,13 @@ def test_texts_are_found_in_capitals_and_those_without_a_summary_are_said(tmp_pa
     )
 
 
-def test_a_folder_without_documents_says_what_it_holds(tmp_path):
+def test_the_error_for_a_folder_without_documents_names_its_files(tmp_path):
     write(tmp_path / "papers.jsonl", 0)
-    with pytest.raises(ValueError, match=r"no train.* there are papers.jsonl"):
+    with pytest.raises(ValueError, match=r"no train.* the folder has papers.jsonl"):
         find_sources(str(tmp_path))
 
 
-def test_a_text_of_another_encoding_is_named(tmp_path):
+def test_a_text_in_a_different_encoding_is_named(tmp_path):
     write_pair(tmp_path, "a")
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
     source = find_sources("stdlib", train_file=str(tmp_path), validation_file=str(tmp_path))["train"]

@@ -25,7 +25,7 @@ def without_asking(text):
     return text.removeprefix(KEPT).removeprefix(TAKEN)
 
 
-def test_whole_sections_keep_what_they_are_asked_for(row):
+def test_whole_sections_keep_their_target_sentences(row):
     (made,) = gap_sentence_rows(row, 1, "sections")
     assert made.sections == [KEPT + text for text in row.sections]
     for text, target in zip(row.sections, made.summaries, strict=True):
@@ -36,7 +36,7 @@ def test_whole_sections_keep_what_they_are_asked_for(row):
         assert [len(line.split()) for line in lines] == [17] * 4
 
 
-def test_pieces_are_less_than_a_segment_and_some_have_gaps(row):
+def test_pieces_are_shorter_than_a_segment_and_some_have_gaps(row):
     texts, n_gaps = [], 0
     for made in list(gap_sentence_rows(row, 9, "sections"))[1::3]:
         assert len(made.sections) <= MOST_PIECES
@@ -56,7 +56,7 @@ def test_pieces_are_less_than_a_segment_and_some_have_gaps(row):
     assert 0 < n_gaps < len(texts)
 
 
-def test_a_filled_gap_gives_the_document_back():
+def test_a_filled_gap_restores_the_document():
     text = section("speed", 12)
     row = Row("d", [text], ["summary"])
     found = set()
@@ -69,7 +69,7 @@ def test_a_filled_gap_gives_the_document_back():
     assert found == {KEPT.strip(), TAKEN.strip()}
 
 
-def test_rows_are_the_same_whenever_they_are_made_and_differ_from_each_other(row):
+def test_rows_are_repeatable_and_differ_from_each_other(row):
     made = list(gap_sentence_rows(row, 6, "sections"))
     assert list(gap_sentence_rows(row, 6, "sections")) == made
     assert made[:4] == list(gap_sentence_rows(row, 4, "sections"))
@@ -78,13 +78,13 @@ def test_rows_are_the_same_whenever_they_are_made_and_differ_from_each_other(row
     assert len({tuple(one.sections) for one in made}) == 5
 
 
-def test_another_time_others_of_the_best_sentences_are_taken():
+def test_each_row_takes_different_sentences():
     words = [f"the flow in pipe {number} is what the flow in this report is about" for number in range(30)]
     rows = gap_sentence_rows(Row("d", [". ".join(words) + "."], ["summary"]), 8, "document")
     assert len({made.summaries[0] for made in rows}) == 8
 
 
-def test_scripts_without_spaces_have_sentences_too():
+def test_sentences_are_found_in_scripts_without_spaces():
     names = "温度", "圧力", "速度", "重量", "価格"
     sentences = [f"この装置の{name}は報告書の本文で説明されている。" for name in names]
     (made,) = gap_sentence_rows(Row("d", ["".join(sentences) * 3], ["要約"]), 1, "document")
@@ -92,7 +92,7 @@ def test_scripts_without_spaces_have_sentences_too():
     assert made.summaries[0].endswith("。")
 
 
-def test_words_of_hindi_are_counted_whole():
+def test_hindi_words_are_counted_whole():
     """A target has at least 60 words, so five sentences of twelve words."""
     sentence = "इस मशीन की गति और तापमान पूरे प्रतिवेदन में बताए गए हैं।"
     assert len(sentence.split()) == 12
@@ -100,7 +100,7 @@ def test_words_of_hindi_are_counted_whole():
     assert made.summaries == [" ".join([sentence] * 5)]
 
 
-def test_words_that_differ_in_their_vowel_signs_are_not_the_same():
+def test_words_with_different_vowel_signs_differ():
     """No sentences share a word, so no sentence is usable."""
     lines = [" ".join(consonant + vowel for consonant in "कखगघचछजझटठ") for vowel in "ािीुूेै"]
     assert not list(gap_sentence_rows(Row("d", ["\n".join(lines)], ["सार"]), 3, "document"))
@@ -108,7 +108,7 @@ def test_words_that_differ_in_their_vowel_signs_are_not_the_same():
 
 
 @pytest.mark.parametrize("text", ["too short. to be told.", "", OTHER.format("x") + ". " + OTHER.format("y") + "."])
-def test_documents_without_a_telling_sentence_make_none(text):
+def test_documents_without_a_suitable_sentence_give_no_row(text):
     assert not list(gap_sentence_rows(Row("d", [text], ["summary"]), 3, "sections"))
 
 

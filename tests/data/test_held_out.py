@@ -25,7 +25,7 @@ def sides(path, columns=None, held_out=None):
     return [{row.sections[0] for row in sources[split].rows("document", columns or Columns())} for split in splits]
 
 
-def test_a_document_without_an_id_stays_on_its_side_under_another_name_and_line(tmp_path):
+def test_a_document_without_an_id_keeps_its_split_in_a_different_file_and_line(tmp_path):
     train, validation = sides(write(tmp_path / "a.jsonl", records(200)))
     assert 5 <= len(validation) <= 40
     others = [{"document": f"other {number}", "summary": "s"} for number in range(50)]
@@ -34,14 +34,14 @@ def test_a_document_without_an_id_stays_on_its_side_under_another_name_and_line(
     assert validation <= renamed[1]
 
 
-def test_documents_with_ids_are_on_the_side_that_older_runs_gave_them(tmp_path):
+def test_documents_with_ids_keep_the_split_of_older_runs(tmp_path):
     path = write(tmp_path / "a.jsonl", [record | {"id": f"d{i}"} for i, record in enumerate(records(200))])
     expected = {f"text {number}" for number in range(200) if split_of(f"d{number}") == "validation"}
     assert sides(path)[1] == expected
     assert sides(path, held_out=HeldOut(rule="line"))[1] == expected
 
 
-def test_an_older_run_keeps_its_sides(tmp_path):
+def test_an_older_run_keeps_its_split(tmp_path):
     path = write(tmp_path / "a.jsonl", records(200))
     expected = {f"text {number}" for number in range(200) if split_of(f"a.jsonl:{number + 1}") == "validation"}
     assert sides(path, held_out=HeldOut(rule="line"))[1] == expected
@@ -50,7 +50,7 @@ def test_an_older_run_keeps_its_sides(tmp_path):
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.99])
-def test_few_documents_are_on_both_sides(n, share):
+def test_both_splits_have_a_document_if_there_are_few(n, share):
     for draw in range(20):
         rows = [Row(f"{draw}-{number}", [f"text {number}"], ["s"], f"{draw}-{number}") for number in range(n)]
         assert 1 <= len(held_out_texts(rows, share, "x")) <= n - 1
@@ -59,19 +59,19 @@ def test_few_documents_are_on_both_sides(n, share):
 @pytest.mark.parametrize(
     "same", [records(3, id="one"), [{"id": str(i), "document": "one  text\n", "summary": "s"} for i in range(3)]]
 )
-def test_documents_that_belong_together_cannot_be_split_which_is_said(tmp_path, same):
-    with pytest.raises(ValueError, match=r"a.jsonl: all documents have one text, id or group.*--validation_file"):
+def test_documents_of_a_single_group_are_refused(tmp_path, same):
+    with pytest.raises(ValueError, match=r"a.jsonl: all documents have the same text, id or group.*--validation_file"):
         sides(write(tmp_path / "a.jsonl", same))
 
 
-def test_questions_to_one_story_are_on_one_side(tmp_path):
+def test_questions_about_one_story_are_in_one_split(tmp_path):
     stories = [{"id": f"q{i}", "document": f"story {i // 5}", "summary": f"s {i}"} for i in range(300)]
     train, validation = sides(write(tmp_path / "a.jsonl", stories))
     assert train | validation == {f"story {number}" for number in range(60)}
     assert not train & validation
 
 
-def test_a_group_is_on_one_side(tmp_path):
+def test_a_group_is_in_one_split(tmp_path):
     path = write(tmp_path / "a.jsonl", [r | {"id": f"d{i}", "day": i // 4} for i, r in enumerate(records(200))])
     groups = [{int(text.split()[1]) // 4 for text in side} for side in sides(path, Columns(group="day"))]
     assert not groups[0] & groups[1]
@@ -82,7 +82,7 @@ def test_a_group_is_on_one_side(tmp_path):
         sides(tmp_path / "b.jsonl", Columns(group="day"))
 
 
-def test_chains_of_one_text_and_one_id_are_on_one_side_in_any_order():
+def test_documents_linked_by_text_or_id_are_in_one_split_in_any_order():
     links = [("a", "1"), ("b", "2"), ("a", "2"), ("c", "3"), ("d", "3"), ("e", "4"), ("d", "5")]
     rows = [Row(name, [text], ["s"], name) for name, text in links]
     for share in (0.2, 0.5, 0.8):
@@ -92,7 +92,7 @@ def test_chains_of_one_text_and_one_id_are_on_one_side_in_any_order():
         assert all(part <= expected or not part & expected for part in parts)
 
 
-def test_the_share_is_about_what_was_asked_for():
+def test_the_held_out_share_is_close_to_the_requested_share():
     rows = [Row(f"d{number}", [f"text {number}"], ["s"], f"d{number}") for number in range(2000)]
     shares = [len(held_out_texts(rows, share, "x")) / 2000 for share in (0.02, 0.1, 0.25, 0.5)]
     assert shares == pytest.approx([0.02, 0.1, 0.25, 0.5], abs=0.03)

@@ -62,9 +62,9 @@ def test_wrong_json_is_refused_with_its_line_also_if_bad_samples_are_skipped(tmp
 def test_an_element_that_is_no_object_or_cannot_be_decoded_may_be_skipped(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes('[{"document": "t"},\n[1, "a"],\n{"document": "é"},\n{"document": "u"}]'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"x.json:2: unreadable object \(a JSON object is needed, not list\)"):
+    with pytest.raises(ValueError, match=r"x.json:2: unreadable object \(must be a JSON object, not list\)"):
         read(path)
     errors = []
     assert read(path, on_bad=errors.append) == [("x.json:1", {"document": "t"}), ("x.json:4", {"document": "u"})]
     assert [str(error).split("x.json")[1][:3] for error in errors] == [":2:", ":3:"]
-    assert "byte 0xe9 is not utf-8; --encoding names" in str(errors[1])
+    assert "byte 0xe9 is not utf-8; give the encoding of the file with --encoding" in str(errors[1])

@@ -7,18 +7,18 @@ from recurrent_bart.data.rows import Columns, make_row, split_of
 SECTIONS = {"id": "d", "sections": ["a", "b", "c", "d", "e"], "summaries": ["", None, "C", " ", "E"]}
 
 
-def test_a_document_and_its_summary():
+def test_a_row_has_the_document_and_its_summary():
     row = make_row({"id": 7, "document": "text", "summary": "s"}, "document", Columns(), "f:1")
     assert (row.id, row.sections, row.summaries) == ("7", ["text"], ["s"])
 
 
 @pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}])
-def test_a_record_without_a_name_is_named_by_its_place_in_the_file_wherever_that_lies(name):
+def test_a_record_without_an_id_is_named_by_file_and_line(name):
     row = make_row(name | {"document": "text", "summary": "s"}, "document", Columns(), "/some/folder/f.jsonl:1")
     assert row.id == "f.jsonl:1"
 
 
-def test_0_is_a_name():
+def test_0_is_an_id():
     assert make_row({"id": 0, "document": "text", "summary": "s"}, "document", Columns(), "f:1").id == "0"
 
 
@@ -28,14 +28,14 @@ def test_columns_may_have_other_names():
     assert (row.sections, row.summaries) == (["text"], ["s"])
 
 
-def test_neighbouring_sections_without_a_target_are_joined_and_those_behind_the_last_target_dropped():
+def test_neighbouring_sections_without_a_target_are_joined_and_final_ones_dropped():
     record = SECTIONS | {"sections": [*"abcdef"], "summaries": ["", None, "C", " ", "E", ""]}
     row = make_row(record, "sections", Columns(), "f:1")
     assert row.sections == ["a\nb", "c", "d", "e"]
     assert row.summaries == ["", "C", "", "E"]
 
 
-def test_sections_joined_are_a_document():
+def test_a_document_is_joined_from_its_sections():
     row = make_row(SECTIONS, "document", Columns(), "f:1")
     assert (row.sections, row.summaries) == (["a\nb\nc\nd\ne"], ["C   E"])
 
@@ -43,20 +43,20 @@ def test_sections_joined_are_a_document():
 @pytest.mark.parametrize(
     ("record", "task", "message"),
     [
-        ({"text": "t", "summary": "s"}, "document", "f:3: no column 'document'; there are 'text', 'summary'"),
-        ({}, "document", "f:3: no column 'document'; there are none"),
+        ({"text": "t", "summary": "s"}, "document", "f:3: no column 'document'; the columns are 'text', 'summary'"),
+        ({}, "document", "f:3: no column 'document'; the columns are none"),
         ({"document": None, "summary": "s"}, "document", "f:3: column 'document' has no value"),
         ({"document": " \n", "summary": "s"}, "document", "f:3: the document is empty"),
-        ({"document": "t", "summary": " "}, "document", "f:3: no target"),
+        ({"document": "t", "summary": " "}, "document", "f:3: the summary is empty"),
         ({"document": "t"}, "document", "f:3: no column 'summary'"),
-        ({"document": ["t"], "summary": "s"}, "document", "f:3: column 'document' is not a text but list"),
+        ({"document": ["t"], "summary": "s"}, "document", "f:3: column 'document' must be a text, not list"),
         ({"document": "t", "summary": "s"}, "sections", "f:3: no column 'sections'"),
-        ({"sections": "t", "summaries": ["s"]}, "sections", "f:3: column 'sections' is not a list of texts"),
-        ({"sections": ["t"], "summaries": [3]}, "sections", "f:3: column 'summaries' is not a list of texts"),
+        ({"sections": "t", "summaries": ["s"]}, "sections", "f:3: column 'sections' must be a list of texts"),
+        ({"sections": ["t"], "summaries": [3]}, "sections", "f:3: column 'summaries' must be a list of texts"),
         ({"sections": ["t", "u"], "summaries": ["s"]}, "sections", "f:3: 2 sections but 1 summaries"),
-        ({"sections": ["t"], "summaries": [""]}, "sections", "f:3: no target"),
-        ({"document": "t \ud800", "summary": "s"}, "document", "f:3: not a text, it holds half of a character"),
-        ({"sections": ["t"], "summaries": ["\udfff"]}, "sections", "f:3: not a text, it holds half of a character"),
+        ({"sections": ["t"], "summaries": [""]}, "sections", "f:3: the summary is empty"),
+        ({"document": "t \ud800", "summary": "s"}, "document", "f:3: the text has half a character"),
+        ({"sections": ["t"], "summaries": ["\udfff"]}, "sections", "f:3: the text has half a character"),
     ],
 )
 def test_unusable_records_are_refused_with_their_place(record, task, message):
@@ -64,7 +64,7 @@ def test_unusable_records_are_refused_with_their_place(record, task, message):
         make_row(record, task, Columns(), "f:3")
 
 
-def test_splits_follow_from_names_alone():
+def test_the_split_depends_only_on_the_id():
     splits = [split_of(f"module.{number}") for number in range(2000)]
     assert splits == [split_of(f"module.{number}") for number in range(2000)]
     assert {split: round(splits.count(split) / 2000, 1) for split in set(splits)} == {

@@ -68,7 +68,9 @@ def test_a_data_set_of_several_splits_saved_to_disk_is_read(tmp_path):
     assert read(sources["train"]) == [(f"d{i}", f"text {i}", f"sum {i}") for i in range(3)]
     assert read(sources["validation"]) == [("d0", "text 0", "sum 0")]
     assert sources["train"].notes == (f"{tmp_path / 'data'}: not read: extra",)
-    with pytest.raises(ValueError, match=r"data: a data set with the splits dev, extra, train; name the folder of one"):
+    with pytest.raises(
+        ValueError, match=r"data: a data set with the splits dev, extra, train; give the folder of one split"
+    ):
         find_sources("stdlib", train_file=str(tmp_path / "data"))
 
 
@@ -111,7 +113,7 @@ def test_files_may_be_named_one_by_one(tmp_path):
     assert len(read(sources["validation"])) == len(read(sources["test"])) == 2
 
 
-def test_sections_are_lists(tmp_path):
+def test_sections_are_read_from_lists(tmp_path):
     record = {"sections": ["a", "b"], "summaries": ["A", "B"]}
     other = {"sections": ["c"], "summaries": ["C"]}
     for name in ("x.jsonl", "x.parquet"):
@@ -166,7 +168,9 @@ def test_a_configuration_of_a_data_set_by_name_is_read(tmp_path, monkeypatch):
     assert len(read(long)) == 3
     assert short.identity() != long.identity()
     monkeypatch.setattr("recurrent_bart.data.sources.Path.exists", lambda self: False)
-    with pytest.raises(ValueError, match=r"--dataset owner/name: .*'short', 'long'.*--dataset_config_name takes one"):
+    with pytest.raises(
+        ValueError, match=r"--dataset owner/name: .*'short', 'long'.*give one with --dataset_config_name"
+    ):
         find_sources("owner/name")
     with pytest.raises(ValueError, match=r"--dataset owner/name --dataset_config_name no: .*'no' not found"):
         find_sources("owner/name", config_name="no")
@@ -178,14 +182,14 @@ def test_a_configuration_of_a_data_set_by_name_is_read(tmp_path, monkeypatch):
         ("x.jsonl", "", "x.jsonl: the file is empty"),
         ("x.jsonl", "\n \n", "no documents with a target for --task document in split 'train'"),
         ("x.jsonl", '{"document": "t", "summary": "s"}\n{"document": \n', r"x.jsonl:2: unreadable line"),
-        ("x.jsonl", '{"document": "t", "summary": "s"}\n[1]\n', r"x.jsonl:2: .*JSON object is needed, not list"),
+        ("x.jsonl", '{"document": "t", "summary": "s"}\n[1]\n', r"x.jsonl:2: .*must be a JSON object, not list"),
         ("x.jsonl", '{"document": "t"}\n', "x.jsonl:1: no column 'summary'"),
-        ("x.csv", "document,summary\nt,s\nu,\n", "x.csv:3: no target"),
-        ("x.csv", "text,summary\nt,s\n", "x.csv:2: no column 'document'; there are 'text', 'summary'"),
+        ("x.csv", "document,summary\nt,s\nu,\n", "x.csv:3: the summary is empty"),
+        ("x.csv", "text,summary\nt,s\n", "x.csv:2: no column 'document'; the columns are 'text', 'summary'"),
         ("x.tsv", "document\tsummary\nt\ts\nu\n", "x.tsv:3: 1 fields, but the first row names 2 columns"),
         ("x.json", '[{"document": "t", "summary": "s"},\n{"document": "u"}]', "x.json:2: no column 'summary'"),
         ("x.json", "[]", "no documents with a target for --task document in split 'train'"),
-        ("x.xml", "<a/>", "x.xml: unknown kind of file"),
+        ("x.xml", "<a/>", "x.xml: unknown file type"),
         ("x.jsonl.gz", "not gzip", "x.jsonl.gz:1: unreadable"),
         ("x.parquet", "not parquet", "x.parquet: "),
     ],
@@ -215,7 +219,7 @@ def test_corrupt_gzip_is_refused(tmp_path):
         read(find_sources("stdlib", train_file=str(path))["train"])
 
 
-def test_a_line_that_is_no_utf8_is_refused_with_its_number(tmp_path):
+def test_a_line_that_is_not_utf8_is_refused_with_its_number(tmp_path):
     path = write(tmp_path / "x.jsonl", RECORDS)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1].replace(b"text", "té".encode("latin-1")) + lines[2])
@@ -224,13 +228,13 @@ def test_a_line_that_is_no_utf8_is_refused_with_its_number(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
-def test_a_byte_order_mark_is_no_part_of_the_documents(tmp_path, name):
+def test_a_byte_order_mark_is_not_part_of_a_document(tmp_path, name):
     path = write(tmp_path / name, RECORDS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert read(find_sources("stdlib", train_file=str(path), validation_file=str(path))["train"])[0][0] == "d0"
 
 
-def test_what_is_held_out_does_not_depend_on_where_the_file_lies(tmp_path, monkeypatch):
+def test_the_held_out_documents_do_not_depend_on_the_folder_of_the_file(tmp_path, monkeypatch):
     """Training and a later evaluation may start in different folders."""
     records = [{"document": f"text {i}", "summary": "s"} for i in range(100)]
     path = write(tmp_path / "data" / "x.csv", records)
@@ -240,12 +244,12 @@ def test_what_is_held_out_does_not_depend_on_where_the_file_lies(tmp_path, monke
     assert read(find_sources(str(path))["validation"]) == validation
 
 
-def test_places_that_are_not_there_are_refused(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         find_sources("stdlib", train_file=str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match="no such file or folder"):
         find_sources(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="neither a file or folder nor a data set"):
+    with pytest.raises(ValueError, match="no such file or folder, and no data set could be loaded"):
         find_sources("no-such-data-set")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no train"):
@@ -268,6 +272,7 @@ OTHER = {
     "skips_bad": True,
     "n_made": 2,
     "encoding": "latin-1",
+    "config_name": "long",
 }
 
 
@@ -275,7 +280,7 @@ OTHER = {
 def builder(monkeypatch):
     """Replace the builder of a named data set."""
     found = SimpleNamespace(info=SimpleNamespace(version="1.0.0"), hash="a0")
-    monkeypatch.setattr("recurrent_bart.data.sources.load_dataset_builder", lambda name: found)
+    monkeypatch.setattr("recurrent_bart.data.sources.load_dataset_builder", lambda name, config=None: found)
     return found
 
 
@@ -285,7 +290,7 @@ def test_each_field_of_a_source_makes_it_another_one(builder, tmp_path):
     hub = Source("hub", "owner/name", "train", hub_split="train", held_out=HeldOut(0.1))
     file = Source("file", "x", "train", (write(tmp_path / "x.jsonl"),), held_out=HeldOut(0.1))
     assert replace(hub, notes=("a",)).identity() == hub.identity()
-    for source, names in ((hub, OTHER), (file, OTHER.keys() - {"place", "hub_split"})):
+    for source, names in ((hub, OTHER), (file, OTHER.keys() - {"place", "hub_split", "config_name"})):
         changed = [replace(source, **{name: OTHER[name]}).identity() for name in names]
         changed.append(replace(source, held_out=HeldOut(0.1, "line")).identity())
         changed.append(replace(source, held_out=None).identity())

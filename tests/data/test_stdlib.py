@@ -43,7 +43,7 @@ async def fourth():
 '''
 
 
-def test_sections_are_code_without_docstrings_and_their_targets_first_paragraphs():
+def test_sections_are_code_without_docstrings_and_targets_are_first_paragraphs():
     row = module_row("tools", MODULE, "sections")
     assert row.summaries == ["", "Do the first thing.", "A second.", "One line."]
     code, first, second, third = row.sections
@@ -53,7 +53,7 @@ def test_sections_are_code_without_docstrings_and_their_targets_first_paragraphs
     assert third == "def third(): ; return 3"
 
 
-def test_a_document_is_all_sections_and_its_target_the_modules():
+def test_a_document_has_all_sections_and_the_docstring_of_the_module():
     row = module_row("tools", MODULE, "document")
     assert row.summaries == ["Tools for things."]
     assert row.sections[0].startswith("# head comment\nimport os")
@@ -61,7 +61,7 @@ def test_a_document_is_all_sections_and_its_target_the_modules():
     assert "Gone too" not in row.sections[0]
 
 
-def test_nothing_is_executed():
+def test_modules_are_not_executed():
     assert module_row("m", b'"""Doc."""\nraise SystemExit\n', "document").summaries == ["Doc."]
 
 
@@ -70,7 +70,7 @@ def test_modules_without_code_or_target_are_no_documents(source):
     assert module_row("m", source, "document") is None
 
 
-def test_other_encodings_and_characters_before_a_docstring():
+def test_modules_in_other_encodings_are_read():
     source = "# -*- coding: latin-1 -*-\n'''Café.'''\ndef ü(): 'Größe.'; return 'é'\n".encode("latin-1")
     assert module_row("m", source, "document").summaries == ["Café."]
     assert module_row("m", source, "sections").sections[-1] == "def ü(): ; return 'é'"
@@ -90,7 +90,7 @@ def test_the_library_gives_hundreds_of_documents_in_separate_splits(rows):
     assert "json" in set().union(*documents.values())
 
 
-def test_no_target_stands_in_its_document(rows):
+def test_no_document_contains_its_target(rows):
     """A model would copy a docstring that is left in the code."""
     leaked = [
         row.id
@@ -101,7 +101,7 @@ def test_no_target_stands_in_its_document(rows):
     assert not leaked
 
 
-def test_what_is_left_of_a_module_is_its_code(rows):
+def test_all_definitions_of_a_module_are_kept(rows):
     """The removal of docstrings keeps all other code: all definitions of a module are still present."""
     row = next(row for split in SPLITS for row in rows[split, "document"] if row.id == "textwrap")
     tree = ast.parse(inspect.getsource(textwrap))

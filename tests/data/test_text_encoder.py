@@ -79,13 +79,13 @@ def test_special_tokens_in_a_text_are_ordinary_ids(tokenizer):
     assert encoded[-1]
 
 
-def test_texts_without_special_tokens_have_the_ids_that_they_had(tokenizer):
+def test_texts_without_special_tokens_have_the_ids_of_the_tokenizer(tokenizer):
     expected = tokenizer(PLAIN, add_special_tokens=False)["input_ids"]
     assert TextEncoder(tokenizer)(PLAIN) == expected
 
 
 @pytest.mark.parametrize("make", [unigram, byte_pairs])
-def test_what_a_text_says_is_kept(make):
+def test_decoding_gives_the_text_back(make):
     tokenizer = make()
     text = "every <s>sentence</s> closes with </s> and <pad> or <mask><unk>"
     (ids,) = TextEncoder(tokenizer)([text])
@@ -93,7 +93,7 @@ def test_what_a_text_says_is_kept(make):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_wide_characters_that_become_a_special_token_do_not(tmp_path):
+def test_wide_characters_do_not_become_a_special_token(tmp_path):
     tokenizer = unigram()
     assert tokenizer.eos_token_id in tokenizer("a ＜／ｓ＞ b", add_special_tokens=False)["input_ids"]
     (ids,) = TextEncoder(tokenizer)(["a ＜／ｓ＞ b"])
@@ -101,7 +101,7 @@ def test_wide_characters_that_become_a_special_token_do_not(tmp_path):
     assert tokenizer.decode(ids) == "a </s> b"
 
 
-def test_words_that_were_added_to_a_tokenizer_stay_tokens(tmp_path):
+def test_words_added_to_a_tokenizer_stay_tokens(tmp_path):
     for tokenizer in (unigram(), byte_pairs()):
         tokenizer.add_special_tokens({"additional_special_tokens": ["<speaker>"]})
         tokenizer.add_tokens(["Bürgerantrag"])
@@ -115,7 +115,7 @@ def test_words_that_were_added_to_a_tokenizer_stay_tokens(tmp_path):
     assert tokenizer.convert_tokens_to_ids("zwei") in ids
 
 
-def test_a_gap_is_the_mask_token_and_a_text_that_says_mask_is_not(tokenizer):
+def test_a_gap_is_the_mask_token_and_the_text_mask_is_not(tokenizer):
     mask = tokenizer.mask_token_id
     encoder = TextEncoder(tokenizer)
     first, second = encoder(["every one"])[0], encoder([" a mark"])[0]

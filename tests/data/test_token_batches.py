@@ -50,7 +50,7 @@ def test_a_batch_holds_as_many_documents_as_fit_and_little_padding():
     assert sorted(itertools.chain(*groups)) == list(range(8))
 
 
-def test_every_document_is_read_once_a_round_and_no_batch_is_too_large():
+def test_every_document_is_read_once_per_round_and_no_batch_is_too_large():
     order = make_order()
     batches = batches_of(order, 0, 2000)
     read = list(itertools.chain(*batches))
@@ -62,7 +62,7 @@ def test_every_document_is_read_once_a_round_and_no_batch_is_too_large():
     assert sum(map(n_computed, batches)) > 0.75 * MOST * len(batches)
 
 
-def test_padding_is_a_fraction_of_that_of_batches_of_one_size():
+def test_batches_by_tokens_have_less_padding_than_batches_by_documents():
     by_tokens = make_order().padding(100, 1, 1)
     computed = sum(map(n_computed, batches_of(make_order(), 0, 100)))
     needed = sum(LENGTHS[document] for batch in batches_of(make_order(), 0, 100) for document in batch)
@@ -70,7 +70,7 @@ def test_padding_is_a_fraction_of_that_of_batches_of_one_size():
     assert by_tokens < BatchOrder(LENGTHS, 2, 7, pool=1).padding(100, 1, 1) / 3
 
 
-def test_the_order_is_not_by_length_and_is_another_every_round_and_for_every_seed():
+def test_the_order_is_not_by_length_and_differs_by_round_and_seed():
     order = make_order()
     first = round_of(order)
     longest = [LENGTHS[batch[0]] for batch in first]
@@ -84,7 +84,7 @@ def test_the_order_is_not_by_length_and_is_another_every_round_and_for_every_see
     assert first != round_of(make_order(seed=8))
 
 
-def test_a_step_does_not_depend_on_those_looked_at_before_it():
+def test_a_step_does_not_depend_on_earlier_steps():
     steps = [make_order(3).micro_batches(step, 1, 3) for step in range(90)]
     order = make_order(3)
     for step in (89, 0, 40, 41, 3):
@@ -94,7 +94,7 @@ def test_a_step_does_not_depend_on_those_looked_at_before_it():
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 6), (2, 3), (3, 2), (6, 1)])
-def test_processes_share_a_step_out_whatever_their_number(world_size, accumulation):
+def test_any_number_of_ranks_share_the_batches_of_a_step(world_size, accumulation):
     order = make_order(6)
     for step in (0, 50):
         alone = {tuple(batch) for (batch,) in order.micro_batches(step, 1, 6)}
@@ -121,14 +121,14 @@ def test_a_resumed_run_reads_the_same_batches(step):
     assert batches_of(goes_on(resumed, step + 2, 2), step + 2, 150) == batches_of(order, step + 2, 150)
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches():
+def test_a_different_number_of_ranks_continues_with_the_same_batches():
     order = make_order(2)
     before, after = batches_of(order, 0, 10), batches_of(goes_on(order, 10, 3), 10, 20)
     assert sorted(before + after) == sorted(batches_of(make_order(1), 0, 2 * 10 + 3 * 20))
 
 
 @pytest.mark.parametrize("sizes", [(12, 6, 20), (12, 24, 12), (30, 4, 12)])
-def test_batches_of_another_size_go_on_without_a_repeated_or_lost_document(sizes):
+def test_a_change_of_batch_size_repeats_and_loses_no_document(sizes):
     """A run that is resumed twice with a smaller limit, after running out of memory, within one epoch."""
     order = make_order(1, most=sizes[0])
     read = batches_of(order, 0, 20)
@@ -145,7 +145,7 @@ def test_batches_of_another_size_go_on_without_a_repeated_or_lost_document(sizes
         assert sorted(documents[start : start + N_DOCUMENTS]) == list(range(N_DOCUMENTS))
 
 
-def test_documents_fewer_than_a_step_has_batches_come_round_and_round():
+def test_documents_repeat_if_a_step_has_more_batches():
     order = TokenBatchOrder([2, 5], 4, 5, seed=0)
     documents = list(itertools.chain(*itertools.chain(*order.micro_batches(3, 5, 1))))
     assert len(documents) == 5

@@ -34,7 +34,7 @@ def loaded(trained, tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_special_ids_are_barts(loaded):
+def test_special_ids_equal_those_of_bart(loaded):
     ids = [loaded.bos_token_id, loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id]
     assert ids == [0, 1, 2, 3]
     assert loaded.mask_token == "<mask>"
@@ -44,7 +44,7 @@ def test_special_ids_are_barts(loaded):
 
 
 @pytest.mark.parametrize("text", HARD + TEXTS[:5])
-def test_loaded_tokenizer_cuts_as_the_trained_one_and_keeps_the_text(trained, loaded, text):
+def test_a_loaded_tokenizer_gives_the_same_ids_and_keeps_the_text(trained, loaded, text):
     ids = loaded(text)["input_ids"]
     assert ids == trained(text)["input_ids"]
     assert loaded.unk_token_id not in ids
@@ -58,7 +58,7 @@ def test_spaces_before_punctuation_are_kept(trained, loaded):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
-def test_it_cuts_as_sentencepiece_does(monkeypatch):
+def test_the_tokenizer_gives_the_pieces_of_sentencepiece(monkeypatch):
     models = []
     convert = module.as_hugging_face
     monkeypatch.setattr(module, "as_hugging_face", lambda model: models.append(model) or convert(model))
@@ -87,14 +87,14 @@ def test_a_small_corpus_gives_a_small_vocabulary():
     assert 261 < len(train_tokenizer(["a few words only"], vocab_size=4000)) < 400
 
 
-def test_no_room_and_no_text_are_refused():
+def test_a_too_small_vocabulary_and_no_text_are_refused():
     with pytest.raises(ValueError, match="vocab_size=100: no tokenizer could be trained"):
         train_tokenizer(TEXTS, vocab_size=100)
     with pytest.raises(ValueError, match="no tokenizer could be trained"):
         train_tokenizer([], vocab_size=500)
 
 
-def test_an_error_of_the_texts_is_told_as_it_is():
+def test_an_error_while_texts_are_read_is_raised_unchanged():
     def texts():
         yield from TEXTS
         raise ValueError("file:3: unreadable")
@@ -112,7 +112,7 @@ def test_a_model_without_a_tokenizer_is_refused(bart, tmp_path):
 def test_a_tokenizer_without_barts_special_tokens_is_refused(trained, tmp_path):
     trained.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ValueError, match="its tokenizer has no bos_token, eos_token, pad_token"):
+    with pytest.raises(ValueError, match="the tokenizer has no bos_token, eos_token, pad_token"):
         load_tokenizer(str(tmp_path))
 
 
@@ -130,7 +130,7 @@ def bert(tmp_path):
     return tmp_path / "bert"
 
 
-def test_a_tokenizer_with_cls_and_sep_has_them_for_bos_and_eos(bert, tmp_path):
+def test_cls_and_sep_stand_for_missing_bos_and_eos(bert, tmp_path):
     tokenizer = load_tokenizer(str(bert))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 3, 0)
     assert special_tokens_around(tokenizer) == ([2], [3])
@@ -156,9 +156,12 @@ def with_code(bert):
     return bert
 
 
-def test_code_that_comes_with_a_tokenizer_runs_only_if_it_is_trusted(with_code, tmp_path, monkeypatch):
+def test_code_of_a_tokenizer_runs_only_with_trust_remote_code(with_code, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(ValueError, match="its tokenizer is code of its own; if you trust it, --trust_remote_code"):
+    with pytest.raises(
+        ValueError,
+        match="the tokenizer needs Python code from this folder; if you trust the code, add --trust_remote_code",
+    ):
         load_tokenizer(str(with_code))
     assert not (with_code / "ran").exists()
     tokenizer = load_tokenizer(str(with_code), trust_remote_code=True)

@@ -52,7 +52,7 @@ def test_words_keep_their_marks_in_every_script(text, expected):
         *(("كَتَبَ", "كُتِبَ"), ("סֵפֶר", "סַפָּר"), ("ที่", "ที"), ("ກີ", "ກູ"), ("រី", "រូ"), ("မီ", "မူ"), ("e\u0301", "e\u0300")),
     ],
 )
-def test_words_that_differ_in_a_mark_differ(one, other):
+def test_words_with_different_marks_differ(one, other):
     assert words(one) != words(other)
 
 
@@ -72,7 +72,7 @@ def test_words_that_differ_in_a_mark_differ(one, other):
         ("ﷺ", "صلى الله عليه وسلم"),
     ],
 )
-def test_forms_of_one_text_have_the_same_words(form, usual):
+def test_unicode_forms_of_one_text_have_the_same_words(form, usual):
     assert words(form) == words(usual) != []
     assert normalise(normalise(form)) == normalise(form) == normalise(usual)
 
@@ -95,5 +95,5 @@ def test_a_zero_width_space_separates_words():
         ("ဒါ။ ဟို။", ["ဒါ။", "ဟို။"]),
     ],
 )
-def test_sentences_end_as_each_script_ends_them(text, expected):
+def test_sentences_end_by_the_rules_of_each_script(text, expected):
     assert sentences(text) == expected

@@ -55,7 +55,7 @@ def test_an_interval_over_ten_documents_covers_95_percent(random):
     assert_covers_95_percent([found.over_documents() for found in resamples])
 
 
-def test_a_document_is_drawn_with_all_of_its_items(random):
+def test_a_document_is_drawn_with_all_its_items(random):
     """Documents have 1 to 9 items, which are equal within a document."""
     counts_D = random.integers(1, 10, size=N_DOCUMENTS).astype(float)
     totals_ND = random.normal(size=(N_SIMULATIONS, N_DOCUMENTS)) * counts_D
@@ -85,7 +85,7 @@ def test_an_interval_over_documents_and_seeds_covers_at_least_95_percent(
 
 
 @pytest.mark.parametrize("n_seeds", [2, 3, 5])
-def test_documents_alone_or_seeds_alone_make_the_whole_interval(normal_resamples, n_seeds):
+def test_variation_of_documents_or_seeds_alone_gives_the_whole_interval(normal_resamples, n_seeds):
     """The interval is exact if only documents or only seeds vary."""
     documents = normal_resamples[0]
     all_alike = Resamples(np.repeat(documents.means, n_seeds, axis=1), N_DOCUMENTS)
@@ -99,7 +99,7 @@ def ends(found: Interval):
     return found.low, found.mean, found.high
 
 
-def test_both_parts_are_added_in_squares():
+def test_squares_of_both_parts_are_added():
     means = np.vstack([[0.0, 2.0], np.linspace([-3.0, -1.0], [3.0, 5.0], 2001)])
     resamples = Resamples(means, 10_000)
     documents, seeds, both = resamples.over_documents(), resamples.over_seeds(), resamples.interval()
@@ -116,17 +116,17 @@ def test_published_seeds_give_the_paired_t_interval():
 @pytest.mark.parametrize(
     ("degrees", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (9, 2.2622), (30, 2.0423), (10_000, 1.9602)]
 )
-def test_quantiles_are_those_of_students_table(degrees, quantile):
+def test_quantiles_equal_students_t_table(degrees, quantile):
     assert student_t(degrees) == pytest.approx(quantile, abs=1e-4)
 
 
-def test_the_mean_weighs_documents_by_their_counts_and_seeds_alike():
+def test_the_mean_weights_documents_by_count_and_seeds_equally():
     totals = np.array([[2.0, 30.0, 0.0], [4.0, 60.0, 0.0]])
     counts = np.array([[1.0, 9.0, 0.0], [1.0, 9.0, 0.0]])
     assert resample(totals, counts).interval().mean == pytest.approx((3.2 + 6.4) / 2)
 
 
-def test_documents_with_nothing_to_count_are_not_drawn():
+def test_documents_without_items_are_not_drawn():
     """A draw that contains only these documents would have no mean."""
     found = resample(np.array([[3.0, 3.0, 0.0]]), np.array([[2.0, 2.0, 0.0]])).interval()
     assert ends(found) == (1.5, 1.5, 1.5)
@@ -141,7 +141,7 @@ def test_one_seed_has_the_interval_over_documents(normal_resamples):
     assert normal_resamples[0].interval() == normal_resamples[0].over_documents()
 
 
-def test_the_difference_of_a_pair_is_surer_than_either():
+def test_the_interval_of_a_paired_difference_is_narrower():
     hard = np.random.default_rng(2).normal(5.0, 2.0, size=(1, 40))
     ones = np.ones_like(hard)
     one, other = resample(hard, ones), resample(hard + 0.1, ones)

@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_all_target_tokens(model, task, rows, batch_si
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize(("task", "rows"), [("document", document_rows), ("sections", section_rows)])
-def test_each_target_has_a_loss_and_together_they_are_the_whole(model, task, rows, batch_size):
+def test_losses_of_targets_add_up_to_the_total_loss(model, task, rows, batch_size):
     evaluator = make_evaluator(rows(), task, batch_size)
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ def test_a_generated_text_belongs_to_its_section(model):
     assert [sample.generated for sample in alone] == [s.generated for s in samples if s.id.startswith("c")]
 
 
-def test_nothing_is_generated_after_segments_that_have_no_target(model, monkeypatch):
+def test_no_text_is_generated_after_segments_without_a_target(model, monkeypatch):
     """Segments with a target may be generated from in groups."""
     chosen, generate = [], model.generate
 
@@ -147,7 +147,7 @@ def test_nothing_is_generated_after_segments_that_have_no_target(model, monkeypa
     assert chosen == [[[True, False, False, False, True, False]]]
 
 
-def test_a_target_of_0_tokens_does_not_move_the_others(model):
+def test_a_target_without_tokens_does_not_shift_the_next_samples(model):
     row = make_row("a", [3, 4], [0, 2])
     row["summary_texts"][0] = "\u200b"
     samples = make_evaluator([row], "sections").summarise(model, Generation(max_new_tokens=4))
@@ -156,19 +156,19 @@ def test_a_target_of_0_tokens_does_not_move_the_others(model):
     ]
 
 
-def test_only_so_many_documents_are_summarised(model):
+def test_the_number_of_summarised_documents_is_limited(model):
     evaluator = make_evaluator(document_rows())
     how = Generation(max_new_tokens=3, n_documents=2)
     assert [sample.id for sample in evaluator.summarise(model, how)] == ["d0", "d1"]
 
 
-def test_beams_are_used(model):
+def test_beam_search_is_used(model):
     evaluator = make_evaluator(document_rows())
     greedy, beams = (evaluator.summarise(model, Generation(8, num_beams)) for num_beams in (1, 4))
     assert [sample.generated for sample in greedy] != [sample.generated for sample in beams]
 
 
-def test_a_long_source_is_shown_by_its_head(model):
+def test_a_long_source_is_shown_cut(model):
     samples = make_evaluator([make_row("a", [150], [2])]).summarise(model, Generation(max_new_tokens=2))
     assert samples[0].source.endswith(" …")
     assert len(samples[0].source.split()) == 101
@@ -181,7 +181,7 @@ def test_samples_are_scored_against_their_targets(model):
     assert score(samples)["rouge1"].mean < 50
 
 
-def test_sections_of_documents_with_one_name_belong_to_their_own_documents(model):
+def test_sections_of_documents_with_the_same_id_are_not_mixed(model):
     rows = [make_row("a", [9, 3], [2, 3]), make_row("a", [4], [2]), make_row("b", [5], [1])]
     samples = make_evaluator(rows, "sections").summarise(model, Generation(max_new_tokens=2))
     assert [(sample.id, sample.document) for sample in samples] == [("a[0]", 0), ("a[1]", 0), ("a[0]", 1), ("b[0]", 2)]
@@ -212,7 +212,7 @@ def test_one_document_with_many_sections_has_no_interval():
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("task", ["document", "sections"])
-def test_processes_together_give_the_figures_of_one(model, task, tmp_path):
+def test_two_ranks_give_the_metrics_of_one(model, task, tmp_path):
     """The number of batches is odd, so one rank makes an additional pass that does not count."""
     evaluator = make_evaluator(document_rows() if task == "document" else section_rows(), task)
 

@@ -11,7 +11,7 @@ PREDICTION = "The cats sat on a mat. It was raining, 3.5 mm fell! Nobody's umbre
 REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of help?"
 
 
-def test_english_is_scored_as_rouge_score_does():
+def test_english_scores_equal_rouge_score():
     """Sentences are on separate lines, as rouge-score requires for Lsum."""
     scorer = rouge_scorer.RougeScorer(list(METRICS), use_stemmer=True)
     reference = "A cat was sitting on the mat.\nRain fell: 3 mm.\nNo umbrella was of help?"
@@ -23,7 +23,7 @@ def test_english_is_scored_as_rouge_score_does():
     assert scores["rougeLsum"].mean != scores["rougeL"].mean
 
 
-def test_the_mean_is_over_documents_and_lies_in_its_interval():
+def test_the_mean_over_documents_lies_in_its_interval():
     texts, references = ["a b c d", "x y", "q"], ["a b c d", "x z", "r"]
     score = rouge(texts, references)["rouge1"]
     assert score.mean == pytest.approx((100 + 50 + 0) / 3)
@@ -31,7 +31,7 @@ def test_the_mean_is_over_documents_and_lies_in_its_interval():
     assert rouge(texts, references)["rouge1"] == score
 
 
-def test_japanese_is_scored_character_by_character():
+def test_japanese_is_scored_by_character():
     scores = rouge(["東京は雨だ。寒い。"], ["東京は晴れだ。寒い。"])
     # Of 7 and 8 characters, 6 are common; of 6 and 7 bigrams, 東京 京は だ寒 寒い are common.
     assert scores["rouge1"].mean == pytest.approx(100 * 2 * 6 / (7 + 8))
@@ -106,7 +106,7 @@ def test_an_empty_prediction_scores_0():
     assert rouge([""], ["a b"])["rouge1"].mean == 0
 
 
-def test_each_text_has_a_score_and_their_mean_is_the_whole():
+def test_the_mean_of_text_scores_is_the_total_score():
     scores = rouge_per_sample(["a b", "c", ""], ["a b", "d", "e"])["rouge1"]
     assert scores.tolist() == [100.0, 0.0, 0.0]
     # rouge-score returns an integer if nothing matches.
@@ -114,8 +114,8 @@ def test_each_text_has_a_score_and_their_mean_is_the_whole():
     assert rouge(["a b", "c", ""], ["a b", "d", "e"])["rouge1"].mean == pytest.approx(scores.mean())
 
 
-def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(ValueError, match="no references"):
+def test_missing_references_are_refused():
+    with pytest.raises(ValueError, match="at least one reference text"):
         rouge([], [])
     with pytest.raises(ValueError, match="shorter"):
         rouge(["a", "b"], ["a"])

@@ -11,13 +11,13 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_disk_that_is_full_leaves_the_checkpoint_before_whole(run, rank):
+def test_a_full_disk_leaves_the_earlier_checkpoint_undamaged(run, rank):
     ended = run.train(fault="disk_full", ranks=[rank], from_checkpoint=2)
     assert ended.codes == [FAULT, FAULT], ended.text()
     message = f"fault on rank 0: {run.checkpoints / 'step-00000004'} cannot be written (process {rank}: "
     assert message in ended.printed[0]
     assert "No space left on device" in ended.printed[0]
-    assert "bytes are free" in ended.printed[0]
+    assert "bytes of disk space are free" in ended.printed[0]
     assert run.steps() == [2]
     ended = run.resume()
     assert ended.codes == [DONE, DONE], ended.text()
@@ -25,14 +25,17 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_whole(run, rank):
 
 
 @pytest.mark.parametrize("what", ["save_model", "save_tokenizer", "draw_curves"])
-def test_a_disk_that_is_full_while_the_model_is_written_leaves_the_one_before(run, what):
+def test_a_full_disk_leaves_the_earlier_model_undamaged(run, what):
     ended = run.train(fault="writing_fails", ranks=[0], what=what, at=3)
     assert ended.codes == [FAULT, FAULT], ended.text()
     (line,) = [line for line in ended.printed[0].splitlines() if line.startswith("fault on rank 0: ")]
     written = run.folder / ("samples.md" if what == "draw_curves" else "model")
     assert f"{written} cannot be written (" in line
     assert "No space left on device" in line
-    assert "bytes are free); what stood there before is whole, and --resume goes on from the last checkpoint" in line
+    assert (
+        "bytes of disk space are free). Earlier files are undamaged: free disk space, then continue from the last"
+        in line
+    )
     assert "Traceback" not in ended.text()
     assert run.outcome()["code"] == FAULT
     # No temporary file is left, and the model is readable.
@@ -42,14 +45,14 @@ def test_a_disk_that_is_full_while_the_model_is_written_leaves_the_one_before(ru
     assert ended.codes == [DONE, DONE], ended.text()
 
 
-def test_a_disk_that_is_full_when_a_run_is_asked_to_stop_is_a_fault(run):
+def test_a_full_disk_while_a_run_stops_is_a_fault(run):
     ended = run.train(1, fault="disk_full_and_signalled", ranks=[0])
     assert ended.codes == [FAULT], ended.text()
     assert "cannot be written" in ended.text()
     assert run.steps() == [2]
 
 
-def test_a_folder_that_cannot_be_written_any_more_is_named(run):
+def test_a_folder_that_becomes_unwritable_is_named(run):
     ended = run.train(1, fault="folder_becomes_a_file", ranks=[0], path=run.checkpoints, at=3)
     assert ended.codes == [FAULT], ended.text()
     assert f"{run.checkpoints / 'step-00000004'} cannot be written" in ended.text()
@@ -73,7 +76,7 @@ def alter(file):
 
 
 @pytest.mark.parametrize("damage", [truncate, alter, lambda file: file.unlink()], ids=["truncated", "altered", "gone"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run, damage):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(run, damage):
     assert run.train(1, changes={"max_steps": 4}).codes == [DONE]
     damage(a_shard(run, 4))
     ended = run.resume(1, changes={"max_steps": 6})
@@ -83,7 +86,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run, damage):
     assert sorted(run.losses()) == [1, 2, 3, 4, 5, 6]
 
 
-def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(run):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(run):
     assert run.train(1, changes={"max_steps": 2}).codes == [DONE]
     truncate(a_shard(run, 2))
     ended = run.resume(1, changes={"max_steps": 6})

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("n_workers", [0, 1])
-def test_one_that_cannot_be_made_a_batch_of_is_named(run, n_workers):
+def test_a_document_that_cannot_be_collated_is_named(run, n_workers):
     changes = {"dataloader_num_workers": n_workers, "max_steps": 50}
     ended = run.train(fault="document_unreadable", index=5, ranks=[0, 1], changes=changes)
     assert MISTAKE in ended.codes, ended.text()
@@ -21,8 +21,8 @@ def test_one_that_cannot_be_made_a_batch_of_is_named(run, n_workers):
 BROKEN = {
     "line": ('{"id": 7, "sections": ["ant b', "train.jsonl:3: unreadable line"),
     "column": ('{"id": 7, "text": "ant"}', "train.jsonl:3: no column 'document'"),
-    "type": ('{"id": 7, "document": 3, "summary": "ant"}', "train.jsonl:3: column 'document' is not a text"),
-    "target": ('{"id": 7, "document": "ant", "summary": " "}', "train.jsonl:3: no target"),
+    "type": ('{"id": 7, "document": 3, "summary": "ant"}', "train.jsonl:3: column 'document' must be a text"),
+    "target": ('{"id": 7, "document": "ant", "summary": " "}', "train.jsonl:3: the summary is empty"),
 }
 
 
@@ -40,7 +40,7 @@ def broken(request, run, tmp_path):
     return run, BROKEN[request.param][1]
 
 
-def test_one_that_is_broken_in_its_file_is_named_by_its_line(broken):
+def test_a_broken_document_is_named_by_its_line(broken):
     run, message = broken
     ended = run.train(1)
     assert ended.codes == [MISTAKE], ended.text()
@@ -49,13 +49,13 @@ def test_one_that_is_broken_in_its_file_is_named_by_its_line(broken):
     assert not run.folder.exists()
 
 
-def test_broken_ones_may_be_passed_over_and_are_counted(broken):
+def test_broken_documents_may_be_skipped_and_are_counted(broken):
     run, message = broken
     ended = run.train(1, changes={"skip_bad_samples": True, "max_steps": 1, "warmup_steps": 1})
     assert ended.codes == [DONE], ended.text()
-    assert "train.jsonl are passed over: " in ended.text()
+    assert "train.jsonl are skipped: " in ended.text()
     assert message in ended.text()
-    assert "documents  23 to train on" in ended.text()
+    assert "documents  23 for training" in ended.text()
     assert [record["n_bad_documents"] for record in run.records() if "loss" in record] == [1]
     # Skipped documents count also if documents come from the cache.
     ended = run.resume(1, changes={"max_steps": 2})

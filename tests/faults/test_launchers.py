@@ -54,7 +54,7 @@ def assert_stopped(run, printed):
     assert run.steps() == [outcome["step"]]
 
 
-def test_plain_python_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
+def test_python_stopped_by_a_signal_leaves_an_undamaged_checkpoint(run):
     started = start([sys.executable], run)
     started.send_signal(signal.SIGUSR1)
     code, printed = end_of(started)
@@ -62,7 +62,7 @@ def test_plain_python_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
     assert_stopped(run, printed)
 
 
-def test_torchrun_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
+def test_torchrun_stopped_by_a_signal_leaves_an_undamaged_checkpoint(run):
     started = start(TORCHRUN, run)
     started.send_signal(signal.SIGTERM)
     code, printed = end_of(started)
@@ -72,7 +72,7 @@ def test_torchrun_that_is_told_to_stop_leaves_a_whole_checkpoint(run):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_deepspeed_that_is_told_to_stop_leaves_a_whole_checkpoint(run, name):
+def test_deepspeed_stopped_by_a_signal_leaves_an_undamaged_checkpoint(run, name):
     started = start(["deepspeed", "--master_port", str(launching.free_port())], run, LOCAL_SIZE="2")
     # Signal the whole process group, as a terminal and a cluster do. A signal to the launcher only would
     # orphan its processes.

@@ -14,7 +14,7 @@ GONE = "fault on rank {}: another process has ended or does not answer"
     [("step", 4, [2]), ("evaluation", 2, [2]), ("save", 2, [2])],
     ids=["step", "evaluation", "save"],
 )
-def test_a_process_that_is_killed_ends_the_other(run, moment, at, steps):
+def test_a_killed_process_ends_the_other_process(run, moment, at, steps):
     ended = run.train(fault="killed", moment=moment, at=at)
     assert ended.codes == [FAULT, KILLED], ended.text()
     assert GONE.format(0) in ended.printed[0]
@@ -26,14 +26,14 @@ def test_a_process_that_is_killed_ends_the_other(run, moment, at, steps):
     assert "resumed    after step 2" in ended.printed[0]
 
 
-def test_the_first_process_may_be_the_one_that_is_killed(run):
+def test_a_killed_rank_0_ends_the_other_process(run):
     ended = run.train(fault="killed", ranks=[0], moment="step", at=4)
     assert ended.codes == [KILLED, FAULT], ended.text()
     assert GONE.format(1) in ended.printed[1]
     assert run.steps() == [2]
 
 
-def test_a_process_that_hangs_in_a_step_is_not_waited_for_longer_than_the_step_timeout(run):
+def test_a_process_that_hangs_in_a_step_ends_the_run_after_the_step_timeout(run):
     changes = {"step_timeout_seconds": 3}
     ended = run.train(fault="hangs", moment="step", at=4, changes=changes, ends_when=[0], timeout=60)
     assert ended.codes == [FAULT, KILLED], ended.text()
@@ -42,14 +42,14 @@ def test_a_process_that_hangs_in_a_step_is_not_waited_for_longer_than_the_step_t
 
 
 @pytest.mark.parametrize("moment", ["evaluation", "save"])
-def test_what_takes_long_beside_the_steps_is_not_cut_off(run, moment):
+def test_the_step_timeout_does_not_end_slow_work_outside_of_steps(run, moment):
     changes = {"step_timeout_seconds": 2, "max_steps": 3}
     ended = run.train(fault="hangs", moment=moment, seconds=5, changes=changes)
     assert ended.codes == [DONE, DONE], ended.text()
 
 
 @pytest.mark.parametrize("moment", ["step", "evaluation", "save"])
-def test_an_error_that_nobody_foresaw_is_told_once_with_its_rank(run, moment):
+def test_an_unexpected_error_is_printed_once_with_its_rank(run, moment):
     ended = run.train(fault="fails", moment=moment, at=2)
     assert ended.codes == [FAULT, FAULT], ended.text()
     assert "fault on rank 1: Traceback" in ended.printed[1]
@@ -58,7 +58,7 @@ def test_an_error_that_nobody_foresaw_is_told_once_with_its_rank(run, moment):
     assert run.steps() == ([] if moment == "step" else [2])
 
 
-def test_a_process_that_makes_batches_and_is_killed_ends_the_run(run):
+def test_a_killed_data_loader_process_ends_the_run(run):
     ended = run.train(1, fault="worker_killed", ranks=[0], changes={"dataloader_num_workers": 1, "max_steps": 50})
     assert ended.codes == [FAULT], ended.text()
-    assert "fault on rank 0: a process that makes batches has ended" in ended.text()
+    assert "fault on rank 0: a data loader process has ended" in ended.text()

@@ -9,19 +9,19 @@ DONE, MISTAKE, KILLED = ExitCode.DONE, ExitCode.MISTAKE, -9
 pytestmark = pytest.mark.distributed
 
 
-def test_all_processes_of_a_second_run_end_and_one_says_why(run):
+def test_all_ranks_of_a_second_run_end_and_one_prints_the_reason(run):
     run.folder.mkdir()
     lock = RunLock(run.folder, Holder.here("", 0))
     lock.acquire()
     ended = run.train()
     lock.release()
     assert ended.codes == [MISTAKE, MISTAKE], ended.text()
-    assert ended.text().count("a run is going on there (process") == 1
+    assert ended.text().count("another run uses this folder (process") == 1
     assert not ended.printed[1]
     assert list(run.folder.iterdir()) == []
 
 
-def test_a_run_that_was_killed_is_gone_on_with_at_once(run):
+def test_a_killed_run_can_be_resumed_at_once(run):
     ended = run.train(fault="killed", ranks=[0, 1], moment="step", at=4)
     assert ended.codes == [KILLED, KILLED], ended.text()
     assert (run.folder / "lock").exists()

@@ -16,13 +16,13 @@ def test_every_exit_code_is_explained_by_its_name():
     assert told == {code.value: code.name for code in ExitCode}
 
 
-def test_the_table_knows_no_other_code():
+def test_the_table_has_no_other_exit_code():
     codes = [cell for *_, cell in ROWS[2:]]
     assert len(codes) >= 15
     assert {int(code) for cell in codes for code in re.findall(r"\d+", cell)} == {code.value for code in ExitCode}
 
 
-def test_the_flags_in_it_are_flags():
+def test_all_flags_in_the_table_exist():
     flags = set(re.findall(r"--[a-z_]+", SECTION))
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert flags

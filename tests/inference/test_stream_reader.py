@@ -107,7 +107,7 @@ def assert_equal_to_1e_12(streamed, whole):
         torch.testing.assert_close(streamed.state.tensors()[name], tensor, rtol=0, atol=1e-12)
 
 
-def test_streamed_segments_are_those_of_the_whole_text(tokenizer, read_segments):
+def test_streamed_segments_equal_the_segments_of_the_whole_text(tokenizer, read_segments):
     chance = random.Random(0)
     texts = ["".join(chance.choices(ATOMS, k=chance.randint(1, 60))) for _ in range(40)]
     for text in [TEXT, *texts]:
@@ -119,7 +119,7 @@ def test_streamed_segments_are_those_of_the_whole_text(tokenizer, read_segments)
 
 
 @pytest.mark.parametrize("n_words", [1, 2, 3, 4, 5, 6, 7, 12, 13, 40])
-def test_streamed_segments_of_every_length_have_their_overlap(n_words, unigram, read_segments):
+def test_streamed_segments_have_their_overlap_at_every_text_length(n_words, unigram, read_segments):
     text = " ".join("abcdefghij"[i % 10] for i in range(n_words))
     ids = unigram(text)["input_ids"]
     segments = read_segments(unigram, in_pieces(text, 3), segment_size=6, input_size=16)
@@ -141,7 +141,7 @@ def test_streamed_segments_of_every_length_have_their_overlap(n_words, unigram, 
     ],
     ids=str,
 )
-def test_streamed_text_gives_the_numbers_of_the_whole(changes, make_reader):
+def test_streamed_text_gives_the_same_output_as_the_whole_text(changes, make_reader):
     reader = make_reader(**changes)
     assert_equal_to_1e_12(read_all(reader, in_pieces(TEXT, 50)), read_at_once(reader, TEXT))
     assert reader.n_tokens == len(reader.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
@@ -149,7 +149,7 @@ def test_streamed_text_gives_the_numbers_of_the_whole(changes, make_reader):
 
 @pytest.mark.parametrize("segments_per_call", [1, 2, 5, 32])
 @pytest.mark.parametrize("changes", [{}, {"input_size": 11}, {"decoder_context": "all"}], ids=str)
-def test_segments_that_are_read_together_give_the_numbers_of_the_whole(
+def test_segments_read_in_one_call_give_the_same_output_as_the_whole_text(
     changes, segments_per_call, make_reader, monkeypatch
 ):
     reader, sizes = make_reader(schedule="wavefront", **changes), []
@@ -168,7 +168,7 @@ def test_segments_that_are_read_together_give_the_numbers_of_the_whole(
     assert len(sizes) == -(-(n_segments - 1) // segments_per_call) + 1
 
 
-def test_streamed_text_gives_the_summary_of_the_whole(make_reader):
+def test_streamed_text_gives_the_same_summary_as_the_whole_text(make_reader):
     reader = make_reader()
     ids = torch.tensor([reader.tokenizer(TEXT)["input_ids"]])
     for how in ({}, {"num_beams": 3}):
@@ -181,7 +181,7 @@ def test_streamed_text_gives_the_summary_of_the_whole(make_reader):
 
 # in the first word, at a space, after one, inside a word, at the end
 @pytest.mark.parametrize("place", [2, TEXT.index(" ", 60), TEXT.index(" ", 60) + 1, 203, len(TEXT) - 1])
-def test_streamed_in_two_halves_through_a_file_equals_the_whole(place, make_reader, tmp_path):
+def test_two_halves_joined_by_a_state_file_equal_the_whole_text(place, make_reader, tmp_path):
     first = make_reader(input_size=11)
     read_all(first, in_pieces(TEXT[:place], 30))
     first.save(tmp_path / "state")
@@ -191,24 +191,26 @@ def test_streamed_in_two_halves_through_a_file_equals_the_whole(place, make_read
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
 
 
-def test_streamed_text_that_ends_can_go_on(make_reader):
+def test_a_finished_text_can_be_continued(make_reader):
     reader = make_reader()
     half = len(TEXT) // 2
     assert_equal_to_1e_12(read_all(reader, [TEXT[:half]]), read_at_once(reader, TEXT[:half]))
     assert_equal_to_1e_12(read_all(reader, [TEXT[half:]]), read_at_once(reader, TEXT))
 
 
-def test_a_state_of_another_model_is_refused(make_reader, tmp_path):
+def test_a_state_of_a_different_model_is_refused(make_reader, tmp_path):
     path = tmp_path / "state"
     reader = make_reader()
     read_all(reader, [TEXT])
     reader.save(path)
-    with pytest.raises(ValueError, match=r"state: the state is of another model, segment_size is 8 there and 9 here"):
+    with pytest.raises(
+        ValueError, match=r"state was saved with a different model: segment_size is 8 in the file, 9 in this model"
+    ):
         make_reader(segment_size=9).load(path)
-    with pytest.raises(ValueError, match=r"another model, weights is '\w+' there and '\w+' here"):
+    with pytest.raises(ValueError, match=r"a different model: weights is '\w+' in the file, '\w+' in this model"):
         make_reader().load(path)
     other = TextReader(reader.model, train_tokenizer(TEXTS[:50], vocab_size=len(reader.tokenizer) - 20))
-    with pytest.raises(ValueError, match="another model, tokenizer is"):
+    with pytest.raises(ValueError, match="a different model: tokenizer is"):
         other.load(path)
     in_float32 = TextReader(reader.model.float(), reader.tokenizer)
     in_float32.load(path)
@@ -265,27 +267,27 @@ def test_fields_that_no_weight_shows_change_the_state(make_reader, changes):
     assert not torch.allclose(*states, atol=0.01)
 
 
-def test_what_is_no_state_is_refused(make_reader, tmp_path):
+def test_a_file_without_a_state_is_refused(make_reader, tmp_path):
     reader = make_reader()
     (tmp_path / "text").write_text(TEXT)
     reader.model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="text: no saved state can be read"):
+    with pytest.raises(ValueError, match="text: the saved state cannot be read"):
         reader.load(tmp_path / "text")
-    with pytest.raises(ValueError, match="missing: no saved state can be read"):
+    with pytest.raises(ValueError, match="missing: the saved state cannot be read"):
         reader.load(tmp_path / "missing")
-    with pytest.raises(ValueError, match=r"safetensors: not a saved state: its format is"):
+    with pytest.raises(ValueError, match=r"safetensors: not a saved state: format .* found"):
         reader.load(tmp_path / "model" / "model.safetensors")
     with pytest.raises(ValueError, match="cannot be written"):
         reader.save(tmp_path / "text" / "state")
 
 
-def test_no_text_is_refused(make_reader):
+def test_an_empty_text_is_refused(make_reader):
     for pieces in ([], ["", " \n "]):
-        with pytest.raises(ValueError, match="0 tokens"):
+        with pytest.raises(ValueError, match="the text has no tokens"):
             read_all(make_reader(), pieces)
 
 
-def test_a_word_without_end_is_cut(make_reader, monkeypatch):
+def test_a_very_long_word_is_cut(make_reader, monkeypatch):
     monkeypatch.setattr(inference, "LONGEST_WORD", 100)
     reader = make_reader()
     for _ in range(10):

@@ -36,13 +36,13 @@ def alone(model, tokenizer, text, **how):
 
 @pytest.mark.parametrize("tokens_per_batch", [8, 64, 10_000])
 @pytest.mark.parametrize("how", [HOW, HOW | {"num_beams": 3}], ids=["greedy", "beam"])
-def test_summaries_are_those_of_each_alone(model, tokenizer, tokens_per_batch, how):
+def test_batched_summaries_equal_summaries_of_single_texts(model, tokenizer, tokens_per_batch, how):
     expected = [alone(model, tokenizer, text, **how) for text in TEXTS]
     assert len(set(expected)) >= 4
     assert Summariser(model, tokenizer, tokens_per_batch, **how).summarise(TEXTS) == expected
 
 
-def test_no_more_is_read_together_than_fits_and_no_less(model, tokenizer, monkeypatch):
+def test_batches_hold_as_many_texts_as_fit(model, tokenizer, monkeypatch):
     shapes, encode = [], model.model.encode
 
     def note(input_ids, *rest, **kwargs):
@@ -58,6 +58,6 @@ def test_no_more_is_read_together_than_fits_and_no_less(model, tokenizer, monkey
     assert sum(shape[0] for shape in together) >= sum(n <= 5 for n in n_segments) - 1
 
 
-def test_a_text_without_a_token_is_named(model, tokenizer):
-    with pytest.raises(ValueError, match="document 2 of 3: 0 tokens"):
+def test_a_text_without_tokens_is_named(model, tokenizer):
+    with pytest.raises(ValueError, match="document 2 of 3 has no tokens"):
         Summariser(model, tokenizer, 80).summarise(["the", " ", "list"])

@@ -63,7 +63,9 @@ def test_what_computes_something_else_is_not_timed(script, tmp_path, monkeypatch
 
 def test_a_group_that_is_not_there_is_an_error(script, capsys):
     assert script.main(["--groups", "inference", "nothing"]) == 2
-    assert "--groups nothing: the suite has length, inference, generation" in capsys.readouterr().err
+    assert (
+        "--groups nothing: unknown; the suite has the groups length, inference, generation" in capsys.readouterr().err
+    )
     assert script.main(["--suite", "memory", "--models", "led"]) == 2
     assert "no case" in capsys.readouterr().err
 

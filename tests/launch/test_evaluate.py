@@ -153,7 +153,7 @@ def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path)
         (["--split", "dev"], "--split dev: allowed are train, validation, test"),
         (["--limit", "0"], "--limit 0: must be at least 1, or -1 for all"),
         (["--num_beams", "0"], "--num_beams 0: must be at least 1"),
-        (["--json", "missing/figures.json"], "--json missing/figures.json: no folder missing"),
+        (["--json", "missing/figures.json"], "--json missing/figures.json: the folder missing does not exist"),
     ],
 )
 def test_a_flag_out_of_range_is_named_in_one_line(flags, message, script, folder, capsys):
@@ -164,7 +164,7 @@ def test_a_flag_out_of_range_is_named_in_one_line(flags, message, script, folder
 def test_a_split_that_is_not_there_is_named_in_one_line(folder):
     ended = run_script(SCRIPT, "--model", folder.model, "--split", "test", timeout=60)
     assert ended.codes == [2]
-    assert "error: --split test: there are train, validation\n" in ended.text()
+    assert "error: --split test: the data set has the splits train, validation\n" in ended.text()
     assert "Traceback" not in ended.text()
 
 
@@ -178,13 +178,13 @@ def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path):
     assert ended.codes == [0], ended.text()
     assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in ended.text()
     assert "generation up to 64 tokens; greedy; min_length 60" in ended.text()
-    assert "of the targets could not be generated with min_length 60" in ended.text()
+    assert "of the targets cannot be generated with the model's setting min_length 60" in ended.text()
     ended = run_script(SCRIPT, *flags, "--min_new_tokens", 0, timeout=120)
     assert ended.codes == [0], ended.text()
-    assert "could not be generated" not in ended.text()
+    assert "cannot be generated" not in ended.text()
     assert "min_length" not in ended.text()
 
 
 def test_the_folder_of_a_run_is_no_model(script, folder, capsys):
     assert script.main(["--model", str(folder.path)]) == 2
-    assert "the folder of a run; give its model, " in capsys.readouterr().err
+    assert "this is the folder of a run; give the model of the run, " in capsys.readouterr().err

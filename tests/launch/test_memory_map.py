@@ -27,7 +27,7 @@ def test_tables_summary_and_picture(script, run, tmp_path, monkeypatch, capsys):
     Path("paper.txt").write_text(TEXT)
     assert script.main(["--model", str(run.model), "paper.txt"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "read from memory, over what is read from tokens, by layer and segment"
+    assert lines[0] == "size of the read from the state over size of the read from tokens, by layer and segment"
     # The model has three layers.
     assert [line.split()[0] for line in lines[2:5]] == ["1", "2", "3"]
     assert all(float(number) >= 0 for line in lines[2:5] for number in line.split())
@@ -74,8 +74,8 @@ def test_what_else_cannot_be_used_is_named_in_one_line(script, run, tmp_path, ca
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:100])
     assert script.main(["--model", str(tmp_path / "missing"), str(text)]) == 2
-    assert_one_error(capsys.readouterr(), "--model .*missing: no model there")
+    assert_one_error(capsys.readouterr(), "--model .*missing: no such folder; give the folder of a model")
     assert script.main(["--model", str(run.path), str(text)]) == 2
-    assert_one_error(capsys.readouterr(), "--model .*run: the folder of a run; give its model")
+    assert_one_error(capsys.readouterr(), "--model .*run: this is the folder of a run; give the model of the run")
     assert script.main(["--model", str(run.model), str(text), "--output", str(tmp_path / "no" / "x.png")]) == 2
     assert_one_error(capsys.readouterr(), "x.png: cannot be written")

@@ -22,7 +22,7 @@ def run(tmp_path):
 
 def test_the_page_lies_in_the_run_or_where_it_is_asked_for(script, run, tmp_path, capsys):
     assert script.main([str(run)]) == 0
-    assert capsys.readouterr().out == f"{run}/report.html; 6 drawings in {run}/report\n"
+    assert capsys.readouterr().out == f"report in {run}/report.html; 6 charts in {run}/report\n"
     there = tmp_path / "new" / "page.html"
     assert script.main([str(run), str(run), "--output", str(there)]) == 0
     assert len(list((tmp_path / "new" / "page").glob("*.png"))) == 6
@@ -31,14 +31,14 @@ def test_the_page_lies_in_the_run_or_where_it_is_asked_for(script, run, tmp_path
 
 def test_high_losses_are_warned_of(script, run):
     script.main([str(run)])
-    warning = "step 100: the loss is 9, its median before was 2"
+    warning = "step 100: the loss is 9, the median of earlier losses is 2"
     assert warning in Page((run / "report.html").read_text()).texts
 
 
 def test_what_is_no_run_is_named_in_one_line(script, tmp_path, capsys):
     assert script.main([str(tmp_path / "missing")]) == 2
     assert re.fullmatch(
-        r"error: .*missing: no run there, a folder with config.json is needed\n", capsys.readouterr().err
+        r"error: .*missing: config.json is missing; give the folder of a run\n", capsys.readouterr().err
     )
 
 
@@ -62,6 +62,6 @@ def test_a_real_run_is_reported(script, documents, train_main, tmp_path):
     defaults = {f"--{name}": str(value) for name, value in script.default_flags().items()}
     assert said == {name: value for name, value in given.items() if defaults[name] != value}
     assert texts[texts.index("steps") + 1] == "6 of 6"
-    assert texts[texts.index("state") + 1] == "trained to its end"
+    assert texts[texts.index("state") + 1] == "finished"
     assert "validation-0" in "\n".join(texts)
     assert len(list((folder / "report").glob("*.png"))) == 12

@@ -40,7 +40,7 @@ def test_a_study_leaves_a_file_for_each_run_a_report_and_a_plot(study):
     records = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     assert {record["run"]["name"] for record in records} == {"layerwise", "BART, last segment"}
     assert all(record["stopped"] == "steps" and record["steps"] == 2 for record in records)
-    assert "2 runs, 0 of them finished before; 2 processes, each with 1 at once" in output
+    assert "2 runs, 0 already finished; 2 processes, runs at once in each process: 1" in output
     assert "steps after 2 steps" in output
     text = (folder / "report.md").read_text()
     assert text in output
@@ -93,8 +93,8 @@ def test_of_a_run_that_cannot_start_what_there_was_stays(study, script, tmp_path
         (tmp_path / file.name).write_text(json.dumps(json.loads(file.read_text()) | {"stopped": "budget"}))
     assert script.main([*SHORT, "--output_dir", str(tmp_path), "--budget_seconds", "0"]) == 0
     printed = capsys.readouterr().out
-    assert "not started, the time is over" in printed
-    assert "2 of 2 runs were cut off" in printed
+    assert "not started: the time limit is reached" in printed
+    assert "2 of 2 runs stopped at the time limit" in printed
 
 
 def test_a_report_is_made_again_without_a_run(study, script, started, capsys):
@@ -125,7 +125,7 @@ def test_places_are_shared_evenly(script, monkeypatch):
     assert script.find_places(None, 2) == ["cuda:0", "cuda:1"] * 2
     assert script.find_places(1, 1) == ["cuda:0"]
     assert script.find_places(0, 1) == ["cpu"]
-    with pytest.raises(ValueError, match="--devices 3: there are 2"):
+    with pytest.raises(ValueError, match="--devices 3: this machine has 2 GPUs"):
         script.find_places(3, 1)
 
 
@@ -137,7 +137,7 @@ def test_runs_are_dealt_out_to_processes_that_take_several(script):
     defaults = {(is_text, device): script.find_runs_at_once(None, is_text, device) for is_text, device in CASES}
     assert defaults == {(False, "cpu"): 1, (False, "cuda:0"): 16, (True, "cpu"): 1, (True, "cuda:0"): 1}
     assert script.find_runs_at_once(3, False, "cpu") == 3
-    with pytest.raises(ValueError, match="--runs_at_once 3: runs on documents are processes of their own"):
+    with pytest.raises(ValueError, match="--runs_at_once 3: must be 1 in a study on documents"):
         script.find_runs_at_once(3, True, "cpu")
 
 
@@ -159,7 +159,7 @@ def test_a_process_takes_runs_in_turns_begins_others_when_they_end_and_tells_eac
     assert [json.loads(file.read_text())["stopped"] for file in files] == ["steps", "steps"]
     assert script.outcome(Ended(bad, 0)) == (
         True,
-        "failed: ValueError: task 'dance': known are copy, recall, retrieval, babi",
+        "failed: ValueError: task 'dance': allowed are copy, recall, retrieval, babi",
     )
 
 
@@ -229,11 +229,11 @@ def test_documents_are_made_ready_before_runs_that_start_together(script, monkey
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["quik"], "study quik: known are quick"),
-        ([], "study None: known are quick"),
+        (["quik"], "study quik: allowed are quick"),
+        ([], "study None: allowed are quick"),
         (["babi"], "--facts and --filler"),
         (["quick", "--only", "rmt", "led"], "no run has rmt or led in its file name"),
-        (["quick", "--report_only", "--output_dir", "nowhere"], "nowhere: no run came to its end"),
+        (["quick", "--report_only", "--output_dir", "nowhere"], "nowhere: no run has finished"),
         (["--run", "nowhere.json"], "nowhere.json: unreadable"),
         (["document", "--set", "seed"], "--set seed: must be NAME=VALUE"),
         (["document", "--set", "segment_sise=4"], "unknown argument --segment_sise=4; did you mean --segment_size?"),

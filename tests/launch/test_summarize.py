@@ -113,9 +113,9 @@ def test_lines_of_standard_input_are_summarised_as_each_file_is(script, run, sum
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--every_segment"], "--every_segment: for one text, not for several"),
-        (["--save_state", "state"], "--save_state: for one text, not for several"),
-        (["--tokens_per_batch", "7"], "--tokens_per_batch 7: a segment has up to 8 tokens"),
+        (["--every_segment"], "--every_segment: needs one text, not several"),
+        (["--save_state", "state"], "--save_state: needs one text, not several"),
+        (["--tokens_per_batch", "7"], "--tokens_per_batch 7: must be at least 8, the tokens of a segment"),
         ([], "lines:2: the text is empty"),
     ],
 )
@@ -154,12 +154,12 @@ def test_so_are_blank_lines(script, run, summarize, tmp_path, capsys):
     assert script.main(["--model", str(run.model), "--each_line", "--skip_bad_samples", str(tmp_path / "lines")]) == 0
     printed = capsys.readouterr()
     assert printed.out.split("\n") == [expected[0], "", "", expected[1], "", ""]
-    assert re.findall(r"lines:(\d): the text is empty; it is passed over", printed.err) == ["2", "3", "5"]
+    assert re.findall(r"lines:(\d): the text is empty; this text is skipped", printed.err) == ["2", "3", "5"]
 
 
 def test_otherwise_they_end_it_with_what_passes_over_them(script, run, mixed, capsys):
     assert script.main(["--model", str(run.model), *mixed]) == 2
-    assert_one_error(capsys.readouterr(), "1.txt: the text is empty; --skip_bad_samples passes over it")
+    assert_one_error(capsys.readouterr(), "1.txt: the text is empty; add --skip_bad_samples to skip this text")
 
 
 def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_path, capsys, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_
 
         def summarise(self, texts):
             if "soft hyphens" in texts:
-                raise ValueError("document 1 of 1: 0 tokens, there is nothing to read")
+                raise ValueError("document 1 of 1 has no tokens")
             return [f"of {text}" for text in texts]
 
     monkeypatch.setattr(script, "Summariser", FakeSummariser)
@@ -179,7 +179,7 @@ def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_
     assert capsys.readouterr().out == "of the list\n\nof of numbers\n"
     assert script.main(flags) == 2
     assert "error: " in (error := capsys.readouterr().err)
-    assert "lines:2: document 1 of 1: 0 tokens" in error
+    assert "lines:2: document 1 of 1 has no tokens" in error
 
 
 def test_settings_in_force_are_shown_and_can_be_changed(script, run, summarize, tmp_path, capsys):
@@ -203,11 +203,11 @@ def test_settings_in_force_are_shown_and_can_be_changed(script, run, summarize, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--min_new_tokens", "7"], "--min_new_tokens 7: a text has at most 6 tokens"),
+        (["--min_new_tokens", "7"], "--min_new_tokens 7: must be at most 6, the maximum length of a text"),
         (["--min_new_tokens", "-1"], "--min_new_tokens -1: must be at least 0"),
-        (["--max_new_tokens", "65"], "--max_new_tokens 65: the decoder of this model has positions for 64 tokens"),
-        (["--length_penalty", "2"], "--length_penalty: it has no effect without beam search; set --num_beams"),
-        (["--skip_bad_samples"], "--skip_bad_samples: for several texts, not for one"),
+        (["--max_new_tokens", "65"], "--max_new_tokens 65: must be at most 64, the positions of the decoder"),
+        (["--length_penalty", "2"], "--length_penalty has no effect without beam search; set --num_beams"),
+        (["--skip_bad_samples"], "--skip_bad_samples: needs several texts"),
     ],
 )
 def test_settings_that_cannot_hold_are_named_in_one_line(script, run, tmp_path, capsys, flags, message):
@@ -281,7 +281,7 @@ def test_what_is_no_model_is_named_in_one_line(script, run, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert script.main(["--model", str(tmp_path / "missing"), str(text)]) == 2
-    assert_one_error(capsys.readouterr(), "--model .*missing: no model there")
+    assert_one_error(capsys.readouterr(), "--model .*missing: no such folder; give the folder of a model")
     (tmp_path / "broken").mkdir()
     for file in run.model.iterdir():
         (tmp_path / "broken" / file.name).write_bytes(b"{}" if "safetensors" in file.name else file.read_bytes())
@@ -293,13 +293,15 @@ def test_what_is_no_model_is_named_in_one_line(script, run, tmp_path, capsys):
         assert script.main(["--model", str(tmp_path / "broken"), str(text)]) == 2
         assert_one_error(capsys.readouterr(), "--model .*broken: the model cannot be read .*copy or download it again")
     assert script.main(["--model", str(run.path), str(text)]) == 2
-    assert_one_error(capsys.readouterr(), "--model .*run: the folder of a run; give its model, .*run/model")
+    assert_one_error(
+        capsys.readouterr(), "--model .*run: this is the folder of a run; give the model of the run, .*run/model"
+    )
 
 
 def test_a_state_that_cannot_be_used_is_named_in_one_line(script, run, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert script.main(["--model", str(run.model), str(text), "--load_state", str(text)]) == 2
-    assert_one_error(capsys.readouterr(), "text.txt: no saved state can be read")
+    assert_one_error(capsys.readouterr(), "text.txt: the saved state cannot be read")
     assert script.main(["--model", str(run.model), str(text), "--save_state", str(tmp_path / "no" / "state")]) == 2
-    assert_one_error(capsys.readouterr(), "--save_state .*state: no folder")
+    assert_one_error(capsys.readouterr(), "--save_state .*state: the folder .* does not exist")

@@ -124,7 +124,7 @@ class TestTwoProcesses:
         folder = shutil.copytree(two_processes[0], tmp_path / "run")
         assert train_main(["--resume", str(folder), "--max_steps", "8"]) == 0
         printed = capsys.readouterr().out
-        assert "step-00000006, written by another number of processes" in printed
+        assert "step-00000006, written with a different number of processes" in printed
         assert "2 a device x 1 accumulated x 1 processes" in printed
         # The folder is like other folders of checkpoints, without temporary files.
         assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step-00000008"
@@ -168,10 +168,10 @@ def test_settings_of_generation_are_told_held_against_the_targets_and_saved(
     assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
     printed = capsys.readouterr().out
     assert "generation up to 40 tokens; greedy; min_length 30\n" in printed
-    warning = r"warning: \d+ % of the targets could not be generated with min_length 30, which the model was saved with"
-    assert re.search(f"{warning}; --min_new_tokens 0 lifts it", printed)
+    warning = r"warning: \d+ % of the targets cannot be generated with the model's setting min_length 30"
+    assert re.search(f"{warning}; remove this limit with --min_new_tokens 0", printed)
     assert train_main(flags(documents, tmp_path / "changed", **changes, min_new_tokens=0)) == 0
-    assert "could not be generated" not in capsys.readouterr().out
+    assert "cannot be generated" not in capsys.readouterr().out
     saved = json.loads((tmp_path / "changed" / "model" / "generation_config.json").read_text())
     assert saved["min_new_tokens"] == 0
     assert saved.get("min_length") is None
@@ -253,7 +253,7 @@ def test_bf16_trains(documents, tmp_path, train_main):
 BAD_FILES = {
     "empty": ("", "the file is empty"),
     "no column": ('{"id": 1, "text": "a b c"}\n', "no column 'document'"),
-    "no target": ('{"document": "a b c", "summary": " "}\n', "no target"),
+    "no target": ('{"document": "a b c", "summary": " "}\n', "the summary is empty"),
     "no text": ('{"document": "  ", "summary": "a"}\n', "the document is empty"),
     "unreadable line": ('{"document": "a b c", "summary": "a"}\n{"docum\n', "train.jsonl:2"),
 }
@@ -289,14 +289,14 @@ def test_bad_documents_end_in_one_line(request, documents, tmp_path, train_main,
         ({"train_file": "/nowhere/train.jsonl"}, "/nowhere/train.jsonl"),
         (
             {"model_name_or_path": "/nowhere/bart"},
-            "--model_name_or_path /nowhere/bart: no model there, there is no such",
+            "--model_name_or_path /nowhere/bart: no such folder; give the",
         ),
         (
             {"model_name_or_path": "runs/no/model"},
-            "--model_name_or_path runs/no/model: no model there, there is no such",
+            "--model_name_or_path runs/no/model: no such folder; give the",
         ),
-        ({"min_new_tokens": 9}, "--min_new_tokens 9: a text has at most 8 tokens"),
-        ({"length_penalty": 2}, "--length_penalty: it has no effect without beam search"),
+        ({"min_new_tokens": 9}, "--min_new_tokens 9: must be at most 8, the maximum length of a text"),
+        ({"length_penalty": 2}, "--length_penalty has no effect without beam search"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"max_setps": 3}, "--max_setps"),
         ({"deepspeed": "/nowhere/zero.json"}, "--deepspeed /nowhere/zero.json"),

@@ -44,7 +44,7 @@ def test_what_there_is_no_time_for_is_named(script, tmp_path, capsys):
     assert script.main(["--budget_seconds", "0", "--processes", "1", "2", "--output_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     # The message is on a separate line and in the table.
-    assert printed.count("left out: the time was over") == 2 * 8
+    assert printed.count("not measured: the time limit is reached") == 2 * 8
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 8
 
 
@@ -60,7 +60,7 @@ def test_one_that_fails_decides_the_exit_code(script, tmp_path, monkeypatch, cap
     [
         (["--processes", "0"], "--processes 0"),
         (["--deepspeed", "a/x.json", "b/x.json"], "--deepspeed a/x.json b/x.json"),
-        (["--max_steps", "3"], "--max_steps: it is set"),
+        (["--max_steps", "3"], "--max_steps: the benchmark sets this flag"),
         (["--modelsize", "base"], "did you mean --model_size"),
     ],
 )
@@ -82,5 +82,5 @@ def test_powers_of_two_are_measured_up_to_the_gpus_there_are(script, monkeypatch
     monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 6)
     assert script.find_processes(None) == [1, 2, 4]
     assert script.find_processes([6]) == [6]
-    with pytest.raises(ValueError, match="--processes 8: at least 1, and there are 6 GPUs"):
+    with pytest.raises(ValueError, match="--processes 8: must be at least 1, and at most 6, the number of GPUs"):
         script.find_processes([8])

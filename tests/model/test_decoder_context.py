@@ -264,7 +264,9 @@ def test_packed_contexts_are_in_the_order_of_marks_also_of_segments_without_text
 
 
 def test_marks_of_other_segments_are_refused(make_model):
-    with pytest.raises(ValueError, match=r"target_segments for \(1, 2\) documents and segments: there are \(1, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"target_segments are for \(1, 2\) documents and segments, but the input has \(1, 3\)"
+    ):
         make_model().model.encode(random_ids(1, 3, 8), target_segments=torch.ones(1, 2).bool())
 
 

@@ -171,7 +171,7 @@ def test_after_chosen_segments_stands_what_stands_there_after_every_one(make_mod
     assert (found[~is_shown] == model.config.pad_token_id).all()
     read = model.model.encode(**documents, decode_at="every_segment")
     assert torch.equal(found, generate(model, {"encoder_outputs": read}, **how, target_segments=chosen))
-    with pytest.raises(ValueError, match="no document has one of these segments"):
+    with pytest.raises(ValueError, match="the selected segments hold no text"):
         generate(model, documents, target_segments=torch.zeros(3, 3).bool())
 
 

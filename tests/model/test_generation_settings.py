@@ -84,8 +84,8 @@ def test_the_warning_names_setting_share_and_remedy():
     repeated = [[0, 5, 6, 7, 5, 6, 7, 2]] * 2 + targets(8, n_targets=8)
     (found,) = contradictions(GenerationConfig(no_repeat_ngram_size=3), repeated)
     assert str(found) == (
-        "warning: 20 % of the targets could not be generated with no_repeat_ngram_size 3, which the model was saved "
-        "with; --no_repeat_ngram_size 0 lifts it"
+        "warning: 20 % of the targets cannot be generated with the model's setting no_repeat_ngram_size 3; remove this "
+        "limit with --no_repeat_ngram_size 0"
     )
     # no warning for a small share
     assert not contradictions(GenerationConfig(no_repeat_ngram_size=3), repeated[:1] + targets(8, n_targets=20))
@@ -139,13 +139,13 @@ def test_a_changed_model_with_settings_that_have_no_effect_can_be_saved(tmp_path
 
 def test_settings_that_cannot_hold_are_refused():
     generation = GenerationConfig(**USUAL)
-    with pytest.raises(ValueError, match="--min_new_tokens 21: a text has at most 20 tokens"):
+    with pytest.raises(ValueError, match="--min_new_tokens 21: must be at most 20, the maximum length of a text"):
         change_settings(generation, {"min_new_tokens": 21}, 20)
-    with pytest.raises(ValueError, match="--length_penalty: it has no effect without beam search"):
+    with pytest.raises(ValueError, match="--length_penalty has no effect without beam search"):
         change_settings(generation, {"length_penalty": 2.0}, 20)
     change_settings(GenerationConfig(**CNN), {"length_penalty": 2.0}, 20)
     for name, value in {"temperature": 0.7, "top_p": 0.9}.items():
-        with pytest.raises(ValueError, match=f"--{name}: it has no effect without sampling; set --do_sample"):
+        with pytest.raises(ValueError, match=f"--{name} has no effect without sampling; set --do_sample"):
             change_settings(generation, {name: value}, 20)
         change_settings(generation, {name: value, "do_sample": True}, 20)
         assert getattr(generation, name) == value
@@ -169,7 +169,7 @@ def test_sampling_and_its_settings_are_in_the_line():
 def test_the_length_of_texts_is_the_given_one_or_the_models_or_the_targets(given, saved, expected):
     config = RecurrentBartConfig(max_position_embeddings=64)
     assert text_length(config, GenerationConfig(max_new_tokens=saved), given, 40) == expected
-    with pytest.raises(ValueError, match="--max_new_tokens 65: the decoder of this model has positions for 64 tokens"):
+    with pytest.raises(ValueError, match="--max_new_tokens 65: must be at most 64, the positions of the decoder"):
         text_length(config, GenerationConfig(), {"max_new_tokens": 65}, 40)
 
 

@@ -359,7 +359,7 @@ def test_the_former_name_every_segment_is_still_accepted_with_a_warning(build, a
     former = target_segments if at == "target_segments" else at
     now = {False: {}, True: {"decode_at": "every_segment"}, "target_segments": {"target_segments": target_segments}}[at]
     for call in (model.model.encode, model.get_encoder(), functools.partial(model.generate, max_new_tokens=4)):
-        with pytest.warns(FutureWarning, match="every_segment is now decode_at"):
+        with pytest.warns(FutureWarning, match="every_segment is deprecated: use decode_at"):
             found = call(ids, every_segment=former)
         expected = call(ids, **now)
         pair = (out if isinstance(out, torch.Tensor) else out.last_hidden_state for out in (found, expected))
@@ -386,7 +386,7 @@ def test_what_targets_per_segment_do_not_use_is_refused(build, name):
 def test_a_state_of_another_number_of_documents_is_refused(build, n_documents, fields):
     model = build(RecurrentBartForConditionalGeneration, **fields)
     state = model.get_encoder()(random_ids(n_documents, 20)).state
-    with pytest.raises(ValueError, match=f"position is of {n_documents} documents, the batch has 4"):
+    with pytest.raises(ValueError, match=f"position has {n_documents} documents, but the batch has 4"):
         model(random_ids(4, 20), decoder_input_ids=random_ids(4, 3), state=state)
 
 
@@ -400,7 +400,7 @@ def test_a_state_of_another_model_is_refused(build, fields):
 def test_flat_embeddings_of_several_segments_are_refused(build):
     model, ids = build(RecurrentBartForConditionalGeneration), random_ids(2, 20)
     inputs = {"inputs_embeds": model.model.shared(ids), "decoder_input_ids": random_ids(2, 3)}
-    with pytest.raises(ValueError, match="give input_ids, or segments"):
+    with pytest.raises(ValueError, match="give input_ids, or inputs_embeds in segments"):
         model(**inputs)
     short = {"inputs_embeds": model.model.shared(ids[:, :8]), "decoder_input_ids": inputs["decoder_input_ids"]}
     expected = model(input_ids=ids[:, :8], decoder_input_ids=inputs["decoder_input_ids"]).logits
@@ -557,7 +557,7 @@ def test_the_class_is_a_generation_mixin_through_its_base():
 def test_decoder_inputs_beside_labels_begin_with_the_start_token(build, documents):
     """Check that inputs that are not shifted are refused: the model would learn to copy its input."""
     model, labels = build(RecurrentBartForConditionalGeneration), random_ids(2, 5)
-    with pytest.raises(ValueError, match="decoder_start_token_id is 2"):
+    with pytest.raises(ValueError, match="must begin with decoder_start_token_id=2"):
         model(**documents, labels=labels)
     documents["decoder_input_ids"][:, 0] = 2
     assert model(**documents, labels=labels).loss > 0

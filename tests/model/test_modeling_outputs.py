@@ -157,7 +157,7 @@ def test_back_ends_without_weights_give_none_and_say_so(make_model, documents, m
     output = make_model()(**documents, **WANTED)
     assert not output.get("encoder_attentions")
     assert len(output.encoder_hidden_states) == N_LAYERS + 1
-    assert said == ["output_attentions: sdpa has none to give, eager has"]
+    assert said == ["output_attentions: sdpa returns no attention weights; use eager attention"]
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 3}], ids=["greedy", "beam"])

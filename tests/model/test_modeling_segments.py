@@ -208,16 +208,16 @@ def test_overlap_repeats_the_tail_of_the_segment_before(make_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_mask": torch.tensor([[1] * 20, [0] * 20])}, "row 1 is a document of 0 tokens"),
+        ({"attention_mask": torch.tensor([[1] * 20, [0] * 20])}, "row 1 has no tokens"),
         ({"labels": torch.tensor([[5, 6], [-100, -100]])}, "row 1 has no target"),
         ({"labels": torch.tensor([[5, 6], [7, 60]])}, "row 1 holds 60 at position 1"),
         ({"labels": torch.tensor([[5, -2], [7, 8]])}, "row 0 holds -2"),
         ({"decoder_input_ids": torch.tensor([[2, 5], [5, 6]])}, "row 1 begins with 5"),
-        ({"input_ids": random_ids(2, 2, 9)}, "segments of 9 tokens: input_size is 8"),
+        ({"input_ids": random_ids(2, 2, 9)}, "segments have 9 tokens, but input_size is 8"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
         (
             {"labels": random_ids(2, 5, 4)},
-            r"target_segments for \(2, 5\) documents and .* there are \(2, 3\)",
+            r"target_segments are for \(2, 5\) documents and .* the input has \(2, 3\)",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -23,11 +23,11 @@ def run(tmp_path):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("", "the folder of a run; give its model, {run}/model"),
-        ("model/config.json", "a file; give the folder of the model, {run}/model"),
-        ("checkpoints/step-00000002", "a checkpoint, from which --resume RUN goes on; the model of a run is RUN/model"),
-        ("checkpoints", "no model there, a folder with config.json is needed"),
-        ("missing", "no model there, there is no such folder"),
+        ("", "this is the folder of a run; give the model of the run, {run}/model"),
+        ("model/config.json", "this is a file; give the folder of the model, {run}/model"),
+        ("checkpoints/step-00000002", "this is a checkpoint; continue training with --resume RUN"),
+        ("checkpoints", "config.json is missing; give the folder of a model"),
+        ("missing", "no such folder; give the folder of a model"),
     ],
 )
 @pytest.mark.parametrize("may_be_on_hub", [False, True])
@@ -39,7 +39,7 @@ def test_what_is_no_model_is_refused_with_what_to_give(run, place, message, may_
 
 def test_a_run_without_a_model_is_named(run):
     (run / "model" / "config.json").unlink()
-    with pytest.raises(ValueError, match="the folder of a run that has saved no model yet"):
+    with pytest.raises(ValueError, match="this run has not saved a model yet"):
         check_model_place("--model", str(run))
 
 
@@ -55,14 +55,14 @@ def test_a_model_is_accepted(run):
 def test_names_on_the_hub_are_for_the_hub_to_know(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_model_place("--model_name_or_path", name, may_be_on_hub=True)
-    with pytest.raises(ValueError, match="there is no such folder"):
+    with pytest.raises(ValueError, match="no such folder"):
         check_model_place("--model", name)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/bart", "./bart", "../bart", "runs/a/model", "bart/", "~/bart"])
 def test_paths_are_no_names_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"--model_name_or_path {name}: no model there, there is no such folder"):
+    with pytest.raises(ValueError, match=f"--model_name_or_path {name}: no such folder; give the folder of a model"):
         check_model_place("--model_name_or_path", name, may_be_on_hub=True)
 
 

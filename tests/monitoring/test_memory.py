@@ -12,7 +12,7 @@ def zeros(n_kib):
     return torch.zeros(n_kib * KIB // 4)
 
 
-def test_what_is_freed_is_not_counted_with_what_comes_after():
+def test_freed_memory_is_not_added_to_later_allocations():
     def work():
         for _ in range(5):
             zeros(8)
@@ -20,7 +20,7 @@ def test_what_is_freed_is_not_counted_with_what_comes_after():
     assert peak_bytes(work, CPU) == 8 * KIB
 
 
-def test_what_lives_together_is_added():
+def test_tensors_alive_at_the_same_time_are_added():
     def work():
         first, second = zeros(8), zeros(4)
         view = first.view(2, -1)[0]
@@ -29,12 +29,12 @@ def test_what_lives_together_is_added():
     assert peak_bytes(work, CPU) == 12 * KIB
 
 
-def test_views_and_writes_in_place_take_nothing():
+def test_views_and_in_place_writes_take_no_memory():
     outside = zeros(8)
     assert peak_bytes(lambda: outside.view(2, -1).add_(1).t(), CPU) == 0
 
 
-def test_the_graph_of_a_backward_pass_is_counted():
+def test_memory_of_the_autograd_graph_is_counted():
     weight = zeros(8).requires_grad_()
 
     def work():

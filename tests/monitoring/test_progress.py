@@ -34,7 +34,7 @@ def run(first_step=0, is_terminal=True, is_plain=False):
     return output.getvalue()
 
 
-def test_the_bar_moves_and_shows_the_figures():
+def test_the_bar_moves_and_shows_the_metrics():
     shown = run()
     assert "20/40" in shown
     assert STATUS in shown
@@ -43,14 +43,14 @@ def test_the_bar_moves_and_shows_the_figures():
 
 
 @pytest.mark.parametrize(("seconds", "is_shown"), [(0.04, False), (0.06, True)])
-def test_waiting_for_data_is_told_where_it_is_worth_a_remedy(seconds, is_shown, monkeypatch):
+def test_waiting_for_data_is_shown_above_the_threshold(seconds, is_shown, monkeypatch):
     monkeypatch.setitem(RECORD, "step_seconds", 1.0)
     monkeypatch.setitem(RECORD, "data_seconds", seconds)
     assert ("12,346 tokens/s  35 % of peak  6 % waiting for data  1.5 GiB" in run()) == is_shown
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
-def test_nothing_vanishes_however_narrow_the_terminal_is(width):
+def test_all_metrics_are_shown_in_a_narrow_terminal(width):
     record = {**RECORD, "step_seconds": 1.0, "data_seconds": 0.5}
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=width, color_system=None, legacy_windows=False)
@@ -70,30 +70,30 @@ def test_nothing_vanishes_however_narrow_the_terminal_is(width):
     assert all(any(metric in line for line in screen) for metric in metrics)
 
 
-def test_a_resumed_run_begins_where_it_was():
+def test_the_bar_of_a_resumed_run_starts_at_its_step():
     output = io.StringIO()
     with ProgressDisplay(30, 40, Console(file=output, force_terminal=True, width=120)):
         pass
     assert "30/40" in output.getvalue()
 
 
-def test_lines_are_printed_as_they_are_and_not_broken():
+def test_lines_are_printed_unchanged_and_unbroken():
     for is_terminal in (True, False):
         assert "[bold] :smile: a line " + "that is long " * 20 in run(is_terminal=is_terminal)
 
 
-def test_without_a_terminal_there_are_plain_lines():
+def test_plain_lines_are_printed_without_a_terminal():
     lines = run(is_terminal=False).splitlines()
     assert lines[0] == f"step 20/40  {STATUS}  left 1:02:05"
     assert len(lines) == 2
 
 
-def test_a_batch_job_has_plain_lines_even_with_a_terminal():
+def test_a_batch_job_prints_plain_lines_even_in_a_terminal():
     assert run(is_plain=True).splitlines()[0] == f"step 20/40  {STATUS}  left 1:02:05"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_the_last_evaluation_stays_in_sight(is_terminal):
+def test_the_last_evaluation_stays_visible(is_terminal):
     output = io.StringIO()
     with ProgressDisplay(0, 40, Console(file=output, force_terminal=is_terminal, width=160)) as display:
         for step, loss in ((10, 3.0), (20, 2.5)):
@@ -102,7 +102,7 @@ def test_the_last_evaluation_stays_in_sight(is_terminal):
     assert f"{STATUS}  validation 2.500" in output.getvalue()
 
 
-def test_the_bar_shows_an_evaluation_that_no_step_follows():
+def test_the_bar_shows_an_evaluation_after_the_last_step():
     output = io.StringIO()
     with ProgressDisplay(0, 40, Console(file=output, force_terminal=True, width=160)) as display:
         display.show(RECORD)
@@ -110,7 +110,7 @@ def test_the_bar_shows_an_evaluation_that_no_step_follows():
     assert f"{STATUS}  validation 2.500" in output.getvalue()
 
 
-def test_what_is_not_known_is_left_out():
+def test_unknown_metrics_are_left_out():
     output = io.StringIO()
     unknown = {"model_flops_share", "memory_allocated_bytes"}
     with ProgressDisplay(0, 40, Console(file=output, force_terminal=False, width=160)) as display:
@@ -119,7 +119,7 @@ def test_what_is_not_known_is_left_out():
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_only_the_first_process_shows_anything(monkeypatch, capsys, is_terminal):
+def test_only_rank_0_prints(monkeypatch, capsys, is_terminal):
     monkeypatch.setattr(module, "is_first", lambda: False)
     assert run(is_terminal=is_terminal) == ""
     say("nothing")
@@ -129,7 +129,7 @@ def test_only_the_first_process_shows_anything(monkeypatch, capsys, is_terminal)
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (90061, "25:01:01")]
 )
-def test_durations(seconds, text):
+def test_durations_are_formatted(seconds, text):
     assert clock(seconds) == text
 
 

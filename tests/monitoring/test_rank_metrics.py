@@ -51,7 +51,7 @@ RANKS = [
 ]
 
 
-def test_every_figure_has_its_value():
+def test_every_metric_has_its_value():
     assert summarise(RANKS, PLACES, n_steps=2) == pytest.approx(
         {
             "loss": 110 / 40,
@@ -81,12 +81,12 @@ def test_every_figure_has_its_value():
     )
 
 
-def test_where_all_steps_were_skipped_there_is_no_loss():
+def test_skipped_steps_alone_have_no_loss():
     record = summarise([RankMetrics(seconds=1.0)], RankTopology(["alpha"], [0], [1.0]), n_steps=1)
     assert all(math.isnan(record[name]) for name in ("loss", "loss_max", "gradient_norm_backbone"))
 
 
-def test_a_share_of_more_than_the_peak_is_not_known():
+def test_a_share_above_the_peak_is_left_out():
     figures = [RankMetrics(loss=1.0, n_targets=1.0, seconds=2.0, n_flops=6.0)]
     shares = [
         summarise(figures, RankTopology(["a"], [0], [peak]), n_steps=1)["model_flops_share"] for peak in (4.0, 3.0, 2.9)
@@ -95,13 +95,13 @@ def test_a_share_of_more_than_the_peak_is_not_known():
     assert math.isnan(shares[2])
 
 
-def test_a_processor_has_the_memory_of_its_process():
+def test_memory_on_a_cpu_is_that_of_the_process():
     figures = RankMetrics()
     figures.read_memory(torch.device("cpu"))
     assert 50e6 < figures.allocated_bytes < 1e12
 
 
-def test_a_gpu_has_that_of_its_allocator_since_it_was_last_read(monkeypatch):
+def test_memory_on_a_gpu_is_the_allocator_peak_since_the_last_read(monkeypatch):
     forgotten = []
     cuda = module.torch.cuda
     monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: 10)
@@ -114,7 +114,7 @@ def test_a_gpu_has_that_of_its_allocator_since_it_was_last_read(monkeypatch):
     assert forgotten == [torch.device("cuda")]
 
 
-def test_machines_are_numbered_by_the_first_process_of_each(monkeypatch):
+def test_hosts_are_numbered_by_their_first_rank(monkeypatch):
     # Two nodes may have the same host name.
     found = [("n", 0, 1.0), ("n", 1, 1.0), ("n", 0, 2.0), ("n", 1, 2.0)]
     monkeypatch.setattr(module, "gather_objects", lambda item: found)
@@ -126,7 +126,7 @@ def test_machines_are_numbered_by_the_first_process_of_each(monkeypatch):
 
 
 @pytest.mark.distributed
-def test_every_process_gets_all_figures_in_order(tmp_path):
+def test_every_rank_gets_all_metrics_in_rank_order(tmp_path):
     def gather(rank):
         figures = RANKS[rank].of_all_ranks(torch.device("cpu"))
         return figures == RANKS, RankTopology.gather(local_rank=0, peak=float(rank)).peaks

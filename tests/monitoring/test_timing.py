@@ -11,7 +11,7 @@ from recurrent_bart.monitoring.timing import Stopwatch
 PAUSE = 0.02
 
 
-def test_seconds_of_a_kind_add_up_and_begin_anew_when_read():
+def test_seconds_of_a_kind_add_up_until_they_are_read():
     watch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         with watch.measure("forward"):
@@ -25,7 +25,7 @@ def test_seconds_of_a_kind_add_up_and_begin_anew_when_read():
     assert watch.seconds() == {}
 
 
-def test_of_items_their_coming_is_timed_and_not_their_use():
+def test_waiting_for_items_is_timed_and_their_use_is_not():
     def slow():
         for number in range(2):
             time.sleep(PAUSE)
@@ -40,7 +40,7 @@ def test_of_items_their_coming_is_timed_and_not_their_use():
     assert 2 * PAUSE <= watch.seconds()["data"] < 6 * PAUSE
 
 
-def test_on_a_gpu_nothing_is_waited_for_until_the_seconds_are_read(monkeypatch):
+def test_a_gpu_is_not_synchronised_before_the_seconds_are_read(monkeypatch):
     happened = []
 
     class Event:

@@ -36,7 +36,7 @@ def folder(tmp_path):
     return folder
 
 
-def test_all_trackers_are_told_what_is_finite():
+def test_all_trackers_get_the_finite_values():
     recorders = [DiagonalGraphs(), DiagonalGraphs()]
     trackers = Trackers(recorders)
     trackers.log({"step": 1, "loss": 2.0, "loss_max": float("nan"), "seconds": float("inf"), "none": None, "host": "a"})
@@ -45,7 +45,7 @@ def test_all_trackers_are_told_what_is_finite():
     assert recorders[0].told == recorders[1].told == [{"step": 1, "loss": 2.0, "host": "a"}, ("title", "text"), True]
 
 
-def test_one_that_cannot_be_made_is_warned_of_once():
+def test_a_tracker_that_cannot_start_gives_one_warning():
     def fail():
         raise RuntimeError("no\nnetwork")
 
@@ -54,21 +54,21 @@ def test_one_that_cannot_be_made_is_warned_of_once():
     guarded.log({})
     guarded.alert("title", "text")
     assert guarded.finish(True) is None
-    assert warnings == ["wandb: no network; training goes on without it"]
+    assert warnings == ["wandb: no network; training continues without wandb"]
 
 
 @pytest.mark.parametrize("gives_up", [True, False])
-def test_one_that_fails_is_left_alone_or_tried_again(gives_up):
+def test_a_failing_tracker_is_dropped_or_tried_again(gives_up):
     warnings, recorder = [], DiagonalGraphs()
     guarded = Guarded("it", lambda: recorder, warnings.append, gives_up)
     for is_broken in (False, True, True, False):
         recorder.is_broken = is_broken
         guarded.log({"broken": is_broken})
-    assert warnings == ["it: no space left on device; training goes on without it"]
+    assert warnings == ["it: no space left on device; training continues without it"]
     assert recorder.told == [{"broken": False}] * (1 if gives_up else 2)
 
 
-def test_an_interrupt_is_no_failure():
+def test_an_interrupt_is_not_a_tracker_failure():
     def interrupt():
         raise KeyboardInterrupt
 
@@ -76,7 +76,7 @@ def test_an_interrupt_is_no_failure():
         Guarded("it", interrupt, print)
 
 
-def test_the_file_is_written_again_when_there_is_room_again(folder, monkeypatch):
+def test_the_metrics_file_is_written_again_after_a_full_disk(folder, monkeypatch):
     warnings = []
     trackers = Trackers([Guarded("metrics.jsonl", lambda: MetricsFile(folder), warnings.append, gives_up=False)])
     trackers.log({"step": 1})
@@ -105,7 +105,7 @@ def test_lists_and_tables_become_curves():
     }
 
 
-def test_tensorboard_has_each_point_once_also_when_a_run_goes_on(folder):
+def test_tensorboard_has_each_point_once_after_a_resume(folder):
     records = [{"step": step, "loss": 1.0 / step, "gate": [0.5]} for step in (1, 2, 3)]
     place = folder.path / "tensorboard"
     cut_off = TensorBoardTracker(place, [])

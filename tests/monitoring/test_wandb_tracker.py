@@ -43,7 +43,7 @@ def rows(records, first=0):
     return expected
 
 
-def test_offline_a_file_holds_every_row_and_the_settings(folder):
+def test_an_offline_file_holds_all_rows_and_settings(folder):
     run = make_run(folder, project="p", tags=("a", "b"), config={"run": {"seed": 1}})
     tracker = log(WandbTracker(run, []), RECORDS[:2])
     tracker.alert("stopped", "on purpose")
@@ -65,7 +65,7 @@ def test_offline_a_file_holds_every_row_and_the_settings(folder):
     assert [(metric.glob_name, metric.step_metric) for metric in metrics if metric.glob_name] == [("*", "step")]
 
 
-def test_a_run_that_was_stopped_goes_on_in_a_further_file(folder):
+def test_a_stopped_run_continues_in_a_second_file(folder):
     log(WandbTracker(make_run(folder), []), RECORDS[:3]).finish(True)
     log(WandbTracker(make_run(folder), RECORDS[:3]), RECORDS[3:]).finish(True)
     first, second = files(folder)
@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_goes_on_in_a_further_file(folder):
     assert wandb_rows(second) == rows(RECORDS[3:], first=3)
 
 
-def test_what_a_run_that_was_cut_off_logged_is_written_anew(folder):
+def test_rows_of_a_killed_run_are_written_again(folder):
     log(WandbTracker(make_run(folder), []), RECORDS[:2]).finish(True)
     cut_off = log(WandbTracker(make_run(folder), RECORDS[:2]), RECORDS[2:5])
     # Simulate a killed run: its data is present, but not marked as complete.
@@ -84,20 +84,20 @@ def test_what_a_run_that_was_cut_off_logged_is_written_anew(folder):
     assert len(files(folder)) == 2
 
 
-def test_a_run_that_failed_is_written_anew(folder):
+def test_rows_of_a_failed_run_are_written_again(folder):
     log(WandbTracker(make_run(folder), []), RECORDS[:4]).finish(False)
     log(WandbTracker(make_run(folder), RECORDS[:2]), RECORDS[2:]).finish(True)
     (file,) = files(folder)
     assert wandb_rows(file) == rows(RECORDS)
 
 
-def test_a_run_that_goes_back_to_an_older_checkpoint_logs_nothing_twice(folder):
+def test_a_run_resumed_from_an_older_checkpoint_logs_no_row_twice(folder):
     log(WandbTracker(make_run(folder), []), RECORDS[:4]).finish(True)
     log(WandbTracker(make_run(folder), RECORDS[:2]), RECORDS[2:]).finish(True)
     assert [row for file in files(folder) for row in wandb_rows(file)] == rows(RECORDS)
 
 
-def test_offline_each_machine_has_a_run_in_one_group(folder):
+def test_each_host_has_an_offline_run_in_one_group(folder):
     for node in (0, 1):
         tracker = WandbTracker(make_run(folder, node=node, n_nodes=2), [])
         log(tracker, RECORDS[:1])
@@ -132,7 +132,7 @@ def serve(monkeypatch, service):
     return service
 
 
-def test_online_a_run_goes_on_where_the_service_is(folder, monkeypatch):
+def test_an_online_run_continues_after_the_last_row_of_the_service(folder, monkeypatch):
     service = serve(monkeypatch, Service(n_rows=3))
     tracker = WandbTracker(make_run(folder, is_online=True), RECORDS[:2])
     log(tracker, RECORDS[2:])
@@ -144,13 +144,13 @@ def test_online_a_run_goes_on_where_the_service_is(folder, monkeypatch):
     assert given["settings"].finish_timeout == module.FINISH_TIMEOUT
 
 
-def test_online_what_the_service_lost_is_sent_again(folder, monkeypatch):
+def test_rows_that_the_online_service_lost_are_sent_again(folder, monkeypatch):
     service = serve(monkeypatch, Service(n_rows=1))
     log(WandbTracker(make_run(folder, is_online=True), RECORDS[:3]), RECORDS[3:4])
     assert service.rows == [(1, 2), (2, 3), (3, 4)]
 
 
-def test_online_several_machines_share_one_run_that_the_first_logs_into(folder, monkeypatch):
+def test_hosts_share_one_online_run_into_which_the_first_logs(folder, monkeypatch):
     service = serve(monkeypatch, Service())
     trackers = [WandbTracker(make_run(folder, is_online=True, node=node, n_nodes=2), []) for node in (0, 1)]
     for tracker in trackers:
@@ -167,7 +167,7 @@ def test_online_several_machines_share_one_run_that_the_first_logs_into(folder, 
     assert service.rows == [(None, 1), (None, 2), (None, 3)]
 
 
-def test_without_the_service_it_goes_on_offline_with_one_warning(folder, monkeypatch):
+def test_without_the_service_the_run_is_offline_with_one_warning(folder, monkeypatch):
     init, warnings = wandb.init, []
 
     def fail(settings, **arguments):
@@ -178,12 +178,12 @@ def test_without_the_service_it_goes_on_offline_with_one_warning(folder, monkeyp
     monkeypatch.setattr(wandb, "init", fail)
     tracker = log(start_wandb(make_run(folder, is_online=True), [], warnings.append), RECORDS[:1])
     tracker.finish(True)
-    assert warnings == ["wandb: Run initialization has timed out after 30 sec.; it goes on offline"]
+    assert warnings == ["wandb: Run initialization has timed out after 30 sec.; wandb continues offline"]
     (file,) = files(folder)
     assert wandb_rows(file) == rows(RECORDS[:1])
 
 
-def test_the_id_stays_in_the_folder(tmp_path):
+def test_the_run_id_is_stored_in_the_folder(tmp_path):
     found = run_id(tmp_path / "wandb")
     assert len(found) == 8
     assert run_id(tmp_path / "wandb") == found
@@ -192,7 +192,7 @@ def test_the_id_stays_in_the_folder(tmp_path):
     assert run_id(tmp_path / "second", wanted="mine") == run_id(tmp_path / "second") == "mine"
 
 
-def test_settings_that_the_user_gave_wandb_are_left_alone(tmp_path):
+def test_the_users_wandb_settings_are_kept(tmp_path):
     run = make_run(tmp_path, is_online=True)
     assert {"silent", "console", "init_timeout"} <= run.settings().keys()
     kept = {"console", "init_timeout", "project"}

@@ -17,7 +17,7 @@ def document(n_tokens=20):
 
 
 @pytest.mark.parametrize("changes", [{}, {"recurrence": "top", "decoder_context": "memory"}, {"input_size": 10}])
-def test_each_segment_has_what_reading_it_gives(changes, make_model):
+def test_the_map_equals_the_reads_of_each_segment(changes, make_model):
     model, ids = make_model(prefix_attention="gated", **changes), document()
     found, summary = map_memory(model, ids, max_new_tokens=5)
     segments, masks = segment_documents(model.config, False, ids, None, None)
@@ -41,7 +41,7 @@ def test_each_segment_has_what_reading_it_gives(changes, make_model):
     assert found.gate == pytest.approx(gate.tanh().abs().mean(dim=1).tolist())
 
 
-def test_the_summary_is_the_model_s(make_model):
+def test_the_summary_equals_the_output_of_generate(make_model):
     model, ids = make_model(), document()
     config = model.config.to_dict()
     _, summary = map_memory(model, ids, max_new_tokens=6, num_beams=2)
@@ -50,18 +50,18 @@ def test_the_summary_is_the_model_s(make_model):
 
 
 @pytest.mark.parametrize("changes", [{"recurrence": "none", "prefix_attention": "gated"}, {}], ids=["static", "concat"])
-def test_what_a_model_does_not_have_is_left_out(changes, make_model, tmp_path):
+def test_parts_that_a_model_lacks_are_left_out(changes, make_model, tmp_path):
     found, _ = map_memory(make_model(**changes), document(), max_new_tokens=4)
     assert (found.decoder == []) == ("recurrence" in changes)
     assert (found.gate == []) == ("prefix_attention" not in changes)
     draw_memory_map(found, tmp_path / "map.png")
     assert matplotlib.image.imread(tmp_path / "map.png").shape[1] == 988
-    assert ("by the decoder" in as_text(found)) == bool(found.decoder)
-    assert ("gate on memory" in as_text(found)) == bool(found.gate)
+    assert ("the decoder's read from the state" in as_text(found)) == bool(found.decoder)
+    assert ("gate on the state" in as_text(found)) == bool(found.gate)
 
 
-def test_a_model_without_memory_is_refused(make_model):
-    with pytest.raises(ValueError, match="pre_seq_len 0 has no memory"):
+def test_a_model_without_a_state_is_refused(make_model):
+    with pytest.raises(ValueError, match="pre_seq_len=0: the model has no state"):
         map_memory(make_model(pre_seq_len=0), document())
 
 
@@ -74,7 +74,7 @@ def test_tables_are_by_layer_and_segment():
     assert lines[12:] == [["1"], ["0.60"]]
 
 
-def test_of_many_segments_neighbours_are_one():
+def test_neighbouring_segments_share_a_column_in_long_documents():
     row = [float(number) for number in range(25)]
     lines = [line.split() for line in as_text(MemoryMap([row], [row], [0.1], [1], [], [])).splitlines()]
     assert lines[1] == ["1-3", "4-6", "7-9", "10-12", "13-15", "16-18", "19-21", "22-24", "25"]
@@ -82,7 +82,7 @@ def test_of_many_segments_neighbours_are_one():
     assert max(map(len, as_text(MemoryMap([row], [row], [0.1], [1], [], [])).splitlines())) <= 100
 
 
-def test_a_picture_comes_of_a_long_document(tmp_path):
+def test_a_long_document_is_drawn(tmp_path):
     row = [0.1] * 200
     draw_memory_map(
         MemoryMap([row] * 12, [row] * 12, row * 30, list(range(30, 6030, 30)), row[:12], row[:6]), tmp_path / "m"

@@ -20,7 +20,7 @@ def norms(read_LHK):
 
 @pytest.mark.parametrize(("recurrence", "prefix_attention_kind", "prefix_projection"), VARIANTS)
 @torch.no_grad()
-def test_sizes_are_those_of_what_attention_reads(
+def test_sizes_equal_the_norms_of_attention_outputs(
     recurrence, prefix_attention_kind, prefix_projection, make_model, monkeypatch
 ):
     model = make_model(
@@ -61,7 +61,7 @@ def test_sizes_are_those_of_what_attention_reads(
 
 
 @torch.no_grad()
-def test_a_closed_gate_lets_nothing_be_read(make_model):
+def test_nothing_is_read_through_a_closed_gate(make_model):
     model = make_model(prefix_attention="gated")
     model.model.encoder.recurrence.prefix_gate[1] = 0
     ids = random_ids(1, 1, 8)
@@ -105,7 +105,7 @@ def test_the_decoder_reads_from_the_states_in_its_context(kind, decoder_context,
     assert reads.mass.min() > 0
 
 
-def test_a_decoder_without_states_in_its_context_reads_none(make_model):
+def test_a_decoder_without_states_in_its_context_reads_no_state(make_model):
     model = make_model(recurrence="none")
     with plain_execution(model.config):
         assert read_context(model, model.model.encode(random_ids(1, 2, 8)), random_ids(1, 4)) is None

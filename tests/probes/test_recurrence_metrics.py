@@ -36,7 +36,7 @@ def set_gates(model, update=None, prefix=None):
             recurrence.prefix_gate.copy_(torch.tensor(prefix).atanh().view(-1, 1).expand(-1, 4))
 
 
-def test_gates_have_the_openings_that_they_were_given(make_model):
+def test_gate_openings_equal_the_gate_parameters(make_model):
     model = make_model(prefix_attention="gated")
     set_gates(model, update=0.3, prefix=[0.0, 0.5, -0.25])
     figures = recurrence_metrics(model, [document()])
@@ -47,7 +47,7 @@ def test_gates_have_the_openings_that_they_were_given(make_model):
     assert torch.tensor(figures["prefix_mass"]) == pytest.approx(torch.tensor(expected), abs=1e-5)
 
 
-def test_one_softmax_gives_the_prefix_its_part(make_model):
+def test_prefix_mass_is_the_share_of_the_joint_softmax(make_model):
     model = make_model(prefix_attention="concat", _attn_implementation="eager")
     ids, mask, labels = document()
     mask[0, 1, 5:] = 0
@@ -61,7 +61,7 @@ def test_one_softmax_gives_the_prefix_its_part(make_model):
 
 
 @pytest.mark.parametrize("recurrence", ["layerwise", "top"])
-def test_states_are_those_of_reading_the_document(make_model, recurrence):
+def test_state_metrics_equal_those_of_a_plain_forward_pass(make_model, recurrence):
     model = make_model(recurrence=recurrence)
     ids, mask, labels = document(4)
     figures = recurrence_metrics(model, [(ids, mask, labels)])
@@ -75,7 +75,7 @@ def test_states_are_those_of_reading_the_document(make_model, recurrence):
 
 
 @pytest.mark.parametrize(("task", "is_tied"), [("document", True), ("sections", True), ("document", False)])
-def test_gradient_by_distance_is_that_of_the_last_target(make_model, task, is_tied):
+def test_gradient_by_distance_belongs_to_the_last_target(make_model, task, is_tied):
     # the metric does not depend on the truncated-BPTT window
     model = make_model(bptt_depth=0, tie_word_embeddings=is_tied)
     ids, mask, labels = document(3, task=task)
@@ -89,7 +89,7 @@ def test_gradient_by_distance_is_that_of_the_last_target(make_model, task, is_ti
     assert min(expected) > 0
 
 
-def test_a_section_without_a_target_behind_the_last_one_is_not_counted(make_model):
+def test_segments_after_the_last_target_have_no_gradient(make_model):
     model = make_model()
     ids, mask, labels = document(4, task="sections")
     labels[:, 3] = -100
@@ -97,7 +97,7 @@ def test_a_section_without_a_target_behind_the_last_one_is_not_counted(make_mode
 
 
 @pytest.mark.parametrize("context", ["last", "all", "section"])
-def test_a_first_target_behind_the_first_segments_is_the_one_that_is_differentiated(make_model, context):
+def test_a_late_first_target_gives_the_gradient(make_model, context):
     """Check that there are still `MOST_SEGMENTS` segments, and that the target's is the last."""
     model = make_model(decoder_context=context)
     ids, mask, labels = document(module.MOST_SEGMENTS + 4, task="sections")
@@ -122,7 +122,7 @@ def test_documents_without_a_target_have_no_gradient_by_distance(make_model):
     assert "state_norm" in none
 
 
-def test_a_state_that_is_never_written_passes_no_gradient_on(make_model):
+def test_a_state_that_is_never_written_passes_no_gradient(make_model):
     model = make_model()
     set_gates(model, update=1e-9)
     figures = recurrence_metrics(model, [document()])
@@ -132,7 +132,7 @@ def test_a_state_that_is_never_written_passes_no_gradient_on(make_model):
     assert max(map(max, figures["state_change"])) < 1e-6
 
 
-def test_figures_are_means_over_the_documents_that_reach_so_far(make_model):
+def test_metrics_are_means_over_the_documents_with_that_segment(make_model):
     model = make_model()
     short, long = document(2), document(3)
     both, alone, other = (recurrence_metrics(model, documents) for documents in ([short, long], [short], [long]))
@@ -142,7 +142,7 @@ def test_figures_are_means_over_the_documents_that_reach_so_far(make_model):
         assert rows[0] == pytest.approx(expected)
 
 
-def test_no_more_than_the_first_segments_are_looked_at(make_model):
+def test_only_the_first_segments_are_measured(make_model):
     model = make_model()
     n_segments = module.MOST_SEGMENTS + 2
     for task in ("document", "sections"):
@@ -164,11 +164,11 @@ def test_no_more_than_the_first_segments_are_looked_at(make_model):
         ),
     ],
 )
-def test_what_a_model_does_not_have_is_left_out(make_model, changes, names):
+def test_parts_that_a_model_lacks_are_left_out(make_model, changes, names):
     assert recurrence_metrics(make_model(**changes), [document()]).keys() == names
 
 
-def test_figures_of_a_state_are_of_its_slots(make_model):
+def test_state_metrics_are_computed_from_the_slots(make_model):
     """Compare with an associative memory, which changes only its matrix rows while its gate is closed."""
     model, beside = make_model(), make_model(associative_memory=True)
     beside.load_state_dict(model.state_dict(), strict=False)
@@ -181,7 +181,7 @@ def test_figures_of_a_state_are_of_its_slots(make_model):
         torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(figures), msg=name)
 
 
-def test_looking_changes_nothing(make_model):
+def test_measuring_does_not_change_the_model(make_model):
     model, documents = make_model(bptt_depth=1, prefix_attention="gated"), [document()]
     config, generator = model.config.to_dict(), torch.get_rng_state()
     attributes = set(vars(model.model.encoder.recurrence))

@@ -1,4 +1,4 @@
-"""The parts of the recurrence equal their formulas, written out for one layer, document, head and position at a time."""
+"""The parts of the recurrence equal their formulas, written for one layer, document, head and position at a time."""
 
 import pytest
 import torch

@@ -48,11 +48,11 @@ def test_steps_are_whole_numbers_and_all_axes_share_them(figure):
         assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
-def test_throughput_is_in_thousands(figure):
+def test_throughput_is_shown_in_thousands(figure):
     assert figure.axes[3].yaxis.get_major_formatter()(17_500.0) == "17.5 k"
 
 
 @pytest.mark.parametrize("records", [[], RECORDS[:1], RECORDS])
-def test_a_picture_comes_of_any_log(records, tmp_path):
+def test_every_log_can_be_drawn(records, tmp_path):
     draw_curves(records, tmp_path / "curves.png")
     assert matplotlib.image.imread(tmp_path / "curves.png").shape[:2] == (780, 1200)

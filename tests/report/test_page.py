@@ -54,7 +54,7 @@ def follows(page, name):
     return page.texts[page.texts.index(name) + 1]
 
 
-def test_key_figures_are_those_of_the_log(page):
+def test_key_metrics_equal_the_log(page):
     expected = {
         "best validation loss": "5.0000",
         "last training loss": "6.0000",
@@ -65,28 +65,28 @@ def test_key_figures_are_those_of_the_log(page):
         "seconds per step": "2.50",
         "peak memory": "3.0 GiB",
         "skipped steps": "1",
-        "state": "trained to its end",
-        "documents that are cut": "12",
+        "state": "finished",
+        "cut documents": "12",
         "processes": "2, on node-a, node-b",
-        "evaluations": "2, of 4.0 s each",
-        "checkpoints": "1, of 1.5 s each",
+        "evaluations": "2, median 4.0 s",
+        "checkpoints": "1, median 1.5 s",
         "best evaluation": "after step 20",
         "command": "launch/train.py --segment_size 64 --dataset papers --max_steps 40 --learning_rate 0.5 "
         "--output_dir somewhere",
     }
     assert {name: follows(page, name) for name in expected} == expected
     assert "gradient not finite on rank 1" in page.text()
-    assert "most often the slowest: process 1 on node-b, in 100 % of the lines" in page.text()
+    assert "slowest most often: rank 1 on node-b, in 100 % of the log lines" in page.text()
     assert "python " in follows(page, "versions")
 
 
-def test_numbers_of_the_maps_are_texts_of_the_drawings(page):
+def test_numbers_of_heat_maps_are_text_elements(page):
     texts = page.texts
     for numbers in ("0.12 0.50 0.25 0.75", "0.11 0.23", "0.31 0.43", "5.10 6.30", "0.91 0.62", "0.80 1.20"):
         assert set(numbers.split()) <= set(texts), numbers
 
 
-def test_all_parts_are_drawn_and_left_as_pictures_too(page, folder):
+def test_all_charts_are_in_the_page_and_saved_as_files(page, folder):
     figures = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("role") == "img"]
     pictures = {picture.stem: picture for picture in (folder / "page").glob("*.png")}
     assert pictures.keys() == {
@@ -100,7 +100,7 @@ def test_all_parts_are_drawn_and_left_as_pictures_too(page, folder):
         assert height > 100
 
 
-def test_the_page_needs_nothing_but_itself(page):
+def test_the_page_loads_no_other_file(page):
     assert not page.tags() & {"script", "img", "iframe", "object", "embed", "base"}
     policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
     assert "default-src 'none'" in policy
@@ -112,7 +112,7 @@ def test_the_page_needs_nothing_but_itself(page):
             assert all(place.startswith("#") for place in re.findall(r"url\(([^)]*)", value or "")), (tag, value)
 
 
-def test_what_drawings_refer_to_is_there(page):
+def test_all_references_of_charts_resolve(page):
     names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     used = {
         value[1:] for _, a in page.elements for name, value in a.items() if name.endswith("href") and value[0] == "#"
@@ -125,7 +125,7 @@ def test_what_drawings_refer_to_is_there(page):
 
 
 @pytest.mark.usefixtures("page")
-def test_drawings_have_the_colours_of_day_and_night(folder):
+def test_charts_have_colours_for_light_and_dark_mode(folder):
     html = (folder / "page.html").read_text()
     drawings = html[html.index("<svg") :]
     assert not [color for color in (*COLORS.values(), *SERIES) if color in drawings]
@@ -149,12 +149,12 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize(("colors", "series"), [(COLORS, SERIES), (DARK, DARK_SERIES)], ids=["day", "night"])
-def test_texts_and_lines_stand_out(colors, series):
+def test_texts_and_lines_have_enough_contrast(colors, series):
     assert contrast(colors["ink"], colors["paper"]) > 7
     assert all(contrast(color, colors["paper"]) > 4.5 for color in (colors["muted"], *series))
 
 
-def test_texts_from_outside_are_shown_as_they_are(tmp_path, make_page):
+def test_texts_of_users_are_escaped(tmp_path, make_page):
     records = [step_record(10, slowest_host=EVIL), evaluation_record(10), {"step": 12, "skipped": EVIL}]
     # A folder's name contains no slash.
     name = EVIL.replace("/", "|")
@@ -202,14 +202,14 @@ def test_runs_are_compared(tmp_path, make_page):
     ],
     ids=["nothing", "no evaluation", "no loss, one process", "no ROUGE", "no recurrence", "no gradient", "long"],
 )
-def test_a_run_that_still_goes_on_is_reported(records, shown, tmp_path, make_page):
+def test_an_unfinished_run_is_reported(records, shown, tmp_path, make_page):
     folder = write_run(tmp_path / "run", records)
     if records:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 30, "lo')
     page = make_page(folder)
     assert shown in page.texts
-    assert follows(page, "state") == "still going on, or broken off"
+    assert follows(page, "state") == "still running, or killed"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_run_that_still_goes_on_is_reported(records, shown, tmp_path, make_pag
         (2, "x", "ended by a mistake: x"),
     ],
 )
-def test_how_a_run_ended_is_said(code, reason, said, tmp_path, make_page):
+def test_the_page_says_how_a_run_ended(code, reason, said, tmp_path, make_page):
     run = write_run(tmp_path / "run", RECORDS[1:2])
     (run / "outcome.json").write_text(json.dumps({"code": code, "reason": reason, "step": 20}))
     page = make_page(run)
@@ -228,12 +228,12 @@ def test_how_a_run_ended_is_said(code, reason, said, tmp_path, make_page):
     assert "time left" not in page.texts
 
 
-def test_a_long_run_makes_no_long_page(tmp_path, make_page):
+def test_the_page_of_a_long_run_is_small(tmp_path, make_page):
     records = [step_record(n, rank_seconds=[1.0] * 32) for n in range(1, 2001)]
     make_page(write_run(tmp_path / "run", records))
     assert (tmp_path / "out" / "page.html").stat().st_size < 1.5e6
 
 
-def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no run there"):
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         read_run(tmp_path, {})

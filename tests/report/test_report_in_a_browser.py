@@ -46,7 +46,7 @@ def test_the_page_is_shown_without_an_error_and_without_the_network(file, is_dar
     assert len(shown) > 50
 
 
-def test_its_numbers_are_there(file, tmp_path):
+def test_the_page_shows_its_numbers(file, tmp_path):
     page = Page(look_at(file, tmp_path).html)
     figures = {"5.0000", "6.0000", "31.25", "17,500", "37 %", "2.50", "3.0 GiB"}
     drawn = {"0.31", "0.43", "5.10", "0.80", "cross-entropy per target token"}
@@ -55,7 +55,7 @@ def test_its_numbers_are_there(file, tmp_path):
     assert "<b>a source</b>" in page.texts
 
 
-def test_it_fits_a_telephone(file, tmp_path):
+def test_the_page_fits_a_phone(file, tmp_path):
     """Elements wider than the page are scrollable."""
     marked = tmp_path / "marked.html"
     script = "<script>document.title = document.documentElement.scrollWidth</script></body>"
@@ -63,7 +63,7 @@ def test_it_fits_a_telephone(file, tmp_path):
     assert "<title>500</title>" in look_at(marked, tmp_path, size=(500, 900)).html
 
 
-def test_errors_and_requests_would_be_seen(tmp_path):
+def test_errors_and_requests_are_detected(tmp_path):
     page = tmp_path / "page.html"
     page.write_text("<!doctype html><script>missing()</script><img src='http://127.0.0.1:9/x.png'>")
     seen = look_at(page, tmp_path)

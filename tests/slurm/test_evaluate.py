@@ -9,7 +9,7 @@ from slurm.training_jobs import records
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow]
 
 
-def test_the_figures_are_those_of_the_run(cluster, whole, tmp_path):
+def test_the_metrics_equal_those_of_the_run(cluster, whole, tmp_path):
     folder, _ = whole
     given = ["--model", folder / "model", "--json", tmp_path / "figures.json"]
     job = cluster.submit("slurm/evaluate.sh", *given, options=["--nodes=2"])

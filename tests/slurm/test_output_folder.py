@@ -34,17 +34,17 @@ def started(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--output-dir", "--resume"])
 @pytest.mark.parametrize("separator", [" ", "="])
-def test_the_folder_that_is_given_is_the_runs_and_holds_its_caches(flag, separator, started, tmp_path):
+def test_the_given_folder_holds_the_run_and_its_caches(flag, separator, started, tmp_path):
     assert started(*f"{flag}{separator}runs/mine".split(" ")) == f"{flag} runs/mine"
     assert (tmp_path / "runs" / "mine" / "caches").is_dir()
     assert not (tmp_path / "runs" / "slurm-7").exists()
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--output-dir"])
-def test_each_task_of_an_array_has_its_own(flag, started):
+def test_each_array_task_has_a_separate_folder(flag, started):
     task = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "3"}
     assert started(flag, "runs/mine", **task) == f"{flag} runs/mine/3"
 
 
-def test_without_a_flag_it_is_named_by_the_job(started):
+def test_without_a_flag_the_folder_is_named_after_the_job(started):
     assert started() == "--output_dir runs/slurm-7"

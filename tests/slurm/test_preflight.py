@@ -14,12 +14,12 @@ def preflight(cluster, folder, *flags):
     return job
 
 
-def test_good_nodes_are_fit(cluster, tmp_path):
+def test_good_nodes_pass(cluster, tmp_path):
     job = preflight(cluster, tmp_path)
     assert job.state() == "COMPLETED", job.printed()
-    assert "all 2 nodes are fit" in job.printed()
+    assert "all 2 nodes passed" in job.printed()
     assert all(f"{name}: 0 GPUs" in job.printed() for name in ("node1", "node2"))
-    assert job.printed().count("GB/s with the next") == 2
+    assert job.printed().count("GB/s with a neighbour node") == 2
 
 
 def test_a_node_with_a_full_disk_is_named(cluster, tmp_path):
@@ -40,5 +40,5 @@ def test_a_node_that_cannot_start_python_is_named(cluster, tmp_path):
     finally:
         cluster.inside(2, "umount", sys.executable)
     assert job.state() == "FAILED", job.printed()
-    assert "bad node node2: 1 of 1 processes say nothing" in job.printed()
+    assert "bad node node2: 1 of 1 processes did not report" in job.printed()
     assert "--exclude=node2\n" in job.printed()

@@ -21,7 +21,7 @@ def assert_equal_runs(folder, whole):
     assert weights[0] == weights[1]
 
 
-def test_a_run_takes_one_process_of_each_node(whole):
+def test_a_run_has_one_process_per_node(whole):
     folder, job = whole
     assert sorted(records(folder, "loss")) == list(range(1, 61))
     assert "2 a device x 1 accumulated x 2 processes" in job.printed()
@@ -31,7 +31,7 @@ def test_a_run_takes_one_process_of_each_node(whole):
     assert {"triton-0", "triton-1"} <= {path.name for path in (folder / "caches").iterdir()}
 
 
-def test_a_run_whose_time_is_over_goes_on_from_the_queue_to_the_same_numbers(cluster, documents, whole, tmp_path):
+def test_a_run_requeued_at_its_time_limit_gives_the_same_losses(cluster, documents, whole, tmp_path):
     job = cluster.submit(TRAIN, *flags(documents, tmp_path / "run", **CHANGES))
     wait_for_steps(tmp_path / "run", 5, job)
     job.signal("USR1")
@@ -39,12 +39,12 @@ def test_a_run_whose_time_is_over_goes_on_from_the_queue_to_the_same_numbers(clu
     assert job.restarts() == 1
     # The output from before the requeue is kept.
     assert job.printed().count("stopping   SIGUSR1") == job.printed().count("stopped    after step") == 1
-    assert f"job {job.id} goes back into the queue; the run goes on in {tmp_path}/run" in job.printed()
+    assert f"job {job.id} is requeued; the run continues in {tmp_path}/run" in job.printed()
     assert job.printed().count("resumed    after step") == 1
     assert_equal_runs(tmp_path / "run", whole[0])
 
 
-def test_a_run_that_loses_a_node_goes_on_with_another_one(cluster, documents, whole, tmp_path):
+def test_a_run_that_loses_a_node_continues_on_another_node(cluster, documents, whole, tmp_path):
     job = cluster.submit(TRAIN, *flags(documents, tmp_path / "run", **CHANGES))
     wait_for_steps(tmp_path / "run", 5, job)
     with cluster.spare_node():
@@ -57,14 +57,14 @@ def test_a_run_that_loses_a_node_goes_on_with_another_one(cluster, documents, wh
     assert_equal_runs(tmp_path / "run", whole[0])
 
 
-def test_a_mistake_is_told_and_does_not_come_back(cluster, documents, tmp_path):
+def test_a_run_with_a_wrong_flag_is_not_requeued(cluster, documents, tmp_path):
     job = cluster.submit(TRAIN, *flags(documents, tmp_path / "run", max_stepz=3))
     assert job.wait(100) == "FAILED"
     assert "error: unknown argument --max_stepz; did you mean --max_steps?" in job.printed()
     assert job.restarts() == 0
 
 
-def test_a_run_that_somebody_stops_does_not_come_back(cluster, documents, tmp_path):
+def test_a_run_stopped_by_a_user_is_not_requeued(cluster, documents, tmp_path):
     job = cluster.submit(TRAIN, *flags(documents, tmp_path / "run", **ENDLESS))
     wait_for_steps(tmp_path / "run", 2, job)
     (tmp_path / "run" / "stop").touch()
@@ -80,7 +80,7 @@ def test_a_run_that_somebody_stops_does_not_come_back(cluster, documents, tmp_pa
     assert (job.state(), job.restarts()) == ("CANCELLED", 0), job.printed()
 
 
-def test_each_task_of_an_array_has_its_own_folder_flags_and_end(cluster, documents, tmp_path):
+def test_each_array_task_has_separate_folder_flags_and_outcome(cluster, documents, tmp_path):
     folders = {number: tmp_path / "runs" / number for number in "12"}
     lines = tmp_path / "flags.txt"
     lines.write_text("--seed 7 --max_steps 2 --warmup_steps 1\n--seed 8 --max_steps 5000\n")

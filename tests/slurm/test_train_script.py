@@ -82,7 +82,7 @@ def lines(tmp_path):
         (3, ["--seed", "9", "--lr_scheduler", "cosine"]),
     ],
 )
-def test_a_line_of_a_file_gives_its_flags_without_windows_line_ends(submit, lines, tmp_path, task, flags):
+def test_flags_of_a_line_are_read_without_windows_line_ends(submit, lines, tmp_path, task, flags):
     job = submit("--max_steps", 2, f"@{lines}", "--output_dir", tmp_path / "my runs", task=task)
     assert job.code == 0, job.printed
     assert job.flags == ["--max_steps", "2", *flags, "--output_dir", f"{tmp_path}/my runs/{task}"]
@@ -101,24 +101,24 @@ def test_each_line_counts_with_and_without_a_line_end_after_the_last(submit, tmp
     ("task", "message"),
     [
         (4, "line 4 cannot be read (No closing quotation)"),
-        (5, "there is no line 5, or it is empty"),
-        (9, "there is no line 9, or it is empty"),
+        (5, "line 5 is missing or empty"),
+        (9, "line 9 is missing or empty"),
     ],
 )
-def test_a_line_that_gives_no_flags_ends_the_job(submit, lines, task, message):
+def test_a_line_without_flags_ends_the_job(submit, lines, task, message):
     job = submit(f"@{lines}", task=task)
     assert job.code == 2
     assert job.printed == f"error: @{lines}: {message}\n"
     assert job.flags == []
 
 
-def test_a_file_that_is_not_there_ends_the_job(submit, tmp_path):
+def test_a_missing_file_ends_the_job(submit, tmp_path):
     job = submit(f"@{tmp_path}/none.txt")
     assert job.code == 2
     assert job.printed == f"error: @{tmp_path}/none.txt: cannot be read (No such file or directory)\n"
 
 
-def test_the_number_of_a_task_is_the_seed_of_a_run_that_begins(submit, tmp_path):
+def test_the_task_number_is_the_seed_of_a_new_run(submit, tmp_path):
     folder = ["--output_dir", f"{tmp_path}/2"]
     assert submit("--output_dir", tmp_path).flags == ["--seed", "2", *folder]
     assert submit("--output_dir", tmp_path, task=None).flags == ["--output_dir", f"{tmp_path}"]
@@ -135,7 +135,7 @@ def finished(tmp_path):
     return folder, content
 
 
-def test_a_run_that_cannot_begin_leaves_how_it_had_ended(submit, finished):
+def test_a_run_that_cannot_start_keeps_its_old_outcome(submit, finished):
     folder, content = finished
     job = submit("--resume", folder, task=None, CODE="2")
     assert job.code == 2
@@ -143,7 +143,7 @@ def test_a_run_that_cannot_begin_leaves_how_it_had_ended(submit, finished):
     assert (folder / "outcome.json").read_text() == content
 
 
-def test_how_a_run_had_ended_says_nothing_about_this_time(submit, finished):
+def test_an_old_outcome_does_not_decide_about_a_requeue(submit, finished):
     # Exit code 75 without an outcome: the time limit stopped the process before training began.
     job = submit("--resume", finished[0], task=None, CODE="75")
     assert job.code == 75
@@ -153,7 +153,7 @@ def test_how_a_run_had_ended_says_nothing_about_this_time(submit, finished):
 @pytest.mark.parametrize(
     ("code", "reason", "is_requeued"), [(75, "SIGUSR1", True), (75, "the stop file", False), (2, "a mistake", False)]
 )
-def test_how_a_run_ends_this_time_says_what_follows(submit, finished, code, reason, is_requeued):
+def test_the_new_outcome_decides_about_a_requeue(submit, finished, code, reason, is_requeued):
     written = json.dumps({"code": code, "reason": reason, "step": 4})
     # srun returns another exit code.
     job = submit("--resume", finished[0], task=None, CODE="143", WRITES=written)

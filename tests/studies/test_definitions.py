@@ -108,5 +108,5 @@ def test_a_run_that_is_cut_short_warms_up_no_longer_than_it_lasts():
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(ValueError, match=r"study recurence: known are quick, recurrence.*sections"):
+    with pytest.raises(ValueError, match=r"study recurence: allowed are quick, recurrence.*sections"):
         build_study("recurence", Texts())

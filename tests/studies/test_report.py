@@ -57,8 +57,7 @@ def test_cost_is_the_median_of_those_that_reached_it(folder):
 def test_a_report_says_where_the_figures_come_from_and_what_was_cut_off(folder):
     text = origin(read_results(folder, RUNS))
     assert text == (
-        "Device cpu; torch 2.0; transformers 5.0; commit abc; date 2026-01-01. "
-        "1 of 4 runs were cut off by their budget."
+        "Device cpu; torch 2.0; transformers 5.0; commit abc; date 2026-01-01. 1 of 4 runs stopped at the time limit."
     )
     assert text in report(read_results(folder, RUNS))
 

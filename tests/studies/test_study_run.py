@@ -35,7 +35,7 @@ def test_a_task_is_called_by_its_name_and_what_is_set_of_it():
 def test_tasks_are_built_with_their_fields():
     train, test = short_run(task={"name": "recall", "n_marked": 2}).build_tasks()
     assert train == test == Recall(n_marked=2)
-    with pytest.raises(ValueError, match="task 'recal': known are copy"):
+    with pytest.raises(ValueError, match="task 'recal': allowed are copy"):
         short_run(task={"name": "recal"}).build_tasks()
 
 

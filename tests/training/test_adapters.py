@@ -65,8 +65,8 @@ def test_adapters_are_trained_beside_the_recurrence():
     [
         ({"train": "half"}, "--train half: allowed are all, prefix"),
         ({"lora_r": -1}, "--lora_r -1: must be at least 0"),
-        ({"lora_r": 2, "train": "prefix"}, "--lora_r 2: adapters are not trained with --train prefix"),
-        ({"train": "prefix", "pre_seq_len": 0}, "there is no prefix to train"),
+        ({"lora_r": 2, "train": "prefix"}, "--lora_r 2: must be 0 with --train prefix"),
+        ({"train": "prefix", "pre_seq_len": 0}, "--train prefix: needs --pre_seq_len of at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -171,8 +171,8 @@ def run(tmp_path):
         ("pre_seq_len", "4", "with 3"),
         ("prefix_attention", "gated", "with concat"),
         ("model_size", "small", "with tiny"),
-        ("model_name_or_path", "facebook/bart-base", "without it"),
-        ("tokenizer_name", "facebook/bart-base", "without it"),
+        ("model_name_or_path", "facebook/bart-base", "without this flag"),
+        ("tokenizer_name", "facebook/bart-base", "without this flag"),
         ("vocab_size", "99", "with 4096"),
         ("train", "prefix", "with all"),
         ("lora_r", "8", "with 0"),
@@ -189,7 +189,7 @@ def test_a_flag_that_a_resumed_run_cannot_take_over_is_refused_by_name(run, tmp_
     value, was = (text.format(folder=tmp_path) for text in (value, was))
     before = run.config_file.read_bytes()
     with pytest.raises(
-        ValueError, match=f"--{flag} {value}.*: the run was begun {was}.*, and a resumed run keeps that"
+        ValueError, match=f"--{flag} {value}.*: the run was started {was}.*, and a resumed run cannot change this flag"
     ):
         parse_arguments(["--resume", str(run.path), f"--{flag}", value])
     assert [path.name for path in run.path.iterdir()] == ["config.json"]
@@ -212,7 +212,7 @@ def test_flags_that_hold_are_told_and_those_that_change_what_is_validated_too(ru
     assert changes == {"max_steps": (50, 80), "weight_decay": (0.01, 0.0), "max_target_length": (128, 64)}
     told, warning = describe_changes(changes)
     assert "--max_steps 80 (before: 50)" in told
-    assert warning.startswith("warning: --max_target_length changed what validation losses are of")
+    assert warning.startswith("warning: --max_target_length changes what the validation loss measures")
     assert describe_changes({"max_steps": (50, 80)}) == ["changed    --max_steps 80 (before: 50)"]
     assert describe_changes({}) == []
 
@@ -258,7 +258,7 @@ def test_paths_hold_from_every_folder_and_names_stay(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv", [["--lr_scheduler", "cosine\r"], ["--output_dir=runs/third\r"], ["\r"]])
 def test_a_carriage_return_that_no_terminal_shows_is_named(argv):
-    with pytest.raises(ValueError, match=r"argument '.*\\r': it holds a carriage return"):
+    with pytest.raises(ValueError, match=r"argument '.*\\r': remove the carriage return"):
         parse_arguments(argv)
 
 
@@ -281,7 +281,7 @@ def test_a_run_of_an_older_version_may_be_resumed(tmp_path):
 
 def test_a_resumed_run_stays_in_its_folder(tmp_path, monkeypatch):
     path = save_run(tmp_path / "run", [])
-    with pytest.raises(ValueError, match="a run that is resumed goes on in its own folder"):
+    with pytest.raises(ValueError, match="a resumed run keeps its folder"):
         parse_arguments(["--resume", path, "--output_dir", str(tmp_path / "other")])
     monkeypatch.chdir(tmp_path)
     assert parse_arguments(["--resume", path, "--output_dir", "run"]).run.resume == path
@@ -289,5 +289,5 @@ def test_a_resumed_run_stays_in_its_folder(tmp_path, monkeypatch):
 
 
 def test_where_there_is_no_run_none_is_resumed(tmp_path):
-    with pytest.raises(ValueError, match=r"--resume .*none: no readable config.json there"):
+    with pytest.raises(ValueError, match=r"--resume .*none: .*none/config.json is missing or unreadable"):
         parse_arguments(["--resume", str(tmp_path / "none")])

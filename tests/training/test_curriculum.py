@@ -45,7 +45,7 @@ def test_a_stage_that_is_no_more_is_as_the_last_one():
 
 @pytest.mark.parametrize("stages", [(), (0, 1), (2, 1)])
 def test_stages_that_shrink_are_refused(stages):
-    with pytest.raises(ValueError, match="none may have fewer"):
+    with pytest.raises(ValueError, match="no number may be lower than the previous number"):
         make(stages)
 
 

@@ -24,7 +24,7 @@ def figures(folder):
 def test_stages_end_after_their_steps(documents, tmp_path, train_main, capsys):
     assert train_main(flags(documents, tmp_path / "run", curriculum="1,2,3", curriculum_steps=3, max_steps=8)) == 0
     assert stages(tmp_path / "run") == [1, 1, 1, 2, 2, 2, 3, 3]
-    assert "curriculum 1 to 1 / 2 / 3 segments of a document; the next stage after 3 steps\n" in capsys.readouterr().out
+    assert "curriculum 1 to 1 / 2 / 3 segments per document; the next stage after 3 steps\n" in capsys.readouterr().out
 
 
 def test_without_a_number_of_steps_all_stages_have_the_same(documents, tmp_path, train_main):
@@ -67,8 +67,8 @@ def test_a_run_resumed_within_a_stage_goes_on_as_if_nothing_had_been(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"curriculum": "2,1"}, "curriculum of 2, 1 segments: none may have fewer"),
-        ({"curriculum": "1;2"}, "--curriculum 1;2: numbers of segments are needed"),
+        ({"curriculum": "2,1"}, "--curriculum 2,1: must start with at least 1"),
+        ({"curriculum": "1;2"}, "--curriculum 1;2: must be whole numbers"),
         ({"curriculum_loss": 1.0}, "need --curriculum"),
         ({"curriculum": "1,2", "curriculum_steps": 0}, "--curriculum_steps 0: must be at least 1"),
     ],

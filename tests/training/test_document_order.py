@@ -73,7 +73,7 @@ def test_a_lower_number_is_heeded_at_once_and_kept_apart_from_that_of_the_round(
 def test_a_run_that_was_begun_without_goes_on_without(prepared):
     state = TrainerState(step=1)
     store_data_position(build_order(parse_arguments(TWO), prepared, 2, TrainerState()), state)
-    with pytest.raises(ValueError, match="--tokens_per_batch 70: a run that was begun without goes on without"):
+    with pytest.raises(ValueError, match="--tokens_per_batch 70: the run was started without this flag"):
         build_order(parse_arguments(TOKENS), prepared, 2, state)
 
 
@@ -81,18 +81,14 @@ def test_a_step_and_its_padding_are_told(prepared):
     arguments = parse_arguments([*TWO, "--max_steps", "20"])
     order = build_order(arguments, prepared, 2, TrainerState())
     steps, padding = describe_data_order(arguments, prepared, 2, order)
-    assert steps == (
-        "steps      20 of 4 documents = 2 a device x 1 accumulated x 2 processes; 2.0 times through the documents"
-    )
+    assert steps == ("steps      20 of 4 documents = 2 per device x 1 accumulated x 2 processes; 2.0 epochs")
     share = f"{100 * order.padding(20, 2, 1):.1f} %"
-    assert padding == f"padding    {share} of the segments that are computed hold no text"
+    assert padding == f"padding    {share} of the computed segments hold no text"
     arguments = parse_arguments([*TWO, *TOKENS, "--max_steps", "20"])
     order = build_order(arguments, prepared, 2, TrainerState())
     steps, padding = describe_data_order(arguments, prepared, 2, order)
-    assert steps.startswith("steps      20 of up to 70 tokens a device x 1 accumulated x 2 processes; ")
-    assert steps.endswith("times through the documents; 5 documents have more, each a batch of its own")
+    assert steps.startswith("steps      20 of up to 70 tokens per device x 1 accumulated x 2 processes; ")
+    assert steps.endswith("epochs; 5 documents have more, each in a separate batch")
     own = f"{100 * order.padding(20, 2, 1):.1f} %"
-    assert padding == (
-        f"padding    {own} of the segments that are computed hold no text; {share} in batches of 2 documents"
-    )
+    assert padding == (f"padding    {own} of the computed segments hold no text; {share} in batches of 2 documents")
     assert own != share

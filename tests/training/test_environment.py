@@ -119,7 +119,7 @@ def test_half_of_a_launchers_settings_are_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ValueError, match="RANK is set in the environment, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"):
+    with pytest.raises(ValueError, match="RANK is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
         start_processes(timeout_minutes=1)
 
 
@@ -141,7 +141,7 @@ def test_bf16_where_it_is_fast_unless_told_otherwise(monkeypatch, precision, dev
 
 def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    with pytest.raises(ValueError, match="--precision bf16: this GPU does not have it, use fp32"):
+    with pytest.raises(ValueError, match="--precision bf16: this GPU does not support bf16; use --precision fp32"):
         use_bf16("bf16", torch.device("cuda"))
 
 

@@ -119,7 +119,7 @@ def test_that_the_recurrence_is_new_is_said_in_one_line(pretrained, capsys, logg
     arguments = ModelArguments(model_name_or_path=pretrained)
     model = build_model(arguments, build_config(arguments, Tokenizer(40)), seed=0)
     size = sum(p.numel() for name, p in model.named_parameters() if is_recurrence(name)) / 1e6
-    line = f"new        the recurrence ({size:.1f} M parameters) is new and untrained: {pretrained} has none\n"
+    line = f"new        the recurrence ({size:.1f} M parameters) is new and untrained; {pretrained} has no recurrence\n"
     assert capsys.readouterr().out == line
     assert not logged.records
     # a saved Recurrent BART has no new parameters
@@ -166,7 +166,7 @@ def test_the_seed_decides_the_weights():
     ("changes", "message"),
     [
         ({"model_size": "huge"}, "--model_size huge: allowed are tiny, small, base, large"),
-        ({"segment_size": 2000}, "segment_size=2000 .*does not fit the position table: max_position_embeddings=1024"),
+        ({"segment_size": 2000}, "segment_size=2000, .* must be at most max_position_embeddings=1024"),
         ({"pre_seq_len": -1}, "pre_seq_len=-1: must be at least 0"),
         ({"prefix_attention": "none"}, "prefix_attention='none': allowed are 'concat', 'gated'"),
         ({"model_name_or_path": "no/such/folder"}, "--model_name_or_path no/such/folder: "),
@@ -185,20 +185,20 @@ def test_a_segment_over_a_pretrained_models_positions_is_refused(pretrained, bar
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(pretrained):
-    with pytest.raises(ValueError, match=r"the tokenizer has 61 ids, .*bart only 60"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 61 ids, but .*bart has only 60"):
         build_config(ModelArguments(model_name_or_path=pretrained), Tokenizer(61))
 
 
 def test_a_pretrained_model_that_drops_layers_is_refused(bart, tmp_path):
     bart.config.decoder_layerdrop = 0.1
     bart.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"decoder_layerdrop is 0.1 in its config.json, and must be 0"):
+    with pytest.raises(ValueError, match=r"decoder_layerdrop is 0.1 in config.json; training needs the value 0"):
         build_config(ModelArguments(model_name_or_path=str(tmp_path)), Tokenizer(60))
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ValueError, match="type 't5' was given"):
+    with pytest.raises(ValueError, match="model_type='t5'; allowed are"):
         build_config(ModelArguments(model_name_or_path=str(tmp_path)), Tokenizer())
 
 
@@ -213,7 +213,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 def test_a_tokenizer_with_other_special_ids_than_the_model_is_refused(pretrained, ids, message):
     tokenizer = Tokenizer(60)
     vars(tokenizer).update(ids)
-    with pytest.raises(ValueError, match=f"--tokenizer_name other has other special ids than .*bart: {message}"):
+    with pytest.raises(ValueError, match=f"--tokenizer_name other and .*bart have different special ids: {message}"):
         build_config(ModelArguments(model_name_or_path=pretrained, tokenizer_name="other"), tokenizer)
     # a new model gets the tokenizer's special ids
     config = build_config(ModelArguments(), tokenizer)

@@ -63,7 +63,7 @@ def test_a_run_has_all_that_it_starts_from(prepare_run, tmp_path):
 
 
 def test_a_batch_without_room_for_a_segment_is_refused(prepare_run):
-    with pytest.raises(ValueError, match="--tokens_per_batch 39: a segment has up to 40 tokens"):
+    with pytest.raises(ValueError, match="--tokens_per_batch 39: must be at least 40, the tokens of a segment"):
         prepare_run(segment_size=32, input_size=40, tokens_per_batch=39)
     assert prepare_run(segment_size=32, input_size=40, tokens_per_batch=40)
 
@@ -137,15 +137,15 @@ def no_target_before_the_cut():
     ("records", "flags", "message"),
     [
         ([], {}, r"train.jsonl: the file is empty"),
-        ([{"document": "t"}], {}, r"train.jsonl:1: no column 'summary'; there are 'document'"),
-        ([*RECORDS, {"document": "t", "summary": " "}], {}, r"train.jsonl:31: no target"),
+        ([{"document": "t"}], {}, r"train.jsonl:1: no column 'summary'; the columns are 'document'"),
+        ([*RECORDS, {"document": "t", "summary": " "}], {}, r"train.jsonl:31: the summary is empty"),
         ([*RECORDS, {"document": "\n", "summary": "s"}], {}, r"train.jsonl:31: the document is empty"),
         (RECORDS, {"task": "sections"}, r"train.jsonl:1: no column 'sections'"),
         (RECORDS, {"text_column": "body"}, r"train.jsonl:1: no column 'body'"),
         (no_target_before_the_cut(), {"task": "sections", "segment_size": 16, "max_n_segments": 2}, r"no document has"),
         (RECORDS, {"dataset": "none.jsonl"}, r"none.jsonl: no such file or folder"),
         (RECORDS, {"deepspeed": "none.json"}, r"--deepspeed none.json: No such file"),
-        (RECORDS, {"segment_size": 2000}, r"segment_size=2000 .*does not fit the position table"),
+        (RECORDS, {"segment_size": 2000}, r"segment_size=2000, .* must be at most max_position_embeddings"),
         (RECORDS, {"model_size": "huge"}, r"--model_size huge: allowed are"),
         (RECORDS, {"vocab_size": 100}, r"vocab_size=100: no tokenizer could be trained"),
         (RECORDS, {"model_name_or_path": "no/model"}, r"no/model: no tokenizer could be loaded"),
@@ -182,7 +182,7 @@ def test_a_file_in_the_way_of_the_run_is_refused(prepare_run, tmp_path):
 def test_a_run_that_is_there_already_is_not_overwritten(prepare_run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="a run is there already; continue it with --resume"):
+    with pytest.raises(ValueError, match="already holds a run: continue it with --resume"):
         prepare_run()
 
 
@@ -246,7 +246,10 @@ def test_a_run_is_not_resumed_with_other_documents(begun, tmp_path, changes):
     if not changes:
         path.write_text(json.dumps({"document": "a line on top", "summary": "s"}) + "\n" + path.read_text())
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=r"--resume .*run: the (train|validation) documents are not those .* new run"):
+    with pytest.raises(
+        ValueError,
+        match=r"--resume .*run: the (train|validation) documents differ .* start a new run",
+    ):
         resume(tmp_path, **changes)
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
@@ -258,7 +261,7 @@ def test_a_run_of_an_older_version_keeps_its_split_and_says_that_documents_are_n
     prepared.folder.write_config(arguments=config["arguments"])
     capsys.readouterr()
     held_out = resume(tmp_path).splits["validation"].corpus["id"]
-    assert "does not say which documents it was begun with" in capsys.readouterr().out
+    assert "does not record the documents of the run" in capsys.readouterr().out
     lines = [f"train.jsonl:{number + 1}" for number in range(len(RECORDS))]
     assert held_out[:] == [line for line in lines if split_of(line) == "validation"]
 
@@ -288,11 +291,11 @@ def test_the_configuration_of_a_data_set_reaches_the_library_or_is_said_to_chang
     assert {source.config_name for source in found.values()} == {"long"}
     assert "warning" not in capsys.readouterr().out
     find_training_sources(parse_arguments(flags).data)
-    assert "warning: --dataset_config_name changes nothing" in capsys.readouterr().out
+    assert "warning: --dataset_config_name has no effect" in capsys.readouterr().out
 
 
 def test_a_run_keeps_the_configuration_of_its_data_set(begun, tmp_path):
-    with pytest.raises(ValueError, match="--dataset_config_name long: the run was begun without it"):
+    with pytest.raises(ValueError, match="--dataset_config_name long: the run was started without this flag"):
         resume(tmp_path, dataset_config_name="long")
 
 

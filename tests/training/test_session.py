@@ -149,10 +149,10 @@ def finished(documents, tmp_path, train_main):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--recurrence", "top"], "--recurrence top: the run was begun with layerwise"),
-        (["--dataset", "elsewhere"], "--dataset elsewhere: the run was begun with stdlib"),
-        (["--max_steps", "1"], "--max_steps 1: the run has done 2 steps"),
-        (["--tokens_per_batch", "80"], "--tokens_per_batch 80: a run that was begun without goes on without"),
+        (["--recurrence", "top"], "--recurrence top: the run was started with layerwise"),
+        (["--dataset", "elsewhere"], "--dataset elsewhere: the run was started with stdlib"),
+        (["--max_steps", "1"], "--max_steps 1: must be at least 2, the steps that the run has done"),
+        (["--tokens_per_batch", "80"], "--tokens_per_batch 80: the run was started without this flag"),
     ],
     ids=lambda item: item[0] if isinstance(item, list) else "",
 )
@@ -247,14 +247,14 @@ def test_a_run_is_refused_where_one_goes_on_and_changes_nothing(documents, tmp_p
     before = contents(tmp_path / "run")
     capsys.readouterr()
     assert train_main(["--resume", str(tmp_path / "run"), "--max_steps", "4"]) == 2
-    assert "a run is going on there (process" in capsys.readouterr().err
+    assert "another run uses this folder (process" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
 
 
 def test_a_new_run_is_refused_where_one_begins(documents, tmp_path, train_main, capsys, hold_lock):
     hold_lock()
     assert train_main(flags(documents, tmp_path / "run")) == 2
-    assert "a run is going on there (process" in capsys.readouterr().err
+    assert "another run uses this folder (process" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
@@ -268,7 +268,7 @@ def test_a_run_whose_folder_was_taken_over_ends_and_writes_nothing_more(document
         patch.setattr(Session, "step", take_over)
         assert train_main(flags(documents, tmp_path / "run")) == 1
     error = capsys.readouterr().err
-    assert "another run has taken it over" in error
+    assert "another run has taken over this folder" in error
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "outcome.json").exists()
     assert (tmp_path / "run" / "lock").exists()

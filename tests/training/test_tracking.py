@@ -202,7 +202,7 @@ class TestOutOfOrder:
         assert train_main(flags(documents, run, max_steps=2, wandb_mode="auto")) == 0
         printed = "".join(capfd.readouterr())
         (warning,) = warnings_of(printed)
-        assert warning.endswith("it goes on offline")
+        assert warning.endswith("wandb continues offline")
         assert f"wandb sync {run}/wandb/offline-run-*" in printed
         (file,) = wandb_files(run)
         assert len(wandb_rows(file)) == len(read_metrics(run))
@@ -323,4 +323,4 @@ def test_a_recurrence_that_cannot_be_looked_at_stops_nothing(documents, tmp_path
 
     monkeypatch.setattr("recurrent_bart.training.probing.recurrence_metrics", fail)
     assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
-    assert "warning: the recurrence could not be looked at: out of memory" in "".join(capfd.readouterr())
+    assert "warning: the metrics of the recurrence could not be computed: out of memory" in "".join(capfd.readouterr())

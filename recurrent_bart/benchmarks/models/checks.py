@@ -62,8 +62,10 @@ def _faults_of_ours(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) ->
         gap = float((found - reference).abs().max() / reference.abs().max())
         # `not <` also catches nan
         if not gap < TOLERANCE:
-            faults.append(f"ours, {schedule}, {grain} checkpointing: {gap:.1e} away from sequential without any")
-    return faults + ([] if _reads_first_segment(loss, ids_BNL) else ["ours: the loss is without the first segment"])
+            faults.append(
+                f"ours, {schedule}, {grain} checkpointing: loss or gradients differ by {gap:.1e} from sequential"
+            )
+    return faults + ([] if _reads_first_segment(loss, ids_BNL) else ["ours: the loss ignores the first segment"])
 
 
 def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> list[str]:
@@ -74,11 +76,11 @@ def _faults_of_rmt(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) -> 
     def loss(ids_BNL: Tensor) -> Tensor:
         return model(ids_BNL, labels_BT)
 
-    faults = [] if _reads_first_segment(loss, ids_BNL) else ["RMT: the loss is without the first segment"]
+    faults = [] if _reads_first_segment(loss, ids_BNL) else ["RMT: the loss ignores the first segment"]
     # The initial memory precedes only the first segment, so its gradient passes through all segments.
     (gradient,) = torch.autograd.grad(loss(ids_BNL), model.memory, allow_unused=True, materialize_grads=True)
     if not gradient.abs().max() > TOLERANCE:
-        faults.append("RMT: no gradient reaches the memory that it begins with")
+        faults.append("RMT: the initial memory has no gradient")
     return faults
 
 

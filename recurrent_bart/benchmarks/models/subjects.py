@@ -81,7 +81,7 @@ def build_benchmark_model(case: Case, place: Place) -> BenchmarkModel:
         ValueError: The model does not support the case's checkpointing or target.
     """
     if case.model != "ours" and (case.checkpointing == "segment" or case.task != "document"):
-        raise ValueError(f"{case.label()}: only ours has that")
+        raise ValueError(f"{case.label()}: only the model ours supports this setting")
     with place.device:
         subject = BUILDERS[case.model](case, place)
     subject.model.to(place.dtype).train(case.work in ("training", "passes"))

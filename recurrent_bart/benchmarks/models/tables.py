@@ -16,12 +16,13 @@ MIB, GIB = 2**20, 2**30
 STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)))
 # (model, label) -> value by document length
 Lines = dict[tuple[str, str], dict[int, float]]
-COLUMNS = ("documents", "segments", "ms", "tokens/s", "spread", "ours is", "peak MiB", "step MiB", "TFLOP", "of peak")
+COLUMNS = ("documents", "segments", "ms", "tokens/s", "spread", "speed-up", "peak MiB", "step MiB", "TFLOP", "of peak")
 LEGEND = (
-    "ms: median of a step; tokens/s: of documents, in generation of texts; spread: slowest over fastest; ours is: how "
-    "many times as fast our fastest for such documents is; peak MiB: most memory, weights and optimizer included; step "
-    "MiB: what of it is not these; TFLOP: useful operations of a step; of peak: their share of what a large product of "
-    "matrices reaches on this device."
+    "ms: median time of a step; tokens/s: document tokens per second, or generated tokens per second for generation; "
+    "spread: slowest step over fastest step; speed-up: speed of our fastest case with equal documents over the speed "
+    "of this case; peak MiB: peak memory, weights and optimizer included; step MiB: peak memory without weights and "
+    "optimizer; TFLOP: useful operations of a step; of peak: operations per second over the rate of a large matrix "
+    "product on this device."
 )
 
 

@@ -27,7 +27,7 @@ def run_process(command: Sequence[str], log: Path, timeout_seconds: float) -> No
             code = process.wait(timeout_seconds)
             problem = f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
-            problem = f"not over after {timeout_seconds:g} s"
+            problem = f"time limit of {timeout_seconds:g} s reached"
         finally:
             _end(process)
     if problem:

@@ -48,7 +48,10 @@ class LoopSession(StepsAlone):
         run, engine = self.arguments.run, self.engine
         batches = self._read()
         if run.gradient_accumulation_steps > 1 or has_windows(batches[0], engine.module.config):
-            raise ValueError("a bare step is one forward and backward pass: no accumulation, no target per segment")
+            raise ValueError(
+                "--parts loop: a step must have one forward and one backward pass; remove "
+                "--gradient_accumulation_steps and --task sections"
+            )
         trainer = self._trainer(itertools.cycle(batches))
         for_bare = itertools.cycle(batches)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("runs", "loop")
-MEASURED, LEFT_OUT = "measured", "left out: the time was over"
+MEASURED, LEFT_OUT = "measured", "not measured: the time limit is reached"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Speed:
         """Build the metrics from log lines that start after `n_warmup` steps. Raise ValueError without any line."""
         lines = [it for it in records if "tokens_per_second" in it and it["step"] - log_every >= n_warmup]
         if not lines:
-            raise ValueError(f"nothing was logged of the steps after the first {n_warmup}")
+            raise ValueError(f"the log has no line after the {n_warmup} steps of --warmup; raise --steps")
         return cls(
             MEASURED,
             tokens_per_second=[line["tokens_per_second"] for line in lines],

@@ -11,11 +11,12 @@ MIB = 2**20
 RUNS = ("tokens/s", "per process", "of 1 process", "of {first}", "step ms", "spread", "waiting", "peak MiB")
 LOOP = ("trainer ms", "bare ms", "loop costs", "least", "most")
 LEGEND = (
-    "tokens/s: of documents, median over the lines of the log after the warm-up; of 1 process: what a process reads, "
-    "over what one alone reads; spread: slowest over fastest line; waiting: share of the time that passes in waiting "
-    "for data; peak MiB: of the process with the most (without a GPU, of all that it holds). trainer: a step of the "
-    "training loop, its lines of the log included; bare: forward pass, backward pass and update alone, on the same "
-    "engine and batches; loop costs: what the one takes beyond the other, median over rounds; least and most of them."
+    "tokens/s: document tokens per second, median over the log lines after the warm-up; of 1 process: tokens/s of each "
+    "process over tokens/s of a single process; spread: slowest log line over fastest log line; waiting: share of the "
+    "time spent waiting for data; peak MiB: peak memory of the process with the most. trainer: step of the training "
+    "loop, logging included; bare: forward pass, backward pass and optimizer update alone, with the same engine and "
+    "batches; loop costs: time of a trainer step beyond a bare step, median over rounds; least and most: smallest and "
+    "largest cost of a round."
 )
 
 
@@ -27,9 +28,9 @@ def training_tables(results: Results) -> list[Table]:
     tables = []
     if runs:
         columns = [column.format(first=first_sharding(results)) for column in RUNS]
-        tables.append(_table("steps of a run of launch/train.py", columns, runs, results))
+        tables.append(_table("steps of launch/train.py", columns, runs, results))
     if loops:
-        tables.append(_table("the loop of training beside bare steps", LOOP, loops, results))
+        tables.append(_table("training loop compared with bare steps", LOOP, loops, results))
     return tables
 
 

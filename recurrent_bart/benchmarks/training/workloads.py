@@ -71,9 +71,9 @@ class Work:
         own = self._own(Path(), Launch("runs", 1, Path())).keys() | {"task", "dataset", "model_name_or_path", "resume"}
         taken = [flag for flag in self.given if flag.split("=")[0].removeprefix("--") in own]
         if taken:
-            raise ValueError(f"{taken[0]}: it is set by what is measured")
+            raise ValueError(f"{taken[0]}: the benchmark sets this flag; remove it")
         if self.arguments("runs").model.max_n_segments in (None, -1):
-            raise ValueError("--max_n_segments -1: documents have a number of segments here")
+            raise ValueError("--max_n_segments -1: must be at least 1 in this benchmark")
 
     def arguments(self, part: str) -> Arguments:
         """Parse the flags that all launches of a part share. Raise ValueError for an invalid flag."""

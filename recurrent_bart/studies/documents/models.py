@@ -50,7 +50,7 @@ def collate_as(reads: str, collator: Collator) -> Collator:
         return HeadCollator(**vars(collator))
     n_tokens = collator.sizes.segment_size * collator.sizes.max_n_segments
     if n_tokens < 0:
-        raise ValueError("--max_n_segments -1: LED needs a longest document")
+        raise ValueError("--max_n_segments -1: LED needs a maximum document length; give a number of segments")
     return replace(collator, sizes=SegmentSizes(n_tokens, n_tokens, 1))
 
 

@@ -32,11 +32,11 @@ FORMS = {
     "n_tokens": lambda value: f"{value / 1e6:,.1f}",
 }
 LEGEND = (
-    "Brackets hold 95 % intervals for other documents and other seeds together: an interval over documents (bootstrap) "
-    "and an interval over seeds (Student's t on the means of the seeds), their distances from the mean added in "
-    "squares. The last table shows both alone. With one seed, an interval is over documents alone and says nothing "
-    "about another seed. Differences are to the first model, paired by document and seed. Every model is taken where "
-    "its validation loss was lowest up to the limit."
+    "Brackets hold 95 % intervals over documents and seeds together. Each joins an interval over documents (bootstrap) "
+    "and an interval over seeds (Student's t on the means of the seeds): the squared distances from the mean add up. "
+    "The table of intervals shows the two intervals separately. With one seed, an interval is over documents alone and "
+    "says nothing about a different seed. Differences are to the first model, paired by document and seed. Each model "
+    "is compared at the evaluation with its lowest validation loss within the limit."
 )
 
 
@@ -56,14 +56,14 @@ def text_report(groups: Groups) -> str:
     in_steps = {name: [_best(_until(r["curve"], "step", step)) for r in own] for name, own in records.items()}
     parts = [
         f"{next(iter(groups))[0]}. {LEGEND}",
-        f"Validation loss per target token at equal time, {seconds:,.0f} s of training\n\n"
+        f"Validation loss per target token at equal time: {seconds:,.0f} s of training\n\n"
         + loss_table(records, in_time),
-        f"At equal data, {step:,} steps that have read the same documents, of which each model reads what it can\n\n"
+        f"Validation loss per target token at equal data: {step:,} steps on the same documents\n\n"
         + loss_table(records, in_steps),
-        "Loss at equal time by tokens of the document up to the end of what the target is of (targets); behind the "
-        f"loss the difference\n\n{position_table(records, in_time)}",
-        f"Texts generated greedily at the end, F-measure; behind it the difference\n\n{rouge_table(records)}",
-        "Intervals of the differences at equal time, over documents alone (bootstrap) and over seeds alone (paired t)"
+        "Loss and difference at equal time, by position of the target: number of document tokens up to the end of "
+        f"the target's section (number of targets)\n\n{position_table(records, in_time)}",
+        f"ROUGE F-measure and difference of texts generated greedily at the end of training\n\n{rouge_table(records)}",
+        "Intervals of the differences at equal time: over documents alone (bootstrap), over seeds alone (paired t)"
         f"\n\n{interval_table(records, in_time)}",
         f"Cost\n\n{cost_table(records)}",
         origin(groups),
@@ -79,7 +79,7 @@ def with_common_seeds(records: dict[str, Records]) -> dict[str, Records]:
     """
     common = set.intersection(*({record["run"]["seed"] for record in own} for own in records.values()))
     if not common:
-        raise ValueError("no seed with which every model came to its end: nothing can be compared")
+        raise ValueError("no seed has a finished run of every model, so the models cannot be compared")
     return {
         name: sorted(
             (record for record in own if record["run"]["seed"] in common), key=lambda record: record["run"]["seed"]
@@ -234,7 +234,9 @@ def _by_target(rows: list[dict[str, Any]], figures: Iterable[tuple[float, float]
     for row, figure in zip(rows, figures, strict=True):
         target = row["document"], row["target"]
         if target in found:
-            raise ValueError(f"two targets {target[1]} of document {target[0]!r}: documents need ids of their own")
+            raise ValueError(
+                f"document {target[0]!r} has two targets with number {target[1]}: give each document a different id"
+            )
         found[target] = figure
     return found
 

@@ -41,7 +41,10 @@ class SingleRun:
         generator = Generator(device).manual_seed(run.seed)
         self.documents, *self.easier = (_documents(run, generator, **changes) for changes in ({}, *run.easier))
         if run.encoder_loss and self.documents.task.answer_places(run.segment_size) is None:
-            raise ValueError(f"encoder_loss: the answers of {run.task_name()} are asked for in no place of their own")
+            raise ValueError(
+                f"encoder_loss={run.encoder_loss}: must be 0 for the task {run.task_name()}, whose answers have no "
+                "fixed positions"
+            )
         torch.manual_seed(run.seed)
         self.model = RecurrentBartForConditionalGeneration(build_config(run, self.documents.task)).to(device).train()
         # The learning rate is a tensor on the device, because a captured step reads it there.

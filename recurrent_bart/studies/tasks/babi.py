@@ -151,7 +151,7 @@ class Babi(MemoryTask):
         n_fitting = int((self.lengths <= length).sum())
         if not n_fitting:
             raise ValueError(
-                f"a document of {length} words has no room for a story: the shortest has {self.lengths[0]}"
+                f"documents of {length} words are too short: the shortest story has {self.lengths[0]} words"
             )
         tables = self.tables_on(generator.device)
         drawn_B = torch.randint(n_fitting, (batch_size,), generator=generator, device=generator.device)
@@ -247,7 +247,7 @@ def _file(folder: Path, split: str) -> Path:
     for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
         if (folder / name).exists():
             return folder / name
-    raise ValueError(f"{folder}: there is no {split}.jsonl or {split}.jsonl.gz")
+    raise ValueError(f"{folder}: {split}.jsonl and {split}.jsonl.gz are missing")
 
 
 def _stories(file: Path, task: str, with_subjects: bool) -> list[Story]:

@@ -146,8 +146,8 @@ class Retrieval(SymbolTask):
     def __post_init__(self) -> None:
         if not self.n_queries <= self.n_pairs <= self.n_symbols // 2:
             raise ValueError(
-                f"n_queries={self.n_queries}, n_pairs={self.n_pairs}: at most n_pairs queries, and at most half of "
-                f"n_symbols={self.n_symbols} pairs"
+                f"n_queries={self.n_queries}, n_pairs={self.n_pairs}: n_queries must be at most n_pairs, and n_pairs "
+                f"at most half of n_symbols={self.n_symbols}"
             )
 
     def target_length(self, n_segments: int) -> int:
@@ -191,7 +191,7 @@ SYMBOL_TASKS: dict[str, type[SymbolTask]] = {
 
 def _check_room(n_needed: int, n_places: int) -> None:
     if n_needed > n_places:
-        raise ValueError(f"{n_needed} places are needed, the document or segment has {n_places}")
+        raise ValueError(f"the task needs {n_needed} positions, but the document or segment has {n_places}")
 
 
 def _draw(generator: Generator, low: int, high: int, *shape: int) -> Tensor:

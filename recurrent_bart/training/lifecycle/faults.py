@@ -52,8 +52,8 @@ def telling_of_disk(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(path.parent).free
         raise Fault(
-            f"{path} cannot be written ({_first_line(error)}; {free:,} bytes are free); what stood there before is "
-            "whole, and --resume goes on from the last checkpoint"
+            f"{path} cannot be written ({_first_line(error)}; {free:,} bytes of disk space are free). Earlier files "
+            "are undamaged: free disk space, then continue from the last checkpoint with --resume"
         ) from error
 
 
@@ -71,15 +71,15 @@ def describe_fault(error: Exception) -> str:
     if isinstance(error, (Fault, CheckpointError, RunLockLostError)):
         return str(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return f"the disk is full: {error}; make room, and --resume where a run has begun"
+        return f"the disk is full: {error}; free disk space, then continue a started run with --resume"
     # PyTorch raises this error in a signal handler, at any line of the main process
     if str(error).startswith("DataLoader worker"):
         return (
-            f"a process that makes batches has ended ({_first_line(error)}); where memory was not enough for it, lower "
+            f"a data loader process has ended ({_first_line(error)}); if the CPU memory was full, lower "
             "--dataloader_num_workers"
         )
     if is_lost_rank(error):
-        return f"another process has ended or does not answer; its own message says why ({_first_line(error)})"
+        return f"another process has ended or does not answer; see the message of that process ({_first_line(error)})"
     return "".join(traceback.format_exception(error)).rstrip()
 
 

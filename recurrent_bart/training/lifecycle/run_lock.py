@@ -146,8 +146,8 @@ class RunLock:
         """Raise RunLockLostError if another run has taken over a lock that this run did not renew in time."""
         if self.is_lost:
             raise RunLockLostError(
-                f"{self.folder}: another run has taken it over, because this one stood still for more than "
-                f"{STALE_SECONDS:.0f} s; this one ends and writes nothing more"
+                f"{self.folder}: another run has taken over this folder, because this run did not respond for "
+                f"{STALE_SECONDS:.0f} s; this run ends and writes nothing more"
             )
 
     def release(self) -> None:
@@ -230,7 +230,7 @@ class RunLock:
             return
         left = STALE_SECONDS - (self._now() - seen.renewed)
         if left > 0:
-            self.say(f"waiting    up to {left:.0f} s, to see whether {seen.holder or self.file} is still there")
+            self.say(f"waiting    up to {left:.0f} s, to see whether {seen.holder or self.file} is still active")
         end = time.monotonic() + left
         while time.monotonic() < end:
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
@@ -242,8 +242,8 @@ class RunLock:
 
     def _refusal(self, seen: Seen) -> ValueError:
         return ValueError(
-            f"{self.folder}: a run is going on there ({seen.holder or 'an unknown process'}); wait for its end, or "
-            f"stop it by making a file {self.folder / 'stop'}; another run needs another --output_dir"
+            f"{self.folder}: another run uses this folder ({seen.holder or 'an unknown process'}); wait until that run "
+            f"ends, stop that run by creating the file {self.folder / 'stop'}, or give another --output_dir"
         )
 
     def _now(self) -> float:

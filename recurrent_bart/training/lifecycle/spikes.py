@@ -33,4 +33,4 @@ class SpikeWatch:
             self.n_in_row = 0
             return None
         self.n_in_row += 1
-        return f"step {record['step']}: the loss is {loss:.4g}, its median before was {median:.4g}"
+        return f"step {record['step']}: the loss is {loss:.4g}, the median of earlier losses is {median:.4g}"

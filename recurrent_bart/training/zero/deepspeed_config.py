@@ -41,11 +41,11 @@ REFUSED = {
     "optimizer": "the optimizer is AdamW, set by --learning_rate and --weight_decay",
     "scheduler": "the schedule is set by --lr_scheduler and --warmup_steps",
     "fp16": "BART overflows in fp16; bf16 and fp32 are supported",
-    "train_batch_size": "it follows from --per_device_train_batch_size and --gradient_accumulation_steps",
-    "activation_checkpointing": "it is set by --gradient_checkpointing",
-    "wandb": "monitoring is the run's own",
-    "tensorboard": "monitoring is the run's own",
-    "csv_monitor": "monitoring is the run's own",
+    "train_batch_size": "the value follows from --per_device_train_batch_size and --gradient_accumulation_steps",
+    "activation_checkpointing": "use --gradient_checkpointing",
+    "wandb": "use --wandb_mode",
+    "tensorboard": "use --tensorboard",
+    "csv_monitor": "RUN/metrics.jsonl has the metrics",
 }
 # sections for which DeepSpeed has a schema
 SCHEMAS: dict[str, type[BaseModel]] = {
@@ -102,20 +102,20 @@ def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: flo
 
 def _check_keys(config: Any) -> None:
     if not isinstance(config, dict):
-        raise ValueError("a JSON object is needed")
+        raise ValueError("the file must hold a JSON object")
     for key, value in config.items():
         if key in REFUSED and value != AUTO:
-            raise ValueError(f"key {key!r} does not belong there: {REFUSED[key]}")
+            raise ValueError(f"key {key!r} is not allowed: {REFUSED[key]}")
         if key in FILLED and value != AUTO:
-            raise ValueError(f'key {key!r} must be "auto": it is set by {FILLED[key]}')
+            raise ValueError(f'key {key!r} must be "auto", because {FILLED[key]} sets the value')
         if key not in REFUSED:
             _check_known(key, KNOWN | FILLED.keys())
         if key in SCHEMAS or key in PLAIN:
             _check_section(key, value)
     if "zero_optimization" not in config:
-        raise ValueError("no key 'zero_optimization'")
+        raise ValueError("key 'zero_optimization' is missing")
     if config.get("bf16", {}).get("enabled", AUTO) != AUTO:
-        raise ValueError("key 'bf16.enabled' must be \"auto\": it is set by --precision")
+        raise ValueError("key 'bf16.enabled' must be \"auto\", because --precision sets the value")
     stage = config["zero_optimization"].get("stage")
     if stage not in (1, 2, 3):
         raise ValueError(f"zero_optimization.stage is {stage!r}; allowed are 1, 2, 3")
@@ -123,7 +123,7 @@ def _check_keys(config: Any) -> None:
 
 def _check_section(name: str, section: Any) -> None:
     if not isinstance(section, dict):
-        raise ValueError(f"{name}: a JSON object is needed")
+        raise ValueError(f"{name}: must be a JSON object")
     if name in PLAIN:
         for key in section:
             _check_known(key, PLAIN[name], f"{name}.")
@@ -163,7 +163,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     section = dict(pairs)
     if len(section) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
     return section
 
 

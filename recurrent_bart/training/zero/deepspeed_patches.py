@@ -172,8 +172,8 @@ def _exists(roots: SimpleNamespace, name: str) -> bool:
 def _warn(is_tested: bool, left_out: list[str]) -> None:
     if is_tested and not left_out:
         return
-    text = "" if is_tested else f" is not among the versions tested ({', '.join(TESTED_VERSIONS)})"
-    slower = f"; steps are slower without: {', '.join(left_out)}" if left_out else ""
+    text = "" if is_tested else f" is not a tested version ({', '.join(TESTED_VERSIONS)})"
+    slower = f"; steps are slower, because these optimisations are off: {', '.join(left_out)}" if left_out else ""
     say(f"warning: DeepSpeed {deepspeed.__version__}{text}{slower}")
 
 
@@ -233,12 +233,12 @@ def _names(owner: str, *attributes: str) -> tuple[str, ...]:
 
 PATCHES = (
     Patch(
-        "ask for streams in PyTorch's shortest way",
+        "look up CUDA streams faster",
         (*_names("accelerator", "current_stream", "stream", "handles_memory_backpressure"), "nvtx.enable_nvtx"),
         apply=shorten_accelerator_calls,
     ),
     Patch(
-        "reduce gradients a bucket at a time",
+        "reduce gradients by bucket",
         _names(
             "optimizer",
             f"{PRIVATE}avg_scatter_grads",
@@ -254,7 +254,7 @@ PATCHES = (
         stages=(3,),
         apply=_reduce_whole_buckets,
     ),
-    Patch("take one norm of all gradients", ("optimizer.get_grad_norm_direct",), apply=_take_one_norm),
+    Patch("compute one norm of all gradients", ("optimizer.get_grad_norm_direct",), apply=_take_one_norm),
     Patch(
         "check all gradients together for infinities",
         _names(
@@ -268,7 +268,7 @@ PATCHES = (
         apply=_check_finite_together,
     ),
     Patch(
-        "reduce the gradients of several passes once",
+        "reduce the gradients of several passes together",
         (
             *_names("engine", "coalesce_grad_reduction", *FLUSHES, "_config.communication_data_type"),
             *_names("optimizer", "communication_data_type", "ipg_buckets", "gradient_accumulation_dtype", "dtype"),
@@ -288,7 +288,7 @@ PATCHES = (
         is_needed=True,
     ),
     Patch(
-        "forget the gradients of a skipped step",
+        "discard the gradients of a skipped step",
         _names("optimizer", "reset_cpu_buffers", "averaged_gradients", "cpu_offload"),
         stages=(1, 2),
         apply=_forget_skipped_gradients,

@@ -31,7 +31,7 @@ def test_a_schedule_with_other_numbers_is_found(monkeypatch):
 def test_a_state_that_is_not_carried_is_found(monkeypatch):
     recurrence = prefix_recurrence.PrefixRecurrence
     monkeypatch.setattr(recurrence, "next_memory", lambda self, memory, *inputs: memory)
-    assert "ours: the loss is without the first segment" in find_wrong_results(CPU)
+    assert "ours: the loss ignores the first segment" in find_wrong_results(CPU)
 
 
 @pytest.mark.parametrize("bptt_depth", [0, 2])
@@ -49,4 +49,4 @@ def test_a_memory_that_gradient_does_not_reach_is_found(monkeypatch, bptt_depth)
 def test_a_memory_that_is_not_carried_is_found(monkeypatch):
     encode = RecurrentMemoryBart.encode
     monkeypatch.setattr(RecurrentMemoryBart, "encode", lambda self, ids: encode(self, ids[:, -1:]))
-    assert "RMT: the loss is without the first segment" in find_wrong_results(CPU)
+    assert "RMT: the loss ignores the first segment" in find_wrong_results(CPU)

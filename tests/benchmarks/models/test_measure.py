@@ -139,9 +139,9 @@ def test_other_models_keep_less_when_layers_are_recomputed(model):
 
 
 def test_what_only_ours_has_is_refused_of_others():
-    with pytest.raises(ValueError, match="only ours"):
+    with pytest.raises(ValueError, match="only the model ours"):
         build_benchmark_model(Case("led", 2, checkpointing="segment"), PLACE)
-    with pytest.raises(ValueError, match="only ours"):
+    with pytest.raises(ValueError, match="only the model ours"):
         build_benchmark_model(Case("rmt", 2, task="sections"), PLACE)
 
 

@@ -36,14 +36,14 @@ def test_one_that_fails_is_told_of_with_its_last_lines(tmp_path):
 
 
 def test_one_that_takes_too_long_is_asked_to_end(tmp_path):
-    with pytest.raises(RuntimeError, match=r"^not over after 0\.5 s: begun$"):
+    with pytest.raises(RuntimeError, match=r"^time limit of 0\.5 s reached: begun$"):
         run_process(["bash", "-c", "echo begun; exec sleep 99"], tmp_path / "log", timeout_seconds=0.5)
     assert not any(child.name() in ("bash", "sleep") for child in psutil.Process().children())
 
 
 def test_one_that_does_not_listen_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(launched_processes, "GRACE_SECONDS", 0.1)
-    with pytest.raises(RuntimeError, match=r"^not over"):
+    with pytest.raises(RuntimeError, match=r"^time limit of"):
         run_process(["bash", "-c", "trap '' TERM; sleep 2"], tmp_path / "log", timeout_seconds=0.3)
     assert not any(child.name() == "bash" for child in psutil.Process().children())
 

@@ -71,5 +71,5 @@ def test_both_loops_make_as_many_steps_on_one_sharded_engine(tmp_path, flags, mo
 
 def test_a_step_of_several_passes_has_no_bare_one_beside_it(flags, alone):
     arguments = parse_arguments(flags("--gradient_accumulation_steps", "2"))
-    with pytest.raises(ValueError, match="one forward and backward pass"):
+    with pytest.raises(ValueError, match="one forward and one backward pass"):
         measure_loop(arguments, alone, 1)

@@ -37,7 +37,7 @@ def test_steps_of_the_warm_up_and_other_lines_are_left_out():
 def test_a_line_that_the_warm_up_reaches_into_is_left_out():
     records = [line(4, 1, 1.0), line(8, 2, 1.0)]
     assert Speed.of(records, n_warmup=4, log_every=4).tokens_per_second == [2]
-    with pytest.raises(ValueError, match="nothing was logged of the steps after the first 5"):
+    with pytest.raises(ValueError, match="the log has no line after the 5 steps of --warmup"):
         Speed.of(records, n_warmup=5, log_every=4)
 
 
@@ -64,6 +64,6 @@ def test_the_file_has_a_line_for_each_start():
     results[Launch("loop", 1, ZERO2)] = LoopCost(MEASURED, [1.5], [1.0])
     runs, loop = lines_of(results)
     assert (runs["part"], runs["processes"], runs["sharding"], runs["figures"]) == ("runs", 1, "zero2", None)
-    assert runs["outcome"] == "left out: the time was over"
+    assert runs["outcome"] == "not measured: the time limit is reached"
     assert loop["figures"]["cost"] == 0.5
     assert loop["measured"] == {"trainer_seconds": [1.5], "bare_seconds": [1.0]}

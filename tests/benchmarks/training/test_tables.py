@@ -42,7 +42,7 @@ def test_what_there_is_nothing_to_compare_with_for_stays_empty():
     rows = rows_of(results)
     assert rows["2", "zero3", 11][:4] == ["800", "400", "", ""]
     assert rows["1", "zero3", 11][-1] == "failed, exit code 1: [/red] out of memory"
-    assert rows["2", "zero2", 11][-1] == "left out: the time was over"
+    assert rows["2", "zero2", 11][-1] == "not measured: the time limit is reached"
 
 
 def test_the_loop_has_a_table_of_its_own():

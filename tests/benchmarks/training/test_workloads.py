@@ -40,9 +40,9 @@ def test_on_gpus_it_is_bart_base_over_eight_segments():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("--output_dir", "x"), "--output_dir: it is set"),
-        (("--max_steps=3",), "--max_steps=3: it is set"),
-        (("--resume", "x"), "--resume: it is set"),
+        (("--output_dir", "x"), "--output_dir: the benchmark sets this flag"),
+        (("--max_steps=3",), "--max_steps=3: the benchmark sets this flag"),
+        (("--resume", "x"), "--resume: the benchmark sets this flag"),
         (("--max_n_segments", "-1"), "--max_n_segments"),
         (("--modelsize", "base"), "unknown argument --modelsize; did you mean --model_size?"),
     ],

@@ -85,7 +85,7 @@ def test_a_whole_document_is_as_long_as_its_segments_are_together():
     collator = collate_as("whole", Collator("document", SIZES, [0], [2], 1, 12))
     batch = collator([row])
     assert batch.input_ids.tolist() == [[[0, *row["sections"][0][:30], 2]]]
-    with pytest.raises(ValueError, match="LED needs a longest document"):
+    with pytest.raises(ValueError, match="LED needs a maximum document length"):
         collate_as("whole", Collator("document", SegmentSizes(8, 8, -1), [0], [2], 1, 12))
 
 

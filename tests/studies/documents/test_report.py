@@ -72,7 +72,7 @@ def means(cell):
 
 def test_at_equal_time_each_has_its_best_evaluation(groups):
     """Check that a seed that gets worse counts with its best evaluation."""
-    head, ours, fast = rows_of(text_report(groups), "equal time, 100 s")
+    head, ours, fast = rows_of(text_report(groups), "equal time: 100 s")
     assert head == ["model", "seeds", "steps", "seconds", "M tokens read", "loss", "difference"]
     assert ours[:5] == ["ours", "2", "20", "100", "0.0"]
     assert means(ours[5]) == [1.75]
@@ -84,7 +84,7 @@ def test_at_equal_time_each_has_its_best_evaluation(groups):
 
 
 def test_at_equal_data_all_have_done_the_same_steps(groups):
-    _, ours, fast = rows_of(text_report(groups), "equal data, 20 steps")
+    _, ours, fast = rows_of(text_report(groups), "equal data: 20 steps")
     assert means(ours[5]) == [1.75]
     assert (fast[2], means(fast[5]), means(fast[6])) == ("10", [2.5], [0.75])
     # with both seeds, the loss is 1.0 higher on document a and 0.5 higher on document b
@@ -92,7 +92,7 @@ def test_at_equal_data_all_have_done_the_same_steps(groups):
 
 
 def test_loss_is_told_by_where_targets_stand(groups):
-    head, ours, fast = rows_of(text_report(groups), "Loss at equal time by tokens")
+    head, ours, fast = rows_of(text_report(groups), "Loss and difference at equal time, by position")
     assert head == ["model", "to 512 (2)", "to 1,024 (1)"]
     assert [means(cell) for cell in ours[1:]] == [[pytest.approx(10 / 6, abs=1e-3)], [2.0]]
     assert [means(cell) for cell in fast[1:]] == [[1.75, pytest.approx(0.083)], [1.75, -0.25]]
@@ -100,7 +100,7 @@ def test_loss_is_told_by_where_targets_stand(groups):
 
 
 def test_texts_are_compared_where_all_have_them(groups):
-    head, ours, fast = rows_of(text_report(groups), "Texts generated")
+    head, ours, fast = rows_of(text_report(groups), "ROUGE F-measure")
     assert head == ["model (2 texts)", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
     assert [means(cell) for cell in ours[1:]] == [[10.5], [2.0], [3.0]]
     assert means(fast[1]) == [10.5, 0.0]
@@ -122,7 +122,7 @@ def test_only_what_all_have_is_compared(tmp_path):
 
 def test_without_a_common_seed_nothing_is_compared(tmp_path):
     runs = [write_record(tmp_path, "ours", 0, CURVES["ours", 0]), write_record(tmp_path, "fast", 1, CURVES["fast", 1])]
-    with pytest.raises(ValueError, match="no seed with which every model"):
+    with pytest.raises(ValueError, match="no seed has a finished run of every model"):
         text_report(read_results(tmp_path, runs))
 
 
@@ -133,7 +133,7 @@ def test_what_was_cut_off_early_bounds_what_is_equal(tmp_path):
     records = with_common_seeds({name: own for (_, name), own in groups.items()})
     assert (equal_seconds(records), equal_step(records)) == (30, 0)
     text = text_report(groups)
-    _, ours, fast, late = rows_of(text, "equal time, 30 s")
+    _, ours, fast, late = rows_of(text, "equal time: 30 s")
     # our model was not evaluated before 30 s
     assert ours == ["ours", "1", "", "", "", "", ""]
     assert (means(fast[5]), means(late[5])) == ([2.5], [2.0])
@@ -158,7 +158,7 @@ def test_differences_of_seeds_make_a_paired_t_interval(tmp_path, is_reversed):
     # the report finds the seeds of one model in reverse order
     runs = [*runs[::2], *(runs[::-2] if is_reversed else runs[1::2])]
     text = text_report(read_results(tmp_path, runs))
-    _, _, other = rows_of(text, "equal time, 100 s")
+    _, _, other = rows_of(text, "equal time: 100 s")
     assert other[6] == "+0.300 [-0.357, +0.957]"
     head, loss, *scores = rows_of(text, "Intervals of the differences")
     assert head == ["model", "difference of", "over documents", "over seeds"]

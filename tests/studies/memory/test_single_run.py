@@ -182,7 +182,7 @@ def test_its_loss_is_trained_by_its_weight_but_not_reported():
 
 
 def test_tasks_without_a_place_to_ask_at_have_no_loss_of_the_encoder():
-    with pytest.raises(ValueError, match="encoder_loss: the answers of copy"):
+    with pytest.raises(ValueError, match=r"encoder_loss=1\.0: must be 0 for the task copy"):
         SingleRun(short_run(encoder_loss=1.0), CPU)
 
 

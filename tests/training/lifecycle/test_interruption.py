@@ -87,7 +87,7 @@ def test_a_loss_is_far_above_when_it_is_twice_the_median_and_half_a_nat_more():
     lines = [{"step": step, "loss": 1.0} for step in range(FEWEST)]
     assert not any(watch.warning(line) for line in lines)
     assert watch.warning({"step": 8, "loss": 1.9}) is None
-    assert watch.warning({"step": 9, "loss": 2.1}) == "step 9: the loss is 2.1, its median before was 1"
+    assert watch.warning({"step": 9, "loss": 2.1}) == "step 9: the loss is 2.1, the median of earlier losses is 1"
     assert watch.n_in_row == 1
     # a log line without a loss: all of its steps were skipped
     assert watch.warning({"step": 10}) is None

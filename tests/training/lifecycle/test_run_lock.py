@@ -48,7 +48,7 @@ def test_a_lock_is_a_file_while_it_is_held(lock, tmp_path):
 
 def test_a_second_run_is_refused_and_told_who_holds_it(lock, tmp_path):
     lock.acquire()
-    with pytest.raises(ValueError, match=f"a run is going on there \\(process {os.getpid()} on "):
+    with pytest.raises(ValueError, match=f"another run uses this folder \\(process {os.getpid()} on "):
         RunLock(tmp_path, holder()).acquire()
     assert json.loads((tmp_path / "lock").read_text())["token"] == lock.holder.token
 
@@ -114,7 +114,7 @@ def test_a_killed_process_that_nobody_has_waited_for_holds_nothing(lock, tmp_pat
     killed = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     started = run_lock.psutil.Process(killed.pid).create_time()
     write_lock(tmp_path, holder(pid=killed.pid, started=started))
-    with pytest.raises(ValueError, match="a run is going on"):
+    with pytest.raises(ValueError, match="another run uses this folder"):
         lock.acquire()
     killed.kill()
     while run_lock.psutil.Process(killed.pid).status() != run_lock.psutil.STATUS_ZOMBIE:
@@ -189,7 +189,7 @@ def test_a_run_whose_lock_was_taken_over_ends_and_leaves_the_lock(lock, tmp_path
     other = holder(host="node7", machine="node7")
     write_lock(tmp_path, other)
     time.sleep(0.5)
-    with pytest.raises(RunLockLostError, match="another run has taken it over"):
+    with pytest.raises(RunLockLostError, match="another run has taken over this folder"):
         lock.check()
     lock.release()
     assert json.loads((tmp_path / "lock").read_text())["token"] == other.token

@@ -201,12 +201,12 @@ def test_auto_elsewhere_leaves_it_to_deepspeed(load):
             "zero_optimization.offload_param.device: Input should be 'none', 'cpu' or 'nvme'",
         ),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size: "),
-        ({"zero_optimization": 2}, "zero_optimization: a JSON object is needed"),
+        ({"zero_optimization": 2}, "zero_optimization: must be a JSON object"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0; allowed are 1, 2, 3"),
         ({"zero_optimization": {}}, "zero_optimization.stage is None; allowed are 1, 2, 3"),
         ({"bf16": {"enable": "auto"}}, "unknown key 'bf16.enable'; did you mean 'enabled'?"),
-        ({"bf16": {"enabled": True}}, "key 'bf16.enabled' must be \"auto\": it is set by --precision"),
-        ({"bf16": True}, "bf16: a JSON object is needed"),
+        ({"bf16": {"enabled": True}}, "key 'bf16.enabled' must be \"auto\", because --precision sets the value"),
+        ({"bf16": True}, "bf16: must be a JSON object"),
         (
             {"data_types": {"grad_accum_type": "fp32"}},
             "unknown key 'data_types.grad_accum_type'; did you mean 'grad_accum_dtype'?",
@@ -218,18 +218,18 @@ def test_auto_elsewhere_leaves_it_to_deepspeed(load):
         ({"aio": {"queue": 2}}, "unknown key 'aio.queue'"),
         (
             {"train_micro_batch_size_per_gpu": 4},
-            "key 'train_micro_batch_size_per_gpu' must be \"auto\": it is set by --per_device_train_batch_size",
+            "key 'train_micro_batch_size_per_gpu' must be \"auto\", because --per_device_train_batch_size",
         ),
         (
             {"gradient_accumulation_steps": 4},
-            "key 'gradient_accumulation_steps' must be \"auto\": it is set by --gradient_accumulation_steps",
+            "key 'gradient_accumulation_steps' must be \"auto\", because --gradient_accumulation_steps",
         ),
-        ({"gradient_clipping": 1.0}, "key 'gradient_clipping' must be \"auto\": it is set by --max_grad_norm"),
-        ({"optimizer": {"type": "Adam"}}, "key 'optimizer' does not belong there: the optimizer is AdamW, set by"),
-        ({"scheduler": {"type": "WarmupLR"}}, "key 'scheduler' does not belong there: the schedule is set by"),
-        ({"fp16": {"enabled": True}}, "key 'fp16' does not belong there: BART overflows in fp16"),
-        ({"train_batch_size": 32}, "key 'train_batch_size' does not belong there: it follows from"),
-        ({"activation_checkpointing": {}}, "it is set by --gradient_checkpointing"),
+        ({"gradient_clipping": 1.0}, "key 'gradient_clipping' must be \"auto\", because --max_grad_norm"),
+        ({"optimizer": {"type": "Adam"}}, "key 'optimizer' is not allowed: the optimizer is AdamW, set by"),
+        ({"scheduler": {"type": "WarmupLR"}}, "key 'scheduler' is not allowed: the schedule is set by"),
+        ({"fp16": {"enabled": True}}, "key 'fp16' is not allowed: BART overflows in fp16"),
+        ({"train_batch_size": 32}, "key 'train_batch_size' is not allowed: the value follows from"),
+        ({"activation_checkpointing": {}}, "is not allowed: use --gradient_checkpointing"),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_the_key(load, changes, message):
@@ -245,9 +245,9 @@ def test_what_is_wrong_is_one_line_that_names_the_key(load, changes, message):
     [
         ("", r"ds.json:1: not JSON"),
         ('{\n  "zero_optimization": {"stage": 2},\n}', r"ds.json:3: not JSON"),
-        ("[]", r"ds.json: a JSON object is needed"),
-        ("{}", r"ds.json: no key 'zero_optimization'"),
-        ('{"zero_optimization": {"stage": 2, "stage": 3}}', r"ds.json: key 'stage' stands there twice"),
+        ("[]", r"ds.json: the file must hold a JSON object"),
+        ("{}", r"ds.json: key 'zero_optimization' is missing"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', r"ds.json: key 'stage' appears twice"),
     ],
 )
 def test_unreadable_files_are_refused(load, text, message):
