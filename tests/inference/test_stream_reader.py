@@ -251,7 +251,7 @@ def test_a_state_of_a_model_that_differs_in_one_field_is_refused(make_reader, tm
     reader.load(path)
     assert getattr(reader.model.config, name) != OTHER_FIELDS[name]
     setattr(reader.model.config, name, OTHER_FIELDS[name])
-    with pytest.raises(ValueError, match=f"the state is of another model, {name} is"):
+    with pytest.raises(ValueError, match=f"the state was saved with a different model: {name} is"):
         reader.load(path)
 
 
