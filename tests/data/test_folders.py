@@ -133,5 +133,7 @@ def test_a_text_in_a_different_encoding_is_named(tmp_path):
     write_pair(tmp_path, "a")
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
     source = find_sources("stdlib", train_file=str(tmp_path), validation_file=str(tmp_path))["train"]
-    with pytest.raises(ValueError, match=r"a.txt: unreadable \(byte 0xe9 is not utf-8; --encoding"):
+    with pytest.raises(
+        ValueError, match=r"a.txt: unreadable \(byte 0xe9 is not utf-8; give the encoding of the file with --encoding"
+    ):
         texts(source)
