@@ -17,11 +17,11 @@ train: $(INSTALLED)
 # worksteal keeps the tests of a module together, so its fixture starts processes once.
 TEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 pytest -n 2 --dist worksteal
 
-# leaves out the slow tests; -m replaces the expression of pyproject.toml
+# leaves out slow tests and those that start several processes; -m replaces the expression of pyproject.toml
 test: $(INSTALLED)
-	$(TEST) -m 'not gpu and not slurm and not browser and not slow'
+	$(TEST) -m 'not gpu and not slurm and not browser and not slow and not distributed'
 
-# also runs the slow tests: most of them start launchers, several processes or every command of a page
+# also runs launchers, several processes and every command of the pages
 test-all: $(INSTALLED)
 	$(TEST)
 

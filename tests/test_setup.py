@@ -79,11 +79,11 @@ def test_a_goal_sets_up_once_and_does_its_job(checkout):
     assert make(checkout, "train") == (0, ["deepspeed --quiet launch/train.py --deepspeed ds_configs/zero3.json"])
 
 
-def test_slow_tests_alone_are_left_out_of_the_short_run(checkout):
+def test_the_short_run_leaves_out_slow_tests_and_those_of_several_processes(checkout):
     (*_, short), (*_, whole) = make(checkout, "test")[1], make(checkout, "test-all")[1]
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
     (left_out,) = re.findall("-m '(.+)'", settings)
-    assert short == f"{whole} -m {left_out} and not slow"
+    assert short == f"{whole} -m {left_out} and not slow and not distributed"
 
 
 def test_a_set_up_of_minutes_is_not_silent(checkout):
