@@ -28,7 +28,7 @@ from recurrent_bart.checkpointing.process_state import (
 from recurrent_bart.checkpointing.resumed_settings import keep_given_settings
 from recurrent_bart.checkpointing.retention import checkpoints_to_delete
 from recurrent_bart.checkpointing.universal import reading_universal, write_universal
-from recurrent_bart.data.corpus import fingerprint
+from recurrent_bart.data.fingerprints import fingerprint
 from recurrent_bart.distributed import barrier, from_first, gather_objects, is_first, only_first, rank, world_size
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.run_folder import versions

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, plan_documents
-from recurrent_bart.data.corpus import atomic_directory, fingerprint, load_corpus, texts_of
+from recurrent_bart.data.corpus import atomic_directory, load_corpus, texts_of
+from recurrent_bart.data.fingerprints import fingerprint
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.text_files import check_encoding
