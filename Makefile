@@ -7,15 +7,23 @@ export PATH := $(VENV)/bin:$(PATH)
 
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: train test test-slurm test-browser check bench chaos clean
+.PHONY: train test test-all test-slurm test-browser check bench chaos clean
 
 # trains on the embedded corpus, on the GPUs of this host or its CPU
 train: $(INSTALLED)
 	deepspeed --quiet launch/train.py --deepspeed ds_configs/zero3.json
 
 # One thread per process: more threads would wait for each other. Triton's interpreter runs GPU kernels on the CPU.
+# worksteal keeps the tests of a module together, so its fixture starts processes once.
+TEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 pytest -n 2 --dist worksteal
+
+# leaves out slow tests and those that start several processes; -m replaces the expression of pyproject.toml
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 pytest -n 2
+	$(TEST) -m 'not gpu and not slurm and not browser and not slow and not distributed'
+
+# also runs launchers, several processes and every command of the pages
+test-all: $(INSTALLED)
+	$(TEST)
 
 # root starts a SLURM cluster; other users skip these tests with the reason
 test-slurm: $(INSTALLED)

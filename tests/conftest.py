@@ -10,6 +10,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 from launching import load_script
+from process_state import ProcessState
 from runs import write_documents
 from tiny import PLAIN, tiny_model
 
@@ -17,6 +18,16 @@ from tiny import PLAIN, tiny_model
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _process_state():
+    """Restore the environment and the loggers; fail the test if it ended the process group that later tests need."""
+    state = ProcessState()
+    yield
+    state.restore()
+    if lost := state.lost_group():
+        pytest.fail(lost)
 
 
 @pytest.fixture
@@ -38,28 +49,20 @@ def documents(tmp_path_factory):
 
 
 @pytest.fixture
-def _environ():
-    """Restore the environment after the test."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture
-def _no_curves(monkeypatch):
-    """Disable the plots of runs: they take half of a short run's time and have separate tests."""
+def _short_evaluations(monkeypatch):
+    """Disable plots and probes of runs: they take half of a short run's time and have separate tests."""
     monkeypatch.setattr("recurrent_bart.training.session.draw_curves", lambda records, path: None)
+    monkeypatch.setattr("recurrent_bart.training.session.probe_recurrence", lambda model, evaluator: {})
 
 
 @pytest.fixture
-def train_main(_environ, _no_curves):
+def train_main(_short_evaluations):
     """Return `main` of launch/train.py, which runs in this process."""
     return load_script("train").main
 
 
 @pytest.fixture
-def alone(_environ, _no_curves):
+def alone(_short_evaluations):
     """Set the environment of a run with one process."""
     from recurrent_bart.training.environment import start_processes
 

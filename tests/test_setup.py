@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def test_a_goal_sets_up_once_and_does_its_job(checkout):
     assert make(checkout, "train") == (0, ["deepspeed --quiet launch/train.py --deepspeed ds_configs/zero3.json"])
 
 
+def test_the_short_run_leaves_out_slow_tests_and_those_of_several_processes(checkout):
+    (*_, short), (*_, whole) = make(checkout, "test")[1], make(checkout, "test-all")[1]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    (left_out,) = re.findall("-m '(.+)'", settings)
+    assert short == f"{whole} -m {left_out} and not slow and not distributed"
+
+
 def test_a_set_up_of_minutes_is_not_silent(checkout):
     _, calls, printed = make_and_listen(checkout, "test")
     (announced,) = [number for number, line in enumerate(printed) if line.startswith("installing ")]
@@ -129,7 +137,7 @@ def test_what_must_pass_is_the_check_and_the_tests(tmp_path):
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     assert subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment).returncode == 0
     assert (tmp_path / "log").read_text().splitlines() == [
-        f"make {goal}" for goal in ("check", "test", "test-slurm", "test-browser")
+        f"make {goal}" for goal in ("check", "test-all", "test-slurm", "test-browser")
     ]
     (tmp_path / "log.fails-make").touch()
     assert subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment).returncode != 0

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
+from recurrent_bart.data.fingerprints import tokenizer_identity
 from recurrent_bart.data.rows import Columns, Row, refuse
 from recurrent_bart.data.sources import Source
 from recurrent_bart.data.text_encoder import TextEncoder
@@ -22,23 +23,6 @@ CACHE_VERSION = 3
 ABOUT = "about.json"
 # Documents per tokenizer call; a fast tokenizer processes them in parallel threads.
 BATCH = 64
-# Arguments of slow tokenizers that do not change the ids of a text.
-NO_SETTINGS = {
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "auto_map",
-    "backend",
-    "extra_special_tokens",
-    "is_local",
-    "local_files_only",
-    "model_max_length",
-    "name_or_path",
-    "padding_side",
-    "processor_class",
-    "tokenizer_class",
-    "truncation_side",
-    "trust_remote_code",
-}
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -135,26 +119,6 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
             }
         )
     return records
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all settings that decide the ids of a text. The tokenizer's path does not change the hash."""
-    # Gaps of a text become the mask token, which the backend of a fast tokenizer does not name.
-    mask = getattr(tokenizer, "mask_token_id", None)
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        return fingerprint(tokenizer.backend_tokenizer.to_str(), mask)
-    # Hash vocabulary files by content, not by path.
-    files = [str(tokenizer.init_kwargs.get(name)) for name in sorted(tokenizer.vocab_files_names)]
-    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()]
-    settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if _is_setting(name, value)}
-    added = sorted((number, repr(token)) for number, token in tokenizer.added_tokens_decoder.items())
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return fingerprint(type(tokenizer).__name__, vocabulary, sorted(settings.items()), added, hashes, mask)
-
-
-def _is_setting(name: str, value: Any) -> bool:
-    is_path = name.endswith(("_file", "_path")) or (isinstance(value, str) and Path(value).is_absolute())
-    return value is not None and not is_path and name not in NO_SETTINGS and not name.endswith("_token")
 
 
 def texts_of(rows: Iterable[Row]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from recurrent_bart.data.corpus import tokenizer_identity
+from recurrent_bart.data.fingerprints import tokenizer_identity
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.distributed import is_first

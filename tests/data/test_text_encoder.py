@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, BertJapaneseTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
-from recurrent_bart.data.corpus import NO_SETTINGS, load_corpus, tokenizer_identity
+from recurrent_bart.data.corpus import load_corpus
+from recurrent_bart.data.fingerprints import NO_SETTINGS, tokenizer_identity
 from recurrent_bart.data.gap_sentences import GAP
 from recurrent_bart.data.rows import Columns
 from recurrent_bart.data.sources import find_sources

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from recurrent_bart.checkpointing import checkpoint_files
 from recurrent_bart.data.batches import Collator
 from recurrent_bart.evaluation.evaluator import Evaluator
+from recurrent_bart.training import session
 from recurrent_bart.training.trainer import Trainer
 
 # Functions before which a fault can happen.
@@ -21,6 +22,13 @@ MOMENTS = {
     "save": (DeepSpeedEngine, "save_checkpoint"),
     "update": (DeepSpeedEngine, "step"),
 }
+
+
+def shorten(fault):
+    """Disable the probes of evaluations, which take a third of an evaluation's time, and inject a fault if any."""
+    session.probe_recurrence = lambda model, evaluator: {}
+    if fault:
+        fault()
 
 
 def before(moment, act, at=1):

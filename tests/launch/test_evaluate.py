@@ -26,6 +26,12 @@ def script():
     return load_script("evaluate")
 
 
+@pytest.fixture
+def evaluate(script, capsys):
+    """Return a function that runs the script in this process and returns its exit code and its output."""
+    return lambda *flags: (script.main(list(map(str, flags))), "".join(capsys.readouterr()))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Train a run on the sections of short documents."""
@@ -54,19 +60,19 @@ def evaluated(folder, n_documents, max_n_segments, num_beams):
     }
 
 
-def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path):
+def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path, evaluate):
     # Whole documents are read, although training used 3 segments per document.
     flags = ["--limit", 3, "--num_beams", 2]
-    ended = run_script(SCRIPT, "--model", folder.model, "--json", tmp_path / "figures.json", *flags, timeout=120)
-    assert ended.codes == [0], ended.text()
+    code, printed = evaluate("--model", folder.model, "--json", tmp_path / "figures.json", *flags)
+    assert code == 0, printed
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == evaluated(folder, n_documents=3, max_n_segments=-1, num_beams=2)
     assert figures["n_texts"] > figures["n_documents"] == 3
-    printed = dict(re.findall(r"^(\w+) +([\d.]+)", ended.text(), flags=re.MULTILINE))
-    assert printed["documents"] == "3"
-    assert printed["loss"] == f"{figures['loss']:.4f}"
-    assert {"rouge1", "rouge2", "rougeL", "rougeLsum"} < set(printed)
-    assert re.search(r"^rougeL +[\d.]+ \[[\d.]+, [\d.]+\]$", ended.text(), flags=re.MULTILINE)
+    shown = dict(re.findall(r"^(\w+) +([\d.]+)", printed, flags=re.MULTILINE))
+    assert shown["documents"] == "3"
+    assert shown["loss"] == f"{figures['loss']:.4f}"
+    assert {"rouge1", "rouge2", "rougeL", "rougeLsum"} < set(shown)
+    assert re.search(r"^rougeL +[\d.]+ \[[\d.]+, [\d.]+\]$", printed, flags=re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -80,13 +86,11 @@ def test_two_processes_share_the_documents_and_print_once(folder, tmp_path):
     assert ended.text().count("rougeLsum") == 1
 
 
-def test_every_cut_is_said(folder, tmp_path):
+def test_every_cut_is_said(folder, tmp_path, evaluate):
     flags = ["--model", folder.model, "--json", tmp_path / "figures.json", "--max_n_segments", 2]
-    ended = run_script(SCRIPT, *flags, "--max_target_length", 5, timeout=120)
-    assert ended.codes == [0], ended.text()
-    lines = re.findall(
-        r"^cut +(\d+) of (\d+) \([\d.]+ %\) validation (\w+) .*(--\w+)$", ended.text(), flags=re.MULTILINE
-    )
+    code, printed = evaluate(*flags, "--max_target_length", 5)
+    assert code == 0, printed
+    lines = re.findall(r"^cut +(\d+) of (\d+) \([\d.]+ %\) validation (\w+) .*(--\w+)$", printed, flags=re.MULTILINE)
     assert [line[2:] for line in lines] == [
         ("documents", "--max_n_segments"),
         ("targets", "--max_n_segments"),
@@ -161,28 +165,28 @@ def test_a_flag_out_of_range_is_named_in_one_line(flags, message, script, folder
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_a_split_that_is_not_there_is_named_in_one_line(folder):
-    ended = run_script(SCRIPT, "--model", folder.model, "--split", "test", timeout=60)
-    assert ended.codes == [2]
-    assert "error: --split test: the data set has the splits train, validation\n" in ended.text()
-    assert "Traceback" not in ended.text()
+def test_a_split_that_is_not_there_is_named_in_one_line(folder, evaluate):
+    code, printed = evaluate("--model", folder.model, "--split", "test")
+    assert code == 2
+    assert "error: --split test: the data set has the splits train, validation\n" in printed
+    assert "Traceback" not in printed
 
 
-def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path):
+def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path, evaluate):
     model = shutil.copytree(folder.model, tmp_path / "run" / "model")
     shutil.copy(folder.config_file, tmp_path / "run")
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(settings | {"min_length": 60}))
     flags = ["--model", model, "--limit", 2, "--max_target_length", 1200]
-    ended = run_script(SCRIPT, *flags, timeout=120)
-    assert ended.codes == [0], ended.text()
-    assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in ended.text()
-    assert "generation up to 64 tokens; greedy; min_length 60" in ended.text()
-    assert "of the targets cannot be generated with the model's setting min_length 60" in ended.text()
-    ended = run_script(SCRIPT, *flags, "--min_new_tokens", 0, timeout=120)
-    assert ended.codes == [0], ended.text()
-    assert "cannot be generated" not in ended.text()
-    assert "min_length" not in ended.text()
+    code, printed = evaluate(*flags)
+    assert code == 0, printed
+    assert "warning: --max_target_length 1200: targets and generated texts end after 64 tokens" in printed
+    assert "generation up to 64 tokens; greedy; min_length 60" in printed
+    assert "of the targets cannot be generated with the model's setting min_length 60" in printed
+    code, printed = evaluate(*flags, "--min_new_tokens", 0)
+    assert code == 0, printed
+    assert "cannot be generated" not in printed
+    assert "min_length" not in printed
 
 
 def test_the_folder_of_a_run_is_no_model(script, folder, capsys):

@@ -5,6 +5,8 @@ import pytest
 from forked import launched, run_script
 
 PREFLIGHT = "launch/preflight.py"
+# even a node alone is a process of its own, which ends without cleanup
+pytestmark = pytest.mark.distributed
 
 
 def test_a_node_alone(tmp_path):
@@ -23,7 +25,6 @@ def test_what_is_wrong_decides_the_exit_code(tmp_path):
     assert "GiB of memory free, at least 1e+09 required" in line
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
 def test_the_network_within_and_between_nodes_is_measured(tmp_path):
     flags = ["--per_node", 2, "--folder", tmp_path, "--min_between", 1e6]

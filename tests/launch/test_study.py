@@ -247,8 +247,12 @@ def test_a_mistake_is_one_line(script, capsys, flags, message):
     assert message in error
 
 
-def test_a_worker_loads_nothing_that_it_does_not_need():
-    program = "import sys, runpy; runpy.run_path(sys.argv[1]); print(*sys.modules)"
-    code, output = run([sys.executable, "-c", program, SCRIPT], timeout=60)
+def test_a_worker_and_a_summary_load_nothing_that_they_do_not_need():
+    """Load both scripts in one new process: its imports take longer than the scripts."""
+    program = "import sys, runpy\nfor script in sys.argv[1:]: runpy.run_path(script); print(*sys.modules)"
+    code, output = run([sys.executable, "-c", program, SCRIPT, SCRIPT.with_name("summarize.py")], timeout=60)
     assert code == 0, output
-    assert not {"deepspeed", "wandb", "datasets", "rich", "rouge_score"} & set(output.split())
+    of_worker, of_both = map(set, map(str.split, output.splitlines()))
+    assert not {"deepspeed", "wandb", "datasets", "rich", "rouge_score"} & of_worker
+    assert "recurrent_bart.inference.summarizer" in of_both
+    assert not {"deepspeed", "wandb", "datasets", "pandas", "pyarrow", "matplotlib.axes", "rouge_score"} & of_both

@@ -107,6 +107,7 @@ def test_states_of_batches_can_be_put_together(documents, fields):
     assert torch.equal(torch.tensor(nested_numpify(first).memory), first.memory)
 
 
+@pytest.mark.distributed
 def test_states_are_gathered_over_processes(tmp_path):
     def work(rank):
         # accelerate looks at what a launcher would have set

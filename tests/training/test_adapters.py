@@ -132,7 +132,8 @@ def test_a_resumed_run_with_adapters_is_the_one_never_cut_off(train_main, docume
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_train_adapters_under_zero3(documents, tmp_path):
-    arguments = flags(documents, tmp_path / "run", deepspeed="ds_configs/zero3.json", lora_r=2, task="sections")
+    changes = {"deepspeed": "ds_configs/zero3.json", "lora_r": 2, "task": "sections", "max_steps": 2}
+    arguments = flags(documents, tmp_path / "run", **changes)
     ended = run_script("launch/train.py", *arguments, environments=launched(2))
     assert ended.codes == [0, 0], ended.text()
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

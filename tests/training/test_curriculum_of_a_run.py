@@ -7,6 +7,9 @@ import pytest
 from recurrent_bart.training.session import Session
 from runs import flags
 
+# one evaluation after the last step, because an evaluation takes longer than several steps
+EIGHT_STEPS = {"max_steps": 8, "eval_every": 8}
+
 
 def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -22,18 +25,18 @@ def figures(folder):
 
 
 def test_stages_end_after_their_steps(documents, tmp_path, train_main, capsys):
-    assert train_main(flags(documents, tmp_path / "run", curriculum="1,2,3", curriculum_steps=3, max_steps=8)) == 0
+    assert train_main(flags(documents, tmp_path / "run", curriculum="1,2,3", curriculum_steps=3, **EIGHT_STEPS)) == 0
     assert stages(tmp_path / "run") == [1, 1, 1, 2, 2, 2, 3, 3]
     assert "curriculum 1 to 1 / 2 / 3 segments per document; the next stage after 3 steps\n" in capsys.readouterr().out
 
 
 def test_without_a_number_of_steps_all_stages_have_the_same(documents, tmp_path, train_main):
-    assert train_main(flags(documents, tmp_path / "run", curriculum="1,2", max_steps=6)) == 0
+    assert train_main(flags(documents, tmp_path / "run", curriculum="1,2", eval_every=6)) == 0
     assert stages(tmp_path / "run") == [1, 1, 1, 2, 2, 2]
 
 
 def test_a_stage_ends_at_its_loss_which_all_of_a_line_must_be_of(documents, tmp_path, train_main):
-    changes = {"curriculum": "1,2,3", "curriculum_steps": 3, "curriculum_loss": 100.0, "log_every": 2, "max_steps": 8}
+    changes = {"curriculum": "1,2,3", "curriculum_steps": 3, "curriculum_loss": 100.0, "log_every": 2, **EIGHT_STEPS}
     assert train_main(flags(documents, tmp_path / "run", **changes)) == 0
     assert stages(tmp_path / "run") == [1, 2, 3, 3]
     changes |= {"curriculum_loss": 0.1}

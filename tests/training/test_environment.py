@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launching import LAUNCHED, run, torchrun
+from forked import launched, run_script
+from launching import LAUNCHED, run
 from recurrent_bart.training import environment
 from recurrent_bart.training.environment import (
     Environment,
@@ -92,13 +93,15 @@ def test_a_batch_job_has_its_number_and_that_of_its_restarts(monkeypatch, variab
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2], ids=["alone", "torchrun"])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_processes_join_without_a_gpu_and_without_noise(tmp_path, world_size):
-    folder = tmp_path / "model"
+    """Start one new process, which may print while it imports, and fork two ranks."""
+    folder, hidden = tmp_path / "model", {"CUDA_VISIBLE_DEVICES": ""}
     if world_size == 1:
-        code, printed = run([sys.executable, WORKER, folder], timeout=120, CUDA_VISIBLE_DEVICES="")
+        code, printed = run([sys.executable, WORKER, folder], timeout=120, **hidden)
     else:
-        code, printed = torchrun(world_size, WORKER, folder, timeout=120, CUDA_VISIBLE_DEVICES="")
+        ended = run_script(WORKER, folder, environments=[place | hidden for place in launched(2)], timeout=120)
+        code, printed = max(ended.codes), ended.text()
     assert code == 0, printed
     assert json.loads(next(line for line in printed.splitlines() if line.startswith("{"))) == {
         "rank": 0,

@@ -20,6 +20,7 @@ from monitoring.event_files import tensorboard_points, wandb_records, wandb_rows
 from recurrent_bart.monitoring import wandb_tracker
 from recurrent_bart.monitoring.fields import CHECKPOINTS, EVALUATIONS, FIELDS, SKIPS, STEPS
 from recurrent_bart.monitoring.tracker import curves_of
+from recurrent_bart.training.probing import probe_recurrence
 from recurrent_bart.training.trainer import Trainer
 from runs import flags
 
@@ -322,5 +323,7 @@ def test_a_recurrence_that_cannot_be_looked_at_stops_nothing(documents, tmp_path
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("recurrent_bart.training.probing.recurrence_metrics", fail)
+    # the fixture of short runs disables it
+    monkeypatch.setattr("recurrent_bart.training.session.probe_recurrence", probe_recurrence)
     assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
     assert "warning: the metrics of the recurrence could not be computed: out of memory" in "".join(capfd.readouterr())

@@ -88,7 +88,6 @@ def test_the_older_variable_disables_too(monkeypatch, text, expected):
     assert mode() == expected
 
 
-@pytest.mark.usefixtures("_environ")
 def test_what_the_commands_of_wandb_have_set_holds(monkeypatch, tmp_path):
     """Read what `wandb offline` and `wandb login --host` write to the working folder or the user's folder."""
     monkeypatch.setenv("WANDB_API_KEY", "0123")
@@ -111,7 +110,6 @@ def test_a_damaged_settings_file_says_nothing(tmp_path):
     assert wandb_settings() == {}
 
 
-@pytest.mark.usefixtures("_environ")
 def test_a_service_of_another_process_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_SERVICE", "2-1234-tcp-localhost-40000")
     set_wandb_environment(tmp_path, wandb_settings(), is_online=False)

@@ -40,7 +40,6 @@ def test_who_goes_first_in_one_round_goes_last_in_the_next():
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in rounds)
 
 
-@pytest.mark.usefixtures("_environ")
 def test_both_loops_make_as_many_steps_on_one_sharded_engine(tmp_path, flags, monkeypatch):
     steps = {"all": 0, "trainer": 0, "logged": 0}
 

@@ -11,6 +11,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 from forked import launched, run_script
+from process_state import ProcessState
+from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict, reducing_once
 from recurrent_bart.training.zero.gradient_sums import add_gradients
 from tiny import BUCKET, random_ids, tiny_model
@@ -26,7 +28,6 @@ SHARDINGS = {
     "zero3-persistent": {"stage": 3, "stage3_param_persistence_threshold": 100_000, "contiguous_gradients": True},
     "zero3-offload": {"stage": 3, "contiguous_gradients": True, **OFFLOAD},
 }
-sharded = pytest.mark.parametrize("zero", SHARDINGS.values(), ids=SHARDINGS)
 
 
 def configuration(zero, types=None, bf16=True):
@@ -90,14 +91,99 @@ def float64_sum(each, counts):
     return {name: sum(n * one[name].double() for one, n in zip(each, counts, strict=True)) for name in each[0]}
 
 
-@sharded
-def test_sums_of_many_passes_are_those_of_float32(alone, zero):
+@pytest.fixture(scope="module", params=SHARDINGS.values(), ids=SHARDINGS)
+def engine(request):
+    """Return an engine of each sharding, which several tests use: building it takes longer than some passes."""
+    state = ProcessState()
+    start_processes(timeout_minutes=2)
+    found = build(request.param)
+    state.restore()
+    return found
+
+
+@contextlib.contextmanager
+def learning(engine, rate=0.5):
+    """Set the learning rate, which is 0 before and after."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    yield
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+
+
+def test_sums_of_many_passes_are_those_of_float32(alone, engine):
     """Read four documents repeatedly; each document alone gives a term of the expected sum."""
     documents = batches(4)
-    engine = build(zero)
     each = [step_gradients(engine, [document], once=False) for document in documents]
-    found = step_gradients(engine, documents * 4)
-    assert relative_error(found, float64_sum(each, [4] * 4)) < 1e-5
+    found = step_gradients(engine, documents * 2)
+    assert relative_error(found, float64_sum(each, [2] * 4)) < 1e-5
+
+
+def test_between_passes_no_gradient_but_the_sums_is_kept(alone, engine):
+    with reducing_once(engine):
+        for batch in batches(2):
+            run_passes(engine, [batch])
+            assert all(parameter.grad is None for parameter in engine.module.parameters())
+    assert all(getattr(parameter, "grad_accum", None) is None for parameter in engine.module.parameters())
+    engine.step()
+
+
+def test_a_pass_that_fails_leaves_nothing_behind(alone, engine):
+    check_after_a_failed_pass(engine)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_pass_that_fails_leaves_nothing_behind_in_float32(alone, stage):
+    """With weights in float32, autograd itself sums the gradients of the passes."""
+    check_after_a_failed_pass(build({"stage": stage}, bf16=False))
+
+
+def check_after_a_failed_pass(engine):
+    documents = batches(4)
+    expected = step_gradients(engine, documents[2:])
+
+    def fail():
+        with reducing_once(engine):
+            run_passes(engine, documents[:2])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+    found = step_gradients(engine, documents[2:])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_pass_that_is_not_finite_spoils_the_step_alone(alone, engine):
+    documents = batches(4)
+    expected = step_gradients(engine, documents[2:])
+    before = full_state_dict(engine)
+    for n_passes in (1, 2):
+        with learning(engine):
+            with reducing_once(engine) if n_passes > 1 else contextlib.nullcontext():
+                run_passes(engine, documents[: n_passes - 1])
+                engine.backward(engine(**documents[1]).loss * math.nan)
+            engine.step()
+        assert not engine.was_step_applied()
+        after = full_state_dict(engine)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        found = step_gradients(engine, documents[2:])
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# last of the engine's tests, because it changes the weights
+def test_a_step_of_several_passes_moves_the_weights_by_their_sum(alone, engine):
+    """Check the update as well as the gradient; a second step must start without sums."""
+    documents = batches(6)
+    expected = full_state_dict(engine)
+    with learning(engine):
+        for step in (documents[:4], documents[4:]):
+            gradients = step_gradients(engine, step)
+            for name, gradient in gradients.items():
+                expected[name] = expected[name] - 0.5 * gradient
+    found = full_state_dict(engine)
+    for name in gradients:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -123,82 +209,16 @@ def test_sums_in_bfloat16_are_had_for_the_asking(alone):
     assert relative_error(step_gradients(engine, documents * 8), float64_sum(each, [8] * 4)) > 3e-3
 
 
-@sharded
-def test_a_step_of_several_passes_moves_the_weights_by_their_sum(alone, zero):
-    """Check the update as well as the gradient; a second step must start without sums."""
-    documents = batches(6)
-    engine = build(zero, rate=0.5)
-    expected = full_state_dict(engine)
-    for step in (documents[:4], documents[4:]):
-        gradients = step_gradients(engine, step)
-        for name, gradient in gradients.items():
-            expected[name] = expected[name] - 0.5 * gradient
-    found = full_state_dict(engine)
-    for name in gradients:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
-
-
-@sharded
-def test_between_passes_no_gradient_but_the_sums_is_kept(alone, zero):
-    engine = build(zero)
-    with reducing_once(engine):
-        for batch in batches(2):
-            run_passes(engine, [batch])
-            assert all(parameter.grad is None for parameter in engine.module.parameters())
-    assert all(getattr(parameter, "grad_accum", None) is None for parameter in engine.module.parameters())
-    engine.step()
-
-
-# with weights in float32, autograd itself sums the gradients of the passes
-FAILING = {name: (zero, True) for name, zero in SHARDINGS.items()}
-FAILING |= {f"float32-zero{stage}": ({"stage": stage}, False) for stage in (1, 2, 3)}
-
-
-@pytest.mark.parametrize(("zero", "bf16"), FAILING.values(), ids=FAILING)
-def test_a_pass_that_fails_leaves_nothing_behind(alone, zero, bf16):
-    documents = batches(4)
-    expected = step_gradients(build(zero, bf16=bf16), documents[2:])
-    engine = build(zero, bf16=bf16)
-
-    def fail():
-        with reducing_once(engine):
-            run_passes(engine, documents[:2])
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert all(parameter.grad is None for parameter in engine.module.parameters())
-    found = step_gradients(engine, documents[2:])
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("n_passes", [1, 2])
-@sharded
-def test_a_pass_that_is_not_finite_spoils_the_step_alone(alone, zero, n_passes):
-    documents = batches(4)
-    expected = step_gradients(build(zero), documents[2:])
-    engine = build(zero, rate=0.5)
-    before = full_state_dict(engine)
-    with reducing_once(engine) if n_passes > 1 else contextlib.nullcontext():
-        run_passes(engine, documents[: n_passes - 1])
-        engine.backward(engine(**documents[1]).loss * math.nan)
-    engine.step()
-    assert not engine.was_step_applied()
-    after = full_state_dict(engine)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    found = step_gradients(engine, documents[2:])
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 3}], ids=str)
-@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "whole"])
-def test_tied_and_frozen_parameters_are_summed_too(alone, zero, is_tied, is_frozen):
+# every pair of stage, tied and frozen
+@pytest.mark.parametrize(
+    ("stage", "is_tied", "is_frozen"), [(2, True, True), (2, False, False), (3, True, False), (3, False, True)]
+)
+def test_tied_and_frozen_parameters_are_summed_too(alone, stage, is_tied, is_frozen):
     def trained(name):
         return not is_frozen or "recurrence." in name or "shared" in name
 
     documents = batches(4)
-    engine = build(zero, trained=trained, tie_word_embeddings=is_tied)
+    engine = build({"stage": stage}, trained=trained, tie_word_embeddings=is_tied)
     each = [step_gradients(engine, [document], once=False) for document in documents]
     assert relative_error(step_gradients(engine, documents), float64_sum(each, [1] * 4)) < 1e-6
 
