@@ -243,7 +243,7 @@ def _file_records(source: Source, on_bad: OnBad) -> Records:
 
 
 def _records_reader(path: Path) -> Callable[[Path, OnBad, str], Records]:
-    readers = {
+    readers: dict[str, Callable[[Path, OnBad, str], Records]] = {
         ".jsonl": jsonl_records,
         ".json": json_records,
         ".csv": csv_records,

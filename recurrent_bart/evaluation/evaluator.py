@@ -95,16 +95,15 @@ class Evaluator:
 
     def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
         """Return the generated ids of each document, `(tokens,)`, or `(segments, tokens)` for the section task."""
-        targets: dict[str, Any] = {}
+        settings: dict[str, Any] = {} if how.num_beams is None else {"num_beams": how.num_beams}
         if self.collator.task == "sections":
             # Packing pays off because sections differ in length.
-            targets = {"target_segments": (batch.labels != IGNORED).any(dim=-1), "may_pack": True}
+            settings |= {"target_segments": (batch.labels != IGNORED).any(dim=-1), "may_pack": True}
         ids = model.generate(
             batch.input_ids.to(self.device),
             attention_mask=batch.attention_mask.to(self.device),
             max_new_tokens=how.max_new_tokens,
-            **({} if how.num_beams is None else {"num_beams": how.num_beams}),
-            **targets,
+            **settings,
         )
         return list(ids.cpu())
 

@@ -42,7 +42,7 @@ def fused_cell(
     layers: StackedLayers,
     recurrence: PrefixRecurrence,
     stream_EBSD: Tensor,
-    memory_EBPD: Tensor,
+    state_EBPD: Tensor,
     visible: AttentionMasks,
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
@@ -61,7 +61,7 @@ def fused_cell(
         biases = weights[f"{hidden}_bias"], weights[f"{name}_bias"]
         return biases[0], weights[name], biases[1], getattr(shared, name).eps, dropout
 
-    prefix, prefix_bias, memory_EMD = _project(recurrence, weights, memory_EBPD.reshape(n_layers, -1, width))
+    prefix, prefix_bias, state_EMD = _project(recurrence, weights, state_EBPD.reshape(n_layers, -1, width))
     qkv, stream_EMD = linear_with_input(stream_EBSD.flatten(1, 2), weights["query_key_value"])
     qkv_RSX = qkv.view(n_layers * n_documents, -1, 3 * width)
     prefix_dropout = recurrence.dropout.p if recurrence.dropout.training else 0.0
@@ -77,26 +77,26 @@ def fused_cell(
     hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
     hidden, affine = linear(hidden, weights["fc2"]), norm_of("fc2", "final_layer_norm")
     stream_out, memory_out = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
-    memory_beside = memory_EMD if recurrence.has_update_gate else None
+    memory_beside = state_EMD if recurrence.has_update_gate else None
     stream_EMD, slots = residual_norm_and_slots(
         stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, stream_out
     )
-    memory_EBPD = memory_EMD.view_as(memory_EBPD)
-    memory_EBPD = _next_memory(recurrence, weights, memory_EBPD, slots, is_read_EB, memory_out)
-    return stream_EMD.view_as(stream_EBSD), memory_EBPD
+    state_EBPD = state_EMD.view_as(state_EBPD)
+    state_EBPD = _next_memory(recurrence, weights, state_EBPD, slots, is_read_EB, memory_out)
+    return stream_EMD.view_as(stream_EBSD), state_EBPD
 
 
-def _project(recurrence: PrefixRecurrence, weights: Weights, memory_EMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project(recurrence: PrefixRecurrence, weights: Weights, state_EMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return prefix keys and values `(E, M, 2 * D)` without bias, the bias, and the unchanged states."""
     from recurrent_bart.execution.kernels.bias_activation import bias_tanh
 
     if not recurrence.has_projection:
-        columns = slice(memory_EMD.shape[-1], None)
-        both, memory_EMD = linear_with_input(memory_EMD, weights["query_key_value"], columns)
-        return both, weights["query_key_value_bias"][..., columns], memory_EMD
-    inside, memory_EMD = linear_with_input(memory_EMD, weights["projection_in"])
+        columns = slice(state_EMD.shape[-1], None)
+        both, state_EMD = linear_with_input(state_EMD, weights["query_key_value"], columns)
+        return both, weights["query_key_value_bias"][..., columns], state_EMD
+    inside, state_EMD = linear_with_input(state_EMD, weights["projection_in"])
     inside = bias_tanh(inside, weights["projection_in_bias"])
-    return linear(inside, weights["projection_out"]), weights["projection_out_bias"], memory_EMD
+    return linear(inside, weights["projection_out"]), weights["projection_out_bias"], state_EMD
 
 
 def _attend(attention: BartAttention, heads: "Heads", visible: AttentionMasks, gate_EH: Tensor | None) -> Tensor:
@@ -116,7 +116,7 @@ def _attend(attention: BartAttention, heads: "Heads", visible: AttentionMasks, g
 def _next_memory(
     recurrence: PrefixRecurrence,
     weights: Weights,
-    memory_EBPD: Tensor,
+    state_EBPD: Tensor,
     slots: Tensor,
     is_read_EB: Tensor | None,
     out: Tensor | None,
@@ -127,6 +127,6 @@ def _next_memory(
     if recurrence.has_update_gate:
         gate, both = linear_with_input(slots, weights["update_gate"])
         rows_out = None if out is None else out.flatten(1, 2)
-        return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, rows_out).view_as(memory_EBPD)
-    new = recurrence.next_memory(memory_EBPD, slots, is_read_EB, weights)
+        return gated_update(gate, weights["update_gate_bias"], both, is_read_EB, rows_out).view_as(state_EBPD)
+    new = recurrence.next_state(state_EBPD, slots, is_read_EB, weights)
     return new if out is None else out.copy_(new)

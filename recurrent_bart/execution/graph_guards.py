@@ -30,9 +30,7 @@ class GraphStore:
 
 def graph_store(module: nn.Module) -> GraphStore:
     """Return the module's CUDA graphs; the first call makes an empty store."""
-    if "graph_store" not in vars(module):
-        module.graph_store = GraphStore()
-    return vars(module)["graph_store"]
+    return vars(module).setdefault("graph_store", GraphStore())
 
 
 class GraphUser:

@@ -61,55 +61,55 @@ class GraphedWavefront(Wavefront):
     """
 
     def run(
-        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, state_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Run as `Wavefront.run` does. Without autograd, the next iteration overwrites a yielded state.
 
         Raises:
             ValueError: Another thread runs the same encoder.
         """
-        steps = self._run(weights, segments, mask_BNL, memory_EBPD)
+        steps = self._run(weights, segments, mask_BNL, state_EBPD)
         yield from graph_store(self.recurrence).user.steps_of_pass(steps)
 
     def _run(
-        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, state_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         tokens_BLD = segments[0]()
         diagonals = self._diagonals(segments, tokens_BLD, mask_BNL)
         graphs = self._graphs_of_shape(weights, tokens_BLD)
         graphs.begin(weights, self._settings())
         if not torch.is_grad_enabled():
-            yield from self._read(graphs, diagonals, memory_EBPD)
+            yield from self._read(graphs, diagonals, state_EBPD)
             return
-        streams = self._embed_segments(segments, memory_EBPD)
+        streams = self._embed_segments(segments, state_EBPD)
         graphs.record(diagonals, with_backward=True)
         if self.checkpointing == "none":
             graphs.keep(
                 diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._bytes_kept_by_other_shapes(graphs)
             )
         tops, memories, memory = _Replayed.apply(
-            graphs, diagonals, list(weights), streams, memory_EBPD, *weights.values()
+            graphs, diagonals, list(weights), streams, state_EBPD, *weights.values()
         )
         for number, top in enumerate(tops.unbind()):
             yield top, memory if number == len(segments) - 1 else memories[number].unsqueeze(0)
 
     def _read(
-        self, graphs: DiagonalGraphs, diagonals: list[Diagonal], memory_EBPD: Tensor
+        self, graphs: DiagonalGraphs, diagonals: list[Diagonal], state_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Run without autograd; in evaluation mode, capture a diagonal when it occurs for the second time."""
         again = diagonals if self.layer.training else [it for it in diagonals if graphs.was_seen(it)]
         graphs.record(again, with_backward=False)
-        graphs.memory.copy_(memory_EBPD)
+        graphs.memory.copy_(state_EBPD)
         for first in range(0, len(diagonals), READ_TOGETHER):
             group = diagonals[first : first + READ_TOGETHER]
             arriving = [it.segment for it in group if it.segment is not None]
-            streams = self._embed_segments(arriving, memory_EBPD) if arriving else None
+            streams = self._embed_segments(arriving, state_EBPD) if arriving else None
             read = graphs.read_together if graphs.can_read_together(group) else graphs.read
-            for diagonal, (top_BLD, memory_1BPD) in zip(group, read(group, streams), strict=True):
+            for diagonal, (top_BLD, state_1BPD) in zip(group, read(group, streams), strict=True):
                 if diagonal.stop == self.config.encoder_layers:
                     is_last = diagonal is diagonals[-1]
                     tokens_BLD = top_BLD.clone() if self._gives_tokens(diagonal) else None
-                    yield tokens_BLD, graphs.memory.clone() if is_last else memory_1BPD
+                    yield tokens_BLD, graphs.memory.clone() if is_last else state_1BPD
 
     def _settings(self) -> Hashable:
         """Return the constants that a CUDA graph keeps from its capture; all layers have the same constants."""
@@ -118,9 +118,9 @@ class GraphedWavefront(Wavefront):
     def _bytes_kept_by_other_shapes(self, graphs: DiagonalGraphs) -> int:
         return sum(it.kept_bytes for it in graph_store(self.recurrence).graphs.values()) - graphs.kept.n_bytes
 
-    def _embed_segments(self, segments: Sequence[Segment], memory_EBPD: Tensor) -> Tensor:
+    def _embed_segments(self, segments: Sequence[Segment], state_EBPD: Tensor) -> Tensor:
         """Return the streams `(N, B, S, D)` that enter the first layer."""
-        slots = self.recurrence.slots(memory_EBPD).repeat(len(segments), 1, 1)
+        slots = self.recurrence.slots(state_EBPD).repeat(len(segments), 1, 1)
         return self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
 
     def _graphs_of_shape(self, weights: Weights, tokens_BLD: Tensor) -> DiagonalGraphs:

@@ -128,7 +128,7 @@ class Grid:
         """
         n_segments = mask_BNL.shape[1]
         is_read_BN = mask_BNL.bool().any(dim=-1)
-        memory = learned = self.recurrence.initial_state_memory(len(mask_BNL)) if self.recurrence else None
+        memory = learned = self.recurrence.initial_state(len(mask_BNL)) if self.recurrence else None
         is_begun_B = torch.zeros(len(mask_BNL), dtype=torch.bool, device=segments_BNLD.device)
         if state is not None and state.memory is not None:
             is_begun_B = state.position > 0
@@ -209,15 +209,15 @@ class Grid:
         weights: Weights,
         segments: list[Segment],
         mask_BNL: Tensor,
-        memory_EBPD: Tensor | None,
+        state_EBPD: Tensor | None,
         kept: OutputSelection,
     ) -> Iterator[SegmentOutput]:
         """Run the wavefront schedule; a single segment has one cell per diagonal, so it runs sequentially."""
         if len(segments) == 1:
-            yield from self._sequential(segments, mask_BNL, memory_EBPD, kept)
+            yield from self._sequential(segments, mask_BNL, state_EBPD, kept)
             return
         assert self.recurrence is not None
-        assert memory_EBPD is not None
+        assert state_EBPD is not None
         layer = self.layers[0]
         by_layer = "layer" if layer.gradient_checkpointing and layer.training else "none"
         checkpointing = "segment" if self.checkpoints_segments else by_layer
@@ -228,16 +228,16 @@ class Grid:
         )
         gives_all_tokens = kept.every_segment or kept.tokens
         wavefront = kind(self.config, layer, self.recurrence, self.embed, checkpointing, gives_all_tokens)
-        for top, memory in wavefront.run(weights, segments, mask_BNL, memory_EBPD):
+        for top, memory in wavefront.run(weights, segments, mask_BNL, state_EBPD):
             yield SegmentOutput(top, memory)
 
     def _sequential(
-        self, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
+        self, segments: list[Segment], mask_BNL: Tensor, state_EBPD: Tensor | None, kept: OutputSelection
     ) -> Iterator[SegmentOutput]:
         """Run one segment after the other, layer by layer; other schedules must give the same results."""
         for read, mask_BL in zip(segments, mask_BNL.unbind(dim=1), strict=True):
-            segment = self._checkpointed(read(), mask_BL, memory_EBPD, kept)
-            memory_EBPD = segment.memory
+            segment = self._checkpointed(read(), mask_BL, state_EBPD, kept)
+            state_EBPD = segment.memory
             yield segment
 
     def _checkpointed(self, *inputs: Any) -> SegmentOutput:
@@ -246,7 +246,7 @@ class Grid:
         return self._segment(*inputs)
 
     def _parallel(
-        self, segments: list[Segment], mask_BNL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
+        self, segments: list[Segment], mask_BNL: Tensor, state_EBPD: Tensor | None, kept: OutputSelection
     ) -> Iterator[SegmentOutput]:
         """Run segments that no state connects as one batch, up to `MOST_TOKENS` tokens at a time."""
         n_documents, n_segments, n_tokens = mask_BNL.shape
@@ -255,19 +255,19 @@ class Grid:
             part = segments[start : start + n_together]
             tokens_BLD = torch.cat([read() for read in part])
             mask_BL = mask_BNL[:, start : start + n_together].transpose(0, 1).flatten(0, 1)
-            prefix = None if memory_EBPD is None else memory_EBPD.repeat(1, len(part), 1, 1)
+            prefix = None if state_EBPD is None else state_EBPD.repeat(1, len(part), 1, 1)
             yield from self._checkpointed(tokens_BLD, mask_BL, prefix, kept).split(len(part))
 
     def _segment(
-        self, tokens_BLD: Tensor, mask_BL: Tensor, memory_EBPD: Tensor | None, kept: OutputSelection
+        self, tokens_BLD: Tensor, mask_BL: Tensor, state_EBPD: Tensor | None, kept: OutputSelection
     ) -> SegmentOutput:
         recurrence, config = self.recurrence, self.config
         n_slots = recurrence.n_slots if recurrence else 0
-        stream = self.embed(tokens_BLD, recurrence.slots(memory_EBPD) if recurrence else None)
+        stream = self.embed(tokens_BLD, recurrence.slots(state_EBPD) if recurrence else None)
         visible = AttentionMasks.build(
             config, stream, mask_BL, n_slots, bool(recurrence and recurrence.slots_read_prefix)
         )
-        read_prefix = recurrence.prefix_reader(memory_EBPD, self.layers) if recurrence else None
+        read_prefix = recurrence.prefix_reader(state_EBPD, self.layers) if recurrence else None
         gate_EH = recurrence.prefix_gate if recurrence and config.prefix_attention == "gated" else None
         shared = recurrence.by_layer() if recurrence else {}
         slots, matrices, hidden_states, attentions = [], [], [stream[:, n_slots:]], []
@@ -277,7 +277,7 @@ class Grid:
             gate_1H = None if gate_EH is None else gate_EH[own]
             if recurrence and recurrence.n_matrix_rows:
                 own_weights = {name: weight[own] for name, weight in shared.items()}
-                matrix = recurrence.matrix(memory_EBPD[own], stream.unsqueeze(0), visible.is_token, own_weights)
+                matrix = recurrence.matrix(state_EBPD[own], stream.unsqueeze(0), visible.is_token, own_weights)
             stream, weights, written = layer(stream, visible, prefix, gate_1H, matrix)
             # layers may be on several devices
             slots.append(stream[:, :n_slots].to(tokens_BLD.device))
@@ -286,13 +286,13 @@ class Grid:
                 hidden_states.append(stream[:, n_slots:])
             if kept.attentions:
                 attentions.append(weights)
-        memory = memory_EBPD
+        memory = state_EBPD
         if recurrence:
-            slots_EBPD = torch.stack(slots[-len(memory_EBPD) :])
+            slots_EBPD = torch.stack(slots[-len(state_EBPD) :])
             is_read_B = mask_BL.bool().any(dim=-1)
             is_read_1B = None if is_read_B.all() else on_device(is_read_B, tokens_BLD.device).unsqueeze(0)
             written = torch.cat(matrices) if recurrence.n_matrix_rows else None
-            memory = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_1B, shared, written)
+            memory = recurrence.next_state(state_EBPD, slots_EBPD, is_read_1B, shared, written)
         return SegmentOutput(stream[:, n_slots:].to(tokens_BLD.device), memory, hidden_states, attentions)
 
 
@@ -309,10 +309,10 @@ def is_wavefront_faster(segments_BNLD: Tensor) -> bool:
     return segments_BNLD.device.type != "cpu" and n_documents * n_tokens <= MOST_TOKENS
 
 
-def _started_or_initial(is_begun_B: Tensor, memory_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:
-    """Return, per document, `memory_EBPD` if the document has begun, and the learned initial state if it has not.
+def _started_or_initial(is_begun_B: Tensor, state_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:
+    """Return, per document, `state_EBPD` if the document has begun, and the learned initial state if it has not.
 
     The learned state always gets a gradient, at least zero. If a parameter gets no gradient in a step, ZeRO-3 uses its
     gradient of the step before.
     """
-    return torch.where(is_begun_B.view(1, -1, 1, 1), memory_EBPD, learned_EBPD)
+    return torch.where(is_begun_B.view(1, -1, 1, 1), state_EBPD, learned_EBPD)

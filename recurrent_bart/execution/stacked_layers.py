@@ -78,12 +78,12 @@ class StackedLayers:
         query, key, value = both.unflatten(-1, (3, -1, self.shared.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
         return query, key, value
 
-    def key_value(self, memory_EBPD: Tensor) -> KeyValue:
+    def key_value(self, state_EBPD: Tensor) -> KeyValue:
         """Project states to keys and values, each `(E, B, P, D)`."""
-        columns = slice(memory_EBPD.shape[-1], None)
+        columns = slice(state_EBPD.shape[-1], None)
         weight, bias = self.weights["query_key_value"], self.weights["query_key_value_bias"]
-        both = linear(memory_EBPD.flatten(1, 2), weight, bias[..., columns], columns)
-        key, value = both.unflatten(1, memory_EBPD.shape[1:3]).chunk(2, dim=-1)
+        both = linear(state_EBPD.flatten(1, 2), weight, bias[..., columns], columns)
+        key, value = both.unflatten(1, state_EBPD.shape[1:3]).chunk(2, dim=-1)
         return key, value
 
     def out_proj(self, read_RLD: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Wavefront:
     gives_all_tokens: bool = True
 
     def run(
-        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, memory_EBPD: Tensor
+        self, weights: Weights, segments: Sequence[Segment], mask_BNL: Tensor, state_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Yield, after each segment, the last layer's tokens `(B, L, D)`, if needed, and all states `(E, B, P, D)`.
 
@@ -72,53 +72,53 @@ class Wavefront:
             weights: Stacked weights of all layers.
             segments: Segments of the documents; each function is called when the segment's first diagonal begins.
             mask_BNL: 1 at tokens, on the host.
-            memory_EBPD: State before the first segment.
+            state_EBPD: State before the first segment.
         """
         diagonals = self._diagonals(segments, segments[0](), mask_BNL)
         size = _chunk_size(len(diagonals)) if self.checkpointing == "segment" else 1
         frontier = None
         for start in range(0, len(diagonals), size):
-            inputs = diagonals[start : start + size], weights, frontier, memory_EBPD
+            inputs = diagonals[start : start + size], weights, frontier, state_EBPD
             if self.checkpointing != "none" and torch.is_grad_enabled():
-                weights, frontier, memory_EBPD, outputs = checkpoint(self._chunk, *inputs, use_reentrant=False)
+                weights, frontier, state_EBPD, outputs = checkpoint(self._chunk, *inputs, use_reentrant=False)
             else:
-                weights, frontier, memory_EBPD, outputs = self._chunk(*inputs)
+                weights, frontier, state_EBPD, outputs = self._chunk(*inputs)
             yield from outputs
 
     def _chunk(
-        self, diagonals: list[Diagonal], weights: Weights, frontier_EBSD: Tensor | None, memory_EBPD: Tensor
+        self, diagonals: list[Diagonal], weights: Weights, frontier_EBSD: Tensor | None, state_EBPD: Tensor
     ) -> tuple[Weights, Tensor | None, Tensor, list[tuple[Tensor | None, Tensor]]]:
         """Run consecutive diagonals; return weights, streams and state for the next chunk, and outputs of `run`."""
         outputs, stacks = [], dict(weights)
         for diagonal in diagonals:
-            stream_EBSD = self._entering(diagonal, frontier_EBSD, memory_EBPD)
-            frontier_EBSD, memory_EBPD = self._run_diagonal(diagonal, stacks, stream_EBSD, memory_EBPD)
+            stream_EBSD = self._entering(diagonal, frontier_EBSD, state_EBPD)
+            frontier_EBSD, state_EBPD = self._run_diagonal(diagonal, stacks, stream_EBSD, state_EBPD)
             if diagonal.stop == self.config.encoder_layers:
                 frontier_EBSD, top_1BSD = frontier_EBSD.split((len(frontier_EBSD) - 1, 1))
                 # a view would keep the streams of all layers alive
                 tokens_BLD = top_1BSD[0, :, self.recurrence.n_slots :].clone() if self._gives_tokens(diagonal) else None
-                outputs.append((tokens_BLD, memory_EBPD))
-        return stacks, frontier_EBSD, memory_EBPD, outputs
+                outputs.append((tokens_BLD, state_EBPD))
+        return stacks, frontier_EBSD, state_EBPD, outputs
 
     def _gives_tokens(self, diagonal: Diagonal) -> bool:
         # the last segment's tokens above the last layer are always needed
         return self.gives_all_tokens or diagonal.first == self.config.encoder_layers - 1
 
-    def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, memory_EBPD: Tensor) -> Tensor:
+    def _entering(self, diagonal: Diagonal, frontier_EBSD: Tensor | None, state_EBPD: Tensor) -> Tensor:
         if diagonal.segment is None:
             assert frontier_EBSD is not None
             return frontier_EBSD
-        new_1BSD = self.embed(diagonal.segment(), self.recurrence.slots(memory_EBPD)).unsqueeze(0)
+        new_1BSD = self.embed(diagonal.segment(), self.recurrence.slots(state_EBPD)).unsqueeze(0)
         return new_1BSD if frontier_EBSD is None else torch.cat([new_1BSD, frontier_EBSD])
 
     def _run_diagonal(
-        self, diagonal: Diagonal, stacks: dict[str, Tensor], stream_EBSD: Tensor, memory_EBPD: Tensor
+        self, diagonal: Diagonal, stacks: dict[str, Tensor], stream_EBSD: Tensor, state_EBPD: Tensor
     ) -> tuple[Tensor, Tensor]:
         first, stop = diagonal.first, diagonal.stop
-        inputs = stream_EBSD, memory_EBPD[first:stop], diagonal.visible, diagonal.is_read
+        inputs = stream_EBSD, state_EBPD[first:stop], diagonal.visible, diagonal.is_read
         stream_EBSD, own = diagonal_step(slice_weights(stacks, first, stop), self.layer, self.recurrence, *inputs)
-        if len(own) < len(memory_EBPD):
-            own = torch.cat([memory_EBPD[:first], own, memory_EBPD[stop:]])
+        if len(own) < len(state_EBPD):
+            own = torch.cat([state_EBPD[:first], own, state_EBPD[stop:]])
         return stream_EBSD, own
 
     def _diagonals(self, segments: Sequence[Segment], tokens_BLD: Tensor, mask_BNL: Tensor) -> list[Diagonal]:
@@ -150,7 +150,7 @@ def diagonal_step(
     layer: BartEncoderLayer,
     recurrence: PrefixRecurrence,
     stream_EBSD: Tensor,
-    memory_EBPD: Tensor,
+    state_EBPD: Tensor,
     visible: AttentionMasks,
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
@@ -162,7 +162,7 @@ def diagonal_step(
         layer: Any layer, for the settings that all layers share.
         recurrence: Recurrence of all layers; its parameters are in `weights`.
         stream_EBSD: Hidden states of slots and tokens that enter the layers.
-        memory_EBPD: States of the layers.
+        state_EBPD: States of the layers.
         visible: Attention masks of the rows `(E * B)`.
         is_read_EB: False where a document has no text in the layer's segment; None if all documents have text.
         into: Output buffers of stream and state, without autograd; they may be the input buffers.
@@ -172,19 +172,19 @@ def diagonal_step(
     """
     layers, gate_RH = StackedLayers(weights, layer), None
     if can_fuse(layer, stream_EBSD):
-        return fused_cell(layers, recurrence, stream_EBSD, memory_EBPD, visible, is_read_EB, into)
-    key, value = recurrence.project(memory_EBPD, weights, layers.key_value)
+        return fused_cell(layers, recurrence, stream_EBSD, state_EBPD, visible, is_read_EB, into)
+    key, value = recurrence.project(state_EBPD, weights, layers.key_value)
     prefix = key.flatten(0, 1), value.flatten(0, 1)
     if "prefix_gate" in weights:
         gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
-    matrix = recurrence.matrix(memory_EBPD, stream_EBSD, visible.is_token, weights)
+    matrix = recurrence.matrix(state_EBPD, stream_EBSD, visible.is_token, weights)
     stream_RSD, _, written = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH, matrix)
     stream_EBSD = stream_RSD.view_as(stream_EBSD)
     slots_EBPD = stream_EBSD[:, :, : visible.n_slots]
-    memory_EBPD = recurrence.next_memory(memory_EBPD, slots_EBPD, is_read_EB, weights, written)
+    state_EBPD = recurrence.next_state(state_EBPD, slots_EBPD, is_read_EB, weights, written)
     if into is not None:
-        stream_EBSD, memory_EBPD = into[0].copy_(stream_EBSD), into[1].copy_(memory_EBPD)
-    return stream_EBSD, memory_EBPD
+        stream_EBSD, state_EBPD = into[0].copy_(stream_EBSD), into[1].copy_(state_EBPD)
+    return stream_EBSD, state_EBPD
 
 
 def _chunk_size(n_diagonals: int) -> int:

@@ -43,9 +43,9 @@ def encoder_output(
     tokens = torch.stack(grid.tokens, dim=1), mask_BNL[:, -len(grid.tokens) :].bool()
     blocks = [tokens]
     if grid.memories:
-        memory_BNPD = torch.stack(grid.memories, dim=1)
-        read_BNP = is_read_BN[:, -len(grid.memories) :].unsqueeze(-1).expand(memory_BNPD.shape[:3])
-        blocks.insert(0, (memory_BNPD, read_BNP))
+        state_BNPD = torch.stack(grid.memories, dim=1)
+        read_BNP = is_read_BN[:, -len(grid.memories) :].unsqueeze(-1).expand(state_BNPD.shape[:3])
+        blocks.insert(0, (state_BNPD, read_BNP))
     selected_BN = torch.full_like(is_read_BN, batch.decodes_every_segment)
     selected_BN[:, -1] = True
     if target_segments_BN is not None:

@@ -54,7 +54,7 @@ def recurrence_metrics(
 def _read(model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor) -> dict[str, Table]:
     recurrence = model.model.encoder.recurrence
     state = RecurrentState.unread(model.config, 1, ids_BNL.device)
-    old_EPD = recurrence.without_matrix(recurrence.initial_state_memory(1))[:, 0].float()
+    old_EPD = recurrence.without_matrix(recurrence.initial_state(1))[:, 0].float()
     columns: dict[str, list[Tensor]] = {"prefix_mass": [], "prefix_size": []}
     for t in range(ids_BNL.shape[1]):
         with _collect_gates(recurrence) as gates:
@@ -81,21 +81,21 @@ def _collect_gates(recurrence: PrefixRecurrence) -> Iterator[list[Tensor]]:
     if not recurrence.has_update_gate:
         yield gates
         return
-    next_memory = recurrence.next_memory
+    next_state = recurrence.next_state
 
-    def record(memory_EBPD: Tensor, slots_EBPD: Tensor, *others: Any) -> Tensor:
-        old_EBPD = recurrence.without_matrix(memory_EBPD)
+    def record(state_EBPD: Tensor, slots_EBPD: Tensor, *others: Any) -> Tensor:
+        old_EBPD = recurrence.without_matrix(state_EBPD)
         both = torch.cat([old_EBPD.to(slots_EBPD.dtype), slots_EBPD], dim=-1)
         gate = torch.sigmoid(per_layer(both, recurrence.update_gate, recurrence.update_gate_bias))
         gates.append(gate.float().mean(dim=(1, 2, 3)))
-        return next_memory(memory_EBPD, slots_EBPD, *others)
+        return next_state(state_EBPD, slots_EBPD, *others)
 
     # an instance attribute hides the class's method
-    vars(recurrence)["next_memory"] = record
+    vars(recurrence)["next_state"] = record
     try:
         yield gates
     finally:
-        del vars(recurrence)["next_memory"]
+        del vars(recurrence)["next_state"]
 
 
 @torch.enable_grad()

@@ -175,57 +175,57 @@ class PrefixRecurrence(nn.Module):
             else:
                 init.normal_(parameter, mean=0.0, std=std)
 
-    def initial_state_memory(self, n_documents: int) -> Tensor:
+    def initial_state(self, n_documents: int) -> Tensor:
         """Return the learned state `(E, B, P, D)` before the first segment, with zeros in the matrix rows."""
         first_EBPD = self.initial_memory.unsqueeze(1).expand(-1, n_documents, -1, -1)
         return nn.functional.pad(first_EBPD, (0, 0, 0, self.n_matrix_rows)) if self.n_matrix_rows else first_EBPD
 
-    def slots(self, memory_EBPD: Tensor) -> Tensor:
+    def slots(self, state_EBPD: Tensor) -> Tensor:
         """Return the slots `(B, P, D)` that enter the first layer."""
-        return self.slot_embedding.expand(memory_EBPD.shape[1], -1, -1)
+        return self.slot_embedding.expand(state_EBPD.shape[1], -1, -1)
 
     def by_layer(self) -> Weights:
         """Return the parameters that are stacked by layer."""
         return {name: getattr(self, name) for name in self.stacked_names}
 
-    def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
+    def prefix_reader(self, state_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
         """Return a function that gives each layer's prefix for one segment."""
         weights = self.by_layer()
         if not self.has_projection:
             # project while the layer runs: only then does FSDP hold the layer's parameters
             return lambda layer_idx, slots_BPD: self._project_one(
-                layer_idx, memory_EBPD[layer_idx].to(slots_BPD.device), weights, layers
+                layer_idx, state_EBPD[layer_idx].to(slots_BPD.device), weights, layers
             )
-        key, value = self.project(memory_EBPD, weights, functools.partial(_own_projection, layers))
+        key, value = self.project(state_EBPD, weights, functools.partial(_own_projection, layers))
         return lambda layer_idx, slots_BPD: (key[layer_idx].to(slots_BPD.device), value[layer_idx].to(slots_BPD.device))
 
-    def _project_one(self, layer_idx: int, memory_BPD: Tensor, weights: Weights, layers: nn.ModuleList) -> KeyValue:
+    def _project_one(self, layer_idx: int, state_BPD: Tensor, weights: Weights, layers: nn.ModuleList) -> KeyValue:
         own = slice(layer_idx, layer_idx + 1)
         own_weights = {name: weight[own] for name, weight in weights.items()}
-        key, value = self.project(memory_BPD.unsqueeze(0), own_weights, functools.partial(_own_projection, layers[own]))
+        key, value = self.project(state_BPD.unsqueeze(0), own_weights, functools.partial(_own_projection, layers[own]))
         return key[0], value[0]
 
-    def project(self, memory_EBPD: Tensor, weights: Weights, own: Callable[[Tensor], KeyValue]) -> KeyValue:
+    def project(self, state_EBPD: Tensor, weights: Weights, own: Callable[[Tensor], KeyValue]) -> KeyValue:
         """Project the states of some layers to keys and values, each `(E, B, H, P, K)`.
 
         `weights` holds the entries of `by_layer` for these layers. Without prefix projection, `own` applies the layers'
         own key and value maps and returns `(E, B, P, D)`.
         """
-        memory_EBPD = self.without_matrix(memory_EBPD)
+        state_EBPD = self.without_matrix(state_EBPD)
         if self.has_projection:
-            hidden = torch.tanh(per_layer(memory_EBPD, weights["projection_in"], weights["projection_in_bias"]))
+            hidden = torch.tanh(per_layer(state_EBPD, weights["projection_in"], weights["projection_in_bias"]))
             both = per_layer(hidden, weights["projection_out"], weights["projection_out_bias"])
             key, value = both.chunk(2, dim=-1)
         else:
-            key, value = own(memory_EBPD)
+            key, value = own(state_EBPD)
         return self._heads(self.dropout(key)), self._heads(self.dropout(value))
 
-    def without_matrix(self, memory_EBPD: Tensor) -> Tensor:
+    def without_matrix(self, state_EBPD: Tensor) -> Tensor:
         """Return the rows of a state that slots write, without the rows of the associative memory."""
-        return memory_EBPD[:, :, : -self.n_matrix_rows] if self.n_matrix_rows else memory_EBPD
+        return state_EBPD[:, :, : -self.n_matrix_rows] if self.n_matrix_rows else state_EBPD
 
     def matrix(
-        self, memory_EBPD: Tensor, stream_EBSD: Tensor, is_token_RL: Tensor | None, weights: Weights
+        self, state_EBPD: Tensor, stream_EBSD: Tensor, is_token_RL: Tensor | None, weights: Weights
     ) -> Matrix | None:
         """Return the associative memory of some layers for one segment, or None without associative memory.
 
@@ -240,11 +240,11 @@ class PrefixRecurrence(nn.Module):
         if is_token_RL is not None:
             strength_RLH = strength_RLH * is_token_RL.unsqueeze(-1)
         gate_RH = weights["matrix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
-        return Matrix(from_rows(memory_EBPD[:, :, -self.n_matrix_rows :]), gate_RH, strength_RLH)
+        return Matrix(from_rows(state_EBPD[:, :, -self.n_matrix_rows :]), gate_RH, strength_RLH)
 
-    def next_memory(
+    def next_state(
         self,
-        memory_EBPD: Tensor,
+        state_EBPD: Tensor,
         slots_EBPD: Tensor,
         is_read_EB: Tensor | None,
         weights: Weights,
@@ -253,21 +253,21 @@ class PrefixRecurrence(nn.Module):
         """Return the state after a segment.
 
         Args:
-            memory_EBPD: State before the segment.
+            state_EBPD: State before the segment.
             slots_EBPD: Slots that leave each layer.
             is_read_EB: False where a document has no text in the layer's segment; there the state stays unchanged.
                 None: all documents have text.
             weights: Entries of `by_layer` for these layers.
             written_RHKK: Matrices of an associative memory after the segment.
         """
-        new, old_EBPD = slots_EBPD, self.without_matrix(memory_EBPD)
+        new, old_EBPD = slots_EBPD, self.without_matrix(state_EBPD)
         if self.has_update_gate:
             both = torch.cat([old_EBPD, slots_EBPD], dim=-1)
             gate = torch.sigmoid(per_layer(both, weights["update_gate"], weights["update_gate_bias"]))
             new = old_EBPD + gate * (slots_EBPD - old_EBPD)
         if written_RHKK is not None:
             new = torch.cat([new, as_rows(written_RHKK, len(new)).to(new.dtype)], dim=2)
-        return new if is_read_EB is None else torch.where(is_read_EB[:, :, None, None], new, memory_EBPD)
+        return new if is_read_EB is None else torch.where(is_read_EB[:, :, None, None], new, state_EBPD)
 
     def _heads(self, hidden_EBPD: Tensor) -> Tensor:
         return hidden_EBPD.unflatten(-1, (self.n_heads, -1)).transpose(-3, -2)
@@ -289,11 +289,11 @@ class TopRecurrence(PrefixRecurrence):
     def _build_slots(self, config: RecurrentBartConfig) -> None:
         pass
 
-    def slots(self, memory_EBPD: Tensor) -> Tensor:
+    def slots(self, state_EBPD: Tensor) -> Tensor:
         """Return the state, which serves as the slots."""
-        return memory_EBPD[0]
+        return state_EBPD[0]
 
-    def prefix_reader(self, memory_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
+    def prefix_reader(self, state_EBPD: Tensor, layers: nn.ModuleList) -> PrefixReader:
         """Return a function that projects the slots that enter a layer to the layer's prefix."""
         weights = self.by_layer()
         return lambda layer_idx, slots_BPD: self._project_one(layer_idx, slots_BPD, weights, layers)
@@ -309,13 +309,13 @@ class StaticPrefix(PrefixRecurrence):
     def _build_slots(self, config: RecurrentBartConfig) -> None:
         pass
 
-    def slots(self, memory_EBPD: Tensor) -> Tensor:
+    def slots(self, state_EBPD: Tensor) -> Tensor:
         """Return an empty tensor `(B, 0, D)`."""
-        return memory_EBPD[0, :, :0]
+        return state_EBPD[0, :, :0]
 
-    def next_memory(self, memory_EBPD: Tensor, *_: Any, **__: Any) -> Tensor:
+    def next_state(self, state_EBPD: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return the state unchanged."""
-        return memory_EBPD
+        return state_EBPD
 
 
 def build_recurrence(config: RecurrentBartConfig) -> PrefixRecurrence | None:
@@ -332,8 +332,8 @@ def per_layer(hidden_EBPD: Tensor, weight: Tensor | StackedWeightSlice, bias: Te
     return mapped.view(n_layers, n_documents, n_slots, -1)
 
 
-def _own_projection(layers: Iterable[Any], memory_EBPD: Tensor) -> KeyValue:
+def _own_projection(layers: Iterable[Any], state_EBPD: Tensor) -> KeyValue:
     attentions = [layer.self_attn for layer in layers]
-    keys = [attention.k_proj(memory) for attention, memory in zip(attentions, memory_EBPD, strict=True)]
-    values = [attention.v_proj(memory) for attention, memory in zip(attentions, memory_EBPD, strict=True)]
+    keys = [attention.k_proj(memory) for attention, memory in zip(attentions, state_EBPD, strict=True)]
+    values = [attention.v_proj(memory) for attention, memory in zip(attentions, state_EBPD, strict=True)]
     return torch.stack(keys), torch.stack(values)

@@ -104,7 +104,7 @@ def test_weights_give_what_was_read(make_eager):
     output = encoder(ids, **WANTED)
     first, layer = output.hidden_states[0][0, 0], encoder.layers[0]
     attention, core = layer.self_attn, encoder.recurrence
-    state = core.initial_state_memory(1)
+    state = core.initial_state(1)
     _, prefix_value = core.prefix_reader(state, encoder.layers)(0, state[0])
     value = torch.cat([prefix_value[0], attention.v_proj(first).view(8, N_HEADS, -1).transpose(0, 1)], dim=1)
     read = (output.attentions[0][0, 0] @ value).transpose(0, 1).flatten(1)

@@ -112,7 +112,7 @@ def test_parity_of_concat_with_bart_given_the_prefix_as_past_key_values(bart, ba
     core = ours.model.encoder.recurrence
     torch.nn.init.normal_(core.projection_out, std=0.5)
     inputs = document((12, 7))
-    state = core.initial_state_memory(2)
+    state = core.initial_state(2)
     prefix = core.prefix_reader(state, ours.model.encoder.layers)
     cache = DynamicCache()
     for layer in range(ours.config.encoder_layers):

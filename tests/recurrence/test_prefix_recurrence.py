@@ -100,7 +100,7 @@ def test_a_state_moves_towards_the_slots_by_its_gate_and_a_document_without_text
     memory, slots = normal(E, B, n_rows, D), normal(E, B, P, D)
     written = normal(E * B, H, K, K) if fields else None
     is_read = torch.tensor([[True, False], [True, True], [False, True]])
-    found = recurrence.next_memory(memory, slots, is_read, recurrence.by_layer(), written)
+    found = recurrence.next_state(memory, slots, is_read, recurrence.by_layer(), written)
     for e in range(E):
         for b in range(B):
             if not is_read[e, b]:

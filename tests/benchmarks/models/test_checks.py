@@ -30,7 +30,7 @@ def test_a_schedule_with_other_numbers_is_found(monkeypatch):
 
 def test_a_state_that_is_not_carried_is_found(monkeypatch):
     recurrence = prefix_recurrence.PrefixRecurrence
-    monkeypatch.setattr(recurrence, "next_memory", lambda self, memory, *inputs: memory)
+    monkeypatch.setattr(recurrence, "next_state", lambda self, memory, *inputs: memory)
     assert "ours: the loss ignores the first segment" in find_wrong_results(CPU)
 
 

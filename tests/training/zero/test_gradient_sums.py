@@ -134,7 +134,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(alone, engine):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_pass_that_fails_leaves_nothing_behind_in_float32(alone, stage):
-    """With weights in float32, autograd itself sums the gradients of the passes."""
+    """Check float32 weights, for which autograd itself sums the gradients of the passes."""
     check_after_a_failed_pass(build({"stage": stage}, bf16=False))
 
 
