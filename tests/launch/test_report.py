@@ -22,10 +22,10 @@ def run(tmp_path):
 
 def test_the_page_lies_in_the_run_or_where_it_is_asked_for(script, run, tmp_path, capsys):
     assert script.main([str(run)]) == 0
-    assert capsys.readouterr().out == f"report in {run}/report.html; 6 charts in {run}/report\n"
+    assert capsys.readouterr().out == f"report in {run}/report.html; 4 charts in {run}/report\n"
     there = tmp_path / "new" / "page.html"
     assert script.main([str(run), str(run), "--output", str(there)]) == 0
-    assert len(list((tmp_path / "new" / "page").glob("*.png"))) == 6
+    assert len(list((tmp_path / "new" / "page").glob("*.png"))) == 4
     assert "2 runs compared" in Page(there.read_text()).texts
 
 
@@ -64,4 +64,4 @@ def test_a_real_run_is_reported(script, documents, train_main, tmp_path):
     assert texts[texts.index("steps") + 1] == "6 of 6"
     assert texts[texts.index("state") + 1] == "finished"
     assert "validation-0" in "\n".join(texts)
-    assert len(list((folder / "report").glob("*.png"))) == 12
+    assert len(list((folder / "report").glob("*.png"))) == 10
