@@ -78,7 +78,7 @@ def test_a_large_file_is_hashed_whole(tmp_path, monkeypatch):
         damaged = bytearray(b"onetwothree")
         damaged[place] ^= 1
         (tmp_path / "a").write_bytes(damaged)
-        assert problems(tmp_path) == ["a is damaged (its checksum is not the manifest's)"]
+        assert problems(tmp_path) == ["a is damaged (its checksum differs from the checksum in manifest.json)"]
 
 
 @pytest.mark.distributed
@@ -96,7 +96,7 @@ def test_damage_that_one_rank_finds_is_known_to_every_rank(checkpoint, number):
         return str(caught.value)
 
     for message in run_in_processes(load, 2, checkpoint.parent):
-        assert f"no checkpoint is whole: {checkpoint}: {name} is incomplete (0 of" in message
+        assert f"no checkpoint can be read: {checkpoint}: {name} is incomplete (0 of" in message
 
 
 @pytest.mark.distributed

@@ -105,7 +105,7 @@ def test_a_lock_that_another_process_has_just_taken_over_is_not_taken_from_it(lo
         return folder_lock(folder)
 
     monkeypatch.setattr(run_lock, "_folder_lock", beaten)
-    with pytest.raises(ValueError, match="a run is going on there"):
+    with pytest.raises(ValueError, match="another run uses this folder"):
         lock.acquire()
     assert json.loads((tmp_path / "lock").read_text())["token"] == winner.token
 
