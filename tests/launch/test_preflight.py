@@ -5,7 +5,7 @@ import pytest
 from forked import launched, run_script
 
 PREFLIGHT = "launch/preflight.py"
-# even a node alone is a process of its own, which ends without cleanup
+# even a single node runs in a new process, which ends without cleanup
 pytestmark = pytest.mark.distributed
 
 
