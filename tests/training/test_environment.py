@@ -43,7 +43,6 @@ def test_each_variable_of_the_launcher_is_read_as_what_it_is(monkeypatch):
     assert launched_rendezvous() == Rendezvous(3, 1, 4, "alpha", 12345)
 
 
-@pytest.mark.usefixtures("_environ")
 def test_without_a_launcher_one_process_meets_itself_at_a_port_of_its_own(monkeypatch):
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
@@ -60,7 +59,6 @@ def test_without_a_launcher_one_process_meets_itself_at_a_port_of_its_own(monkey
     }
 
 
-@pytest.mark.usefixtures("_environ")
 def test_a_process_takes_the_gpu_of_its_rank_on_the_host(monkeypatch):
     for name, value in THIRD.items():
         monkeypatch.setenv(name, value)

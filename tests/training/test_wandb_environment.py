@@ -116,7 +116,6 @@ def test_a_service_of_another_process_is_not_used(monkeypatch, tmp_path):
     assert "WANDB_SERVICE" not in os.environ
 
 
-@pytest.mark.usefixtures("_environ")
 @pytest.mark.parametrize(("is_online", "expected"), [(True, "online"), (False, "offline")])
 def test_wandb_is_told_the_resolved_mode(monkeypatch, tmp_path, is_online, expected):
     monkeypatch.setenv("WANDB_MODE", "dryrun")

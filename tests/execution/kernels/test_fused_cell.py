@@ -11,8 +11,11 @@ from played_graphs import play_graphs
 from recurrent_bart.execution import diagonal_graphs, fused_cell, grid, wavefront
 from tiny import random_ids, tiny_model
 
-# a width that is not a power of two
-SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "gelu"}
+# a width that is not a power of two; few rows, because the interpreter runs their programs one after the other
+SHAPE = {
+    **{"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "decoder_layers": 1},
+    **{"activation_function": "gelu", "pre_seq_len": 2},
+}
 FIELDS = {
     "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
@@ -27,15 +30,15 @@ def interpreted(monkeypatch):
     return count_calls(monkeypatch, wavefront, "fused_cell")
 
 
-def documents(task, n_documents=2, n_segments=3):
+def documents(task, n_documents=2, n_segments=3, n_tokens=4):
     """Return ragged documents, with padding inside a segment and absent segments."""
     torch.manual_seed(1)
-    mask = torch.ones(n_documents, n_segments, 8, dtype=torch.long)
-    mask[1, -1], mask[1, -2, 5:] = 0, 0
+    mask = torch.ones(n_documents, n_segments, n_tokens, dtype=torch.long)
+    mask[1, -1], mask[1, -2, 3:] = 0, 0
     labels = random_ids(n_documents, n_segments, 4)
     labels[~mask.bool().any(-1)] = -100
     labels = labels if task == "sections" else labels[:, 0]
-    return {"input_ids": random_ids(n_documents, n_segments, 8), "attention_mask": mask, "labels": labels}
+    return {"input_ids": random_ids(n_documents, n_segments, n_tokens), "attention_mask": mask, "labels": labels}
 
 
 def build(schedule, **fields):
@@ -51,10 +54,25 @@ def results(schedule, inputs, checkpointing="none", **fields):
     return output.loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("task", ["document", "sections"])
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_values_and_gradients_are_the_plain_ones(interpreted, monkeypatch, fields, task):
-    inputs = documents(task)
+# the middle diagonals of three layers and two segments lack the first layer or the last one; three segments pass two
+# states on
+THREE_LAYERS, THREE_SEGMENTS = {"n_layers": 3, "n_segments": 2}, {"n_layers": 2, "n_segments": 3}
+
+
+@pytest.mark.parametrize(
+    ("fields", "task", "sizes"),
+    [
+        ("gated", "document", THREE_LAYERS),
+        ("gated", "sections", THREE_SEGMENTS),
+        ("concat", "document", THREE_SEGMENTS),
+        ("own projection", "sections", THREE_LAYERS),
+    ],
+    ids=["gated document", "gated sections", "concat", "own projection"],
+)
+def test_values_and_gradients_are_the_plain_ones(interpreted, fields, task, sizes):
+    """Combine each field with one task and one size, and the first field with both: a cell does not know its task."""
+    inputs = documents(task, n_segments=sizes["n_segments"])
+    fields = FIELDS[fields] | {"encoder_layers": sizes["n_layers"]}
     expected_loss, expected = results("sequential", inputs, **fields)
     loss, gradients = results("wavefront", inputs, **fields)
     assert interpreted
@@ -107,10 +125,10 @@ SETTINGS = {
 @pytest.mark.parametrize(("change", "fields"), SETTINGS.values(), ids=SETTINGS)
 def test_settings_of_layers_that_were_changed_hold(interpreted, change, fields):
     """All rates are 0 or 1, so no random number is drawn."""
-    found, inputs = [], documents("document")
+    found, inputs = [], documents("document", n_segments=2)
     inputs.pop("labels")
     for schedule in ("sequential", "wavefront"):
-        model = build(schedule, **fields)
+        model = build(schedule, encoder_layers=2, **fields)
         model.model.encoder.dropout = 0.0
         for layer in model.model.encoder.layers:
             change(layer, model.model.encoder.recurrence)
@@ -136,20 +154,21 @@ def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
     from recurrent_bart.execution.kernels.residual_norm import residual_norm
 
     torch.manual_seed(0)
-    stream, ones = torch.zeros(2, 64, 48), torch.ones(2, 64, 48, requires_grad=True)
+    stream, ones = torch.zeros(2, 24, 48), torch.ones(2, 24, 48, requires_grad=True)
     weight, nothing = torch.ones(2, 1, 48), torch.zeros(2, 1, 48)
     out = residual_norm(stream, ones, nothing, weight, nothing, 1e-5, 0.3)
     is_dropped = out < 0
     assert is_dropped.float().mean() == pytest.approx(0.3, abs=0.03)
-    (out * torch.randn(2, 64, 48)).sum().backward()
+    (out * torch.randn(2, 24, 48)).sum().backward()
     assert torch.equal(ones.grad == 0, is_dropped)
 
 
 @pytest.mark.parametrize(("fields", "n_maps"), [("gated", 7), ("concat", 7), ("own projection", 5)])
 def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fields, n_maps):
     """A layer has four maps, plus projection and gate (three) or keys and values again (one); there are 4 diagonals."""
-    model = build("wavefront", **FIELDS[fields])
-    loss = model(**documents("document", 3, 2)).loss
+    # 33 rows: with this number, no output has as many elements as a weight
+    model = build("wavefront", **FIELDS[fields], pre_seq_len=3)
+    loss = model(**documents("document", 3, 2, n_tokens=8)).loss
     layer, recurrence = model.model.encoder.layers[0], model.model.encoder.recurrence.by_layer()
     sizes = [weight.numel() for weight in layer.parameters() if weight.dim() == 2]
     sizes += [3 * 48 * 48, 2 * 48 * 48, *(weight[0].numel() for weight in recurrence.values())]

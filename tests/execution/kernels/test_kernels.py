@@ -5,9 +5,18 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-every_type = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 # layers, documents, positions, slots, width: not powers of two, minimal sizes, and more rows than a tile
-every_size = pytest.mark.parametrize("sizes", [(2, 3, 11, 3, 48), (1, 1, 2, 1, 16), (3, 2, 21, 5, 20)], ids=str)
+SIZES = [(2, 3, 11, 3, 48), (1, 1, 2, 1, 16), (3, 2, 21, 5, 20)]
+
+
+def every_pair(name, *variants):
+    """Parametrize a test so that each pair of a type, a size and a variant occurs, because the interpreter is slow."""
+    cases = [
+        (dtype, sizes, variants[(row + column) % len(variants)])
+        for row, dtype in enumerate(TOLERANCE)
+        for column, sizes in enumerate(SIZES)
+    ]
+    return pytest.mark.parametrize(("dtype", "sizes", name), cases, ids=str)
 
 
 def randoms(dtype, *shapes):
@@ -30,9 +39,7 @@ def check(fused, plain, inputs):
         torch.testing.assert_close(one.double(), other, rtol=TOLERANCE[dtype], atol=tolerance)
 
 
-@every_type
-@every_size
-@pytest.mark.parametrize("may_rest", [False, True])
+@every_pair("may_rest", False, True)
 def test_gated_update(dtype, sizes, may_rest):
     from recurrent_bart.execution.kernels.gated_update import gated_update
 
@@ -50,9 +57,7 @@ def test_gated_update(dtype, sizes, may_rest):
     check(lambda *inputs: [gated_update(*inputs, is_read)], plain, randoms(dtype, *shapes))
 
 
-@every_type
-@every_size
-@pytest.mark.parametrize("gives", ["stream", "slots", "memory and slots"])
+@every_pair("gives", "stream", "slots", "memory and slots")
 def test_residual_norm(dtype, sizes, gives):
     from recurrent_bart.execution.kernels.residual_norm import residual_norm, residual_norm_and_slots
 
@@ -104,9 +109,7 @@ def test_without_a_graph_results_are_left_in_their_places(p):
     assert torch.equal(place, gated_update(gate, bias, both, None))
 
 
-@every_type
-@every_size
-@pytest.mark.parametrize("activation", [gelu, torch.tanh])
+@every_pair("activation", gelu, torch.tanh)
 def test_bias_activation(dtype, sizes, activation):
     from recurrent_bart.execution.kernels.bias_activation import bias_gelu, bias_tanh
 
@@ -134,9 +137,7 @@ def plain_heads(n_documents, n_slots, n_heads, is_gated):
     return plain
 
 
-@every_type
-@every_size
-@pytest.mark.parametrize("is_gated", [False, True])
+@every_pair("is_gated", False, True)
 def test_split_heads(dtype, sizes, is_gated):
     from recurrent_bart.execution.kernels.heads import split_heads
 
