@@ -16,7 +16,9 @@ def every_pair(name, *variants):
         for row, dtype in enumerate(TOLERANCE)
         for column, sizes in enumerate(SIZES)
     ]
-    return pytest.mark.parametrize(("dtype", "sizes", name), cases, ids=str)
+    return pytest.mark.parametrize(
+        ("dtype", "sizes", name), cases, ids=lambda value: getattr(value, "__name__", str(value))
+    )
 
 
 def randoms(dtype, *shapes):
