@@ -51,6 +51,7 @@ class EvaluationArguments(GenerationArguments):
     max_n_segments: int = flag(-1, "maximum number of segments read per document; -1 is all, as in launch/summarize.py")
     trust_remote_code: bool = flag(False, "run Python code from the tokenizer's folder")
     json: str | None = flag(None, "JSON file for the results; if not given: the results are only printed")
+    seed: int = flag(42, "seed of the texts drawn with --do_sample")
     precision: str = flag("auto", "bf16, fp32, or auto: bf16 if the device supports it, fp32 otherwise")
     timeout_minutes: int = flag(60, "minutes that a rank waits for another rank before it fails")
     local_rank: int = flag(-1, "rank on this node; set by the deepspeed launcher")
@@ -152,6 +153,7 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
     ]:
         say(str(line))
     loss = evaluator.loss(model)
+    torch.manual_seed(arguments.seed + environment.rank)
     samples = evaluator.summarise(model, Generation(longest))
     return Results(len(plan.indices), len(samples), loss, score(samples))
 

@@ -47,6 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="maximum number of tokens in a batch of several texts, padding included; default: %(default)s",
     )
     add_generation_flags(parser)
+    parser.add_argument("--seed", type=int, default=42, help="seed of the texts drawn with --do_sample; default: 42")
     parser.add_argument(
         "--skip_bad_samples", action="store_true", help="skip unreadable texts and print an empty line for each"
     )
@@ -148,6 +149,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
     given = GenerationArguments(**flags).generation_settings()
     longest = text_length(model.config, model.generation_config, given, target_length(arguments.model))
     change_settings(model.generation_config, given, longest)
+    torch.manual_seed(arguments.seed)
     return model, tokenizer, {"max_new_tokens": longest}
 
 

@@ -26,9 +26,11 @@ MOST_SHAPES = 32
 
 def can_capture(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
     """Return True if a training step may run a module by CUDA graphs: on one GPU, and without hooks on submodules."""
+    # replicas of DataParallel have no parameters, only copies that change with each call
     parameters = list(module.parameters())
     return (
-        torch.is_grad_enabled()
+        bool(parameters)
+        and torch.is_grad_enabled()
         and any(part.requires_grad for part in (*inputs, *parameters))
         and inputs[0].is_cuda
         and all(part.device == inputs[0].device for part in (*inputs, *parameters))

@@ -49,6 +49,8 @@ def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, che
         and can_fuse(layer, tokens_BLD)
         and all((it.dtype, it.device) == (tokens_BLD.dtype, tokens_BLD.device) for it in weights.values())
         and not torch.cuda.is_current_stream_capturing()
+        # replicas of DataParallel share the attributes of the module, but run in different threads
+        and not getattr(layer, "_is_replica", False)
     )
 
 

@@ -135,7 +135,7 @@ class Grid:
             memory = _started_or_initial(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
         # unbind, because the backward pass of each index would write a gradient of all segments
         segments = [*earlier, *(_constant_segment(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
-        windows = self._windows(n_segments, kept)
+        windows = self._windows(is_read_BN, kept)
         run: Schedule = self._sequential
         if any(part.stop - part.start > 1 for part, _ in windows):
             run = self._fastest(segments_BNLD, kept)
@@ -152,13 +152,14 @@ class Grid:
         output.memory = memory if self.config.has_state else None
         return output
 
-    def _windows(self, n_segments: int, kept: OutputSelection) -> list[tuple[slice, bool]]:
+    def _windows(self, is_read_BN: Tensor, kept: OutputSelection) -> list[tuple[slice, bool]]:
         """Return the segments that run together as slices, each with True if they have an autograd graph."""
+        n_segments = is_read_BN.shape[1]
         # without a carried state, only the outputs of earlier segments could matter
         first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
         if not torch.is_grad_enabled():
             return [(slice(first, n_segments), False)]
-        first_with_graph = n_segments - n_segments_with_graph(self.config, n_segments, kept.every_segment)
+        first_with_graph = n_segments - n_segments_with_graph(self.config, is_read_BN, kept.every_segment)
         starts = state_windows(self.config, n_segments).starts() if self.config.has_state else []
         cuts = {first_with_graph, *starts} & set(range(max(first + 1, first_with_graph), n_segments))
         borders = [first, *sorted(cuts), n_segments]

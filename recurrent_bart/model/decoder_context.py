@@ -120,8 +120,10 @@ class _SeveralSegments:
         # a segment that its document does not have ends no section
         ends_BN = ends_BN & is_read_BN if is_cut else torch.zeros_like(ends_BN)
         self.least_BN = _least_seen(self.number_BN, ends_BN, config.context_segments)
-        # at least 1 also for a segment that its document does not have; nothing reads its context
-        self.n_seen_BN = (self.number_BN - self.least_BN + 1)[:, :-1].clamp(min=1)
+        # distance in indices, because a document may lack segments in between. At least 1 also for a segment that its
+        # document does not have; nothing reads its context
+        first_BN = torch.searchsorted(self.number_BN[:, :-1].contiguous(), self.least_BN[:, :-1].contiguous())
+        self.n_seen_BN = (torch.arange(1, is_read_BN.shape[1] + 1) - first_BN).clamp(min=1)
         self.past = self._read_so_far(self.least_BN[:, -1])
 
     def after_all(self) -> Block:

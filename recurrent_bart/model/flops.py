@@ -14,6 +14,7 @@ from recurrent_bart.model.decoder_context import section_starts
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.recurrence.associative_memory import CHUNK
 from recurrent_bart.recurrence.bptt import n_segments_with_graph
+from recurrent_bart.recurrence.segmentation import align_at_end
 
 # vendors' peak FLOP/s of dense matrix products, in bf16 and in fp32 (without TF32), by a part of the device's name; the
 # first match counts
@@ -83,7 +84,7 @@ class Arithmetic:
         if labels.dim() == 2:
             if not self.config.has_state and self.config.decoder_context not in ("section", "all"):
                 is_run_BN = distance_BN == 0
-            has_graph_BN = distance_BN < n_segments_with_graph(self.config, lengths_BN.shape[1], False)
+            has_graph_BN = distance_BN < _n_with_graph(self.config, lengths_BN)
         with_graph = self.encoder(lengths_BN[is_run_BN & has_graph_BN]) + self._decoder_of(lengths_BN, labels)
         return (2 + self.trained_share) * with_graph + self.encoder(lengths_BN[is_run_BN & ~has_graph_BN])
 
@@ -146,3 +147,8 @@ class Arithmetic:
             return lengths_BN + n_state * (1 + segment_N - first_BN)
         n_read_BN = nn.functional.pad(lengths_BN.cumsum(dim=1), (1, 0))
         return n_state + n_read_BN[:, 1:] - n_read_BN.gather(1, first_BN)
+
+
+def _n_with_graph(config: RecurrentBartConfig, lengths_BN: Tensor) -> int:
+    aligned, *_ = align_at_end(lengths_BN.unsqueeze(2), lengths_BN.unsqueeze(2), may_be_empty=True)
+    return n_segments_with_graph(config, aligned.squeeze(2) > 0, has_target_segments=False)

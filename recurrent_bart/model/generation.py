@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
-from recurrent_bart.recurrence.segmented_batch import rename_every_segment
+from recurrent_bart.recurrence.segmented_batch import check_selection, rename_every_segment
 
 
 class SegmentGeneration(GenerationMixin):
@@ -52,7 +52,9 @@ class SegmentGeneration(GenerationMixin):
         """
         if "every_segment" in kwargs:
             renamed = rename_every_segment({"every_segment": kwargs.pop("every_segment")})
-            decode_at, target_segments = renamed.get("decode_at", decode_at), renamed.get("target_segments")
+            decode_at = renamed.get("decode_at", decode_at)
+            target_segments = renamed.get("target_segments", target_segments)
+        check_selection(decode_at, target_segments)
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
         if encoded is not None:

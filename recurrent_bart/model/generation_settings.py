@@ -79,8 +79,18 @@ def change_settings(generation: GenerationConfig, given: Mapping[str, Any], max_
     if "min_new_tokens" in given:
         # older name of the same setting
         generation.min_length = None
-    for name, value in given.items():
+    unread = [*(BEAM_SETTINGS if given.get("num_beams") == 1 else ())]
+    unread += SAMPLING_SETTINGS if given.get("do_sample") is False else ()
+    for name, value in {**dict.fromkeys(unread), **given}.items():
         setattr(generation, name, value)
+    if (generation.num_return_sequences or 1) > 1:
+        # a document has one text
+        generation.num_return_sequences = None
+    if "max_new_tokens" in given and _least_tokens(generation) > max_new_tokens:
+        raise ValueError(
+            f"--max_new_tokens {max_new_tokens}: the model's own minimum is {_least_tokens(generation)} tokens; set "
+            "--min_new_tokens too"
+        )
     if given:
         # transformers raises on save if a setting was changed and any setting has no effect, for example a
         # length_penalty without beams. It only warns if the settings are as loaded. The ineffective ones were there

@@ -80,7 +80,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         """
         if "every_segment" in kwargs:
             given = rename_every_segment({"every_segment": kwargs.pop("every_segment")})
-            decode_at, target_segments = given.get("decode_at", decode_at), given.get("target_segments")
+            decode_at = given.get("decode_at", decode_at)
+            target_segments = given.get("target_segments", target_segments)
         if self.is_traced_as_bart(input_ids, inputs_embeds, state, decode_at, target_segments):
             flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
             return super().forward(input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **flags, **kwargs)
@@ -89,6 +90,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             batch = SegmentedBatch.build(self.config, self.training, *reading, may_be_empty=state is not None)
             inputs_embeds, earlier = self.embed_segments(batch)
         if state is not None:
+            if not isinstance(state, RecurrentState):
+                raise ValueError(f"state: a RecurrentState is needed, but a {type(state).__name__} was given")
             state.check(self.config, len(batch.attention_mask))
         recurrence = self.recurrence and self.recurrence(inputs_embeds.device)
         grid = Grid(
@@ -139,7 +142,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             return ids_BNL, []
         n_segments, n_reached = ids_BNL.shape[1], 0
         if torch.is_grad_enabled():
-            n_reached = n_segments_with_graph(self.config, n_segments, batch.decodes_several_segments)
+            n_reached = n_segments_with_graph(self.config, batch.is_read, batch.decodes_several_segments)
         earlier_BNL, reached_BNL = ids_BNL.split((n_segments - n_reached, n_reached), dim=1)
         earlier = embed_segments_lazily(self.embed_tokens, earlier_BNL, self.config.vocab_size)
         return self.embed_tokens(reached_BNL), earlier

@@ -174,9 +174,10 @@ class RecurrentEncoderOutput(BaseModelOutput):
                 f"{tuple(self.is_read.shape)} documents and segments"
             )
         shape = tuple(self.last_hidden_state.shape)
+        n_rows = shape[0] if self.packing is None else len(self.packing.order)
         # without any target segment, there is still one context
-        has_rows = len(shape) == 3 and shape[0] == max(1, int(target_segments_BN.sum()))
-        if self.packing is None and not has_rows and shape[:-2] != tuple(self.is_read.shape):
+        has_rows = len(shape) == 3 and n_rows == max(1, int(target_segments_BN.sum()))
+        if not has_rows and shape[:-2] != tuple(self.is_read.shape):
             raise ValueError(
                 f"target_segments: encoder_outputs of shape {shape} do not hold the contexts after "
                 f"the {int(target_segments_BN.sum())} target segments; call the encoder with the same target_segments"

@@ -47,7 +47,7 @@ from recurrent_bart.model.scheduled_sampling import Oracle
 from recurrent_bart.model.token_head import TokenHead
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import to_device
-from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, rename_every_segment
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, check_one_target, rename_every_segment
 
 
 class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
@@ -169,6 +169,8 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
                 input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
             )
         if encoder_outputs is None:
+            kwargs = rename_every_segment(kwargs)
+            check_one_target(kwargs.get("target_segments"))
             encoded = self.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
         else:
             encoded = RecurrentEncoderOutput.of(encoder_outputs, self.config, attention_mask)
@@ -252,6 +254,7 @@ class RecurrentBartForConditionalGeneration(
                 "decoder_inputs_embeds": decoder_inputs_embeds,
                 "encoder_outputs": encoder_outputs,
                 "past_key_values": past_key_values,
+                **{name: kwargs.get(name) for name in ("decode_at", "target_segments", "every_segment")},
             }
             check_unused(unused, "labels (B, N, T)")
             reading = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}

@@ -7,6 +7,7 @@ from there.
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
@@ -49,16 +50,28 @@ def target_windows(config: RecurrentBartConfig, n_segments: int) -> BpttWindows:
     return BpttWindows(n_segments, config.bptt_window)
 
 
-def n_segments_with_graph(config: RecurrentBartConfig, n_segments: int, has_target_segments: bool) -> int:
+def n_segments_with_graph(config: RecurrentBartConfig, is_read_BN: Tensor, has_target_segments: bool) -> int:
     """Return the number of last segments that have an autograd graph.
+
+    `is_read_BN` is True at segments that their document has; all documents end at the last segment.
 
     With target segments, all segments have a graph. With one target at the end, the graph covers every window that
     holds a segment in the decoder's context.
     """
+    n_segments = is_read_BN.shape[1]
     if has_target_segments or not n_segments:
         return n_segments
-    n_seen = n_segments if config.context_segments == -1 else min(config.context_segments, n_segments)
+    n_seen = n_segments
     if config.decoder_context == "last":
         n_seen = 1
+    elif config.context_segments != -1:
+        n_seen = _n_last_segments(is_read_BN, config.context_segments)
     first_seen = n_segments - n_seen
     return n_segments - max(start for start in state_windows(config, n_segments).starts() if start <= first_seen)
+
+
+def _n_last_segments(is_read_BN: Tensor, most: int) -> int:
+    # number of last segments that hold the last `most` segments of each document
+    from_end_BN = is_read_BN.flip(1)
+    is_last_BN = from_end_BN & (from_end_BN.cumsum(dim=1) <= most)
+    return max(1, int((is_last_BN * torch.arange(1, is_read_BN.shape[1] + 1)).max()))

@@ -187,8 +187,8 @@ def align_targets(target_segments_BN: Tensor, mask_BNL: Tensor, n_empty_B: Tenso
     """
     if target_segments_BN.shape != mask_BNL.shape[:2]:
         raise ValueError(
-            f"labels or target_segments are for {tuple(target_segments_BN.shape)} documents and segments, but the "
-            f"input has {tuple(mask_BNL.shape[:2])}"
+            f"labels or target_segments have the shape {tuple(target_segments_BN.shape)} in documents and segments, "
+            f"but the input has {tuple(mask_BNL.shape[:2])}"
         )
     return shift_segments(target_segments_BN, n_empty_B)
 

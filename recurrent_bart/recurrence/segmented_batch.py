@@ -60,8 +60,7 @@ class SegmentedBatch:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if decode_at not in DECODE_AT:
-            raise ValueError(f"decode_at={decode_at!r}: allowed are {', '.join(map(repr, DECODE_AT))}")
+        check_selection(decode_at, target_segments)
         given, n_dimensions = (inputs_embeds, 3) if input_ids is None else (input_ids, 2)
         is_flat = given is not None and given.dim() == n_dimensions
         tokens, mask = segment_documents(config, is_training, input_ids, attention_mask, inputs_embeds)
@@ -100,6 +99,25 @@ class SegmentedBatch:
         return shift_segments(number_BN, self.n_empty)[self.target_segments].argsort()
 
 
+def check_selection(decode_at: str, target_segments: Tensor | None) -> None:
+    """Raise ValueError if `decode_at` is unknown, or `target_segments` are not booleans `(B, N)`."""
+    if decode_at not in DECODE_AT:
+        raise ValueError(f"decode_at={decode_at!r}: allowed are {', '.join(map(repr, DECODE_AT))}")
+    dtype = getattr(target_segments, "dtype", type(target_segments).__name__)
+    if target_segments is not None and (dtype != torch.bool or target_segments.dim() != 2):
+        raise ValueError(f"target_segments: a tensor of booleans (documents, segments) is needed, but it has {dtype}")
+
+
+def check_one_target(target_segments: Tensor | None) -> None:
+    """Raise ValueError unless each document has exactly one target segment."""
+    check_selection(DECODE_AT[0], target_segments)
+    if target_segments is not None and not bool((target_segments.sum(dim=1) == 1).all()):
+        raise ValueError(
+            "target_segments: a forward pass decodes once per document, so each document needs exactly one True; give "
+            "labels (B, N, T), or call generate, for several"
+        )
+
+
 def rename_every_segment(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments with the former `every_segment` replaced by `decode_at` or `target_segments`."""
     if "every_segment" not in arguments:
@@ -111,6 +129,6 @@ def rename_every_segment(arguments: dict[str, Any]) -> dict[str, Any]:
         stacklevel=3,
     )
     rest = {name: value for name, value in arguments.items() if name != "every_segment"}
-    if isinstance(every_segment, Tensor):
-        return rest | {"target_segments": every_segment}
-    return rest | {"decode_at": DECODE_AT[bool(every_segment)]}
+    if isinstance(every_segment, bool):
+        return rest | {"decode_at": DECODE_AT[every_segment]}
+    return rest | {"target_segments": every_segment}

@@ -516,6 +516,9 @@ def _flags_of_run(folder: str, known: Iterable[str], given: dict[str, Any]) -> d
     if "max_steps" in given and flags.get("warmup_steps") is not None:
         # the saved value was derived from the earlier, larger --max_steps
         flags["warmup_steps"] = min(flags["warmup_steps"], given["max_steps"])
+    dropped = ["length_penalty", "early_stopping"] if given.get("num_beams") == 1 else []
+    dropped += ["temperature", "top_p"] if given.get("do_sample") is False else []
+    flags = {name: value for name, value in flags.items() if name not in dropped}
     return flags | {"resume": folder, "output_dir": folder}
 
 

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Sequence
 from typing import NoReturn
 
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 # flags of Hugging Face's Trainer and example scripts, with this package's equivalent flags
 HUGGING_FACE_FLAGS = {
@@ -94,6 +94,7 @@ class DataclassFlagParser(HfArgumentParser):
             allow_abbrev=False,
             formatter_class=DefaultsFormatter,
         )
+        allow_bare_booleans(self)
 
     def parse_flags(self, args: Sequence[str]) -> argparse.Namespace:
         """Parse a command line. Raise ValueError if an argument is unknown or has no usable value."""
@@ -108,6 +109,13 @@ class DataclassFlagParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ValueError. argparse would print the message on every rank."""
         raise ValueError(message)
+
+
+def allow_bare_booleans(parser: argparse.ArgumentParser) -> None:
+    """Let optional booleans, for example --do_sample, stand without a value: the value is then true."""
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True
 
 
 def describe_unknown_flag(parser: argparse.ArgumentParser, args: Sequence[str]) -> str | None:

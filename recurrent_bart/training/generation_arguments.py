@@ -1,11 +1,14 @@
 """Flags of text generation, the same in training, evaluation and use."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import HfArgumentParser
+
+from recurrent_bart.training.flags import allow_bare_booleans
 
 OF_MODEL = "if not given: the model's generation_config.json"
 # names and values of --early_stopping
@@ -65,10 +68,11 @@ class GenerationArguments:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_beams", "max_new_tokens")
         check_at_least(self, 0, "min_new_tokens", "no_repeat_ngram_size")
-        for name in ("repetition_penalty", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name} {value}: must be above 0")
+        for name in ("repetition_penalty", "temperature", "length_penalty"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"--{name} {getattr(self, name)}: must be a finite number")
+        # smaller divisors make scores infinite
+        check_at_least(self, 0.001, "temperature", "repetition_penalty")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p}: must be above 0 and at most 1")
         if self.early_stopping is not None and self.early_stopping not in EARLY_STOPPING:
@@ -86,6 +90,7 @@ class GenerationArguments:
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `GenerationArguments` to a parser without dataclasses."""
     own = HfArgumentParser(GenerationArguments, add_help=False)
+    allow_bare_booleans(own)
     group = parser.add_argument_group(GenerationArguments._argument_group_name)
     for action in own._actions:
         group._add_action(action)

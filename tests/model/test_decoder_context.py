@@ -264,9 +264,7 @@ def test_packed_contexts_are_in_the_order_of_marks_also_of_segments_without_text
 
 
 def test_marks_of_other_segments_are_refused(make_model):
-    with pytest.raises(
-        ValueError, match=r"target_segments are for \(1, 2\) documents and segments, but the input has \(1, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"target_segments have the shape \(1, 2\) .*, but the input has \(1, 3\)"):
         make_model().model.encode(random_ids(1, 3, 8), target_segments=torch.ones(1, 2).bool())
 
 
@@ -353,3 +351,75 @@ def test_a_segment_that_a_document_does_not_have_ends_no_section(make_model):
     assert torch.equal(found.rows(torch.tensor([0, 1])).context_mask, expected.context_mask)
     # two segments from the state and one of this call
     assert expected.context_mask[1].sum() == expected.n_memory + 3 * 8
+
+
+GAPS = [
+    {},
+    {"context_segments": 2},
+    {"decoder_context": "memory"},
+    {"decoder_context": "section"},
+    {"recurrence": "none"},
+]
+
+
+@pytest.mark.parametrize("depth", [0, 1, -1])
+@pytest.mark.parametrize("fields", GAPS, ids=str)
+def test_an_empty_segment_inside_a_document_changes_nothing(make_model, fields, depth):
+    """Values and gradients equal the document's without the empty segments, with one target and with several."""
+    if fields.get("recurrence") == "none" and depth != -1:
+        fields = fields | {"context_segments": 3}
+    model = make_model(**{"decoder_context": "all", "bptt_depth": depth} | fields)
+    ids, labels = random_ids(1, 3, 8), random_ids(1, 4)
+    embeds = model.model.encoder.embed_tokens(ids).detach()
+    # the windows of truncated BPTT count segments with and without text, so the empty one comes first in its window
+    gaps = torch.ones(1, 4, 8, dtype=torch.long)
+    gaps[0, 1] = 0
+    targets = torch.full((1, 3, 4), -100)
+    targets[:, 2] = labels
+    found = []
+    for has_gap in (False, True):
+        inputs = torch.cat([embeds[:, :1], embeds[:, :1], embeds[:, 1:]], dim=1) if has_gap else embeds.clone()
+        mask = gaps if has_gap else None
+        several = torch.cat([targets[:, :1], targets], dim=1) if has_gap else targets
+        losses = []
+        for given in (labels, several):
+            losses.append(model(inputs_embeds=inputs, attention_mask=mask, labels=given).loss)
+        found.append(torch.stack(losses))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+def test_the_gradient_reaches_the_last_segments_that_a_document_has(make_model):
+    model = make_model(decoder_context="all", context_segments=2, bptt_depth=0)
+    embeds = model.model.encoder.embed_tokens(random_ids(1, 4, 8)).detach().requires_grad_()
+    mask = torch.ones(1, 4, 8, dtype=torch.long)
+    mask[0, 2] = 0
+    model(inputs_embeds=embeds, attention_mask=mask, labels=random_ids(1, 4)).loss.backward()
+    assert (embeds.grad.abs().amax(dim=(0, 2, 3)) > 0).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("target_segments", "message"),
+    [
+        (torch.tensor([[1, 0, 1]]), "a tensor of booleans .* but it has torch.int64"),
+        ([[True, False, True]], "a tensor of booleans .* but it has list"),
+        (torch.tensor([True, False, True]), "a tensor of booleans"),
+        (torch.tensor([[True, False, True]]), "each document needs exactly one True"),
+        (torch.tensor([[False, False, False]]), "each document needs exactly one True"),
+    ],
+    ids=["integers", "list", "one dimension", "two", "none"],
+)
+def test_a_forward_pass_refuses_target_segments_that_it_cannot_decode(make_model, target_segments, message):
+    inputs = {"input_ids": random_ids(1, 3, 8), "labels": random_ids(1, 4)}
+    with pytest.raises(ValueError, match=message):
+        make_model()(**inputs, target_segments=target_segments)
+
+
+def test_labels_of_segments_leave_no_place_to_decode_at(make_model):
+    inputs = {"input_ids": random_ids(1, 3, 8), "labels": random_ids(1, 3, 4)}
+    with pytest.raises(ValueError, match="target_segments: not used with labels"):
+        make_model()(**inputs, target_segments=torch.ones(1, 3).bool())
+
+
+def test_a_state_of_another_type_is_refused(make_model):
+    with pytest.raises(ValueError, match="state: a RecurrentState is needed, but a Tensor was given"):
+        make_model().model.encode(random_ids(1, 3, 8), state=torch.zeros(1, 3, 16))

@@ -186,3 +186,19 @@ def test_as_many_tokens_as_there_are_positions_can_be_generated():
     model.final_logits_bias[:, model.config.eos_token_id] = -1e4
     ids = model.generate(inputs=model.dummy_inputs["input_ids"][:1], max_new_tokens=longest_text(model.config, 99))
     assert ids.shape[1] == 1 + 16
+
+
+def test_settings_that_a_given_flag_makes_useless_are_dropped():
+    generation = GenerationConfig(**CNN, num_return_sequences=3)
+    change_settings(generation, {"num_beams": 1}, 142)
+    assert (generation.num_beams, generation.length_penalty, generation.early_stopping) == (1, None, None)
+    assert generation.num_return_sequences is None
+    generation = GenerationConfig(**USUAL, do_sample=True, temperature=0.7, top_p=0.9)
+    change_settings(generation, {"do_sample": False}, 142)
+    assert (generation.temperature, generation.top_p) == (None, None)
+
+
+def test_a_given_length_below_the_models_own_minimum_is_refused():
+    with pytest.raises(ValueError, match="--max_new_tokens 10: the model's own minimum is 55 tokens; set --min_new"):
+        change_settings(GenerationConfig(**CNN), {"max_new_tokens": 10}, 10)
+    change_settings(GenerationConfig(**CNN), {"max_new_tokens": 10, "min_new_tokens": 0}, 10)

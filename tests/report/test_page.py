@@ -217,7 +217,7 @@ def test_an_unfinished_run_is_reported(records, shown, tmp_path, make_page):
     [
         (75, "SIGTERM", "stopped: SIGTERM"),
         (1, "no memory", "ended by a fault: no memory"),
-        (2, "x", "ended by a mistake: x"),
+        (2, "x", "ended by a mistake in a flag or file: x"),
     ],
 )
 def test_the_page_says_how_a_run_ended(code, reason, said, tmp_path, make_page):

@@ -24,7 +24,7 @@ def test_the_best_evaluation_has_the_lowest_loss_and_its_own_rouge(tmp_path):
     assert run.best["step"] == 20
     found = key_metrics(run)
     assert (found["best validation loss"], found["ROUGE-1"]) == ("3.2500", "20.00")
-    assert run.points("validation_loss", scale=2.0) == [(10, 7.0), (20, 6.5), (30, 7.5)]
+    assert run.points("validation_loss") == [(10, 3.5), (20, 3.25), (30, 3.75)]
     assert run.last("validation_loss") == 3.75
 
 
@@ -35,7 +35,7 @@ def test_the_slowest_rank_is_the_one_that_was_it_most_often(tmp_path):
         for step, (rank, host) in enumerate(ranks, 1)
     ]
     run = read_run(write_run(tmp_path / "run", records), DEFAULTS)
-    assert slowest(run) == "most often the slowest: process 1 on beta, in 50 % of the lines of the log"
+    assert slowest(run) == "slowest most often: rank 1 on beta, in 50 % of the log lines"
     assert hosts(run) == {"alpha", "beta", "gamma"}
 
 

@@ -291,3 +291,12 @@ def test_a_resumed_run_stays_in_its_folder(tmp_path, monkeypatch):
 def test_where_there_is_no_run_none_is_resumed(tmp_path):
     with pytest.raises(ValueError, match=r"--resume .*none: .*none/config.json is missing or unreadable"):
         parse_arguments(["--resume", str(tmp_path / "none")])
+
+
+def test_a_resumed_run_can_leave_beam_search_and_sampling(tmp_path):
+    saved = {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "true", "do_sample": True, "top_p": 0.9}
+    RunFolder(tmp_path).write_config(arguments={"run": {"output_dir": str(tmp_path)} | saved})
+    run = parse_arguments(["--resume", str(tmp_path)]).run
+    assert (run.num_beams, run.length_penalty, run.top_p) == (4, 2.0, 0.9)
+    run = parse_arguments(["--resume", str(tmp_path), "--num_beams", "1", "--do_sample", "false"]).run
+    assert (run.num_beams, run.length_penalty, run.early_stopping, run.top_p) == (1, None, None, None)

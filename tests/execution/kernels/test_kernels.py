@@ -16,9 +16,8 @@ def every_pair(name, *variants):
         for row, dtype in enumerate(TOLERANCE)
         for column, sizes in enumerate(SIZES)
     ]
-    return pytest.mark.parametrize(
-        ("dtype", "sizes", name), cases, ids=lambda value: getattr(value, "__name__", str(value))
-    )
+    # the text of a function holds its address, which differs between processes
+    return pytest.mark.parametrize(("dtype", "sizes", name), cases, ids=lambda it: getattr(it, "__name__", str(it)))
 
 
 def randoms(dtype, *shapes):

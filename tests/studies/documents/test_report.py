@@ -179,7 +179,7 @@ def test_documents_with_one_id_are_refused(tmp_path, part):
     rows = {"targets": [TARGETS[0], TARGETS[2], TARGETS[0]]}
     rows["texts"] = [{"document": "a", "target": 0, "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}] * 2
     runs = [write_record(tmp_path, "ours", 0, CURVES["ours", 0], **{part: rows[part]})]
-    with pytest.raises(ValueError, match="two targets 0 of document 'a'"):
+    with pytest.raises(ValueError, match="document 'a' has two targets with number 0"):
         text_report(read_results(tmp_path, runs))
 
 

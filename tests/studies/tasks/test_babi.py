@@ -184,7 +184,7 @@ def test_words_of_a_group_change_places_in_documents_to_train_on(tmp_path, fille
 def test_what_is_missing_is_named(tmp_path, facts, filler):
     with pytest.raises(ValueError, match="no record of task 'qa7'"):
         load_babi("qa7", facts, filler)
-    with pytest.raises(ValueError, match=r"there is no train\.jsonl"):
+    with pytest.raises(ValueError, match=r"train\.jsonl and train\.jsonl\.gz are missing"):
         load_babi("qa1", tmp_path, filler)
     empty = write(tmp_path / "empty", train=[{"document": " "}], validation=[{"document": ""}])
     with pytest.raises(ValueError, match="no text"):
