@@ -14,7 +14,7 @@ def run_in_processes(function, n_processes, folder):
     workers = [
         start(_work, function, rank, n_processes, f"file://{folder}/meeting", results) for rank in range(n_processes)
     ]
-    found = dict(results.get(timeout=100) for _ in workers)
+    found = dict(results.get(timeout=250) for _ in workers)
     for worker in workers:
         worker.join(timeout=30)
     failures = [text for is_fine, text in found.values() if not is_fine]

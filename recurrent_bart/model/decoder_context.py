@@ -120,10 +120,11 @@ class _SeveralSegments:
         # a segment that its document does not have ends no section
         ends_BN = ends_BN & is_read_BN if is_cut else torch.zeros_like(ends_BN)
         self.least_BN = _least_seen(self.number_BN, ends_BN, config.context_segments)
-        # distance in indices, because a document may lack segments in between. At least 1 also for a segment that its
-        # document does not have; nothing reads its context
+        # at least 1 also for a segment that its document does not have; nothing reads its context
+        self.n_seen_BN = (self.number_BN - self.least_BN + 1)[:, :-1].clamp(min=1)
+        # the same distance in segments of this call; segments that a document lacks in between count too
         first_BN = torch.searchsorted(self.number_BN[:, :-1].contiguous(), self.least_BN[:, :-1].contiguous())
-        self.n_seen_BN = (torch.arange(1, is_read_BN.shape[1] + 1) - first_BN).clamp(min=1)
+        self.n_back_BN = (torch.arange(1, is_read_BN.shape[1] + 1) - first_BN).clamp(min=1)
         self.past = self._read_so_far(self.least_BN[:, -1])
 
     def after_all(self) -> Block:
@@ -140,7 +141,7 @@ class _SeveralSegments:
         row_M, segment_M = selected_BN.nonzero(as_tuple=True)
         least_M1 = self.least_BN[row_M, segment_M].unsqueeze(1)
         # K
-        n_back = min(int(self.n_seen_BN[selected_BN].max()), n_segments)
+        n_back = min(int(self.n_back_BN[selected_BN].max()), n_segments)
         segment_MK = segment_M.unsqueeze(1) + torch.arange(1 - n_back, 1)
         index_MK = row_M.unsqueeze(1), segment_MK.clamp(min=0)
         is_seen_MK = (segment_MK >= 0) & (self.number_BN[index_MK] >= least_M1)
