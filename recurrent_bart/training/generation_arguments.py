@@ -89,7 +89,7 @@ class GenerationArguments:
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `GenerationArguments` to a parser without dataclasses."""
-    own = HfArgumentParser(GenerationArguments, add_help=False)
+    own = HfArgumentParser(GenerationArguments, add_help=False, allow_abbrev=False)
     allow_bare_booleans(own)
     group = parser.add_argument_group(GenerationArguments._argument_group_name)
     for action in own._actions:

@@ -90,7 +90,7 @@ def test_every_cut_is_said(folder, tmp_path, evaluate):
     flags = ["--model", folder.model, "--json", tmp_path / "figures.json", "--max_n_segments", 2]
     code, printed = evaluate(*flags, "--max_target_length", 5)
     assert code == 0, printed
-    lines = re.findall(r"^cut +(\d+) of (\d+) \([\d.]+ %\) validation (\w+) .*(--\w+)$", printed, flags=re.MULTILINE)
+    lines = re.findall(r"^cut +(\d+) of (\d+) \([\d.]+ %\) validation (\w+) .*\((--\w+)\)", printed, flags=re.MULTILINE)
     assert [line[2:] for line in lines] == [
         ("documents", "--max_n_segments"),
         ("targets", "--max_n_segments"),

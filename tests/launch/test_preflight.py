@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 def test_a_node_alone(tmp_path):
     ended = run_script(PREFLIGHT, "--folder", tmp_path, timeout=100)
     assert ended.codes == [0], ended.text()
-    assert "all 1 nodes are fit" in ended.text()
+    assert "all 1 nodes passed" in ended.text()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -20,9 +20,9 @@ def test_what_is_wrong_decides_the_exit_code(tmp_path):
     ended = run_script(PREFLIGHT, "--folder", tmp_path / "none", "--gpus", 99, "--min_memory", 1e9, timeout=100)
     assert ended.codes == [1], ended.text()
     line = next(line for line in ended.text().splitlines() if line.startswith("bad node"))
-    assert "GPUs, not 99" in line
+    assert "GPUs found, 99 required" in line
     assert "none cannot be written (No such file or directory)" in line
-    assert "GiB of memory free, expected 1e+09" in line
+    assert "GiB of memory free, at least 1e+09 required" in line
 
 
 @pytest.mark.slow
@@ -32,5 +32,5 @@ def test_the_network_within_and_between_nodes_is_measured(tmp_path):
     # Rank 0 prints the result.
     assert ended.codes == [1, 0, 0, 0], ended.text()
     # Both nodes of the pair are reported, under the same host name.
-    assert ended.text().count("GB/s on it") == 2
-    assert "GB/s, expected 1e+06" in ended.text()
+    assert ended.text().count("GB/s within the node") == 2
+    assert "GB/s, at least 1e+06 required" in ended.text()

@@ -64,4 +64,4 @@ def test_a_real_run_is_reported(script, documents, train_main, tmp_path):
     assert texts[texts.index("steps") + 1] == "6 of 6"
     assert texts[texts.index("state") + 1] == "finished"
     assert "validation-0" in "\n".join(texts)
-    assert len(list((folder / "report").glob("*.png"))) == 10
+    assert len(list((folder / "report").glob("*.png"))) == 4

@@ -217,7 +217,7 @@ def test_overlap_repeats_the_tail_of_the_segment_before(make_model):
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
         (
             {"labels": random_ids(2, 5, 4)},
-            r"target_segments are for \(2, 5\) documents and .* the input has \(2, 3\)",
+            r"target_segments have the shape \(2, 5\) .* the input has \(2, 3\)",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
