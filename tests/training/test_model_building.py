@@ -180,7 +180,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(changes, message):
 
 def test_a_segment_over_a_pretrained_models_positions_is_refused(pretrained, bart):
     positions = bart.config.max_position_embeddings
-    with pytest.raises(ValueError, match=f"segment_size={positions + 1} .*max_position_embeddings={positions}"):
+    with pytest.raises(ValueError, match=f"segment_size={positions + 1}.*max_position_embeddings={positions}"):
         build_config(ModelArguments(model_name_or_path=pretrained, segment_size=positions + 1), Tokenizer(60))
 
 
