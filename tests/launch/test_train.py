@@ -67,7 +67,7 @@ class TestTwoProcesses:
     def test_the_folder_has_all_that_a_run_leaves(self, two_processes):
         folder, printed = two_processes
         assert sorted(path.name for path in folder.iterdir()) == FOLDERS
-        assert "2 a device x 1 accumulated x 2 processes" in printed
+        assert "2 per device x 1 accumulated x 2 processes" in printed
         assert "ZeRO-3" in printed
 
     def test_cut_targets_are_said(self, two_processes):
@@ -125,7 +125,7 @@ class TestTwoProcesses:
         assert train_main(["--resume", str(folder), "--max_steps", "8"]) == 0
         printed = capsys.readouterr().out
         assert "step-00000006, written with a different number of processes" in printed
-        assert "2 a device x 1 accumulated x 1 processes" in printed
+        assert "2 per device x 1 accumulated x 1 processes" in printed
         # The folder is like other folders of checkpoints, without temporary files.
         assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step-00000008"
         assert not list((folder / "checkpoints").glob(".*"))

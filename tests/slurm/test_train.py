@@ -24,7 +24,7 @@ def assert_equal_runs(folder, whole):
 def test_a_run_has_one_process_per_node(whole):
     folder, job = whole
     assert sorted(records(folder, "loss")) == list(range(1, 61))
-    assert "2 a device x 1 accumulated x 2 processes" in job.printed()
+    assert "2 per device x 1 accumulated x 2 processes" in job.printed()
     assert job.shown()["NodeList"] == "node[1-2]"
     assert job.restarts() == 0
     # Each node has a separate cache folder for Triton.
