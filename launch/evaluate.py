@@ -27,11 +27,13 @@ from recurrent_bart.model.generation_settings import (
     text_length,
 )
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.training.arguments import PRECISIONS, DataArguments, data_flags
+from recurrent_bart.training.argument_fields import flag
+from recurrent_bart.training.data_arguments import DataArguments, data_flags
 from recurrent_bart.training.environment import Environment, launched_rank, start_processes, use_bf16
 from recurrent_bart.training.flags import DataclassFlagParser
-from recurrent_bart.training.generation_arguments import GenerationArguments, flag
+from recurrent_bart.training.generation_arguments import GenerationArguments
 from recurrent_bart.training.preparation import open_documents, sources_of
+from recurrent_bart.training.run_arguments import PRECISIONS
 
 # Flags for the documents. If one of these flags is given, the values of all four flags in the run are ignored, and
 # the value of --dataset_config_name too.

@@ -13,7 +13,7 @@ from recurrent_bart.data.tokenizer import special_tokens_around
 from recurrent_bart.inference.stream_reader import load_model, run_flags
 from recurrent_bart.model.generation_settings import longest_text
 from recurrent_bart.probes.memory_map import as_text, draw_memory_map, map_memory
-from recurrent_bart.training.arguments import DataArguments
+from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.flags import FlagParser
 
 

@@ -9,9 +9,12 @@ from typing import Any
 from recurrent_bart.report.page import write_report
 from recurrent_bart.report.run_record import read_run
 from recurrent_bart.run_folder import RunFolder
-from recurrent_bart.training.arguments import DataArguments, ModelArguments, RunArguments, TrackingArguments
+from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.lifecycle.spikes import SpikeWatch
+from recurrent_bart.training.model_arguments import ModelArguments
+from recurrent_bart.training.run_arguments import RunArguments
+from recurrent_bart.training.tracking_arguments import TrackingArguments
 
 KINDS = (ModelArguments, DataArguments, RunArguments, TrackingArguments)
 

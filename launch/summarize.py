@@ -20,7 +20,7 @@ from recurrent_bart.data.text_files import ENCODING
 from recurrent_bart.inference.stream_reader import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
 from recurrent_bart.inference.summarizer import Summariser
 from recurrent_bart.model.generation_settings import change_settings, describe_settings, text_length
-from recurrent_bart.training.arguments import DataArguments
+from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.generation_arguments import GenerationArguments, add_generation_flags
 

@@ -63,7 +63,7 @@ class RecurrentBartConfig(BartConfig):
         schedule: Order in which the cells (segment, layer) are computed; results are the same. `"sequential"`: segment
             after segment, layer after layer. `"wavefront"`: all independent cells at once; not with `recurrence="top"`.
             `"auto"`: wavefront where it is possible and faster (on a GPU, with several segments and few documents per
-            batch), otherwise sequential.
+            batch), otherwise sequential. Without a state, both compute several segments as one batch instead.
 
     Raises:
         ValueError: A field is outside its range, or a segment does not fit the position table.

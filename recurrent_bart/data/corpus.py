@@ -11,10 +11,10 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from recurrent_bart.data.fingerprints import tokenizer_identity
 from recurrent_bart.data.rows import Columns, Row, refuse
 from recurrent_bart.data.sources import Source
 from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.

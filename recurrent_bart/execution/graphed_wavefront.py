@@ -56,7 +56,7 @@ def can_graph(layer: BartEncoderLayer, weights: Weights, tokens_BLD: Tensor, che
 
 @dataclass(frozen=True)
 class GraphedWavefront(Wavefront):
-    """Identical to Wavefront except: it replays CUDA graphs of diagonals, and recomputes activations not kept.
+    """Wavefront that replays CUDA graphs of diagonals, and recomputes activations that it has not kept.
 
     It recomputes diagonals one by one, also with `checkpointing="segment"`. Until the last segment, it yields only the
     last layer's state.

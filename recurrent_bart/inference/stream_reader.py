@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from recurrent_bart.data.fingerprints import tokenizer_identity
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
+from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.distributed import is_first
 from recurrent_bart.model.loading import load_pretrained
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration

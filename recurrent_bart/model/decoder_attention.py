@@ -18,7 +18,7 @@ from recurrent_bart.recurrence.prefix_recurrence import KeyValue
 
 
 class SelfAttention(BartAttention):
-    """Identical to BartAttention except: it runs without cuDNN attention (see `without_cudnn`)."""
+    """BartAttention without cuDNN attention (see `without_cudnn`)."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Compute self-attention; see BartAttention."""
@@ -28,7 +28,7 @@ class SelfAttention(BartAttention):
 
 
 class CrossAttention(BartAttention):
-    """Identical to BartAttention except: contexts may be packed (see `Packing`), and cuDNN attention is not used.
+    """BartAttention for contexts that may be packed (see `Packing`), without cuDNN attention.
 
     Keys and values of all packed contexts are projected at once; attention runs once per group of contexts.
     """
@@ -93,7 +93,7 @@ class CrossAttention(BartAttention):
 
 
 class GatedCrossAttention(CrossAttention):
-    """Identical to CrossAttention except: the `n_memory` state positions have a separate softmax.
+    """CrossAttention with a separate softmax over the `n_memory` state positions.
 
     The output of this softmax is scaled by `tanh(memory_gate)`, `(H,)`, and added. The gate starts at zero; then the
     decoder equals BART's.

@@ -213,8 +213,10 @@ def _least_seen(number_BN: Tensor, ends_BN: Tensor, most: int) -> Tensor:
     A context has no segment of an earlier section, and at most `most` segments; -1: all.
     """
     first_BN = section_starts(ends_BN)
+    # one more than the number before the section, because the first segment may be one that the document lacks
+    least_BN = number_BN.gather(1, (first_BN - 1).clamp(min=0)) + 1
     # the section began in an earlier call
-    least_BN = number_BN.gather(1, first_BN).masked_fill(first_BN == 0, 1)
+    least_BN = least_BN.masked_fill(first_BN == 0, 1)
     return least_BN if most == -1 else torch.maximum(least_BN, number_BN - most + 1)
 
 

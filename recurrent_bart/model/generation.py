@@ -13,11 +13,11 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
-from recurrent_bart.recurrence.segmented_batch import check_selection, rename_every_segment
+from recurrent_bart.recurrence.segmented_batch import read_selection
 
 
 class SegmentGeneration(GenerationMixin):
-    """Identical to GenerationMixin except: documents have any length, `state` is accepted, texts after each segment."""
+    """GenerationMixin for documents of any length, with a `state` and with texts after several segments."""
 
     # set by the model class that inherits this one
     model: Any
@@ -50,11 +50,7 @@ class SegmentGeneration(GenerationMixin):
         Raises:
             ValueError: No target segment exists, or `encoder_outputs` lack a context after one.
         """
-        if "every_segment" in kwargs:
-            renamed = rename_every_segment({"every_segment": kwargs.pop("every_segment")})
-            decode_at = renamed.get("decode_at", decode_at)
-            target_segments = renamed.get("target_segments", target_segments)
-        check_selection(decode_at, target_segments)
+        decode_at, target_segments = read_selection(kwargs, decode_at, target_segments)
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
         if encoded is not None:

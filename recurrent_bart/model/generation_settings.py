@@ -70,18 +70,17 @@ def change_settings(generation: GenerationConfig, given: Mapping[str, Any], max_
     least = given.get("min_new_tokens")
     if least is not None and least > max_new_tokens:
         raise ValueError(f"--min_new_tokens {least}: must be at most {max_new_tokens}, the maximum length of a text")
-    num_beams, is_sampled = (given.get(name, getattr(generation, name)) for name in ("num_beams", "do_sample"))
-    for name in given:
-        if name in BEAM_SETTINGS and (num_beams or 1) == 1:
-            raise ValueError(f"--{name} has no effect without beam search; set --num_beams to 2 or more")
-        if name in SAMPLING_SETTINGS and not is_sampled:
-            raise ValueError(f"--{name} has no effect without sampling; set --do_sample")
+    for name in without_effect(*(given.get(name, getattr(generation, name)) for name in ("num_beams", "do_sample"))):
+        if name in given:
+            needed = (
+                "beam search; set --num_beams to 2 or more" if name in BEAM_SETTINGS else "sampling; set --do_sample"
+            )
+            raise ValueError(f"--{name} has no effect without {needed}")
     if "min_new_tokens" in given:
         # older name of the same setting
         generation.min_length = None
-    unread = [*(BEAM_SETTINGS if given.get("num_beams") == 1 else ())]
-    unread += SAMPLING_SETTINGS if given.get("do_sample") is False else ()
-    for name, value in {**dict.fromkeys(unread), **given}.items():
+    dropped = dict.fromkeys(without_effect(given.get("num_beams", 2), given.get("do_sample", True)))
+    for name, value in (dropped | dict(given)).items():
         setattr(generation, name, value)
     if (generation.num_return_sequences or 1) > 1:
         # a document has one text
@@ -96,6 +95,11 @@ def change_settings(generation: GenerationConfig, given: Mapping[str, Any], max_
         # length_penalty without beams. It only warns if the settings are as loaded. The ineffective ones were there
         # before, so mark them as loaded
         generation._original_object_hash = hash(generation)
+
+
+def without_effect(num_beams: int | None, do_sample: bool | None) -> tuple[str, ...]:
+    """Return the names of the settings that generation does not read, because it uses no beams or no sampling."""
+    return (BEAM_SETTINGS if (num_beams or 1) == 1 else ()) + (() if do_sample else SAMPLING_SETTINGS)
 
 
 def describe_settings(generation: GenerationConfig, max_new_tokens: int) -> str:
@@ -113,14 +117,12 @@ def describe_settings(generation: GenerationConfig, max_new_tokens: int) -> str:
 def settings_of_model(generation: GenerationConfig, num_beams: int) -> dict[str, Any]:
     """Return the settings that differ from the usual ones and that change the texts."""
     usual = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
+    unread = without_effect(num_beams, generation.do_sample)
     found = {}
     for name, value in generation.to_dict().items():
         is_usual = value is None or value == usual.get(name) or name.startswith(("output_", "return_"))
         is_end = name == "forced_eos_token_id" and value == generation.eos_token_id
-        is_unread = name in (BEAM_SETTINGS if num_beams == 1 else ()) or (
-            name in SAMPLING_SETTINGS and not generation.do_sample
-        )
-        if not (is_usual or is_end or is_unread or name in COMMON):
+        if not (is_usual or is_end or name in unread or name in COMMON):
             found[name] = value
     return found
 

@@ -29,7 +29,7 @@ TARGETS_STEP = 32
 
 
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
-    """Identical to BartDecoder except: attention, masks, plain tuples as outputs, and CUDA graphs for short targets.
+    """BartDecoder with its own attention modules and masks, plain tuples as outputs, and CUDA graphs for short targets.
 
     On a GPU the decoder builds the causal mask itself if none is given. CUDA graphs run in training with
     `schedule="auto"` for at most `MOST_TARGETS` positions, or `MOST_CHECKPOINTED_TARGETS` under gradient checkpointing.

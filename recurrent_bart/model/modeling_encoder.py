@@ -22,13 +22,13 @@ from recurrent_bart.recurrence.bptt import n_segments_with_graph
 from recurrent_bart.recurrence.encoder_layer import RecurrentBartEncoderLayer
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState, build_recurrence
 from recurrent_bart.recurrence.segmentation import Segment, embed_segments_lazily, is_traced
-from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, rename_every_segment
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, read_selection
 
 logger = logging.get_logger(__name__)
 
 
 class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
-    """Identical to BartEncoder except: it reads a document as segments, and carries a state between segments."""
+    """BartEncoder that reads a document as segments, and carries a state between segments."""
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
@@ -78,10 +78,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
                 `input_size`, uncut embeddings span several segments, `decode_at` is unknown, or `target_segments` or
                 `state` has a wrong shape.
         """
-        if "every_segment" in kwargs:
-            given = rename_every_segment({"every_segment": kwargs.pop("every_segment")})
-            decode_at = given.get("decode_at", decode_at)
-            target_segments = given.get("target_segments", target_segments)
+        decode_at, target_segments = read_selection(kwargs, decode_at, target_segments)
         if self.is_traced_as_bart(input_ids, inputs_embeds, state, decode_at, target_segments):
             flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
             return super().forward(input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **flags, **kwargs)
@@ -118,7 +115,6 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         state: RecurrentState | None = None,
         decode_at: str = "last_segment",
         target_segments: Tensor | None = None,
-        **_: Any,
     ) -> bool:
         """Return True if a model without recurrence is traced on one segment; then BART's own code runs.
 

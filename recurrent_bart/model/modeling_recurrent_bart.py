@@ -47,11 +47,11 @@ from recurrent_bart.model.scheduled_sampling import Oracle
 from recurrent_bart.model.token_head import TokenHead
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import to_device
-from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, check_one_target, rename_every_segment
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, check_one_target, read_selection
 
 
 class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
-    """Identical to BartModel except: the encoder reads segments, and `forward` accepts and returns a `state`."""
+    """BartModel whose encoder reads segments, and whose `forward` accepts and returns a `state`."""
 
     def __init__(self, config: RecurrentBartConfig):
         # skip BartModel.__init__: it would build and initialize a whole BART only to replace it
@@ -67,6 +67,8 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        decode_at: str = "last_segment",
+        target_segments: Tensor | None = None,
         **kwargs: Any,
     ) -> RecurrentEncoderOutput:
         """Compute embeddings outside the encoder, run the encoder, and rebuild its output from a plain tuple.
@@ -75,12 +77,10 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         requires a gradient, which ids cannot, and they see only outputs in a tuple. Otherwise the encoder's gradient
         would be lost silently.
         """
-        kwargs = rename_every_segment(kwargs)
-        selected = {name: kwargs.pop(name) for name in ("decode_at", "target_segments") if name in kwargs}
+        decode_at, target_segments = read_selection(kwargs, decode_at, target_segments)
+        reading = input_ids, attention_mask, inputs_embeds, decode_at, target_segments
         may_be_empty = kwargs.get("state") is not None
-        batch = SegmentedBatch.build(
-            self.config, self.training, input_ids, attention_mask, inputs_embeds, **selected, may_be_empty=may_be_empty
-        )
+        batch = SegmentedBatch.build(self.config, self.training, *reading, may_be_empty=may_be_empty)
         embeds, earlier = self.encoder.embed_segments(batch)
         if torch.is_grad_enabled() and not embeds.requires_grad:
             embeds = embeds.detach().requires_grad_()
@@ -139,13 +139,16 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         state: RecurrentState | None = None,
+        decode_at: str = "last_segment",
+        target_segments: Tensor | None = None,
         **kwargs: Any,
     ) -> RecurrentBartModelOutput:
         """Run encoder and decoder; see BartModel, and RecurrentBartEncoder for documents and `state`.
 
         A compiler or an exporter traces BartModel's code instead, see `RecurrentBartEncoder.is_traced_as_bart`.
         """
-        if encoder_outputs is None and self.encoder.is_traced_as_bart(input_ids, inputs_embeds, state, **kwargs):
+        whole = input_ids, inputs_embeds, state, decode_at, target_segments
+        if encoder_outputs is None and self.encoder.is_traced_as_bart(*whole):
             output = super().forward(
                 input_ids,
                 attention_mask,
@@ -169,9 +172,9 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
                 input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
             )
         if encoder_outputs is None:
-            kwargs = rename_every_segment(kwargs)
-            check_one_target(kwargs.get("target_segments"))
-            encoded = self.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
+            selected = read_selection(kwargs, decode_at, target_segments)
+            check_one_target(selected[1])
+            encoded = self.encode(input_ids, attention_mask, inputs_embeds, *selected, state=state, **kwargs)
         else:
             encoded = RecurrentEncoderOutput.of(encoder_outputs, self.config, attention_mask)
         encoded.check_one_context()
@@ -200,7 +203,7 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
 class RecurrentBartForConditionalGeneration(
     RecurrentBartPreTrainedModel, SegmentGeneration, OracleInputs, BartForConditionalGeneration
 ):
-    """Identical to BartForConditionalGeneration except: long documents, a `state`, and one target per segment."""
+    """BartForConditionalGeneration for documents of several segments, with a `state` and with targets per segment."""
 
     def __init__(self, config: RecurrentBartConfig):
         super(BartForConditionalGeneration, self).__init__(config)

@@ -19,7 +19,7 @@ PLAIN_WEIGHTS = (Tensor, nn.Parameter)
 
 
 class TokenHead(nn.Linear):
-    """Identical to nn.Linear except: if labels are given, it returns the loss.
+    """Linear layer that returns the loss if labels are given.
 
     ZeRO-3 gathers the weight by hooks on this module, so the loss must be computed inside it.
     """

@@ -14,7 +14,7 @@ from recurrent_bart.recurrence.prefix_recurrence import KeyValue
 
 
 class RecurrentBartEncoderLayer(BartEncoderLayer):
-    """Identical to BartEncoderLayer except: it also computes a cell, which is one layer on one segment with a state.
+    """BartEncoderLayer that can also compute a cell: one layer on one segment with a state.
 
     The sequential schedule calls each layer as a module, so the layer's hooks run. FSDP and accelerate load parameters
     in hooks, and gradient checkpointing recomputes the call.

@@ -274,7 +274,7 @@ class PrefixRecurrence(nn.Module):
 
 
 class TopRecurrence(PrefixRecurrence):
-    """Identical to PrefixRecurrence except: one state passes through all layers as the slots (RMT, arXiv 2207.06881).
+    """Recurrence with one state, which passes through all layers as the slots (RMT, arXiv 2207.06881).
 
     Each layer attends to the slots that enter the layer, as a prefix. Without prefix projection and with
     `prefix_attention="concat"`, the result is BART's attention over `memory, tokens`.
@@ -300,7 +300,7 @@ class TopRecurrence(PrefixRecurrence):
 
 
 class StaticPrefix(PrefixRecurrence):
-    """Identical to PrefixRecurrence except: without slots, all segments share a learned prefix (P-tuning v2)."""
+    """Prefix without slots and without a state: all segments share a learned prefix (P-tuning v2)."""
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)

@@ -60,7 +60,6 @@ class SegmentedBatch:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        check_selection(decode_at, target_segments)
         given, n_dimensions = (inputs_embeds, 3) if input_ids is None else (input_ids, 2)
         is_flat = given is not None and given.dim() == n_dimensions
         tokens, mask = segment_documents(config, is_training, input_ids, attention_mask, inputs_embeds)
@@ -110,7 +109,6 @@ def check_selection(decode_at: str, target_segments: Tensor | None) -> None:
 
 def check_one_target(target_segments: Tensor | None) -> None:
     """Raise ValueError unless each document has exactly one target segment."""
-    check_selection(DECODE_AT[0], target_segments)
     if target_segments is not None and not bool((target_segments.sum(dim=1) == 1).all()):
         raise ValueError(
             "target_segments: a forward pass decodes once per document, so each document needs exactly one True; give "
@@ -118,17 +116,20 @@ def check_one_target(target_segments: Tensor | None) -> None:
         )
 
 
-def rename_every_segment(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments with the former `every_segment` replaced by `decode_at` or `target_segments`."""
-    if "every_segment" not in arguments:
-        return arguments
-    every_segment = arguments["every_segment"]
-    warnings.warn(
-        "every_segment is deprecated: use decode_at='every_segment', or target_segments=... for booleans (B, N)",
-        FutureWarning,
-        stacklevel=3,
-    )
-    rest = {name: value for name, value in arguments.items() if name != "every_segment"}
-    if isinstance(every_segment, bool):
-        return rest | {"decode_at": DECODE_AT[every_segment]}
-    return rest | {"target_segments": every_segment}
+def read_selection(
+    arguments: dict[str, Any], decode_at: str = DECODE_AT[0], target_segments: Tensor | None = None
+) -> tuple[str, Tensor | None]:
+    """Return `decode_at` and `target_segments`; their former name `every_segment` is removed from `arguments`."""
+    every_segment = arguments.pop("every_segment", None)
+    if every_segment is not None:
+        warnings.warn(
+            "every_segment is deprecated: use decode_at='every_segment', or target_segments=... for booleans (B, N)",
+            FutureWarning,
+            stacklevel=3,
+        )
+        if isinstance(every_segment, bool):
+            decode_at = DECODE_AT[every_segment]
+        else:
+            target_segments = every_segment
+    check_selection(decode_at, target_segments)
+    return decode_at, target_segments

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from recurrent_bart.model.loading import is_recurrence
-from recurrent_bart.training.arguments import ModelArguments
+from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.optimization import is_adapter
 
 # the projections that the LoRA paper adapts, arXiv 2106.09685

@@ -11,12 +11,13 @@ from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.model.generation_settings import contradictions, describe_limit, describe_settings, text_length
 from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.model.scheduled_sampling import Oracle, gold_probability
-from recurrent_bart.training.arguments import Arguments, RunArguments
+from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.document_order import describe_data_order
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.optimization import LearningRates
 from recurrent_bart.training.preparation import Preparation
 from recurrent_bart.training.resumed_flags import describe_changes
+from recurrent_bart.training.run_arguments import RunArguments
 
 
 def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> LearningRates:

@@ -4,8 +4,9 @@ from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, DocumentOrder
 from recurrent_bart.data.token_batches import TokenBatchOrder
 from recurrent_bart.distributed import stop_all
-from recurrent_bart.training.arguments import Arguments, RunArguments
+from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.preparation import Preparation
+from recurrent_bart.training.run_arguments import RunArguments
 
 # number of steps over which the share of padding is measured
 N_PADDING_STEPS = 50

@@ -2,31 +2,17 @@
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import HfArgumentParser
 
+from recurrent_bart.training.argument_fields import check_at_least, check_choice, flag
 from recurrent_bart.training.flags import allow_bare_booleans
 
 OF_MODEL = "if not given: the model's generation_config.json"
 # names and values of --early_stopping
 EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
-
-
-def flag(default: Any, text: str, aliases: Sequence[str] = ()) -> Any:
-    """Declare a dataclass field with a default, the help text of its flag, and further names of the flag."""
-    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
-
-
-def check_at_least(arguments: Any, least: float, *names: str) -> None:
-    """Raise ValueError if one of the named arguments is given and below `least`."""
-    for name in names:
-        value = getattr(arguments, name)
-        # `not >=` refuses NaN too
-        if value is not None and not value >= least:
-            raise ValueError(f"--{name} {value}: must be at least {least:g}")
 
 
 @dataclass(kw_only=True)
@@ -75,8 +61,8 @@ class GenerationArguments:
         check_at_least(self, 0.001, "temperature", "repetition_penalty")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p}: must be above 0 and at most 1")
-        if self.early_stopping is not None and self.early_stopping not in EARLY_STOPPING:
-            raise ValueError(f"--early_stopping {self.early_stopping}: allowed are {', '.join(EARLY_STOPPING)}")
+        if self.early_stopping is not None:
+            check_choice(self, "early_stopping", EARLY_STOPPING)
 
     def generation_settings(self) -> dict[str, Any]:
         """Return the flags that were given, as settings of `GenerationConfig`."""

@@ -12,7 +12,7 @@ from recurrent_bart.model.loading import load_pretrained
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.model.saved_models import reading_model
 from recurrent_bart.monitoring.progress import say
-from recurrent_bart.training.arguments import ModelArguments
+from recurrent_bart.training.model_arguments import ModelArguments
 
 
 def _size(d_model: int, n_layers: int, n_heads: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from recurrent_bart.model.loading import is_recurrence
-from recurrent_bart.training.arguments import RunArguments
+from recurrent_bart.training.run_arguments import RunArguments
 
 # name suffixes of parameters that stack one vector per layer
 STACKED_VECTORS = ("_bias", "prefix_gate", "matrix_gate")

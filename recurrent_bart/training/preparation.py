@@ -22,8 +22,10 @@ from recurrent_bart.model.generation_settings import longest_text
 from recurrent_bart.model.saved_models import check_model_place
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.run_folder import RunFolder
-from recurrent_bart.training.arguments import Arguments, DataArguments, ModelArguments
+from recurrent_bart.training.arguments import Arguments
+from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.environment import Environment, use_bf16, wandb_mode, wandb_settings
+from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.model_building import build_config
 from recurrent_bart.training.resumed_flags import changed_flags
 from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config

@@ -13,7 +13,6 @@ from recurrent_bart.monitoring.tensorboard_tracker import TensorBoardTracker
 from recurrent_bart.monitoring.tracker import Guarded, MetricsFile, Tracker, Trackers
 from recurrent_bart.monitoring.wandb_tracker import WandbRun, WandbTracker, run_id, start_wandb
 from recurrent_bart.run_folder import RunFolder
-from recurrent_bart.training.arguments import TrackingArguments, split_tags
 from recurrent_bart.training.environment import (
     Environment,
     has_wandb_key,
@@ -21,6 +20,7 @@ from recurrent_bart.training.environment import (
     wandb_mode,
     wandb_settings,
 )
+from recurrent_bart.training.tracking_arguments import TrackingArguments, split_tags
 
 # default wandb project
 PROJECT = "recurrent-bart"

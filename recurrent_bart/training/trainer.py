@@ -19,10 +19,10 @@ from recurrent_bart.model.scheduled_sampling import Oracle
 from recurrent_bart.monitoring.rank_metrics import RankTopology, summarise
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.monitoring.tracker import known
-from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.lifecycle.faults import explain_out_of_memory
 from recurrent_bart.training.lifecycle.interruption import Interrupted, Interruption
+from recurrent_bart.training.run_arguments import RunArguments
 from recurrent_bart.training.step_metrics import StepMetrics
 from recurrent_bart.training.windows import count_windows, has_windows, window_losses
 from recurrent_bart.training.zero.engine import reducing_once

@@ -9,12 +9,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch, DocumentOrder, RankBatches
-from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.curriculum import Curriculum
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.lifecycle.faults import explain_loader_errors
 from recurrent_bart.training.lifecycle.interruption import ignore_signals
 from recurrent_bart.training.preparation import Documents
+from recurrent_bart.training.run_arguments import RunArguments
 
 # index of a document in the plan, and number of segments to read from the document; None: no curriculum
 Reading = tuple[int, int | None]

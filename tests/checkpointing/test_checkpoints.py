@@ -16,8 +16,8 @@ from recurrent_bart.checkpointing import checkpoint_files, manifest
 from recurrent_bart.checkpointing import checkpoints as module
 from recurrent_bart.checkpointing.checkpoint_files import read_tensors
 from recurrent_bart.checkpointing.checkpoints import CheckpointError, Checkpoints, Resumed, TrainerState
-from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
+from recurrent_bart.training.run_arguments import RunArguments
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict
 from tiny import BUCKET, random_ids, tiny_model
 

@@ -7,12 +7,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, BertJapaneseTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from recurrent_bart.data.corpus import load_corpus
-from recurrent_bart.data.fingerprints import NO_SETTINGS, tokenizer_identity
 from recurrent_bart.data.gap_sentences import GAP
 from recurrent_bart.data.rows import Columns
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import load_tokenizer, train_tokenizer
+from recurrent_bart.data.tokenizer_identity import NO_SETTINGS, tokenizer_identity
 
 PLAIN = ["every sentence closes with a mark", "  padding is added at the end\n", "naïve 東京 🙂", ""]
 NAMES = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}

@@ -5,13 +5,14 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from counted_calls import count_calls
 from played_graphs import ORDERS, PlayedGraph, call_graphed, call_in_order, call_plain, play_graphs
-from recurrent_bart.execution import cuda_graphs
+from recurrent_bart.execution import cuda_graphs, graphed_wavefront
 from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.model import modeling_decoder
 from tiny import random_ids, tiny_model, two_steps
@@ -165,3 +166,23 @@ def test_graphs_belong_to_one_module(graphs, make_model):
     del model, parts
     gc.collect()
     assert reference() is None
+
+
+def test_replicas_of_data_parallel_are_not_captured(monkeypatch, make_model):
+    """A replica has no parameters; its weights change with each call, which a graph would not see."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    decoder = make_model().model.decoder
+    inputs = [SimpleNamespace(is_cuda=True, requires_grad=True, device=torch.device("cpu"))]
+    assert cuda_graphs.can_capture(decoder, inputs)
+    replica = copy.copy(decoder)
+    replica._parameters, replica._modules = {}, {}
+    assert not cuda_graphs.can_capture(replica, inputs)
+
+
+def test_a_wavefront_of_a_replica_has_no_graphs(monkeypatch, make_model):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(graphed_wavefront, "can_fuse", lambda layer, tokens: True)
+    layer = make_model().model.encoder.layers[0]
+    for is_replica in (False, True):
+        layer._is_replica = is_replica
+        assert graphed_wavefront.can_graph(layer, {}, torch.zeros(1, 8, 16), "none") != is_replica

@@ -15,9 +15,9 @@ from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
 from recurrent_bart.model import decoder_context
 from recurrent_bart.recurrence.attention import attend
-from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import Documents
+from recurrent_bart.training.run_arguments import RunArguments
 from recurrent_bart.training.training_batches import TrainingBatches
 from recurrent_bart.training.zero.deepspeed_patches import shorten_accelerator_calls
 from runs import flags

@@ -192,3 +192,13 @@ def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path, ev
 def test_the_folder_of_a_run_is_no_model(script, folder, capsys):
     assert script.main(["--model", str(folder.path)]) == 2
     assert "this is the folder of a run; give the model of the run, " in capsys.readouterr().err
+
+
+def test_the_seed_is_set_before_texts_are_drawn(folder, script, evaluate, monkeypatch):
+    seeds, summarise = [], Evaluator.summarise
+    watched = lambda *inputs: seeds.append(torch.initial_seed()) or summarise(*inputs)  # noqa: E731
+    monkeypatch.setattr(Evaluator, "summarise", watched)
+    code, printed = evaluate("--model", folder.model, "--do_sample", "--seed", 7, "--limit", 1)
+    assert code == 0, printed
+    assert seeds == [7]
+    assert "; sampling" in printed

@@ -200,6 +200,11 @@ def test_settings_in_force_are_shown_and_can_be_changed(script, run, summarize, 
     assert "min_length 5" in line
 
 
+def test_texts_that_are_drawn_follow_from_the_seed(summarize):
+    texts = [summarize(TEXT, "--do_sample", "--temperature", 5.0, "--seed", seed)[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -353,39 +353,30 @@ def test_a_segment_that_a_document_does_not_have_ends_no_section(make_model):
     assert expected.context_mask[1].sum() == expected.n_memory + 3 * 8
 
 
-GAPS = [
-    {},
-    {"context_segments": 2},
-    {"decoder_context": "memory"},
-    {"decoder_context": "section"},
-    {"recurrence": "none"},
-]
+GAPS = [{}, {"context_segments": 2}, {"recurrence": "none"}]
+GAPS += [{"decoder_context": "memory"}, {"decoder_context": "section"}]
 
 
-@pytest.mark.parametrize("depth", [0, 1, -1])
+@pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", GAPS, ids=str)
-def test_an_empty_segment_inside_a_document_changes_nothing(make_model, fields, depth):
-    """Values and gradients equal the document's without the empty segments, with one target and with several."""
-    if fields.get("recurrence") == "none" and depth != -1:
-        fields = fields | {"context_segments": 3}
-    model = make_model(**{"decoder_context": "all", "bptt_depth": depth} | fields)
-    ids, labels = random_ids(1, 3, 8), random_ids(1, 4)
-    embeds = model.model.encoder.embed_tokens(ids).detach()
-    # the windows of truncated BPTT count segments with and without text, so the empty one comes first in its window
-    gaps = torch.ones(1, 4, 8, dtype=torch.long)
-    gaps[0, 1] = 0
-    targets = torch.full((1, 3, 4), -100)
-    targets[:, 2] = labels
+def test_an_empty_segment_inside_a_document_changes_nothing(make_model, fields, task):
+    """Compare values and gradients without and with the empty segment; the first and the last segment have targets."""
+    model = make_model(**{"decoder_context": "all", "bptt_depth": -1} | fields)
+    ids, labels = random_ids(1, 3, 8), random_ids(1, 3, 4)
+    labels[:, 1] = -100
+    gap, mask = [0, 0, 1, 2], torch.ones(1, 4, 8, dtype=torch.long)
+    mask[0, 1] = 0
     found = []
-    for has_gap in (False, True):
-        inputs = torch.cat([embeds[:, :1], embeds[:, :1], embeds[:, 1:]], dim=1) if has_gap else embeds.clone()
-        mask = gaps if has_gap else None
-        several = torch.cat([targets[:, :1], targets], dim=1) if has_gap else targets
-        losses = []
-        for given in (labels, several):
-            losses.append(model(inputs_embeds=inputs, attention_mask=mask, labels=given).loss)
-        found.append(torch.stack(losses))
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+    for inputs, order in (({"input_ids": ids}, [0, 1, 2]), ({"input_ids": ids[:, gap], "attention_mask": mask}, gap)):
+        targets = labels[:, order].clone()
+        if len(order) > 3:
+            targets[:, 1] = -100
+        model.zero_grad()
+        loss = model(**inputs, labels=targets[:, -1] if task == "document" else targets).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for expected, with_gap in zip(*found, strict=True):
+        torch.testing.assert_close(with_gap, expected, rtol=0, atol=1e-12)
 
 
 def test_the_gradient_reaches_the_last_segments_that_a_document_has(make_model):
@@ -423,3 +414,20 @@ def test_labels_of_segments_leave_no_place_to_decode_at(make_model):
 def test_a_state_of_another_type_is_refused(make_model):
     with pytest.raises(ValueError, match="state: a RecurrentState is needed, but a Tensor was given"):
         make_model().model.encode(random_ids(1, 3, 8), state=torch.zeros(1, 3, 16))
+
+
+def test_packed_contexts_of_other_segments_are_refused(make_model, monkeypatch):
+    monkeypatch.setattr(decoder_context, "LEAST_SAVING", 0)
+    model = make_model(decoder_context="section")
+    target_segments = torch.tensor([[True, False, False, False, True]])
+    packed = model.model.encode(random_ids(1, 5, 8), target_segments=target_segments, may_pack=True)
+    assert packed.packing is not None
+    with pytest.raises(ValueError, match="encoder_outputs of shape"):
+        model.generate(encoder_outputs=packed, target_segments=torch.ones(1, 5).bool(), max_new_tokens=3)
+
+
+def test_an_unknown_place_is_refused_with_encoder_outputs_too(make_model):
+    model = make_model()
+    encoded = model.model.encode(random_ids(1, 3, 8))
+    with pytest.raises(ValueError, match="decode_at='end': allowed are"):
+        model.generate(encoder_outputs=encoded, decode_at="end", max_new_tokens=3)

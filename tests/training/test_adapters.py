@@ -11,7 +11,7 @@ from forked import launched, run_script
 from recurrent_bart.data.tokenizer import load_tokenizer
 from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.training.adapters import choose_trained, merged
-from recurrent_bart.training.arguments import ModelArguments
+from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.optimization import is_adapter
 from runs import flags
 from tiny import random_ids, tiny_model

@@ -6,14 +6,11 @@ import pytest
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.run_folder import RunFolder
-from recurrent_bart.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    RunArguments,
-    build_parser,
-    parse_arguments,
-)
+from recurrent_bart.training.arguments import build_parser, parse_arguments
+from recurrent_bart.training.data_arguments import DataArguments
+from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.resumed_flags import changed_flags, describe_changes
+from recurrent_bart.training.run_arguments import RunArguments
 
 GROUPS = (ModelArguments, DataArguments, RunArguments)
 

@@ -10,7 +10,7 @@ from recurrent_bart.data.rows import TASKS
 from recurrent_bart.data.tokenizer import train_tokenizer
 from recurrent_bart.inference.stream_reader import load_model
 from recurrent_bart.model.loading import is_recurrence
-from recurrent_bart.training.arguments import ModelArguments
+from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.model_building import SIZES, build_config, build_model
 
 

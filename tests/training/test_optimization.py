@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recurrent_bart.training.adapters import choose_trained
-from recurrent_bart.training.arguments import LR_SCHEDULERS, ModelArguments, RunArguments
+from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.optimization import (
     LearningRates,
     build_optimizer,
@@ -12,6 +12,7 @@ from recurrent_bart.training.optimization import (
     is_recurrence,
     learning_rate_factor,
 )
+from recurrent_bart.training.run_arguments import LR_SCHEDULERS, RunArguments
 from tiny import tiny_model
 
 # each field that adds or removes parameters

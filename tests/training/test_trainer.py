@@ -8,8 +8,8 @@ import torch
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch
-from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.optimization import LearningRates, build_optimizer, build_scheduler
+from recurrent_bart.training.run_arguments import RunArguments
 from recurrent_bart.training.trainer import Trainer
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict
 from tiny import BUCKET, random_ids, tiny_model

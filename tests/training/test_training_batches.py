@@ -9,9 +9,9 @@ import torch
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
 from recurrent_bart.training import training_batches as module
-from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import Documents
+from recurrent_bart.training.run_arguments import RunArguments
 from recurrent_bart.training.training_batches import TrainingBatches
 
 N_DOCUMENTS = 40

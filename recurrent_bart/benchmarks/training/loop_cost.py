@@ -24,7 +24,7 @@ N_BATCHES = 4
 
 
 class StepsAlone(Session):
-    """Identical to Session except: it runs no evaluation and saves no checkpoint."""
+    """Session that runs no evaluation and saves no checkpoint."""
 
     def evaluate(self) -> bool:
         """Return False without an evaluation, so training continues."""
@@ -35,7 +35,7 @@ class StepsAlone(Session):
 
 
 class LoopSession(StepsAlone):
-    """Identical to StepsAlone except: it compares its training loop with bare steps, on batches held in memory."""
+    """Session that times its training loop and bare steps in turn, on batches held in memory."""
 
     def measure(self, n_rounds: int) -> LoopCost:
         """Time the training loop and bare steps in `n_rounds` rounds, after one warm-up round.

@@ -26,7 +26,7 @@ HEAD = 2
 
 
 class HeadCollator(Collator):
-    """Identical to Collator except: each section with a target gives one segment, which holds the section's start."""
+    """Collator that makes one segment of each section with a target; the segment holds the section's start."""
 
     def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
         """Return one segment per section start, and the targets. Collator returns the same targets."""

@@ -13,7 +13,7 @@ from recurrent_bart.execution.cuda_graphs import capture
 
 
 class Recorded:
-    """Identical to the function `work` except: on a GPU, it is captured once per combination of input shapes.
+    """The function `work`; on a GPU, it is captured once per combination of input shapes.
 
     The first call with a shape runs the function eagerly, which creates optimizer moments and warms up libraries. The
     second call captures the function as a CUDA graph. The second call and all later calls replay the CUDA graph.

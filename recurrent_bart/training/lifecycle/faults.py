@@ -37,8 +37,8 @@ def explain_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
             f"step {step}: out of memory on rank {rank()} with {n_documents} documents of {n_segments} segments of "
             f"{n_tokens} tokens and targets of {batch.labels.shape[-1]} tokens; lower --per_device_train_batch_size or "
             "--tokens_per_batch (and raise --gradient_accumulation_steps), use --gradient_checkpointing segment, lower "
-            "--bptt_depth or --max_n_segments, or shard more: --deepspeed ds_configs/zero3_offload.json "
-            f"({_first_line(error)})"
+            "--max_n_segments, --context_segments or --bptt_depth, or shard more: --deepspeed "
+            f"ds_configs/zero3_offload.json ({_first_line(error)})"
         ) from error
 
 

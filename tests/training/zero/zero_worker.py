@@ -11,8 +11,8 @@ from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.distributed import gather_objects
 from recurrent_bart.model import decoder_context
-from recurrent_bart.training.arguments import RunArguments
 from recurrent_bart.training.environment import start_processes
+from recurrent_bart.training.run_arguments import RunArguments
 from recurrent_bart.training.trainer import Trainer
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict
 from recurrent_bart.training.zero.gradient_buckets import average_and_scatter, keep_partitions

@@ -1,4 +1,4 @@
-"""Identity of tokenizers.
+"""Identity of a tokenizer: a hash that changes with the ids of a text.
 
 The datasets library takes two seconds to import, so this module, which summaries need, does not import it.
 """

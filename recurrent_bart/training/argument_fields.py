@@ -1,0 +1,32 @@
+"""Fields of argument dataclasses: flags with their help texts, and checks of their values."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import field
+from typing import Any
+
+
+def flag(default: Any, text: str, aliases: Sequence[str] = ()) -> Any:
+    """Declare a dataclass field with a default, the help text of its flag, and further names of the flag."""
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+
+
+def check_at_least(arguments: Any, least: float, *names: str) -> None:
+    """Raise ValueError if one of the named arguments is given and below `least`."""
+    for name in names:
+        value = getattr(arguments, name)
+        # `not >=` refuses NaN too
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name} {value}: must be at least {least:g}")
+
+
+def check_below(arguments: Any, limit: float, name: str) -> None:
+    """Raise ValueError if the named argument is given and not below `limit`."""
+    value = getattr(arguments, name)
+    if value is not None and value >= limit:
+        raise ValueError(f"--{name} {value}: must be below {limit:g}")
+
+
+def check_choice(arguments: Any, name: str, allowed: Iterable[str]) -> None:
+    """Raise ValueError if the named argument is not among the allowed values."""
+    if getattr(arguments, name) not in allowed:
+        raise ValueError(f"--{name} {getattr(arguments, name)}: allowed are {', '.join(allowed)}")

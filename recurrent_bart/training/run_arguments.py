@@ -1,0 +1,183 @@
+"""Flags of training, evaluation and checkpoints."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
+from recurrent_bart.model.scheduled_sampling import ORACLES
+from recurrent_bart.training.argument_fields import check_at_least, check_below, check_choice, flag
+from recurrent_bart.training.curriculum import Curriculum, parse_stages
+from recurrent_bart.training.generation_arguments import GenerationArguments
+
+PRECISIONS = ("auto", "bf16", "fp32")
+LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+
+
+@dataclass
+class RunArguments(GenerationArguments):
+    """Flags of training, evaluation and checkpoints."""
+
+    _argument_group_name: ClassVar[str] = "training, evaluation and generation"
+
+    output_dir: str | None = flag(None, "folder of the run; if not given: a new folder under runs/")
+    resume: str | None = flag(
+        None, "folder of a run to continue from its last checkpoint; flags that are not given keep the run's values"
+    )
+    deepspeed: str | None = flag(None, "path of a DeepSpeed configuration in JSON; if not given: ds_configs/zero2.json")
+    max_steps: int = flag(50, "optimizer steps of the run, including the steps before --resume")
+    per_device_train_batch_size: int = flag(
+        8, "documents per device in a forward pass; with --tokens_per_batch, only in evaluation"
+    )
+    tokens_per_batch: int | None = flag(
+        None,
+        "most tokens per device in a forward pass, padding included, instead of --per_device_train_batch_size; if not "
+        "given: not used",
+    )
+    gradient_accumulation_steps: int = flag(1, "forward and backward passes per optimizer step")
+    learning_rate: float | None = flag(
+        None, "peak learning rate; if not given: 3e-5 for a pretrained model, 3e-3 x 128 / d_model for a new model"
+    )
+    recurrence_learning_rate: float | None = flag(
+        None,
+        "peak learning rate of the recurrence and of adapters; if not given: 10 x --learning_rate for a pretrained "
+        "model, else --learning_rate",
+    )
+    lr_scheduler: str = flag(
+        "linear",
+        "decay of the learning rate after warm-up, as in Hugging Face's Trainer: linear or cosine (to 0 at "
+        "--max_steps), inverse_sqrt, or constant (constant_with_warmup is the same)",
+        aliases=["--lr_scheduler_type"],
+    )
+    warmup_steps: int | None = flag(
+        None,
+        "optimizer steps over which the learning rate rises linearly to its peak; if not given: a tenth of --max_steps",
+    )
+    weight_decay: float = flag(
+        0.01, "weight decay of matrices; biases, norms and gates of attention heads do not decay"
+    )
+    adam_beta2: float = flag(
+        0.999,
+        "Adam's beta2, the decay rate of the mean of squared gradients, from 0 to below 1; lower values forget a "
+        "large gradient sooner",
+    )
+    max_grad_norm: float = flag(1.0, "norm to which gradients are clipped; 0: no clipping")
+    precision: str = flag(
+        "auto", "precision of weights and activations: bf16, fp32 or auto (bf16 if the GPU supports it, else fp32)"
+    )
+    gradient_checkpointing: str = flag(
+        "none", "part of the model that is recomputed in the backward pass to save memory: none, layer or segment"
+    )
+    oracle: str = flag(
+        "none",
+        "words of the model that replace some of the target's words in the decoder's input (scheduled sampling): word "
+        "(best next word), sentence (text from a beam search, slower) or none",
+    )
+    oracle_decay: float = flag(
+        10.0,
+        "decay mu of the share of target words in the decoder's input with --oracle: mu / (mu + exp(epoch / mu)); at "
+        "least 1",
+    )
+    oracle_temperature: float = flag(1.0, "scale of the Gumbel noise on the word scores of --oracle; 0: no noise")
+    oracle_beams: int = flag(3, "beams of the search with --oracle sentence")
+    curriculum: str | None = flag(
+        None,
+        "most segments of a document in each training stage, for example 1,2,4,8; each step draws a number from 1 to "
+        "this limit; if not given: no stages",
+    )
+    curriculum_steps: int | None = flag(
+        None,
+        "optimizer steps after which a stage of --curriculum ends in any case; if not given: --max_steps / number of "
+        "stages",
+    )
+    curriculum_loss: float | None = flag(
+        None,
+        "training loss at which a stage of --curriculum ends early, checked at each line of the log; if not given: "
+        "not checked",
+    )
+    seed: int = flag(42, "seed of initial weights, dropout and document order")
+    log_every: int = flag(10, "optimizer steps between two lines of the log")
+    eval_every: int = flag(
+        0,
+        "optimizer steps between two evaluations, each followed by a checkpoint; 0: a tenth of --max_steps, at least "
+        "25",
+    )
+    save_every: int = flag(
+        0, "optimizer steps between two checkpoints, in addition to those at evaluations; 0: only at evaluations"
+    )
+    eval_documents: int = flag(
+        32, "validation documents for which an evaluation generates texts; the validation loss uses all documents"
+    )
+    per_device_eval_batch_size: int | None = flag(
+        None, "documents per device in a forward pass of an evaluation; if not given: --per_device_train_batch_size"
+    )
+    patience: int = flag(0, "evaluations in a row without a lower validation loss after which the run stops; 0: never")
+    async_save: bool = flag(
+        False, "write checkpoints in the background from a copy in CPU memory, while training goes on"
+    )
+    keep_last: int = flag(
+        2,
+        "number of newest checkpoints to keep, at least 2; the checkpoint with the lowest validation loss is kept too",
+    )
+    keep_every: int = flag(0, "keep also the checkpoints at multiples of this number of optimizer steps; 0: none")
+    trust_checkpoint: bool = flag(
+        False, "resume from a checkpoint without a manifest or outside the run's folder, whose files cannot be verified"
+    )
+    dataloader_num_workers: int = flag(
+        2, "processes per device that prepare batches; 0: the training process prepares them"
+    )
+    max_skipped_steps: int = flag(
+        10, "steps in a row without a finite gradient after which the run writes a checkpoint and ends"
+    )
+    max_loss_spikes: int = flag(
+        0, "lines of the log in a row with a loss far above the median after which the run ends; 0: never"
+    )
+    max_minutes: float | None = flag(
+        None,
+        "minutes after the start of the process at which the run writes a checkpoint and stops; if not given: no limit",
+    )
+    timeout_minutes: int = flag(
+        60,
+        "longest time in minutes that a process waits for another one, at the start, in evaluations and in checkpoints",
+    )
+    step_timeout_seconds: int = flag(
+        600, "longest time in seconds that a process waits for another one within a step, except the first step"
+    )
+    local_rank: int = flag(-1, "rank of the process on its host; set by the deepspeed launcher")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
+        check_at_least(self, 1, *positive, "eval_documents", "timeout_minutes")
+        check_at_least(self, 0, "max_minutes", "max_loss_spikes")
+        check_at_least(self, 1, "max_skipped_steps", "step_timeout_seconds", "tokens_per_batch")
+        check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
+        check_at_least(
+            self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay", "eval_every"
+        )
+        check_at_least(self, 0, "save_every", "keep_every")
+        check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
+        check_at_least(self, 0, "adam_beta2")
+        check_below(self, 1, "adam_beta2")
+        # keep two checkpoints, because a crash may leave the newest one incomplete
+        check_at_least(self, 2, "keep_last")
+        check_choice(self, "precision", PRECISIONS)
+        check_choice(self, "lr_scheduler", LR_SCHEDULERS)
+        check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)
+        check_choice(self, "oracle", ORACLES)
+        self.eval_every = self.eval_every or max(25, self.max_steps // 10)
+        if self.warmup_steps is None:
+            self.warmup_steps = self.max_steps // 10
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"--warmup_steps {self.warmup_steps}: must be at most --max_steps {self.max_steps}")
+        check_at_least(self, 1, "curriculum_steps")
+        if self.curriculum is None and (self.curriculum_steps or self.curriculum_loss is not None):
+            raise ValueError("--curriculum_steps and --curriculum_loss need --curriculum")
+        # raises ValueError if the stages cannot be parsed
+        self.build_curriculum()
+
+    def build_curriculum(self) -> Curriculum | None:
+        """Return the curriculum, or None without `--curriculum`. Raise ValueError if its stages do not grow."""
+        if self.curriculum is None:
+            return None
+        stages = parse_stages(self.curriculum)
+        return Curriculum(stages, self.curriculum_steps or max(1, self.max_steps // len(stages)), self.seed)
