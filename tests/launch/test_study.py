@@ -232,7 +232,7 @@ def test_documents_are_made_ready_before_runs_that_start_together(script, monkey
         (["quik"], "study quik: allowed are quick"),
         ([], "study None: allowed are quick"),
         (["babi"], "--facts and --filler"),
-        (["quick", "--only", "rmt", "led"], "no run has rmt or led in its file name"),
+        (["quick", "--only", "rmt", "led"], "--only rmt led: no run of the study quick has this text in its file name"),
         (["quick", "--report_only", "--output_dir", "nowhere"], "nowhere: no run has finished"),
         (["--run", "nowhere.json"], "nowhere.json: unreadable"),
         (["document", "--set", "seed"], "--set seed: must be NAME=VALUE"),

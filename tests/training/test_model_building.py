@@ -104,15 +104,18 @@ def test_a_pretrained_model_keeps_its_weights_and_trains_in_float32(pretrained, 
 
 @pytest.fixture
 def logged(caplog):
-    """Capture warnings of transformers, whose logger does not propagate to the root logger."""
+    """Capture each warning of transformers once."""
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     # launch/benchmark.py, which may have run in this process, shows errors only
     logger.setLevel(logging.WARNING)
+    # with the environment variable CI, transformers also sends its records to the root logger, where caplog is
+    logger.propagate = False
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
     logger.setLevel(level)
+    logger.propagate = propagate
 
 
 def test_that_the_recurrence_is_new_is_said_in_one_line(pretrained, capsys, logged, tmp_path):
