@@ -39,6 +39,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--every_segment", action="store_true", help="print a summary after each segment, as soon as it is read"
     )
+    parser.add_argument(
+        "--section_separator",
+        type=separator,
+        metavar="LINE",
+        help="print a summary after each section; a line that is equal to LINE ends a section",
+    )
     parser.add_argument("--each_line", action="store_true", help="treat each line as a separate text")
     parser.add_argument(
         "--tokens_per_batch",
@@ -69,6 +75,36 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
     return int(text)
+
+
+def separator(text: str) -> str:
+    """Parse a line that separates sections."""
+    if not text.strip() or len(text.splitlines()) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be one line that is not blank")
+    return text.strip()
+
+
+def split_sections(pieces: Iterator[str], separator: str) -> Iterator[str | None]:
+    """Yield the text without the lines that are equal to `separator`, and None in place of each of them.
+
+    White space around a line is ignored. Text is yielded as soon as it cannot be a part of a separator.
+    """
+    line, is_line_start = "", True
+    for piece in pieces:
+        *lines, line = (line + piece).split("\n")
+        text = ""
+        for ended in lines:
+            if is_line_start and ended.strip() == separator:
+                yield text
+                yield None
+                text = ""
+            else:
+                text += ended + "\n"
+            is_line_start = True
+        if not is_line_start or not separator.startswith(line.strip()):
+            text, line, is_line_start = text + line, "", is_line_start and not line
+        yield text
+    yield None if is_line_start and line.strip() == separator else line
 
 
 def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
@@ -160,7 +196,7 @@ def show_settings(model: Any, generation: dict[str, int]) -> None:
 
 
 def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
-    """Summarise one text: print its summary, or the summary after each segment, and save the state.
+    """Summarise one text: print its summary, or a summary after each section or segment, and save the state.
 
     Raises:
         ValueError: The model, the text or a state file is unusable.
@@ -174,17 +210,19 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     reader = TextReader(model, tokenizer, 1 if arguments.every_segment else SEGMENTS_PER_CALL)
     if arguments.load_state:
         reader.load(arguments.load_state)
-    progress = Progress(reader, in_place=sys.stderr.isatty() and not arguments.every_segment)
-    output, is_shown = None, False
-    for output in outputs(reader, text_pieces(file, name)):
+    prints_several = arguments.every_segment or arguments.section_separator
+    progress = Progress(reader, in_place=sys.stderr.isatty() and not prints_several)
+    is_shown = False
+    for output in outputs(reader, text_pieces(file, name), arguments.section_separator):
         if not is_shown:
             show_settings(model, generation)
             is_shown = True
         progress.show()
-        if arguments.every_segment:
+        if arguments.every_segment or reader.is_between_sections:
             print(summary_after(output, model, tokenizer, **generation), flush=True)
     progress.show(is_last=True)
-    if not arguments.every_segment:
+    # no separator follows the last section
+    if not (arguments.every_segment or reader.is_between_sections):
         print(summary_after(output, model, tokenizer, **generation), flush=True)
     if save_state:
         reader.save(save_state)
@@ -196,7 +234,7 @@ def summarize_all(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: The model or a text is unusable, or a flag applies to a single text only.
     """
-    for flag in ("every_segment", "save_state", "load_state"):
+    for flag in ("every_segment", "section_separator", "save_state", "load_state"):
         if getattr(arguments, flag):
             raise ValueError(f"--{flag}: needs one text, not several")
     model, tokenizer, generation = load(arguments)
@@ -273,11 +311,12 @@ def pass_over(error: ValueError, skips: bool) -> None:
     print(f"warning: {error}; this text is skipped", file=sys.stderr, flush=True)
 
 
-def outputs(reader: TextReader, pieces: Iterator[str]) -> Iterator[BaseModelOutput]:
-    """Yield the reader's encoder outputs. The last output covers the whole text."""
-    for piece in pieces:
-        yield from reader.feed(piece)
-    yield from reader.finish()
+def outputs(reader: TextReader, pieces: Iterator[str], separator: str | None) -> Iterator[BaseModelOutput]:
+    """Yield the reader's encoder outputs. The last output covers the whole text, or its last section."""
+    for piece in pieces if separator is None else split_sections(pieces, separator):
+        yield from reader.end_section() if piece is None else reader.feed(piece)
+    if not reader.is_between_sections or reader.n_segments == 0:
+        yield from reader.finish()
 
 
 def target_length(model: str) -> int:

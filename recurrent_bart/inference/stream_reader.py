@@ -132,6 +132,26 @@ class TextReader:
         yield from self._full_segments(end)
         yield self._read(end, 1)
 
+    def end_section(self) -> Iterator[BaseModelOutput]:
+        """Encode the rest as the end of a section, as training does; `feed` then begins the next section.
+
+        Yields decoder contexts as `feed` does; the last one belongs to the section. Yields nothing without new text.
+        """
+        if self.is_between_sections:
+            return
+        mark = self.bookmark
+        mark.ids += self._encode(mark.text)
+        mark.text = ""
+        yield from self._full_segments(mark)
+        output = self._read(mark, 1, ends_section=True)
+        mark.overlap = []
+        yield output
+
+    @property
+    def is_between_sections(self) -> bool:
+        """True if no text has arrived since the last section's end, or since the beginning."""
+        return not self.bookmark.ids and not self.bookmark.text.strip()
+
     def save(self, path: Path) -> None:
         """Write the bookmark for a reader of the same model; raise ValueError if the file cannot be written."""
         mark = self.bookmark
@@ -182,12 +202,13 @@ class TextReader:
             yield self._read(mark, min((len(mark.ids) - 1) // self.room, self.segments_per_call))
 
     @torch.no_grad()
-    def _read(self, mark: Bookmark, n_segments: int) -> BaseModelOutput:
+    def _read(self, mark: Bookmark, n_segments: int, ends_section: bool = False) -> BaseModelOutput:
         """Encode the next segments, cut as `split_into_segments` cuts a document, and advance the bookmark."""
         ids = torch.tensor(pad_segments([[self._take_segment(mark) for _ in range(n_segments)]], padding=-1))
         is_token = ids >= 0
         input_ids = ids.masked_fill(~is_token, self.model.config.pad_token_id).to(self.model.device)
-        output = self.model.model.encode(input_ids, is_token.long(), state=mark.state)
+        targets = torch.arange(n_segments).eq(n_segments - 1).unsqueeze(0) if ends_section else None
+        output = self.model.model.encode(input_ids, is_token.long(), target_segments=targets, state=mark.state)
         mark.state = output.state
         self.n_segments += n_segments
         return output

@@ -8,10 +8,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from recurrent_bart.data.batches import Collator, SegmentSizes
 from recurrent_bart.data.text_encoder import TextEncoder
-from recurrent_bart.data.tokenizer import train_tokenizer
+from recurrent_bart.data.tokenizer import special_tokens_around, train_tokenizer
 from recurrent_bart.inference import stream_reader as inference
 from recurrent_bart.inference.stream_reader import TextReader, summary_after
+from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.recurrence.segmentation import split_into_segments
 
 WORDS = dir(str) * 5
@@ -196,6 +198,76 @@ def test_a_finished_text_can_be_continued(make_reader):
     half = len(TEXT) // 2
     assert_equal_to_1e_12(read_all(reader, [TEXT[:half]]), read_at_once(reader, TEXT[:half]))
     assert_equal_to_1e_12(read_all(reader, [TEXT[half:]]), read_at_once(reader, TEXT))
+
+
+SECTIONS = [" ".join(TEXTS[:1]), " ".join(TEXTS[1:6]), "it", " ".join(TEXTS[6:9])]
+
+
+def contexts_of_sections(reader, sections):
+    """Read the sections as training does, all at once; return the decoder's context after each section."""
+    leading, trailing = special_tokens_around(reader.tokenizer)
+    config = reader.model.config
+    sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments=-1)
+    collator = Collator("sections", sizes, leading, trailing, config.pad_token_id, max_target_length=9)
+    ids = TextEncoder(reader.tokenizer)(sections)
+    batch = collator([{"index": 0, "sections": ids, "summaries": [[5]] * len(ids)}])
+    ends = (batch.labels != IGNORED).any(dim=-1)
+    output = reader.model.model.encode(batch.input_ids, batch.attention_mask, target_segments=ends)
+    hidden, mask = output.last_hidden_state, output.context_mask.bool()
+    return [context[is_seen] for context, is_seen in zip(hidden, mask, strict=True)], output.state
+
+
+@pytest.mark.parametrize("segments_per_call", [1, 32])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder_context": "section"},
+        {"decoder_context": "section", "input_size": 11},
+        {"decoder_context": "section", "context_segments": 2},
+        {"decoder_context": "section", "pre_seq_len": 0},
+        {"decoder_context": "last"},
+        {"decoder_context": "memory"},
+        {"decoder_context": "all"},
+    ],
+    ids=str,
+)
+def test_streamed_sections_have_the_contexts_of_training(changes, segments_per_call, make_reader):
+    reader = make_reader(**changes)
+    reader.segments_per_call = segments_per_call
+    expected, state = contexts_of_sections(reader, SECTIONS)
+    for section, context in zip(SECTIONS, expected, strict=True):
+        assert reader.is_between_sections
+        for piece in in_pieces(section, 30):
+            assert all(not reader.is_between_sections for _ in reader.feed(piece))
+        *_, output = reader.end_section()
+        streamed = output.last_hidden_state[0, output.context_mask[0].bool()]
+        torch.testing.assert_close(streamed, context, rtol=0, atol=1e-12)
+    assert list(reader.end_section()) == []
+    streamed, whole = (without_padding(state.tensors()) for state in (reader.bookmark.state, state))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(streamed[name], tensor, rtol=0, atol=1e-12)
+
+
+def without_padding(tensors):
+    """Leave out positions of the carried context that are padding: their number depends on how a text is read."""
+    number = tensors.get("context_number")
+    return {name: tensor[number > 0] if name.startswith("context") else tensor for name, tensor in tensors.items()}
+
+
+def test_a_section_can_be_continued_from_a_state_file(make_reader, tmp_path):
+    whole = make_reader(decoder_context="section")
+    expected, _ = contexts_of_sections(whole, SECTIONS[:2])
+    first, second = (TextReader(whole.model, whole.tokenizer) for _ in range(2))
+    list(first.feed(SECTIONS[0]))
+    list(first.end_section())
+    list(first.feed(SECTIONS[1][:40]))
+    # the summary of a section so far changes nothing
+    list(first.finish())
+    first.save(tmp_path / "state")
+    second.load(tmp_path / "state")
+    list(second.feed(SECTIONS[1][40:]))
+    *_, output = second.finish()
+    torch.testing.assert_close(output.last_hidden_state[0], expected[1], rtol=0, atol=1e-12)
 
 
 def test_a_state_of_a_different_model_is_refused(make_reader, tmp_path):

@@ -250,6 +250,51 @@ def test_every_segment_has_its_summary(summarize, tells_numbers):
     assert len(set(summaries)) > 1
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n***", "\n***\n\n"], ids=repr)
+def test_each_section_has_its_summary(summarize, tells_numbers, end):
+    sections = TEXT.split("\n")[:3]
+    text = "***\n" + sections[0] + "\n\n *** \n***\n" + "\n***\n".join(sections[1:]) + end
+    summaries, _ = summarize(text, "--section_separator", "***")
+    assert len(summaries) == len(set(summaries)) == 3
+    # the first section is read as a text that ends there
+    assert summaries[:1] == summarize(sections[0])[0]
+
+
+def test_a_section_is_continued_with_its_state(summarize, tells_numbers, tmp_path):
+    first, second = TEXT[:60], TEXT[60:200]
+    summaries, _ = summarize(f"{first}\n***\n{second}", "--section_separator", "***")
+    assert summarize(f"{first}\n***\n{second[:30]}", "--section_separator", "***", "--save_state", tmp_path / "state")
+    rest = summarize(second[30:], "--section_separator", "***", "--load_state", tmp_path / "state")[0]
+    assert rest == summaries[1:]
+
+
+def test_a_text_of_separators_alone_is_refused(script, run, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("***\n\n***\n")
+    flags = ["--model", str(run.model), str(tmp_path / "text.txt"), "--section_separator", "***"]
+    assert script.main(flags) == 2
+    assert_one_error(capsys.readouterr(), "the text has no tokens")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_separators_are_found_wherever_pieces_end(script, size):
+    text = "***\na\n ***\nb ***\n**\n****\n***\t\n\nc\n***"
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    found = "".join("|" if part is None else part for part in script.split_sections(iter(pieces), "***"))
+    assert found == "|a\n|b ***\n**\n****\n|\nc\n|"
+
+
+def test_a_line_that_is_no_separator_is_not_held_back(script):
+    parts = script.split_sections(iter(["***", "* a b", " c"]), "***")
+    assert [next(parts) for _ in range(3)] == ["", "**** a b", " c"]
+
+
+@pytest.mark.parametrize("value", ["", " ", "a\nb"], ids=repr)
+def test_a_separator_is_one_line(script, run, capsys, value):
+    with pytest.raises(SystemExit):
+        script.main(["--model", str(run.model), "--section_separator", value])
+    assert "must be one line that is not blank" in capsys.readouterr().err
+
+
 def test_a_text_can_be_gone_on_with_later(summarize, tells_numbers, tmp_path):
     first, rest = TEXT[:-4], TEXT[-4:]
     summarize(first, "--save_state", tmp_path / "state")
