@@ -126,6 +126,7 @@ def test_no_script_hides_a_module():
         assert importlib.machinery.PathFinder.find_spec(file.stem, path) is None, file
 
 
+@pytest.mark.slow
 def test_importing_has_no_side_effect():
     # kernels can be imported only with triton
     has_triton = importlib.util.find_spec("triton") is not None
@@ -153,6 +154,7 @@ assert "recurrent_bart.training.trainer" in sys.modules
     assert code == 0, output
 
 
+@pytest.mark.slow
 def test_every_script_can_be_the_first_to_import_the_package():
     # in most tests the process has already imported the package
     program = f"""

@@ -394,6 +394,7 @@ def as_if_written_by_two(path, figures):
     (path / "manifest.json").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("then_in_bf16", [False, True])
 def test_a_different_precision_loads_the_same_weights_and_moments(alone, tmp_path, stage, then_in_bf16):
@@ -446,6 +447,7 @@ def test_optimizer_settings_of_the_resumed_run_apply(alone, tmp_path, stage):
     assert other.get_lr() == pytest.approx([10 * rate for rate in engine.get_lr()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
     "now", [{"decay": 0.0}, {"recurrence_rate": 0.5}, {"decay": 0.0, "recurrence_rate": 0.5}], ids=str

@@ -81,6 +81,7 @@ def rows():
     return {(split, task): list(stdlib_rows(split, task)) for split in SPLITS for task in ("document", "sections")}
 
 
+@pytest.mark.slow
 def test_the_library_gives_hundreds_of_documents_in_separate_splits(rows):
     documents = {split: {row.id for row in rows[split, "document"]} for split in SPLITS}
     assert sum(map(len, documents.values())) > 400

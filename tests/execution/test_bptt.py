@@ -135,6 +135,7 @@ def shard(monkeypatch):
     return lambda: monkeypatch.setattr(segmentation, "is_sharded", lambda module: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [train_on, read])
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
 @pytest.mark.parametrize("is_sharded", [False, True])

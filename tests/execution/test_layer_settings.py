@@ -81,6 +81,7 @@ def outputs(model, ids):
     return output.last_hidden_state, output.state.memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["wavefront", "auto"])
 @pytest.mark.parametrize("changed", [0, 1, 2])
 @pytest.mark.parametrize(("name", "change"), (CHANGES | OBSTACLES).items(), ids=CHANGES | OBSTACLES)

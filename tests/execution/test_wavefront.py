@@ -272,6 +272,7 @@ def saved_bytes(model, n_segments):
     return total
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_grain(make_model):
     """One more segment adds the autograd graph of a diagonal, or its streams; recomputed groups keep fewer streams."""
     _, model = both(make_model)
@@ -283,6 +284,7 @@ def test_memory_falls_with_the_grain(make_model):
     assert growth["layer"] > 1.5 * growth["segment"]
 
 
+@pytest.mark.slow
 def test_gradients_of_weights_are_not_kept_until_the_last_diagonal(make_model):
     """One more segment adds far less memory to a step than the weights of its layers."""
     _, model = both(make_model)
@@ -331,6 +333,7 @@ def test_no_segment_before_the_window_keeps_a_graph(make_model):
     assert saved_bytes(model, 3) == saved_bytes(model, 12)
 
 
+@pytest.mark.slow
 def test_the_step_is_compiled_whole_with_equal_numbers(make_model):
     """aot_eager traces forward and backward like other back-ends, and needs no C++ compiler."""
     encoder = make_model().model.encoder

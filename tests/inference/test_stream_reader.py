@@ -111,7 +111,7 @@ def assert_equal_to_1e_12(streamed, whole):
 
 def test_streamed_segments_equal_the_segments_of_the_whole_text(tokenizer, read_segments):
     chance = random.Random(0)
-    texts = ["".join(chance.choices(ATOMS, k=chance.randint(1, 60))) for _ in range(40)]
+    texts = ["".join(chance.choices(ATOMS, k=chance.randint(1, 60))) for _ in range(15)]
     for text in [TEXT, *texts]:
         # text never becomes a special token
         ids = [0, *TextEncoder(tokenizer)([text])[0], 2]
@@ -313,6 +313,7 @@ def test_the_table_of_this_file_holds_the_fields_that_a_state_depends_on():
     assert OTHER_FIELDS.keys() == set(inference.STATE_FIELDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_FIELDS)
 def test_a_state_of_a_model_that_differs_in_one_field_is_refused(make_reader, tmp_path, name):
     """Change a field only in the configuration, so that the weights are the same."""

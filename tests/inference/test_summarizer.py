@@ -34,6 +34,7 @@ def alone(model, tokenizer, text, **how):
     return summary_after(output, model, tokenizer, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_per_batch", [8, 64, 10_000])
 @pytest.mark.parametrize("how", [HOW, HOW | {"num_beams": 3}], ids=["greedy", "beam"])
 def test_batched_summaries_equal_summaries_of_single_texts(model, tokenizer, tokens_per_batch, how):

@@ -40,6 +40,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert "of peak" in output
 
 
+@pytest.mark.slow
 def test_groups_and_models_can_be_picked(script, tmp_path, monkeypatch, capsys):
     # The bfloat16 measurement takes half a minute on CPU.
     monkeypatch.setattr(session, "matrix_peak", lambda device, dtype: 1e9)

@@ -22,6 +22,7 @@ def run(tmp_path_factory):
     return write_run_with_model(tmp_path_factory.mktemp("runs") / "run", [TEXT], {"data": {"max_target_length": 6}})
 
 
+@pytest.mark.slow
 def test_tables_summary_and_picture(script, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("paper.txt").write_text(TEXT)

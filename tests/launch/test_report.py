@@ -20,6 +20,7 @@ def run(tmp_path):
     return write_run(tmp_path / "run", [step_record(10 * n, loss=loss) for n, loss in enumerate(losses)])
 
 
+@pytest.mark.slow
 def test_the_page_lies_in_the_run_or_where_it_is_asked_for(script, run, tmp_path, capsys):
     assert script.main([str(run)]) == 0
     assert capsys.readouterr().out == f"report in {run}/report.html; 4 charts in {run}/report\n"
@@ -29,6 +30,7 @@ def test_the_page_lies_in_the_run_or_where_it_is_asked_for(script, run, tmp_path
     assert "2 runs compared" in Page(there.read_text()).texts
 
 
+@pytest.mark.slow
 def test_high_losses_are_warned_of(script, run):
     script.main([str(run)])
     warning = "step 100: the loss is 9, the median of earlier losses is 2"

@@ -182,6 +182,7 @@ def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_
     assert "lines:2: document 1 of 1 has no tokens" in error
 
 
+@pytest.mark.slow
 def test_settings_in_force_are_shown_and_can_be_changed(script, run, summarize, tmp_path, capsys):
     model = shutil.copytree(run.model, tmp_path / "model")
     settings = json.loads((model / "generation_config.json").read_text())
@@ -200,6 +201,7 @@ def test_settings_in_force_are_shown_and_can_be_changed(script, run, summarize, 
     assert "min_length 5" in line
 
 
+@pytest.mark.slow
 def test_texts_that_are_drawn_follow_from_the_seed(summarize):
     texts = [summarize(TEXT, "--do_sample", "--temperature", 5.0, "--seed", seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]

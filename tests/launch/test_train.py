@@ -147,6 +147,7 @@ def pretrained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_targets_and_generation_end_with_the_positions_of_the_decoder(
     documents, pretrained, tmp_path, train_main, capsys
 ):
@@ -158,6 +159,7 @@ def test_targets_and_generation_end_with_the_positions_of_the_decoder(
     assert [record["step"] for record in read_metrics(tmp_path / "run") if "rouge1" in record] == [2]
 
 
+@pytest.mark.slow
 def test_settings_of_generation_are_told_held_against_the_targets_and_saved(
     documents, pretrained, tmp_path, train_main, capsys
 ):
@@ -231,6 +233,7 @@ def test_plain_python_trains_on_sections(documents, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_every_configuration_gives_the_same_losses(documents, tmp_path, train_main):
     losses = {}
     for file in (ROOT / "ds_configs").glob("*.json"):
@@ -242,6 +245,7 @@ def test_every_configuration_gives_the_same_losses(documents, tmp_path, train_ma
         assert found == pytest.approx(losses["zero2.json"], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_bf16_trains(documents, tmp_path, train_main):
     folder = tmp_path / "run"
     assert train_main(flags(documents, folder, precision="bf16", log_every=2)) == 0

@@ -2,16 +2,27 @@
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from tiny import RECURRENT, TINY, open_gates, random_ids
+from tiny import PLAIN, RECURRENT, TINY, open_gates, random_ids
+
+pytestmark = pytest.mark.slow
+# tracing takes seconds for each layer
+ONE_LAYER = {"encoder_layers": 1, "decoder_layers": 1}
+
+
+@pytest.fixture
+def bart():
+    """Return a BART with one encoder layer and one decoder layer."""
+    return BartForConditionalGeneration(BartConfig(**PLAIN | ONE_LAYER)).eval()
 
 
 @pytest.fixture
 def model(bart):
     """Return our model with the weights of the tiny BART."""
-    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY, pre_seq_len=0)).eval()
+    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY | ONE_LAYER, pre_seq_len=0)).eval()
     model.load_state_dict(bart.state_dict())
     return model
 
@@ -85,7 +96,7 @@ def test_the_decoder_exports_without_the_encoder(bart, model, document, form, is
 
 @pytest.mark.parametrize("fields", [{}, {"prefix_attention": "gated"}, {"decoder_context": "memory"}], ids=str)
 def test_the_decoder_behind_a_state_exports_without_the_encoder(document, fields):
-    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY | RECURRENT | fields)).eval()
+    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY | ONE_LAYER | RECURRENT | fields)).eval()
     open_gates(model)
     encoded = model.get_encoder()(**document)
     inputs = encoded.last_hidden_state.detach(), encoded.context_mask, random_ids(2, 6)

@@ -36,6 +36,7 @@ def counted(model, ids, labels):
     return counted_flops(lambda: model(ids, labels=labels).loss.backward())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: "-".join(map(str, changes.values())) or "default")
 def test_it_is_what_a_model_does(changes, task):

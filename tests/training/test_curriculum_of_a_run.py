@@ -45,6 +45,7 @@ def test_a_stage_ends_at_its_loss_which_all_of_a_line_must_be_of(documents, tmp_
     assert stages(tmp_path / "other") == [1, 2, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_a_run_resumed_within_a_stage_goes_on_as_if_nothing_had_been(
     documents, tmp_path, train_main, monkeypatch, n_workers

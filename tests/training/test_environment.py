@@ -146,6 +146,7 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
         use_bf16("bf16", torch.device("cuda"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "evaluate"])
 def test_without_a_gpu_deepspeed_prints_nothing_before_us(script):
     command = ["env", "-u", "DS_ACCELERATOR", sys.executable, f"launch/{script}.py", "--no_such_flag"]

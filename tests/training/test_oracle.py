@@ -102,6 +102,7 @@ def records(folder):
     return [tuple(line[name] for name in names) for line in lines if "gold_probability" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["word", "sentence"])
 def test_a_run_logs_the_share_and_resumes_to_the_bit(alone, documents, tmp_path, kind):
     changes = {"oracle": kind, "oracle_decay": 1, "task": "sections", "dropout": 0.1, "lr_scheduler": "constant"}

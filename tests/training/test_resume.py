@@ -59,6 +59,7 @@ def check_equal(output, n_processes):
     ).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "precision", "changes"), [(2, "bf16", {}), (3, "fp32", {}), (2, "fp32", {"tokens_per_batch": 80})]
 )

@@ -146,6 +146,7 @@ def finished(documents, tmp_path, train_main):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -164,6 +165,7 @@ def test_a_flag_that_is_refused_leaves_a_finished_run_as_it_was(finished, train_
     assert json.loads((finished / "outcome.json").read_text())["code"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
     "changes", [{"weight_decay": 0}, {"recurrence_learning_rate": 0.5}, {"learning_rate": 0.25}, {"adam_beta2": 0.5}]

@@ -82,6 +82,7 @@ def test_values_and_gradients_are_the_plain_ones(interpreted, fields, task, size
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_number(interpreted):
     """Dropout is on; its seeds are kept for the backward pass."""
     inputs = documents("document", n_segments=2)
@@ -94,6 +95,7 @@ def test_checkpointing_changes_no_number(interpreted):
         assert torch.equal(gradients[name], gradient), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_replayed_ones_too(interpreted, monkeypatch, fields):
     """Forward passes write their outputs where the next diagonal reads them."""
@@ -122,6 +124,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "fields"), SETTINGS.values(), ids=SETTINGS)
 def test_settings_of_layers_that_were_changed_hold(interpreted, change, fields):
     """All rates are 0 or 1, so no random number is drawn."""
@@ -163,6 +166,7 @@ def test_dropout_is_the_same_again_in_the_backward_pass(interpreted):
     assert torch.equal(ones.grad == 0, is_dropped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "n_maps"), [("gated", 7), ("concat", 7), ("own projection", 5)])
 def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fields, n_maps):
     """A layer has four maps, plus projection and gate (three) or keys and values again (one); there are 4 diagonals."""

@@ -138,6 +138,7 @@ def plain_heads(n_documents, n_slots, n_heads, is_gated):
     return plain
 
 
+@pytest.mark.slow
 @every_pair("is_gated", False, True)
 def test_split_heads(dtype, sizes, is_gated):
     from recurrent_bart.execution.kernels.heads import split_heads
@@ -155,6 +156,7 @@ def test_split_heads(dtype, sizes, is_gated):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_the_same_numbers_of_a_prefix_are_dropped_in_the_backward_pass(is_gated):
     """A gradient is zero where the output is zero, and scaled like the output elsewhere."""

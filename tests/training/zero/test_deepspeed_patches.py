@@ -91,6 +91,7 @@ def test_a_name_that_numbers_depend_on_must_be_there(alone, name, monkeypatch, c
             build()
 
 
+@pytest.mark.slow
 @STAGES
 def test_another_version_trains_the_same_without_what_saves_time(alone, stage, monkeypatch, capsys):
     expected = trained(build(stage))

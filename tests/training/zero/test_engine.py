@@ -39,6 +39,7 @@ def inputs():
     return {"input_ids": random_ids(2, 3, 8), "labels": random_ids(2, 4)}
 
 
+@pytest.mark.slow
 @STAGES
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
@@ -88,6 +89,7 @@ def test_encoder_and_decoder_are_gathered_whole(alone):
     assert all(z3_leaf_module(module) for module in (model.encoder, model.decoder))
 
 
+@pytest.mark.slow
 @STAGES
 def test_a_decoder_is_replayed_with_the_weights_of_each_step(alone, monkeypatch, stage):
     monkeypatch.setattr(recorded_call, "can_capture", lambda module, inputs: torch.is_grad_enabled())
@@ -106,6 +108,7 @@ def test_a_decoder_is_replayed_with_the_weights_of_each_step(alone, monkeypatch,
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @STAGES
 def test_bf16_computes_its_loss_in_float32_and_keeps_master_weights(alone, stage):
     engine = build(tiny_model(init_std=0.05), stage, bf16=True)
@@ -165,6 +168,7 @@ def test_a_step_marks_nothing_for_profilers(alone, monkeypatch, stage):
     engine.step()
 
 
+@pytest.mark.slow
 @STAGES
 def test_a_gradient_taken_in_an_evaluation_is_none_of_trainings(alone, stage):
     batch = inputs()

@@ -39,6 +39,7 @@ def expected_norms(model, batches):
     return squares[False] ** 0.5, squares[True] ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "zero",
     [{"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 2, **OFFLOAD}, {"stage": 3, **OFFLOAD}],

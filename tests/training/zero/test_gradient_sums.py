@@ -132,6 +132,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(alone, engine):
     check_after_a_failed_pass(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_pass_that_fails_leaves_nothing_behind_in_float32(alone, stage):
     """Check float32 weights, for which autograd itself sums the gradients of the passes."""
@@ -154,6 +155,7 @@ def check_after_a_failed_pass(engine):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_not_finite_spoils_the_step_alone(alone, engine):
     documents = batches(4)
     expected = step_gradients(engine, documents[2:])
@@ -172,6 +174,7 @@ def test_a_pass_that_is_not_finite_spoils_the_step_alone(alone, engine):
 
 
 # last of the engine's tests, because it changes the weights
+@pytest.mark.slow
 def test_a_step_of_several_passes_moves_the_weights_by_their_sum(alone, engine):
     """Check the update as well as the gradient; a second step must start without sums."""
     documents = batches(6)
@@ -186,6 +189,7 @@ def test_a_step_of_several_passes_moves_the_weights_by_their_sum(alone, engine):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_512_passes_are_summed_to_more_than_a_thousandth(alone, stage, monkeypatch):
     """Use two layers, because passes of the whole model take too long. In bfloat16 the error would be 30 %."""
@@ -210,6 +214,7 @@ def test_sums_in_bfloat16_are_had_for_the_asking(alone):
 
 
 # every pair of stage, tied and frozen
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "is_tied", "is_frozen"), [(2, True, True), (2, False, False), (3, True, False), (3, False, True)]
 )
@@ -223,6 +228,7 @@ def test_tied_and_frozen_parameters_are_summed_too(alone, stage, is_tied, is_fro
     assert relative_error(step_gradients(engine, documents), float64_sum(each, [1] * 4)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_in_float32_sums_are_autograds_own(alone, stage):
     """Compare bitwise with DeepSpeed's own accumulation."""
