@@ -136,7 +136,7 @@ class RunFolder:
         atomic_write(self.metrics_file, "".join(json.dumps(record) + "\n" for record in remaining))
         if self.samples_file.exists():
             parts = re.split(r"^(?=## Step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            atomic_write(self.samples_file, "".join(part for part in parts if _step_of(part) <= max(0, evaluated_step)))
+            atomic_write(self.samples_file, "".join(part for part in parts if _step_of(part) <= evaluated_step))
 
     def append_samples(self, title: str, samples: Sequence[Any]) -> None:
         """Append samples under a title to samples.md. Long texts are shortened to `SAMPLE_CHARACTERS`."""

@@ -89,14 +89,17 @@ def test_an_evaluation_that_is_made_again_is_forgotten(folder, step, evaluated_s
     assert [record["step"] for record in records if "validation_loss" in record] == evaluations
 
 
-def test_samples_of_after_the_checkpoint_are_forgotten(folder):
+@pytest.mark.parametrize(
+    ("step", "evaluated_step", "remaining"), [(25, 20, 3), (20, 10, 2), (10, 10, 2), (0, 0, 1), (0, -1, 0)]
+)
+def test_samples_of_an_evaluation_that_is_made_again_are_forgotten(folder, step, evaluated_step, remaining):
     sample = SimpleNamespace(id="m", source="## Step 30", target="t", generated="g")
-    for step in (10, 20, 30, 100):
-        folder.append_samples(f"Step {step}", [sample])
-        if step == 20:
-            kept = folder.samples_file.read_text()
-    folder.forget_after(25, 20)
-    assert folder.samples_file.read_text() == kept
+    texts = [""]
+    for number in (0, 10, 20, 30, 100):
+        folder.append_samples(f"Step {number}", [sample])
+        texts.append(folder.samples_file.read_text())
+    folder.forget_after(step, evaluated_step)
+    assert folder.samples_file.read_text() == texts[remaining]
 
 
 def test_without_a_log_there_is_nothing_to_forget(folder):

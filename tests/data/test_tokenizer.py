@@ -1,10 +1,12 @@
 """A trained tokenizer loads with Hugging Face and encodes as sentencepiece does."""
 
+import copy
 import json
 import unicodedata
 
 import pytest
 import sentencepiece
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertTokenizer
 
 from recurrent_bart.data import tokenizer as module
@@ -41,6 +43,24 @@ def test_special_ids_equal_those_of_bart(loaded):
     assert special_tokens_around(loaded) == ([0], [2])
     ids = loaded("the list")["input_ids"]
     assert (ids[0], ids[-1]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "around"),
+    [
+        ("<s> $A </s>", ([0], [2])),
+        ("$A </s>", ([], [2])),
+        ("<s> $A", ([0], [])),
+        ("$A", ([], [])),
+        ("<s> $A </s> </s>", ([0], [2, 2])),
+    ],
+)
+def test_special_tokens_around_a_text_are_those_that_the_tokenizer_adds(trained, template, around):
+    tokenizer = copy.deepcopy(trained)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    assert special_tokens_around(tokenizer) == around
 
 
 @pytest.mark.parametrize("text", HARD + TEXTS[:5])

@@ -119,3 +119,25 @@ def test_processes_of_one_device_share_what_they_keep(monkeypatch):
     monkeypatch.setattr(graphed_wavefront, "processes_per_device", 1)
     graphed_wavefront.share_device(3)
     assert graphed_wavefront.memory_bytes(torch.device("cuda")) == 30
+
+
+@pytest.mark.parametrize(
+    ("shape", "checkpointing", "is_training", "expected"),
+    [
+        ((3, 8, 4), "none", True, True),
+        ((4, 8, 4), "none", True, False),
+        ((1, 25, 4), "none", True, False),
+        ((4, 8, 4), "segment", True, False),
+        ((4, 8, 4), "layer", True, True),
+        ((4, 8, 4), "layer", False, False),
+    ],
+)
+def test_graphs_are_for_batches_that_leave_a_gpu_idle(monkeypatch, shape, checkpointing, is_training, expected):
+    monkeypatch.setattr(graphed_wavefront, "MOST_TOKENS", 24)
+    monkeypatch.setattr(graphed_wavefront, "can_fuse", lambda layer, tokens: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tokens, layer = torch.zeros(shape), tiny_model().model.encoder.layers[0]
+    with torch.set_grad_enabled(is_training):
+        assert graphed_wavefront.can_graph(layer, {"weight": tokens}, tokens, checkpointing) == expected
+        # a weight in another precision, as under autocast
+        assert not graphed_wavefront.can_graph(layer, {"weight": tokens.double()}, tokens, checkpointing)

@@ -228,6 +228,28 @@ def test_unusable_inputs_are_refused_with_their_row(make_model, change, message)
         make_model()(**inputs | change)
 
 
+@pytest.mark.parametrize("shape", [(2, 20), (2, 3, 8)], ids=["flat", "segments"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda model, *inputs: model(*inputs, labels=random_ids(2, 5)),
+        lambda model, *inputs: model(*inputs, labels=random_ids(2, 3, 5)),
+        lambda model, *inputs: model(*inputs, decoder_input_ids=random_ids(2, 5)),
+        lambda model, *inputs: model.generate(inputs[0], attention_mask=inputs[1], max_new_tokens=2),
+        lambda model, *inputs: model.model(*inputs, decoder_input_ids=random_ids(2, 5)),
+        lambda model, *inputs: model.model.encode(*inputs, state=None),
+        lambda model, *inputs: model.get_encoder()(*inputs),
+    ],
+    ids=["one target", "several targets", "decoder inputs", "generate", "base model", "encode", "encoder"],
+)
+def test_a_document_without_a_token_is_refused_unless_a_state_is_given(make_model, shape, read):
+    ids = random_ids(*shape)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    with pytest.raises(ValueError, match="attention_mask: row 1 has no tokens"):
+        read(make_model(), ids, mask)
+
+
 def test_a_batch_without_any_target_has_no_loss_and_touches_every_parameter(make_model, documents):
     """Check a rank without targets in a step in which other ranks have some."""
     model = make_model()

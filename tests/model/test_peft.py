@@ -132,6 +132,20 @@ def test_adapters_that_transformers_adds_are_saved_with_the_recurrence(convert, 
     assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
 
 
+def test_adapters_that_transformers_deletes_leave_the_model_as_it_was(convert):
+    inputs = {"input_ids": random_ids(2, 20), "labels": random_ids(2, 5)}
+    model = convert().eval()
+    before = model(**inputs).logits
+    for name in ("first", "second"):
+        model.add_adapter(LoraConfig(r=2, init_lora_weights=False), adapter_name=name)
+        assert not torch.equal(model.eval()(**inputs).logits, before)
+    model.delete_adapter("first")
+    assert list(model.peft_config) == ["second"]
+    model.delete_adapter("second")
+    assert not hasattr(model, "peft_config")
+    assert torch.equal(model.eval()(**inputs).logits, before)
+
+
 def test_default_target_modules_are_those_of_bart(bart, convert):
     ours, theirs = (get_peft_model(model, LoraConfig(r=2)).targeted_module_names for model in (convert(), bart))
     assert sorted(ours) == sorted(theirs)

@@ -45,3 +45,10 @@ def test_flags_that_differ_are_listed_with_the_value_of_each_run(tmp_path):
         for name, seed in (("a", 1), ("b", 2))
     ]
     assert differing_flags(runs) == [("seed", ["1", "2"])]
+
+
+def test_the_command_has_the_flags_that_differ_from_defaults_without_those_of_one_start(tmp_path):
+    path = write_run(tmp_path / "run", [], seed=3, resume="elsewhere", local_rank=1)
+    assert read_run(path, DEFAULTS | {"learning_rate": 0.5}).command() == (
+        "launch/train.py --segment_size 64 --dataset papers --max_steps 40 --output_dir somewhere --seed 3"
+    )

@@ -27,6 +27,25 @@ def test_every_run_has_a_model_and_documents_to_train_and_test_on(name):
                 run.build_tasks(**changes)[0].batch(torch.Generator().manual_seed(0), 1, n_segments, segment_size)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "values"),
+    [
+        ("depth", "bptt_depth", [0, 1, 2, 4, -1]),
+        ("width", "pre_seq_len", [4, 8, 16, 32, 64, 128]),
+        ("context", "decoder_context", ["last", "memory", "all"]),
+    ],
+)
+def test_runs_of_a_study_on_one_field_differ_in_this_field_as_their_names_state(name, field, values):
+    runs = build_study(name, Texts(), seeds=[0])
+    n_tasks = len({run.task_name() for run in runs})
+    configs = {run.name: build_config(run, run.build_tasks()[0]).to_dict() for run in runs}
+    assert [(run.name, run.model) for run in runs] == n_tasks * [(f"{field}={v}", {field: v}) for v in values]
+    assert [config[field] for config in configs.values()] == values
+    for config in configs.values():
+        del config[field]
+    assert all(config == configs[f"{field}={values[0]}"] for config in configs.values())
+
+
 def test_the_recurrence_is_compared_with_every_alternative_on_every_task():
     runs = build_study("recurrence", Texts(), seeds=[5])
     assert {run.seed for run in runs} == {5}

@@ -214,6 +214,17 @@ def test_flags_that_hold_are_told_and_those_that_change_what_is_validated_too(ru
     assert describe_changes({}) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("output_dir", "elsewhere"), ("resume", "elsewhere"), ("local_rank", 3), ("trust_checkpoint", True)],
+)
+def test_flags_of_the_current_start_are_not_told_as_changes(run, name, value):
+    given = asdict(parse_arguments(["--resume", str(run.path)]))
+    assert given["run"][name] != value
+    given["run"] |= {name: value, "log_every": 7}
+    assert changed_flags(given, run.read_config()) == {"log_every": (10, 7)}
+
+
 def test_documents_that_have_moved_may_be_named_by_their_new_place(run, tmp_path):
     (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
     resumed = parse_arguments(["--resume", str(run.path), "--train_file", str(tmp_path / "moved.jsonl")])

@@ -204,6 +204,19 @@ def test_documents_with_one_id_have_names_of_their_own():
     assert found[::2] == ["a (row 0)", "b", "a (row 2)"]
 
 
+def test_targets_are_listed_with_position_and_length_without_those_of_empty_and_cut_sections():
+    sections, summaries = [[5] * 3, [], [5] * 4, [5] * 5, [5] * 9], [[6] * 2, [6], [], [6] * 3, [6] * 4]
+    row = {"id": "a", "sections": sections, "summaries": summaries, "summary_texts": ["x"] * 5}
+    # a segment has room for 4 tokens of one section, so the limit of 4 segments cuts the last section
+    sizes = SegmentSizes(6, 6, 4)
+    lengths = ([len(part) for part in parts] for parts in (sections, summaries))
+    plan = plan_documents(*([one] for one in lengths), sizes, 2)
+    collator = Collator("sections", sizes, [0], [2], 1, 12)
+    evaluator = Evaluator(Dataset.from_list([row]), plan, collator, None, 1, CPU)
+    found = [(target["target"], target["position"], target["n_tokens"]) for target in list_targets(evaluator)]
+    assert found == [(0, 3, 4), (1, 12, 5)]
+
+
 def test_documents_are_made_ready_once(make_run, documents, tmp_path, monkeypatch):
     run = make_run(cache_dir=tmp_path / "cache")
     prepare_documents(run)

@@ -65,6 +65,23 @@ def test_documents_follow_from_the_seed(name):
     assert len({tuple(row) for row in first[1].tolist()}) == B
 
 
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "tokens", "answer"),
+    [
+        ("copy", 69, [36, 29, 6, 6, 12, 14], [36, 29, 6, 6, 12, 14]),
+        ("recall", 37, [3, 36, 26, 5, 8, 32], [36, 29, 6, 6, 12, 14]),
+        ("retrieval", 69, [49, 52, 58, 37, 40, 64], [24, 26, 33, 30, 31, 25]),
+    ],
+)
+def test_documents_of_a_seed_stay_the_same_in_every_version(name, vocab_size, tokens, answer):
+    """Check the first ids against values of the version that wrote studies/LOG.md."""
+    task = SYMBOL_TASKS[name]()
+    input_ids, labels = draw(task, batch_size=1)
+    assert task.vocab_size == vocab_size
+    assert input_ids[0, 0, :6].tolist() == tokens
+    assert labels[0, :6].tolist() == answer
+
+
 @pytest.mark.parametrize("name", SYMBOL_TASKS)
 def test_every_id_is_a_token_of_the_vocabulary_and_all_are_used(name):
     task = SYMBOL_TASKS[name]()

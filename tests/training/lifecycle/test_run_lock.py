@@ -123,6 +123,20 @@ def test_a_killed_process_that_nobody_has_waited_for_holds_nothing(lock, tmp_pat
     killed.wait()
 
 
+@pytest.mark.parametrize("changed", ["host", "start of the host", "process namespace"])
+def test_process_ids_are_compared_only_where_they_mean_the_same(monkeypatch, changed):
+    before = holder()
+    assert before.is_gone(holder()) is False
+    if changed == "host":
+        monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "node7")
+    elif changed == "start of the host":
+        monkeypatch.setattr(run_lock.Path, "read_text", lambda path: "another boot id\n")
+    else:
+        monkeypatch.setattr(run_lock.os, "readlink", lambda path: "pid:[1]")
+    for pid in (before.pid, ended_process()):
+        assert dataclasses.replace(before, pid=pid).is_gone(holder()) is None
+
+
 ELSEWHERE = {"host": "node7", "machine": "node7", "pid": 1}
 
 
