@@ -143,13 +143,20 @@ class Checkpoints:
         error, self.writing = self.writing.exception(), None
         self._raise_on_all_ranks(error, self.writing_step)
 
-    def load(self, engine: DeepSpeedEngine) -> Resumed:
-        """Load the newest undamaged checkpoint, or return the state of step 0 if there is no checkpoint.
+    @staticmethod
+    def read_state(path: Path | None) -> TrainerState:
+        """Return the trainer state that a checkpoint stores, or the state of step 0 if `path` is None."""
+        if path is None:
+            return TrainerState()
+        return TrainerState.of(json.loads((path / "trainer.json").read_text())["state"])
+
+    def load(self, engine: DeepSpeedEngine, path: Path | None = None) -> Resumed:
+        """Load a checkpoint, by default the newest undamaged one. Without a checkpoint, return the state of step 0.
 
         Raises:
             ValueError: All checkpoints are damaged, or the checkpoint belongs to another model.
         """
-        path = self._newest_whole()
+        path = path or self.find_newest()
         if path is None:
             return Resumed()
         saved = json.loads((path / "trainer.json").read_text())
@@ -224,7 +231,7 @@ class Checkpoints:
         for old in checkpoints_to_delete(self._steps(), self.keep_last, self.keep_every, best_step):
             _remove(self._path(old))
 
-    def _newest_whole(self) -> Path | None:
+    def find_newest(self) -> Path | None:
         """Find the newest undamaged checkpoint. Raise ValueError if all checkpoints are damaged.
 
         Each rank checks part of the files. If there is no checkpoint, return None.

@@ -71,6 +71,11 @@ class Run:
         """Number of optimizer steps according to the log."""
         return max([record["step"] for record in self.records], default=0)
 
+    @property
+    def max_steps(self) -> int:
+        """Number of optimizer steps that the run was started for."""
+        return self.config.get("resolved", {}).get("max_steps", self.flags.get("max_steps", 0))
+
     @cached_property
     def ending(self) -> str:
         """Sentence about the end of the run, with the reason."""
@@ -121,7 +126,7 @@ def key_metrics(run: Run) -> dict[str, str]:
         "best validation loss": f"{best['validation_loss']:.4f}" if best else "",
         "last training loss": _formatted(run.last("loss"), ".4f"),
         **{f"ROUGE-{name.removeprefix('rouge')}": _formatted(best.get(name), ".2f") for name in ROUGE},
-        "steps": f"{run.n_steps:,} of {run.flags.get('max_steps', 0):,}",
+        "steps": f"{run.n_steps:,} of {run.max_steps:,}",
         "tokens per second": _formatted(_median(run.of("tokens_per_second")), ",.0f"),
         "share of peak": "" if share is None else f"{100 * share:.0f} %",
         "seconds per step": _formatted(_median(run.of("step_seconds")), ".2f"),

@@ -31,7 +31,7 @@ def generated_length(model: nn.Module, run: RunArguments, prepared: Preparation)
     return text_length(prepared.config, model.generation_config, run.generation_settings(), usual)
 
 
-def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict[str, Any]:
+def resolved_settings(arguments: Arguments, config: RecurrentBartConfig, order: DocumentOrder) -> dict[str, Any]:
     """Return the values of flags whose default follows from other flags.
 
     The run saves the flags as given, so that `--resume` derives the defaults again from the flags of the resumed run.
@@ -39,6 +39,10 @@ def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict
     run, rates = arguments.run, learning_rates(arguments, config)
     curriculum = run.build_curriculum()
     return {
+        "max_steps": run.max_steps,
+        "num_train_epochs": round(order.epoch(run.max_steps), 4),
+        "warmup_steps": run.warmup_steps,
+        "eval_every": run.eval_every,
         "learning_rate": rates.backbone,
         "recurrence_learning_rate": rates.recurrence,
         "per_device_eval_batch_size": run.per_device_eval_batch_size or run.per_device_train_batch_size,

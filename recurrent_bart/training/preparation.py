@@ -27,7 +27,7 @@ from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.environment import Environment, use_bf16, wandb_mode, wandb_settings
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.model_building import build_config
-from recurrent_bart.training.resumed_flags import changed_flags
+from recurrent_bart.training.resumed_flags import Changes, Flags, changed_flags
 from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
 
 # number of skipped documents whose reasons are printed
@@ -64,7 +64,8 @@ class Preparation:
     """Inputs of a run: folder, configurations, tokenizer and documents.
 
     Attributes:
-        changes: Changed flags of a resumed run, each with the value before and now.
+        flags: Flags as given, by group.
+        changes: Changed flags of a resumed run.
     """
 
     folder: RunFolder
@@ -72,7 +73,8 @@ class Preparation:
     tokenizer: PreTrainedTokenizerBase
     config: RecurrentBartConfig
     splits: dict[str, Documents]
-    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    flags: Flags = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
 
     def documents(self) -> dict[str, dict[str, Any]]:
         """Return the number of documents and the fingerprint of each split."""
@@ -106,8 +108,9 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
         raise ValueError(
             f"--tokens_per_batch {run.tokens_per_batch}: must be at least {config.input_size}, the tokens of a segment"
         )
-    changes = changed_flags(asdict(arguments), folder.read_config()) if run.resume else {}
-    prepared = Preparation(folder, deepspeed, tokenizer, config, splits, changes)
+    flags = asdict(arguments)
+    changes = changed_flags(flags, folder.read_config()) if run.resume else {}
+    prepared = Preparation(folder, deepspeed, tokenizer, config, splits, flags, changes)
     if run.resume:
         check_same_documents(folder, prepared.documents())
     return prepared

@@ -1,16 +1,29 @@
 """Flags of training, evaluation and checkpoints."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
 from recurrent_bart.model.scheduled_sampling import ORACLES
-from recurrent_bart.training.argument_fields import check_at_least, check_below, check_choice, flag
+from recurrent_bart.training.argument_fields import (
+    check_above,
+    check_at_least,
+    check_at_most,
+    check_below,
+    check_choice,
+    flag,
+)
 from recurrent_bart.training.curriculum import Curriculum, parse_stages
 from recurrent_bart.training.generation_arguments import GenerationArguments
 
 PRECISIONS = ("auto", "bf16", "fp32")
 LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+
+# flags of which only one can be given
+ALTERNATIVES = {"max_steps": "num_train_epochs", "warmup_steps": "warmup_ratio"}
+# values of flags that are not given, if not None
+NOT_GIVEN = {"max_steps": -1, "eval_every": 0}
 
 
 @dataclass
@@ -24,7 +37,14 @@ class RunArguments(GenerationArguments):
         None, "folder of a run to continue from its last checkpoint; flags that are not given keep the run's values"
     )
     deepspeed: str | None = flag(None, "path of a DeepSpeed configuration in JSON; if not given: ds_configs/zero2.json")
-    max_steps: int = flag(50, "optimizer steps of the run, including the steps before --resume")
+    max_steps: int = flag(
+        -1, "optimizer steps of the run, including the steps before --resume; -1: the steps of --num_train_epochs"
+    )
+    num_train_epochs: float | None = flag(
+        None,
+        "passes over the training documents, instead of --max_steps; fractions are allowed; if not given: 3, or 50 "
+        "steps of the built-in corpus",
+    )
     per_device_train_batch_size: int = flag(
         8, "documents per device in a forward pass; with --tokens_per_batch, only in evaluation"
     )
@@ -45,12 +65,17 @@ class RunArguments(GenerationArguments):
     lr_scheduler: str = flag(
         "linear",
         "decay of the learning rate after warm-up, as in Hugging Face's Trainer: linear or cosine (to 0 at "
-        "--max_steps), inverse_sqrt, or constant (constant_with_warmup is the same)",
+        "the last step), inverse_sqrt, or constant (constant_with_warmup is the same)",
         aliases=["--lr_scheduler_type"],
     )
     warmup_steps: int | None = flag(
         None,
-        "optimizer steps over which the learning rate rises linearly to its peak; if not given: a tenth of --max_steps",
+        "optimizer steps over which the learning rate rises linearly to its peak; if not given: --warmup_ratio",
+    )
+    warmup_ratio: float | None = flag(
+        None,
+        "share of the run's steps over which the learning rate rises, from 0 to 1, instead of --warmup_steps; if not "
+        "given: 0.1, rounded down",
     )
     weight_decay: float = flag(
         0.01, "weight decay of matrices; biases, norms and gates of attention heads do not decay"
@@ -86,8 +111,8 @@ class RunArguments(GenerationArguments):
     )
     curriculum_steps: int | None = flag(
         None,
-        "optimizer steps after which a stage of --curriculum ends in any case; if not given: --max_steps / number of "
-        "stages",
+        "optimizer steps after which a stage of --curriculum ends in any case; if not given: steps of the run / "
+        "number of stages",
     )
     curriculum_loss: float | None = flag(
         None,
@@ -98,8 +123,8 @@ class RunArguments(GenerationArguments):
     log_every: int = flag(10, "optimizer steps between two lines of the log")
     eval_every: int = flag(
         0,
-        "optimizer steps between two evaluations, each followed by a checkpoint; 0: a tenth of --max_steps, at least "
-        "25",
+        "optimizer steps between two evaluations, each followed by a checkpoint; 0: a tenth of the run's steps, at "
+        "least 25",
     )
     save_every: int = flag(
         0, "optimizer steps between two checkpoints, in addition to those at evaluations; 0: only at evaluations"
@@ -146,8 +171,9 @@ class RunArguments(GenerationArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
+        positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "log_every")
         check_at_least(self, 1, *positive, "eval_documents", "timeout_minutes")
+        self._check_length()
         check_at_least(self, 0, "max_minutes", "max_loss_spikes")
         check_at_least(self, 1, "max_skipped_steps", "step_timeout_seconds", "tokens_per_batch")
         check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
@@ -164,16 +190,39 @@ class RunArguments(GenerationArguments):
         check_choice(self, "lr_scheduler", LR_SCHEDULERS)
         check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)
         check_choice(self, "oracle", ORACLES)
-        self.eval_every = self.eval_every or max(25, self.max_steps // 10)
-        if self.warmup_steps is None:
-            self.warmup_steps = self.max_steps // 10
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(f"--warmup_steps {self.warmup_steps}: must be at most --max_steps {self.max_steps}")
         check_at_least(self, 1, "curriculum_steps")
         if self.curriculum is None and (self.curriculum_steps or self.curriculum_loss is not None):
             raise ValueError("--curriculum_steps and --curriculum_loss need --curriculum")
         # raises ValueError if the stages cannot be parsed
         self.build_curriculum()
+
+    def _check_length(self) -> None:
+        if self.max_steps != NOT_GIVEN["max_steps"]:
+            check_at_least(self, 1, "max_steps")
+            if self.warmup_steps is not None and self.warmup_steps > self.max_steps:
+                raise ValueError(f"--warmup_steps {self.warmup_steps}: must be at most --max_steps {self.max_steps}")
+        check_above(self, 0, "num_train_epochs")
+        check_at_least(self, 0, "warmup_ratio")
+        check_at_most(self, 1, "warmup_ratio")
+        for name, other in ALTERNATIVES.items():
+            values = getattr(self, name), getattr(self, other)
+            if values[0] != NOT_GIVEN.get(name) and values[1] != NOT_GIVEN.get(other):
+                raise ValueError(f"--{name} {values[0]} and --{other} {values[1]}: give only one of the two flags")
+
+    def of_length(self, max_steps: int) -> "RunArguments":
+        """Return the arguments of a run with `max_steps` steps, with the settings that follow from this number."""
+        warmup_steps = self.warmup_steps
+        if warmup_steps is None:
+            share = self.warmup_ratio
+            warmup_steps = max_steps // 10 if share is None else math.ceil(share * max_steps)
+        return replace(
+            self,
+            max_steps=max_steps,
+            num_train_epochs=None,
+            warmup_steps=warmup_steps,
+            warmup_ratio=None,
+            eval_every=self.eval_every or max(25, max_steps // 10),
+        )
 
     def build_curriculum(self) -> Curriculum | None:
         """Return the curriculum, or None without `--curriculum`. Raise ValueError if its stages do not grow."""

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -16,7 +15,7 @@ from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.checkpointing.process_state import reseed_random_states
-from recurrent_bart.data.batches import Batch
+from recurrent_bart.data.batches import Batch, DocumentOrder
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import (
     all_together,
@@ -51,6 +50,7 @@ from recurrent_bart.training.model_building import build_model
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import Documents, Preparation, make_run_folder, prepare
 from recurrent_bart.training.probing import probe_recurrence
+from recurrent_bart.training.run_length import with_length
 from recurrent_bart.training.step_metrics import StepMetrics
 from recurrent_bart.training.tracking import start_trackers
 from recurrent_bart.training.trainer import Trainer
@@ -121,6 +121,14 @@ def lock_folder(arguments: Arguments) -> RunLock:
 def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnySession], lock: RunLock) -> AnySession:
     run = arguments.run
     prepared = first_then_all(lambda: prepare(arguments, environment))
+    checkpoints = Checkpoints(
+        prepared.folder.checkpoints, run.keep_last, run.keep_every, run.async_save, run.trust_checkpoint
+    )
+    newest = checkpoints.find_newest() if run.resume else None
+    state = checkpoints.read_state(newest)
+    order = build_order(arguments, prepared, environment.world_size, state)
+    arguments = with_length(arguments, order, state, prepared.changes)
+    run = arguments.run
     model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
     choose_trained(model, arguments.model)
     change_settings(model.generation_config, run.generation_settings(), generated_length(model, run, prepared))
@@ -130,20 +138,15 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     # from here on, each rank draws its own dropout masks
     torch.manual_seed(run.seed + 1 + environment.rank)
     model.set_gradient_checkpointing(run.gradient_checkpointing)
-    checkpoints = Checkpoints(
-        prepared.folder.checkpoints, run.keep_last, run.keep_every, run.async_save, run.trust_checkpoint
-    )
-    resumed = checkpoints.load(engine) if run.resume else Resumed()
-    if resumed.state.step > run.max_steps:
-        stop_all(f"--max_steps {run.max_steps}: must be at least {resumed.state.step}, the steps that the run has done")
+    resumed = Resumed() if newest is None else checkpoints.load(engine, newest)
     if "seed" in prepared.changes:
         # replace the checkpoint's random states, which come from the seed before the change
         torch.manual_seed(run.seed + 1 + environment.rank)
         reseed_random_states(resumed.state.step)
-    return kind(arguments, environment, prepared, engine, checkpoints, resumed, lock)
+    return kind(arguments, environment, prepared, engine, checkpoints, resumed, order, lock)
 
 
-def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
+def _open_folder(prepared: Preparation, resolved: dict[str, Any], state: TrainerState) -> None:
     folder = prepared.folder
     # files of the previous start are deleted only now, when the run can no longer be refused
     for name in (STOP_FILE, OUTCOME_FILE):
@@ -151,8 +154,8 @@ def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerStat
     save_tokenizer(prepared.tokenizer, folder.tokenizer)
     # a folder with config.json can be resumed, so it is written last
     folder.write_config(
-        arguments=asdict(arguments),
-        resolved=resolved_settings(arguments, prepared.config),
+        arguments=prepared.flags,
+        resolved=resolved,
         model=prepared.config.to_dict(),
         deepspeed=prepared.deepspeed,
         documents=prepared.documents(),
@@ -171,14 +174,16 @@ class Session:
         engine: DeepSpeedEngine,
         checkpoints: Checkpoints,
         resumed: Resumed,
+        order: DocumentOrder,
         lock: RunLock,
     ):
         self.arguments, self.environment, self.prepared = arguments, environment, prepared
         self.engine, self.checkpoints, self.resumed, self.lock = engine, checkpoints, resumed, lock
         self.state = state = resumed.state
-        self.order = build_order(arguments, prepared, environment.world_size, state)
+        self.order = order
+        resolved = resolved_settings(arguments, prepared.config, order)
         # the folder is changed only after the last check that can refuse the run
-        only_first(lambda: _open_folder(prepared, arguments, state))
+        only_first(lambda: _open_folder(prepared, resolved, state))
         self.folder = prepared.folder
         self.display = ProgressDisplay(state.step, arguments.run.max_steps, is_plain=is_batch_job())
         peak = peak_flops(environment.device, engine.bfloat16_enabled())

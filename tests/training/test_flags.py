@@ -14,7 +14,8 @@ SCRIPTS = [
     ("train", ["--max_setps", "3"], "unknown argument --max_setps; did you mean --max_steps"),
     ("train", ["--max_step", "3"], "unknown argument --max_step; did you mean --max_steps"),
     ("train", ["--out", "runs/a"], "unknown argument --out; did you mean --output_dir"),
-    ("train", ["--num_train_epochs=3"], "--num_train_epochs=3; use --max_steps, which counts optimizer steps"),
+    ("train", ["--num_epochs=3"], "unknown argument --num_epochs=3; use --num_train_epochs"),
+    ("study", ["quick", "--num_train_epochs", "3"], "use --max_steps, which counts optimizer steps"),
     (
         "train",
         ["--resume_from_checkpoint", "a"],

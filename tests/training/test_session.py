@@ -128,6 +128,8 @@ def test_the_configuration_has_the_values_that_follow_from_other_flags(documents
     assert train_main(flags(documents, run, **given)) == 0
     expected = {"learning_rate": 0.25, "recurrence_learning_rate": 0.25, "per_device_eval_batch_size": 2}
     expected |= {"curriculum_steps": 1, "lora_alpha": 4}
+    # two steps of two documents, of 24
+    expected |= {"max_steps": 2, "num_train_epochs": 0.1667, "warmup_steps": 2, "eval_every": 2}
     assert json.loads((run / "config.json").read_text())["resolved"] == expected
     # the default for a new model with d_model 128; derived defaults are derived again on resume
     assert train_main(flags(documents, tmp_path / "second", max_steps=2)) == 0

@@ -47,7 +47,7 @@ def make_trainer(batches, stage=2, rate=0.1, **changes):
     trainer = Trainer(
         engine,
         iter(batches),
-        RunArguments(**changes),
+        RunArguments(**changes).of_length(changes.get("max_steps", 50)),
         TrainerState(),
         on_log=told["log"].append,
         on_evaluation=lambda: False,
@@ -88,7 +88,7 @@ def follow(stops_at=None, first_step=0, evaluated_step=-1, **run):
     CountingTrainer(
         None,
         iter(()),
-        RunArguments(**run),
+        RunArguments(**run).of_length(run["max_steps"]),
         state,
         on_log=lambda record: events.append(("log", record["step"])),
         on_evaluation=evaluate,
@@ -234,7 +234,7 @@ def test_many_skipped_steps_in_a_row_end_the_run(alone):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_warm_up_and_decay_reach_the_optimizer(alone, stage):
-    run = RunArguments(max_steps=8, warmup_steps=3, lr_scheduler="linear", log_every=1)
+    run = RunArguments(warmup_steps=3, lr_scheduler="linear", log_every=1).of_length(8)
     model = tiny_model().train()
     optimizer = build_optimizer(model, LearningRates(backbone=0.8, recurrence=1.6), weight_decay=0.0)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), engine_config(stage))
@@ -256,7 +256,7 @@ def test_warm_up_and_decay_reach_the_optimizer(alone, stage):
 
 
 def test_twenty_steps_give_the_losses_they_always_gave(alone):
-    run = RunArguments(max_steps=20, warmup_steps=4, log_every=1, gradient_accumulation_steps=2)
+    run = RunArguments(warmup_steps=4, log_every=1, gradient_accumulation_steps=2).of_length(20)
     model = tiny_model(dropout=0.1, hidden_dropout_prob=0.1, prefix_attention="gated").train()
     optimizer = build_optimizer(model, LearningRates(backbone=2e-3, recurrence=4e-3), weight_decay=0.1)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), engine_config(clip=0.5))
