@@ -8,6 +8,7 @@ RUN/checkpoints/step-00000100/
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -47,8 +48,9 @@ class TrainerState:
     Attributes:
         step: Optimizer steps done.
         evaluated_step: Last step that was followed by an evaluation; -1: no step yet.
-        best_loss: Lowest validation loss.
-        best_step: Step with the lowest validation loss.
+        best_value: Best value of `best_metric` in an evaluation; None: no value yet.
+        best_metric: Metric that chooses the best model.
+        best_step: Step of the best model.
         n_worse: Evaluations since `best_step`.
         n_skipped: Steps that were not applied because a gradient was not finite.
         n_skipped_in_row: Skipped steps since the last step that was applied.
@@ -62,7 +64,8 @@ class TrainerState:
 
     step: int = 0
     evaluated_step: int = -1
-    best_loss: float = float("inf")
+    best_value: float | None = None
+    best_metric: str = "loss"
     best_step: int = 0
     n_worse: int = 0
     n_skipped: int = 0
@@ -76,6 +79,9 @@ class TrainerState:
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "TrainerState":
         """Build a state from saved fields. Unknown fields are ignored; missing fields get their defaults."""
+        if math.isfinite(saved.get("best_loss", math.inf)):
+            # name of the field in older checkpoints
+            saved = {"best_value": saved["best_loss"]} | saved
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in saved.items() if name in known})
 
@@ -94,7 +100,7 @@ class Checkpoints:
 
     Attributes:
         folder: Folder of all checkpoints.
-        keep_last: Number of newest checkpoints to keep, besides the checkpoint with the lowest validation loss.
+        keep_last: Number of newest checkpoints to keep, besides the checkpoint of the best model.
         keep_every: Also keep checkpoints at multiples of this number of steps; 0: no additional checkpoints.
         in_background: True if training goes on while a checkpoint is written.
         trusts: True to accept a checkpoint that has no manifest.

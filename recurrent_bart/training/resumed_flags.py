@@ -73,8 +73,11 @@ def describe_changes(changes: Changes) -> list[str]:
     if measured:
         lines.append(
             f"warning: {', '.join(measured)} changes what the validation loss measures, so earlier losses are not "
-            "comparable; the best model is still chosen by its earlier loss"
+            "comparable; the best model is still chosen by its earlier value"
         )
+    if "metric_for_best_model" in changes:
+        metric = changes["metric_for_best_model"][1]
+        lines.append(f"best       RUN/model is replaced when an evaluation has a better {metric} than the saved model")
     return lines
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
 from recurrent_bart.model.scheduled_sampling import ORACLES
+from recurrent_bart.monitoring.best_metric import BEST_METRICS
 from recurrent_bart.training.argument_fields import (
     check_above,
     check_at_least,
@@ -135,13 +136,21 @@ class RunArguments(GenerationArguments):
     per_device_eval_batch_size: int | None = flag(
         None, "documents per device in a forward pass of an evaluation; if not given: --per_device_train_batch_size"
     )
-    patience: int = flag(0, "evaluations in a row without a lower validation loss after which the run stops; 0: never")
+    metric_for_best_model: str = flag(
+        "loss",
+        "metric of evaluations that chooses the best model, which is saved: loss (the lowest validation loss), or "
+        "rouge1, rouge2, rougeL or rougeLsum (the highest)",
+    )
+    patience: int = flag(
+        0, "evaluations in a row without a better --metric_for_best_model after which the run stops; 0: never"
+    )
     async_save: bool = flag(
         False, "write checkpoints in the background from a copy in CPU memory, while training goes on"
     )
     keep_last: int = flag(
         2,
-        "number of newest checkpoints to keep, at least 2; the checkpoint with the lowest validation loss is kept too",
+        "number of newest checkpoints to keep, at least 2; the checkpoint with the best --metric_for_best_model is "
+        "kept too",
     )
     keep_every: int = flag(0, "keep also the checkpoints at multiples of this number of optimizer steps; 0: none")
     trust_checkpoint: bool = flag(
@@ -186,6 +195,7 @@ class RunArguments(GenerationArguments):
         check_below(self, 1, "adam_beta2")
         # keep two checkpoints, because a crash may leave the newest one incomplete
         check_at_least(self, 2, "keep_last")
+        check_choice(self, "metric_for_best_model", BEST_METRICS)
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "lr_scheduler", LR_SCHEDULERS)
         check_choice(self, "gradient_checkpointing", CHECKPOINTING_GRAINS)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import math
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -30,6 +29,7 @@ from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.files import atomic_directory, atomic_write
 from recurrent_bart.model.flops import peak_flops
 from recurrent_bart.model.generation_settings import change_settings
+from recurrent_bart.monitoring.best_metric import best_evaluation, describe_best, is_better, logged_value
 from recurrent_bart.monitoring.progress import ProgressDisplay, say
 from recurrent_bart.monitoring.rank_metrics import RankTopology
 from recurrent_bart.monitoring.timing import Stopwatch
@@ -195,7 +195,8 @@ class Session:
         self.spikes = SpikeWatch()
         self.saved = (state.step, state.evaluated_step)
         # step of the model in RUN/model
-        self.model_step = state.best_step if math.isfinite(state.best_loss) else None
+        self.model_step = None if state.best_value is None else state.best_step
+        self._choose_metric()
 
     def __enter__(self) -> Self:
         if is_first():
@@ -295,11 +296,22 @@ class Session:
     def _announce_stop(self, name: str) -> None:
         self.display.say(f"stopping   {name} received: finishing this step (or batch of an evaluation), then saving")
 
+    def _choose_metric(self) -> None:
+        """Set `--metric_for_best_model`. A resumed run compares with the value that the saved model has in the log."""
+        state, metric = self.state, self.arguments.run.metric_for_best_model
+        if state.best_metric == metric:
+            return
+        state.best_metric, state.n_worse = metric, 0
+        records = self.folder.read_metrics() if is_first() else []
+        of_saved_model = [record for record in records if record["step"] == state.best_step]
+        state.best_value = from_first(logged_value(best_evaluation(of_saved_model, metric), metric))
+
     def _announce_saved_model(self) -> None:
         """Print the step whose model is in RUN/model. This step may be earlier than the last step."""
+        state = self.state
         if self.model_step is not None:
-            lowest = f"validation loss {self.state.best_loss:.4f}, the lowest"
-            self.display.say(f"saved      {self.folder.model}, the model after step {self.model_step}: {lowest}")
+            known = "" if state.best_value is None else f": {describe_best(state.best_metric, state.best_value)}"
+            self.display.say(f"saved      {self.folder.model}, the model after step {self.model_step}{known}")
 
     def _finish_trackers(self, outcome: Outcome) -> None:
         code = ExitCode(outcome.code)
@@ -322,10 +334,11 @@ class Session:
         if samples:
             record |= {name: value.mean for name, value in score(samples).items()}
         record["evaluation_seconds"] = time.perf_counter() - started
-        is_best = loss < state.best_loss
+        value = logged_value(record, state.best_metric)
+        is_best = is_better(state.best_metric, value, state.best_value)
         if is_best:
-            state.best_loss, state.best_step, state.n_worse = loss, state.step, 0
-        else:
+            state.best_value, state.best_step, state.n_worse = value, state.step, 0
+        elif value is not None:
             state.n_worse += 1
         self.stall_watch.beat()
         self.trackers.log(from_first(record))
