@@ -22,6 +22,7 @@ HUGGING_FACE_FLAGS = {
     "fp16": ("precision",),
     "generation_max_length": ("max_new_tokens", "max_target_length"),
     "generation_num_beams": ("num_beams",),
+    "label_smoothing": ("label_smoothing_factor",),
     "learning_rate_scheduler": ("lr_scheduler",),
     "logging_steps": ("log_every",),
     "lr": ("learning_rate",),

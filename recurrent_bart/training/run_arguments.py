@@ -86,6 +86,11 @@ class RunArguments(GenerationArguments):
         "Adam's beta2, the decay rate of the mean of squared gradients, from 0 to below 1; lower values forget a "
         "large gradient sooner",
     )
+    label_smoothing_factor: float = flag(
+        0.0,
+        "share of each target token that the training loss spreads over the vocabulary, from 0 to below 1; the "
+        "validation loss has no smoothing",
+    )
     max_grad_norm: float = flag(1.0, "norm to which gradients are clipped; 0: no clipping")
     precision: str = flag(
         "auto", "precision of weights and activations: bf16, fp32 or auto (bf16 if the GPU supports it, else fp32)"
@@ -193,6 +198,8 @@ class RunArguments(GenerationArguments):
         check_at_least(self, 0, "max_grad_norm", "patience", "dataloader_num_workers", "seed", "oracle_temperature")
         check_at_least(self, 0, "adam_beta2")
         check_below(self, 1, "adam_beta2")
+        check_at_least(self, 0, "label_smoothing_factor")
+        check_below(self, 1, "label_smoothing_factor")
         # keep two checkpoints, because a crash may leave the newest one incomplete
         check_at_least(self, 2, "keep_last")
         check_choice(self, "metric_for_best_model", BEST_METRICS)

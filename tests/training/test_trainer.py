@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,6 +254,20 @@ def test_warm_up_and_decay_reach_the_optimizer(alone, stage):
     assert [line["learning_rate"] for line in lines] == pytest.approx(expected)
     assert all(set(rates) == {rates[0], 2 * rates[0]} for rates in used)
     assert [rates[0] for rates in used] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("labels_of", ["document", "segments"])
+def test_the_loss_of_training_is_smoothed(alone, labels_of):
+    batch = make_batch(n_targets=4)
+    if labels_of == "segments":
+        batch = replace(batch, labels=random_ids(2, 3, 4))
+    trainer, told = make_trainer([batch], label_smoothing_factor=0.4)
+    model = trainer.engine.module
+    logits = model(input_ids=batch.input_ids, labels=batch.labels).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), batch.labels.flatten(), label_smoothing=0.4)
+    trainer.train_step()
+    trainer.log()
+    assert told["log"][0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_twenty_steps_give_the_losses_they_always_gave(alone):
