@@ -86,9 +86,7 @@ def describe(
         f"{'bf16' if engine.bfloat16_enabled() else 'fp32'}",
     ]
     if run.label_smoothing_factor:
-        lines.append(
-            f"loss       label smoothing {run.label_smoothing_factor:g} in training; none in the validation loss"
-        )
+        lines.append(f"loss       label smoothing {run.label_smoothing_factor:g} in training, none in validation")
     curriculum = run.build_curriculum()
     if curriculum:
         reached = "" if run.curriculum_loss is None else f" or at a training loss of {run.curriculum_loss:g}"
