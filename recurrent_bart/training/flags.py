@@ -26,7 +26,7 @@ HUGGING_FACE_FLAGS = {
     "learning_rate_scheduler": ("lr_scheduler",),
     "logging_steps": ("log_every",),
     "lr": ("learning_rate",),
-    "max_eval_samples": ("eval_documents", "limit"),
+    "max_eval_samples": ("limit",),
     "max_length": ("max_target_length", "max_new_tokens"),
     "max_predict_samples": ("limit",),
     "max_source_length": ("max_n_segments", "segment_size"),

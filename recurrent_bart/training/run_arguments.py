@@ -135,8 +135,20 @@ class RunArguments(GenerationArguments):
     save_every: int = flag(
         0, "optimizer steps between two checkpoints, in addition to those at evaluations; 0: only at evaluations"
     )
+    max_train_documents: int | None = flag(
+        None,
+        "most training documents, drawn with a fixed seed that does not depend on --seed; if not given: all",
+        aliases=["--max_train_samples"],
+    )
+    max_eval_documents: int | None = flag(
+        None,
+        "most validation documents, drawn with a fixed seed; if not given: all",
+        aliases=["--max_eval_samples"],
+    )
     eval_documents: int = flag(
-        32, "validation documents for which an evaluation generates texts; the validation loss uses all documents"
+        32,
+        "validation documents for which an evaluation generates texts; the validation loss uses all (or "
+        "--max_eval_documents)",
     )
     per_device_eval_batch_size: int | None = flag(
         None, "documents per device in a forward pass of an evaluation; if not given: --per_device_train_batch_size"
@@ -190,6 +202,7 @@ class RunArguments(GenerationArguments):
         self._check_length()
         check_at_least(self, 0, "max_minutes", "max_loss_spikes")
         check_at_least(self, 1, "max_skipped_steps", "step_timeout_seconds", "tokens_per_batch")
+        check_at_least(self, 1, "max_train_documents", "max_eval_documents")
         check_at_least(self, 1, "per_device_eval_batch_size", "oracle_decay", "oracle_beams")
         check_at_least(
             self, 0, "learning_rate", "recurrence_learning_rate", "warmup_steps", "weight_decay", "eval_every"
@@ -240,6 +253,10 @@ class RunArguments(GenerationArguments):
             warmup_ratio=None,
             eval_every=self.eval_every or max(25, max_steps // 10),
         )
+
+    def most_documents(self) -> dict[str, int | None]:
+        """Return the largest number of documents of each split; None: all."""
+        return {"train": self.max_train_documents, "validation": self.max_eval_documents}
 
     def build_curriculum(self) -> Curriculum | None:
         """Return the curriculum, or None without `--curriculum`. Raise ValueError if its stages do not grow."""
