@@ -36,6 +36,7 @@ SCRIPTS = [
     ("summarize", ["--model", "a", "--every", "text.txt"], "unknown argument --every; did you mean --every_segment"),
     ("summarize", ["--model", "a", "--max_length", "9"], "unknown argument --max_length; use --max_new_tokens"),
     ("summarize", ["text.txt"], "the following arguments are required: --model"),
+    ("export", ["run", "model", "--trust"], "unknown argument --trust; did you mean --trust_remote_code"),
     ("report", ["run", "--outptu", "a"], "unknown argument --outptu; did you mean --output"),
     ("memory_map", ["--mod", "a", "text.txt"], "unknown argument --mod; did you mean --model"),
     ("study", ["quick", "--seed", "1"], "unknown argument --seed; did you mean --seeds"),
