@@ -3,7 +3,7 @@
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
-from torch import nn
+from transformers import GenerationConfig
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import DocumentOrder
@@ -25,10 +25,13 @@ def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> Learnin
     return LearningRates.of(arguments.run, arguments.model.model_name_or_path is not None, config.d_model)
 
 
-def generated_length(model: nn.Module, run: RunArguments, prepared: Preparation) -> int:
-    """Return the most tokens of a text that an evaluation generates."""
+def generated_length(run: RunArguments, prepared: Preparation) -> int:
+    """Return the most tokens of a generated text: `--max_new_tokens`, else the length of targets.
+
+    The setting of a pretrained model does not count, because this run's targets may be longer.
+    """
     usual = prepared.splits["validation"].collator.max_target_length
-    return text_length(prepared.config, model.generation_config, run.generation_settings(), usual)
+    return text_length(prepared.config, GenerationConfig(), run.generation_settings(), usual)
 
 
 def resolved_settings(arguments: Arguments, config: RecurrentBartConfig, order: DocumentOrder) -> dict[str, Any]:
@@ -109,6 +112,6 @@ def _describe_generation(arguments: Arguments, prepared: Preparation, engine: De
     generation, validation = engine.module.generation_config, prepared.splits["validation"]
     return [
         *describe_limit(prepared.config, arguments.data.max_target_length),
-        describe_settings(generation, generated_length(engine.module, arguments.run, prepared)),
+        describe_settings(generation, generated_length(arguments.run, prepared)),
         *map(str, contradictions(generation, validation.targets())),
     ]

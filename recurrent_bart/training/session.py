@@ -131,7 +131,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     run = arguments.run
     model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
     choose_trained(model, arguments.model)
-    change_settings(model.generation_config, run.generation_settings(), generated_length(model, run, prepared))
+    change_settings(model.generation_config, run.generation_settings(), generated_length(run, prepared))
     rates = learning_rates(arguments, prepared.config)
     optimizer = build_optimizer(model, rates, run.weight_decay, run.adam_beta2)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
@@ -379,8 +379,7 @@ class Session:
 
     def _generation(self) -> Generation:
         run = self.arguments.run
-        length = generated_length(self.engine.module, run, self.prepared)
-        return Generation(length, n_documents=run.eval_documents)
+        return Generation(generated_length(run, self.prepared), n_documents=run.eval_documents)
 
     def _evaluator(self, documents: Documents) -> Evaluator:
         run = self.arguments.run
