@@ -107,11 +107,12 @@ def split_sections(pieces: Iterator[str], separator: str) -> Iterator[str | None
     yield None if is_line_start and line.strip() == separator else line
 
 
-def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
+def text_pieces(file: BinaryIO, name: str, may_be_blank: bool = False) -> Iterator[str]:
     """Yield the text of a file in pieces, each as soon as it arrives. All line ends become a newline character.
 
     Raises:
-        ValueError: The file is not UTF-8 or contains only white space; the message names the file.
+        ValueError: The file is not UTF-8, or contains only white space without `may_be_blank`; the message names the
+            file.
     """
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(ENCODING)(), translate=True)
     read = getattr(file, "read1", file.read)
@@ -127,7 +128,7 @@ def text_pieces(file: BinaryIO, name: str) -> Iterator[str]:
         raise ValueError(f"{name}: not a UTF-8 text ({error.reason}: byte 0x{byte:02x})") from error
     except OSError as error:
         raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
-    if is_blank:
+    if is_blank and not may_be_blank:
         raise ValueError(f"{name}: the text is empty")
 
 
@@ -213,7 +214,9 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     prints_several = arguments.every_segment or arguments.section_separator
     progress = Progress(reader, in_place=sys.stderr.isatty() and not prints_several)
     is_shown = False
-    for output in outputs(reader, text_pieces(file, name), arguments.section_separator):
+    # without new text, the summary is of the earlier text
+    pieces = text_pieces(file, name, may_be_blank=bool(arguments.load_state))
+    for output in outputs(reader, pieces, arguments.section_separator):
         if not is_shown:
             show_settings(model, generation)
             is_shown = True

@@ -87,10 +87,10 @@ began=$folder/caches/began-$SLURM_JOB_ID
 touch "$began"
 outcome() { [[ ! $folder/outcome.json -nt $began ]] || cat "$folder/outcome.json"; }
 
-# srun forwards the signal to all processes.
+# srun forwards the signal to all processes. srun may have ended already: `kill` must not end this script then.
 is_asked=0
 processes=
-trap 'is_asked=1; [[ -z $processes ]] || kill -USR1 "$processes"' USR1
+trap 'is_asked=1; [[ -z $processes ]] || kill -USR1 "$processes" 2>/dev/null || true' USR1
 # SLURM sends SIGTERM to the job and its processes when it ends the job itself; SLURM then decides about a requeue. The
 # script must wait for srun: a remaining srun would end the processes of the requeued job.
 is_ended=0
@@ -98,12 +98,11 @@ trap 'is_ended=1' TERM
 
 "${everywhere[@]}" bash slurm/process.sh launch/train.py "${flags[@]}" "$verb" "$folder" &
 processes=$!
-# A signal interrupts `wait`, but does not end the processes.
-while
-    code=0
-    wait "$processes" || code=$?
-    kill -0 "$processes" 2>/dev/null
-do :; done
+# A signal interrupts `wait`, which then returns 128 plus the signal. The processes may go on, or have just ended.
+while kill -0 "$processes" 2>/dev/null; do wait "$processes" || true; done
+# Bash remembers the exit code of an ended process.
+code=0
+wait "$processes" || code=$?
 
 # srun returns the worst exit code, which may come from a process that srun killed. The run's outcome.json is exact.
 said=$(outcome | sed -n 's/.*"code": \([0-9]*\).*/\1/p')

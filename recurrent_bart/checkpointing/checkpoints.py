@@ -8,6 +8,7 @@ RUN/checkpoints/step-00000100/
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -47,8 +48,9 @@ class TrainerState:
     Attributes:
         step: Optimizer steps done.
         evaluated_step: Last step that was followed by an evaluation; -1: no step yet.
-        best_loss: Lowest validation loss.
-        best_step: Step with the lowest validation loss.
+        best_value: Best value of `best_metric` in an evaluation; None: no value yet.
+        best_metric: Metric that chooses the best model.
+        best_step: Step of the best model.
         n_worse: Evaluations since `best_step`.
         n_skipped: Steps that were not applied because a gradient was not finite.
         n_skipped_in_row: Skipped steps since the last step that was applied.
@@ -62,7 +64,8 @@ class TrainerState:
 
     step: int = 0
     evaluated_step: int = -1
-    best_loss: float = float("inf")
+    best_value: float | None = None
+    best_metric: str = "loss"
     best_step: int = 0
     n_worse: int = 0
     n_skipped: int = 0
@@ -76,6 +79,9 @@ class TrainerState:
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "TrainerState":
         """Build a state from saved fields. Unknown fields are ignored; missing fields get their defaults."""
+        if math.isfinite(saved.get("best_loss", math.inf)):
+            # name of the field in older checkpoints
+            saved = {"best_value": saved["best_loss"]} | saved
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in saved.items() if name in known})
 
@@ -94,7 +100,7 @@ class Checkpoints:
 
     Attributes:
         folder: Folder of all checkpoints.
-        keep_last: Number of newest checkpoints to keep, besides the checkpoint with the lowest validation loss.
+        keep_last: Number of newest checkpoints to keep, besides the checkpoint of the best model.
         keep_every: Also keep checkpoints at multiples of this number of steps; 0: no additional checkpoints.
         in_background: True if training goes on while a checkpoint is written.
         trusts: True to accept a checkpoint that has no manifest.
@@ -143,13 +149,20 @@ class Checkpoints:
         error, self.writing = self.writing.exception(), None
         self._raise_on_all_ranks(error, self.writing_step)
 
-    def load(self, engine: DeepSpeedEngine) -> Resumed:
-        """Load the newest undamaged checkpoint, or return the state of step 0 if there is no checkpoint.
+    @staticmethod
+    def read_state(path: Path | None) -> TrainerState:
+        """Return the trainer state that a checkpoint stores, or the state of step 0 if `path` is None."""
+        if path is None:
+            return TrainerState()
+        return TrainerState.of(json.loads((path / "trainer.json").read_text())["state"])
+
+    def load(self, engine: DeepSpeedEngine, path: Path | None = None) -> Resumed:
+        """Load a checkpoint, by default the newest undamaged one. Without a checkpoint, return the state of step 0.
 
         Raises:
             ValueError: All checkpoints are damaged, or the checkpoint belongs to another model.
         """
-        path = self._newest_whole()
+        path = path or self.find_newest()
         if path is None:
             return Resumed()
         saved = json.loads((path / "trainer.json").read_text())
@@ -224,7 +237,7 @@ class Checkpoints:
         for old in checkpoints_to_delete(self._steps(), self.keep_last, self.keep_every, best_step):
             _remove(self._path(old))
 
-    def _newest_whole(self) -> Path | None:
+    def find_newest(self) -> Path | None:
         """Find the newest undamaged checkpoint. Raise ValueError if all checkpoints are damaged.
 
         Each rank checks part of the files. If there is no checkpoint, return None.

@@ -232,6 +232,10 @@ class DocumentOrder(ABC):
         """Return the number of documents read before `step`; steps count from 0."""
 
     @abstractmethod
+    def steps_to_read(self, n_documents: int) -> int:
+        """Return the first step before which at least `n_documents` documents are read; at least `first_step`."""
+
+    @abstractmethod
     def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
         """Return the document indices of optimizer step `step`, grouped by micro-batch, then by rank.
 
@@ -289,6 +293,10 @@ class BatchOrder(DocumentOrder):
     def documents_before(self, step: int) -> int:
         """Return the number of documents in all earlier steps."""
         return self.first_document + (step - self.first_step) * self.global_batch
+
+    def steps_to_read(self, n_documents: int) -> int:
+        """Return the number of steps that read `n_documents` documents, the last step in full."""
+        return self.first_step + max(0, -(-(n_documents - self.first_document) // self.global_batch))
 
     def micro_batches(self, step: int, world_size: int, accumulation: int) -> list[list[list[int]]]:
         """Split the sorted documents into equal micro-batches. Distribute each micro-batch over the ranks in turn."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -46,6 +47,14 @@ class Corpus(NamedTuple):
     rows: Dataset
     skipped: list[str]
     fingerprint: str
+
+
+def choose_rows(rows: Dataset, most: int | None) -> Dataset:
+    """Return at most `most` rows in their order, drawn with a fixed seed; None: all. A larger number adds rows."""
+    if most is None or most >= len(rows):
+        return rows
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]
+    return rows.select(drawn.sort().values.tolist())
 
 
 def load_corpus(

@@ -65,14 +65,14 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     name = str(given) if is_named else Path(place).name
     group = name if is_named else None
     if columns.group:
-        group = str(_field(record, columns.group, place))
+        group = str(_field(record, columns, "group", place))
     if task == "sections":
-        sections, summaries = _texts(record, columns.sections, place), _texts(record, columns.summaries, place)
+        sections, summaries = (_texts(record, columns, name, place) for name in ("sections", "summaries"))
         if len(sections) != len(summaries):
             raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
         return with_targets(Row(name, *_join_untargeted(sections, summaries), group, is_named), place)
-    text = _text(record, columns.text, columns.sections, place, joined_by="\n")
-    summary = _text(record, columns.summary, columns.summaries, place, joined_by=" ")
+    text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
+    summary = _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
     return with_targets(Row(name, [text], [summary], group, is_named), place)
 
 
@@ -100,25 +100,30 @@ def split_of(name: str) -> str:
     return {0: "validation", 1: "test"}.get(digit, "train")
 
 
-def _texts(record: dict[str, Any], column: str, place: str) -> list[str]:
-    texts = _field(record, column, place)
+def _texts(record: dict[str, Any], columns: Columns, name: str, place: str) -> list[str]:
+    texts = _field(record, columns, name, place)
     if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
-        raise ValueError(f"{place}: column {column!r} must be a list of texts")
+        raise ValueError(f"{place}: column {getattr(columns, name)!r} must be a list of texts (--{name}_column)")
     return [text or "" for text in texts]
 
 
-def _text(record: dict[str, Any], column: str, list_column: str, place: str, joined_by: str) -> str:
+def _text(record: dict[str, Any], columns: Columns, names: tuple[str, str], place: str, joined_by: str) -> str:
+    """Return the text of field `names[0]`. If it is missing, join the list in field `names[1]`."""
+    column, list_column = (getattr(columns, name) for name in names)
     if record.get(column) is None and record.get(list_column) is not None:
-        return joined_by.join(text for text in _texts(record, list_column, place) if text)
-    text = _field(record, column, place)
+        return joined_by.join(text for text in _texts(record, columns, names[1], place) if text)
+    text = _field(record, columns, names[0], place)
     if not isinstance(text, str):
-        raise ValueError(f"{place}: column {column!r} must be a text, not {type(text).__name__}")
+        kind = type(text).__name__
+        raise ValueError(f"{place}: column {column!r} must be a text, not {kind} (--{names[0]}_column)")
     return text
 
 
-def _field(record: dict[str, Any], column: str, place: str) -> Any:
+def _field(record: dict[str, Any], columns: Columns, name: str, place: str) -> Any:
+    column = getattr(columns, name)
     if column not in record:
-        raise ValueError(f"{place}: no column {column!r}; the columns are {', '.join(map(repr, record)) or 'none'}")
+        present = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"{place}: no column {column!r}; the columns are {present}; choose with --{name}_column")
     if record[column] is None:
         raise ValueError(f"{place}: column {column!r} has no value")
     return record[column]

@@ -105,6 +105,8 @@ class Source:
 
     def _all_rows(self, task: str, columns: Columns, on_skip: OnBad) -> Iterator[Row]:
         """Yield the documents of all splits that the files contain."""
+        if task == "sections":
+            self._check_lists()
         if self.kind == EMBEDDED:
             yield from stdlib_rows(self.split, task)
             return
@@ -117,6 +119,15 @@ class Source:
                 on_bad(error)
                 continue
             yield row
+
+    def _check_lists(self) -> None:
+        tables = [str(file) for file in self.files if kind_of(file) in (".csv", ".tsv")]
+        if self.kind == "folder" or tables:
+            kind, place = ("a CSV or TSV file", tables[0]) if tables else ("a folder of text files", self.place)
+            raise ValueError(
+                f"{place}: --task sections needs lists of texts, and {kind} has no lists; give JSON Lines, a JSON list "
+                "or Parquet, or remove --task sections"
+            )
 
 
 @functools.lru_cache(maxsize=4)

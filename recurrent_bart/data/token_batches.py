@@ -59,6 +59,18 @@ class TokenBatchOrder(DocumentOrder):
         number, place = self._find(step)
         return (number + 1) * len(self.lengths) - sum(map(len, self._round(number)[place:]))
 
+    def steps_to_read(self, n_documents: int) -> int:
+        """Return the number of steps that read `n_documents` documents, the last step in full."""
+        n_batches = 0
+        n_missing = n_documents - self.first_round * len(self.lengths) - self.n_read
+        for number in itertools.count(self.first_round):
+            for batch in self._round(number):
+                if n_missing <= 0:
+                    return self.first_step - (-n_batches // self.n_batches)
+                n_batches += 1
+                n_missing -= len(batch)
+        raise AssertionError("epochs do not end")
+
     def most_segments(self, step: int) -> int:
         """Return the segment limit of the epoch in which `step` begins."""
         return self.first_most if self._find(step)[0] == self.first_round else self.most

@@ -103,8 +103,8 @@ class TextReader:
         self.room = segment_size - len(self.leading) - len(self.trailing)
         self.n_overlap = input_size - segment_size
         self.bookmark = Bookmark()
-        # counts of this reader; a loaded bookmark does not change them
-        self.n_tokens = self.n_segments = 0
+        # counts of this reader; tokens that a bookmark keeps are read again and not counted again
+        self.n_tokens = self.n_segments = self.n_counted = 0
         cuts_anywhere = self._encode("a\na") == self._encode("a") + self._encode("\na")
         self.cut = BEFORE_WHITE_SPACE if cuts_anywhere else BEFORE_SPACE
 
@@ -129,8 +129,11 @@ class TextReader:
         end = replace(self.bookmark, ids=self.bookmark.ids + self._encode(self.bookmark.text))
         if not end.ids:
             raise ValueError("the text has no tokens")
+        n_kept = len(end.ids)
         yield from self._full_segments(end)
-        yield self._read(end, 1)
+        output = self._read(end, 1)
+        self.n_counted = n_kept
+        yield output
 
     def end_section(self) -> Iterator[BaseModelOutput]:
         """Encode the rest as the end of a section, as training does; `feed` then begins the next section.
@@ -185,6 +188,7 @@ class TextReader:
             ids=tensors["ids"].tolist(),
             text=metadata["text"],
         )
+        self.n_counted = len(self.bookmark.ids) + len(self._encode(self.bookmark.text))
 
     def _end_of_words(self, text: str) -> int:
         """Return the last index at which cutting the text does not change its ids."""
@@ -218,7 +222,9 @@ class TextReader:
         segment = [*self.leading, *mark.overlap, *new, *self.trailing]
         if self.n_overlap:
             mark.overlap = [*mark.overlap, *new][-self.n_overlap :]
-        self.n_tokens += len(new)
+        n_again = min(self.n_counted, len(new))
+        self.n_counted -= n_again
+        self.n_tokens += len(new) - n_again
         return segment
 
     def _identity(self) -> dict[str, Any]:

@@ -66,7 +66,11 @@ def text_length(config: PreTrainedConfig, generation: GenerationConfig, given: M
 
 
 def change_settings(generation: GenerationConfig, given: Mapping[str, Any], max_new_tokens: int) -> None:
-    """Change generation settings in place; raise ValueError if a setting is impossible or has no effect."""
+    """Change generation settings in place; raise ValueError if a setting is impossible or has no effect.
+
+    `max_new_tokens` becomes the model's setting. It replaces the older `max_length`, because transformers warns if both
+    are set.
+    """
     least = given.get("min_new_tokens")
     if least is not None and least > max_new_tokens:
         raise ValueError(f"--min_new_tokens {least}: must be at most {max_new_tokens}, the maximum length of a text")
@@ -90,11 +94,11 @@ def change_settings(generation: GenerationConfig, given: Mapping[str, Any], max_
             f"--max_new_tokens {max_new_tokens}: the model's own minimum is {_least_tokens(generation)} tokens; set "
             "--min_new_tokens too"
         )
-    if given:
-        # transformers raises on save if a setting was changed and any setting has no effect, for example a
-        # length_penalty without beams. It only warns if the settings are as loaded. The ineffective ones were there
-        # before, so mark them as loaded
-        generation._original_object_hash = hash(generation)
+    generation.max_new_tokens, generation.max_length = max_new_tokens, None
+    # transformers raises on save if a setting was changed and any setting has no effect, for example a length_penalty
+    # without beams. It only warns if the settings are as loaded. The ineffective ones were there before, so mark them
+    # as loaded
+    generation._original_object_hash = hash(generation)
 
 
 def without_effect(num_beams: int | None, do_sample: bool | None) -> tuple[str, ...]:

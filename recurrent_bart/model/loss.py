@@ -59,16 +59,18 @@ def check_unused(arguments: Mapping[str, Any], cause: str) -> None:
         raise ValueError(f"{', '.join(given)}: not used with {cause}; remove")
 
 
-def token_loss(logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def token_loss(
+    logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None, label_smoothing: float = 0.0
+) -> Tensor:
     """Return the cross-entropy, summed over targets in float32 at least and divided by the number of targets.
 
     Labels are -100 where there is no target. `num_items_in_batch` is the number of targets in the whole optimizer step;
-    None: the number in `labels_BT`.
+    None: the number in `labels_BT`. `label_smoothing` is as in `torch.nn.functional.cross_entropy`.
     """
-    return per_target(summed_loss(logits_BTV, labels_BT), labels_BT, num_items_in_batch)
+    return per_target(summed_loss(logits_BTV, labels_BT, label_smoothing), labels_BT, num_items_in_batch)
 
 
-def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy summed over targets, in float32 at least."""
     precise = torch.promote_types(logits_BTV.dtype, torch.float32)
     return nn.functional.cross_entropy(
@@ -76,6 +78,7 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         labels_BT.flatten().to(logits_BTV.device),
         ignore_index=IGNORED,
         reduction="sum",
+        label_smoothing=label_smoothing,
     )
 
 

@@ -235,6 +235,7 @@ class RecurrentBartForConditionalGeneration(
         num_items_in_batch: Tensor | int | None = None,
         oracle: Oracle | None = None,
         return_logits: bool = True,
+        label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> RecurrentBartLMOutput:
         """Compute loss and logits; see BartForConditionalGeneration and RecurrentBartEncoder.
@@ -245,6 +246,7 @@ class RecurrentBartForConditionalGeneration(
                 of targets in `labels`.
             oracle: Source of some decoder input tokens; None: all come from `labels`.
             return_logits: False: with labels, return the loss only; the full logits are then never in memory.
+            label_smoothing: Share of each target that the loss spreads over the vocabulary, from 0 to below 1.
 
         Raises:
             ValueError: Labels or decoder inputs are invalid, and the message names the row; or decoder inputs are given
@@ -270,7 +272,8 @@ class RecurrentBartForConditionalGeneration(
             # an oracle selects contexts by row, which packed contexts do not have
             targets = {"target_segments": has_target, "may_pack": oracle is None}
             encoded = self.model.encode(**reading, state=state, **targets, **kwargs)
-            output = self._decode_segments(encoded, labels, has_target, num_items_in_batch, oracle, return_logits)
+            scoring = num_items_in_batch, return_logits, label_smoothing
+            output = self._decode_segments(encoded, labels, has_target, oracle, *scoring)
             output.state = given_on(state, encoded.state)
             return output
         if labels is not None:
@@ -303,7 +306,9 @@ class RecurrentBartForConditionalGeneration(
             state=state,
             **kwargs,
         )
-        loss, logits = self._score(outputs.last_hidden_state, labels, num_items_in_batch, return_logits)
+        loss, logits = self._score(
+            outputs.last_hidden_state, labels, num_items_in_batch, return_logits, label_smoothing
+        )
         return RecurrentBartLMOutput(
             loss=loss,
             logits=logits,
@@ -322,23 +327,28 @@ class RecurrentBartForConditionalGeneration(
         return logits + self.final_logits_bias.to(logits.device)
 
     def _score(
-        self, hidden: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None, return_logits: bool
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        return_logits: bool,
+        label_smoothing: float,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the loss, None without labels, and the logits, None if neither requested nor needed."""
         # a replaced head, for example a quantized one, returns logits only
         if labels is not None and not return_logits and isinstance(self.lm_head, TokenHead):
-            return per_target(self.lm_head(hidden, labels, self.final_logits_bias), labels, num_items_in_batch), None
+            total = self.lm_head(hidden, labels, self.final_logits_bias, label_smoothing)
+            return per_target(total, labels, num_items_in_batch), None
         logits = self._logits(hidden)
-        return None if labels is None else token_loss(logits, labels, num_items_in_batch), logits
+        return None if labels is None else token_loss(logits, labels, num_items_in_batch, label_smoothing), logits
 
     def _decode_segments(
         self,
         encoded: RecurrentEncoderOutput,
         labels_BNT: Tensor,
         has_target: Tensor,
-        num_items_in_batch: Tensor | int | None,
         oracle: Oracle | None,
-        return_logits: bool,
+        *scoring: Any,
     ) -> RecurrentBartLMOutput:
         # without any target, still decode one segment, so that every parameter takes part on every rank
         has_target = target_or_last_segment(has_target)
@@ -347,7 +357,7 @@ class RecurrentBartForConditionalGeneration(
         if oracle is not None:
             decoder_input_ids = self._mixed_inputs(oracle, encoded, decoder_input_ids, labels)
         decoded = self.model.decode(encoded, input_ids=decoder_input_ids, use_cache=False)
-        loss, logits = self._score(decoded.last_hidden_state, labels, num_items_in_batch, return_logits)
+        loss, logits = self._score(decoded.last_hidden_state, labels, *scoring)
         return RecurrentBartLMOutput(
             loss=loss,
             logits=None if logits is None else put_back(logits, has_target),

@@ -39,7 +39,7 @@ STEPS = {
     "n_cut_documents": "number of training documents longer than --max_n_segments, which are cut",
     "n_bad_documents": "number of unusable training documents skipped by --skip_bad_samples",
     "n_skipped": "number of skipped optimizer steps (loss or gradient not finite) since the start",
-    "seconds_left": "estimated time until --max_steps, in seconds",
+    "seconds_left": "estimated time until the last step, in seconds",
     "gold_probability": "with --oracle: probability (0 to 1) that the decoder reads the target's token",
     "curriculum_segments": "with --curriculum: current maximum number of segments of a document",
 }

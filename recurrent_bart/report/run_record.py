@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from recurrent_bart.monitoring.best_metric import ROUGE, best_evaluation
 from recurrent_bart.monitoring.progress import clock
 from recurrent_bart.run_folder import RunFolder
 
@@ -62,14 +63,23 @@ class Run:
 
     @cached_property
     def best(self) -> Record:
-        """Evaluation with the lowest loss; empty if there is none."""
-        found = [record for record in self.records if record.get("validation_loss") is not None]
-        return min(found, key=lambda record: record["validation_loss"], default={})
+        """Evaluation of the best model by the run's `--metric_for_best_model`; empty if there is none."""
+        return best_evaluation(self.records, self.best_metric)
+
+    @property
+    def best_metric(self) -> str:
+        """Metric that chooses the best model."""
+        return self.flags.get("metric_for_best_model", "loss")
 
     @cached_property
     def n_steps(self) -> int:
         """Number of optimizer steps according to the log."""
         return max([record["step"] for record in self.records], default=0)
+
+    @property
+    def max_steps(self) -> int:
+        """Number of optimizer steps that the run was started for."""
+        return self.config.get("resolved", {}).get("max_steps", self.flags.get("max_steps", 0))
 
     @cached_property
     def ending(self) -> str:
@@ -116,12 +126,13 @@ def _read_outcome(file: Path) -> Record | None:
 
 def key_metrics(run: Run) -> dict[str, str]:
     """Return the most important metrics of a run as texts. Unknown metrics are empty texts."""
-    best, share, memory = run.best, _median(run.of("model_flops_share")), run.of("memory_allocated_bytes")
+    best, lowest = run.best, best_evaluation(run.records, "loss")
+    share, memory = _median(run.of("model_flops_share")), run.of("memory_allocated_bytes")
     return {
-        "best validation loss": f"{best['validation_loss']:.4f}" if best else "",
+        "best validation loss": _formatted(lowest.get("validation_loss"), ".4f"),
         "last training loss": _formatted(run.last("loss"), ".4f"),
         **{f"ROUGE-{name.removeprefix('rouge')}": _formatted(best.get(name), ".2f") for name in ROUGE},
-        "steps": f"{run.n_steps:,} of {run.flags.get('max_steps', 0):,}",
+        "steps": f"{run.n_steps:,} of {run.max_steps:,}",
         "tokens per second": _formatted(_median(run.of("tokens_per_second")), ",.0f"),
         "share of peak": "" if share is None else f"{100 * share:.0f} %",
         "seconds per step": _formatted(_median(run.of("step_seconds")), ".2f"),
@@ -130,17 +141,15 @@ def key_metrics(run: Run) -> dict[str, str]:
     }
 
 
-ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-
-
 def facts(run: Run) -> dict[str, str]:
     """Return texts about a run's model, data, environment and end."""
     flags, model = run.flags, run.config.get("model", {})
     pretrained = flags.get("model_name_or_path")
+    by_metric = "" if run.best_metric == "loss" else f", chosen by {run.best_metric}"
     found = {
         "state": run.ending,
         "time left": "" if run.outcome or run.last("seconds_left") is None else clock(run.last("seconds_left")),
-        "best evaluation": f"after step {run.best['step']:,}" if run.best else "",
+        "best evaluation": f"after step {run.best['step']:,}{by_metric}" if run.best else "",
         "model": pretrained or f"{flags.get('model_size', '')} from scratch",
         "architecture": _listed(model, ("encoder_layers", "decoder_layers", "d_model", "vocab_size")),
         "recurrence": _listed(

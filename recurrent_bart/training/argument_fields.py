@@ -1,5 +1,6 @@
 """Fields of argument dataclasses: flags with their help texts, and checks of their values."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import field
 from typing import Any
@@ -17,6 +18,20 @@ def check_at_least(arguments: Any, least: float, *names: str) -> None:
         # `not >=` refuses NaN too
         if value is not None and not value >= least:
             raise ValueError(f"--{name} {value}: must be at least {least:g}")
+
+
+def check_above(arguments: Any, limit: float, name: str) -> None:
+    """Raise ValueError if the named argument is given and not a finite number above `limit`."""
+    value = getattr(arguments, name)
+    if value is not None and not limit < value < math.inf:
+        raise ValueError(f"--{name} {value}: must be above {limit:g}")
+
+
+def check_at_most(arguments: Any, most: float, name: str) -> None:
+    """Raise ValueError if the named argument is given and above `most`."""
+    value = getattr(arguments, name)
+    if value is not None and value > most:
+        raise ValueError(f"--{name} {value}: must be at most {most:g}")
 
 
 def check_below(arguments: Any, limit: float, name: str) -> None:

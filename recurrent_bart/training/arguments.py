@@ -13,7 +13,7 @@ from recurrent_bart.training.data_arguments import DataArguments, data_flags
 from recurrent_bart.training.flags import DataclassFlagParser
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.resumed_flags import check_resumed
-from recurrent_bart.training.run_arguments import RunArguments
+from recurrent_bart.training.run_arguments import ALTERNATIVES, RunArguments
 from recurrent_bart.training.tracking_arguments import TrackingArguments
 
 
@@ -72,8 +72,11 @@ def _flags_of_run(folder: str, known: Iterable[str], given: dict[str, Any]) -> d
     saved = {group: data_flags(values) if group == "data" else values for group, values in saved.items()}
     flags = {name: value for group in saved.values() for name, value in group.items() if name in resumed_names}
     if "max_steps" in given and flags.get("warmup_steps") is not None:
-        # the saved value was derived from the earlier, larger --max_steps
+        # the saved value may come from the earlier, larger --max_steps
         flags["warmup_steps"] = min(flags["warmup_steps"], given["max_steps"])
+    for pair in ALTERNATIVES.items():
+        if given.keys() & set(pair):
+            flags = {name: value for name, value in flags.items() if name not in pair}
     dropped = without_effect(given.get("num_beams", 2), given.get("do_sample", True))
     flags = {name: value for name, value in flags.items() if name not in dropped}
     return flags | {"resume": folder, "output_dir": folder}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
-from torch import nn
+from transformers import GenerationConfig
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import DocumentOrder
@@ -25,13 +25,16 @@ def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> Learnin
     return LearningRates.of(arguments.run, arguments.model.model_name_or_path is not None, config.d_model)
 
 
-def generated_length(model: nn.Module, run: RunArguments, prepared: Preparation) -> int:
-    """Return the most tokens of a text that an evaluation generates."""
+def generated_length(run: RunArguments, prepared: Preparation) -> int:
+    """Return the most tokens of a generated text: `--max_new_tokens`, else the length of targets.
+
+    The setting of a pretrained model does not count, because this run's targets may be longer.
+    """
     usual = prepared.splits["validation"].collator.max_target_length
-    return text_length(prepared.config, model.generation_config, run.generation_settings(), usual)
+    return text_length(prepared.config, GenerationConfig(), run.generation_settings(), usual)
 
 
-def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict[str, Any]:
+def resolved_settings(arguments: Arguments, config: RecurrentBartConfig, order: DocumentOrder) -> dict[str, Any]:
     """Return the values of flags whose default follows from other flags.
 
     The run saves the flags as given, so that `--resume` derives the defaults again from the flags of the resumed run.
@@ -39,6 +42,10 @@ def resolved_settings(arguments: Arguments, config: RecurrentBartConfig) -> dict
     run, rates = arguments.run, learning_rates(arguments, config)
     curriculum = run.build_curriculum()
     return {
+        "max_steps": run.max_steps,
+        "num_train_epochs": round(order.epoch(run.max_steps), 4),
+        "warmup_steps": run.warmup_steps,
+        "eval_every": run.eval_every,
         "learning_rate": rates.backbone,
         "recurrence_learning_rate": rates.recurrence,
         "per_device_eval_batch_size": run.per_device_eval_batch_size or run.per_device_train_batch_size,
@@ -81,6 +88,8 @@ def describe(
         f"engine     ZeRO-{engine.zero_optimization_stage()}, {environment.device.type}, "
         f"{'bf16' if engine.bfloat16_enabled() else 'fp32'}",
     ]
+    if run.label_smoothing_factor:
+        lines.append(f"loss       label smoothing {run.label_smoothing_factor:g} in training, none in validation")
     curriculum = run.build_curriculum()
     if curriculum:
         reached = "" if run.curriculum_loss is None else f" or at a training loss of {run.curriculum_loss:g}"
@@ -103,6 +112,6 @@ def _describe_generation(arguments: Arguments, prepared: Preparation, engine: De
     generation, validation = engine.module.generation_config, prepared.splits["validation"]
     return [
         *describe_limit(prepared.config, arguments.data.max_target_length),
-        describe_settings(generation, generated_length(engine.module, arguments.run, prepared)),
+        describe_settings(generation, generated_length(arguments.run, prepared)),
         *map(str, contradictions(generation, validation.targets())),
     ]

@@ -63,7 +63,7 @@ def describe_data_order(
     """Return log lines that state the documents or tokens per step, with the share of padding."""
     run = arguments.run
     parts = f"x {run.gradient_accumulation_steps} accumulated x {world_size} processes"
-    times = f"{order.epoch(run.max_steps):.1f} epochs"
+    times = f"{order.epoch(run.max_steps):.1f} epochs, evaluated every {run.eval_every} steps"
     padding = f"padding    {_padding(run, world_size, order)} of the computed segments hold no text"
     if not isinstance(order, TokenBatchOrder):
         n_device = run.per_device_train_batch_size

@@ -91,8 +91,7 @@ def start_processes(timeout_minutes: int) -> Environment:
     # the tokenizers library would warn: data loader workers are forked after this process has used the tokenizer; the
     # workers do not use the tokenizer
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # DeepSpeed's conversion of checkpoints calls torch.load with weights_only=False, which could run code
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    refuse_pickled_code()
     _silence_libraries()
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rendezvous.local_rank) if has_gpu else torch.device("cpu")
@@ -110,6 +109,11 @@ def start_processes(timeout_minutes: int) -> Environment:
             "--master_port PORT launch/train.py ...` or `torchrun --master_port PORT launch/train.py ...`"
         ) from error
     return Environment(rendezvous.rank, rendezvous.local_rank, rendezvous.world_size, device)
+
+
+def refuse_pickled_code() -> None:
+    """Make `torch.load` refuse code in a file. DeepSpeed calls it with `weights_only=False`, which could run code."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def end_processes() -> None:

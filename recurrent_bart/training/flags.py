@@ -22,16 +22,18 @@ HUGGING_FACE_FLAGS = {
     "fp16": ("precision",),
     "generation_max_length": ("max_new_tokens", "max_target_length"),
     "generation_num_beams": ("num_beams",),
+    "label_smoothing": ("label_smoothing_factor",),
     "learning_rate_scheduler": ("lr_scheduler",),
     "logging_steps": ("log_every",),
     "lr": ("learning_rate",),
-    "max_eval_samples": ("eval_documents", "limit"),
+    "max_eval_samples": ("limit",),
     "max_length": ("max_target_length", "max_new_tokens"),
     "max_predict_samples": ("limit",),
     "max_source_length": ("max_n_segments", "segment_size"),
     "model": ("model_name_or_path",),
     "model_name_or_path": ("model",),
-    "num_epochs": ("max_steps",),
+    "epochs": ("num_train_epochs",),
+    "num_epochs": ("num_train_epochs",),
     "num_train_epochs": ("max_steps",),
     "num_train_steps": ("max_steps",),
     "overwrite_output_dir": ("output_dir", "resume"),
@@ -47,14 +49,12 @@ HUGGING_FACE_FLAGS = {
     "test_batch_size": ("batch_size",),
     "train_batch_size": ("per_device_train_batch_size",),
     "val_max_target_length": ("max_target_length",),
-    "warmup_ratio": ("warmup_steps",),
 }
 # hints that are printed after the suggested flag
 NOTES = {
-    "num_train_epochs": "which counts optimizer steps; the line `steps` of a run shows the number of epochs",
+    "num_train_epochs": "which counts optimizer steps",
     "overwrite_output_dir": "because a run is never overwritten: give another folder, or continue the old run",
     "resume_from_checkpoint": "which takes the folder of the run and finds its last checkpoint",
-    "warmup_ratio": "which counts optimizer steps; its default is a tenth of all",
 }
 
 

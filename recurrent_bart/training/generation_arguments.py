@@ -25,7 +25,9 @@ class GenerationArguments:
         None, f"number of beams of beam search; 1: greedy search or sampling; {OF_MODEL}, else 1"
     )
     max_new_tokens: int | None = flag(
-        None, f"most tokens of a generated text; {OF_MODEL}, else --max_target_length of training"
+        None,
+        "most tokens of a generated text; if not given: in training --max_target_length, later the model's "
+        "generation_config.json",
     )
     min_new_tokens: int | None = flag(None, f"fewest tokens of a generated text; 0: no minimum; {OF_MODEL}")
     no_repeat_ngram_size: int | None = flag(

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, plan_documents
-from recurrent_bart.data.corpus import load_corpus, texts_of
+from recurrent_bart.data.corpus import choose_rows, load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.text_files import check_encoding
@@ -27,11 +28,12 @@ from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.environment import Environment, use_bf16, wandb_mode, wandb_settings
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.model_building import build_config
-from recurrent_bart.training.resumed_flags import changed_flags
+from recurrent_bart.training.resumed_flags import Changes, Flags, changed_flags
 from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
 
 # number of skipped documents whose reasons are printed
 N_SHOWN = 5
+NO_LIMITS: Mapping[str, int | None] = {}
 DEFAULT_DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
 
 
@@ -64,7 +66,8 @@ class Preparation:
     """Inputs of a run: folder, configurations, tokenizer and documents.
 
     Attributes:
-        changes: Changed flags of a resumed run, each with the value before and now.
+        flags: Flags as given, by group.
+        changes: Changed flags of a resumed run.
     """
 
     folder: RunFolder
@@ -72,7 +75,8 @@ class Preparation:
     tokenizer: PreTrainedTokenizerBase
     config: RecurrentBartConfig
     splits: dict[str, Documents]
-    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    flags: Flags = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
 
     def documents(self) -> dict[str, dict[str, Any]]:
         """Return the number of documents and the fingerprint of each split."""
@@ -101,13 +105,14 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
         use_bf16(run.precision, environment.device),
     )
     saved = folder.tokenizer if run.resume else None
-    tokenizer, config, splits = open_splits(arguments.model, arguments.data, saved)
+    tokenizer, config, splits = open_splits(arguments.model, arguments.data, saved, run.most_documents())
     if run.tokens_per_batch is not None and run.tokens_per_batch < config.input_size:
         raise ValueError(
             f"--tokens_per_batch {run.tokens_per_batch}: must be at least {config.input_size}, the tokens of a segment"
         )
-    changes = changed_flags(asdict(arguments), folder.read_config()) if run.resume else {}
-    prepared = Preparation(folder, deepspeed, tokenizer, config, splits, changes)
+    flags = asdict(arguments)
+    changes = changed_flags(flags, folder.read_config()) if run.resume else {}
+    prepared = Preparation(folder, deepspeed, tokenizer, config, splits, flags, changes)
     if run.resume:
         check_same_documents(folder, prepared.documents())
     return prepared
@@ -129,11 +134,12 @@ def check_same_documents(folder: RunFolder, now: dict[str, dict[str, Any]]) -> N
 
 
 def open_splits(
-    model: ModelArguments, data: DataArguments, saved: Path | None = None
+    model: ModelArguments, data: DataArguments, saved: Path | None = None, most: Mapping[str, int | None] = NO_LIMITS
 ) -> tuple[PreTrainedTokenizerBase, RecurrentBartConfig, dict[str, Documents]]:
     """Return the tokenizer, the configuration and the documents for training and validation.
 
-    `saved` is the folder of a saved tokenizer. Without it, the tokenizer is loaded by name, or trained.
+    `saved` is the folder of a saved tokenizer. Without it, the tokenizer is loaded by name, or trained. `most` is the
+    largest number of documents of each split.
 
     Raises:
         ValueError: An argument or a document is wrong.
@@ -142,7 +148,7 @@ def open_splits(
     tokenizer = find_tokenizer(model, data, sources["train"], saved)
     config = build_config(model, tokenizer, data.task)
     splits = {
-        split: open_documents(sources[split], data, config, tokenizer, config.max_n_segments)
+        split: open_documents(sources[split], data, config, tokenizer, config.max_n_segments, most.get(split))
         for split in ("train", "validation")
     }
     return tokenizer, config, splits
@@ -204,14 +210,15 @@ def open_documents(
     config: RecurrentBartConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_n_segments: int,
+    most: int | None = None,
 ) -> Documents:
-    """Load the tokenised documents of a split and plan how they are cut.
+    """Load the tokenised documents of a split, at most `most` of them, and plan how they are cut.
 
     Raises:
         ValueError: A document is unusable, or no document has a target in its first `max_n_segments` segments.
     """
     found = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
-    corpus, skipped = found.rows, found.skipped
+    corpus, skipped = choose_rows(found.rows, most), found.skipped
     if skipped:
         say(f"warning: {len(skipped)} documents of {source.place} are skipped: {'; '.join(skipped[:N_SHOWN])}")
     leading, trailing = special_tokens_around(tokenizer)

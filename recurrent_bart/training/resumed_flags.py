@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.training.run_arguments import ALTERNATIVES, NOT_GIVEN
+
+# changed flags, each with its value before and its value now
+Changes = dict[str, tuple[Any, Any]]
 # flags by group, as in the section "arguments" of config.json
 Flags = dict[str, dict[str, Any]]
 
@@ -17,6 +21,7 @@ KEPT_MODEL = (
 KEPT_DATA = (
     *("dataset", "dataset_config_name", "train_file", "validation_file", "task", "gap_sentences"),
     *("text_column", "summary_column", "sections_column", "summaries_column"),
+    *("max_train_documents", "max_eval_documents"),
 )
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")
 # flags that change what the validation loss measures
@@ -25,20 +30,20 @@ MEASURED = ("max_target_length", "max_n_segments", "segment_size", "input_size",
 NOT_COMPARED = ("output_dir", "resume", "local_rank", "trust_checkpoint")
 
 
-def changed_flags(given: Flags, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_flags(given: Flags, saved: dict[str, Any]) -> Changes:
     """Return the flags that a resumed run changes, each with its old and its new value.
 
-    `given` holds all flags of the resumed run; `saved` is the content of config.json. If a saved flag is None, the
-    default that the run used is compared.
+    `given` holds all flags of the resumed run; `saved` is the content of config.json. If a saved flag was not
+    given, the default that the run used is compared.
     """
     flags = {name: value for group in saved.get("arguments", {}).values() for name, value in group.items()}
-    resolved = saved.get("model", {})
+    resolved = saved.get("model", {}) | saved.get("resolved", {})
     changes = {}
     for group in given.values():
         for name, now in group.items():
             then = flags.get(name, now)
-            if then is None and now is not None:
-                then = resolved.get(name)
+            if then == NOT_GIVEN.get(name) != now:
+                then = resolved.get(name, then)
             if name not in NOT_COMPARED and then != now and not _is_same_path(name, then, now):
                 changes[name] = (then, now)
     return changes
@@ -56,16 +61,24 @@ def check_resumed(given: Flags, saved: dict[str, Any]) -> None:
         )
 
 
-def describe_changes(changes: dict[str, tuple[Any, Any]]) -> list[str]:
+def describe_changes(changes: Changes) -> list[str]:
     """Return a line with the changed flags, and a warning if validation losses are no longer comparable."""
-    descriptions = [f"--{name} {now} (before: {then})" for name, (then, now) in changes.items()]
+    replaced = {name for pair in ALTERNATIVES.items() for name in pair if set(pair) <= changes.keys()}
+    descriptions = [
+        f"--{name} {now} (before: {then})"
+        for name, (then, now) in changes.items()
+        if not (name in replaced and now == NOT_GIVEN.get(name))
+    ]
     lines = [f"changed    {', '.join(descriptions)}"] if descriptions else []
     measured = [f"--{name}" for name in changes if name in MEASURED]
     if measured:
         lines.append(
             f"warning: {', '.join(measured)} changes what the validation loss measures, so earlier losses are not "
-            "comparable; the best model is still chosen by its earlier loss"
+            "comparable; the best model is still chosen by its earlier value"
         )
+    if "metric_for_best_model" in changes:
+        metric = changes["metric_for_best_model"][1]
+        lines.append(f"best       RUN/model is replaced when an evaluation has a better {metric} than the saved model")
     return lines
 
 

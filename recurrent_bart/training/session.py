@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import json
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -16,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.checkpointing.process_state import reseed_random_states
-from recurrent_bart.data.batches import Batch
+from recurrent_bart.data.batches import Batch, DocumentOrder
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import (
     all_together,
@@ -31,6 +29,7 @@ from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
 from recurrent_bart.files import atomic_directory, atomic_write
 from recurrent_bart.model.flops import peak_flops
 from recurrent_bart.model.generation_settings import change_settings
+from recurrent_bart.monitoring.best_metric import best_evaluation, describe_best, is_better, logged_value
 from recurrent_bart.monitoring.progress import ProgressDisplay, say
 from recurrent_bart.monitoring.rank_metrics import RankTopology
 from recurrent_bart.monitoring.timing import Stopwatch
@@ -51,6 +50,7 @@ from recurrent_bart.training.model_building import build_model
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import Documents, Preparation, make_run_folder, prepare
 from recurrent_bart.training.probing import probe_recurrence
+from recurrent_bart.training.run_length import with_length
 from recurrent_bart.training.step_metrics import StepMetrics
 from recurrent_bart.training.tracking import start_trackers
 from recurrent_bart.training.trainer import Trainer
@@ -121,29 +121,32 @@ def lock_folder(arguments: Arguments) -> RunLock:
 def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnySession], lock: RunLock) -> AnySession:
     run = arguments.run
     prepared = first_then_all(lambda: prepare(arguments, environment))
+    checkpoints = Checkpoints(
+        prepared.folder.checkpoints, run.keep_last, run.keep_every, run.async_save, run.trust_checkpoint
+    )
+    newest = checkpoints.find_newest() if run.resume else None
+    state = checkpoints.read_state(newest)
+    order = build_order(arguments, prepared, environment.world_size, state)
+    arguments = with_length(arguments, order, state, prepared.changes)
+    run = arguments.run
     model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
     choose_trained(model, arguments.model)
-    change_settings(model.generation_config, run.generation_settings(), generated_length(model, run, prepared))
+    change_settings(model.generation_config, run.generation_settings(), generated_length(run, prepared))
     rates = learning_rates(arguments, prepared.config)
     optimizer = build_optimizer(model, rates, run.weight_decay, run.adam_beta2)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), prepared.deepspeed)
     # from here on, each rank draws its own dropout masks
     torch.manual_seed(run.seed + 1 + environment.rank)
     model.set_gradient_checkpointing(run.gradient_checkpointing)
-    checkpoints = Checkpoints(
-        prepared.folder.checkpoints, run.keep_last, run.keep_every, run.async_save, run.trust_checkpoint
-    )
-    resumed = checkpoints.load(engine) if run.resume else Resumed()
-    if resumed.state.step > run.max_steps:
-        stop_all(f"--max_steps {run.max_steps}: must be at least {resumed.state.step}, the steps that the run has done")
+    resumed = Resumed() if newest is None else checkpoints.load(engine, newest)
     if "seed" in prepared.changes:
         # replace the checkpoint's random states, which come from the seed before the change
         torch.manual_seed(run.seed + 1 + environment.rank)
         reseed_random_states(resumed.state.step)
-    return kind(arguments, environment, prepared, engine, checkpoints, resumed, lock)
+    return kind(arguments, environment, prepared, engine, checkpoints, resumed, order, lock)
 
 
-def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerState) -> None:
+def _open_folder(prepared: Preparation, resolved: dict[str, Any], state: TrainerState) -> None:
     folder = prepared.folder
     # files of the previous start are deleted only now, when the run can no longer be refused
     for name in (STOP_FILE, OUTCOME_FILE):
@@ -151,8 +154,8 @@ def _open_folder(prepared: Preparation, arguments: Arguments, state: TrainerStat
     save_tokenizer(prepared.tokenizer, folder.tokenizer)
     # a folder with config.json can be resumed, so it is written last
     folder.write_config(
-        arguments=asdict(arguments),
-        resolved=resolved_settings(arguments, prepared.config),
+        arguments=prepared.flags,
+        resolved=resolved,
         model=prepared.config.to_dict(),
         deepspeed=prepared.deepspeed,
         documents=prepared.documents(),
@@ -171,14 +174,16 @@ class Session:
         engine: DeepSpeedEngine,
         checkpoints: Checkpoints,
         resumed: Resumed,
+        order: DocumentOrder,
         lock: RunLock,
     ):
         self.arguments, self.environment, self.prepared = arguments, environment, prepared
         self.engine, self.checkpoints, self.resumed, self.lock = engine, checkpoints, resumed, lock
         self.state = state = resumed.state
-        self.order = build_order(arguments, prepared, environment.world_size, state)
+        self.order = order
+        resolved = resolved_settings(arguments, prepared.config, order)
         # the folder is changed only after the last check that can refuse the run
-        only_first(lambda: _open_folder(prepared, arguments, state))
+        only_first(lambda: _open_folder(prepared, resolved, state))
         self.folder = prepared.folder
         self.display = ProgressDisplay(state.step, arguments.run.max_steps, is_plain=is_batch_job())
         peak = peak_flops(environment.device, engine.bfloat16_enabled())
@@ -190,7 +195,8 @@ class Session:
         self.spikes = SpikeWatch()
         self.saved = (state.step, state.evaluated_step)
         # step of the model in RUN/model
-        self.model_step = state.best_step if math.isfinite(state.best_loss) else None
+        self.model_step = None if state.best_value is None else state.best_step
+        self._choose_metric()
 
     def __enter__(self) -> Self:
         if is_first():
@@ -290,11 +296,22 @@ class Session:
     def _announce_stop(self, name: str) -> None:
         self.display.say(f"stopping   {name} received: finishing this step (or batch of an evaluation), then saving")
 
+    def _choose_metric(self) -> None:
+        """Set `--metric_for_best_model`. A resumed run compares with the value that the saved model has in the log."""
+        state, metric = self.state, self.arguments.run.metric_for_best_model
+        if state.best_metric == metric:
+            return
+        state.best_metric, state.n_worse = metric, 0
+        records = self.folder.read_metrics() if is_first() else []
+        of_saved_model = [record for record in records if record["step"] == state.best_step]
+        state.best_value = from_first(logged_value(best_evaluation(of_saved_model, metric), metric))
+
     def _announce_saved_model(self) -> None:
         """Print the step whose model is in RUN/model. This step may be earlier than the last step."""
+        state = self.state
         if self.model_step is not None:
-            lowest = f"validation loss {self.state.best_loss:.4f}, the lowest"
-            self.display.say(f"saved      {self.folder.model}, the model after step {self.model_step}: {lowest}")
+            known = "" if state.best_value is None else f": {describe_best(state.best_metric, state.best_value)}"
+            self.display.say(f"saved      {self.folder.model}, the model after step {self.model_step}{known}")
 
     def _finish_trackers(self, outcome: Outcome) -> None:
         code = ExitCode(outcome.code)
@@ -317,10 +334,11 @@ class Session:
         if samples:
             record |= {name: value.mean for name, value in score(samples).items()}
         record["evaluation_seconds"] = time.perf_counter() - started
-        is_best = loss < state.best_loss
+        value = logged_value(record, state.best_metric)
+        is_best = is_better(state.best_metric, value, state.best_value)
         if is_best:
-            state.best_loss, state.best_step, state.n_worse = loss, state.step, 0
-        else:
+            state.best_value, state.best_step, state.n_worse = value, state.step, 0
+        elif value is not None:
             state.n_worse += 1
         self.stall_watch.beat()
         self.trackers.log(from_first(record))
@@ -361,8 +379,7 @@ class Session:
 
     def _generation(self) -> Generation:
         run = self.arguments.run
-        length = generated_length(self.engine.module, run, self.prepared)
-        return Generation(length, n_documents=run.eval_documents)
+        return Generation(generated_length(run, self.prepared), n_documents=run.eval_documents)
 
     def _evaluator(self, documents: Documents) -> Evaluator:
         run = self.arguments.run

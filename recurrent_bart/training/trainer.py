@@ -188,7 +188,8 @@ class Trainer:
         oracle = self.oracle(self.state.step)
         if oracle is not None and oracle.kind == "sentence":
             oracle = replace(oracle, n_steps=max_over_ranks(batch.labels.shape[-1], device))
-        losses = window_losses(self.engine, self.config, batch, device, n_windows, per_process, oracle)
+        settings = oracle, self.run.label_smoothing_factor
+        losses = window_losses(self.engine, self.config, batch, device, n_windows, per_process, *settings)
         for loss in self.watch.each("forward", losses):
             with self.watch.measure("backward"):
                 self.engine.backward(loss)

@@ -22,7 +22,7 @@ from recurrent_bart.training.zero.engine import build_engine, full_state_dict
 from tiny import BUCKET, random_ids, tiny_model
 
 STATE = TrainerState(
-    step=2, best_loss=1.5, best_step=1, n_worse=1, n_skipped=3, n_skipped_in_row=2, n_documents=8, order_batch=4
+    step=2, best_value=1.5, best_step=1, n_worse=1, n_skipped=3, n_skipped_in_row=2, n_documents=8, order_batch=4
 )
 # a loss that is not a round number in float32, and counters
 FIGURES = {"loss": 1.1000000238418579, "n_targets": 7, "n_tokens": 90, "n_steps": 2, "seconds": 3.5}
@@ -93,8 +93,13 @@ def test_a_run_without_a_checkpoint_starts_at_step_0(alone, tmp_path):
 
 
 def test_the_state_of_a_different_version_is_read():
-    saved = {"step": 4, "best_loss": 0.5, "unheard_of": 1}
-    assert TrainerState.of(saved) == TrainerState(step=4, best_loss=0.5)
+    saved = {"step": 4, "best_value": 0.5, "unheard_of": 1}
+    assert TrainerState.of(saved) == TrainerState(step=4, best_value=0.5)
+
+
+def test_a_checkpoint_from_before_other_metrics_has_its_lowest_loss():
+    assert TrainerState.of({"step": 4, "best_loss": 0.5}) == TrainerState(step=4, best_value=0.5)
+    assert TrainerState.of({"step": 4, "best_loss": float("inf")}) == TrainerState(step=4)
 
 
 def test_the_last_and_the_best_checkpoint_are_kept(saved):

@@ -203,6 +203,22 @@ def test_bad_files_are_refused_with_file_and_line(tmp_path, name, content, messa
         )
 
 
+@pytest.mark.parametrize(("name", "kind"), [("x.csv", "a CSV or TSV file"), ("texts", "a folder of text files")])
+def test_files_without_lists_are_refused_for_sections(tmp_path, name, kind):
+    place = tmp_path / name
+    if name == "texts":
+        place.mkdir()
+        (place / "a.txt").write_text("text")
+        (place / "a.summary.txt").write_text("summary")
+    else:
+        place.write_text("document,summary\nt,s\n")
+    source = find_sources("stdlib", train_file=str(place))["train"]
+    with pytest.raises(
+        ValueError, match=f"{name}: --task sections needs lists of texts, and {kind} has no lists; give"
+    ):
+        list(source.rows("sections", Columns()))
+
+
 def test_truncated_gzip_is_refused_with_its_line(tmp_path):
     path = write(tmp_path / "x.jsonl.gz", RECORDS * 500)
     path.write_bytes(path.read_bytes()[:-40])

@@ -146,7 +146,11 @@ def test_streamed_segments_have_their_overlap_at_every_text_length(n_words, unig
 def test_streamed_text_gives_the_same_output_as_the_whole_text(changes, make_reader):
     reader = make_reader(**changes)
     assert_equal_to_1e_12(read_all(reader, in_pieces(TEXT, 50)), read_at_once(reader, TEXT))
-    assert reader.n_tokens == len(reader.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    n_tokens = len(reader.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    assert reader.n_tokens == n_tokens
+    # the end is encoded again, but not counted again
+    read_all(reader, [])
+    assert reader.n_tokens == n_tokens
 
 
 @pytest.mark.parametrize("segments_per_call", [1, 2, 5, 32])

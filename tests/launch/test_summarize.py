@@ -305,6 +305,16 @@ def test_a_text_can_be_gone_on_with_later(summarize, tells_numbers, tmp_path):
     assert whole not in (summarize(first)[0], summarize(rest)[0])
 
 
+@pytest.mark.parametrize("more", ["", " \n"])
+def test_a_state_without_new_text_gives_the_summary_of_the_earlier_text(summarize, tmp_path, more):
+    whole, progress = summarize(TEXT, "--save_state", tmp_path / "state")
+    assert int(progress[-1].split()[1].replace(",", "")) > 8
+    again, progress = summarize(more, "--load_state", tmp_path / "state")
+    assert again == whole
+    # the last segment is encoded again, but its tokens are not new
+    assert progress[-1].startswith("read 0 tokens in 1 segments")
+
+
 def test_pieces_may_end_within_a_character_or_line_end(script, monkeypatch):
     monkeypatch.setattr(script, "BLOCK", 1)
     text = "\ufeffé\r\n東京\r🙂"

@@ -176,6 +176,15 @@ def test_settings_of_generation_are_told_held_against_the_targets_and_saved(
     assert "cannot be generated" not in capsys.readouterr().out
     saved = json.loads((tmp_path / "changed" / "model" / "generation_config.json").read_text())
     assert saved["min_new_tokens"] == 0
+    # without this setting, `generate` would stop at 20 tokens
+    assert saved["max_new_tokens"] == 40
+    trained = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "changed" / "model").eval()
+    trained.final_logits_bias[:, trained.config.eos_token_id] = -1e4
+    assert trained.generate(torch.tensor([[0, 9, 2]])).shape[1] > 30
+    # a model that is trained on goes by its new targets
+    again = {"model_name_or_path": tmp_path / "changed" / "model", "max_target_length": 50, "max_steps": 2}
+    assert train_main(flags(documents, tmp_path / "again", **again)) == 0
+    assert "generation up to 50 tokens" in capsys.readouterr().out
     assert saved.get("min_length") is None
 
 

@@ -1,5 +1,7 @@
 """Tests of a saved model's generation settings: printing, changing, and comparison with targets."""
 
+import logging
+
 import pytest
 from transformers import GenerationConfig
 
@@ -186,6 +188,32 @@ def test_as_many_tokens_as_there_are_positions_can_be_generated():
     model.final_logits_bias[:, model.config.eos_token_id] = -1e4
     ids = model.generate(inputs=model.dummy_inputs["input_ids"][:1], max_new_tokens=longest_text(model.config, 99))
     assert ids.shape[1] == 1 + 16
+
+
+def test_a_models_older_maximum_length_is_replaced_without_a_warning(tmp_path):
+    model = tiny_model().eval()
+    model.generation_config.max_length = 30
+    model.final_logits_bias[:, model.config.eos_token_id] = -1e4
+    logger, told = logging.getLogger("transformers.generation.utils"), []
+
+    def note(record):
+        told.append(record.getMessage())
+        return False
+
+    logger.addFilter(note)
+    try:
+        model.generate(model.dummy_inputs["input_ids"][:1], max_new_tokens=9)
+        assert "Both `max_new_tokens`" in told.pop()
+        change_settings(model.generation_config, {}, 9)
+        ids = model.generate(model.dummy_inputs["input_ids"][:1], max_new_tokens=9)
+        assert model.generate(model.dummy_inputs["input_ids"][:1]).equal(ids)
+    finally:
+        logger.removeFilter(note)
+    assert told == []
+    assert ids.shape[1] == 1 + 9
+    model.save_pretrained(tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.max_new_tokens, saved.max_length) == (9, None)
 
 
 def test_settings_that_a_given_flag_makes_useless_are_dropped():

@@ -16,8 +16,13 @@ VARIANTS = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
     "counted": {"num_items_in_batch": 7},
+    "smoothed": {"label_smoothing": 0.2},
+    "smoothed oracle": {"label_smoothing": 0.2, "oracle": Oracle("word", gold_probability=0.0, temperature=0.0)},
     "oracle": {"oracle": Oracle("word", gold_probability=0.0, temperature=0.0)},
 }
+
+# arguments of forward, not of the model
+OPTIONS = ("num_items_in_batch", "oracle", "label_smoothing")
 
 
 def documents(per_segment, lengths=LENGTHS):
@@ -42,7 +47,7 @@ def test_loss_and_gradients_are_those_with_logits(monkeypatch, fields, per_segme
     # several chunks, the last one smaller
     monkeypatch.setattr(token_head, "CHUNK_SCORES", 4 * TINY["vocab_size"])
     fields = dict(fields)
-    options = {name: fields.pop(name) for name in ("num_items_in_batch", "oracle") if name in fields}
+    options = {name: fields.pop(name) for name in OPTIONS if name in fields}
     model, inputs = tiny_model(**fields).double().train(), documents(per_segment)
     model.final_logits_bias.normal_()
     expected, expected_gradients = loss_and_gradients(model, inputs, **options)
@@ -50,6 +55,26 @@ def test_loss_and_gradients_are_those_with_logits(monkeypatch, fields, per_segme
     assert found.logits is None
     assert expected.logits is not None
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("per_segment", [False, True], ids=["document", "sections"])
+def test_a_smoothed_loss_is_that_of_cross_entropy(monkeypatch, per_segment, return_logits):
+    monkeypatch.setattr(token_head, "CHUNK_SCORES", 4 * TINY["vocab_size"])
+    model, inputs = tiny_model().double().train(), documents(per_segment)
+    model.final_logits_bias.normal_()
+    logits, labels = model(**inputs).logits.flatten(0, -2), inputs["labels"].flatten()
+    model.zero_grad()
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=0.3)
+    expected.backward()
+    expected_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    options = {"label_smoothing": 0.3, "return_logits": return_logits}
+    found, gradients = loss_and_gradients(model, inputs, **options)
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert found.loss.item() != pytest.approx(model(**inputs).loss.item(), rel=1e-3)
+    assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-10, atol=1e-10, msg=name)
 

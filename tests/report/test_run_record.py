@@ -1,6 +1,6 @@
 """Data of a run that the report shows: the newest evaluation, the lowest loss, and flags that differ."""
 
-from recurrent_bart.report.run_record import differing_flags, hosts, key_metrics, read_run, slowest
+from recurrent_bart.report.run_record import differing_flags, facts, hosts, key_metrics, read_run, slowest
 from recurrent_bart.run_folder import RunFolder
 from reported_runs import DEFAULTS, evaluation_record, sample, step_record, write_run
 
@@ -26,6 +26,15 @@ def test_the_best_evaluation_has_the_lowest_loss_and_its_own_rouge(tmp_path):
     assert (found["best validation loss"], found["ROUGE-1"]) == ("3.2500", "20.00")
     assert run.points("validation_loss") == [(10, 3.5), (20, 3.25), (30, 3.75)]
     assert run.last("validation_loss") == 3.75
+
+
+def test_the_best_evaluation_is_the_one_whose_model_the_run_saved(tmp_path):
+    losses = {10: 3.5, 20: 3.25, 30: 3.75}
+    records = [evaluation_record(step, validation_loss=loss, rouge1=float(step)) for step, loss in losses.items()]
+    run = read_run(write_run(tmp_path / "run", records, metric_for_best_model="rouge1"), DEFAULTS)
+    found = key_metrics(run)
+    assert (found["best validation loss"], found["ROUGE-1"]) == ("3.2500", "30.00")
+    assert facts(run)["best evaluation"] == "after step 30, chosen by rouge1"
 
 
 def test_the_slowest_rank_is_the_one_that_was_it_most_often(tmp_path):

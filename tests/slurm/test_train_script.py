@@ -14,6 +14,7 @@ import launching
 SRUN = """#!/usr/bin/env bash
 [[ $* == *--overlap* ]] && exit 0
 printf '%s\\0' "$@" > "$NOTES/srun"
+[[ -z ${SIGNALS:-} ]] || { trap '' USR1; kill -USR1 "$PPID"; }
 [[ -z ${WRITES:-} ]] || echo "$WRITES" > "${!#}/outcome.json"
 exit "${CODE:-0}"
 """
@@ -148,6 +149,15 @@ def test_an_old_outcome_does_not_decide_about_a_requeue(submit, finished):
     job = submit("--resume", finished[0], task=None, CODE="75")
     assert job.code == 75
     assert job.is_requeued
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_a_signal_just_before_the_end_does_not_hide_the_exit_code(submit, tmp_path, code):
+    # a slow `kill`, so that srun has ended when the script has handled the signal
+    slow = {"BASH_FUNC_kill%%": '() { sleep 0.3; builtin kill "$@"; }'}
+    job = submit("--output_dir", tmp_path / "run", task=None, CODE=str(code), SIGNALS="1", **slow)
+    assert job.code == code, job.printed
+    assert job.is_requeued == (code == 75)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def run_case(case, environment):
     trainer = Trainer(
         engine,
         iter(parts),
-        RunArguments(),
+        RunArguments().of_length(50),
         TrainerState(),
         on_log=lines.append,
         on_evaluation=lambda: False,

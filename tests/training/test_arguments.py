@@ -85,24 +85,44 @@ def test_the_launchers_own_flag_is_taken():
     assert parse_arguments(["--local_rank=1", "--deepspeed", "ds.json"]).run.deepspeed == "ds.json"
 
 
-@pytest.mark.parametrize(("argv", "steps"), [([], 5), (["--max_steps", "5"], 0), (["--warmup_steps", "9"], 9)])
-def test_warm_up_is_a_tenth_of_the_run_unless_given(argv, steps):
-    assert parse_arguments(argv).run.warmup_steps == steps
+@pytest.mark.parametrize(
+    ("argv", "max_steps", "steps"),
+    [
+        ([], 59, 5),
+        ([], 5, 0),
+        (["--warmup_steps", "9"], 50, 9),
+        (["--warmup_ratio", "0.25"], 50, 13),
+        (["--warmup_ratio", "0"], 50, 0),
+        (["--warmup_ratio", "1"], 50, 50),
+    ],
+)
+def test_warm_up_is_a_tenth_of_the_run_unless_given(argv, max_steps, steps):
+    assert parse_arguments(argv).run.of_length(max_steps).warmup_steps == steps
 
 
 @pytest.mark.parametrize(
-    ("argv", "steps"), [([], 25), (["--max_steps", "9000"], 900), (["--max_steps", "9000", "--eval_every", "7"], 7)]
+    ("argv", "max_steps", "steps"), [([], 50, 25), ([], 9000, 900), (["--eval_every", "7"], 9000, 7)]
 )
-def test_evaluations_are_a_tenth_of_the_run_apart_unless_told(argv, steps):
-    assert parse_arguments(argv).run.eval_every == steps
+def test_evaluations_are_a_tenth_of_the_run_apart_unless_told(argv, max_steps, steps):
+    assert parse_arguments(argv).run.of_length(max_steps).eval_every == steps
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("--max_steps 0", "--max_steps 0: must be at least 1"),
+        ("--max_steps -2", "--max_steps -2: must be at least 1"),
+        ("--num_train_epochs 0", "--num_train_epochs 0.0: must be above 0"),
+        ("--num_train_epochs nan", "--num_train_epochs nan: must be above 0"),
+        ("--num_train_epochs inf", "--num_train_epochs inf: must be above 0"),
+        ("--max_steps 9 --num_train_epochs 2", "--max_steps 9 and --num_train_epochs 2.0: give only one"),
+        ("--warmup_steps 9 --warmup_ratio 0.5", "--warmup_steps 9 and --warmup_ratio 0.5: give only one"),
+        ("--warmup_ratio 1.5", "--warmup_ratio 1.5: must be at most 1"),
+        ("--warmup_ratio nan", "--warmup_ratio nan: must be at least 0"),
         ("--log_every -1", "--log_every -1: must be at least 1"),
         ("--tokens_per_batch 0", "--tokens_per_batch 0: must be at least 1"),
+        ("--max_train_documents 0", "--max_train_documents 0: must be at least 1"),
+        ("--max_eval_samples -1", "--max_eval_documents -1: must be at least 1"),
         ("--keep_last 1", "--keep_last 1: must be at least 2"),
         ("--learning_rate -1", "--learning_rate -1.0: must be at least 0"),
         ("--learning_rate nan", "--learning_rate nan: must be at least 0"),
@@ -157,7 +177,8 @@ def run(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create()
     model = RecurrentBartConfig(**arguments.model.config_fields())
-    folder.write_config(arguments=asdict(arguments), model=model.to_dict())
+    resolved = {"max_steps": 50, "num_train_epochs": 2.5, "warmup_steps": 5, "eval_every": 25}
+    folder.write_config(arguments=asdict(arguments), model=model.to_dict(), resolved=resolved)
     return folder
 
 
@@ -177,6 +198,8 @@ def run(tmp_path):
         ("task", "sections", "with document"),
         ("text_column", "body", "with document"),
         ("gap_sentences", "2", "with 0"),
+        ("max_train_documents", "7", "without this flag"),
+        ("max_eval_documents", "7", "without this flag"),
         ("dataset", "qmsum", "with stdlib"),
         ("train_file", "{folder}/other.jsonl", "with {folder}/train.jsonl"),
         ("validation_file", "{folder}/other.jsonl", "with {folder}/validation.jsonl"),
@@ -197,7 +220,7 @@ def test_a_flag_that_is_given_again_as_it_was_changes_nothing(run, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.jsonl").symlink_to("train.jsonl")
     # the first three equal the resolved defaults; the last is another path of the same file
-    given = ["--recurrence", "layerwise", "--prefix_attention", "concat", "--warmup_steps", "5"]
+    given = ["--recurrence", "layerwise", "--prefix_attention", "concat", "--warmup_steps", "5", "--eval_every", "25"]
     resumed = parse_arguments(["--resume", str(run.path), *given, "--train_file", "link.jsonl"])
     assert changed_flags(asdict(resumed), run.read_config()) == {}
 
@@ -231,12 +254,34 @@ def test_documents_that_have_moved_may_be_named_by_their_new_place(run, tmp_path
     assert resumed.data.train_file == str(tmp_path / "moved.jsonl")
 
 
-def test_a_run_that_is_made_shorter_warms_up_in_the_steps_that_it_has(run):
-    resumed = parse_arguments(["--resume", str(run.path), "--max_steps", "3"])
+def test_a_run_that_is_made_shorter_warms_up_in_the_steps_that_it_has(tmp_path):
+    path = save_run(tmp_path / "run", ["--max_steps", "50", "--warmup_steps", "5"])
+    resumed = parse_arguments(["--resume", path, "--max_steps", "3"])
     assert (resumed.run.max_steps, resumed.run.warmup_steps) == (3, 3)
-    assert parse_arguments(["--resume", str(run.path), "--max_steps", "80"]).run.warmup_steps == 5
+    assert parse_arguments(["--resume", path, "--max_steps", "80"]).run.warmup_steps == 5
     with pytest.raises(ValueError, match="--warmup_steps 4: must be at most --max_steps 3"):
-        parse_arguments(["--resume", str(run.path), "--max_steps", "3", "--warmup_steps", "4"])
+        parse_arguments(["--resume", path, "--max_steps", "3", "--warmup_steps", "4"])
+
+
+def test_a_resumed_run_derives_again_what_follows_from_its_length(run):
+    longer = parse_arguments(["--resume", str(run.path), "--max_steps", "9000"]).run.of_length(9000)
+    assert (longer.warmup_steps, longer.eval_every) == (900, 900)
+
+
+@pytest.mark.parametrize(
+    ("had", "given", "told"),
+    [
+        (["--max_steps", "50"], ["--num_train_epochs", "3"], "--num_train_epochs 3.0 (before: 2.5)"),
+        (["--num_train_epochs", "2.5"], ["--max_steps", "60"], "--max_steps 60 (before: 50)"),
+        ([], ["--max_steps", "60"], "--max_steps 60 (before: 50)"),
+        (["--warmup_steps", "9"], ["--warmup_ratio", "0.5"], "--warmup_ratio 0.5 (before: None)"),
+    ],
+)
+def test_a_flag_that_is_given_on_resuming_replaces_its_alternative(run, had, given, told):
+    config = run.read_config() | {"arguments": asdict(parse_arguments(had))}
+    run.write_config(**config)
+    resumed = parse_arguments(["--resume", str(run.path), *given])
+    assert describe_changes(changed_flags(asdict(resumed), config)) == [f"changed    {told}"]
 
 
 def test_paths_hold_from_every_folder_and_names_stay(tmp_path, monkeypatch):

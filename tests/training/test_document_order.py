@@ -1,5 +1,6 @@
 """Document order of a run: built from its flags, and continued from a stored position."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -77,18 +78,25 @@ def test_a_run_that_was_begun_without_goes_on_without(prepared):
         build_order(parse_arguments(TOKENS), prepared, 2, state)
 
 
+def of_length(flags, max_steps):
+    arguments = parse_arguments(flags)
+    return replace(arguments, run=arguments.run.of_length(max_steps))
+
+
 def test_a_step_and_its_padding_are_told(prepared):
-    arguments = parse_arguments([*TWO, "--max_steps", "20"])
+    arguments = of_length([*TWO, "--eval_every", "7"], 20)
     order = build_order(arguments, prepared, 2, TrainerState())
     steps, padding = describe_data_order(arguments, prepared, 2, order)
-    assert steps == ("steps      20 of 4 documents = 2 per device x 1 accumulated x 2 processes; 2.0 epochs")
+    assert steps == (
+        "steps      20 of 4 documents = 2 per device x 1 accumulated x 2 processes; 2.0 epochs, evaluated every 7 steps"
+    )
     share = f"{100 * order.padding(20, 2, 1):.1f} %"
     assert padding == f"padding    {share} of the computed segments hold no text"
-    arguments = parse_arguments([*TWO, *TOKENS, "--max_steps", "20"])
+    arguments = of_length([*TWO, *TOKENS], 20)
     order = build_order(arguments, prepared, 2, TrainerState())
     steps, padding = describe_data_order(arguments, prepared, 2, order)
     assert steps.startswith("steps      20 of up to 70 tokens per device x 1 accumulated x 2 processes; ")
-    assert steps.endswith("epochs; 5 documents have more, each in a separate batch")
+    assert steps.endswith("epochs, evaluated every 25 steps; 5 documents have more, each in a separate batch")
     own = f"{100 * order.padding(20, 2, 1):.1f} %"
     assert padding == (f"padding    {own} of the computed segments hold no text; {share} in batches of 2 documents")
     assert own != share

@@ -14,7 +14,8 @@ SCRIPTS = [
     ("train", ["--max_setps", "3"], "unknown argument --max_setps; did you mean --max_steps"),
     ("train", ["--max_step", "3"], "unknown argument --max_step; did you mean --max_steps"),
     ("train", ["--out", "runs/a"], "unknown argument --out; did you mean --output_dir"),
-    ("train", ["--num_train_epochs=3"], "--num_train_epochs=3; use --max_steps, which counts optimizer steps"),
+    ("train", ["--num_epochs=3"], "unknown argument --num_epochs=3; use --num_train_epochs"),
+    ("study", ["quick", "--num_train_epochs", "3"], "use --max_steps, which counts optimizer steps"),
     (
         "train",
         ["--resume_from_checkpoint", "a"],
@@ -35,6 +36,7 @@ SCRIPTS = [
     ("summarize", ["--model", "a", "--every", "text.txt"], "unknown argument --every; did you mean --every_segment"),
     ("summarize", ["--model", "a", "--max_length", "9"], "unknown argument --max_length; use --max_new_tokens"),
     ("summarize", ["text.txt"], "the following arguments are required: --model"),
+    ("export", ["run", "model", "--trust"], "unknown argument --trust; did you mean --trust_remote_code"),
     ("report", ["run", "--outptu", "a"], "unknown argument --outptu; did you mean --output"),
     ("memory_map", ["--mod", "a", "text.txt"], "unknown argument --mod; did you mean --model"),
     ("study", ["quick", "--seed", "1"], "unknown argument --seed; did you mean --seeds"),

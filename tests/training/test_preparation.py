@@ -62,6 +62,23 @@ def test_a_run_has_all_that_it_starts_from(prepare_run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_part_of_the_documents_is_the_same_for_every_seed_and_grows(prepare_run):
+    def names(split, **flags):
+        documents = prepare_run(**flags).splits[split]
+        assert len(documents.plan.indices) == len(documents.corpus)
+        return list(documents.corpus["id"])
+
+    whole = names("train")
+    five, ten = names("train", max_train_documents=5), names("train", max_train_samples=10, seed=1)
+    assert (len(five), len(ten)) == (5, 10)
+    assert set(five) < set(ten) < set(whole)
+    # in the order of the file, but not its first documents
+    assert [name for name in whole if name in ten] == ten != whole[:10]
+    assert names("train", max_eval_documents=1) == names("train", max_train_documents=1000) == whole
+    assert len(names("validation", max_eval_documents=1)) == 1
+    assert names("validation", max_train_documents=1) == names("validation")
+
+
 def test_a_batch_without_room_for_a_segment_is_refused(prepare_run):
     with pytest.raises(ValueError, match="--tokens_per_batch 39: must be at least 40, the tokens of a segment"):
         prepare_run(segment_size=32, input_size=40, tokens_per_batch=39)

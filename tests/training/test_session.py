@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -74,6 +75,50 @@ def test_it_stops_when_the_loss_rises_and_keeps_the_best_model(documents, tmp_pa
     assert checkpoints == ["step-00000002", "step-00000004", "step-00000005"]
 
 
+@pytest.fixture
+def set_metrics(monkeypatch):
+    """Return a function that sets the loss and ROUGE-2 of each evaluation; the first evaluation has no ROUGE."""
+
+    def set_metrics(losses, rouge2):
+        scores = ({"rouge2": SimpleNamespace(mean=value)} for value in rouge2)
+        own_losses = iter(losses)
+        monkeypatch.setattr("recurrent_bart.evaluation.evaluator.Evaluator.loss", lambda *_: next(own_losses))
+        monkeypatch.setattr("recurrent_bart.training.session.score", lambda samples: next(scores))
+
+    return set_metrics
+
+
+def test_the_best_model_can_be_chosen_by_rouge(documents, tmp_path, train_main, set_metrics, capsys):
+    set_metrics([5.0, 4.0, 3.0, 2.0, 1.0], [10.0, 30.0, 20.0, 30.0])
+    arguments = flags(
+        documents, tmp_path / "run", eval_every=1, max_steps=9, metric_for_best_model="rouge2", patience=2
+    )
+    assert train_main(arguments) == 0
+    line = f"saved      {tmp_path}/run/model, the model after step 2: rouge2 30.00, the highest"
+    assert line in capsys.readouterr().out.splitlines()
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "trainer.json").read_text())["state"]
+    assert (state["best_value"], state["best_metric"], state["best_step"]) == (30.0, "rouge2", 2)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").exists()
+
+
+def test_a_resumed_run_keeps_its_metric_or_compares_with_the_saved_model(
+    documents, tmp_path, train_main, set_metrics, capsys
+):
+    run = str(tmp_path / "run")
+    set_metrics([5.0, 4.0, 3.0], [40.0, 20.0])
+    assert train_main(flags(documents, tmp_path / "run", eval_every=1, max_steps=2)) == 0
+    # ROUGE-2 of the saved model, the one of step 2, is 20
+    set_metrics([9.0, 8.0], [15.0, 25.0])
+    capsys.readouterr()
+    assert train_main(["--resume", run, "--max_steps", "3", "--metric_for_best_model", "rouge2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "best       RUN/model is replaced when an evaluation has a better rouge2 than the saved model" in lines
+    assert f"saved      {run}/model, the model after step 2: rouge2 20.00, the highest" in lines
+    assert train_main(["--resume", run, "--max_steps", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"saved      {run}/model, the model after step 4: rouge2 25.00, the highest" in lines
+
+
 def test_a_skipped_step_is_logged_and_said(documents, tmp_path, train_main, capsys, spoil):
     spoil({3})
     assert train_main(flags(documents, tmp_path / "run", max_steps=4)) == 0
@@ -128,6 +173,8 @@ def test_the_configuration_has_the_values_that_follow_from_other_flags(documents
     assert train_main(flags(documents, run, **given)) == 0
     expected = {"learning_rate": 0.25, "recurrence_learning_rate": 0.25, "per_device_eval_batch_size": 2}
     expected |= {"curriculum_steps": 1, "lora_alpha": 4}
+    # two steps of two documents, of 24
+    expected |= {"max_steps": 2, "num_train_epochs": 0.1667, "warmup_steps": 2, "eval_every": 2}
     assert json.loads((run / "config.json").read_text())["resolved"] == expected
     # the default for a new model with d_model 128; derived defaults are derived again on resume
     assert train_main(flags(documents, tmp_path / "second", max_steps=2)) == 0

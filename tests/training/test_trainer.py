@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def make_trainer(batches, stage=2, rate=0.1, **changes):
     trainer = Trainer(
         engine,
         iter(batches),
-        RunArguments(**changes),
+        RunArguments(**changes).of_length(changes.get("max_steps", 50)),
         TrainerState(),
         on_log=told["log"].append,
         on_evaluation=lambda: False,
@@ -88,7 +89,7 @@ def follow(stops_at=None, first_step=0, evaluated_step=-1, **run):
     CountingTrainer(
         None,
         iter(()),
-        RunArguments(**run),
+        RunArguments(**run).of_length(run["max_steps"]),
         state,
         on_log=lambda record: events.append(("log", record["step"])),
         on_evaluation=evaluate,
@@ -234,7 +235,7 @@ def test_many_skipped_steps_in_a_row_end_the_run(alone):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_warm_up_and_decay_reach_the_optimizer(alone, stage):
-    run = RunArguments(max_steps=8, warmup_steps=3, lr_scheduler="linear", log_every=1)
+    run = RunArguments(warmup_steps=3, lr_scheduler="linear", log_every=1).of_length(8)
     model = tiny_model().train()
     optimizer = build_optimizer(model, LearningRates(backbone=0.8, recurrence=1.6), weight_decay=0.0)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), engine_config(stage))
@@ -255,8 +256,22 @@ def test_warm_up_and_decay_reach_the_optimizer(alone, stage):
     assert [rates[0] for rates in used] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("labels_of", ["document", "segments"])
+def test_the_loss_of_training_is_smoothed(alone, labels_of):
+    batch = make_batch(n_targets=4)
+    if labels_of == "segments":
+        batch = replace(batch, labels=random_ids(2, 3, 4))
+    trainer, told = make_trainer([batch], label_smoothing_factor=0.4)
+    model = trainer.engine.module
+    logits = model(input_ids=batch.input_ids, labels=batch.labels).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), batch.labels.flatten(), label_smoothing=0.4)
+    trainer.train_step()
+    trainer.log()
+    assert told["log"][0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_twenty_steps_give_the_losses_they_always_gave(alone):
-    run = RunArguments(max_steps=20, warmup_steps=4, log_every=1, gradient_accumulation_steps=2)
+    run = RunArguments(warmup_steps=4, log_every=1, gradient_accumulation_steps=2).of_length(20)
     model = tiny_model(dropout=0.1, hidden_dropout_prob=0.1, prefix_attention="gated").train()
     optimizer = build_optimizer(model, LearningRates(backbone=2e-3, recurrence=4e-3), weight_decay=0.1)
     engine = build_engine(model, optimizer, build_scheduler(optimizer, run), engine_config(clip=0.5))

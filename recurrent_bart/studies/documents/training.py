@@ -187,7 +187,8 @@ def prepare_documents(run: TextRun) -> None:
 
 def parse_run(run: TextRun) -> Arguments:
     """Parse the launch/train.py flags of a run."""
-    return parse_arguments([f"--{name}={value}" for name, value in {**run.flags, "seed": run.seed}.items()])
+    arguments = parse_arguments([f"--{name}={value}" for name, value in {**run.flags, "seed": run.seed}.items()])
+    return replace(arguments, run=arguments.run.of_length(arguments.run.max_steps))
 
 
 def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:

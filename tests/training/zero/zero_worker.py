@@ -110,7 +110,7 @@ def run_case(case, environment):
     have_same_bits = []
     if case["stage"] == 3:
         reduce_as_deepspeed_too(engine.optimizer, have_same_bits)
-    run = RunArguments(gradient_accumulation_steps=case["accumulation"])
+    run = RunArguments(gradient_accumulation_steps=case["accumulation"]).of_length(50)
     parts = [
         part
         for batch in make_batches(case["task"])

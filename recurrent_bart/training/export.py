@@ -1,0 +1,104 @@
+"""Export of a checkpoint to a folder for `from_pretrained`, like RUN/model."""
+
+import contextlib
+import os
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+from transformers import GenerationConfig
+
+from recurrent_bart.checkpointing.checkpoint_files import refuse_code
+from recurrent_bart.checkpointing.checkpoints import ENGINE
+from recurrent_bart.checkpointing.manifest import problems
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer
+from recurrent_bart.files import atomic_directory
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.run_folder import RunFolder
+from recurrent_bart.training.adapters import merged
+from recurrent_bart.training.environment import refuse_pickled_code
+from recurrent_bart.training.model_arguments import ModelArguments
+
+
+def export_checkpoint(place: Path, folder: Path, trust_remote_code: bool = False) -> Path:
+    """Write the model of a checkpoint, with tokenizer and generation settings, to a new folder.
+
+    Args:
+        place: Folder of a checkpoint, or of a run, whose newest whole checkpoint is exported.
+        folder: Folder to write, which must not exist.
+        trust_remote_code: Run code that the tokenizer brings along.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        ValueError: There is no whole checkpoint, or the folder exists or cannot be written.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder}: the folder exists already; give a new folder")
+    checkpoint = find_checkpoint(place)
+    run = RunFolder(checkpoint.absolute().parents[1])
+    if not run.config_file.is_file():
+        raise ValueError(f"{checkpoint}: {run.config_file} is missing; a checkpoint needs the folder of its run")
+    config = run.read_config()
+    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig.from_dict(config["model"]))
+    weights = merged(read_weights(checkpoint), _model_arguments(config))
+    model.load_state_dict(weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()})
+    # without a saved model, the defaults remain
+    if (run.model / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(run.model)
+    tokenizer = load_tokenizer(str(run.tokenizer), trust_remote_code)
+    with atomic_directory(folder) as draft:
+        model.save_pretrained(draft)
+        save_tokenizer(tokenizer, draft)
+    return checkpoint
+
+
+def find_checkpoint(place: Path) -> Path:
+    """Return the checkpoint at `place`, or the newest whole checkpoint of the run at `place`. No file is changed.
+
+    Raises:
+        ValueError: There is no checkpoint, or no whole checkpoint.
+    """
+    if (place / "trainer.json").is_file():
+        found = [place]
+    else:
+        found = sorted((place / "checkpoints").glob("step-*"), reverse=True)
+    if not found:
+        raise ValueError(f"{place}: no checkpoint; give the folder of a run, or RUN/checkpoints/step-N")
+    damage = []
+    for checkpoint in found:
+        problem = next(iter(problems(checkpoint)), None)
+        if problem is None:
+            return checkpoint
+        damage.append(f"{checkpoint}: {problem}")
+    raise ValueError(f"no checkpoint can be read: {'; '.join(damage)}")
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's weights in float32, joined from the shards of all ranks.
+
+    Raises:
+        ValueError: A file holds an object that could run code.
+    """
+    refuse_pickled_code()
+    with contextlib.ExitStack() as stack:
+        # DeepSpeed prints several lines and progress bars
+        null_device = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(null_device))
+        stack.enter_context(contextlib.redirect_stderr(null_device))
+        stack.enter_context(refuse_code())
+        try:
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{checkpoint}: cannot be read ({str(error).splitlines()[0]})") from error
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def _model_arguments(config: dict[str, Any]) -> ModelArguments:
+    saved, known = config["arguments"]["model"], {item.name for item in fields(ModelArguments)}
+    return ModelArguments(**{name: value for name, value in saved.items() if name in known})
