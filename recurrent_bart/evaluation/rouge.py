@@ -1,12 +1,11 @@
 """ROUGE of summaries (Lin 2004), computed by the rouge-score package."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from rouge_score import rouge_scorer, tokenizers
 
 from recurrent_bart.data.words import sentences, words
-from recurrent_bart.evaluation.bootstrap import Interval, resample
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -28,26 +27,6 @@ class RougeTokenizer(tokenizers.Tokenizer):
         for word in words(text):
             tokens += self.ascii.tokenize(word) if word.isascii() else [word]
         return tokens
-
-
-def rouge(
-    predictions: Sequence[str], references: Sequence[str], documents: Sequence[Hashable] | None = None
-) -> dict[str, Interval]:
-    """Return the mean of `rouge_per_sample` over all texts, with its 95 % interval over documents.
-
-    `documents` gives the document of each text; the texts of one document are resampled together. If it is None, each
-    text is a separate document.
-    """
-    scores = rouge_per_sample(predictions, references)
-    names = range(len(references)) if documents is None else documents
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    totals_MD, counts_MD = np.zeros((2, len(METRICS), len(numbers)))
-    for name, *values in zip(names, *scores.values(), strict=True):
-        totals_MD[:, numbers[name]] += values
-        counts_MD[:, numbers[name]] += 1
-    # M metrics stand in place of S seeds, so all metrics use the same draws of D documents.
-    resamples = resample(totals_MD, counts_MD)
-    return {metric: resamples.of_seed(number).interval() for number, metric in enumerate(METRICS)}
 
 
 def rouge_per_sample(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:

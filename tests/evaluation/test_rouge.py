@@ -5,10 +5,16 @@ import unicodedata
 import pytest
 from rouge_score import rouge_scorer
 
-from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge, rouge_per_sample
+from recurrent_bart.evaluation.bootstrap import intervals
+from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge_per_sample
 
 PREDICTION = "The cats sat on a mat. It was raining, 3.5 mm fell! Nobody's umbrella helped."
 REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of help?"
+
+
+def rouge(predictions, references, documents=None):
+    """Return the mean ROUGE of texts; without `documents`, each text is a separate document."""
+    return intervals(rouge_per_sample(predictions, references), documents or range(len(references)))
 
 
 def test_english_scores_equal_rouge_score():

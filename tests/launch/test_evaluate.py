@@ -11,7 +11,9 @@ import torch
 from forked import launched, run_script
 from launching import load_script
 from recurrent_bart.data.sources import find_sources
-from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation
+from recurrent_bart.evaluation.predictions import read_predictions
+from recurrent_bart.evaluation.scoring import mean_scores, score_samples
 from recurrent_bart.inference.stream_reader import load_model
 from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import parse_arguments
@@ -56,7 +58,7 @@ def evaluated(folder, n_documents, max_n_segments, num_beams):
         "n_documents": len(plan.indices),
         "n_texts": len(samples),
         "loss": pytest.approx(evaluator.loss(model), rel=1e-5),
-        "rouge": {name: asdict(value) for name, value in score(samples).items()},
+        "rouge": {name: asdict(value) for name, value in mean_scores(score_samples(evaluator, samples)).items()},
     }
 
 
@@ -73,6 +75,25 @@ def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path
     assert shown["loss"] == f"{figures['loss']:.4f}"
     assert {"rouge1", "rouge2", "rougeL", "rougeLsum"} < set(shown)
     assert re.search(r"^rougeL +[\d.]+ \[[\d.]+, [\d.]+\]$", printed, flags=re.MULTILINE)
+
+
+def test_predictions_stand_beside_the_results(folder, tmp_path, evaluate):
+    flags = ["--model", folder.model, "--json", tmp_path / "ours.json", "--limit", 2]
+    code, printed = evaluate(*flags)
+    assert code == 0, printed
+    results = json.loads((tmp_path / "ours.json").read_text())
+    predictions = read_predictions(tmp_path / "ours.predictions.jsonl")
+    assert len(predictions) == results["n_texts"]
+    rouge1 = sum(prediction.scores["rouge1"] for prediction in predictions) / len(predictions)
+    assert rouge1 == pytest.approx(results["rouge"]["rouge1"]["mean"])
+    assert {prediction.source for prediction in predictions} == {None}
+    code, printed = evaluate(*flags, "--with_source")
+    assert code == 0, printed
+    sources = {prediction.id: prediction.source for prediction in read_predictions(tmp_path / "ours.predictions.jsonl")}
+    documents = folder.path.parent.joinpath("validation.jsonl").read_text().splitlines()
+    for record in map(json.loads, documents[:2]):
+        for number, section in enumerate(record["sections"]):
+            assert sources[f"{record['id']}[{number}]"] == section
 
 
 @pytest.mark.slow
@@ -157,6 +178,7 @@ def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path)
         (["--split", "dev"], "--split dev: allowed are train, validation, test"),
         (["--limit", "0"], "--limit 0: must be at least 1, or -1 for all"),
         (["--num_beams", "0"], "--num_beams 0: must be at least 1"),
+        (["--with_source"], "--with_source: give --json FILE too, beside which the predictions are written"),
         (["--json", "missing/figures.json"], "--json missing/figures.json: the folder missing does not exist"),
     ],
 )
