@@ -15,10 +15,10 @@ from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.distributed import SharedError, first_then_all, is_first, log_on_first_rank, only_first
-from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
 from recurrent_bart.evaluation.predictions import FILE_NAME, Prediction, write_predictions
-from recurrent_bart.evaluation.scoring import mean_scores, score_samples
+from recurrent_bart.evaluation.results import Results, summarize_predictions
+from recurrent_bart.evaluation.scoring import score_samples
 from recurrent_bart.files import atomic_write
 from recurrent_bart.inference.stream_reader import load_model, run_flags
 from recurrent_bart.model.generation_settings import (
@@ -81,29 +81,6 @@ class EvaluationArguments(GenerationArguments):
             raise ValueError("--with_source: give --json FILE too, beside which the predictions are written")
         if self.json and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: the folder {Path(self.json).parent} does not exist")
-
-
-@dataclass
-class Results:
-    """Results of an evaluation.
-
-    Attributes:
-        n_documents: Number of documents in the loss.
-        n_texts: Number of generated texts in ROUGE: one per document, or one per section.
-        loss: Cross-entropy per target token, in nats.
-        rouge: ROUGE metrics by name, in percent.
-    """
-
-    n_documents: int
-    n_texts: int
-    loss: float
-    rouge: dict[str, Interval]
-
-    def lines(self) -> list[str]:
-        """Return the results as lines of text."""
-        figures = {"documents": str(self.n_documents), "texts": str(self.n_texts), "loss": f"{self.loss:.4f}"}
-        scores = {name: f"{score:.2f}" for name, score in self.rouge.items()}
-        return [f"{name:<10} {figure}" for name, figure in (figures | scores).items()]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArguments]:
@@ -169,7 +146,7 @@ def evaluate(
     torch.manual_seed(arguments.seed + environment.rank)
     samples = evaluator.summarise(model, Generation(longest))
     predictions = score_samples(evaluator, samples, arguments.with_source)
-    return Results(len(plan.indices), len(samples), loss, mean_scores(predictions)), predictions
+    return summarize_predictions(len(plan.indices), loss, predictions), predictions
 
 
 def first_documents(plan: DocumentPlan, limit: int) -> DocumentPlan:

@@ -24,6 +24,7 @@ def make_row(name, section_lengths, summary_lengths):
         "sections": sections,
         "summaries": summaries,
         "summary_texts": [" ".join(map(str, summary)) for summary in summaries],
+        "reference_texts": [[] for _ in summaries],
         "section_lengths": section_lengths,
         "summary_lengths": summary_lengths,
     }

@@ -14,20 +14,7 @@ FILE_NAME = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Generated text with its targets and scores: one line of `predictions.jsonl`.
-
-    Attributes:
-        id: Unique name of the target: the document's name, with the target's number in brackets for sections.
-        document: Unique name of the document.
-        section: Index of the target's section in the document; None with one target per document.
-        n_sections: Number of sections of the document; neighbouring sections without a target count as one.
-        n_source_tokens: Number of tokens of the section, or of the document with one target per document.
-        n_document_tokens: Number of tokens of the whole document.
-        targets: Reference texts.
-        text: Generated text.
-        scores: Scores of the text by name; None where a score is undefined.
-        source: Text of the section or document; None if the file leaves it out.
-    """
+    """Generated text with its targets and scores: one line of `predictions.jsonl`. README.md describes the fields."""
 
     id: str
     document: str
@@ -38,6 +25,7 @@ class Prediction:
     targets: list[str]
     text: str
     scores: dict[str, float | None]
+    shares_by_tenth: dict[str, list[float] | None]
     source: str | None = None
 
 

@@ -29,8 +29,11 @@ class RougeTokenizer(tokenizers.Tokenizer):
         return tokens
 
 
-def rouge_per_sample(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+def rouge_per_sample(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, np.ndarray]:
     """Return ROUGE-1, -2, -L (whole text) and -Lsum (by sentence) of each text: F-measures in percent.
+
+    Of several references, the one with the highest F-measure counts, chosen for each ROUGE score by itself, as in
+    rouge-score's `score_multi` and Hugging Face's evaluate.
 
     Raises:
         ValueError: There are no references, or the numbers of predictions and references differ.
@@ -39,7 +42,16 @@ def rouge_per_sample(predictions: Sequence[str], references: Sequence[str]) -> d
         raise ValueError("ROUGE needs at least one reference text")
     scorer = rouge_scorer.RougeScorer(list(METRICS), tokenizer=RougeTokenizer())
     scores = [
-        scorer.score("\n".join(sentences(reference)), "\n".join(sentences(prediction)))
+        scorer.score_multi([_by_line(text) for text in _as_list(reference)], _by_line(prediction))
         for prediction, reference in zip(predictions, references, strict=True)
     ]
     return {name: np.array([100.0 * score[name].fmeasure for score in scores]) for name in METRICS}
+
+
+def _as_list(reference: str | Sequence[str]) -> Sequence[str]:
+    return [reference] if isinstance(reference, str) else reference
+
+
+def _by_line(text: str) -> str:
+    """Return the text with one sentence per line, as rouge-score requires for Lsum."""
+    return "\n".join(sentences(text))

@@ -28,8 +28,9 @@ from recurrent_bart.distributed import (
     stop_all,
 )
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, Sample
+from recurrent_bart.evaluation.mean_scores import mean_scores
 from recurrent_bart.evaluation.predictions import Prediction, write_predictions
-from recurrent_bart.evaluation.scoring import mean_scores, score_samples
+from recurrent_bart.evaluation.scoring import score_samples
 from recurrent_bart.files import atomic_directory, atomic_write
 from recurrent_bart.model.flops import peak_flops
 from recurrent_bart.model.generation_settings import change_settings

@@ -7,7 +7,8 @@ import pytest
 
 from recurrent_bart.evaluation.predictions import Prediction, read_predictions, unique_names, write_predictions
 
-PREDICTION = Prediction("a[0]", "a", 0, 2, 5, 9, ["a target"], "a text", {"rouge1": 50.0, "novel_4grams": None})
+SCORES = {"rouge1": 50.0, "novel_4grams": None}
+PREDICTION = Prediction("a[0]", "a", 0, 2, 5, 9, ["a target"], "a text", SCORES, {"text": [1.0] * 10, "target": None})
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def test_predictions_are_read_as_they_were_written(file):
     first, second = map(json.loads, file.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     assert "source" not in first
     assert second["source"] == "the source"
-    assert first["scores"] == {"rouge1": 50.0, "novel_4grams": None}
+    assert first["scores"] == SCORES
     assert "雨" in file.read_text(encoding="utf-8")
 
 

@@ -125,3 +125,11 @@ def test_missing_references_are_refused():
         rouge([], [])
     with pytest.raises(ValueError, match="shorter"):
         rouge(["a", "b"], ["a"])
+
+
+def test_the_best_reference_counts_for_each_score_by_itself():
+    """The first reference has more common words, the second more common bigrams."""
+    text, references = "a b c d", ["d c b a", "a b c x y z"]
+    found = rouge_per_sample([text, text], [references, references[0]])
+    assert found["rouge1"].tolist() == pytest.approx([100, 100])
+    assert found["rouge2"].tolist() == pytest.approx([100 * 2 * 2 / (3 + 5), 0])

@@ -1,14 +1,12 @@
-"""Texts are scored against their targets, and means have intervals over documents."""
-
-from dataclasses import replace
+"""Texts are scored against their targets and their sources."""
 
 import pytest
 
 from evaluated_documents import document_rows, make_evaluator, section_rows
 from processes import run_in_processes
 from recurrent_bart.evaluation.evaluator import Sample
-from recurrent_bart.evaluation.predictions import Prediction
-from recurrent_bart.evaluation.scoring import mean_scores, score_samples
+from recurrent_bart.evaluation.scoring import score_samples, score_text
+from recurrent_bart.monitoring.fields import SCORES
 
 
 def sample_of(evaluator, name, document, section=0, text=None):
@@ -37,37 +35,32 @@ def test_a_prediction_of_a_section_describes_the_section():
     assert prediction.scores["rouge1"] == pytest.approx(100)
 
 
-def test_the_mean_is_over_all_texts():
-    evaluator = make_evaluator(document_rows())
-    samples = [sample_of(evaluator, "d1", 1), sample_of(evaluator, "d3", 3, text="nothing")]
-    found = mean_scores(score_samples(evaluator, samples))
-    assert found["rouge1"].mean == found["rougeLsum"].mean == pytest.approx(50)
-    assert mean_scores([]) == {}
+def test_every_score_is_described():
+    scores = score_text("a text", ["a target"], "a source")["scores"]
+    assert scores.keys() == SCORES.keys()
 
 
-def scored(n_documents, n_sections):
-    """Score documents whose sections are all equal; document n scores 5 n."""
-    prediction = Prediction("", "", 0, 1, 1, 1, [""], "", {})
-    return mean_scores(
-        [
-            replace(prediction, document=str(document), scores={"rouge1": 5.0 * document})
-            for document in range(n_documents)
-            for _ in range(n_sections)
-        ]
-    )
+def test_the_source_of_a_section_is_the_section():
+    evaluator = make_evaluator(section_rows(), "sections")
+    section, earlier = (evaluator.corpus[0]["sections"][number] for number in (2, 0))
+    copied, foreign = (" ".join(map(str, ids)) for ids in (section, earlier))
+    samples = [sample_of(evaluator, "a[1]", 0, 2, text) for text in (copied, foreign)]
+    first, second = score_samples(evaluator, samples)
+    assert (first.scores["coverage"], first.scores["density"]) == (100, 5)
+    assert first.shares_by_tenth["text"] == pytest.approx([25, 0, 25, 0, 0, 25, 0, 25, 0, 0])
+    assert second.scores["novel_2grams"] == 100
 
 
-def test_intervals_of_sections_resample_documents():
-    """Copies of a document's sections carry no new information, so the interval must not become narrower."""
-    once, six_times = scored(15, n_sections=1)["rouge1"], scored(15, n_sections=6)["rouge1"]
-    assert (six_times.low, six_times.mean, six_times.high) == pytest.approx((once.low, once.mean, once.high))
-    # Computed by hand: the standard deviation of 0 to 14 is 4.472, Student's t is 2.145, and a step is 5 %.
-    assert once.high - once.low == pytest.approx(2 * 2.145 * 5 * 4.472 / 15**0.5, rel=0.04)
-
-
-def test_one_document_with_many_sections_has_no_interval():
-    found = scored(n_documents=1, n_sections=6)["rouge1"]
-    assert (found.low, found.mean, found.high) == (None, 0.0, None)
+def test_the_best_of_several_references_counts():
+    rows = document_rows()
+    rows[1]["reference_texts"] = [["one two three", "four five"]]
+    evaluator = make_evaluator(rows)
+    target = rows[1]["summary_texts"][0]
+    (prediction,) = score_samples(evaluator, [sample_of(evaluator, "d1", 1, text="one two")])
+    assert prediction.targets == [target, "one two three", "four five"]
+    # Of 2 and 3 words, 2 are common.
+    assert prediction.scores["rouge1"] == pytest.approx(100 * 2 * 2 / 5)
+    assert prediction.scores["n_target_words"] == pytest.approx((9 + 3 + 2) / 3)
 
 
 @pytest.mark.distributed

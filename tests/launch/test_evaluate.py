@@ -13,7 +13,8 @@ from launching import load_script
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
 from recurrent_bart.evaluation.predictions import read_predictions
-from recurrent_bart.evaluation.scoring import mean_scores, score_samples
+from recurrent_bart.evaluation.results import summarize_predictions
+from recurrent_bart.evaluation.scoring import score_samples
 from recurrent_bart.inference.stream_reader import load_model
 from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import parse_arguments
@@ -54,12 +55,9 @@ def evaluated(folder, n_documents, max_n_segments, num_beams):
     plan.indices, plan.n_segments = plan.indices[:n_documents], plan.n_segments[:n_documents]
     evaluator = Evaluator(documents.corpus, plan, documents.collator, tokenizer, 2, device)
     samples = evaluator.summarise(model, Generation(data.max_target_length, num_beams))
-    return {
-        "n_documents": len(plan.indices),
-        "n_texts": len(samples),
-        "loss": pytest.approx(evaluator.loss(model), rel=1e-5),
-        "rouge": {name: asdict(value) for name, value in mean_scores(score_samples(evaluator, samples)).items()},
-    }
+    predictions = score_samples(evaluator, samples)
+    expected = asdict(summarize_predictions(len(plan.indices), evaluator.loss(model), predictions))
+    return expected | {"loss": pytest.approx(expected["loss"], rel=1e-5)}
 
 
 def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path, evaluate):
@@ -74,7 +72,9 @@ def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path
     assert shown["documents"] == "3"
     assert shown["loss"] == f"{figures['loss']:.4f}"
     assert {"rouge1", "rouge2", "rougeL", "rougeLsum"} < set(shown)
-    assert re.search(r"^rougeL +[\d.]+ \[[\d.]+, [\d.]+\]$", printed, flags=re.MULTILINE)
+    assert re.search(r"^rougeL +[\d.]+ \[[\d.]+, [\d.]+\] +ROUGE-L: F-measure of ", printed, flags=re.MULTILINE)
+    assert re.search(r"^quarter 1 of the sections: \d+ texts of 3 documents, rouge1 ", printed, flags=re.MULTILINE)
+    assert len(figures["shares_by_tenth"]["target"]) == 10
 
 
 def test_predictions_stand_beside_the_results(folder, tmp_path, evaluate):
@@ -85,7 +85,7 @@ def test_predictions_stand_beside_the_results(folder, tmp_path, evaluate):
     predictions = read_predictions(tmp_path / "ours.predictions.jsonl")
     assert len(predictions) == results["n_texts"]
     rouge1 = sum(prediction.scores["rouge1"] for prediction in predictions) / len(predictions)
-    assert rouge1 == pytest.approx(results["rouge"]["rouge1"]["mean"])
+    assert rouge1 == pytest.approx(results["scores"]["rouge1"]["mean"])
     assert {prediction.source for prediction in predictions} == {None}
     code, printed = evaluate(*flags, "--with_source")
     assert code == 0, printed
