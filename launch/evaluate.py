@@ -14,8 +14,16 @@ from transformers.utils import logging
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
-from recurrent_bart.distributed import SharedError, first_then_all, is_first, log_on_first_rank, only_first
+from recurrent_bart.distributed import (
+    SharedError,
+    all_together,
+    first_then_all,
+    is_first,
+    log_on_first_rank,
+    only_first,
+)
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
+from recurrent_bart.evaluation.model_scores import load_scorers
 from recurrent_bart.evaluation.predictions import FILE_NAME, Prediction, write_predictions
 from recurrent_bart.evaluation.results import Results, summarize_predictions
 from recurrent_bart.evaluation.scoring import score_samples
@@ -58,6 +66,17 @@ class EvaluationArguments(GenerationArguments):
         None,
         "JSON file for the results; the texts with their scores go beside it, as NAME.predictions.jsonl; if not given: "
         "the results are only printed",
+    )
+    bertscore_model: str | None = flag(
+        None, "folder or name of an encoder for BERTScore, for example roberta-large; if not given: no BERTScore"
+    )
+    bertscore_layer: int = flag(
+        -1, "layer of --bertscore_model whose embeddings are compared; 0: its embeddings; -1: its last layer"
+    )
+    factuality_model: str | None = flag(
+        None,
+        "folder or name of a classifier of (source, sentence) pairs, for example MiniCheck or a model of entailment: "
+        "probability that the source supports a sentence; if not given: no factuality",
     )
     with_source: bool = flag(False, "with --json: write the source texts with the predictions")
     seed: int = flag(42, "seed of the texts drawn with --do_sample")
@@ -121,6 +140,11 @@ def evaluate(
     """
     dtype = torch.bfloat16 if use_bf16(arguments.precision, environment.device) else torch.float32
     model, tokenizer = load_model(arguments.model, environment.device, dtype, arguments.trust_remote_code)
+    scorers = all_together(
+        lambda: load_scorers(
+            arguments.bertscore_model, arguments.bertscore_layer, arguments.factuality_model, environment.device
+        )
+    )
     sources = sources_of(data)
     if arguments.split not in sources:
         raise ValueError(f"--split {arguments.split}: the data set has the splits {', '.join(sources)}")
@@ -145,7 +169,7 @@ def evaluate(
     loss = evaluator.loss(model)
     torch.manual_seed(arguments.seed + environment.rank)
     samples = evaluator.summarise(model, Generation(longest))
-    predictions = score_samples(evaluator, samples, arguments.with_source)
+    predictions = score_samples(evaluator, samples, scorers, arguments.with_source)
     return summarize_predictions(len(plan.indices), loss, predictions), predictions
 
 

@@ -11,6 +11,7 @@ from recurrent_bart.evaluation.mean_scores import (
     mean_scores,
     mean_shares_by_tenth,
 )
+from recurrent_bart.evaluation.model_scores import MODEL_SCORES
 from recurrent_bart.evaluation.predictions import Prediction
 from recurrent_bart.monitoring.fields import SCORES
 
@@ -33,7 +34,8 @@ class Results:
     def lines(self) -> list[str]:
         """Return the results as text."""
         numbers = {"documents": str(self.n_documents), "texts": str(self.n_texts), "loss": f"{self.loss:.4f}"}
-        numbers |= {name: f"{f'{score:.2f}':<22} {SCORES[name]}" for name, score in self.scores.items()}
+        descriptions = SCORES | MODEL_SCORES
+        numbers |= {name: f"{f'{score:.2f}':<22} {descriptions[name]}" for name, score in self.scores.items()}
         for kind, shares in self.shares_by_tenth.items():
             tenths = " ".join(f"{share.mean:.1f}" for share in shares)
             numbers[f"{kind}_by_tenth"] = f"{tenths}  bigrams found in each tenth of the source, in percent"

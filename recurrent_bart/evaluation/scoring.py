@@ -7,16 +7,19 @@ from recurrent_bart.data.words import words
 from recurrent_bart.distributed import gather_objects, is_first, rank, world_size
 from recurrent_bart.evaluation.evaluator import Evaluator, Sample
 from recurrent_bart.evaluation.measures import measure, shares_by_tenth
+from recurrent_bart.evaluation.model_scores import Scorer
 from recurrent_bart.evaluation.predictions import Prediction
 from recurrent_bart.evaluation.rouge import rouge_per_sample
 
 
-def score_samples(evaluator: Evaluator, samples: Sequence[Sample], with_source: bool = False) -> list[Prediction]:
+def score_samples(
+    evaluator: Evaluator, samples: Sequence[Sample], scorers: Sequence[Scorer] = (), with_source: bool = False
+) -> list[Prediction]:
     """Score generated texts. Each rank scores a part of the texts. All ranks return all predictions, in order.
 
-    With `with_source`, the predictions of rank 0 have the source texts.
+    `scorers` add scores by models. With `with_source`, the predictions of rank 0 have the source texts.
     """
-    own = [_score(evaluator, sample) for sample in samples[rank() :: world_size()]]
+    own = [_score(evaluator, sample, scorers) for sample in samples[rank() :: world_size()]]
     parts = gather_objects(own)
     scores = [parts[number % world_size()][number // world_size()] for number in range(len(samples))]
     has_source = with_source and is_first()
@@ -30,9 +33,12 @@ def score_text(text: str, targets: Sequence[str], source: str) -> dict[str, Any]
     return {"scores": rouge | measure(*in_words), "shares_by_tenth": shares_by_tenth(*in_words)}
 
 
-def _score(evaluator: Evaluator, sample: Sample) -> dict[str, Any]:
-    source = evaluator.source_text(sample.document, sample.section)
-    return score_text(sample.generated, _targets(evaluator, sample), source)
+def _score(evaluator: Evaluator, sample: Sample, scorers: Sequence[Scorer]) -> dict[str, Any]:
+    inputs = sample.generated, _targets(evaluator, sample), evaluator.source_text(sample.document, sample.section)
+    found = score_text(*inputs)
+    for scorer in scorers:
+        found["scores"] |= scorer(*inputs)
+    return found
 
 
 def _targets(evaluator: Evaluator, sample: Sample) -> list[str]:

@@ -8,10 +8,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import scoring_models
 from forked import launched, run_script
 from launching import load_script
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
+from recurrent_bart.evaluation.model_scores import load_scorers
 from recurrent_bart.evaluation.predictions import read_predictions
 from recurrent_bart.evaluation.results import summarize_predictions
 from recurrent_bart.evaluation.scoring import score_samples
@@ -94,6 +96,28 @@ def test_predictions_stand_beside_the_results(folder, tmp_path, evaluate):
     for record in map(json.loads, documents[:2]):
         for number, section in enumerate(record["sections"]):
             assert sources[f"{record['id']}[{number}]"] == section
+
+
+def test_models_that_are_given_score_the_texts(folder, tmp_path, evaluate):
+    encoder = scoring_models.encoder(tmp_path / "encoder")
+    flags = ["--bertscore_model", encoder, "--bertscore_layer", 1, "--limit", 2, "--json", tmp_path / "ours.json"]
+    classifier = scoring_models.classifier(tmp_path / "classifier")
+    code, printed = evaluate("--model", folder.model, *flags, "--factuality_model", classifier, "--with_source")
+    assert code == 0, printed
+    scorers = load_scorers(encoder, 1, classifier, torch.device("cpu"))
+    for prediction in read_predictions(tmp_path / "ours.predictions.jsonl"):
+        for scorer in scorers:
+            expected = scorer(prediction.text, prediction.targets, prediction.source)
+            assert {name: prediction.scores[name] for name in expected} == pytest.approx(expected)
+    assert re.search(r"^bertscore +[\d.]+ \[.*BERTScore: F1 of contextual embeddings", printed, flags=re.MULTILINE)
+    assert re.search(r"^factuality +[\d.]+ \[", printed, flags=re.MULTILINE)
+
+
+def test_an_unusable_scorer_is_named_before_texts_are_generated(folder, tmp_path, evaluate):
+    code, printed = evaluate("--model", folder.model, "--factuality_model", tmp_path)
+    assert code == 2
+    assert f"error: --factuality_model {tmp_path}: the model cannot be loaded (" in printed
+    assert "generation" not in printed
 
 
 @pytest.mark.slow
