@@ -14,9 +14,19 @@ from transformers.utils import logging
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
-from recurrent_bart.distributed import SharedError, first_then_all, is_first, log_on_first_rank, only_first
-from recurrent_bart.evaluation.bootstrap import Interval
-from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.distributed import (
+    SharedError,
+    all_together,
+    first_then_all,
+    is_first,
+    log_on_first_rank,
+    only_first,
+)
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation
+from recurrent_bart.evaluation.model_scores import load_scorers
+from recurrent_bart.evaluation.predictions import FILE_NAME, Prediction, write_predictions
+from recurrent_bart.evaluation.results import Results, summarize_predictions
+from recurrent_bart.evaluation.scoring import score_samples
 from recurrent_bart.files import atomic_write
 from recurrent_bart.inference.stream_reader import load_model, run_flags
 from recurrent_bart.model.generation_settings import (
@@ -52,7 +62,23 @@ class EvaluationArguments(GenerationArguments):
     batch_size: int = flag(8, "documents per forward pass on each rank")
     max_n_segments: int = flag(-1, "maximum number of segments read per document; -1 is all, as in launch/summarize.py")
     trust_remote_code: bool = flag(False, "run Python code from the tokenizer's folder")
-    json: str | None = flag(None, "JSON file for the results; if not given: the results are only printed")
+    json: str | None = flag(
+        None,
+        "JSON file for the results; the texts with their scores go beside it, as NAME.predictions.jsonl; if not given: "
+        "the results are only printed",
+    )
+    bertscore_model: str | None = flag(
+        None, "folder or name of an encoder for BERTScore, for example roberta-large; if not given: no BERTScore"
+    )
+    bertscore_layer: int = flag(
+        -1, "layer of --bertscore_model whose embeddings are compared; 0: its embeddings; -1: its last layer"
+    )
+    factuality_model: str | None = flag(
+        None,
+        "folder or name of a classifier of (source, sentence) pairs, for example MiniCheck or a model of entailment: "
+        "probability that the source supports a sentence; if not given: no factuality",
+    )
+    with_source: bool = flag(False, "with --json: write the source texts with the predictions")
     seed: int = flag(42, "seed of the texts drawn with --do_sample")
     precision: str = flag("auto", "bf16, fp32, or auto: bf16 if the device supports it, fp32 otherwise")
     timeout_minutes: int = flag(60, "minutes that a rank waits for another rank before it fails")
@@ -70,31 +96,10 @@ class EvaluationArguments(GenerationArguments):
         for name in ("limit", "max_n_segments"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1, or -1 for all")
+        if self.with_source and not self.json:
+            raise ValueError("--with_source: give --json FILE too, beside which the predictions are written")
         if self.json and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: the folder {Path(self.json).parent} does not exist")
-
-
-@dataclass
-class Results:
-    """Results of an evaluation.
-
-    Attributes:
-        n_documents: Number of documents in the loss.
-        n_texts: Number of generated texts in ROUGE: one per document, or one per section.
-        loss: Cross-entropy per target token, in nats.
-        rouge: ROUGE metrics by name, in percent.
-    """
-
-    n_documents: int
-    n_texts: int
-    loss: float
-    rouge: dict[str, Interval]
-
-    def lines(self) -> list[str]:
-        """Return the results as lines of text."""
-        figures = {"documents": str(self.n_documents), "texts": str(self.n_texts), "loss": f"{self.loss:.4f}"}
-        scores = {name: f"{score:.2f}" for name, score in self.rouge.items()}
-        return [f"{name:<10} {figure}" for name, figure in (figures | scores).items()]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArguments]:
@@ -125,7 +130,9 @@ def _given_places(argv: Sequence[str]) -> list[str]:
     return list(vars(parser.parse_known_args(argv)[0]))
 
 
-def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: Environment) -> Results:
+def evaluate(
+    arguments: EvaluationArguments, data: DataArguments, environment: Environment
+) -> tuple[Results, list[Prediction]]:
     """Compute loss and ROUGE. Each rank reads a part of the documents. All ranks return the same results.
 
     Raises:
@@ -133,6 +140,11 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
     """
     dtype = torch.bfloat16 if use_bf16(arguments.precision, environment.device) else torch.float32
     model, tokenizer = load_model(arguments.model, environment.device, dtype, arguments.trust_remote_code)
+    scorers = all_together(
+        lambda: load_scorers(
+            arguments.bertscore_model, arguments.bertscore_layer, arguments.factuality_model, environment.device
+        )
+    )
     sources = sources_of(data)
     if arguments.split not in sources:
         raise ValueError(f"--split {arguments.split}: the data set has the splits {', '.join(sources)}")
@@ -157,7 +169,8 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments, environment: E
     loss = evaluator.loss(model)
     torch.manual_seed(arguments.seed + environment.rank)
     samples = evaluator.summarise(model, Generation(longest))
-    return Results(len(plan.indices), len(samples), loss, score(samples))
+    predictions = score_samples(evaluator, samples, scorers, arguments.with_source)
+    return summarize_predictions(len(plan.indices), loss, predictions), predictions
 
 
 def first_documents(plan: DocumentPlan, limit: int) -> DocumentPlan:
@@ -166,8 +179,8 @@ def first_documents(plan: DocumentPlan, limit: int) -> DocumentPlan:
     return replace(plan, indices=plan.indices[:end], n_segments=plan.n_segments[:end])
 
 
-def report(results: Results, file: str | None) -> None:
-    """Print the results, and write them to `file` if it is given.
+def report(results: Results, predictions: list[Prediction], file: str | None) -> None:
+    """Print the results. If `file` is given, write them to it, and the predictions beside it.
 
     Raises:
         ValueError: The file cannot be written.
@@ -175,6 +188,7 @@ def report(results: Results, file: str | None) -> None:
     print("\n".join(results.lines()), flush=True)
     if file:
         try:
+            write_predictions(Path(file).with_suffix(f".{FILE_NAME}"), predictions)
             atomic_write(Path(file), json.dumps(asdict(results), indent=2) + "\n")
         except OSError as error:
             raise ValueError(f"--json {file}: cannot be written ({error.strerror})") from error
@@ -193,8 +207,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     logging.disable_progress_bar()
     try:
-        results = evaluate(arguments, data, start_processes(arguments.timeout_minutes))
-        only_first(lambda: report(results, arguments.json))
+        results, predictions = evaluate(arguments, data, start_processes(arguments.timeout_minutes))
+        only_first(lambda: report(results, predictions, arguments.json))
     except SharedError:
         log_on_first_rank(seconds=1)
         return 2

@@ -3,6 +3,7 @@
 RUN/config.json      configurations of the run, the model and DeepSpeed; git commit; versions
 RUN/metrics.jsonl    one line per logged step and per evaluation; fields.py documents the fields
 RUN/samples.md       source, target and generated text of some documents at each evaluation
+RUN/predictions.jsonl  texts of the model in RUN/model for some validation documents, with targets and scores
 RUN/wandb/           files of wandb; can be uploaded later if wandb was offline
 RUN/tensorboard/     TensorBoard files, with --tensorboard
 RUN/curves.png       loss, ROUGE, learning rate and throughput against steps
@@ -51,6 +52,7 @@ class RunFolder:
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.samples_file = path / "samples.md"
+        self.predictions_file = path / "predictions.jsonl"
         self.curves_file = path / "curves.png"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"

@@ -19,7 +19,7 @@ from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 # JSON file with the fields of `Corpus` except `rows`.
 ABOUT = "about.json"
 # Documents per tokenizer call; a fast tokenizer processes them in parallel threads.
@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         "sections": pa.list_(pa.list_(pa.int32())),
         "summaries": pa.list_(pa.list_(pa.int32())),
         "summary_texts": pa.list_(pa.string()),
+        "reference_texts": pa.list_(pa.list_(pa.string())),
         "section_lengths": pa.list_(pa.int32()),
         "summary_lengths": pa.list_(pa.int32()),
     }
@@ -39,9 +40,9 @@ SCHEMA = pa.schema(
 class Corpus(NamedTuple):
     """Tokenised documents of a source.
 
-    The rows have `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, `section_lengths` and
-    `summary_lengths` (tokens). `skipped` has the reason for each skipped document. `fingerprint` is a hash of the texts
-    and their order, independent of the tokenizer.
+    The rows have `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, `reference_texts`
+    (further references), `section_lengths` and `summary_lengths` (tokens). `skipped` has the reason for each skipped
+    document. `fingerprint` is a hash of the texts and their order, independent of the tokenizer and of references.
     """
 
     rows: Dataset
@@ -123,6 +124,7 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
                 "sections": sections,
                 "summaries": summaries,
                 "summary_texts": row.summaries,
+                "reference_texts": row.references or [[] for _ in row.summaries],
                 "section_lengths": [len(section) for section in sections],
                 "summary_lengths": [len(summary) for summary in summaries],
             }

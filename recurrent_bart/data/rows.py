@@ -1,9 +1,10 @@
 """Documents with their targets, built from checked records (JSON objects or table rows)."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Row:
         summaries: Targets, one per section; empty if the section has none.
         group: Name of a group that is never split between training and validation; None: no group.
         is_named: True if the record has an id.
+        references: Further reference texts of each summary, for scores alone; empty: there are none.
     """
 
     id: str
@@ -30,6 +32,7 @@ class Row:
     summaries: list[str]
     group: str | None = None
     is_named: bool = True
+    references: list[list[str]] = field(default_factory=list)
 
     def digest(self) -> str:
         """Return a hash of the text that ignores differences in white space."""
@@ -43,19 +46,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the fields of a record. Documents with the same value in field `group` belong together."""
+    """Names of the fields of a record. Documents with the same value in field `group` belong together.
+
+    Field `references` has a list of texts, or a list of lists for the section task.
+    """
 
     text: str = "document"
     summary: str = "summary"
     sections: str = "sections"
     summaries: str = "summaries"
     group: str | None = None
+    references: str | None = None
 
 
 def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) -> Row:
     """Build a document from one record (a JSON object or table row). Error messages name `place`, the file and line.
 
-    For the document task, a list of sections or summaries is joined if the text column is missing.
+    For the document task, a list of sections or summaries is joined if the text column is missing. Without a summary,
+    the first reference is the target.
 
     Raises:
         ValueError: A field is missing, empty or of the wrong type.
@@ -67,13 +75,15 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     if columns.group:
         group = str(_field(record, columns, "group", place))
     if task == "sections":
-        sections, summaries = (_texts(record, columns, name, place) for name in ("sections", "summaries"))
-        if len(sections) != len(summaries):
-            raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
-        return with_targets(Row(name, *_join_untargeted(sections, summaries), group, is_named), place)
+        sections, summaries, lists = _section_texts(record, columns, place)
+        return with_targets(Row(name, sections, summaries, group, is_named, lists if columns.references else []), place)
     text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
-    summary = _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
-    return with_targets(Row(name, [text], [summary], group, is_named), place)
+    references = _references(record, columns, place)
+    if references and record.get(columns.summary) is None and record.get(columns.summaries) is None:
+        summary, *references = references
+    else:
+        summary = _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
+    return with_targets(Row(name, [text], [summary], group, is_named, [references] if references else []), place)
 
 
 def refuse(error: ValueError) -> None:
@@ -88,7 +98,7 @@ def with_targets(row: Row, place: str) -> Row:
         raise ValueError(f"{place}: the summary is empty")
     if not any(section.strip() for section in row.sections):
         raise ValueError(f"{place}: the document is empty")
-    for text in (*row.sections, *row.summaries):
+    for text in (*row.sections, *row.summaries, *itertools.chain.from_iterable(row.references)):
         if HALF_CHARACTER.search(text):
             raise ValueError(f"{place}: the text has half a character (a lone surrogate)")
     return row
@@ -105,6 +115,32 @@ def _texts(record: dict[str, Any], columns: Columns, name: str, place: str) -> l
     if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"{place}: column {getattr(columns, name)!r} must be a list of texts (--{name}_column)")
     return [text or "" for text in texts]
+
+
+def _references(record: dict[str, Any], columns: Columns, place: str) -> list[str]:
+    """Return the texts of the column of references that are not blank. Without a column or a value, there are none."""
+    column = columns.references
+    if column is None or (column in record and record[column] is None):
+        return []
+    return [text for text in _texts(record, columns, "references", place) if text.strip()]
+
+
+def _section_texts(
+    record: dict[str, Any], columns: Columns, place: str
+) -> tuple[list[str], list[str], list[list[str]]]:
+    sections, summaries = (_texts(record, columns, name, place) for name in ("sections", "summaries"))
+    if len(sections) != len(summaries):
+        raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
+    references: list[list[str]] = [[] for _ in sections]
+    if columns.references:
+        lists = _field(record, columns, "references", place)
+        if not isinstance(lists, list) or len(lists) != len(sections):
+            raise ValueError(
+                f"{place}: column {columns.references!r} must be a list with one list of texts for each of the "
+                f"{len(sections)} sections (--references_column)"
+            )
+        references = [_references({columns.references: own}, columns, place) for own in lists]
+    return _join_untargeted(sections, summaries, references)
 
 
 def _text(record: dict[str, Any], columns: Columns, names: tuple[str, str], place: str, joined_by: str) -> str:
@@ -129,23 +165,27 @@ def _field(record: dict[str, Any], columns: Columns, name: str, place: str) -> A
     return record[column]
 
 
-def _join_untargeted(sections: list[str], summaries: list[str]) -> tuple[list[str], list[str]]:
+def _join_untargeted(
+    sections: list[str], summaries: list[str], references: list[list[str]]
+) -> tuple[list[str], list[str], list[list[str]]]:
     """Join neighbouring sections without a target. Drop the sections after the last target, which would not be read."""
-    joined = list(_runs(sections, summaries))
+    joined = list(_runs(sections, summaries, references))
     while joined and not joined[-1][1]:
         joined.pop()
-    return [section for section, _ in joined], [summary for _, summary in joined]
+    return [section for section, *_ in joined], [summary for _, summary, _ in joined], [own for *_, own in joined]
 
 
-def _runs(sections: list[str], summaries: list[str]) -> Iterator[tuple[str, str]]:
+def _runs(
+    sections: list[str], summaries: list[str], references: list[list[str]]
+) -> Iterator[tuple[str, str, list[str]]]:
     waiting: list[str] = []
-    for section, summary in zip(sections, summaries, strict=True):
+    for section, summary, own in zip(sections, summaries, references, strict=True):
         if not summary.strip():
             waiting += [section] if section.strip() else []
             continue
         if waiting:
-            yield "\n".join(waiting), ""
+            yield "\n".join(waiting), "", []
             waiting = []
-        yield section, summary.strip()
+        yield section, summary.strip(), own
     if waiting:
-        yield "\n".join(waiting), ""
+        yield "\n".join(waiting), "", []

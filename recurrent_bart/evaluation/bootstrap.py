@@ -1,10 +1,10 @@
 """95 % confidence intervals of means: over documents by bootstrap, over seeds by Student's t.
 
-Shape suffixes: S seeds, D documents, R resamples.
+Shape suffixes: S seeds, X texts, D documents, R resamples.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -112,6 +112,42 @@ def resample(totals_SD: np.ndarray, counts_SD: np.ndarray) -> Resamples:
     n = len(totals_DS)
     draws = [(drawn_RD @ totals_DS) / (drawn_RD @ counts_DS) for drawn_RD in _draws(n)]
     return Resamples(np.vstack([totals_DS.sum(axis=0) / counts_DS.sum(axis=0), *draws]), n)
+
+
+def by_document(values_SX: np.ndarray, documents: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Return each document's total and number of values, `(S, D)`, for `resample`. NaN is not counted.
+
+    `documents` gives the document of each text. The documents are in order of their first text.
+    """
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(documents))}
+    document_X = np.array([numbers[name] for name in documents])
+    is_counted_SX = ~np.isnan(values_SX)
+    totals_SD, counts_SD = np.zeros((2, len(values_SX), len(numbers)))
+    for seed, is_counted_X in enumerate(is_counted_SX):
+        counted_X = document_X[is_counted_X]
+        totals_SD[seed] = np.bincount(counted_X, values_SX[seed, is_counted_X], minlength=len(numbers))
+        counts_SD[seed] = np.bincount(counted_X, minlength=len(numbers))
+    return totals_SD, counts_SD
+
+
+def intervals(
+    scores: Mapping[str, Sequence[float | None] | np.ndarray], documents: Sequence[Hashable]
+) -> dict[str, Interval]:
+    """Return the mean of each score over texts, with its 95 % interval over documents.
+
+    The texts of one document are resampled together. None and NaN are not counted. A score without values is left out.
+    """
+    # M scores stand in place of S seeds, so that one set of draws serves all scores of the same documents.
+    totals_MD, counts_MD = by_document(np.array(list(scores.values()), dtype=float), documents)
+    numbers_of: dict[bytes, list[int]] = {}
+    for number, counts_D in enumerate(counts_MD):
+        if counts_D.any():
+            numbers_of.setdefault((counts_D > 0).tobytes(), []).append(number)
+    found: dict[int, Interval] = {}
+    for numbers in numbers_of.values():
+        resamples = resample(totals_MD[numbers], counts_MD[numbers])
+        found |= {number: resamples.of_seed(row).interval() for row, number in enumerate(numbers)}
+    return {name: found[number] for number, name in enumerate(scores) if number in found}
 
 
 def _draws(n: int) -> Iterator[np.ndarray]:

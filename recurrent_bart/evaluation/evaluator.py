@@ -1,7 +1,8 @@
-"""Validation loss and ROUGE of a model."""
+"""Validation loss and generated texts of a model."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.data.batches import Batch, Collator, DocumentPlan
 from recurrent_bart.distributed import gather_objects, rank, sum_over_ranks, world_size
-from recurrent_bart.evaluation.bootstrap import Interval
-from recurrent_bart.evaluation.rouge import rouge
+from recurrent_bart.evaluation.predictions import unique_names
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
@@ -24,8 +24,10 @@ HEAD = 100
 class Sample:
     """Generated text and its target; `source` is the beginning of the source text.
 
-    For the section task, the number of the target follows the document's name in `id`. `document` is the index of the
-    corpus row, which is unique; names may repeat.
+    Attributes:
+        id: Unique name of the document. For the section task, the number of the target follows in brackets.
+        document: Index of the corpus row.
+        section: Index of the section in the corpus row.
     """
 
     id: str
@@ -33,6 +35,7 @@ class Sample:
     target: str
     generated: str
     document: int
+    section: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,18 @@ class Evaluator:
         found = dict(pair for part in gather_objects(samples) for pair in part)
         return [sample for index in sorted(found) for sample in found[index]]
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Unique names of the corpus rows."""
+        return unique_names(list(self.corpus["id"]))
+
+    def source_text(self, document: int, section: int) -> str:
+        """Return the decoded text of a section. A document with one target has one section."""
+        return self._decode(self.corpus[document]["sections"][section])
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
     def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
         """Return the generated ids of each document, `(tokens,)`, or `(segments, tokens)` for the section task."""
         settings: dict[str, Any] = {} if how.num_beams is None else {"num_beams": how.num_beams}
@@ -108,26 +123,28 @@ class Evaluator:
         return list(ids.cpu())
 
     def _samples(self, index: int, generated: Tensor) -> list[Sample]:
-        row = self.corpus[index]
+        row, name = self.corpus[index], self.names[index]
         if self.collator.task == "document":
-            return [self._sample(index, row["id"], row["sections"][0], row["summary_texts"][0], generated)]
+            return [self._sample(name, row, index, 0, generated)]
         _, targets = self.collator.segments(row)
         places = [place for place, target in enumerate(targets) if target]
-        parts = zip(row["sections"], row["summaries"], row["summary_texts"], strict=True)
-        told = [(section, text) for section, summary, text in parts if section and summary]
+        parts = enumerate(zip(row["sections"], row["summaries"], strict=True))
+        with_target = [section for section, (source, summary) in parts if source and summary]
         # Sections after the cut have a text but no generated ids.
         return [
-            self._sample(index, f"{row['id']}[{number}]", section, text, generated[place])
-            for number, (place, (section, text)) in enumerate(zip(places, told, strict=False))
+            self._sample(f"{name}[{number}]", row, index, section, generated[place])
+            for number, (place, section) in enumerate(zip(places, with_target, strict=False))
         ]
 
-    def _sample(self, index: int, name: str, source: list[int], target: str, generated: Tensor) -> Sample:
+    def _sample(self, name: str, row: dict[str, Any], index: int, section: int, generated: Tensor) -> Sample:
+        source = row["sections"][section]
         return Sample(
             id=name,
-            source=self.tokenizer.decode(source[:HEAD], skip_special_tokens=True) + (" …" if source[HEAD:] else ""),
-            target=target,
+            source=self._decode(source[:HEAD]) + (" …" if source[HEAD:] else ""),
+            target=row["summary_texts"][section],
             generated=self.tokenizer.decode(generated, skip_special_tokens=True).strip(),
             document=index,
+            section=section,
         )
 
     def _batches(self, indices: list[int]) -> Iterator[Batch]:
@@ -139,12 +156,3 @@ class Evaluator:
             # The last round may have fewer batches than ranks.
             for group in groups[first + rank() : first + rank() + 1]:
                 yield self.collator([{**self.corpus[index], "index": index} for index in group])
-
-
-def score(samples: list[Sample]) -> dict[str, Interval]:
-    """Return the mean ROUGE of samples with its 95 % interval over documents."""
-    return rouge(
-        [sample.generated for sample in samples],
-        [sample.target for sample in samples],
-        [sample.document for sample in samples],
-    )

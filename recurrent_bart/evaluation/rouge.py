@@ -1,12 +1,11 @@
 """ROUGE of summaries (Lin 2004), computed by the rouge-score package."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from rouge_score import rouge_scorer, tokenizers
 
 from recurrent_bart.data.words import sentences, words
-from recurrent_bart.evaluation.bootstrap import Interval, resample
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -30,28 +29,11 @@ class RougeTokenizer(tokenizers.Tokenizer):
         return tokens
 
 
-def rouge(
-    predictions: Sequence[str], references: Sequence[str], documents: Sequence[Hashable] | None = None
-) -> dict[str, Interval]:
-    """Return the mean of `rouge_per_sample` over all texts, with its 95 % interval over documents.
-
-    `documents` gives the document of each text; the texts of one document are resampled together. If it is None, each
-    text is a separate document.
-    """
-    scores = rouge_per_sample(predictions, references)
-    names = range(len(references)) if documents is None else documents
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    totals_MD, counts_MD = np.zeros((2, len(METRICS), len(numbers)))
-    for name, *values in zip(names, *scores.values(), strict=True):
-        totals_MD[:, numbers[name]] += values
-        counts_MD[:, numbers[name]] += 1
-    # M metrics stand in place of S seeds, so all metrics use the same draws of D documents.
-    resamples = resample(totals_MD, counts_MD)
-    return {metric: resamples.of_seed(number).interval() for number, metric in enumerate(METRICS)}
-
-
-def rouge_per_sample(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+def rouge_per_sample(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, np.ndarray]:
     """Return ROUGE-1, -2, -L (whole text) and -Lsum (by sentence) of each text: F-measures in percent.
+
+    Of several references, the one with the highest F-measure counts, chosen for each ROUGE score by itself, as in
+    rouge-score's `score_multi` and Hugging Face's evaluate.
 
     Raises:
         ValueError: There are no references, or the numbers of predictions and references differ.
@@ -60,7 +42,16 @@ def rouge_per_sample(predictions: Sequence[str], references: Sequence[str]) -> d
         raise ValueError("ROUGE needs at least one reference text")
     scorer = rouge_scorer.RougeScorer(list(METRICS), tokenizer=RougeTokenizer())
     scores = [
-        scorer.score("\n".join(sentences(reference)), "\n".join(sentences(prediction)))
+        scorer.score_multi([_by_line(text) for text in _as_list(reference)], _by_line(prediction))
         for prediction, reference in zip(predictions, references, strict=True)
     ]
     return {name: np.array([100.0 * score[name].fmeasure for score in scores]) for name in METRICS}
+
+
+def _as_list(reference: str | Sequence[str]) -> Sequence[str]:
+    return [reference] if isinstance(reference, str) else reference
+
+
+def _by_line(text: str) -> str:
+    """Return the text with one sentence per line, as rouge-score requires for Lsum."""
+    return "\n".join(sentences(text))

@@ -43,13 +43,31 @@ STEPS = {
     "gold_probability": "with --oracle: probability (0 to 1) that the decoder reads the target's token",
     "curriculum_segments": "with --curriculum: current maximum number of segments of a document",
 }
+# Scores of generated texts, without models: means over texts. Not at step 0. Of several targets, the best counts for
+# each ROUGE score, and the mean for each other score. N-grams are of words.
+SCORES = {
+    "rouge1": "ROUGE-1: F-measure of words, in percent",
+    "rouge2": "ROUGE-2: F-measure of bigrams, in percent",
+    "rougeL": "ROUGE-L: F-measure of the longest common subsequence of the whole texts, in percent",
+    "rougeLsum": "ROUGE-Lsum: F-measure of longest common subsequences by sentence, in percent",
+    "repeated_4grams": "4-grams of the text that repeat an earlier one, in percent",
+    "target_repeated_4grams": "4-grams of the target that repeat an earlier one, in percent",
+    "novel_1grams": "words of the text that are not in the source, in percent",
+    "novel_2grams": "bigrams of the text that are not in the source, in percent",
+    "novel_4grams": "4-grams of the text that are not in the source, in percent",
+    "target_novel_1grams": "words of the target that are not in the source, in percent",
+    "target_novel_2grams": "bigrams of the target that are not in the source, in percent",
+    "target_novel_4grams": "4-grams of the target that are not in the source, in percent",
+    "coverage": "words of the text in fragments copied from the source, in percent",
+    "density": "length of the copied fragment of a word of the text, in words, mean",
+    "n_words": "length of the text, in words",
+    "n_target_words": "length of the target, in words",
+    "length_ratio": "length of the text over length of the target, mean over texts",
+}
 # Logged at each evaluation on the validation split.
 EVALUATIONS = {
     "validation_loss": "validation loss: cross-entropy per target token, in nats",
-    "rouge1": "ROUGE-1 F-measure of generated texts, in percent; not at step 0",
-    "rouge2": "ROUGE-2 F-measure of generated texts, in percent; not at step 0",
-    "rougeL": "ROUGE-L F-measure of generated texts, in percent; not at step 0",
-    "rougeLsum": "ROUGE-Lsum F-measure of generated texts, in percent; not at step 0",
+    **SCORES,
     "evaluation_seconds": "duration of the evaluation, in seconds",
     "prefix_gate": "list by layer: opening of the gate on the prefix, mean over heads",
     "update_gate": "list by layer: opening of the gate on the state update, mean over elements",

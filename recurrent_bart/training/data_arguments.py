@@ -57,6 +57,11 @@ class DataArguments:
     summary_column: str = flag(Columns.summary, "column with the target of a document, for --task document")
     sections_column: str = flag(Columns.sections, "column with the list of section texts, for --task sections")
     summaries_column: str = flag(Columns.summaries, "column with the list of section targets, for --task sections")
+    references_column: str | None = flag(
+        None,
+        "column with a list of further references that scores use beside the target; with --task sections a list of "
+        "lists, one per section; without a summary, the first reference is the target; if not given: only the target",
+    )
     gap_sentences: int = flag(
         0,
         "copies of each training document whose targets are sentences of the document, left in or removed from the "
@@ -86,7 +91,12 @@ class DataArguments:
     def columns(self) -> Columns:
         """Return the names of the columns to read."""
         return Columns(
-            self.text_column, self.summary_column, self.sections_column, self.summaries_column, self.group_column
+            self.text_column,
+            self.summary_column,
+            self.sections_column,
+            self.summaries_column,
+            self.group_column,
+            self.references_column,
         )
 
 

@@ -20,7 +20,7 @@ KEPT_MODEL = (
 # flags that decide what a document is; a change would invalidate the position in the data
 KEPT_DATA = (
     *("dataset", "dataset_config_name", "train_file", "validation_file", "task", "gap_sentences"),
-    *("text_column", "summary_column", "sections_column", "summaries_column"),
+    *("text_column", "summary_column", "sections_column", "summaries_column", "references_column"),
     *("max_train_documents", "max_eval_documents"),
 )
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")

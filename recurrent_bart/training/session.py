@@ -25,7 +25,10 @@ from recurrent_bart.distributed import (
     set_timeout,
     stop_all,
 )
-from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation, Sample
+from recurrent_bart.evaluation.mean_scores import mean_scores
+from recurrent_bart.evaluation.predictions import Prediction, write_predictions
+from recurrent_bart.evaluation.scoring import score_samples
 from recurrent_bart.files import atomic_directory, atomic_write
 from recurrent_bart.model.flops import peak_flops
 from recurrent_bart.model.generation_settings import change_settings
@@ -322,7 +325,8 @@ class Session:
     def evaluate(self) -> bool:
         """Compute validation loss and ROUGE, and save the best model. Return True if the run must stop early."""
         self.wait_longer()
-        state, samples = self.state, []
+        state = self.state
+        samples: list[Sample] = []
         started = time.perf_counter()
         with gathered_for_evaluation(self.engine) as model:
             loss = self.evaluator.loss(model)
@@ -331,8 +335,8 @@ class Session:
                 samples = self.evaluator.summarise(model, self._generation())
             recurrence = probe_recurrence(model, self.evaluator)
         record: dict[str, Any] = {"step": state.step, "validation_loss": loss, **recurrence}
-        if samples:
-            record |= {name: value.mean for name, value in score(samples).items()}
+        predictions = score_samples(self.evaluator, samples)
+        record |= {name: value.mean for name, value in mean_scores(predictions).items()}
         record["evaluation_seconds"] = time.perf_counter() - started
         value = logged_value(record, state.best_metric)
         is_best = is_better(state.best_metric, value, state.best_value)
@@ -347,7 +351,7 @@ class Session:
             with telling_of_disk(self.folder.samples_file):
                 self._write_evaluation(record, samples)
         if is_best:
-            self._export()
+            self._export(predictions)
             self.model_step = state.step
         patience = self.arguments.run.patience
         return bool(patience) and state.n_worse >= patience
@@ -370,12 +374,16 @@ class Session:
         figures = "  ".join(f"{name} {value:.2f}" for name, value in record.items() if name.startswith("rouge"))
         self.display.say(f"step {record['step']}: validation loss {record['validation_loss']:.4f}  {figures}".rstrip())
 
-    def _export(self) -> None:
+    def _export(self, predictions: list[Prediction]) -> None:
+        """Write the model, and the texts that it generated in its evaluation."""
         weights = full_state_dict(self.engine)
         if is_first():
             with telling_of_disk(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
                 save_model(self.engine, merged(weights, self.arguments.model), draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
+        if is_first() and predictions:
+            with telling_of_disk(self.folder.predictions_file):
+                write_predictions(self.folder.predictions_file, predictions)
 
     def _generation(self) -> Generation:
         run = self.arguments.run

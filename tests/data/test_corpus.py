@@ -54,6 +54,14 @@ def test_documents_hold_ids_without_special_tokens_and_lengths(path, tokenizer, 
     assert row["summary_lengths"] == [len(row["summaries"][0])]
 
 
+def test_further_references_are_kept_as_texts(tokenizer, tmp_path):
+    records = [RECORDS[0] | {"more": ["three numbers", "digits"]}, RECORDS[1] | {"more": []}]
+    path = write(tmp_path / "documents.jsonl", records)
+    corpus = load(path, tokenizer, tmp_path, columns=Columns(references="more"))
+    assert corpus["reference_texts"] == [[["three numbers", "digits"]], [[]]]
+    assert load(path, tokenizer, tmp_path)["reference_texts"] == [[[]], [[]]]
+
+
 def test_sections_keep_their_targets(tokenizer, tmp_path):
     record = {"sections": ["one two", "three", "four"], "summaries": ["first", "", "last"]}
     corpus = load(write(tmp_path / "s.jsonl", [record]), tokenizer, tmp_path, task="sections")

@@ -18,6 +18,44 @@ def test_a_record_without_an_id_is_named_by_file_and_line(name):
     assert row.id == "f.jsonl:1"
 
 
+REFERENCES = Columns(references="more")
+
+
+def test_further_references_stand_beside_the_target():
+    record = {"document": "text", "summary": "s", "more": ["t", None, " ", "u"]}
+    row = make_row(record, "document", REFERENCES, "f:1")
+    assert (row.summaries, row.references) == (["s"], [["t", "u"]])
+    assert make_row(record, "document", Columns(), "f:1").references == []
+    assert make_row(record | {"more": None}, "document", REFERENCES, "f:1").references == []
+
+
+def test_without_a_summary_the_first_reference_is_the_target():
+    row = make_row({"document": "text", "more": ["t", "u"]}, "document", REFERENCES, "f:1")
+    assert (row.summaries, row.references) == (["t"], [["u"]])
+
+
+def test_sections_have_their_own_references():
+    record = SECTIONS | {"more": [None, [], ["F"], ["lost"], ["G", "H"]]}
+    row = make_row(record, "sections", REFERENCES, "f:1")
+    assert (row.summaries, row.references) == (["", "C", "", "E"], [[], ["F"], [], ["G", "H"]])
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("document", {}, "f:1: no column 'more'"),
+        ("document", {"more": "t"}, "f:1: column 'more' must be a list of texts"),
+        ("document", {"more": ["\ud800"]}, "f:1: the text has half a character"),
+        ("sections", {}, "f:1: no column 'more'"),
+        ("sections", {"more": [["t"]]}, "f:1: column 'more' must be a list with one list of texts for each of the 5 "),
+        ("sections", {"more": [["t"], "u", [], [], []]}, "f:1: column 'more' must be a list of texts"),
+    ],
+)
+def test_unusable_references_are_refused(task, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_row({"document": "text", "summary": "s"} | SECTIONS | change, task, REFERENCES, "f:1")
+
+
 def test_0_is_an_id():
     assert make_row({"id": 0, "document": "text", "summary": "s"}, "document", Columns(), "f:1").id == "0"
 

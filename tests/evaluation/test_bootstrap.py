@@ -8,7 +8,7 @@ cover about 0.925 and 0.970. The standard error of the coverage over 4,000 data 
 import numpy as np
 import pytest
 
-from recurrent_bart.evaluation.bootstrap import Interval, Resamples, resample, student_t
+from recurrent_bart.evaluation.bootstrap import Interval, Resamples, by_document, intervals, resample, student_t
 
 N_SIMULATIONS = 4_000
 N_DOCUMENTS = 60
@@ -160,3 +160,20 @@ def test_seeds_that_differ_widen_the_interval():
 def test_an_interval_is_written_with_its_mean():
     assert f"{Interval(1.0, -0.5, 2.25):+.2f}" == "+1.00 [-0.50, +2.25]"
     assert f"{Interval(1.0, None, None):.1f}" == "1.0"
+
+
+def test_values_are_summed_by_document_and_nan_is_not_counted():
+    values = np.array([[1.0, 2.0, np.nan, 4.0], [np.nan, np.nan, 3.0, 5.0]])
+    totals, counts = by_document(values, ["b", "a", "a", "b"])
+    assert totals.tolist() == [[5.0, 2.0], [5.0, 3.0]]
+    assert counts.tolist() == [[2.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_score_that_some_documents_lack_is_the_mean_of_the_remaining_documents():
+    """A score has the same interval alone and among more scores."""
+    scores = {"whole": [1.0, 3.0, 8.0], "part": [None, 2.0, 4.0], "none": [None, None, None], "other": [4.0, 0.0, 2.0]}
+    found = intervals(scores, "abc")
+    assert list(found) == ["whole", "part", "other"]
+    assert ends(found["part"]) == pytest.approx((2.0, 3.0, 4.0))
+    for name in found:
+        assert found[name] == intervals({name: scores[name]}, "abc")[name]

@@ -1,57 +1,12 @@
 """Validation loss and generated texts do not depend on batches and ranks."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from datasets import Dataset
 
+from evaluated_documents import CPU, Words, document_rows, make_evaluator, make_row, section_rows
 from processes import run_in_processes
-from recurrent_bart.data.batches import Collator, SegmentSizes, plan_documents
-from recurrent_bart.evaluation.evaluator import Evaluator, Generation, Sample, score
+from recurrent_bart.evaluation.evaluator import Generation
 from tiny import tiny_model
-
-CPU = torch.device("cpu")
-
-
-class Words:
-    """Tokenizer that decodes ids to numbers without special tokens."""
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(str(int(i)) for i in ids if int(i) > 3)
-
-
-def make_row(name, section_lengths, summary_lengths):
-    sections = [torch.randint(4, 60, (length,)).tolist() for length in section_lengths]
-    summaries = [torch.randint(4, 60, (length,)).tolist() for length in summary_lengths]
-    return {
-        "id": name,
-        "sections": sections,
-        "summaries": summaries,
-        "summary_texts": [" ".join(map(str, summary)) for summary in summaries],
-        "section_lengths": section_lengths,
-        "summary_lengths": summary_lengths,
-    }
-
-
-def make_evaluator(rows, task="document", batch_size=2, max_n_segments=-1):
-    sizes = SegmentSizes(8, 8, max_n_segments)
-    plan = plan_documents([r["section_lengths"] for r in rows], [r["summary_lengths"] for r in rows], sizes, 2)
-    collator = Collator(task, sizes, [0], [2], 1, 12)
-    return Evaluator(Dataset.from_list(rows), plan, collator, Words(), batch_size, CPU)
-
-
-def document_rows():
-    lengths = [(20, 3), (4, 9), (13, 1), (6, 5), (30, 2)]
-    return [make_row(f"d{i}", [text], [target]) for i, (text, target) in enumerate(lengths)]
-
-
-def section_rows():
-    return [
-        make_row("a", [9, 3, 5], [2, 0, 3]),
-        make_row("b", [2], [4]),
-        make_row("c", [0, 4, 14], [2, 1, 1]),
-    ]
 
 
 @pytest.fixture
@@ -174,40 +129,11 @@ def test_a_long_source_is_shown_cut(model):
     assert len(samples[0].source.split()) == 101
 
 
-def test_samples_are_scored_against_their_targets(model):
-    samples = make_evaluator(document_rows()).summarise(model, Generation(max_new_tokens=6))
-    perfect = [replace(s, target=s.generated) for s in samples if s.generated]
-    assert score(perfect)["rouge1"].mean == pytest.approx(100)
-    assert score(samples)["rouge1"].mean < 50
-
-
-def test_sections_of_documents_with_the_same_id_are_not_mixed(model):
+def test_documents_with_the_same_id_get_different_names(model):
     rows = [make_row("a", [9, 3], [2, 3]), make_row("a", [4], [2]), make_row("b", [5], [1])]
     samples = make_evaluator(rows, "sections").summarise(model, Generation(max_new_tokens=2))
-    assert [(sample.id, sample.document) for sample in samples] == [("a[0]", 0), ("a[1]", 0), ("a[0]", 1), ("b[0]", 2)]
-
-
-def scored(n_documents, n_sections):
-    """Score documents whose sections are all equal; document n has n of 20 words right."""
-    words = [f"w{number}" for number in range(20)]
-    texts = [" ".join(words[:n] + ["x"] * (20 - n)) for n in range(n_documents)]
-    numbers = range(n_sections)
-    return score([Sample("", "", " ".join(words), text, n) for n, text in enumerate(texts) for _ in numbers])
-
-
-def test_intervals_of_sections_resample_documents():
-    """Copies of a document's sections carry no new information, so the interval must not become narrower."""
-    once, six_times = scored(n_documents=15, n_sections=1), scored(n_documents=15, n_sections=6)
-    for name, found in once.items():
-        ends = found.low, found.mean, found.high
-        assert (six_times[name].low, six_times[name].mean, six_times[name].high) == pytest.approx(ends)
-    # Computed by hand: the standard deviation of 0 to 14 is 4.472, Student's t is 2.145, and a word is 5 %.
-    assert once["rouge1"].high - once["rouge1"].low == pytest.approx(2 * 2.145 * 5 * 4.472 / 15**0.5, rel=0.04)
-
-
-def test_one_document_with_many_sections_has_no_interval():
-    found = scored(n_documents=1, n_sections=6)["rouge1"]
-    assert (found.low, found.mean, found.high) == (None, 0.0, None)
+    places = [(sample.id, sample.document, sample.section) for sample in samples]
+    assert places == [("a (row 0)[0]", 0, 0), ("a (row 0)[1]", 0, 1), ("a (row 1)[0]", 1, 0), ("b[0]", 2, 0)]
 
 
 @pytest.mark.distributed

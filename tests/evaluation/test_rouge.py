@@ -5,10 +5,16 @@ import unicodedata
 import pytest
 from rouge_score import rouge_scorer
 
-from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge, rouge_per_sample
+from recurrent_bart.evaluation.bootstrap import intervals
+from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge_per_sample
 
 PREDICTION = "The cats sat on a mat. It was raining, 3.5 mm fell! Nobody's umbrella helped."
 REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of help?"
+
+
+def rouge(predictions, references, documents=None):
+    """Return the mean ROUGE of texts; without `documents`, each text is a separate document."""
+    return intervals(rouge_per_sample(predictions, references), documents or range(len(references)))
 
 
 def test_english_scores_equal_rouge_score():
@@ -119,3 +125,11 @@ def test_missing_references_are_refused():
         rouge([], [])
     with pytest.raises(ValueError, match="shorter"):
         rouge(["a", "b"], ["a"])
+
+
+def test_the_best_reference_counts_for_each_score_by_itself():
+    """The first reference has more common words, the second more common bigrams."""
+    text, references = "a b c d", ["d c b a", "a b c x y z"]
+    found = rouge_per_sample([text, text], [references, references[0]])
+    assert found["rouge1"].tolist() == pytest.approx([100, 100])
+    assert found["rouge2"].tolist() == pytest.approx([100 * 2 * 2 / (3 + 5), 0])

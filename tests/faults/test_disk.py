@@ -24,12 +24,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_undamaged(run, rank):
     assert run.steps() == [4, 6]
 
 
-@pytest.mark.parametrize("what", ["save_model", "save_tokenizer", "draw_curves"])
+@pytest.mark.parametrize("what", ["save_model", "save_tokenizer", "draw_curves", "write_predictions"])
 def test_a_full_disk_leaves_the_earlier_model_undamaged(run, what):
     ended = run.train(fault="writing_fails", ranks=[0], what=what, at=3)
     assert ended.codes == [FAULT, FAULT], ended.text()
     (line,) = [line for line in ended.printed[0].splitlines() if line.startswith("fault on rank 0: ")]
-    written = run.folder / ("samples.md" if what == "draw_curves" else "model")
+    written = run.folder / {"draw_curves": "samples.md", "write_predictions": "predictions.jsonl"}.get(what, "model")
     assert f"{written} cannot be written (" in line
     assert "No space left on device" in line
     assert (

@@ -8,10 +8,15 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import scoring_models
 from forked import launched, run_script
 from launching import load_script
 from recurrent_bart.data.sources import find_sources
-from recurrent_bart.evaluation.evaluator import Evaluator, Generation, score
+from recurrent_bart.evaluation.evaluator import Evaluator, Generation
+from recurrent_bart.evaluation.model_scores import load_scorers
+from recurrent_bart.evaluation.predictions import read_predictions
+from recurrent_bart.evaluation.results import summarize_predictions
+from recurrent_bart.evaluation.scoring import score_samples
 from recurrent_bart.inference.stream_reader import load_model
 from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import parse_arguments
@@ -52,12 +57,9 @@ def evaluated(folder, n_documents, max_n_segments, num_beams):
     plan.indices, plan.n_segments = plan.indices[:n_documents], plan.n_segments[:n_documents]
     evaluator = Evaluator(documents.corpus, plan, documents.collator, tokenizer, 2, device)
     samples = evaluator.summarise(model, Generation(data.max_target_length, num_beams))
-    return {
-        "n_documents": len(plan.indices),
-        "n_texts": len(samples),
-        "loss": pytest.approx(evaluator.loss(model), rel=1e-5),
-        "rouge": {name: asdict(value) for name, value in score(samples).items()},
-    }
+    predictions = score_samples(evaluator, samples)
+    expected = asdict(summarize_predictions(len(plan.indices), evaluator.loss(model), predictions))
+    return expected | {"loss": pytest.approx(expected["loss"], rel=1e-5)}
 
 
 def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path, evaluate):
@@ -72,7 +74,50 @@ def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path
     assert shown["documents"] == "3"
     assert shown["loss"] == f"{figures['loss']:.4f}"
     assert {"rouge1", "rouge2", "rougeL", "rougeLsum"} < set(shown)
-    assert re.search(r"^rougeL +[\d.]+ \[[\d.]+, [\d.]+\]$", printed, flags=re.MULTILINE)
+    assert re.search(r"^rougeL +[\d.]+ \[[\d.]+, [\d.]+\] +ROUGE-L: F-measure of ", printed, flags=re.MULTILINE)
+    assert re.search(r"^quarter 1 of the sections: \d+ texts of 3 documents, rouge1 ", printed, flags=re.MULTILINE)
+    assert len(figures["shares_by_tenth"]["target"]) == 10
+
+
+def test_predictions_stand_beside_the_results(folder, tmp_path, evaluate):
+    flags = ["--model", folder.model, "--json", tmp_path / "ours.json", "--limit", 2]
+    code, printed = evaluate(*flags)
+    assert code == 0, printed
+    results = json.loads((tmp_path / "ours.json").read_text())
+    predictions = read_predictions(tmp_path / "ours.predictions.jsonl")
+    assert len(predictions) == results["n_texts"]
+    rouge1 = sum(prediction.scores["rouge1"] for prediction in predictions) / len(predictions)
+    assert rouge1 == pytest.approx(results["scores"]["rouge1"]["mean"])
+    assert {prediction.source for prediction in predictions} == {None}
+    code, printed = evaluate(*flags, "--with_source")
+    assert code == 0, printed
+    sources = {prediction.id: prediction.source for prediction in read_predictions(tmp_path / "ours.predictions.jsonl")}
+    documents = folder.path.parent.joinpath("validation.jsonl").read_text().splitlines()
+    for record in map(json.loads, documents[:2]):
+        for number, section in enumerate(record["sections"]):
+            assert sources[f"{record['id']}[{number}]"] == section
+
+
+def test_models_that_are_given_score_the_texts(folder, tmp_path, evaluate):
+    encoder = scoring_models.encoder(tmp_path / "encoder")
+    flags = ["--bertscore_model", encoder, "--bertscore_layer", 1, "--limit", 2, "--json", tmp_path / "ours.json"]
+    classifier = scoring_models.classifier(tmp_path / "classifier")
+    code, printed = evaluate("--model", folder.model, *flags, "--factuality_model", classifier, "--with_source")
+    assert code == 0, printed
+    scorers = load_scorers(encoder, 1, classifier, torch.device("cpu"))
+    for prediction in read_predictions(tmp_path / "ours.predictions.jsonl"):
+        for scorer in scorers:
+            expected = scorer(prediction.text, prediction.targets, prediction.source)
+            assert {name: prediction.scores[name] for name in expected} == pytest.approx(expected)
+    assert re.search(r"^bertscore +[\d.]+ \[.*BERTScore: F1 of contextual embeddings", printed, flags=re.MULTILINE)
+    assert re.search(r"^factuality +[\d.]+ \[", printed, flags=re.MULTILINE)
+
+
+def test_an_unusable_scorer_is_named_before_texts_are_generated(folder, tmp_path, evaluate):
+    code, printed = evaluate("--model", folder.model, "--factuality_model", tmp_path)
+    assert code == 2
+    assert f"error: --factuality_model {tmp_path}: the model cannot be loaded (" in printed
+    assert "generation" not in printed
 
 
 @pytest.mark.slow
@@ -157,6 +202,7 @@ def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path)
         (["--split", "dev"], "--split dev: allowed are train, validation, test"),
         (["--limit", "0"], "--limit 0: must be at least 1, or -1 for all"),
         (["--num_beams", "0"], "--num_beams 0: must be at least 1"),
+        (["--with_source"], "--with_source: give --json FILE too, beside which the predictions are written"),
         (["--json", "missing/figures.json"], "--json missing/figures.json: the folder missing does not exist"),
     ],
 )

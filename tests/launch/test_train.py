@@ -26,6 +26,7 @@ FOLDERS = [
     "metrics.jsonl",
     "model",
     "outcome.json",
+    "predictions.jsonl",
     "samples.md",
     "tokenizer",
 ]

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from launching import load_script
 from recurrent_bart import RecurrentBartForConditionalGeneration
-from recurrent_bart.evaluation.rouge import rouge
+from recurrent_bart.evaluation.predictions import read_predictions
+from recurrent_bart.evaluation.rouge import rouge_per_sample
 from recurrent_bart.model.flops import Arithmetic
 from recurrent_bart.monitoring.fields import CHECKPOINTS, EVALUATIONS, STEPS
 from recurrent_bart.training import session
@@ -190,9 +191,13 @@ def test_an_evaluation_has_the_loss_and_rouge_of_the_saved_model(run):
         generated.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
         targets.append(split.corpus[index]["summary_texts"][0])
     assert best["validation_loss"] == pytest.approx(total / n_targets, rel=1e-5)
-    expected = {name: value.mean for name, value in rouge(generated, targets, list(range(len(targets)))).items()}
+    expected = {name: values.mean() for name, values in rouge_per_sample(generated, targets).items()}
     assert expected.keys() == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
     assert {name: best[name] for name in expected} == pytest.approx(expected)
+    predictions = read_predictions(run.folder / "predictions.jsonl")
+    assert [(prediction.text, prediction.targets) for prediction in predictions] == [
+        (text, [target]) for text, target in zip(generated, targets, strict=True)
+    ]
     durations = [record["evaluation_seconds"] for record in evaluations.values()]
     durations += [record["checkpoint_seconds"] for record in run.records if "checkpoint_seconds" in record]
     assert min(durations) > 0

@@ -4,8 +4,7 @@ import copy
 import itertools
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -193,18 +192,11 @@ def parse_run(run: TextRun) -> Arguments:
 
 def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:
     """Return for every target, in order: document, index in the document, end position and length in tokens."""
-    names = _unique_names(list(evaluator.corpus["id"]))
     return [
-        {"document": names[index], "target": number, "position": position, "n_tokens": n_tokens}
+        {"document": evaluator.names[index], "target": number, "position": position, "n_tokens": n_tokens}
         for index in sorted(evaluator.plan.indices)
         for number, (position, n_tokens) in enumerate(_targets_of(evaluator.corpus[index], evaluator.collator))
     ]
-
-
-def _unique_names(ids: Sequence[str]) -> list[str]:
-    """Return one name per document: its id, with the row number appended if several documents have the same id."""
-    n_documents = Counter(ids)
-    return [name if n_documents[name] == 1 else f"{name} (row {index})" for index, name in enumerate(ids)]
 
 
 def _targets_of(row: dict[str, Any], collator: Collator) -> Iterator[tuple[int, int]]:
