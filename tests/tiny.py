@@ -1,6 +1,7 @@
 """The tiny model of the tests."""
 
 import torch
+from transformers import BartConfig, BartForConditionalGeneration, MBartConfig, MBartForConditionalGeneration
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
 from recurrent_bart.recurrence.segmentation import pad_segments
@@ -25,6 +26,12 @@ PLAIN = {name: value for name, value in TINY.items() if name != "hidden_dropout_
 # gradient elements per reduction bucket. DeepSpeed's default takes 2 GB of addresses per engine, which a process does
 # not get back; after several engines it could not fork any more
 BUCKET = {"reduce_bucket_size": 1_000_000}
+PLAIN_CLASSES = {
+    "bart": (BartForConditionalGeneration, BartConfig),
+    "mbart": (MBartForConditionalGeneration, MBartConfig),
+}
+# fields of layers with BART's and with MBart's order of norms
+NORM_ORDERS = {"post-norm": {}, "pre-norm": {"normalize_before": True}}
 RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bptt_depth": -1}
 
 # fields that change the computation of diagonals
@@ -43,6 +50,17 @@ def open_gates(model):
     for name, parameter in model.named_parameters():
         if "gate" in name or name.endswith("bias"):
             parameter.normal_(0.0, 0.5)
+
+
+@torch.no_grad()
+def plain_model(family="bart", **changes):
+    """Return a tiny plain BART or MBart in evaluation mode, with random norms; extra arguments change fields."""
+    kind, config = PLAIN_CLASSES[family]
+    model = kind(config(**{**PLAIN, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
 
 
 def random_ids(*shape, vocab_size=60):

@@ -8,9 +8,20 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGe
 from transformers.cache_utils import DynamicCache
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from tiny import PLAIN, RECURRENT, TINY, random_ids
+from tiny import PLAIN, PLAIN_CLASSES, RECURRENT, TINY, plain_model, random_ids
 
 PADDING = {"none": (12, 12), "right": (12, 7), "single token": (1, 12)}
+
+
+@pytest.fixture(params=PLAIN_CLASSES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def bart(family):
+    """Return a tiny plain BART or MBart in evaluation mode."""
+    return plain_model(family)
 
 
 @pytest.fixture
@@ -63,9 +74,9 @@ def test_parity_without_recurrence_logits_loss_and_all_gradients(bart, bart_fold
     assert_same_numbers(ours, bart, document(lengths) | {"labels": labels()})
 
 
-def test_parity_of_a_checkpoint_whose_stacks_have_embeddings_of_their_own(tmp_path):
+def test_parity_of_a_checkpoint_whose_stacks_have_embeddings_of_their_own(family, tmp_path):
     """Check untied embeddings: encoder, decoder and head each have a matrix, and the shared one is unused."""
-    bart = BartForConditionalGeneration(BartConfig(**PLAIN, tie_word_embeddings=False)).eval()
+    bart = plain_model(family, tie_word_embeddings=False)
     bart.save_pretrained(tmp_path)
     ours = load(tmp_path, pre_seq_len=0)
     assert_same_numbers(ours, bart, document((12, 7)) | {"labels": labels()})
@@ -116,6 +127,8 @@ def test_parity_of_concat_with_bart_given_the_prefix_as_past_key_values(bart, ba
     prefix = core.prefix_reader(state, ours.model.encoder.layers)
     cache = DynamicCache()
     for layer in range(ours.config.encoder_layers):
+        # MBart's encoder does not number its layers
+        bart.model.encoder.layers[layer].self_attn.layer_idx = layer
         cache.update(*prefix(layer, state[layer]), layer)
     mask = torch.cat([torch.ones(2, 3, dtype=torch.long), inputs["attention_mask"]], dim=1)
     expected = bart.model.encoder(inputs["input_ids"], attention_mask=mask, past_key_values=cache).last_hidden_state
