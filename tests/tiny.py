@@ -41,6 +41,7 @@ DIAGONALS = {
     "own projection": {"prefix_projection": False, "update_gate": False},
     "windows": {"bptt_depth": 1},
     "memory": {"decoder_context": "memory", "bptt_depth": 1},
+    "pre-norm": {"normalize_before": True, "prefix_attention": "gated"},
 }
 
 
@@ -61,6 +62,16 @@ def plain_model(family="bart", **changes):
         if "norm" in name:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
+
+
+def multilingual_tokenizer(kind, texts=("a b c d e", "der Text, the text"), **languages):
+    """Return a tiny tokenizer of class MBartTokenizer or MBart50Tokenizer; `languages` are src_lang and tgt_lang."""
+    pieces = ["▁", *sorted({character for text in texts for character in text if not character.isspace()})]
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    codes = list(kind().lang_code_to_id)
+    vocabulary = [(token, 0.0) for token in special] + [(piece, -2.0) for piece in pieces]
+    vocabulary += [(code, 0.0) for code in [*codes, "<mask>"]]
+    return kind(vocab=vocabulary, **languages)
 
 
 def random_ids(*shape, vocab_size=60):

@@ -198,7 +198,7 @@ class Grid:
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: OutputSelection, is_last: bool) -> None:
         if self.final_norm is not None and (kept.every_segment or kept.tokens or kept.hidden_states or is_last):
-            segment.tokens = self.final_norm(segment.tokens)
+            segment.tokens = self.final_norm(segment.tokens).to(segment.tokens.device)
             # as in Hugging Face's models, the last hidden states are the output
             segment.hidden_states[-1:] = [segment.tokens] * kept.hidden_states
         if kept.every_segment or kept.tokens or is_last:
@@ -299,7 +299,7 @@ class Grid:
         memory = state_EBPD
         if recurrence:
             if self.final_norm is not None:
-                slots[-1] = self.final_norm(slots[-1])
+                slots[-1] = self.final_norm(slots[-1]).to(tokens_BLD.device)
             slots_EBPD = torch.stack(slots[-len(state_EBPD) :])
             is_read_B = mask_BL.bool().any(dim=-1)
             is_read_1B = None if is_read_B.all() else on_device(is_read_B, tokens_BLD.device).unsqueeze(0)

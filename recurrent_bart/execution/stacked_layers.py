@@ -51,11 +51,11 @@ def _why_different(final_norm: nn.Module, norm: nn.LayerNorm) -> str:
     """Return the reason why a final norm cannot be stacked with the norms of the layers, or an empty string."""
     if type(final_norm) is not nn.LayerNorm or has_hooks(final_norm):
         return "the norm after the last encoder layer holds adapters or hooks"
-    parts = [
-        [settings_of(it), *((name, p.shape, p.dtype, p.device) for name, p in it.named_parameters())]
+    own, layers = (
+        [it.eps, *((name, part.shape, part.dtype, part.device) for name, part in it.named_parameters())]
         for it in (final_norm, norm)
-    ]
-    return "" if parts[0] == parts[1] else "the norm after the last encoder layer differs from the norms of the layers"
+    )
+    return "" if own == layers else "the norm after the last encoder layer differs from the norms of the layers"
 
 
 def stack_layers(layers: nn.ModuleList, final_norm: nn.Module | None = None) -> dict[str, Tensor]:

@@ -96,9 +96,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             state.check(self.config, len(batch.attention_mask))
         recurrence = self.recurrence and self.recurrence(inputs_embeds.device)
         checkpoints_segments = self.checkpoints_segments and self.training
-        grid = Grid(
-            self.config, self.layers, recurrence, self._embed_segment, checkpoints_segments, self.layer_norm
-        )
+        grid = Grid(self.config, self.layers, recurrence, self._embed_segment, checkpoints_segments, self.layer_norm)
         selection = OutputSelection(
             every_segment=batch.decodes_several_segments,
             tokens=self.config.decoder_context in ("section", "all"),

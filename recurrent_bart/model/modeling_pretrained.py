@@ -27,7 +27,7 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
     config_class = RecurrentBartConfig
     config: RecurrentBartConfig
     # units for FSDP and accelerate's device maps: the sequential schedule calls each layer as a module
-    _no_split_modules = ("RecurrentBartEncoderLayer", "BartDecoderLayer", "PreNormDecoderLayer")
+    _no_split_modules = ("RecurrentBartEncoderLayer", "BartDecoderLayer")
     # matrix products outside the layers read the prefix, so a compiler cannot compile each layer as a whole
     _can_compile_fullgraph = False
     # flex attention's masks cannot be split into state and token parts
@@ -35,6 +35,8 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
+        if config.normalize_before:
+            self._no_split_modules = ("RecurrentBartEncoderLayer", "PreNormDecoderLayer")
         use_barts_targets()
 
     @classmethod

@@ -47,7 +47,7 @@ from recurrent_bart.training.lifecycle.interruption import Interrupted, Interrup
 from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
 from recurrent_bart.training.lifecycle.spikes import SpikeWatch
 from recurrent_bart.training.lifecycle.stall import StallWatch
-from recurrent_bart.training.model_building import build_model
+from recurrent_bart.training.model_building import build_model, force_target_language
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import Documents, Preparation, make_run_folder, prepare
 from recurrent_bart.training.probing import probe_recurrence
@@ -122,6 +122,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     run = arguments.run
     prepared = first_then_all(lambda: prepare(arguments, environment))
     model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
+    force_target_language(model, prepared.tokenizer)
     choose_trained(model, arguments.model)
     change_settings(model.generation_config, run.generation_settings(), generated_length(model, run, prepared))
     rates = learning_rates(arguments, prepared.config)

@@ -5,13 +5,21 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from tiny import RECURRENT, TINY, open_gates, random_ids
+from tiny import PLAIN_CLASSES, RECURRENT, TINY, open_gates, plain_model, random_ids
+
+
+@pytest.fixture(params=PLAIN_CLASSES)
+def bart(request):
+    """Return a tiny plain BART or MBart in evaluation mode."""
+    return plain_model(request.param)
 
 
 @pytest.fixture
 def model(bart):
-    """Return our model with the weights of the tiny BART."""
-    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY, pre_seq_len=0)).eval()
+    """Return our model with the weights of the plain one."""
+    is_mbart = bart.config.model_type == "mbart"
+    config = RecurrentBartConfig(**TINY, pre_seq_len=0, normalize_before=is_mbart, wraps_last_label=is_mbart)
+    model = RecurrentBartForConditionalGeneration(config).eval()
     model.load_state_dict(bart.state_dict())
     return model
 
