@@ -18,14 +18,14 @@ def norms(read_LHK):
     return read_LHK.flatten(1).norm(dim=1)
 
 
-@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
+@pytest.mark.parametrize("order", NORM_ORDERS.values(), ids=NORM_ORDERS)
 @pytest.mark.parametrize(("recurrence", "prefix_attention_kind", "prefix_projection"), VARIANTS)
 @torch.no_grad()
 def test_sizes_equal_the_norms_of_attention_outputs(
-    recurrence, prefix_attention_kind, prefix_projection, make_model, monkeypatch, norms
+    recurrence, prefix_attention_kind, prefix_projection, make_model, monkeypatch, order
 ):
     fields = {"prefix_attention": prefix_attention_kind, "prefix_projection": prefix_projection}
-    model = make_model(recurrence=recurrence, **fields, **norms)
+    model = make_model(recurrence=recurrence, **fields, **order)
     heard = []
     attend = encoder_cell.attend
 
