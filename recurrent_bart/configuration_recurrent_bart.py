@@ -1,32 +1,50 @@
-"""Configuration of Recurrent BART: the fields of BART and the fields of the recurrence."""
+"""Configuration of Recurrent BART: the fields of BART, of MBart's layout and of the recurrence."""
 
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import BartConfig
+from transformers import BartConfig, MBartConfig
 
 # allowed values; the first one is the default
 RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("concat", "gated")
 DECODER_CONTEXTS = ("last", "memory", "section", "all")
 SCHEDULES = ("auto", "sequential", "wavefront")
-# fields of old BART configurations. transformers ignores these fields, because its BART has only this layout
-BARTS_LAYOUT = {
-    "normalize_before": False,
-    "add_final_layer_norm": False,
-    "normalize_embedding": True,
-    "static_position_embeddings": False,
+# fields of old configurations. transformers ignores these fields, because its BART and MBart have only these layouts
+EMBEDDING_LAYOUT = {"normalize_embedding": True, "static_position_embeddings": False}
+LAYOUTS = {
+    BartConfig.model_type: {"normalize_before": False, "add_final_layer_norm": False, **EMBEDDING_LAYOUT},
+    # some checkpoints of MBart have other values of the first two fields; the weights of the final norms decide
+    MBartConfig.model_type: EMBEDDING_LAYOUT,
+}
+# fields that turn the configuration of an MBart checkpoint into one of Recurrent BART
+MBART_FIELDS = {"normalize_before": True, "wraps_last_label": True}
+# reason why the checkpoints of a model family cannot be loaded
+DIFFERENT_FAMILIES = {
+    "pegasus": "its positions are sinusoidal and its embeddings have no norm",
+    "plbart": "its layers are BART's, but its shift of labels is MBart's",
+    "t5": "its attention has relative position biases and its norms have no mean and no bias",
+    "mt5": "its attention has relative position biases and its norms have no mean and no bias",
+    "led": "its encoder attends to windows of tokens",
+    "m2m_100": "its positions are sinusoidal and its embeddings have no norm",
+    "marian": "its positions are sinusoidal and its embeddings have no norm",
+    "blenderbot": "its embeddings have no norm",
 }
 
 
 @strict
 class RecurrentBartConfig(BartConfig):
-    """Architecture of a BART that reads a document segment by segment.
+    """Architecture of a BART or MBart that reads a document segment by segment.
 
     Every field of `BartConfig` keeps its meaning. `RecurrentBartForConditionalGeneration.from_pretrained` accepts the
-    fields below as keyword arguments, for a checkpoint of Recurrent BART or of plain BART.
+    fields below as keyword arguments, for a checkpoint of Recurrent BART, plain BART or MBart.
 
     Args:
+        normalize_before: Order of a layer's norms. False: BART's, a norm after each residual sum. True: MBart's, a norm
+            before attention and before the feed-forward block, and a final norm after the last layer of encoder and
+            decoder. A checkpoint of MBart sets this field.
+        wraps_last_label: First input of the decoder in training. False: `decoder_start_token_id`. True: the last label
+            of the row, which is the language code of MBart's targets. A checkpoint of MBart sets this field.
         pre_seq_len: Number P of prefix positions, which read the state, and of slots, which write the state. 0: no
             recurrence.
         segment_size: Number of tokens in a segment, with special tokens. None: 512, or the size of the position table
@@ -72,6 +90,8 @@ class RecurrentBartConfig(BartConfig):
     model_type = "recurrent_bart"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "state"]
 
+    normalize_before: bool = False
+    wraps_last_label: bool = False
     pre_seq_len: int = 20
     segment_size: int | None = None
     input_size: int | None = None
@@ -174,26 +194,32 @@ class RecurrentBartConfig(BartConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """Read a configuration file of Recurrent BART or of plain BART.
+        """Read a configuration file of Recurrent BART, plain BART or MBart.
 
         Raises:
-            ValueError: The file is of another model type, or the layers have another layout than BART's layers.
+            ValueError: The file is of another model type, or the layers have another layout than the model type's.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in (cls.model_type, BartConfig.model_type):
+        allowed = LAYOUTS | {cls.model_type: EMBEDDING_LAYOUT}
+        if model_type not in allowed:
+            reason = DIFFERENT_FAMILIES.get(model_type)
             raise ValueError(
-                f"{pretrained_model_name_or_path}: model_type={model_type!r}; allowed are {BartConfig.model_type!r} "
-                f"and {cls.model_type!r}"
+                f"{pretrained_model_name_or_path}: model_type={model_type!r}; allowed are "
+                f"{', '.join(map(repr, allowed))}{f'. A different family: {reason}' if reason else ''}"
             )
-        for name, value in BARTS_LAYOUT.items():
+        for name, value in allowed[model_type].items():
             if config_dict.get(name, value) != value:
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: {name}={config_dict[name]!r} belongs to a different "
-                    f"architecture, for example mBART; BART has {value!r}"
+                    f"architecture; {model_type!r} has {value!r}"
                 )
-        if model_type == BartConfig.model_type:
-            config_dict = {k: v for k, v in config_dict.items() if k not in ("model_type", "architectures")}
+        if model_type == cls.model_type:
+            return config_dict, kwargs
+        config_dict = {k: v for k, v in config_dict.items() if k not in ("model_type", "architectures")}
+        if model_type == MBartConfig.model_type:
+            # without a start token in the file, MBart has none and BART has 2
+            config_dict = {"decoder_start_token_id": None, **config_dict, **MBART_FIELDS}
         return config_dict, kwargs
 
     @classmethod

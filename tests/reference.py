@@ -36,22 +36,40 @@ def encode(model, segments, cuts=()):
         if config.has_state:
             slots = encoder.layernorm_embedding(states[0] if config.recurrence == "top" else core.slot_embedding)
         for e, layer in enumerate(encoder.layers):
-            read = slots if config.recurrence == "top" else states[e] if core else None
+            read = before(layer, slots) if config.recurrence == "top" else states[e] if core else None
             prefix = project(core, layer, read, e, config) if core else None
             matrix = matrices[e] if matrices else None
             if matrices:
-                matrices[e] = written(layer.self_attn, tokens, matrix, core, e)
+                matrices[e] = written(layer.self_attn, before(layer, tokens), matrix, core, e)
             tokens, slots = cell(layer, tokens, slots, prefix, core, e, config, matrix)
             if config.has_state and config.recurrence == "layerwise":
-                states[e] = update(core, states[e], slots, e, config)
+                states[e] = update(core, states[e], read_above(encoder, e, slots), e, config)
         if config.recurrence == "top" and core:
-            states[0] = update(core, states[0], slots, 0, config)
-        after.append((states[-1] if config.has_state else tokens[:0], tokens))
+            states[0] = update(core, states[0], read_above(encoder, -1, slots), 0, config)
+        top = read_above(encoder, -1, tokens)
+        after.append((states[-1] if config.has_state else top[:0], top))
     if matrices:
         # row i holds the i-th key dimension of all heads
         rows = [matrix.transpose(0, 1).reshape(width, -1) for matrix in matrices]
         states = [torch.cat(both) for both in zip(states, rows, strict=True)]
     return after, states if config.has_state else []
+
+
+def before(layer, rows):
+    """Return rows as the layer's attention reads them."""
+    norm = layer.self_attn_layer_norm
+    is_normed = layer.self_attn.config.normalize_before
+    return layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias) if is_normed else rows
+
+
+def read_above(encoder, e, rows):
+    """Return rows that leave layer e as the layer above, or the decoder, reads them."""
+    if encoder.layer_norm is None:
+        return rows
+    if encoder.layers[e] is encoder.layers[-1]:
+        norm = encoder.layer_norm
+        return layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias)
+    return before(encoder.layers[e + 1], rows)
 
 
 def context(config, after, t, ends=()):
@@ -113,24 +131,26 @@ def read_matrix(attention, rows, matrix, gate):
 def cell(layer, tokens, slots, prefix, core, e, config, matrix=None):
     """Return new tokens and new slots of a layer."""
     attention = layer.self_attn
+    own_tokens, own_slots = before(layer, tokens), before(layer, slots)
 
     def project_both(rows):
         return attention.k_proj(rows), attention.v_proj(rows)
 
     if prefix is None:
-        read = attend(attention, tokens, project_both(tokens))
+        read = attend(attention, own_tokens, project_both(own_tokens))
         return feed_forward(layer, tokens, read), slots
     if config.prefix_attention == "concat":
-        token_read = attend(attention, tokens, join(prefix, project_both(tokens)))
+        token_read = attend(attention, own_tokens, join(prefix, project_both(own_tokens)))
     else:
         gate = torch.tanh(core.prefix_gate[e])
-        token_read = attend(attention, tokens, project_both(tokens)) + attend(attention, tokens, prefix, gate)
+        token_read = attend(attention, own_tokens, project_both(own_tokens))
+        token_read = token_read + attend(attention, own_tokens, prefix, gate)
     if not config.has_state:
         return feed_forward(layer, tokens, token_read), slots
     if matrix is not None:
-        token_read = token_read + read_matrix(attention, tokens, matrix, core.matrix_gate[e])
-    own = join(project_both(slots), project_both(tokens))
-    slot_read = attend(attention, slots, own if config.recurrence == "top" else join(prefix, own))
+        token_read = token_read + read_matrix(attention, own_tokens, matrix, core.matrix_gate[e])
+    own = join(project_both(own_slots), project_both(own_tokens))
+    slot_read = attend(attention, own_slots, own if config.recurrence == "top" else join(prefix, own))
     return feed_forward(layer, tokens, token_read), feed_forward(layer, slots, slot_read)
 
 
@@ -152,8 +172,13 @@ def attend(attention, rows, key_value, gate=None):
 
 
 def feed_forward(layer, rows, read):
-    first, last = layer.self_attn_layer_norm, layer.final_layer_norm
+    first, last = (
+        lambda rows, norm=norm: layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias)
+        for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)
+    )
     out = layer.self_attn.out_proj
-    rows = layer_norm(rows + linear(read, out.weight, out.bias), first.normalized_shape, first.weight, first.bias)
-    hidden = layer.fc2(layer.activation_fn(layer.fc1(rows)))
-    return layer_norm(rows + hidden, last.normalized_shape, last.weight, last.bias)
+    rows = rows + linear(read, out.weight, out.bias)
+    if layer.self_attn.config.normalize_before:
+        return rows + layer.fc2(layer.activation_fn(layer.fc1(last(rows))))
+    rows = first(rows)
+    return last(rows + layer.fc2(layer.activation_fn(layer.fc1(rows))))

@@ -1,5 +1,7 @@
 """Tests of the values that the configuration accepts, derives and refuses."""
 
+import json
+
 import pytest
 from transformers import AutoConfig, BartConfig, MBartConfig
 
@@ -68,7 +70,52 @@ def test_a_new_segment_size_at_loading_brings_no_overlap(tmp_path):
     assert RecurrentBartConfig.from_pretrained(tmp_path).input_size == 100
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
-    MBartConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type='mbart'; allowed are"):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("pegasus", "its positions are sinusoidal"),
+        ("plbart", "its shift of labels is MBart's"),
+        ("t5", "relative position biases"),
+        ("gpt2", ""),
+    ],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, model_type, reason):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    allowed = f"model_type={model_type!r}; allowed are 'bart', 'mbart', 'recurrent_bart'"
+    with pytest.raises(ValueError, match=f"{allowed}.*{reason}"):
+        RecurrentBartConfig.from_pretrained(tmp_path)
+
+
+# fields that differ from MBartConfig's defaults, and fields of older versions
+MBARTS = {
+    "no start token": {"normalize_before": True, "add_final_layer_norm": True, "scale_embedding": True},
+    "start token": {"decoder_start_token_id": 2, "normalize_before": True, "scale_embedding": True},
+    "unused fields": {"decoder_start_token_id": 2, "add_final_layer_norm": False, "normalize_before": False},
+}
+
+
+@pytest.mark.parametrize("fields", MBARTS.values(), ids=MBARTS)
+def test_a_checkpoint_of_mbart_gives_its_layout_which_is_saved(tmp_path, fields):
+    MBartConfig(**fields).save_pretrained(tmp_path)
+    config = RecurrentBartConfig.from_pretrained(tmp_path)
+    config.save_pretrained(tmp_path / "saved")
+    for one in (config, RecurrentBartConfig.from_pretrained(tmp_path / "saved")):
+        assert one.normalize_before
+        assert one.wraps_last_label
+        assert one.decoder_start_token_id == fields.get("decoder_start_token_id")
+        assert one.scale_embedding == fields.get("scale_embedding", False)
+
+
+def test_a_configuration_without_the_fields_of_mbart_has_the_layout_of_bart(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "recurrent_bart", "pre_seq_len": 5}))
+    config = RecurrentBartConfig.from_pretrained(tmp_path)
+    assert not config.normalize_before
+    assert not config.wraps_last_label
+    assert config.decoder_start_token_id == 2
+
+
+def test_mbart_with_sinusoidal_positions_is_refused(tmp_path):
+    MBartConfig(static_position_embeddings=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="static_position_embeddings=True belongs to a different architecture"):
         RecurrentBartConfig.from_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """The tiny model of the tests."""
 
 import torch
+from transformers import BartConfig, BartForConditionalGeneration, MBartConfig, MBartForConditionalGeneration
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
 from recurrent_bart.recurrence.segmentation import pad_segments
@@ -25,6 +26,12 @@ PLAIN = {name: value for name, value in TINY.items() if name != "hidden_dropout_
 # gradient elements per reduction bucket. DeepSpeed's default takes 2 GB of addresses per engine, which a process does
 # not get back; after several engines it could not fork any more
 BUCKET = {"reduce_bucket_size": 1_000_000}
+PLAIN_CLASSES = {
+    "bart": (BartForConditionalGeneration, BartConfig),
+    "mbart": (MBartForConditionalGeneration, MBartConfig),
+}
+# fields of layers with BART's and with MBart's order of norms
+NORM_ORDERS = {"post-norm": {}, "pre-norm": {"normalize_before": True}}
 RECURRENT = {"pre_seq_len": 3, "segment_size": 8, "prefix_hidden_size": 10, "bptt_depth": -1}
 
 # fields that change the computation of diagonals
@@ -34,6 +41,7 @@ DIAGONALS = {
     "own projection": {"prefix_projection": False, "update_gate": False},
     "windows": {"bptt_depth": 1},
     "memory": {"decoder_context": "memory", "bptt_depth": 1},
+    "pre-norm": {"normalize_before": True, "prefix_attention": "gated"},
 }
 
 
@@ -43,6 +51,27 @@ def open_gates(model):
     for name, parameter in model.named_parameters():
         if "gate" in name or name.endswith("bias"):
             parameter.normal_(0.0, 0.5)
+
+
+@torch.no_grad()
+def plain_model(family="bart", **changes):
+    """Return a tiny plain BART or MBart in evaluation mode, with random norms; extra arguments change fields."""
+    kind, config = PLAIN_CLASSES[family]
+    model = kind(config(**{**PLAIN, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def multilingual_tokenizer(kind, texts=("a b c d e", "der Text, the text"), **languages):
+    """Return a tiny tokenizer of class MBartTokenizer or MBart50Tokenizer; `languages` are src_lang and tgt_lang."""
+    pieces = ["▁", *sorted({character for text in texts for character in text if not character.isspace()})]
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    codes = list(kind().lang_code_to_id)
+    vocabulary = [(token, 0.0) for token in special] + [(piece, -2.0) for piece in pieces]
+    vocabulary += [(code, 0.0) for code in [*codes, "<mask>"]]
+    return kind(vocab=vocabulary, **languages)
 
 
 def random_ids(*shape, vocab_size=60):

@@ -75,8 +75,8 @@ class Collator:
     """Callable that cuts documents into segments and pads the segments to one shape.
 
     For task `"document"`, a document has one target. For `"sections"`, each section's target is at its last segment.
-    `leading` and `trailing` are ids of special tokens around each segment and target. `max_target_length` is in tokens,
-    special tokens included.
+    `leading` and `trailing` are ids of special tokens around each segment; `around_targets` holds the ids around each
+    target (None: the same). `max_target_length` is in tokens, special tokens included.
     """
 
     task: str
@@ -85,6 +85,7 @@ class Collator:
     trailing: list[int]
     pad_token_id: int
     max_target_length: int
+    around_targets: tuple[list[int], list[int]] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -144,8 +145,9 @@ class Collator:
         """Return the target's tokens between the special tokens, as in BART's pretraining."""
         if not summary:
             return []
-        room = self.max_target_length - len(self.leading) - len(self.trailing)
-        return [*self.leading, *summary[:room], *self.trailing]
+        leading, trailing = self.around_targets or (self.leading, self.trailing)
+        room = self.max_target_length - len(leading) - len(trailing)
+        return [*leading, *summary[:room], *trailing]
 
 
 @dataclass
@@ -179,18 +181,21 @@ def plan_documents(
     sizes: SegmentSizes,
     n_special: int,
     max_target_length: int | None = None,
+    n_special_of_target: int | None = None,
 ) -> DocumentPlan:
     """Count the segments and targets of each document without building them.
 
-    Lengths are in tokens without the `n_special` special tokens of each segment and target. A summary length of 0 marks
-    a section without a target. Raises ValueError if the special tokens fill the whole segment.
+    Lengths are in tokens without special tokens: `n_special` of each segment, and `n_special_of_target` of each target
+    (None: as many). A summary length of 0 marks a section without a target. Raises ValueError if the special tokens
+    fill the whole segment.
     """
     room = sizes.segment_size - n_special
     if room < 1:
         raise ValueError(
             f"segment_size={sizes.segment_size} must be more than {n_special}, the number of special tokens"
         )
-    target_room = math.inf if max_target_length is None else max_target_length - n_special
+    n_special_of_target = n_special if n_special_of_target is None else n_special_of_target
+    target_room = math.inf if max_target_length is None else max_target_length - n_special_of_target
     plan = DocumentPlan([], [], [], 0, 0)
     for index, (sections, summaries) in enumerate(zip(section_lengths, summary_lengths, strict=True)):
         counts = [-(-length // room) for length in sections]

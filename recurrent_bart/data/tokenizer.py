@@ -18,17 +18,68 @@ LINE_LENGTH = 1000
 MAX_LINES = 20_000
 
 
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str,
+    trust_remote_code: bool = False,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved with a model or run, from a folder or the Hugging Face hub.
 
-    If bos and eos are missing, as in BERT's tokenizers, [CLS] and [SEP] take their place.
+    If bos and eos are missing, as in BERT's tokenizers, [CLS] and [SEP] take their place. `source_lang` and
+    `target_lang` are language codes of documents and targets, for a tokenizer of several languages, as MBart's. They
+    are saved with the tokenizer. Without `target_lang`, targets are in the language of the documents.
 
     Raises:
         ValueError: No tokenizer is found, or the tokenizer needs code that is not trusted, or has no bos, eos or pad
-            token.
+            token; or a language code is missing, unknown, or given for a tokenizer without language codes.
     """
+    tokenizer = _load(name_or_path, trust_remote_code)
+    languages = _languages(tokenizer, name_or_path, source_lang, target_lang)
+    if languages:
+        tokenizer = _load(name_or_path, trust_remote_code, **languages)
+    for name, instead in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, getattr(tokenizer, instead))
+    missing = [name for name in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, name) is None]
+    if missing:
+        raise ValueError(f"{name_or_path}: the tokenizer has no {', '.join(missing)}")
+    return tokenizer
+
+
+def has_languages(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the tokenizer adds language codes to texts."""
+    return hasattr(type(tokenizer), "src_lang")
+
+
+def _languages(
+    tokenizer: PreTrainedTokenizerBase, name_or_path: str, source_lang: str | None, target_lang: str | None
+) -> dict[str, str]:
+    """Return the tokenizer's arguments for its languages, empty without languages."""
+    given = {"--source_lang": source_lang, "--target_lang": target_lang}
+    if not has_languages(tokenizer):
+        for flag, code in given.items():
+            if code is not None:
+                raise ValueError(f"{flag} {code}: the tokenizer of {name_or_path} adds no language codes; remove it")
+        return {}
+    codes = sorted(getattr(tokenizer, "lang_code_to_id", {}))
+    allowed = f"its codes are {', '.join(codes)}"
+    source = source_lang or tokenizer.init_kwargs.get("src_lang")
+    target = target_lang or tokenizer.init_kwargs.get("tgt_lang") or source
+    if source is None:
+        raise ValueError(
+            f"{name_or_path}: the tokenizer needs the language of the documents; set --source_lang of launch/train.py, "
+            f"or src_lang in tokenizer_config.json; {allowed}"
+        )
+    for flag, code in (("--source_lang", source), ("--target_lang", target)):
+        if code not in codes:
+            raise ValueError(f"{flag} {code}: not a language code of the tokenizer of {name_or_path}; {allowed}")
+    return {"src_lang": source, "tgt_lang": target}
+
+
+def _load(name_or_path: str, trust_remote_code: bool, **languages: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **languages)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -39,12 +90,6 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     # If a folder has a model but no tokenizer, Hugging Face returns a tokenizer with special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(f"{name_or_path}: no tokenizer could be loaded (its files are missing)")
-    for name, instead in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
-        if getattr(tokenizer, name) is None:
-            setattr(tokenizer, name, getattr(tokenizer, instead))
-    missing = [name for name in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, name) is None]
-    if missing:
-        raise ValueError(f"{name_or_path}: the tokenizer has no {', '.join(missing)}")
     return tokenizer
 
 
@@ -120,10 +165,22 @@ def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer adds before and after a text."""
-    both = tokenizer("")["input_ids"]
-    n_leading = int(bool(both) and both[0] == tokenizer.bos_token_id)
-    return both[:n_leading], both[n_leading:]
+    """Return the ids that the tokenizer adds before and after a document, its language code among them."""
+    return _around(tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"])
+
+
+def special_tokens_around_targets(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer adds before and after a target, its language code among them."""
+    plain = tokenizer(text_target="a", add_special_tokens=False)["input_ids"]
+    return _around(plain, tokenizer(text_target="a")["input_ids"])
+
+
+def _around(plain: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+    """Return the ids of `whole` before and after `plain`."""
+    n_plain = len(plain)
+    starts = (start for start in range(len(whole) - n_plain + 1) if whole[start : start + n_plain] == plain)
+    start = next(starts, 0)
+    return whole[:start], whole[start + n_plain :]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

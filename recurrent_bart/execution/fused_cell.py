@@ -14,7 +14,7 @@ from transformers.models.bart.modeling_bart import BartAttention, BartEncoderLay
 
 from recurrent_bart.execution.stacked_layers import StackedLayers
 from recurrent_bart.recurrence.attention import attend, gated_read
-from recurrent_bart.recurrence.cell import AttentionMasks
+from recurrent_bart.recurrence.cell import AttentionMasks, normalizes_before, within_range
 from recurrent_bart.recurrence.grouped_linear import linear, linear_with_input
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, Weights
 
@@ -47,36 +47,35 @@ def fused_cell(
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `diagonal_step` with fused kernels; results differ by rounding only. Arguments are the same."""
+    """Compute `diagonal_step` with fused kernels; results differ by rounding only. Arguments are the same.
+
+    MBart's layers have two parts that are not fused: the norm before attention, and the residual sum at the end.
+    """
     # imported here, because a CPU installation may lack Triton
-    from recurrent_bart.execution.kernels.bias_activation import bias_gelu
-    from recurrent_bart.execution.kernels.heads import split_heads
     from recurrent_bart.execution.kernels.residual_norm import residual_norm, residual_norm_and_slots
 
     shared, weights = layers.shared, layers.weights
     n_layers, n_documents, _, width = stream_EBSD.shape
-    dropout = shared.dropout if shared.training else 0.0
-
-    def norm_of(hidden: str, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
-        biases = weights[f"{hidden}_bias"], weights[f"{name}_bias"]
-        return biases[0], weights[name], biases[1], getattr(shared, name).eps, dropout
-
     prefix, prefix_bias, state_EMD = _project(recurrence, weights, state_EBPD.reshape(n_layers, -1, width))
+    memory_out = None if into is None else into[1]
+    if normalizes_before(shared):
+        attended_EMD = layers.self_attn_layer_norm(stream_EBSD.flatten(0, 1)).view(n_layers, -1, width)
+        qkv = linear(attended_EMD, weights["query_key_value"])
+        read = _attention(layers, recurrence, qkv, n_documents, visible, prefix, prefix_bias)
+        stream_EBSD = _pre_norm_feed_forward(layers, stream_EBSD, read)
+        slots_EBPD = layers.state_of(stream_EBSD[:, :, : visible.n_slots])
+        slots = slots_EBPD
+        if recurrence.has_update_gate:
+            slots = torch.cat([state_EMD, slots_EBPD.flatten(1, 2)], dim=-1)
+        stream_EBSD = stream_EBSD if into is None else into[0].copy_(stream_EBSD)
+        state_EBPD = state_EMD.view_as(state_EBPD)
+        return stream_EBSD, _next_memory(recurrence, weights, state_EBPD, slots, is_read_EB, memory_out)
     qkv, stream_EMD = linear_with_input(stream_EBSD.flatten(1, 2), weights["query_key_value"])
-    qkv_RSX = qkv.view(n_layers * n_documents, -1, 3 * width)
-    prefix_dropout = recurrence.dropout.p if recurrence.dropout.training else 0.0
-    heads = split_heads(
-        qkv_RSX, weights["query_key_value_bias"], prefix, prefix_bias,
-        recurrence.n_heads, "prefix_gate" in weights, prefix_dropout,
-    )  # fmt: skip
-    read_RSD = _attend(shared.self_attn, heads, visible, weights.get("prefix_gate"))
-    read = linear(read_RSD.view_as(stream_EMD), weights["out_proj"])
-    stream_EMD = residual_norm(stream_EMD, read, *norm_of("out_proj", "self_attn_layer_norm"))
+    read = _attention(layers, recurrence, qkv, n_documents, visible, prefix, prefix_bias)
+    stream_EMD = residual_norm(stream_EMD, read, *_norm_of(layers, "out_proj", "self_attn_layer_norm"))
     hidden, stream_EMD = linear_with_input(stream_EMD, weights["fc1"])
-    hidden = bias_gelu(hidden, weights["fc1_bias"])
-    hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
-    hidden, affine = linear(hidden, weights["fc2"]), norm_of("fc2", "final_layer_norm")
-    stream_out, memory_out = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
+    hidden, affine = _activated(layers, hidden), _norm_of(layers, "fc2", "final_layer_norm")
+    stream_out = None if into is None else into[0].flatten(1, 2)
     memory_beside = state_EMD if recurrence.has_update_gate else None
     stream_EMD, slots = residual_norm_and_slots(
         stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, stream_out
@@ -84,6 +83,62 @@ def fused_cell(
     state_EBPD = state_EMD.view_as(state_EBPD)
     state_EBPD = _next_memory(recurrence, weights, state_EBPD, slots, is_read_EB, memory_out)
     return stream_EMD.view_as(stream_EBSD), state_EBPD
+
+
+def _pre_norm_feed_forward(layers: StackedLayers, stream_EBSD: Tensor, read_EMD: Tensor) -> Tensor:
+    """Return the hidden states that leave MBart's layers.
+
+    `stream_EBSD` enters the layers, and `read_EMD` is the output of attention without bias.
+    """
+    from recurrent_bart.execution.kernels.residual_norm import residual_norm_and_sum
+
+    shared, weights = layers.shared, layers.weights
+    affine = _norm_of(layers, "out_proj", "final_layer_norm")
+    normed, stream_EMD = residual_norm_and_sum(stream_EBSD.flatten(1, 2), read_EMD, *affine)
+    hidden = _activated(layers, linear(normed, weights["fc1"])) + weights["fc2_bias"]
+    hidden = nn.functional.dropout(hidden, p=shared.dropout, training=shared.training)
+    return within_range(stream_EMD + hidden).view_as(stream_EBSD)
+
+
+def _norm_of(layers: StackedLayers, hidden: str, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
+    """Return the arguments of `residual_norm` after the map `hidden`: biases, weight, epsilon and dropout rate."""
+    shared, weights = layers.shared, layers.weights
+    biases = weights[f"{hidden}_bias"], weights[f"{name}_bias"]
+    dropout = shared.dropout if shared.training else 0.0
+    return biases[0], weights[name], biases[1], getattr(shared, name).eps, dropout
+
+
+def _activated(layers: StackedLayers, hidden: Tensor) -> Tensor:
+    """Return the feed-forward block's output without bias, from the first map's output without bias."""
+    from recurrent_bart.execution.kernels.bias_activation import bias_gelu
+
+    shared, weights = layers.shared, layers.weights
+    hidden = bias_gelu(hidden, weights["fc1_bias"])
+    hidden = nn.functional.dropout(hidden, p=shared.activation_dropout, training=shared.training)
+    return linear(hidden, weights["fc2"])
+
+
+def _attention(
+    layers: StackedLayers,
+    recurrence: PrefixRecurrence,
+    qkv: Tensor,
+    n_documents: int,
+    visible: AttentionMasks,
+    prefix: Tensor,
+    prefix_bias: Tensor,
+) -> Tensor:
+    """Return attention's output `(E, M, D)` without bias; `qkv` and `prefix` are projections without bias."""
+    from recurrent_bart.execution.kernels.heads import split_heads
+
+    weights, (n_layers, n_rows, _) = layers.weights, qkv.shape
+    qkv_RSX = qkv.view(n_layers * n_documents, -1, qkv.shape[-1])
+    prefix_dropout = recurrence.dropout.p if recurrence.dropout.training else 0.0
+    heads = split_heads(
+        qkv_RSX, weights["query_key_value_bias"], prefix, prefix_bias,
+        recurrence.n_heads, "prefix_gate" in weights, prefix_dropout,
+    )  # fmt: skip
+    read_RSD = _attend(layers.shared.self_attn, heads, visible, weights.get("prefix_gate"))
+    return linear(read_RSD.view(n_layers, n_rows, -1), weights["out_proj"])
 
 
 def _project(recurrence: PrefixRecurrence, weights: Weights, state_EMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +176,7 @@ def _next_memory(
     is_read_EB: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Return the new states; `slots` is the second output of `residual_norm_and_slots`."""
+    """Return the new states; `slots` is as the second output of `residual_norm_and_slots`."""
     from recurrent_bart.execution.kernels.gated_update import gated_update
 
     if recurrence.has_update_gate:

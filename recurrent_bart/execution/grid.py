@@ -104,6 +104,8 @@ class Grid:
     embed: Callable[[Tensor, Tensor | None], Tensor]
     # the backward pass recomputes each segment as a whole
     checkpoints_segments: bool = False
+    # norm after the last layer, which `normalize_before` needs
+    final_norm: nn.Module | None = None
 
     def run(
         self,
@@ -177,12 +179,12 @@ class Grid:
         if self._has_different_layers() or self._is_on_other_device(segments_BNLD.device):
             return self._sequential
         assert self.recurrence is not None
-        weights = stack_layers(self.layers) | dict(self.recurrence.by_layer())
+        weights = stack_layers(self.layers, self.final_norm) | dict(self.recurrence.by_layer())
         return functools.partial(self._wavefront, weights)
 
     def _has_different_layers(self) -> bool:
         # only the sequential schedule supports layers that differ in more than their parameters
-        obstacle = why_not_stacked(self.layers)
+        obstacle = why_not_stacked(self.layers, self.final_norm)
         if obstacle and self.config.schedule == "wavefront":
             logger.warning_once(f"schedule='wavefront': segments are computed one after the other, because {obstacle}")
         return bool(obstacle)
@@ -195,6 +197,10 @@ class Grid:
         return is_on_other_device
 
     def _keep(self, output: GridOutput, segment: SegmentOutput, kept: OutputSelection, is_last: bool) -> None:
+        if self.final_norm is not None and (kept.every_segment or kept.tokens or kept.hidden_states or is_last):
+            segment.tokens = self.final_norm(segment.tokens).to(segment.tokens.device)
+            # as in Hugging Face's models, the last hidden states are the output
+            segment.hidden_states[-1:] = [segment.tokens] * kept.hidden_states
         if kept.every_segment or kept.tokens or is_last:
             output.tokens.append(segment.tokens)
         if self.config.has_state and (kept.every_segment or kept.memories or is_last):
@@ -278,8 +284,11 @@ class Grid:
             gate_1H = None if gate_EH is None else gate_EH[own]
             if recurrence and recurrence.n_matrix_rows:
                 own_weights = {name: weight[own] for name, weight in shared.items()}
-                matrix = recurrence.matrix(state_EBPD[own], stream.unsqueeze(0), visible.is_token, own_weights)
-            stream, weights, written = layer(stream, visible, prefix, gate_1H, matrix)
+                matrix = functools.partial(recurrence.matrix_of_layer, state_EBPD[own], visible.is_token, own_weights)
+            stream, weights, written, read_slots = layer(stream, visible, prefix, gate_1H, matrix)
+            if self.final_norm is not None and layer_idx:
+                # a state holds slots as the layer above reads them
+                slots[-1] = read_slots.to(tokens_BLD.device)
             # layers may be on several devices
             slots.append(stream[:, :n_slots].to(tokens_BLD.device))
             matrices.append(written)
@@ -289,6 +298,8 @@ class Grid:
                 attentions.append(weights)
         memory = state_EBPD
         if recurrence:
+            if self.final_norm is not None:
+                slots[-1] = self.final_norm(slots[-1]).to(tokens_BLD.device)
             slots_EBPD = torch.stack(slots[-len(state_EBPD) :])
             is_read_B = mask_BL.bool().any(dim=-1)
             is_read_1B = None if is_read_B.all() else on_device(is_read_B, tokens_BLD.device).unsqueeze(0)

@@ -27,10 +27,10 @@ KINDS |= dict.fromkeys(NORMS, nn.LayerNorm)
 PARAMETERS = {f"{name}.{part}" for name in KINDS for part in ("weight", "bias")}
 
 
-def why_not_stacked(layers: nn.ModuleList) -> str:
+def why_not_stacked(layers: nn.ModuleList, final_norm: nn.Module | None = None) -> str:
     """Return the reason why the layers cannot be stacked, or an empty string if stacking is possible.
 
-    Stacked layers may differ only in the values of their parameters.
+    Stacked layers may differ only in the values of their parameters. `final_norm` is the norm after the last layer.
     """
     shapes = [{name: (it.shape, it.dtype, it.device) for name, it in layer.named_parameters()} for layer in layers]
     settings = settings_of(*layers)
@@ -44,14 +44,26 @@ def why_not_stacked(layers: nn.ModuleList) -> str:
         if settings[number] != settings[0]:
             names = different_settings(layers[0], layer)
             return f"encoder layers 0 and {number} differ in {', '.join(names) or 'the order of their parts'}"
-    return ""
+    return "" if final_norm is None else _why_different(final_norm, layers[0].self_attn_layer_norm)
 
 
-def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
+def _why_different(final_norm: nn.Module, norm: nn.LayerNorm) -> str:
+    """Return the reason why a final norm cannot be stacked with the norms of the layers, or an empty string."""
+    if type(final_norm) is not nn.LayerNorm or has_hooks(final_norm):
+        return "the norm after the last encoder layer holds adapters or hooks"
+    own, layers = (
+        [it.eps, *((name, part.shape, part.dtype, part.device) for name, part in it.named_parameters())]
+        for it in (final_norm, norm)
+    )
+    return "" if own == layers else "the norm after the last encoder layer differs from the norms of the layers"
+
+
+def stack_layers(layers: nn.ModuleList, final_norm: nn.Module | None = None) -> dict[str, Tensor]:
     """Copy and stack the layers' weights; gradients flow back to the layers' parameters.
 
     Weights of linear maps are `(E, in, out)`, views of `(E, out, in)`, so that the gradient has the parameter's memory
-    layout. Biases are `(E, 1, out)`.
+    layout. Biases are `(E, 1, out)`. With `final_norm`, the norm after the last layer, `state_norm` holds the norm that
+    reads the slots that leave each layer: that of the layer above, or the final norm.
     """
     stacked: dict[str, Tensor] = {}
     for name, parts in LINEAR.items():
@@ -59,10 +71,12 @@ def stack_layers(layers: nn.ModuleList) -> dict[str, Tensor]:
         weight = torch.stack([module.weight for module in maps])
         stacked[name] = weight.view(len(layers), -1, weight.shape[-1]).mT
         stacked[f"{name}_bias"] = torch.stack([module.bias for module in maps]).view(len(layers), 1, -1)
-    for name in NORMS:
-        norms: list[Any] = [layer.get_submodule(name) for layer in layers]
-        stacked[name] = torch.stack([norm.weight for norm in norms]).unsqueeze(1)
-        stacked[f"{name}_bias"] = torch.stack([norm.bias for norm in norms]).unsqueeze(1)
+    norms: dict[str, list[Any]] = {name: [layer.get_submodule(name) for layer in layers] for name in NORMS}
+    if final_norm is not None:
+        norms["state_norm"] = [*norms["self_attn_layer_norm"][1:], final_norm]
+    for name, by_layer in norms.items():
+        stacked[name] = torch.stack([norm.weight for norm in by_layer]).unsqueeze(1)
+        stacked[f"{name}_bias"] = torch.stack([norm.bias for norm in by_layer]).unsqueeze(1)
     return stacked
 
 
@@ -91,7 +105,7 @@ class StackedLayers:
         return self._map("out_proj", read_RLD)
 
     def self_attn_layer_norm(self, stream_RLD: Tensor) -> Tensor:
-        """Apply the layer norm after attention."""
+        """Apply the layer norm after attention, with `normalize_before` the one before attention."""
         return self._norm("self_attn_layer_norm", stream_RLD)
 
     def fc1(self, stream_RLD: Tensor) -> Tensor:
@@ -103,16 +117,23 @@ class StackedLayers:
         return self._map("fc2", hidden)
 
     def final_layer_norm(self, stream_RLD: Tensor) -> Tensor:
-        """Apply the layer norm after the feed-forward block."""
+        """Apply the layer norm after the feed-forward block, with `normalize_before` the one before the block."""
         return self._norm("final_layer_norm", stream_RLD)
+
+    def state_of(self, slots_EBPD: Tensor) -> Tensor:
+        """Return slots that leave the layers as the layers above read them: normed with `normalize_before`."""
+        if "state_norm" not in self.weights:
+            return slots_EBPD
+        epsilon = self.shared.self_attn_layer_norm.eps
+        return self._norm("state_norm", slots_EBPD.flatten(0, 1), epsilon).view_as(slots_EBPD)
 
     def _map(self, name: str, rows: Tensor) -> Tensor:
         weight, bias = self.weights[name], self.weights[f"{name}_bias"]
         return per_layer(rows.unflatten(0, (len(bias), -1)), weight, bias).flatten(0, 1)
 
-    def _norm(self, name: str, rows_RLD: Tensor) -> Tensor:
+    def _norm(self, name: str, rows_RLD: Tensor, epsilon: float | None = None) -> Tensor:
         weight, bias = self.weights[name], self.weights[f"{name}_bias"]
-        epsilon = getattr(self.shared, name).eps
+        epsilon = getattr(self.shared, name).eps if epsilon is None else epsilon
         normed = nn.functional.layer_norm(rows_RLD, rows_RLD.shape[-1:], eps=epsilon)
         by_layer = normed.unflatten(0, (len(weight), -1)).flatten(1, 2)
         return torch.addcmul(bias, by_layer, weight).view_as(rows_RLD)

@@ -20,7 +20,7 @@ from transformers.models.bart.modeling_bart import BartEncoderLayer
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.execution.fused_cell import can_fuse, fused_cell
 from recurrent_bart.execution.stacked_layers import StackedLayers
-from recurrent_bart.recurrence.cell import AttentionMasks, encoder_cell
+from recurrent_bart.recurrence.cell import AttentionMasks, attention_input, encoder_cell
 from recurrent_bart.recurrence.grouped_linear import slice_weights
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, Weights
 from recurrent_bart.recurrence.segmentation import Segment, on_device
@@ -173,14 +173,16 @@ def diagonal_step(
     layers, gate_RH = StackedLayers(weights, layer), None
     if can_fuse(layer, stream_EBSD):
         return fused_cell(layers, recurrence, stream_EBSD, state_EBPD, visible, is_read_EB, into)
+    attended_RSD = attention_input(layers, stream_EBSD.flatten(0, 1))
     key, value = recurrence.project(state_EBPD, weights, layers.key_value)
     prefix = key.flatten(0, 1), value.flatten(0, 1)
     if "prefix_gate" in weights:
         gate_RH = weights["prefix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
-    matrix = recurrence.matrix(state_EBPD, stream_EBSD, visible.is_token, weights)
-    stream_RSD, _, written = encoder_cell(layers, stream_EBSD.flatten(0, 1), visible, prefix, gate_RH, matrix)
+    matrix = recurrence.matrix(state_EBPD, attended_RSD.view_as(stream_EBSD), visible.is_token, weights)
+    inputs = stream_EBSD.flatten(0, 1), attended_RSD, visible, prefix, gate_RH, matrix
+    stream_RSD, _, written = encoder_cell(layers, *inputs)
     stream_EBSD = stream_RSD.view_as(stream_EBSD)
-    slots_EBPD = stream_EBSD[:, :, : visible.n_slots]
+    slots_EBPD = layers.state_of(stream_EBSD[:, :, : visible.n_slots])
     state_EBPD = recurrence.next_state(state_EBPD, slots_EBPD, is_read_EB, weights, written)
     if into is not None:
         stream_EBSD, state_EBPD = into[0].copy_(stream_EBSD), into[1].copy_(state_EBPD)

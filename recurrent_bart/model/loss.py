@@ -39,16 +39,29 @@ def check_labels(labels: Tensor, vocab_size: int, every_row: bool) -> None:
         raise ValueError(f"labels: row {int(is_empty.nonzero()[0])} has no target, only {IGNORED}")
 
 
-def check_decoder_start(decoder_input_ids: Tensor, decoder_start_token_id: int) -> None:
-    """Raise a ValueError that names the first row of decoder inputs that is not shifted to the right."""
+def wrap_last_label(labels_BT: Tensor, pad_token_id: int) -> Tensor:
+    """Return MBart's decoder inputs: labels shifted to the right, with the last label of each row in front.
+
+    The last label of MBart's targets is the language code. A row without a target gives padding.
+    """
+    inputs_BT = labels_BT.masked_fill(labels_BT == IGNORED, pad_token_id)
+    last_B1 = (inputs_BT != pad_token_id).sum(dim=1, keepdim=True) - 1
+    return torch.cat([inputs_BT.gather(1, last_B1.clamp(min=0)), inputs_BT[:, :-1]], dim=1)
+
+
+def check_decoder_start(decoder_input_ids: Tensor, expected_ids: Tensor, name: str) -> None:
+    """Raise a ValueError that names the first row of decoder inputs that is not shifted to the right.
+
+    `expected_ids` are the decoder inputs of the labels; `name` says what they begin with.
+    """
     if is_traced():
         return
-    is_wrong = decoder_input_ids[:, 0] != decoder_start_token_id
+    is_wrong = decoder_input_ids[:, 0] != expected_ids[:, 0]
     if is_wrong.any():
         row = int(is_wrong.nonzero()[0])
         raise ValueError(
             f"decoder_input_ids: row {row} begins with {int(decoder_input_ids[row, 0])}, but must begin with "
-            f"decoder_start_token_id={decoder_start_token_id}"
+            f"{name}={int(expected_ids[row, 0])}"
         )
 
 

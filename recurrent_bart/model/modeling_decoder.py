@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.bart.modeling_bart import BartDecoder
+from transformers.models.bart.modeling_bart import BartDecoder, BartDecoderLayer
+from transformers.models.mbart.modeling_mbart import MBartDecoderLayer
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.execution.cuda_graphs import call_graphed, can_capture
 from recurrent_bart.model.decoder_attention import CrossAttention, GatedCrossAttention, SelfAttention
-from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput, with_final_norm
 from recurrent_bart.model.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.recurrence.segmentation import is_traced
 
@@ -28,9 +29,14 @@ MOST_CHECKPOINTED_TARGETS = 1_024
 TARGETS_STEP = 32
 
 
+class PreNormDecoderLayer(MBartDecoderLayer, BartDecoderLayer):
+    """BartDecoderLayer that runs MBart's `forward`; Hugging Face finds the layers of BartDecoder by their type."""
+
+
 class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
     """BartDecoder with its own attention modules and masks, plain tuples as outputs, and CUDA graphs for short targets.
 
+    With `normalize_before` it has MBart's layers and a norm after the last one.
     On a GPU the decoder builds the causal mask itself if none is given. CUDA graphs run in training with
     `schedule="auto"` for at most `MOST_TARGETS` positions, or `MOST_CHECKPOINTED_TARGETS` under gradient checkpointing.
     They do not recompute activations, and return a cache only with `use_cache=True`. LayerDrop and packed contexts
@@ -45,6 +51,10 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
             # another model
             layer.self_attn.__class__ = SelfAttention
             layer.encoder_attn = (GatedCrossAttention if is_gated else CrossAttention)(config, layer_idx)
+            if config.normalize_before:
+                layer.__class__ = PreNormDecoderLayer
+        # BART has no norm after the last layer
+        self.layer_norm = nn.LayerNorm(config.d_model) if config.normalize_before else None
         self.post_init()
 
     def forward(
@@ -62,7 +72,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
         if is_traced() and return_dict is not False:
             # positional, as BartModel calls it
             parts = input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask
-            return super().forward(*parts, past_key_values, inputs_embeds, **kwargs)
+            return with_final_norm(super().forward(*parts, past_key_values, inputs_embeds, **kwargs), self.layer_norm)
         active = {name for name, value in kwargs.items() if value is not None and value is not False}
         decoded = None
         if attention_mask is None and past_key_values is None and "use_cache" not in active:
@@ -83,6 +93,7 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
                 inputs_embeds,
                 **kwargs,
             )
+            output = with_final_norm(output, self.layer_norm)
         return tuple(getattr(output, item.name) for item in fields(output)) if return_dict is False else output
 
     def _recorded(self, inputs: list[Tensor | None], n_memory: int | None) -> Tensor | None:
@@ -118,7 +129,8 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
             for layer in checkpointed:
                 layer.gradient_checkpointing = False
             own_mask = self._causal_mask(embeds)
-            return super().forward(None, own_mask, hidden, mask, None, embeds, **settings).last_hidden_state
+            output = super().forward(None, own_mask, hidden, mask, None, embeds, **settings)
+            return with_final_norm(output, self.layer_norm).last_hidden_state
         finally:
             for layer in checkpointed:
                 layer.gradient_checkpointing = True

@@ -16,7 +16,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.execution.graph_guards import device_guard
 from recurrent_bart.execution.grid import Grid, OutputSelection
 from recurrent_bart.model.decoder_context import encoder_output
-from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput, with_final_norm
 from recurrent_bart.model.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.recurrence.bptt import n_segments_with_graph
 from recurrent_bart.recurrence.encoder_layer import RecurrentBartEncoderLayer
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
-    """BartEncoder that reads a document as segments, and carries a state between segments."""
+    """BartEncoder or MBartEncoder that reads a document as segments, and carries a state between segments."""
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
@@ -36,6 +36,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             # change the class of the existing layer: a new one would draw random weights, and the same seed would give
             # another model
             layer.__class__ = RecurrentBartEncoderLayer
+        # BART has no norm after the last layer
+        self.layer_norm = nn.LayerNorm(config.d_model) if config.normalize_before else None
         self.recurrence = build_recurrence(config)
         self.checkpoints_segments = False
         self.post_init()
@@ -81,7 +83,9 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         decode_at, target_segments = read_selection(kwargs, decode_at, target_segments)
         if self.is_traced_as_bart(input_ids, inputs_embeds, state, decode_at, target_segments):
             flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-            return super().forward(input_ids, attention_mask, inputs_embeds, return_dict=return_dict, **flags, **kwargs)
+            output = super().forward(input_ids, attention_mask, inputs_embeds, **flags, **kwargs)
+            output = with_final_norm(output, self.layer_norm)
+            return output.to_tuple() if return_dict is False else output
         if batch is None:
             reading = input_ids, attention_mask, inputs_embeds, decode_at, target_segments
             batch = SegmentedBatch.build(self.config, self.training, *reading, may_be_empty=state is not None)
@@ -91,9 +95,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
                 raise ValueError(f"state: a RecurrentState is needed, but a {type(state).__name__} was given")
             state.check(self.config, len(batch.attention_mask))
         recurrence = self.recurrence and self.recurrence(inputs_embeds.device)
-        grid = Grid(
-            self.config, self.layers, recurrence, self._embed_segment, self.checkpoints_segments and self.training
-        )
+        checkpoints_segments = self.checkpoints_segments and self.training
+        grid = Grid(self.config, self.layers, recurrence, self._embed_segment, checkpoints_segments, self.layer_norm)
         selection = OutputSelection(
             every_segment=batch.decodes_several_segments,
             tokens=self.config.decoder_context in ("section", "all"),

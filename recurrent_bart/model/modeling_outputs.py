@@ -256,3 +256,12 @@ class RecurrentBartLMOutput(Seq2SeqLMOutput):
     """
 
     state: RecurrentState | None = None
+
+
+def with_final_norm(output: Any, norm: nn.Module | None) -> Any:
+    """Apply the norm after the last layer, if there is one, to the output of an encoder or decoder in place."""
+    if norm is not None:
+        output.last_hidden_state = norm(output.last_hidden_state)
+        if output.hidden_states:
+            output.hidden_states = (*output.hidden_states[:-1], output.last_hidden_state)
+    return output

@@ -17,7 +17,7 @@ from recurrent_bart.model.peft_adapters import save_recurrence, use_barts_target
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence
 
 CHECKPOINTING_GRAINS = ("none", "layer", "segment")
-# weights that BART lacks, in models that otherwise have BART's names but another order of norms and layers
+# weights of MBart that BART lacks; all other names are the same
 FINAL_NORM = re.compile(r"(^|\.)(encoder|decoder)\.layer_norm\.")
 
 
@@ -35,17 +35,30 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
+        if config.normalize_before:
+            self._no_split_modules = ("RecurrentBartEncoderLayer", "PreNormDecoderLayer")
         use_barts_targets()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load weights of Recurrent BART or plain BART; see PreTrainedModel. Raise ValueError for mBART weights."""
+        """Load weights of Recurrent BART, plain BART or MBart; see PreTrainedModel.
+
+        Raises:
+            ValueError: The weights have another layout than the configuration names.
+        """
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        norms = sorted(name for name in report["unexpected_keys"] if FINAL_NORM.search(name))
-        if norms:
+        norms = {kind: sorted(filter(FINAL_NORM.search, report[f"{kind}_keys"])) for kind in ("unexpected", "missing")}
+        if norms["unexpected"]:
             raise ValueError(
-                f"the checkpoint has {', '.join(norms)}, but BART has no norm after the last layer. The weights belong "
-                "to mBART or a similar model with a norm before each layer, although the configuration names BART"
+                f"the checkpoint has {', '.join(norms['unexpected'])}, but BART has no norm after the last layer. The "
+                "weights belong to mBART or a similar model with a norm before each layer, although the configuration "
+                "names BART"
+            )
+        if norms["missing"]:
+            raise ValueError(
+                f"the checkpoint lacks {', '.join(norms['missing'])}, but MBart has a norm after the last layer. The "
+                "weights belong to BART or a similar model with a norm after each layer, although the configuration "
+                "names MBart"
             )
         return (model, report) if output_loading_info else model
 

@@ -30,6 +30,7 @@ from recurrent_bart.model.loss import (
     on_host,
     per_target,
     token_loss,
+    wrap_last_label,
 )
 from recurrent_bart.model.modeling_decoder import RecurrentBartDecoder
 from recurrent_bart.model.modeling_encoder import RecurrentBartEncoder
@@ -61,6 +62,13 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         self.encoder = RecurrentBartEncoder(config)
         self.decoder = RecurrentBartDecoder(config)
         self.post_init()
+
+    def shift_right(self, ids_BT: Tensor) -> Tensor:
+        """Return the decoder's inputs for labels, in the way of BART or of MBart; see `wraps_last_label`."""
+        config = self.config
+        if config.wraps_last_label:
+            return wrap_last_label(ids_BT, config.pad_token_id)
+        return shift_tokens_right(ids_BT, config.pad_token_id, config.decoder_start_token_id)
 
     def encode(
         self,
@@ -168,9 +176,7 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
                     "decoder_input_ids or labels are missing; the decoder can read input_ids instead only if their "
                     "shape is (batch, tokens)"
                 )
-            decoder_input_ids = shift_tokens_right(
-                input_ids, self.config.pad_token_id, self.config.decoder_start_token_id
-            )
+            decoder_input_ids = self.shift_right(input_ids)
         if encoder_outputs is None:
             selected = read_selection(kwargs, decode_at, target_segments)
             check_one_target(selected[1])
@@ -211,6 +217,10 @@ class RecurrentBartForConditionalGeneration(
         self.final_logits_bias = nn.Buffer(torch.zeros(1, config.vocab_size))
         self.lm_head = TokenHead(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Return the decoder's inputs for labels; see `RecurrentBartModel.shift_right`."""
+        return self.model.shift_right(labels)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Set the head; turn a plain layer, which resizing creates, into a TokenHead."""
@@ -283,7 +293,8 @@ class RecurrentBartForConditionalGeneration(
                 check_labels(known, self.config.vocab_size, every_row=True)
             labels = to_device(labels, self.final_logits_bias.device)
             if decoder_input_ids is not None:
-                check_decoder_start(decoder_input_ids, self.config.decoder_start_token_id)
+                name = "the last label" if self.config.wraps_last_label else "decoder_start_token_id"
+                check_decoder_start(decoder_input_ids, self.prepare_decoder_input_ids_from_labels(labels), name)
             elif decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if oracle is not None:

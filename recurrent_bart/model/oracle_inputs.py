@@ -37,7 +37,8 @@ class OracleInputs:
         if oracle.gold_probability == 1:
             return inputs_BT
         eos, pad = self.config.eos_token_id, self.config.pad_token_id
-        special = SpecialIds(eos, pad, outside=(eos, pad, self.config.decoder_start_token_id))
+        start = self.config.decoder_start_token_id
+        special = SpecialIds(eos, pad, outside=(eos, pad, *([] if start is None else [start])))
         if oracle.kind == "word":
             decoded = self.model.decode(encoded, input_ids=inputs_BT, use_cache=False)
             words_BT = word_oracle(self._logits(decoded.last_hidden_state), oracle.temperature, special)
@@ -45,7 +46,9 @@ class OracleInputs:
             with caching(self.model.decoder):
                 next_logits = self._next_logits(encoded, oracle.n_beams)
                 words_BT = sentence_oracle(next_logits, inputs_BT, labels_BT, oracle, special)
-        return mix_inputs(inputs_BT, words_BT, labels_BT, oracle.gold_probability)
+        mixed_BT = mix_inputs(inputs_BT, words_BT, labels_BT, oracle.gold_probability)
+        # a language code may follow the end
+        return torch.where(inputs_BT == eos, inputs_BT, mixed_BT)
 
     def _next_logits(self, encoded: RecurrentEncoderOutput, n_beams: int) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a beam-search step: a function from each beam's last id and parent beam to the next id's scores."""

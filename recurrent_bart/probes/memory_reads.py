@@ -17,6 +17,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.recurrence.attention import split_heads
+from recurrent_bart.recurrence.cell import SingleLayer, attention_input
 from recurrent_bart.recurrence.prefix_recurrence import KeyValue, PrefixReader, PrefixRecurrence, RecurrentState
 
 
@@ -62,7 +63,8 @@ def read_segment(
     for layer, weights, hidden, memory_HMK in zip(
         encoder.layers, output.attentions, output.hidden_states[:-1], prefix_values, strict=True
     ):
-        values_HAK = torch.cat([memory_HMK, _values(layer.self_attn, hidden[:, 0])], dim=1)
+        attended = attention_input(SingleLayer(layer), hidden[:, 0])
+        values_HAK = torch.cat([memory_HMK, _values(layer.self_attn, attended)], dim=1)
         parts.append(_parts(weights[0, 0][:, is_token_L], values_HAK, memory_HMK.shape[1]))
     return output, _joined(parts)
 

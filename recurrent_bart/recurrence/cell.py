@@ -85,7 +85,7 @@ class CellLayer(Protocol):
         """Apply the output projection of attention."""
 
     def self_attn_layer_norm(self, stream_BLD: Tensor) -> Tensor:
-        """Apply the layer norm after attention."""
+        """Apply the layer norm after attention, with `normalize_before` the one before attention."""
 
     def fc1(self, stream_BLD: Tensor) -> Tensor:
         """Apply the first feed-forward map."""
@@ -94,7 +94,7 @@ class CellLayer(Protocol):
         """Apply the second feed-forward map."""
 
     def final_layer_norm(self, stream_BLD: Tensor) -> Tensor:
-        """Apply the layer norm after the feed-forward block."""
+        """Apply the layer norm after the feed-forward block, with `normalize_before` the one before the block."""
 
 
 class SingleLayer:
@@ -112,19 +112,31 @@ class SingleLayer:
         return query, key, value
 
 
+def attention_input(layer: CellLayer, stream_BLD: Tensor) -> Tensor:
+    """Return the hidden states that a layer's attention reads: normed with `normalize_before`, otherwise unchanged."""
+    return layer.self_attn_layer_norm(stream_BLD) if normalizes_before(layer.shared) else stream_BLD
+
+
+def normalizes_before(layer: BartEncoderLayer) -> bool:
+    """Return True if the layer's norms come before attention and feed-forward block, as in MBart."""
+    return layer.self_attn.config.normalize_before
+
+
 def encoder_cell(
     layer: CellLayer,
     stream_BLD: Tensor,
+    attended_BLD: Tensor,
     visible: AttentionMasks,
     prefix: KeyValue | None,
     gate_BH: Tensor | None,
     matrix: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run one layer on one segment. Only the attention differs from BartEncoderLayer.
+    """Run one layer on one segment. Only the attention differs from BartEncoderLayer or MBartEncoderLayer.
 
     Args:
         layer: The layer, or several stacked layers; B then counts the documents of each layer.
         stream_BLD: Hidden states `(B, P + L, D)`, slots in front of tokens.
+        attended_BLD: Result of `attention_input` for these hidden states.
         visible: Attention masks of slots and tokens.
         prefix: Keys and values `(B, H, P, K)` of the layer's state; None disables the recurrence.
         gate_BH: Gate of each head on a separate softmax over the prefix; None means one softmax over all keys.
@@ -134,19 +146,29 @@ def encoder_cell(
         The layer's output hidden states; the tokens' attention weights `(B, H, L, A)`, from the eager back-end only;
         the matrix values after the segment.
     """
-    shared, dropout = layer.shared, nn.functional.dropout
-    read, weights, written = cell_attention(layer, stream_BLD, visible, prefix, gate_BH, matrix)
-    read = dropout(layer.out_proj(read), p=shared.dropout, training=shared.training)
-    stream_BLD = layer.self_attn_layer_norm(stream_BLD + read)
-    hidden = shared.activation_fn(layer.fc1(stream_BLD))
-    hidden = dropout(hidden, p=shared.activation_dropout, training=shared.training)
+    shared, dropout, is_before = layer.shared, nn.functional.dropout, normalizes_before(layer.shared)
+    read, weights, written = cell_attention(layer, attended_BLD, visible, prefix, gate_BH, matrix)
+    stream_BLD = stream_BLD + dropout(layer.out_proj(read), p=shared.dropout, training=shared.training)
+    if not is_before:
+        stream_BLD = layer.self_attn_layer_norm(stream_BLD)
+    hidden = layer.fc1(layer.final_layer_norm(stream_BLD) if is_before else stream_BLD)
+    hidden = dropout(shared.activation_fn(hidden), p=shared.activation_dropout, training=shared.training)
     hidden = dropout(layer.fc2(hidden), p=shared.dropout, training=shared.training)
-    return layer.final_layer_norm(stream_BLD + hidden), weights, written
+    stream_BLD = stream_BLD + hidden
+    return within_range(stream_BLD) if is_before else layer.final_layer_norm(stream_BLD), weights, written
+
+
+def within_range(stream: Tensor) -> Tensor:
+    """Return hidden states clamped to the finite numbers of float16, as MBartEncoderLayer does; no norm bounds them."""
+    if stream.dtype != torch.float16:
+        return stream
+    most = torch.finfo(stream.dtype).max - 1000
+    return stream.clamp(min=-most, max=most)
 
 
 def cell_attention(
     layer: CellLayer,
-    stream_BLD: Tensor,
+    attended_BLD: Tensor,
     visible: AttentionMasks,
     prefix: KeyValue | None,
     gate_BH: Tensor | None,
@@ -155,7 +177,7 @@ def cell_attention(
     """Return attention output, the tokens' attention weights and the new matrix. Tokens never attend to slots."""
     attention, n_slots = layer.shared.self_attn, visible.n_slots
     # split instead of slices: the backward pass of each slice would write the whole tensor
-    parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(stream_BLD)]
+    parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(attended_BLD)]
     (slots_query, *slots), (token_query, *tokens) = zip(*parts, strict=True)
     tokens_see = concat_keys(prefix, tokens) if prefix is not None and gate_BH is None else tokens
     read, weights = attend(attention, token_query, tokens_see, visible.tokens)

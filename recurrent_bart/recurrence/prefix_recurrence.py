@@ -229,8 +229,8 @@ class PrefixRecurrence(nn.Module):
     ) -> Matrix | None:
         """Return the associative memory of some layers for one segment, or None without associative memory.
 
-        `stream_EBSD` holds the hidden states that enter the layers. `is_token_RL` is False at padding (None: no
-        padding). `weights` holds the entries of `by_layer` for these layers.
+        `stream_EBSD` holds the hidden states that the layers' attention reads. `is_token_RL` is False at padding (None:
+        no padding). `weights` holds the entries of `by_layer` for these layers.
         """
         if not self.n_matrix_rows:
             return None
@@ -241,6 +241,12 @@ class PrefixRecurrence(nn.Module):
             strength_RLH = strength_RLH * is_token_RL.unsqueeze(-1)
         gate_RH = weights["matrix_gate"].repeat_interleave(stream_EBSD.shape[1], dim=0)
         return Matrix(from_rows(state_EBPD[:, :, -self.n_matrix_rows :]), gate_RH, strength_RLH)
+
+    def matrix_of_layer(
+        self, state_1BPD: Tensor, is_token_BL: Tensor | None, weights: Weights, stream_BSD: Tensor
+    ) -> Matrix | None:
+        """Return `matrix` of a single layer, whose attention reads `stream_BSD`."""
+        return self.matrix(state_1BPD, stream_BSD.unsqueeze(0), is_token_BL, weights)
 
     def next_state(
         self,
@@ -254,7 +260,8 @@ class PrefixRecurrence(nn.Module):
 
         Args:
             state_EBPD: State before the segment.
-            slots_EBPD: Slots that leave each layer.
+            slots_EBPD: Slots that leave each layer; with `normalize_before`, after the norm of the layer above or the
+                final norm.
             is_read_EB: False where a document has no text in the layer's segment; there the state stays unchanged.
                 None: all documents have text.
             weights: Entries of `by_layer` for these layers.

@@ -59,7 +59,12 @@ def split_into_segments(
 
 
 def segment_positions(
-    attention_mask: Tensor, input_ids: Tensor, special: tuple[int, int], segment_size: int, input_size: int
+    attention_mask: Tensor,
+    input_ids: Tensor,
+    special: tuple[int, int],
+    segment_size: int,
+    input_size: int,
+    may_end_with_language: bool = False,
 ) -> Tensor:
     """Return, for each token of each segment, its index in the uncut row: `(B, N, L)`, -1 at padding.
 
@@ -67,6 +72,7 @@ def segment_positions(
         attention_mask: `(B, n)`, 1 at the document's tokens.
         input_ids: `(B, n)`; the ids show if a row begins and ends with the special tokens.
         special: Ids that begin and end a document, `(bos, eos)`.
+        may_end_with_language: A row may end with eos and a language code, which then end each segment, as in MBart.
 
     Raises:
         ValueError: A row has no token; the message names the row.
@@ -79,6 +85,8 @@ def segment_positions(
             raise ValueError(f"attention_mask: row {row} has no tokens")
         n_leading = int(input_ids[row, positions[0]] == special[0])
         n_trailing = int(input_ids[row, positions[-1]] == special[1])
+        if may_end_with_language and not n_trailing and len(positions) > 1:
+            n_trailing = 2 * int(input_ids[row, positions[-2]] == special[1])
         rows.append(split_into_segments(positions, segment_size, input_size, n_leading, n_trailing))
     return torch.tensor(pad_segments(rows, padding=-1))
 
@@ -145,7 +153,8 @@ def segment_documents(
         )
     if is_flat:
         special = config.bos_token_id, config.eos_token_id
-        positions = segment_positions(mask, input_ids, special, config.segment_size, config.input_size)
+        sizes = config.segment_size, config.input_size
+        positions = segment_positions(mask, input_ids, special, *sizes, may_end_with_language=config.wraps_last_label)
         tokens, mask = gather_segments(tokens, positions, config.pad_token_id), (positions >= 0).to(mask.dtype)
     if tokens.shape[2] > config.input_size:
         raise ValueError(f"segments have {tokens.shape[2]} tokens, but input_size is {config.input_size}")

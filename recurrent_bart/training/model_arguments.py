@@ -17,8 +17,8 @@ class ModelArguments:
 
     model_name_or_path: str | None = flag(
         None,
-        "path or Hugging Face Hub name of a pretrained BART or Recurrent BART; if not given: a new model of size "
-        "--model_size",
+        "path or Hugging Face Hub name of a pretrained BART, MBart or Recurrent BART; if not given: a new model of "
+        "size --model_size",
     )
     model_size: str = flag(
         "tiny", "size of a new model: tiny, small, base or large; not used with --model_name_or_path"
@@ -27,6 +27,14 @@ class ModelArguments:
         None,
         "path or Hugging Face Hub name of a tokenizer; if not given: the pretrained model's tokenizer, or one trained "
         "on the training documents",
+    )
+    source_lang: str | None = flag(
+        None,
+        "language code of the documents, for a tokenizer of several languages, as MBart's; if not given: the "
+        "tokenizer's own",
+    )
+    target_lang: str | None = flag(
+        None, "language code of the targets; if not given: the tokenizer's own, else the language of the documents"
     )
     trust_remote_code: bool = flag(False, "run Python code that is stored beside the tokenizer")
     vocab_size: int = flag(4096, "number of ids of a tokenizer that is trained for a new model")

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.rows import TASKS
+from recurrent_bart.data.tokenizer import has_languages, special_tokens_around_targets
 from recurrent_bart.model.loading import load_pretrained
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.model.saved_models import reading_model
@@ -74,7 +75,20 @@ def build_config(
             f"the tokenizer has {len(tokenizer)} ids, but {arguments.model_name_or_path} has only {config.vocab_size}"
         )
     _check_special_ids(arguments, config, tokenizer)
+    if config.wraps_last_label:
+        # generation begins as the decoder's inputs in training do
+        config.decoder_start_token_id = _last_label(arguments, tokenizer)
     return config
+
+
+def _last_label(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> int:
+    _, trailing = special_tokens_around_targets(tokenizer)
+    if not trailing:
+        raise ValueError(
+            f"the tokenizer adds no token after a target, but {arguments.model_name_or_path} begins each text with the "
+            "target's last token, as MBart does; use a tokenizer that adds an end token or a language code"
+        )
+    return trailing[-1]
 
 
 def _check_special_ids(
@@ -120,7 +134,16 @@ def build_model(
                 config=config,
                 dtype=torch.float32,
             )
+    if config.wraps_last_label:
+        model.generation_config.decoder_start_token_id = config.decoder_start_token_id
     return model.train()
+
+
+def force_target_language(model: RecurrentBartForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make generated texts begin with the language code, if targets begin with one, as in MBart-50."""
+    leading, _ = special_tokens_around_targets(tokenizer)
+    if has_languages(tokenizer):
+        model.generation_config.forced_bos_token_id = leading[0] if leading else None
 
 
 def _from_scratch(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -17,7 +17,13 @@ from recurrent_bart.data.corpus import choose_rows, load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.text_files import check_encoding
-from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
+from recurrent_bart.data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    special_tokens_around,
+    special_tokens_around_targets,
+    train_tokenizer,
+)
 from recurrent_bart.files import atomic_directory, fingerprint
 from recurrent_bart.model.generation_settings import longest_text
 from recurrent_bart.model.saved_models import check_model_place
@@ -191,7 +197,7 @@ def find_tokenizer(
     if model.model_name_or_path:
         check_model_place("--model_name_or_path", model.model_name_or_path, may_be_on_hub=True)
     if name:
-        return load_tokenizer(str(name), model.trust_remote_code)
+        return load_tokenizer(str(name), model.trust_remote_code, model.source_lang, model.target_lang)
     # copies made with --gap_sentences contain the same words and would not change the tokenizer
     train = replace(train, n_made=0)
     key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()))
@@ -224,13 +230,15 @@ def open_documents(
     leading, trailing = special_tokens_around(tokenizer)
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
     longest = longest_text(config, data.max_target_length)
-    n_special = len(leading) + len(trailing)
-    plan = plan_documents(corpus["section_lengths"], corpus["summary_lengths"], sizes, n_special, longest)
+    around_targets = special_tokens_around_targets(tokenizer)
+    n_special, n_special_of_target = len(leading) + len(trailing), sum(map(len, around_targets))
+    lengths = corpus["section_lengths"], corpus["summary_lengths"]
+    plan = plan_documents(*lengths, sizes, n_special, longest, n_special_of_target)
     if not plan.indices:
         raise ValueError(
             f"{source.place}: no document has a target in its first {max_n_segments} segments (--max_n_segments)"
         )
-    collator = Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest)
+    collator = Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest, around_targets)
     return Documents(corpus, plan, collator, skipped, found.fingerprint)
 
 

@@ -15,7 +15,7 @@ Flags = dict[str, dict[str, Any]]
 KEPT_MODEL = (
     *("model_name_or_path", "model_size", "tokenizer_name", "vocab_size", "train", "lora_r", "lora_alpha"),
     *("pre_seq_len", "prefix_projection", "prefix_hidden_size", "recurrence", "prefix_attention", "update_gate"),
-    *("associative_memory", "matrix_gate_init"),
+    *("associative_memory", "matrix_gate_init", "source_lang", "target_lang"),
 )
 # flags that decide what a document is; a change would invalidate the position in the data
 KEPT_DATA = (

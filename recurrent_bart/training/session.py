@@ -49,7 +49,7 @@ from recurrent_bart.training.lifecycle.interruption import Interrupted, Interrup
 from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
 from recurrent_bart.training.lifecycle.spikes import SpikeWatch
 from recurrent_bart.training.lifecycle.stall import StallWatch
-from recurrent_bart.training.model_building import build_model
+from recurrent_bart.training.model_building import build_model, force_target_language
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import Documents, Preparation, make_run_folder, prepare
 from recurrent_bart.training.probing import probe_recurrence
@@ -133,6 +133,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     arguments = with_length(arguments, order, state, prepared.changes)
     run = arguments.run
     model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
+    force_target_language(model, prepared.tokenizer)
     choose_trained(model, arguments.model)
     change_settings(model.generation_config, run.generation_settings(), generated_length(run, prepared))
     rates = learning_rates(arguments, prepared.config)

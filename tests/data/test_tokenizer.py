@@ -7,10 +7,17 @@ import unicodedata
 import pytest
 import sentencepiece
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BertTokenizer
+from transformers import AutoTokenizer, BertTokenizer, MBart50Tokenizer, MBartTokenizer
 
 from recurrent_bart.data import tokenizer as module
-from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer, special_tokens_around, train_tokenizer
+from recurrent_bart.data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    special_tokens_around,
+    special_tokens_around_targets,
+    train_tokenizer,
+)
+from tiny import multilingual_tokenizer
 
 TEXTS = [f"the {word} of number {i} is returned as a list_{i % 7}({word})" for i, word in enumerate(dir(str) * 5)]
 HARD = [
@@ -187,3 +194,50 @@ def test_code_of_a_tokenizer_runs_only_with_trust_remote_code(with_code, tmp_pat
     tokenizer = load_tokenizer(str(with_code), trust_remote_code=True)
     assert type(tokenizer).__name__ == "OwnTokenizer"
     assert tokenizer.bos_token_id == 2
+
+
+@pytest.fixture(params=[MBartTokenizer, MBart50Tokenizer], ids=["MBart", "MBart-50"])
+def multilingual(request, tmp_path):
+    """Write a tokenizer of several languages that names none, as on the Hugging Face Hub."""
+    multilingual_tokenizer(request.param).save_pretrained(tmp_path / "several")
+    file = tmp_path / "several" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"src_lang": None, "tgt_lang": None}))
+    return tmp_path / "several"
+
+
+def around(multilingual, tokenizer, code):
+    """Return the special ids that the paper of the tokenizer puts around a text in a language."""
+    own, eos = tokenizer.convert_tokens_to_ids(code), tokenizer.eos_token_id
+    is_50 = json.loads((multilingual / "tokenizer_config.json").read_text())["tokenizer_class"] == "MBart50Tokenizer"
+    return ([own], [eos]) if is_50 else ([], [eos, own])
+
+
+@pytest.mark.parametrize("target_lang", [None, "ro_RO"])
+def test_language_codes_stand_where_the_tokenizer_puts_them_and_are_saved(multilingual, target_lang, tmp_path):
+    loaded = load_tokenizer(str(multilingual), source_lang="de_DE", target_lang=target_lang)
+    save_tokenizer(loaded, tmp_path / "saved")
+    for tokenizer in (loaded, load_tokenizer(str(tmp_path / "saved"))):
+        assert special_tokens_around(tokenizer) == around(multilingual, tokenizer, "de_DE")
+        assert special_tokens_around_targets(tokenizer) == around(multilingual, tokenizer, target_lang or "de_DE")
+        # the tokenizer still encodes documents
+        assert special_tokens_around(tokenizer) == around(multilingual, tokenizer, "de_DE")
+
+
+@pytest.mark.parametrize(
+    ("languages", "message"),
+    [
+        ({}, "needs the language of the documents; set --source_lang .* its codes are .*de_DE"),
+        ({"source_lang": "xx_XX"}, "--source_lang xx_XX: not a language code .* its codes are .*de_DE"),
+        ({"source_lang": "de_DE", "target_lang": "xx"}, "--target_lang xx: not a language code"),
+    ],
+)
+def test_a_language_code_that_is_missing_or_unknown_is_refused(multilingual, languages, message):
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(str(multilingual), **languages)
+
+
+def test_language_codes_for_a_tokenizer_of_one_language_are_refused(bert):
+    with pytest.raises(ValueError, match=r"--target_lang ja_XX: the tokenizer of .* adds no language codes"):
+        load_tokenizer(str(bert), target_lang="ja_XX")
+    tokenizer = load_tokenizer(str(bert))
+    assert special_tokens_around_targets(tokenizer) == special_tokens_around(tokenizer)

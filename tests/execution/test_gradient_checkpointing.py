@@ -17,6 +17,7 @@ VARIANTS = {
     "associative wavefront": {"associative_memory": True, "schedule": "wavefront"},
     "concat windows wavefront": {"prefix_attention": "concat", "bptt_depth": 1, "schedule": "wavefront"},
 }
+VARIANTS |= {f"{name} pre-norm": fields | {"normalize_before": True} for name, fields in VARIANTS.items()}
 
 
 def loss_and_gradients(grain, labels_shape, **fields):

@@ -23,6 +23,7 @@ OPTIONS = {
     "prefix_projection": (True, False),
     "update_gate": (True, False),
     "associative_memory": (False, True),
+    "normalize_before": (False, True),
     "checkpointing": ("none", "layer", "segment"),
     "task": ("document", "sections"),
 }

@@ -7,7 +7,7 @@ import torch
 
 from recurrent_bart.execution import grid
 from reference import context, encode
-from tiny import batch_of, random_ids
+from tiny import NORM_ORDERS, batch_of, random_ids
 
 FIELDS = ("recurrence", "prefix_attention", "prefix_projection", "update_gate")
 VARIANTS = [
@@ -19,6 +19,7 @@ VARIANTS = [
 ]
 VARIANTS += [{"associative_memory": True, "prefix_attention": attention} for attention in ("gated", "concat")]
 VARIANTS += [variant | {"schedule": "wavefront"} for variant in VARIANTS if variant.get("recurrence") != "top"]
+VARIANTS += [variant | {"normalize_before": True} for variant in VARIANTS]
 # lengths of the segments of each document
 DOCUMENTS = {
     "one": [[8]],
@@ -91,9 +92,10 @@ def test_context_after_every_segment_is_the_references(make_model, variant):
     assert output.is_read.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
 
 
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
-def test_without_recurrence_segments_are_read_alone(make_model, schedule):
-    model = make_model(pre_seq_len=0, schedule=schedule)
+def test_without_recurrence_segments_are_read_alone(make_model, schedule, norms):
+    model = make_model(pre_seq_len=0, schedule=schedule, **norms)
     documents, input_ids, mask = batch_of(DOCUMENTS["ragged"])
     output = model.model.encoder(input_ids, attention_mask=mask)
     for row, document in enumerate(documents):
@@ -103,9 +105,11 @@ def test_without_recurrence_segments_are_read_alone(make_model, schedule):
     assert output.state.memory is None
 
 
-def test_top_without_projection_is_barts_attention_over_memory_and_tokens(make_model):
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
+def test_top_without_projection_is_barts_attention_over_memory_and_tokens(make_model, norms):
     """RMT as published: BART reads `memory, tokens`, and the outputs at the memory positions are the next state."""
-    model = make_model(recurrence="top", prefix_attention="concat", prefix_projection=False, update_gate=False)
+    fields = {"recurrence": "top", "prefix_attention": "concat", "prefix_projection": False, "update_gate": False}
+    model = make_model(**fields, **norms)
     encoder, ids = model.model.encoder, random_ids(1, 2, 8)
     stream = torch.empty(0)
     memory = encoder.recurrence.initial_memory
@@ -114,11 +118,14 @@ def test_top_without_projection_is_barts_attention_over_memory_and_tokens(make_m
         stream = encoder.layernorm_embedding(torch.cat([memory, tokens], dim=1))
         for layer in encoder.layers:
             stream = layer(stream, attention_mask=None)
+        stream = stream if encoder.layer_norm is None else encoder.layer_norm(stream)
         memory = stream[:, :3]
     torch.testing.assert_close(encoder(ids).last_hidden_state, stream, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("fields", [{"pre_seq_len": 0}, {"recurrence": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"pre_seq_len": 0}, {"recurrence": "none"}, {"recurrence": "none", "normalize_before": True}], ids=str
+)
 @pytest.mark.parametrize("checkpointing", ["none", "layer", "segment"])
 @pytest.mark.parametrize(("most_tokens", "n_calls"), [(10_000, 1), (48, 3), (1, 5)])
 def test_segments_without_a_state_run_as_batches(make_model, monkeypatch, fields, checkpointing, most_tokens, n_calls):

@@ -13,7 +13,7 @@ from recurrent_bart.monitoring.memory import peak_bytes
 from recurrent_bart.recurrence.grouped_linear import StackedWeightSlice, linear, slice_weights
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmented_batch import DECODE_AT
-from tiny import batch_of, random_ids
+from tiny import NORM_ORDERS, batch_of, random_ids
 
 RAGGED = [[8, 8, 3, 8, 7], [5], [8, 2, 1]]
 FIELDS = {
@@ -31,6 +31,7 @@ FIELDS = {
     "static": {"recurrence": "none", "decoder_context": "all"},
     "no recurrence": {"pre_seq_len": 0, "decoder_context": "all"},
 }
+FIELDS |= {f"{name} pre-norm": fields | {"normalize_before": True} for name, fields in FIELDS.items()}
 
 
 def both(make_model, **fields):
@@ -76,9 +77,10 @@ def test_documents_given_flat_are_cut_with_overlap_alike(make_model):
     check_equal(results(by_diagonals, **inputs), results(sequential, **inputs))
 
 
-def test_it_goes_on_from_a_state(make_model):
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
+def test_it_goes_on_from_a_state(make_model, norms):
     """The second of three documents has not begun, and the third has no further text."""
-    sequential, by_diagonals = both(make_model)
+    sequential, by_diagonals = both(make_model, **norms)
     _, input_ids, mask = batch_of([[8, 8, 3], [5, 8], [8]])
     mask[2] = 0
     found = []
@@ -94,8 +96,9 @@ def test_it_goes_on_from_a_state(make_model):
     torch.testing.assert_close(found[1]["memory"][2], memory[2])
 
 
-def test_a_stream_read_in_parts_is_one_read_at_once(make_model):
-    _, model = both(make_model)
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
+def test_a_stream_read_in_parts_is_one_read_at_once(make_model, norms):
+    _, model = both(make_model, **norms)
     ids = random_ids(2, 7, 8)
     whole = model.model.encoder(ids)
     first = model.model.encoder(ids[:, :4])
@@ -104,8 +107,9 @@ def test_a_stream_read_in_parts_is_one_read_at_once(make_model):
     torch.testing.assert_close(then.state.memory, whole.state.memory, rtol=0, atol=1e-12)
 
 
-def test_what_layers_give_is_handed_out(make_model):
-    sequential, by_diagonals = both(make_model, attn_implementation="eager")
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
+def test_what_layers_give_is_handed_out(make_model, norms):
+    sequential, by_diagonals = both(make_model, attn_implementation="eager", **norms)
     _, input_ids, mask = batch_of(RAGGED)
     wanted = {"output_hidden_states": True, "output_attentions": True}
     expected, found = (
@@ -118,6 +122,7 @@ def test_what_layers_give_is_handed_out(make_model):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
 @pytest.mark.parametrize(
     "rates",
     [
@@ -128,9 +133,9 @@ def test_what_layers_give_is_handed_out(make_model):
     ],
     ids=str,
 )
-def test_dropout_stands_where_it_does_in_sequence(make_model, rates):
+def test_dropout_stands_where_it_does_in_sequence(make_model, rates, norms):
     """Schedules are comparable at rate 1, which draws no random number."""
-    models = [model.train() for model in both(make_model, attn_implementation="eager", **rates)]
+    models = [model.train() for model in both(make_model, attn_implementation="eager", **rates, **norms)]
     ids = random_ids(2, 4, 8)
     expected, found = (model.model.encoder(ids) for model in models)
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-10)

@@ -2,27 +2,29 @@
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from tiny import PLAIN, RECURRENT, TINY, open_gates, random_ids
+from tiny import PLAIN_CLASSES, RECURRENT, TINY, open_gates, plain_model, random_ids
 
 pytestmark = pytest.mark.slow
 # tracing takes seconds for each layer
 ONE_LAYER = {"encoder_layers": 1, "decoder_layers": 1}
 
 
-@pytest.fixture
-def bart():
-    """Return a BART with one encoder layer and one decoder layer."""
-    return BartForConditionalGeneration(BartConfig(**PLAIN | ONE_LAYER)).eval()
+@pytest.fixture(params=PLAIN_CLASSES)
+def bart(request):
+    """Return a plain BART or MBart with one encoder layer and one decoder layer."""
+    return plain_model(request.param, **ONE_LAYER)
 
 
 @pytest.fixture
 def model(bart):
-    """Return our model with the weights of the tiny BART."""
-    model = RecurrentBartForConditionalGeneration(RecurrentBartConfig(**TINY | ONE_LAYER, pre_seq_len=0)).eval()
+    """Return our model with the weights of the plain one."""
+    is_mbart = bart.config.model_type == "mbart"
+    fields = TINY | ONE_LAYER | {"pre_seq_len": 0, "normalize_before": is_mbart, "wraps_last_label": is_mbart}
+    config = RecurrentBartConfig(**fields)
+    model = RecurrentBartForConditionalGeneration(config).eval()
     model.load_state_dict(bart.state_dict())
     return model
 

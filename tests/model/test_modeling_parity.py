@@ -8,9 +8,20 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGe
 from transformers.cache_utils import DynamicCache
 
 from recurrent_bart import RecurrentBartConfig, RecurrentBartForConditionalGeneration
-from tiny import PLAIN, RECURRENT, TINY, random_ids
+from tiny import PLAIN, PLAIN_CLASSES, RECURRENT, TINY, plain_model, random_ids
 
 PADDING = {"none": (12, 12), "right": (12, 7), "single token": (1, 12)}
+
+
+@pytest.fixture(params=PLAIN_CLASSES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def bart(family):
+    """Return a tiny plain BART or MBart in evaluation mode."""
+    return plain_model(family)
 
 
 @pytest.fixture
@@ -63,9 +74,9 @@ def test_parity_without_recurrence_logits_loss_and_all_gradients(bart, bart_fold
     assert_same_numbers(ours, bart, document(lengths) | {"labels": labels()})
 
 
-def test_parity_of_a_checkpoint_whose_stacks_have_embeddings_of_their_own(tmp_path):
+def test_parity_of_a_checkpoint_whose_stacks_have_embeddings_of_their_own(family, tmp_path):
     """Check untied embeddings: encoder, decoder and head each have a matrix, and the shared one is unused."""
-    bart = BartForConditionalGeneration(BartConfig(**PLAIN, tie_word_embeddings=False)).eval()
+    bart = plain_model(family, tie_word_embeddings=False)
     bart.save_pretrained(tmp_path)
     ours = load(tmp_path, pre_seq_len=0)
     assert_same_numbers(ours, bart, document((12, 7)) | {"labels": labels()})
@@ -116,6 +127,8 @@ def test_parity_of_concat_with_bart_given_the_prefix_as_past_key_values(bart, ba
     prefix = core.prefix_reader(state, ours.model.encoder.layers)
     cache = DynamicCache()
     for layer in range(ours.config.encoder_layers):
+        # MBart's encoder does not number its layers
+        bart.model.encoder.layers[layer].self_attn.layer_idx = layer
         cache.update(*prefix(layer, state[layer]), layer)
     mask = torch.cat([torch.ones(2, 3, dtype=torch.long), inputs["attention_mask"]], dim=1)
     expected = bart.model.encoder(inputs["input_ids"], attention_mask=mask, past_key_values=cache).last_hidden_state
@@ -169,6 +182,75 @@ LAYOUTS = {
 }
 
 
+# layouts of checkpoints of MBart: fields that differ from MBartConfig's defaults
+MBARTS = {
+    "ku-nlp": {"decoder_start_token_id": 2, "decoder_layers": 3},
+    "mbart-large-cc25": {"scale_embedding": True},
+    "mbart-large-50": {"scale_embedding": True, "decoder_start_token_id": 2, "activation_function": "relu"},
+    "BARTpho": {"scale_embedding": True, "tie_word_embeddings": True, "encoder_layers": 2},
+    "IndicBART": {"scale_embedding": True, "tie_word_embeddings": False, "d_model": 24},
+}
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "bin"])
+@pytest.mark.parametrize("fields", MBARTS.values(), ids=MBARTS)
+def test_parity_of_the_layouts_of_mbart_on_the_hub(tmp_path, fields, form):
+    mbart = plain_model("mbart", **fields)
+    mbart.save_pretrained(tmp_path, max_shard_size="10KB" if form == "shards" else "1GB")
+    if form == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(mbart.state_dict(), tmp_path / "pytorch_model.bin")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (form == "shards")
+    ours, inputs = load(tmp_path, pre_seq_len=0), document((12, 7))
+    # a language code ends each row of labels, as MBart's tokenizer writes them
+    targets = torch.tensor([[9, 12, 33, 2, 58], [41, 2, 57, -100, -100]])
+    assert_same_numbers(ours, mbart, inputs | {"labels": targets})
+    for how in ({"decoder_start_token_id": 57}, {"forced_bos_token_id": 57, "num_beams": 3}):
+        expected = mbart.generate(**inputs, **how, max_new_tokens=10)
+        assert torch.equal(ours.generate(**inputs, **how, max_new_tokens=10), expected)
+
+
+def test_the_output_and_hidden_states_of_each_layer_are_those_of_hugging_face(bart, bart_folder):
+    ours, inputs = load(bart_folder, pre_seq_len=0), document((12, 12)) | {"labels": labels()}
+    expected, found = (model(**inputs, output_hidden_states=True) for model in (bart, ours))
+    for name in ("encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-5)
+
+
+def test_segments_of_mbart_use_the_labels_of_their_own(tmp_path):
+    """The first decoder input of each segment with a target is the segment's own last label."""
+    mbart = plain_model("mbart")
+    mbart.save_pretrained(tmp_path)
+    ours = load(tmp_path, pre_seq_len=0)
+    ids, targets = random_ids(2, 2, 8), torch.full((2, 2, 5), -100)
+    targets[0, 0, :4], targets[0, 1, :5] = torch.tensor([9, 12, 2, 58]), torch.tensor([9, 12, 7, 2, 57])
+    losses = [
+        torch.nn.functional.cross_entropy(mbart(input_ids=ids[:1, t], labels=row).logits[0], row[0], reduction="sum")
+        for t, row in enumerate((targets[:1, 0, :4], targets[:1, 1]))
+    ]
+    torch.testing.assert_close(ours(input_ids=ids, labels=targets).loss, sum(losses) / 9, rtol=0, atol=1e-5)
+
+
+def test_decoder_inputs_of_mbart_beside_labels_begin_with_the_last_label(tmp_path):
+    plain_model("mbart").save_pretrained(tmp_path)
+    ours = load(tmp_path, pre_seq_len=0)
+    targets = torch.tensor([[9, 12, 2, 58], [9, 2, 57, -100]])
+    right = ours.prepare_decoder_input_ids_from_labels(targets)
+    assert right.tolist() == [[58, 9, 12, 2], [57, 9, 2, 57]]
+    inputs = document((12, 7)) | {"labels": targets}
+    assert ours(**inputs, decoder_input_ids=right).loss == ours(**inputs).loss
+    with pytest.raises(ValueError, match="row 1 begins with 58, but must begin with the last label=57"):
+        ours(**inputs, decoder_input_ids=right.index_fill(1, torch.tensor([0]), 58))
+
+
+def test_weights_without_final_norms_under_the_name_of_mbart_are_refused(tmp_path):
+    plain_model("bart").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "mbart"}))
+    with pytest.raises(ValueError, match=r"lacks model.decoder.layer_norm.bias.*MBart has a norm after the last layer"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_loading_the_layouts_of_the_hub(bart, tmp_path, layout):
     model = bart if layout["architectures"] == ["BartForConditionalGeneration"] else bart.model
@@ -205,8 +287,9 @@ def test_the_missions_own_call_works_where_plain_bart_refuses_it(bart, tmp_path)
         BartForConditionalGeneration.from_pretrained(tmp_path, **fields)
 
 
-def test_save_and_load_round_trip_through_the_auto_classes(make_model, tmp_path):
-    model = make_model().float()
+@pytest.mark.parametrize("fields", [{}, {"normalize_before": True, "wraps_last_label": True}], ids=["bart", "mbart"])
+def test_save_and_load_round_trip_through_the_auto_classes(make_model, tmp_path, fields):
+    model = make_model(**fields).float()
     inputs = {"input_ids": random_ids(2, 30), "labels": random_ids(2, 4)}
     model.save_pretrained(tmp_path)
     again, report = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)

@@ -8,15 +8,16 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model
 
 from recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.model import peft_adapters
-from tiny import RECURRENT, random_ids, tiny_model
+from tiny import NORM_ORDERS, RECURRENT, random_ids, tiny_model
 
 
-def test_lora_trains_merges_and_loads_as_a_plain_model(tmp_path):
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
+def test_lora_trains_merges_and_loads_as_a_plain_model(tmp_path, norms):
     inputs = {"input_ids": random_ids(2, 3, 8), "labels": random_ids(2, 5)}
     config = LoraConfig(
         r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["recurrence"], init_lora_weights=False
     )
-    model = get_peft_model(tiny_model(), config)
+    model = get_peft_model(tiny_model(**norms), config)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []

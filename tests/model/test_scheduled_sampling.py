@@ -295,6 +295,20 @@ def test_the_word_oracles_words_are_those_the_model_predicts(shape):
     assert (mixed[:, 0] == model.config.decoder_start_token_id).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_before_a_language_code_is_never_replaced(kind):
+    """MBart's targets end with `</s>` and a language code, so the decoder reads the end token in training."""
+    model, batch = tiny_model(wraps_last_label=True, decoder_start_token_id=None).eval(), make_batch((3, 6))
+    batch["labels"] = random_ids(3, 6)
+    batch["labels"][:, 4], batch["labels"][:, 5] = EOS, 58
+    calls = record_inputs(model)
+    model(**batch, oracle=Oracle(kind, 0.0))
+    mixed = calls[-1][0]
+    assert mixed[:, 5].tolist() == [EOS] * 3
+    assert mixed[:, 0].tolist() == [58] * 3
+    assert not torch.equal(mixed[:, 1:5], batch["labels"][:, :4])
+
+
 def test_a_sentence_oracle_of_one_beam_writes_what_greedy_generation_writes():
     """Forbid end and padding in `generate` too; cache, order and state must then be the same."""
     model, batch = tiny_model().double().eval(), make_batch((3, 6))

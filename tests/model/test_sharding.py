@@ -10,7 +10,7 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoder
 
 from processes import run_in_processes
 from recurrent_bart import RecurrentBartForConditionalGeneration
-from tiny import random_ids, tiny_model
+from tiny import NORM_ORDERS, random_ids, tiny_model
 
 FIELDS = {
     "projection": {},
@@ -20,6 +20,8 @@ FIELDS = {
     "memory": {"associative_memory": True, "matrix_gate_init": 1.0, "decoder_context": "memory"},
     "gated": {"prefix_attention": "gated", "decoder_context": "all"},
     "no recurrence": {"pre_seq_len": 0},
+    "pre-norm": {"normalize_before": True},
+    "pre-norm top": {"normalize_before": True, "recurrence": "top", "prefix_projection": False},
 }
 
 
@@ -58,7 +60,7 @@ def test_a_model_loaded_by_a_device_map_gives_the_same(tmp_path, fields, place):
     model.save_pretrained(tmp_path / "model")
     # do not move the tied embedding: transformers cannot offload it to disk, in plain BART neither
     here = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head", "final_logits_bias")
-    parts = ("layers", "embed_positions", "layernorm_embedding")
+    parts = ["layers", "embed_positions", "layernorm_embedding", *["layer_norm"] * model.config.normalize_before]
     away = [f"model.{side}.{part}" for side in ("encoder", "decoder") for part in parts] + ["model.encoder.recurrence"]
     device_map = dict.fromkeys(here, "cpu") | dict.fromkeys(away, place)
     again = RecurrentBartForConditionalGeneration.from_pretrained(
@@ -69,11 +71,13 @@ def test_a_model_loaded_by_a_device_map_gives_the_same(tmp_path, fields, place):
         torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
-def test_the_units_for_wrappers_are_modules_of_the_model():
-    model = tiny_model()
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
+def test_the_units_for_wrappers_are_modules_of_the_model(norms):
+    model = tiny_model(**norms)
     kinds = {type(module).__name__ for module in model.modules()}
     assert set(model._no_split_modules) <= kinds
-    assert {"RecurrentBartEncoderLayer", "BartDecoderLayer"} <= set(model._no_split_modules)
+    layers = {type(layer).__name__ for stack in (model.model.encoder, model.model.decoder) for layer in stack.layers}
+    assert set(model._no_split_modules) == layers
 
 
 def test_each_layer_is_called_as_a_module_once_per_segment():

@@ -9,7 +9,7 @@ from recurrent_bart.model import decoder_attention
 from recurrent_bart.probes.memory_reads import plain_execution, read_context, read_segment
 from recurrent_bart.recurrence import cell as encoder_cell
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
-from tiny import random_ids
+from tiny import NORM_ORDERS, random_ids
 
 VARIANTS = list(itertools.product(("layerwise", "top", "none"), ("gated", "concat"), (True, False)))
 
@@ -18,14 +18,14 @@ def norms(read_LHK):
     return read_LHK.flatten(1).norm(dim=1)
 
 
+@pytest.mark.parametrize("order", NORM_ORDERS.values(), ids=NORM_ORDERS)
 @pytest.mark.parametrize(("recurrence", "prefix_attention_kind", "prefix_projection"), VARIANTS)
 @torch.no_grad()
 def test_sizes_equal_the_norms_of_attention_outputs(
-    recurrence, prefix_attention_kind, prefix_projection, make_model, monkeypatch
+    recurrence, prefix_attention_kind, prefix_projection, make_model, monkeypatch, order
 ):
-    model = make_model(
-        recurrence=recurrence, prefix_attention=prefix_attention_kind, prefix_projection=prefix_projection
-    )
+    fields = {"prefix_attention": prefix_attention_kind, "prefix_projection": prefix_projection}
+    model = make_model(recurrence=recurrence, **fields, **order)
     heard = []
     attend = encoder_cell.attend
 

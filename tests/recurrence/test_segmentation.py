@@ -54,6 +54,15 @@ def test_positions_skip_padding_wherever_it_is():
     assert gather_segments(ids, positions, fill=1).tolist() == [[[0, 5, 6, 2], [0, 7, 8, 2]], [[0, 5, 2, 1], [1] * 4]]
 
 
+def test_a_language_code_after_the_end_stands_in_every_segment():
+    ids = torch.tensor([[5, 6, 7, 2, 58], [5, 6, 7, 8, 2], [5, 6, 7, 8, 9]])
+    inputs = torch.ones_like(ids), ids, (0, 2), 4, 4
+    positions = segment_positions(*inputs, may_end_with_language=True)
+    pieces = gather_segments(ids, positions, fill=1).tolist()
+    assert pieces[0] == [[5, 6, 2, 58], [7, 2, 58, 1]]
+    assert pieces[1:] == [[[5, 6, 7, 2], [8, 2, 1, 1]], [[5, 6, 7, 8], [9, 1, 1, 1]]]
+
+
 def test_positions_without_special_tokens_are_plain_pieces():
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     positions = segment_positions(torch.ones_like(ids), ids, special=(0, 2), segment_size=3, input_size=3)

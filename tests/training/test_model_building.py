@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from tokenizers import processors
 
 from recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.data.rows import TASKS
@@ -12,6 +13,7 @@ from recurrent_bart.inference.stream_reader import load_model
 from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.model_building import SIZES, build_config, build_model
+from tiny import plain_model
 
 
 class Tokenizer:
@@ -203,6 +205,17 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ValueError, match="model_type='t5'; allowed are"):
         build_config(ModelArguments(model_name_or_path=str(tmp_path)), Tokenizer())
+
+
+def test_mbart_needs_a_tokenizer_that_ends_targets(tmp_path):
+    tokenizer = train_tokenizer(["a b c"], vocab_size=320)
+    plain_model("mbart", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), segment_size=16)
+    model = build_model(arguments, build_config(arguments, tokenizer), seed=0)
+    assert model.generation_config.decoder_start_token_id == tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(ValueError, match="the tokenizer adds no token after a target"):
+        build_config(arguments, tokenizer)
 
 
 @pytest.mark.parametrize(

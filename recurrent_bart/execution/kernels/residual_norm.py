@@ -23,7 +23,16 @@ def residual_norm(
     """
     is_kept = torch.is_grad_enabled()
     place = 1, 0, None, None
-    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept)
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept, False)
+
+
+def residual_norm_and_sum(
+    stream_EMD: Tensor, hidden_EMD: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor, epsilon: float, p: float
+) -> tuple[Tensor, Tensor]:
+    """Return the result of `residual_norm` and the sum `stream + dropout(hidden + hidden_bias)`, for MBart's layers."""
+    is_kept = torch.is_grad_enabled()
+    place = 1, 0, None, None
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept, True)
 
 
 def residual_norm_and_slots(
@@ -46,7 +55,7 @@ def residual_norm_and_slots(
     """
     is_kept = torch.is_grad_enabled()
     place = n_documents, n_slots, memory, out
-    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept)
+    return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept, False)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -65,12 +74,13 @@ class _ResidualNorm(torch.autograd.Function):
         memory: Tensor | None,
         out: Tensor | None,
         is_kept: bool,
+        gives_sum: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         n_layers, n_rows, width = stream.shape
         stream, hidden = stream.contiguous(), hidden.contiguous()
         out = torch.empty_like(stream) if out is None else out
         # saved for the backward pass
-        total = torch.empty_like(stream) if is_kept else out
+        total = torch.empty_like(stream) if is_kept or gives_sum else out
         mean, scale = stream.new_empty(2, n_layers * n_rows if is_kept else 0, dtype=torch.float32)
         seed = draw_seed(stream.device) if p else mean
         has_memory, n_positions = memory is not None, n_rows // n_documents
@@ -78,17 +88,21 @@ class _ResidualNorm(torch.autograd.Function):
         _forward[(n_layers * n_rows,)](
             stream, hidden, hidden_bias, weight, bias, seed, memory.contiguous() if has_memory else out,
             total, out, both, mean, scale, n_rows, n_positions, n_slots, width, epsilon, p,
-            IS_KEPT=is_kept, HAS_MEMORY=has_memory, HAS_DROPOUT=p > 0, BLOCK=triton.next_power_of_2(width),
+            IS_KEPT=is_kept, GIVES_SUM=gives_sum, HAS_MEMORY=has_memory, HAS_DROPOUT=p > 0,
+            BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         ctx.save_for_backward(total, weight, mean, scale, seed)
         ctx.p, ctx.n_documents, ctx.n_slots, ctx.has_memory = p, n_documents, n_slots, has_memory
+        ctx.gives_sum = gives_sum
+        if gives_sum:
+            return out, total
         if not n_slots:
             return out
         return out, both if has_memory else out.unflatten(1, (n_documents, -1))[:, :, :n_slots].detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, grad_slots: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, beside: Tensor | None = None) -> tuple[Tensor | None, ...]:
         total, weight, mean, scale, seed = ctx.saved_tensors
         n_layers, n_rows, width = total.shape
         chunks = n_chunks(n_layers, n_rows, total.device)
@@ -96,16 +110,19 @@ class _ResidualNorm(torch.autograd.Function):
         grad_hidden = torch.empty_like(total) if ctx.p else grad_stream
         # gradients of the bias, the weight and the hidden bias
         sums = total.new_empty(chunks, 3, n_layers, 1, width, dtype=torch.float32)
-        grad_memory, slots = None, total.unsqueeze(1) if grad_slots is None else grad_slots
+        # `beside` is the gradient of the sum or of the slots
+        grad_sum = beside.contiguous() if ctx.gives_sum else total
+        grad_memory, slots = None, total.unsqueeze(1) if beside is None or ctx.gives_sum else beside
         slots = slots if slots.stride(-1) == 1 else slots.contiguous()
         if ctx.has_memory:
             grad_memory, slots = slots.chunk(2, dim=-1)
             slots = slots.unflatten(1, (ctx.n_documents, -1))
         _backward[(n_layers * chunks,)](
-            gradient.contiguous(), slots, *slots.stride()[:3], total, weight, mean, scale, seed,
+            gradient.contiguous(), grad_sum, slots, *slots.stride()[:3], total, weight, mean, scale, seed,
             grad_stream, grad_hidden, sums,
             n_layers, n_rows, chunks, n_rows // ctx.n_documents, ctx.n_slots, width, ctx.p,
-            HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0, BLOCK=triton.next_power_of_2(width),
+            GIVES_SUM=ctx.gives_sum, HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0,
+            BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         grad_bias, grad_weight, grad_hidden_bias = add_up(sums, weight.dtype)
         return (
@@ -121,6 +138,7 @@ class _ResidualNorm(torch.autograd.Function):
             grad_memory,
             None,
             None,
+            None,
         )
 
 
@@ -128,7 +146,8 @@ class _ResidualNorm(torch.autograd.Function):
 def _forward(
     stream, hidden, hidden_bias, weight, bias, seed, memory, total, out, both, mean, scale,
     n_rows, n_positions, n_slots, width, epsilon, p,
-    IS_KEPT: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    IS_KEPT: tl.constexpr, GIVES_SUM: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -139,7 +158,7 @@ def _forward(
         added = drop(added, seed, row, p, BLOCK)
     # rounded as the backward pass will read it
     summed = (tl.load(stream + place, inside, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
-    if IS_KEPT:
+    if IS_KEPT or GIVES_SUM:
         tl.store(total + place, summed, inside)
     summed = summed.to(tl.float32)
     average = tl.sum(summed, axis=0) / width
@@ -160,9 +179,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    gradient, slots, slots_layer, slots_document, slots_position, total, weight, mean, scale, seed,
+    gradient, grad_sum, slots, slots_layer, slots_document, slots_position, total, weight, mean, scale, seed,
     grad_stream, grad_hidden, sums, n_layers, n_rows, n_chunks, n_positions, n_slots, width, p,
-    HAS_SLOTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    GIVES_SUM: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     column = tl.arange(0, BLOCK)
@@ -187,6 +206,8 @@ def _backward(
         scaled = arriving * own_weight
         along = tl.sum(scaled * normed, axis=0) / width
         leaving = (scaled - tl.sum(scaled, axis=0) / width - normed * along) * factor
+        if GIVES_SUM:
+            leaving += tl.load(grad_sum + place, inside, 0.0).to(tl.float32)
         tl.store(grad_stream + place, leaving.to(grad_stream.dtype.element_ty), inside)
         if HAS_DROPOUT:
             leaving = drop(leaving, seed, row, p, BLOCK)

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from counted_calls import OperationsCalled, count_calls
 from played_graphs import play_graphs
 from recurrent_bart.execution import diagonal_graphs, fused_cell, grid, wavefront
-from tiny import random_ids, tiny_model
+from tiny import NORM_ORDERS, random_ids, tiny_model
 
 # a width that is not a power of two; few rows, because the interpreter runs their programs one after the other
 SHAPE = {
@@ -20,6 +20,8 @@ FIELDS = {
     "gated": {"prefix_attention": "gated"},
     "concat": {"prefix_attention": "concat"},
     "own projection": {"prefix_projection": False, "update_gate": False},
+    "pre-norm": {"prefix_attention": "gated", "normalize_before": True},
+    "pre-norm own projection": {"prefix_projection": False, "update_gate": False, "normalize_before": True},
 }
 
 
@@ -66,8 +68,10 @@ THREE_LAYERS, THREE_SEGMENTS = {"n_layers": 3, "n_segments": 2}, {"n_layers": 2,
         ("gated", "sections", THREE_SEGMENTS),
         ("concat", "document", THREE_SEGMENTS),
         ("own projection", "sections", THREE_LAYERS),
+        ("pre-norm", "document", THREE_LAYERS),
+        ("pre-norm own projection", "sections", THREE_SEGMENTS),
     ],
-    ids=["gated document", "gated sections", "concat", "own projection"],
+    ids=["gated document", "gated sections", "concat", "own projection", "pre-norm", "pre-norm own projection"],
 )
 def test_values_and_gradients_are_the_plain_ones(interpreted, fields, task, sizes):
     """Combine each field with one task and one size, and the first field with both: a cell does not know its task."""
@@ -83,10 +87,11 @@ def test_values_and_gradients_are_the_plain_ones(interpreted, fields, task, size
 
 
 @pytest.mark.slow
-def test_checkpointing_changes_no_number(interpreted):
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
+def test_checkpointing_changes_no_number(interpreted, norms):
     """Dropout is on; its seeds are kept for the backward pass."""
     inputs = documents("document", n_segments=2)
-    fields = {"dropout": 0.2, "hidden_dropout_prob": 0.2, "encoder_layers": 1}
+    fields = {"dropout": 0.2, "hidden_dropout_prob": 0.2, "encoder_layers": 1, **norms}
     expected_loss, expected = results("wavefront", inputs, **fields)
     loss, gradients = results("wavefront", inputs, "layer", **fields)
     assert interpreted
@@ -125,13 +130,14 @@ SETTINGS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
 @pytest.mark.parametrize(("change", "fields"), SETTINGS.values(), ids=SETTINGS)
-def test_settings_of_layers_that_were_changed_hold(interpreted, change, fields):
+def test_settings_of_layers_that_were_changed_hold(interpreted, change, fields, norms):
     """All rates are 0 or 1, so no random number is drawn."""
     found, inputs = [], documents("document", n_segments=2)
     inputs.pop("labels")
     for schedule in ("sequential", "wavefront"):
-        model = build(schedule, encoder_layers=2, **fields)
+        model = build(schedule, encoder_layers=2, **fields, **norms)
         model.model.encoder.dropout = 0.0
         for layer in model.model.encoder.layers:
             change(layer, model.model.encoder.recurrence)

@@ -58,9 +58,13 @@ def test_gated_update(dtype, sizes, may_rest):
     check(lambda *inputs: [gated_update(*inputs, is_read)], plain, randoms(dtype, *shapes))
 
 
-@every_pair("gives", "stream", "slots", "memory and slots")
+@every_pair("gives", "stream", "slots", "memory and slots", "sum")
 def test_residual_norm(dtype, sizes, gives):
-    from recurrent_bart.execution.kernels.residual_norm import residual_norm, residual_norm_and_slots
+    from recurrent_bart.execution.kernels.residual_norm import (
+        residual_norm,
+        residual_norm_and_slots,
+        residual_norm_and_sum,
+    )
 
     n_layers, n_documents, n_positions, n_slots, width = sizes
     rows, affine = (n_layers, n_documents * n_positions, width), (n_layers, 1, width)
@@ -68,6 +72,8 @@ def test_residual_norm(dtype, sizes, gives):
     def plain(stream, hidden, memory, hidden_bias, weight, bias):
         normed = layer_norm(stream + hidden + hidden_bias, (width,), eps=1e-5) * weight + bias
         slots = normed.unflatten(1, (n_documents, -1))[:, :, :n_slots]
+        if gives == "sum":
+            return [normed + 0 * memory.sum(), stream + hidden + hidden_bias]
         if gives == "memory and slots":
             return [normed, torch.cat([memory, slots.flatten(1, 2)], dim=-1)]
         return [normed + 0 * memory.sum(), slots][: 1 + (gives == "slots")]
@@ -76,6 +82,8 @@ def test_residual_norm(dtype, sizes, gives):
         if gives == "memory and slots":
             return residual_norm_and_slots(stream, hidden, *affine, 1e-5, 0.0, n_documents, n_slots, memory)
         stream = stream + 0 * memory.sum()
+        if gives == "sum":
+            return residual_norm_and_sum(stream, hidden, *affine, 1e-5, 0.0)
         if gives == "slots":
             return residual_norm_and_slots(stream, hidden, *affine, 1e-5, 0.0, n_documents, n_slots)
         return [residual_norm(stream, hidden, *affine, 1e-5, 0.0)]

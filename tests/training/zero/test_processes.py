@@ -40,6 +40,7 @@ CASES = {
         "zero2-windows-by-segment": case(2, task="sections", bptt_depth=0, checkpointing="segment", bucket=500),
         "zero2-top-windows": case(2, task="sections", bptt_depth=1, recurrence="top"),
         "zero2-wavefront": case(2, bptt_depth=1, schedule="wavefront"),
+        "zero2-pre-norm": case(2, normalize_before=True, wraps_last_label=True, bptt_depth=1),
         "zero2-untied": case(2, tie_word_embeddings=False),
         "zero2-frozen": case(2, frozen=True),
         "zero2-spoilt": case(2, spoilt=True, accumulation=2),
@@ -71,6 +72,10 @@ CASES = {
         "zero3-wavefront-bptt-by-layer": case(3, bptt_depth=2, schedule="wavefront", checkpointing="layer"),
         "zero3-wavefront-windows-by-segment": case(
             3, task="sections", bptt_depth=1, schedule="wavefront", checkpointing="segment"
+        ),
+        "zero3-pre-norm": case(3, normalize_before=True, wraps_last_label=True, bptt_depth=1, accumulation=2),
+        "zero3-pre-norm-wavefront-uneven": case(
+            3, normalize_before=True, uneven=True, task="sections", bptt_depth=1, schedule="wavefront"
         ),
         "zero3-document-static": case(3, decoder_context="all", recurrence="none", checkpointing="segment"),
     },
