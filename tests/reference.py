@@ -7,13 +7,14 @@ import torch
 from torch.nn.functional import layer_norm, linear
 
 
-def encode(model, segments, cuts=()):
+def encode(model, segments, cuts=(), states=None):
     """Read one document's segments, lists of ids.
 
     Args:
         model: The model.
         segments: Segments of the document.
         cuts: Indices of segments before which all states are detached.
+        states: State before the first segment, `(E, P, D)`, without an associative memory; None: the learned one.
 
     Returns:
         The last layer's state `(P, D)` and token stream `(L, D)` after each segment; and the final state of all layers,
@@ -21,7 +22,7 @@ def encode(model, segments, cuts=()):
     """
     encoder, config = model.model.encoder, model.config
     core = encoder.recurrence
-    states = list(core.initial_memory) if core else []
+    states = list(core.initial_memory if states is None else states) if core else []
     n_heads = config.encoder_attention_heads
     width = config.d_model // n_heads
     matrices = torch.zeros(len(encoder.layers), n_heads, width, width, dtype=encoder.embed_tokens.weight.dtype)

@@ -19,7 +19,7 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.execution.graphed_wavefront import GraphedWavefront, can_graph
 from recurrent_bart.execution.stacked_layers import stack_layers, why_not_stacked
 from recurrent_bart.execution.wavefront import Wavefront
-from recurrent_bart.recurrence.bptt import n_segments_with_graph, state_windows
+from recurrent_bart.recurrence.bptt import cuts_state, n_segments_with_graph, state_windows
 from recurrent_bart.recurrence.cell import AttentionMasks
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
 from recurrent_bart.recurrence.segmentation import Segment, on_device
@@ -118,8 +118,8 @@ class Grid:
         """Run the grid in the order that `config.schedule` names.
 
         The state's gradient crosses at most `config.bptt_depth` segment boundaries: the state is detached between the
-        windows of `bptt.state_windows`. Segments run without an autograd graph if no selected output needs their
-        gradient.
+        windows of `bptt.state_windows`, for documents that `bptt.cuts_state` names. Segments run without an autograd
+        graph if no selected output needs their gradient.
 
         Args:
             segments_BNLD: Token embeddings of the last segments; all documents end at the last one.
@@ -134,7 +134,8 @@ class Grid:
         is_begun_B = torch.zeros(len(mask_BNL), dtype=torch.bool, device=segments_BNLD.device)
         if state is not None and state.memory is not None:
             is_begun_B = state.position > 0
-            memory = _started_or_initial(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
+            memory = _chosen(is_begun_B, state.memory.transpose(0, 1).to(learned.dtype), learned)
+        initial = memory
         # unbind, because the backward pass of each index would write a gradient of all segments
         segments = [*earlier, *(_constant_segment(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
         windows = self._windows(is_read_BN, kept)
@@ -145,8 +146,7 @@ class Grid:
         for part, has_graph in windows:
             with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
                 if self.config.has_state and state_windows(self.config, n_segments).detaches_before(part.start):
-                    is_begun_B = is_begun_B | on_device(is_read_BN[:, : part.start].any(dim=1), is_begun_B.device)
-                    memory = _started_or_initial(is_begun_B, memory.detach(), learned)
+                    memory = _chosen(cuts_state(is_read_BN, part.start, is_begun_B), memory.detach(), initial)
                 for t, segment in enumerate(run(segments[part], mask_BNL[:, part], memory, kept), start=part.start):
                     # a static prefix stays the parameter: the output of a window without a graph has no gradient
                     memory = segment.memory if self.config.has_state else learned
@@ -321,10 +321,10 @@ def is_wavefront_faster(segments_BNLD: Tensor) -> bool:
     return segments_BNLD.device.type != "cpu" and n_documents * n_tokens <= MOST_TOKENS
 
 
-def _started_or_initial(is_begun_B: Tensor, state_EBPD: Tensor, learned_EBPD: Tensor) -> Tensor:
-    """Return, per document, `state_EBPD` if the document has begun, and the learned initial state if it has not.
+def _chosen(is_first_B: Tensor, first_EBPD: Tensor, second_EBPD: Tensor) -> Tensor:
+    """Return, per document, the first or the second state.
 
-    The learned state always gets a gradient, at least zero. If a parameter gets no gradient in a step, ZeRO-3 uses its
-    gradient of the step before.
+    The second state comes from the learned one, which thus always gets a gradient, at least zero. If a parameter gets
+    no gradient in a step, ZeRO-3 uses its gradient of the step before.
     """
-    return torch.where(is_begun_B.view(1, -1, 1, 1), state_EBPD, learned_EBPD)
+    return torch.where(is_first_B.view(1, -1, 1, 1), first_EBPD, second_EBPD)

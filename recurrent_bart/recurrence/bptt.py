@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.recurrence.segmentation import on_device
 
 Index = TypeVar("Index", int, Tensor)
 
@@ -33,8 +34,21 @@ class BpttWindows:
         return self.size is not None and (self.n_segments - segment) % self.size == 0
 
     def number(self, segment: Index) -> Index:
-        """Return the window that holds a segment; windows count from the end of the document, from 0."""
+        """Return the window that holds a segment; windows count from the end of the document, from 0.
+
+        Segments of earlier calls have negative indices.
+        """
         return (self.n_segments - 1 - segment) // (self.size or self.n_segments)
+
+
+def cuts_state(is_read_BN: Tensor, border: int, is_begun_B: Tensor) -> Tensor:
+    """Return `(B,)`, True where the gradient of the state ends at the border before segment `border`.
+
+    Segments in front of a document have no border. So the document must have read a segment of this call before the
+    border, or have begun in an earlier call (`is_begun_B`, on the device) and read the segment at the border.
+    """
+    has_read_B, reads_B = is_read_BN[:, :border].any(dim=1), is_read_BN[:, border]
+    return on_device(has_read_B, is_begun_B.device) | (is_begun_B & on_device(reads_B, is_begun_B.device))
 
 
 def state_windows(config: RecurrentBartConfig, n_segments: int) -> BpttWindows:
