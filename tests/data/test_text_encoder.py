@@ -170,6 +170,17 @@ def test_each_part_of_a_slow_tokenizer_is_part_of_its_identity(tmp_path):
     assert len(set(found)) == len(found)
 
 
+def test_ids_are_part_of_a_slow_tokenizers_identity_where_no_file_holds_them(tmp_path):
+    """Exchange the ids of two words, as in a tokenizer whose vocabulary comes from code."""
+    tokenizer = slow(tmp_path)
+    found, vocabulary = [tokenizer_identity(tokenizer)], dict(tokenizer.get_vocab())
+    *_, one, other = vocabulary
+    for exchanged in ({one: vocabulary[other], other: vocabulary[one]}, {one: len(vocabulary) + 1}):
+        tokenizer.get_vocab = lambda exchanged=exchanged: vocabulary | exchanged
+        found.append(tokenizer_identity(tokenizer))
+    assert len(set(found)) == 3
+
+
 def test_what_does_not_change_the_ids_is_no_part_of_a_slow_tokenizers_identity(tmp_path):
     tokenizer = slow(tmp_path)
     before = tokenizer_identity(tokenizer)
