@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["recurrent_bart", "recurrent_bart.*"]),
-    package_data={"recurrent_bart": ["py.typed", "report/report.html.jinja"]},
+    package_data={"recurrent_bart": ["py.typed", "report/*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<3",

@@ -39,7 +39,7 @@ def by_document_length(predictions: Sequence[Prediction]) -> list[Group]:
     ends = [quarter * len(names) // N_QUARTERS for quarter in range(N_QUARTERS + 1)]
     groups = []
     for start, stop in itertools.pairwise(ends):
-        name = f"{lengths[names[start]]:,} to {lengths[names[stop - 1]]:,} tokens"
+        name = f"documents of {lengths[names[start]]:,} to {lengths[names[stop - 1]]:,} tokens"
         own = set(names[start:stop])
         groups.append(_group(name, [prediction for prediction in predictions if prediction.document in own]))
     return groups

@@ -4,7 +4,6 @@ All measures compare the words of `recurrent_bart.data.words`: normalised, witho
 in percent. A measure without any n-gram to count is None.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
@@ -20,42 +19,57 @@ def ngrams(text: Words, n: int) -> list[tuple[str, ...]]:
     return list(zip(*(text[start:] for start in range(n)), strict=False))
 
 
+class Source:
+    """Words of a source, whose n-grams are indexed once for all texts that are compared with it."""
+
+    def __init__(self, words: Words):
+        self.words = words
+        # Positions of each bigram.
+        self.positions: dict[tuple[str, ...], list[int]] = {}
+        for position, pair in enumerate(ngrams(words, 2)):
+            self.positions.setdefault(pair, []).append(position)
+        self._ngrams: dict[int, set[tuple[str, ...]]] = {}
+
+    def ngrams(self, n: int) -> set[tuple[str, ...]]:
+        """Return the distinct n-grams."""
+        if n not in self._ngrams:
+            self._ngrams[n] = set(ngrams(self.words, n))
+        return self._ngrams[n]
+
+
 def repeated_share(text: Words, n: int = REPEATED) -> float | None:
     """Return the share of n-grams that repeat an earlier n-gram of the text: 1 - distinct / total."""
     found = ngrams(text, n)
     return 100 * (1 - len(set(found)) / len(found)) if found else None
 
 
-def novel_share(text: Words, source: Words, n: int) -> float | None:
+def novel_share(text: Words, source: Source, n: int) -> float | None:
     """Return the share of the text's n-grams that are not in the source."""
-    found = ngrams(text, n)
-    known = set(ngrams(source, n))
+    found, known = ngrams(text, n), source.ngrams(n)
     return 100 * sum(ngram not in known for ngram in found) / len(found) if found else None
 
 
-def fragment_lengths(text: Words, source: Words) -> list[int]:
+def fragment_lengths(text: Words, source: Source) -> list[int]:
     """Return the lengths of the extractive fragments of a text (Grusky et al., NAACL 2018), in words.
 
     From the first word on, each fragment is the longest run of words that is also in the source. Words that are not in
     the source belong to no fragment.
     """
-    positions_of: dict[tuple[str, ...], list[int]] = {}
-    for position, pair in enumerate(ngrams(source, 2)):
-        positions_of.setdefault(pair, []).append(position)
-    known, lengths, start = set(source), [], 0
+    known, words = source.ngrams(1), source.words
+    lengths, start = [], 0
     while start < len(text):
-        positions = positions_of.get(tuple(text[start : start + 2]), [])
-        length = 2 if positions else int(text[start] in known)
+        positions = source.positions.get(tuple(text[start : start + 2]), [])
+        length = 2 if positions else int((text[start],) in known)
         while positions and start + length < len(text):
             word = text[start + length]
-            positions = [at for at in positions if at + length < len(source) and source[at + length] == word]
+            positions = [at for at in positions if at + length < len(words) and words[at + length] == word]
             length += bool(positions)
         lengths += [length] if length else []
         start += max(1, length)
     return lengths
 
 
-def coverage_and_density(text: Words, source: Words) -> tuple[float | None, float | None]:
+def coverage_and_density(text: Words, source: Source) -> tuple[float | None, float | None]:
     """Return coverage and density of the extractive fragments (Grusky et al., NAACL 2018).
 
     Coverage is the share of the text's words in fragments. Density is the mean, over the text's words, of the length of
@@ -67,7 +81,7 @@ def coverage_and_density(text: Words, source: Words) -> tuple[float | None, floa
     return 100 * sum(lengths) / len(text), sum(length**2 for length in lengths) / len(text)
 
 
-def shares_by_part(text: Words, source: Words, n_parts: int = N_PARTS) -> list[float] | None:
+def shares_by_part(text: Words, source: Source, n_parts: int = N_PARTS) -> list[float] | None:
     """Return, for each of `n_parts` equal parts of the source, the share of the text's distinct bigrams found there.
 
     A bigram that stands at several places of the source counts at each place in equal fractions. So function words
@@ -76,15 +90,15 @@ def shares_by_part(text: Words, source: Words, n_parts: int = N_PARTS) -> list[f
     wanted = set(ngrams(text, 2))
     if not wanted:
         return None
-    pairs = ngrams(source, 2)
-    n_places, shares = Counter(pair for pair in pairs if pair in wanted), [0.0] * n_parts
-    for position, pair in enumerate(pairs):
-        if pair in wanted:
-            shares[position * n_parts // len(pairs)] += 100 / (n_places[pair] * len(wanted))
+    shares, n_pairs = [0.0] * n_parts, len(source.words) - 1
+    for pair in wanted:
+        positions = source.positions.get(pair, [])
+        for position in positions:
+            shares[position * n_parts // n_pairs] += 100 / (len(positions) * len(wanted))
     return shares
 
 
-def measure(text: Words, targets: Sequence[Words], source: Words) -> dict[str, float | None]:
+def measure(text: Words, targets: Sequence[Words], source: Source) -> dict[str, float | None]:
     """Return the measures of a text by their names in `monitoring/fields.py`. Several targets count as their mean."""
     n_target_words = fmean(map(len, targets))
     coverage, density = coverage_and_density(text, source)
@@ -101,7 +115,7 @@ def measure(text: Words, targets: Sequence[Words], source: Words) -> dict[str, f
     }
 
 
-def shares_by_tenth(text: Words, targets: Sequence[Words], source: Words) -> dict[str, list[float] | None]:
+def shares_by_tenth(text: Words, targets: Sequence[Words], source: Source) -> dict[str, list[float] | None]:
     """Return `shares_by_part` of the text and of its targets' mean."""
     found = [shares for target in targets if (shares := shares_by_part(target, source)) is not None]
     mean = [fmean(part) for part in zip(*found, strict=True)] if found else None

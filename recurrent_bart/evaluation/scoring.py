@@ -6,7 +6,7 @@ from typing import Any
 from recurrent_bart.data.words import words
 from recurrent_bart.distributed import gather_objects, is_first, rank, world_size
 from recurrent_bart.evaluation.evaluator import Evaluator, Sample
-from recurrent_bart.evaluation.measures import measure, shares_by_tenth
+from recurrent_bart.evaluation.measures import Source, measure, shares_by_tenth
 from recurrent_bart.evaluation.model_scores import Scorer
 from recurrent_bart.evaluation.predictions import Prediction
 from recurrent_bart.evaluation.rouge import rouge_per_sample
@@ -29,7 +29,7 @@ def score_samples(
 def score_text(text: str, targets: Sequence[str], source: str) -> dict[str, Any]:
     """Return the fields `scores` and `shares_by_tenth` of a prediction."""
     rouge = {name: float(values[0]) for name, values in rouge_per_sample([text], [targets]).items()}
-    in_words = words(text), [words(target) for target in targets], words(source)
+    in_words = words(text), [words(target) for target in targets], Source(words(source))
     return {"scores": rouge | measure(*in_words), "shares_by_tenth": shares_by_tenth(*in_words)}
 
 

@@ -44,14 +44,8 @@ def write_report(runs: Sequence[Run], page: Path) -> list[Path]:
 
 def render(runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
     """Return the report's page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE).render(
+    return render_template(
+        TEMPLATE,
         runs=runs,
         sections=sections,
         figures=_rows([key_metrics(run) for run in runs]),
@@ -60,9 +54,20 @@ def render(runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
         samples=samples_together(runs),
         skips=[(run, record) for run in runs for record in run.records if record.get("skipped")],
         slowest=[(run, slowest(run)) for run in runs if slowest(run)],
-        light=_variables(COLORS, SERIES),
-        dark=_variables(DARK, DARK_SERIES),
     )
+
+
+def render_template(template: str, **values: Any) -> str:
+    """Return a self-contained page as HTML. The template includes `head.html.jinja`, which has the colours."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    colors = {"light": _variables(COLORS, SERIES), "dark": _variables(DARK, DARK_SERIES)}
+    return environment.get_template(template).render(**values, **colors)
 
 
 def with_unique_names(runs: Sequence[Run]) -> list[Run]:

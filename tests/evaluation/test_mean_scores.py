@@ -49,10 +49,10 @@ def test_quarters_of_the_documents_by_length():
     predictions.append(predict("d100", 400.0, n_document_tokens=100))
     groups = by_document_length(predictions)
     assert [(group.name, group.n_documents, group.n_texts) for group in groups] == [
-        ("100 to 200 tokens", 2, 3),
-        ("300 to 400 tokens", 2, 2),
-        ("500 to 600 tokens", 2, 2),
-        ("700 to 1,800 tokens", 3, 3),
+        ("documents of 100 to 200 tokens", 2, 3),
+        ("documents of 300 to 400 tokens", 2, 2),
+        ("documents of 500 to 600 tokens", 2, 2),
+        ("documents of 700 to 1,800 tokens", 3, 3),
     ]
     means = [group.scores["rouge1"].mean for group in groups]
     assert means == pytest.approx([700 / 3, 350, 550, 3400 / 3])

@@ -4,6 +4,7 @@ import pytest
 
 from recurrent_bart.data.words import words
 from recurrent_bart.evaluation.measures import (
+    Source,
     coverage_and_density,
     fragment_lengths,
     measure,
@@ -14,7 +15,7 @@ from recurrent_bart.evaluation.measures import (
     shares_by_tenth,
 )
 
-SOURCE = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "away"]
+SOURCE = Source(["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "away"])
 
 
 def test_ngrams_stand_in_order():
@@ -38,8 +39,8 @@ def test_the_share_of_novel_ngrams():
     assert novel_share(text, SOURCE, 4) == 100
     assert novel_share(["the"], SOURCE, 2) is None
     # A repeated n-gram counts each time.
-    assert novel_share("xxxa", "a", 1) == 75
-    assert novel_share(text, [], 1) == 100
+    assert novel_share("xxxa", Source("a"), 1) == 75
+    assert novel_share(text, Source([]), 1) == 100
 
 
 @pytest.mark.parametrize(
@@ -61,8 +62,8 @@ def test_fragments_are_the_longest_runs_of_words_of_the_source(text, lengths):
 
 
 def test_fragments_in_a_source_that_repeats_itself():
-    assert fragment_lengths("aab", "aaab") == [3]
-    assert fragment_lengths("aaaa", "aa") == [2, 2]
+    assert fragment_lengths("aab", Source("aaab")) == [3]
+    assert fragment_lengths("aaaa", Source("aa")) == [2, 2]
 
 
 def test_coverage_and_density():
@@ -76,29 +77,29 @@ def test_coverage_and_density():
 
 def test_a_bigram_counts_in_the_part_of_the_source_where_it_stands():
     """The source has 4 bigrams in 2 parts: ab and bc, then cd and da. The text has ab, bx and xd; ab is found."""
-    assert shares_by_part("abxd", "abcda", n_parts=2) == pytest.approx([100 / 3, 0])
-    assert shares_by_part("cda", "abcda", n_parts=2) == pytest.approx([0, 100])
-    assert shares_by_part("a", "abcda", n_parts=2) is None
-    assert shares_by_part("ab", "", n_parts=2) == [0, 0]
+    assert shares_by_part("abxd", Source("abcda"), n_parts=2) == pytest.approx([100 / 3, 0])
+    assert shares_by_part("cda", Source("abcda"), n_parts=2) == pytest.approx([0, 100])
+    assert shares_by_part("a", Source("abcda"), n_parts=2) is None
+    assert shares_by_part("ab", Source(""), n_parts=2) == [0, 0]
 
 
 def test_a_bigram_at_several_places_counts_in_equal_fractions():
     """The bigrams of the source are ab ba, ab bc, cd da, ab bd; "ab" stands in three of the four parts."""
-    assert shares_by_part("abd", "abab" + "cdabd", n_parts=4) == pytest.approx([50 / 3, 50 / 3, 0, 50 / 3 + 50])
+    assert shares_by_part("abd", Source("abab" + "cdabd"), n_parts=4) == pytest.approx([50 / 3, 50 / 3, 0, 50 / 3 + 50])
     # The text repeats a bigram, which counts once.
-    assert shares_by_part("abab", "ab", n_parts=1) == [50]
+    assert shares_by_part("abab", Source("ab"), n_parts=1) == [50]
 
 
 def test_shares_of_several_targets_are_averaged():
     source = [str(number) for number in range(11)]
-    found = shares_by_tenth(source[8:], [source[:2], source[9:], ["x"]], source)
+    found = shares_by_tenth(source[8:], [source[:2], source[9:], ["x"]], Source(source))
     assert found["text"] == pytest.approx([0] * 8 + [50, 50])
     assert found["target"] == pytest.approx([50] + [0] * 8 + [50])
-    assert shares_by_tenth([], [[]], source) == {"text": None, "target": None}
+    assert shares_by_tenth([], [[]], Source(source)) == {"text": None, "target": None}
 
 
 def test_targets_count_as_their_mean():
-    found = measure(list("abcde"), [list("abcda"), list("abcdefghij"), []], list("abcd"))
+    found = measure(list("abcde"), [list("abcda"), list("abcdefghij"), []], Source("abcd"))
     assert found == pytest.approx(
         {
             "repeated_4grams": 0,
@@ -119,14 +120,14 @@ def test_targets_count_as_their_mean():
 
 
 def test_an_empty_text_has_no_shares_but_a_length():
-    found = measure([], [["a"]], ["a"])
+    found = measure([], [["a"]], Source(["a"]))
     known = {name for name, value in found.items() if value is not None}
     assert known == {"target_novel_1grams", "n_words", "n_target_words", "length_ratio"}
     assert found["n_words"] == found["length_ratio"] == 0
-    assert measure(["a"], [[]], ["a"])["length_ratio"] is None
+    assert measure(["a"], [[]], Source(["a"]))["length_ratio"] is None
 
 
 def test_scripts_without_spaces_have_words():
-    text, source = words("雨だ。寒い。"), words("今日は雨だ。とても寒い。")
+    text, source = words("雨だ。寒い。"), Source(words("今日は雨だ。とても寒い。"))
     assert novel_share(text, source, 2) == pytest.approx(100 / 3)
     assert fragment_lengths(text, source) == [2, 2]
