@@ -65,12 +65,13 @@ def evaluation_record(step, **changes):
     }
 
 
-def write_run(path, records, samples=(), **flags):
-    """Write a run folder; extra arguments add or change flags of the run."""
+def write_run(path, records, samples=(), sections=None, **flags):
+    """Write a run folder; `sections` adds sections of config.json, other arguments add or change flags of the run."""
     folder = RunFolder(path)
     folder.create()
     arguments = {**FLAGS, "run": {**FLAGS["run"], **flags}}
-    folder.write_config(arguments=arguments, model={"d_model": 64, "recurrence": "layerwise"}, deepspeed={})
+    model = {"d_model": 64, "recurrence": "layerwise"}
+    folder.write_config(arguments=arguments, model=model, deepspeed={}, **(sections or {}))
     for record in records:
         folder.append_metrics(record)
     if samples:

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from recurrent_bart.files import atomic_write
 from recurrent_bart.report.charts import CHARTS
 from recurrent_bart.report.drawing import COLORS, SERIES, to_svg, write_png
-from recurrent_bart.report.run_record import Run, differing_flags, facts, key_metrics, slowest
+from recurrent_bart.report.run_record import Run, different_validation, differing_flags, facts, key_metrics, slowest
 
 TEMPLATE = "report.html.jinja"
 # Colours of the dark page: the same hues, lighter.
@@ -51,6 +51,7 @@ def render(runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
         figures=_rows([key_metrics(run) for run in runs]),
         facts=_rows([facts(run) for run in runs]),
         flags=differing_flags(runs),
+        different=different_validation(runs),
         samples=samples_together(runs),
         skips=[(run, record) for run in runs for record in run.records if record.get("skipped")],
         slowest=[(run, slowest(run)) for run in runs if slowest(run)],

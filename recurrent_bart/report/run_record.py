@@ -148,6 +148,7 @@ def facts(run: Run) -> dict[str, str]:
     by_metric = "" if run.best_metric == "loss" else f", chosen by {run.best_metric}"
     found = {
         "state": run.ending,
+        "resumed": "; ".join(_resume(resume) for resume in run.config.get("resumes", [])),
         "time left": "" if run.outcome or run.last("seconds_left") is None else clock(run.last("seconds_left")),
         "best evaluation": f"after step {run.best['step']:,}{by_metric}" if run.best else "",
         "model": pretrained or f"{flags.get('model_size', '')} from scratch",
@@ -156,7 +157,7 @@ def facts(run: Run) -> dict[str, str]:
             model, ("recurrence", "prefix_attention", "pre_seq_len", "bptt_depth", "decoder_context")
         ),
         "segments": _listed(model, ("segment_size", "input_size", "max_n_segments")),
-        "documents": f"{flags.get('train_file') or flags.get('dataset', '')}, one target per {_target(flags)}",
+        "documents": _documents(flags),
         "cut documents": _formatted(run.last("n_cut_documents"), ","),
         "skipped documents": _formatted(run.last("n_bad_documents"), ","),
         "processes": f"{len(run.last('rank_seconds') or [])}, on {', '.join(sorted(hosts(run)))}" if hosts(run) else "",
@@ -168,6 +169,32 @@ def facts(run: Run) -> dict[str, str]:
         "command": run.command(),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _resume(resume: Record) -> str:
+    changes = ", ".join(f"--{name} {now} (before: {then})" for name, (then, now) in resume["changes"].items())
+    return f"after step {resume['step']:,}{changes and ' with ' + changes}"
+
+
+def different_validation(runs: Sequence[Run]) -> str:
+    """Return a warning if the runs do not have the same validation documents or targets, else an empty text."""
+    measured = [_validation(run) for run in runs]
+    if all(one == measured[0] for one in measured):
+        return ""
+    names = "; ".join(f"{run.name}: {_documents(run.flags)}" for run in runs)
+    return f"The runs have different validation documents, so losses and ROUGE are not comparable. {names}."
+
+
+def _validation(run: Run) -> Any:
+    """Return a value that is equal for runs with the same validation documents and task."""
+    documents = run.config.get("documents", {}).get("validation")
+    # older runs do not record their documents
+    names = ("dataset", "dataset_config_name", "train_file", "validation_file")
+    return run.flags.get("task"), documents or [run.flags.get(name) for name in names]
+
+
+def _documents(flags: Record) -> str:
+    return f"{flags.get('train_file') or flags.get('dataset', '')}, one target per {_target(flags)}"
 
 
 def hosts(run: Run) -> set[str]:

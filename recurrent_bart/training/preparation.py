@@ -74,6 +74,7 @@ class Preparation:
     Attributes:
         flags: Flags as given, by group.
         changes: Changed flags of a resumed run.
+        resumes: Step and changed flags of each earlier time that the run was resumed.
     """
 
     folder: RunFolder
@@ -83,6 +84,7 @@ class Preparation:
     splits: dict[str, Documents]
     flags: Flags = field(default_factory=dict)
     changes: Changes = field(default_factory=dict)
+    resumes: list[dict[str, Any]] = field(default_factory=list)
 
     def documents(self) -> dict[str, dict[str, Any]]:
         """Return the number of documents and the fingerprint of each split."""
@@ -117,8 +119,9 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
             f"--tokens_per_batch {run.tokens_per_batch}: must be at least {config.input_size}, the tokens of a segment"
         )
     flags = asdict(arguments)
-    changes = changed_flags(flags, folder.read_config()) if run.resume else {}
-    prepared = Preparation(folder, deepspeed, tokenizer, config, splits, flags, changes)
+    then = folder.read_config() if run.resume else {}
+    changes = changed_flags(flags, then) if run.resume else {}
+    prepared = Preparation(folder, deepspeed, tokenizer, config, splits, flags, changes, then.get("resumes", []))
     if run.resume:
         check_same_documents(folder, prepared.documents())
     return prepared

@@ -9,7 +9,7 @@ from recurrent_bart.distributed import stop_all
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.resumed_flags import Changes
-from recurrent_bart.training.run_arguments import NOT_GIVEN
+from recurrent_bart.training.run_arguments import NOT_GIVEN, RunArguments
 
 # default length: passes over a given data set, or steps on the embedded corpus
 N_EPOCHS = 3.0
@@ -42,6 +42,17 @@ def with_length(arguments: Arguments, order: DocumentOrder, state: TrainerState,
         # the saved value may come from an earlier, longer run
         run = replace(run, warmup_steps=max_steps)
     return replace(arguments, run=run.of_length(max_steps))
+
+
+def reason_to_end(run: RunArguments, state: TrainerState) -> str | None:
+    """Return the reason why a run with this state has no step left, or None if training goes on."""
+    if state.evaluated_step != state.step:
+        return None
+    if state.step >= run.max_steps:
+        return f"all {run.max_steps} steps are done; give a larger --max_steps or --num_train_epochs to go on"
+    if run.patience and state.n_worse >= run.patience:
+        return f"{state.n_worse} evaluations were not better; give --patience 0 or a larger number to go on"
+    return None
 
 
 def default_epochs(data: DataArguments) -> float | None:

@@ -43,7 +43,7 @@ from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.description import describe, generated_length, learning_rates, oracle_at, resolved_settings
 from recurrent_bart.training.document_order import build_order, store_data_position
 from recurrent_bart.training.environment import Environment, batch_job, is_batch_job
-from recurrent_bart.training.lifecycle.exit_codes import ExitCode, Outcome
+from recurrent_bart.training.lifecycle.exit_codes import AlreadyFinished, ExitCode, Outcome, is_done
 from recurrent_bart.training.lifecycle.faults import telling_of_disk
 from recurrent_bart.training.lifecycle.interruption import Interrupted, Interruption
 from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
@@ -53,7 +53,7 @@ from recurrent_bart.training.model_building import build_model, force_target_lan
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import Documents, Preparation, make_run_folder, prepare
 from recurrent_bart.training.probing import probe_recurrence
-from recurrent_bart.training.run_length import with_length
+from recurrent_bart.training.run_length import reason_to_end, with_length
 from recurrent_bart.training.step_metrics import StepMetrics
 from recurrent_bart.training.tracking import start_trackers
 from recurrent_bart.training.trainer import Trainer
@@ -77,9 +77,14 @@ def run_experiment(arguments: Arguments, environment: Environment) -> Path:
         Interrupted: The run was asked to stop early. A checkpoint of its last step exists.
         ValueError: An argument or a document is wrong.
     """
-    with open_session(arguments, environment, Session) as session:
-        session.train()
-    return session.folder.path
+    try:
+        with open_session(arguments, environment, Session) as session:
+            session.train()
+    except AlreadyFinished as notice:
+        if is_first():
+            say(f"finished   {notice}")
+    # set on every rank when the folder is locked
+    return Path(arguments.run.output_dir or "")
 
 
 def open_session(arguments: Arguments, environment: Environment, kind: type[AnySession]) -> AnySession:
@@ -89,6 +94,7 @@ def open_session(arguments: Arguments, environment: Environment, kind: type[AnyS
 
     Raises:
         ValueError: An argument or a document is wrong, or another run trains in the folder.
+        AlreadyFinished: The resumed run is finished.
     """
     lock = lock_folder(arguments)
     try:
@@ -132,6 +138,9 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     order = build_order(arguments, prepared, environment.world_size, state)
     arguments = with_length(arguments, order, state, prepared.changes)
     run = arguments.run
+    reason = reason_to_end(run, state)
+    if run.resume and reason and from_first(is_first() and is_done(prepared.folder.path / OUTCOME_FILE)):
+        raise AlreadyFinished(f"{reason}; the folder of the run is unchanged")
     model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
     force_target_language(model, prepared.tokenizer)
     choose_trained(model, arguments.model)
@@ -151,7 +160,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
 
 
 def _open_folder(prepared: Preparation, resolved: dict[str, Any], state: TrainerState) -> None:
-    folder = prepared.folder
+    folder, is_resumed = prepared.folder, prepared.flags["run"]["resume"] is not None
     # files of the previous start are deleted only now, when the run can no longer be refused
     for name in (STOP_FILE, OUTCOME_FILE):
         (folder.path / name).unlink(missing_ok=True)
@@ -163,6 +172,7 @@ def _open_folder(prepared: Preparation, resolved: dict[str, Any], state: Trainer
         model=prepared.config.to_dict(),
         deepspeed=prepared.deepspeed,
         documents=prepared.documents(),
+        resumes=[*prepared.resumes, {"step": state.step, "changes": prepared.changes}] if is_resumed else [],
     )
     folder.forget_after(state.step, state.evaluated_step)
 

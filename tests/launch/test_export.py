@@ -1,4 +1,4 @@
-"""Export of checkpoints: the files are those that training would have saved."""
+"""Export of checkpoints: the files equal the files that training saves."""
 
 import json
 import shutil

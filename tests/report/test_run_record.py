@@ -1,6 +1,14 @@
 """Data of a run that the report shows: the newest evaluation, the lowest loss, and flags that differ."""
 
-from recurrent_bart.report.run_record import differing_flags, facts, hosts, key_metrics, read_run, slowest
+from recurrent_bart.report.run_record import (
+    different_validation,
+    differing_flags,
+    facts,
+    hosts,
+    key_metrics,
+    read_run,
+    slowest,
+)
 from recurrent_bart.run_folder import RunFolder
 from reported_runs import DEFAULTS, evaluation_record, sample, step_record, write_run
 
@@ -35,6 +43,31 @@ def test_the_best_evaluation_is_the_one_whose_model_the_run_saved(tmp_path):
     found = key_metrics(run)
     assert (found["best validation loss"], found["ROUGE-1"]) == ("3.2500", "30.00")
     assert facts(run)["best evaluation"] == "after step 30, chosen by rouge1"
+
+
+def test_resumes_are_told_with_the_flags_that_changed(tmp_path):
+    assert "resumed" not in facts(read_run(write_run(tmp_path / "first", [step_record(1)]), DEFAULTS))
+    resumes = [{"step": 2000, "changes": {"max_steps": [6, 8], "patience": [0, 3]}}, {"step": 3000, "changes": {}}]
+    run = read_run(write_run(tmp_path / "run", [step_record(1)], sections={"resumes": resumes}), DEFAULTS)
+    changes = "--max_steps 8 (before: 6), --patience 3 (before: 0)"
+    assert facts(run)["resumed"] == f"after step 2,000 with {changes}; after step 3,000"
+
+
+def test_runs_on_different_validation_documents_are_told(tmp_path):
+    def run(name, **changes):
+        return read_run(write_run(tmp_path / name, [step_record(1)], **changes), DEFAULTS)
+
+    def of(fingerprint):
+        return {"documents": {"validation": {"number": 5, "fingerprint": fingerprint}}}
+
+    assert different_validation([run("a", sections=of("x")), run("b", sections=of("x"), dataset="moved")]) == ""
+    warning = different_validation([run("c", sections=of("x")), run("d", sections=of("y"), dataset="stories")])
+    assert warning.startswith("The runs have different validation documents, so losses and ROUGE are not comparable.")
+    assert warning.endswith(" c: papers, one target per document; d: stories, one target per document.")
+    # runs of older versions do not record their documents
+    assert different_validation([run("e"), run("f")]) == ""
+    assert different_validation([run("g"), run("h", dataset="stories")])
+    assert different_validation([run("i"), run("j", task="sections")])
 
 
 def test_the_slowest_rank_is_the_one_that_was_it_most_often(tmp_path):

@@ -10,8 +10,8 @@ from recurrent_bart.data.token_batches import TokenBatchOrder
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.run_length import with_length
 from runs import flags
-from training.resume_worker import train, train_until_cut_off
-from training.test_resume import metrics
+from training.resume_worker import noting_documents, train, train_until_cut_off
+from training.test_resume import metrics, read_notes
 
 LENGTHS = [1, 2, 3, 4, 1, 2, 8, 1, 5, 1] * 10
 
@@ -118,6 +118,24 @@ def test_a_run_of_epochs_that_is_resumed_equals_one_that_was_never_cut_off(alone
     assert resolved["num_train_epochs"] >= 1.25
     if "tokens_per_batch" not in changes:
         assert (resolved["max_steps"], resolved["warmup_steps"], resolved["eval_every"]) == (15, 5, 25)
+
+
+def test_a_run_of_epochs_that_is_resumed_with_larger_steps_reads_as_many_documents(alone, documents, tmp_path):
+    """Check 30 documents: three steps of two documents, then six steps of four."""
+    argv = flags_of_epochs(documents, tmp_path / "run", {"num_train_epochs": 1.25, "eval_every": 0, "save_every": 3})
+    with noting_documents(tmp_path / "read.jsonl"):
+        train_until_cut_off(alone, argv)
+        train(alone, ["--resume", str(tmp_path / "run"), "--per_device_train_batch_size", "4"])
+    # the cut-off step was not saved
+    notes = [
+        (step, indices) for _, step, indices in read_notes(tmp_path / "read.jsonl") if len(indices) == 4 or step < 3
+    ]
+    assert [step for step, _ in notes] == list(range(9))
+    read = [index for _, indices in notes for index in indices]
+    assert len(read) == 30
+    # no document of the first epoch is repeated or lost; the epoch ends within the seventh step
+    assert len(set(read[:22])) == 22
+    assert set(read[:26]) == set(range(24))
 
 
 def flags_of_epochs(documents, folder, changes):

@@ -212,6 +212,36 @@ def test_a_flag_that_is_refused_leaves_a_finished_run_as_it_was(finished, train_
     assert json.loads((finished / "outcome.json").read_text())["code"] == 0
 
 
+@pytest.mark.parametrize("changes", [[], ["--learning_rate", "0.5"], ["--max_steps", "2", "--seed", "1"]], ids=str)
+def test_a_finished_run_that_is_resumed_stays_as_it_was(finished, train_main, capsys, changes):
+    before = contents(finished)
+    capsys.readouterr()
+    assert train_main(["--resume", str(finished), *changes]) == 0
+    printed = capsys.readouterr().out
+    assert "finished   all 2 steps are done; give a larger --max_steps or --num_train_epochs to go on" in printed
+    assert contents(finished) == before
+
+
+def test_a_run_that_ended_by_patience_goes_on_only_with_another_patience(documents, tmp_path, train_main, set_metrics):
+    run = tmp_path / "run"
+    set_metrics([1.0] * 9, [1.0] * 9)
+    assert train_main(flags(documents, run, eval_every=1, max_steps=4, patience=2)) == 0
+    before = contents(run)
+    assert train_main(["--resume", str(run)]) == 0
+    assert contents(run) == before
+    assert read_metrics(run)[-1]["step"] == 2
+    assert train_main(["--resume", str(run), "--patience", "0"]) == 0
+    assert read_metrics(run)[-1]["step"] == 4
+    config = json.loads((run / "config.json").read_text())
+    assert config["resumes"] == [{"step": 2, "changes": {"patience": [2, 0]}}]
+
+
+def test_a_finished_run_whose_end_was_not_recorded_is_ended_again(finished, train_main):
+    (finished / "outcome.json").unlink()
+    assert train_main(["--resume", str(finished)]) == 0
+    assert json.loads((finished / "outcome.json").read_text())["code"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(

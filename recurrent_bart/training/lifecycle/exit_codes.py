@@ -1,7 +1,9 @@
 """Exit code and outcome of a run."""
 
 import enum
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from recurrent_bart.training.lifecycle.interruption import Interrupted
 
@@ -16,6 +18,10 @@ class ExitCode(enum.IntEnum):
     MISTAKE = 2
     # EX_TEMPFAIL of sysexits.h: the run can be continued with --resume
     STOPPED = 75
+
+
+class AlreadyFinished(Exception):  # noqa: N818 - not an error
+    """Notice that a resumed run has nothing to do. The run folder is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,14 @@ class Outcome:
     def fields(self) -> dict[str, object]:
         """Return the fields as a dictionary."""
         return asdict(self)
+
+
+def is_done(outcome: Path) -> bool:
+    """Return True if the file outcome.json says that the run was trained to its end."""
+    try:
+        return json.loads(outcome.read_text(encoding="utf-8"))["code"] == ExitCode.DONE
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def code_of(error: BaseException | None) -> ExitCode:
