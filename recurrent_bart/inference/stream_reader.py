@@ -28,7 +28,7 @@ from recurrent_bart.recurrence.segmentation import pad_segments
 from recurrent_bart.run_folder import RunFolder
 
 # increase the number when the contents of a saved bookmark change
-FORMAT = "recurrent_bart reading 3"
+FORMAT = "recurrent_bart reading 4"
 # configuration fields that the values of a state depend on, besides the weights
 STATE_FIELDS = (
     "pre_seq_len",

@@ -50,8 +50,11 @@ def encoder_output(
     selected_BN[:, -1] = True
     if target_segments_BN is not None:
         selected_BN = target_or_last_segment(target_segments_BN)
+    last = None
+    if config.decoder_context in ("last", "memory"):
+        last = _last_tokens(grid.tokens[-1], mask_BNL[:, -1].bool(), state)
     grows = {"last": None, "memory": 0}.get(config.decoder_context, len(blocks) - 1)
-    several, groups_BN = None, [selected_BN]
+    several, groups_BN, reads_all = None, [selected_BN], bool(is_read_BN[:, -1].all())
     if grows is not None:
         ends_BN = selected_BN & batch.decodes_every_segment if target_segments_BN is None else target_segments_BN
         several = _SeveralSegments(config, blocks[grows], is_read_BN, state, ends_BN)
@@ -62,6 +65,8 @@ def encoder_output(
     def part(number: int, group_BN: Tensor) -> Block:
         if several is not None and number == grows:
             return several.after(group_BN) if batch.decodes_several_segments else several.after_all()
+        if last is not None and number == len(blocks) - 1 and not (batch.decodes_several_segments or reads_all):
+            return last[0], last[1].cpu()
         # a block may cover only the last segments
         return _at(blocks[number], group_BN[:, -blocks[number][0].shape[1] :])
 
@@ -83,7 +88,7 @@ def encoder_output(
         attentions=_by_layer(grid.attentions),
         is_read=is_read_BN,
         n_memory=contexts[0][0][0].shape[1] if grid.memories else 0,
-        state=RecurrentState(position_B, memory, *(() if several is None else several.past)),
+        state=RecurrentState(position_B, memory, *(several.past if several else (None, None)), *(last or ())),
         packing=packing,
     )
 
@@ -95,6 +100,26 @@ def target_or_last_segment(target_segments_BN: Tensor) -> Tensor:
     return target_segments_BN
 
 
+def _last_tokens(new_BLD: Tensor, new_mask_BL: Tensor, state: RecurrentState | None) -> Block:
+    """Return the tokens of each document's last segment, from the state if the document reads nothing in this call."""
+    is_new_B1, device = new_mask_BL.any(dim=1, keepdim=True), new_BLD.device
+    new = new_BLD, on_device(new_mask_BL, device)
+    if is_new_B1.all() or state is None or state.tokens is None:
+        return new
+    assert state.tokens_mask is not None
+    kept = state.tokens.to(new_BLD.dtype), state.tokens_mask
+    most = max(new[0].shape[1], kept[0].shape[1])
+    (new_BLD, new_mask_BL), (kept_BLD, kept_mask_BL) = (_lengthened(block, most) for block in (new, kept))
+    is_new_B1 = on_device(is_new_B1, device)
+    hidden_BLD = torch.where(is_new_B1.unsqueeze(2), new_BLD, kept_BLD)
+    return hidden_BLD, torch.where(is_new_B1, new_mask_BL, kept_mask_BL)
+
+
+def _lengthened(block: Block, n_positions: int) -> Block:
+    n_missing = n_positions - block[0].shape[1]
+    return nn.functional.pad(block[0], (0, 0, 0, n_missing)), nn.functional.pad(block[1], (0, n_missing))
+
+
 def _at(block: Block, selected_BN: Tensor) -> Block:
     return take(block[0], selected_BN), block[1][selected_BN]
 
@@ -102,7 +127,7 @@ def _at(block: Block, selected_BN: Tensor) -> Block:
 class _SeveralSegments:
     """Decoder contexts that grow with the number of segments.
 
-    `past` is the part of the context that the state carries: all positions that contexts of later segments still need.
+    `past` is the context after the last segment, which the state carries.
     """
 
     def __init__(
@@ -113,7 +138,7 @@ class _SeveralSegments:
         state: RecurrentState | None,
         ends_BN: Tensor,
     ):
-        self.block, self.state = block, state
+        self.block, self.state, self.is_read_BN = block, state, is_read_BN
         self.windows = target_windows(config, is_read_BN.shape[1])
         self.number_BN = _numbers(is_read_BN, state)
         is_cut = config.decoder_context == "section"
@@ -125,15 +150,12 @@ class _SeveralSegments:
         # the same distance in segments of this call; segments that a document lacks in between count too
         first_BN = torch.searchsorted(self.number_BN[:, :-1].contiguous(), self.least_BN[:, :-1].contiguous())
         self.n_back_BN = (torch.arange(1, is_read_BN.shape[1] + 1) - first_BN).clamp(min=1)
-        self.past = self._read_so_far(self.least_BN[:, -1])
+        self.past = self._read_so_far()
 
     def after_all(self) -> Block:
         """Return the contexts after the last segment, `(B, A, ...)`."""
         hidden, number = self.past
-        # usually equal; the concatenation is then not done twice
-        if not torch.equal(self.least_BN[:, -2], self.least_BN[:, -1]):
-            hidden, number = self._read_so_far(self.least_BN[:, -2])
-        return hidden, number > 0
+        return hidden, number != 0
 
     def after(self, selected_BN: Tensor) -> Block:
         """Return the contexts after the segments in `selected_BN`, `(M, Y + K * X, ...)`."""
@@ -146,19 +168,39 @@ class _SeveralSegments:
         index_MK = row_M.unsqueeze(1), segment_MK.clamp(min=0)
         is_seen_MK = (segment_MK >= 0) & (self.number_BN[index_MK] >= least_M1)
         hidden_MKXD = self.block[0][tuple(to_device(part, device) for part in index_MK)]
-        if self.windows.size is not None:
-            # stop the gradient at windows: in training, each window has its own backward pass
-            windows_MK = self.windows.number(segment_MK)
-            is_same_MK = to_device(windows_MK == windows_MK[:, -1:], device)
-            hidden_MKXD = torch.where(is_same_MK[..., None, None], hidden_MKXD, hidden_MKXD.detach())
+        hidden_MKXD = self._within_window(hidden_MKXD, segment_MK, segment_M)
         hidden, mask = hidden_MKXD.flatten(1, 2), (self.block[1][index_MK] & is_seen_MK.unsqueeze(2)).flatten(1, 2)
         if self.state is not None and self.state.context is not None:
-            assert self.state.context_number is not None
-            past_MY = self.state.context_number.cpu()[row_M] >= least_M1
+            past_MYD, past_MY = self._after_in_state(self.state, row_M, segment_M)
             if past_MY.any():
-                past_MYD = self.state.context.to(hidden.dtype)[to_device(row_M, device)]
-                hidden, mask = torch.cat([past_MYD, hidden], dim=1), torch.cat([past_MY, mask], dim=1)
+                hidden = torch.cat([past_MYD.to(hidden.dtype), hidden], dim=1)
+                mask = torch.cat([past_MY, mask], dim=1)
         return hidden, mask
+
+    def _after_in_state(self, state: RecurrentState, row_M: Tensor, segment_M: Tensor) -> Block:
+        """Return the positions that the state carries of the contexts after segments, `(M, Y, ...)`."""
+        assert state.context is not None
+        assert state.context_number is not None
+        number_MY = state.context_number.cpu()[row_M]
+        is_seen_MY = number_MY >= self.least_BN[row_M, segment_M].unsqueeze(1)
+        is_used_Y = is_seen_MY.any(dim=0)
+        past_MYD = _columns(state.context, is_used_Y)[to_device(row_M, state.context.device)]
+        # the last segment of the state has the index before the first segment that the document reads in this call
+        n_before_B = self.number_BN[:, 0] - self.is_read_BN[:, 0].long()
+        first_B = (self.number_BN[:, :-1] <= n_before_B.unsqueeze(1)).sum(dim=1)
+        index_MY = number_MY[:, is_used_Y] + (first_B - n_before_B - 1)[row_M].unsqueeze(1)
+        return self._within_window(past_MYD, index_MY, segment_M), is_seen_MY[:, is_used_Y]
+
+    def _within_window(self, hidden: Tensor, index_MK: Tensor, segment_M: Tensor) -> Tensor:
+        """Detach the hidden states `(M, K, ...)` of segments `index_MK` outside the windows of segments `segment_M`.
+
+        With targets per segment, each window has its own backward pass in training.
+        """
+        if self.windows.size is None or not hidden.requires_grad:
+            return hidden
+        is_same_MK = self.windows.number(index_MK) == self.windows.number(segment_M).unsqueeze(1)
+        is_same_MK = to_device(is_same_MK, hidden.device).view(*index_MK.shape, *[1] * (hidden.dim() - 2))
+        return torch.where(is_same_MK, hidden, hidden.detach())
 
     def groups_of_similar_length(self, selected_BN: Tensor) -> list[Tensor]:
         """Split `selected_BN` into groups whose contexts have 1 segment, 2 to 4 segments, 5 to 16 segments and so on.
@@ -176,18 +218,33 @@ class _SeveralSegments:
         )
         return groups_BN if as_one > LEAST_SAVING * as_groups else [selected_BN]
 
-    def _read_so_far(self, least_B: Tensor) -> Block:
-        """Return the positions of segment `least_B` and later segments, and the segment number of each position."""
-        hidden_BAD = self.block[0].flatten(1, 2)
-        number_BA = (self.block[1] * self.number_BN[:, :-1].unsqueeze(2)).flatten(1, 2)
+    def _read_so_far(self) -> Block:
+        """Return the positions in the contexts after the last segment, and their numbers as in `RecurrentState`."""
+        least_B1, next_least_B1 = self.least_BN[:, -2:].split(1, dim=1)
+        number_BNX = self.block[1] * self.number_BN[:, :-1].unsqueeze(2)
+        number_BNX = number_BNX * (number_BNX >= least_B1.unsqueeze(2))
+        # only segments and carried positions that some context shows
+        is_used_N = (number_BNX != 0).any(dim=2).any(dim=0)
+        hidden_BAD = _columns(self.block[0], is_used_N).flatten(1, 2)
+        number_BA = number_BNX[:, is_used_N].flatten(1, 2)
         if self.state is not None and self.state.context is not None:
             assert self.state.context_number is not None
-            hidden_BAD = torch.cat([self.state.context.to(hidden_BAD.dtype), hidden_BAD], dim=1)
-            number_BA = torch.cat([self.state.context_number.cpu(), number_BA], dim=1)
-        number_BA = number_BA * (number_BA >= least_B.unsqueeze(1))
-        # drop leading positions that no context shows any more
-        n_gone = int((number_BA.amax(dim=0) > 0).long().cumsum(dim=0).eq(0).sum())
-        return hidden_BAD[:, n_gone:], number_BA[:, n_gone:]
+            past_BY = self.state.context_number.cpu()
+            # a document that reads nothing in this call keeps its context
+            past_BY = past_BY * ((past_BY >= least_B1) | ~self.is_read_BN.any(dim=1, keepdim=True))
+            is_used_Y = (past_BY != 0).any(dim=0)
+            past_BYD = _columns(self.state.context, is_used_Y).to(hidden_BAD.dtype)
+            hidden_BAD = torch.cat([past_BYD, hidden_BAD], dim=1)
+            number_BA = torch.cat([past_BY[:, is_used_Y], number_BA], dim=1)
+        return hidden_BAD, torch.where(number_BA >= next_least_B1, number_BA, -number_BA.abs())
+
+
+def _columns(tensor: Tensor, is_used_A: Tensor) -> Tensor:
+    """Select along dimension 1, without a copy if all unused columns come first; `is_used_A` is on the CPU."""
+    n_unused = int((~is_used_A).sum())
+    if is_used_A[n_unused:].all():
+        return tensor[:, n_unused:]
+    return tensor.index_select(1, to_device(is_used_A.nonzero().squeeze(1), tensor.device))
 
 
 def section_starts(ends_BN: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class SegmentGeneration(GenerationMixin):
             `return_dict_in_generate` these ids are `sequences`; the other fields have one row per text.
 
         Raises:
-            ValueError: No target segment exists, or `encoder_outputs` lack a context after one.
+            ValueError: No target segment exists, a document has neither text nor a state, or `encoder_outputs` were
+                computed for other segments.
         """
         decode_at, target_segments = read_selection(kwargs, decode_at, target_segments)
         input_ids = kwargs.pop("input_ids", inputs)
@@ -60,10 +61,12 @@ class SegmentGeneration(GenerationMixin):
             takes_more = kwargs.get("decoder_input_ids") is not None
             kwargs["may_pack"] = may_pack and target_segments is not None and not gives_more and not takes_more
             selected = {"decode_at": decode_at, "target_segments": target_segments}
+            # target segments without text get no generated text
+            selected["is_decoded"] = target_segments is None
             encoded = self._read_to_generate(input_ids, selected, generation_config, kwargs)
-        if target_segments is not None or decode_at == "every_segment":
-            return self._generate_segments(encoded, target_segments, generation_config, **kwargs)
-        encoded.check_one_context()
+        chosen = encoded.check_contexts(decode_at, target_segments, self.config)
+        if chosen is not None:
+            return self._generate_segments(encoded, chosen, generation_config, **kwargs)
         is_flat = input_ids is not None and input_ids.dim() == 2
         # GenerationMixin takes an output's `state` for a cache
         stateless = dataclasses.replace(encoded, state=None)
@@ -93,11 +96,11 @@ class SegmentGeneration(GenerationMixin):
     def _generate_segments(
         self,
         encoded: RecurrentEncoderOutput,
-        target_segments_BN: Tensor | None,
+        target_segments_BN: Tensor,
         generation_config: GenerationConfig | None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
-        target_segments_BN, is_read_BN = encoded.check_contexts(target_segments_BN), encoded.is_read
+        is_read_BN = encoded.is_read
         assert is_read_BN is not None
         has_text_BN = is_read_BN & target_segments_BN
         if not has_text_BN.any():

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import is_traced, to_device
-from recurrent_bart.recurrence.segmented_batch import SegmentedBatch
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, check_one_target, check_targets
 
 
 def take(tensor: Tensor, chosen: Tensor) -> Tensor:
@@ -93,6 +93,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
         is_read: `(B, N)` booleans, False where a document has fewer segments.
         n_memory: Number of leading positions of `last_hidden_state` that are state.
         has_padding: True if `context_mask` has a 0, known without a device synchronization; None: unknown.
+        target_segments: `(B, N)` booleans on the CPU, True at segments with a context; None: the context is the one
+            after each document's last segment.
         state: State after the last segment.
         packing: Layout of packed contexts; None: not packed.
     """
@@ -101,6 +103,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
     is_read: Tensor | None = None
     n_memory: int | None = None
     has_padding: bool | None = None
+    target_segments: Tensor | None = None
     state: RecurrentState | None = None
     packing: Packing | None = None
 
@@ -109,7 +112,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         state = self.state and tuple(getattr(self.state, item.name) for item in fields(RecurrentState))
         plain = self.last_hidden_state, self.hidden_states, self.attentions, self.context_mask, self.is_read
         packing = self.packing and tuple(getattr(self.packing, item.name) for item in fields(Packing))
-        return *plain, self.n_memory, self.has_padding, state, packing
+        return *plain, self.n_memory, self.has_padding, self.target_segments, state, packing
 
     @classmethod
     def from_tuple(cls, values: Sequence) -> "RecurrentEncoderOutput":
@@ -151,38 +154,62 @@ class RecurrentEncoderOutput(BaseModelOutput):
         return cls(*given, context_mask=mask, n_memory=n_memory, has_padding=has_padding)
 
     def check_one_context(self) -> None:
-        """Raise a ValueError if there is more than one context per row."""
+        """Raise a ValueError unless there is one context per document."""
         if self.last_hidden_state.dim() != 3 or self.packing is not None:
             raise ValueError(
                 f"encoder_outputs of shape {tuple(self.last_hidden_state.shape)} hold several contexts per row; "
                 "give one context per row (B, A, D), or call generate(decode_at=..., target_segments=...)"
             )
+        check_one_target(self.target_segments)
 
-    def check_contexts(self, target_segments_BN: Tensor | None) -> Tensor:
-        """Return the segments with a context: the given ones, or all if None.
+    def check_given(self, decode_at: str, target_segments_BN: Tensor | None, config: RecurrentBartConfig) -> None:
+        """Check outputs that a caller gives a forward pass; raise ValueError if it would decode from other segments."""
+        if target_segments_BN is not None or decode_at != "last_segment":
+            self.check_contexts(decode_at, target_segments_BN, config)
+        if self.target_segments is not None and self.is_read is not None:
+            check_targets(self.target_segments.cpu(), self.is_read.cpu())
+
+    def check_contexts(
+        self, decode_at: str, target_segments_BN: Tensor | None, config: RecurrentBartConfig
+    ) -> Tensor | None:
+        """Return the segments after which to decode, `(B, N)`; None: after the last segment of each document.
 
         Raises:
-            ValueError: A context is missing.
+            ValueError: The contexts were computed for other segments. With `decoder_context="section"` the targets also
+                decide where a section begins.
         """
+        held_BN = None if self.target_segments is None else self.target_segments.cpu()
+        if target_segments_BN is None and decode_at == "last_segment":
+            self._check_same(held_BN is None, "the last segment of each document")
+            self.check_one_context()
+            return None
         if self.is_read is None:
             raise ValueError("target_segments: is_read is missing; give the RecurrentEncoderOutput of the encoder")
-        if target_segments_BN is None:
-            target_segments_BN = torch.ones_like(self.is_read)
-        if target_segments_BN.shape != self.is_read.shape:
+        is_read_BN = self.is_read.cpu()
+        given_BN = torch.ones_like(is_read_BN) if target_segments_BN is None else target_segments_BN.cpu()
+        if given_BN.shape != is_read_BN.shape:
             raise ValueError(
-                f"target_segments has shape {tuple(target_segments_BN.shape)}, but encoder_outputs have "
-                f"{tuple(self.is_read.shape)} documents and segments"
+                f"target_segments has shape {tuple(given_BN.shape)}, but encoder_outputs have "
+                f"{tuple(is_read_BN.shape)} documents and segments"
             )
-        shape = tuple(self.last_hidden_state.shape)
-        n_rows = shape[0] if self.packing is None else len(self.packing.order)
-        # without any target segment, there is still one context
-        has_rows = len(shape) == 3 and n_rows == max(1, int(target_segments_BN.sum()))
-        if not has_rows and shape[:-2] != tuple(self.is_read.shape):
-            raise ValueError(
-                f"target_segments: encoder_outputs of shape {shape} do not hold the contexts after "
-                f"the {int(target_segments_BN.sum())} target segments; call the encoder with the same target_segments"
-            )
-        return target_segments_BN.to(self.is_read.device)
+        is_same = held_BN is not None and torch.equal(held_BN, given_BN)
+        if self.last_hidden_state.dim() == 4:
+            # a context after each segment; without sections, it does not depend on the targets
+            is_same = config.decoder_context != "section" or bool((given_BN | ~is_read_BN).all())
+        self._check_same(is_same, f"the {int(given_BN.sum())} segments of decode_at and target_segments")
+        return given_BN.to(self.is_read.device)
+
+    def _check_same(self, is_same: bool, needed: str) -> None:
+        if is_same:
+            return
+        held = "the last segment of each document"
+        if self.target_segments is not None:
+            held = f"{int(self.target_segments.sum())} other segments"
+        raise ValueError(
+            f"target_segments: encoder_outputs of shape {tuple(self.last_hidden_state.shape)} hold contexts after "
+            f"{held}, but contexts after {needed} are needed; call the encoder with the same decode_at and "
+            "target_segments"
+        )
 
     def without_segments(self) -> "RecurrentEncoderOutput":
         """Return the outputs of one segment with `hidden_states` and `attentions` in BART's shapes."""
@@ -202,6 +229,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
             hidden, mask = (take(part, to_device(order_M, part.device)) for part in (hidden, mask))
         elif packing is not None:
             packing = Packing(packing.sizes, order_M.argsort()[packing.order])
+        is_target = torch.ones_like(batch.is_read) if batch.decodes_every_segment else None
+        targets = is_target if batch.target_segments is None else shift(batch.target_segments)
         return RecurrentEncoderOutput(
             last_hidden_state=hidden,
             hidden_states=self.hidden_states and tuple(map(shift, self.hidden_states)),
@@ -210,6 +239,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
             is_read=shift(self.is_read),
             n_memory=self.n_memory,
             has_padding=self.has_padding,
+            target_segments=targets,
             state=self.state,
             packing=packing,
         )

@@ -48,7 +48,7 @@ from recurrent_bart.model.scheduled_sampling import Oracle
 from recurrent_bart.model.token_head import TokenHead
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import to_device
-from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, check_one_target, read_selection
+from recurrent_bart.recurrence.segmented_batch import SegmentedBatch, read_selection
 
 
 class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
@@ -77,22 +77,26 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         inputs_embeds: Tensor | None = None,
         decode_at: str = "last_segment",
         target_segments: Tensor | None = None,
+        is_decoded: bool = False,
         **kwargs: Any,
     ) -> RecurrentEncoderOutput:
         """Compute embeddings outside the encoder, run the encoder, and rebuild its output from a plain tuple.
 
         ZeRO-3 gathers the encoder's parameters by hooks on the encoder module. The hooks need a positional input that
         requires a gradient, which ids cannot, and they see only outputs in a tuple. Otherwise the encoder's gradient
-        would be lost silently.
+        would be lost silently. With `is_decoded`, every context is decoded: a context without text is a ValueError.
         """
         decode_at, target_segments = read_selection(kwargs, decode_at, target_segments)
         reading = input_ids, attention_mask, inputs_embeds, decode_at, target_segments
-        may_be_empty = kwargs.get("state") is not None
-        batch = SegmentedBatch.build(self.config, self.training, *reading, may_be_empty=may_be_empty)
+        state = kwargs.get("state")
+        batch = SegmentedBatch.build(self.config, self.training, *reading, may_be_empty=state is not None)
         embeds, earlier = self.encoder.embed_segments(batch)
         if torch.is_grad_enabled() and not embeds.requires_grad:
             embeds = embeds.detach().requires_grad_()
         outputs = self.encoder(None, None, embeds, batch=batch, earlier=earlier, return_dict=False, **kwargs)
+        # the encoder has checked the state
+        if is_decoded:
+            batch.check_decoded(state)
         return RecurrentEncoderOutput.from_tuple(outputs)
 
     def decode(
@@ -179,10 +183,11 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
             decoder_input_ids = self.shift_right(input_ids)
         if encoder_outputs is None:
             selected = read_selection(kwargs, decode_at, target_segments)
-            check_one_target(selected[1])
-            encoded = self.encode(input_ids, attention_mask, inputs_embeds, *selected, state=state, **kwargs)
+            reading = input_ids, attention_mask, inputs_embeds, *selected
+            encoded = self.encode(*reading, is_decoded=True, state=state, **kwargs)
         else:
             encoded = RecurrentEncoderOutput.of(encoder_outputs, self.config, attention_mask)
+            encoded.check_given(*read_selection(kwargs, decode_at, target_segments), self.config)
         encoded.check_one_context()
         decoder_outputs = self.decode(
             encoded,
@@ -259,8 +264,8 @@ class RecurrentBartForConditionalGeneration(
             label_smoothing: Share of each target that the loss spreads over the vocabulary, from 0 to below 1.
 
         Raises:
-            ValueError: Labels or decoder inputs are invalid, and the message names the row; or decoder inputs are given
-                together with labels `(B, N, T)`.
+            ValueError: Labels or decoder inputs are invalid, and the message names the row; a target is at a segment
+                without text; or decoder inputs are given together with labels `(B, N, T)`.
         """
         if labels is not None and labels.dim() == 3:
             unused = {
@@ -280,7 +285,7 @@ class RecurrentBartForConditionalGeneration(
                 has_target = (known != IGNORED).any(dim=-1)
                 check_labels(known[has_target], self.config.vocab_size, every_row=False)
             # an oracle selects contexts by row, which packed contexts do not have
-            targets = {"target_segments": has_target, "may_pack": oracle is None}
+            targets = {"target_segments": has_target, "may_pack": oracle is None, "is_decoded": known is not None}
             encoded = self.model.encode(**reading, state=state, **targets, **kwargs)
             scoring = num_items_in_batch, return_logits, label_smoothing
             output = self._decode_segments(encoded, labels, has_target, oracle, *scoring)
@@ -301,8 +306,10 @@ class RecurrentBartForConditionalGeneration(
             if labels is None or decoder_attention_mask is not None or decoder_inputs_embeds is not None:
                 raise ValueError("oracle: needs labels, and neither decoder_attention_mask nor decoder_inputs_embeds")
             if encoder_outputs is None:
-                encoder_outputs = self.model.encode(input_ids, attention_mask, inputs_embeds, state=state, **kwargs)
+                reading = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+                encoder_outputs = self.model.encode(**reading, is_decoded=True, state=state, **kwargs)
             encoder_outputs = RecurrentEncoderOutput.of(encoder_outputs, self.config, attention_mask)
+            encoder_outputs.check_one_context()
             decoder_input_ids = self._mixed_inputs(oracle, encoder_outputs, decoder_input_ids, labels)
         outputs = self.model(
             input_ids,

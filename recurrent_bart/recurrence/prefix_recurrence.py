@@ -41,12 +41,18 @@ class RecurrentState(ModelOutput):
             matrices as rows: `(B, E, P + K, D)`.
         context: `(B, A, D)`, encoder outputs of earlier segments for the decoder, unless `decoder_context="last"`.
         context_number: `(B, A)`, index from 1 of the segment that each context position comes from; 0 marks padding.
+            Negative: the position leaves the context when the document reads another segment.
+        tokens: `(B, A, D)`, encoder outputs of each document's last segment, with `decoder_context` `"last"` or
+            `"memory"`.
+        tokens_mask: `(B, A)` booleans, False at padding of `tokens`.
     """
 
     position: Tensor
     memory: Tensor | None = None
     context: Tensor | None = None
     context_number: Tensor | None = None
+    tokens: Tensor | None = None
+    tokens_mask: Tensor | None = None
 
     @classmethod
     def unread(
@@ -77,6 +83,11 @@ class RecurrentState(ModelOutput):
     def carries_anything(self) -> bool:
         """Return True if the state holds information from earlier segments."""
         return self.memory is not None or self.context is not None
+
+    def has_context(self) -> Tensor:
+        """Return `(B,)`, True where the state holds a context of the document for the decoder."""
+        is_held = self.tokens is not None or self.context is not None
+        return (self.position > 0) & is_held
 
     def check(self, config: RecurrentBartConfig, n_documents: int) -> None:
         """Check that the state fits the model and the batch; a wrong shape could broadcast silently.

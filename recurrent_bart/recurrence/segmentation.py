@@ -65,6 +65,7 @@ def segment_positions(
     segment_size: int,
     input_size: int,
     may_end_with_language: bool = False,
+    may_be_empty: bool = False,
 ) -> Tensor:
     """Return, for each token of each segment, its index in the uncut row: `(B, N, L)`, -1 at padding.
 
@@ -73,14 +74,18 @@ def segment_positions(
         input_ids: `(B, n)`; the ids show if a row begins and ends with the special tokens.
         special: Ids that begin and end a document, `(bos, eos)`.
         may_end_with_language: A row may end with eos and a language code, which then end each segment, as in MBart.
+        may_be_empty: A row without a token becomes a segment of padding.
 
     Raises:
-        ValueError: A row has no token; the message names the row.
+        ValueError: A row has no token and `may_be_empty` is False; the message names the row.
     """
-    rows = []
+    rows: list[list[list[int]]] = []
     input_ids = input_ids.cpu()
     for row, mask in enumerate(attention_mask.tolist()):
         positions = [i for i, is_token in enumerate(mask) if is_token]
+        if not positions and may_be_empty:
+            rows.append([[-1]])
+            continue
         if not positions:
             raise ValueError(f"attention_mask: row {row} has no tokens")
         n_leading = int(input_ids[row, positions[0]] == special[0])
@@ -131,10 +136,12 @@ def segment_documents(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
+    may_be_empty: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cut documents into segments; return ids or embeddings `(B, N, L, ...)`, and their mask on the host.
 
-    In training, only the first `config.max_n_segments` segments remain.
+    In training, only the first `config.max_n_segments` segments remain. `may_be_empty` allows documents without a
+    token; an input without any position becomes one position of padding per document.
 
     Raises:
         ValueError: A segment is longer than `config.input_size`, or uncut embeddings need more than one segment.
@@ -142,6 +149,9 @@ def segment_documents(
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     is_flat = tokens.dim() == (2 if inputs_embeds is None else 3)
     shape = tokens.shape[: 2 if is_flat else 3]
+    if 0 in shape[1:]:
+        tokens = tokens.new_zeros(shape[0], 1, 1, *tokens.shape[len(shape) :])
+        return tokens, torch.zeros(tokens.shape[:3], dtype=torch.long)
     mask = torch.ones(shape, dtype=torch.long) if attention_mask is None else attention_mask.cpu()
     if is_flat and shape[1] <= config.segment_size:
         # one segment: unchanged, as BART would see it
@@ -154,7 +164,7 @@ def segment_documents(
     if is_flat:
         special = config.bos_token_id, config.eos_token_id
         sizes = config.segment_size, config.input_size
-        positions = segment_positions(mask, input_ids, special, *sizes, may_end_with_language=config.wraps_last_label)
+        positions = segment_positions(mask, input_ids, special, *sizes, config.wraps_last_label, may_be_empty)
         tokens, mask = gather_segments(tokens, positions, config.pad_token_id), (positions >= 0).to(mask.dtype)
     if tokens.shape[2] > config.input_size:
         raise ValueError(f"segments have {tokens.shape[2]} tokens, but input_size is {config.input_size}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 from recurrent_bart.recurrence.segmentation import (
     align_at_end,
     align_targets,
@@ -62,7 +63,7 @@ class SegmentedBatch:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given, n_dimensions = (inputs_embeds, 3) if input_ids is None else (input_ids, 2)
         is_flat = given is not None and given.dim() == n_dimensions
-        tokens, mask = segment_documents(config, is_training, input_ids, attention_mask, inputs_embeds)
+        tokens, mask = segment_documents(config, is_training, input_ids, attention_mask, inputs_embeds, may_be_empty)
         tokens, mask_BNL, n_empty_B = align_at_end(tokens, mask, may_be_empty)
         if target_segments is not None:
             target_segments = align_targets(target_segments.cpu(), mask_BNL, n_empty_B)
@@ -83,6 +84,25 @@ class SegmentedBatch:
     def decodes_several_segments(self) -> bool:
         """True if contexts after other segments than the last are needed."""
         return self.decodes_every_segment or self.target_segments is not None
+
+    def check_decoded(self, state: RecurrentState | None) -> None:
+        """Check that each document has the segments after which it is decoded; padding would be decoded instead.
+
+        Raises:
+            ValueError: A target segment has no text, or a document without text has none in `state` either; the message
+                names the document.
+        """
+        if self.target_segments is not None:
+            check_targets(self.unalign(self.target_segments), self.unalign(self.is_read))
+        elif not self.decodes_every_segment and state is not None:
+            is_empty_B = ~self.is_read.any(dim=1)
+            if not is_empty_B.any():
+                return
+            # waits for the GPU, but only where a document has ended
+            is_missing_B = is_empty_B & ~state.has_context().cpu()
+            if is_missing_B.any():
+                row = int(is_missing_B.nonzero()[0])
+                raise ValueError(f"attention_mask: row {row} has no tokens, and state has no text of this document")
 
     def unalign(self, segments: Tensor) -> Tensor:
         """Undo the alignment of a tensor `(B, N, ...)`."""
@@ -105,6 +125,18 @@ def check_selection(decode_at: str, target_segments: Tensor | None) -> None:
     dtype = getattr(target_segments, "dtype", type(target_segments).__name__)
     if target_segments is not None and (dtype != torch.bool or target_segments.dim() != 2):
         raise ValueError(f"target_segments: a tensor of booleans (documents, segments) is needed, but it has {dtype}")
+
+
+def check_targets(target_segments_BN: Tensor, is_read_BN: Tensor) -> None:
+    """Raise ValueError if a target segment is one that its document does not have."""
+    is_missing_BN = target_segments_BN & ~is_read_BN
+    if is_missing_BN.any():
+        row, segment = is_missing_BN.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels or target_segments: document {row} has a target at segment {segment} (both counted from 0), which "
+            f"has no text; the document has {int(is_read_BN[row].sum())} segments in this call. At segments without "
+            "text, set labels to -100, or target_segments to False"
+        )
 
 
 def check_one_target(target_segments: Tensor | None) -> None:

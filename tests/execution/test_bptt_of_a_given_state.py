@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
-from reference import encode
+from reference import context, detached_outside, encode
 from tiny import random_ids
 
 VARIANTS = {"layerwise": {}, "top": {"recurrence": "top"}, "wavefront": {"schedule": "wavefront"}}
@@ -77,3 +77,62 @@ def test_empty_segments_around_a_document_do_not_cut_its_state(make_model, input
             seen = output.last_hidden_state[output.is_read], output.context_mask[output.is_read].bool()
             loss = loss + seen[0][seen[1]].cos().sum()
         check_equal(gradients(model, loss, memory), expected)
+
+
+CONTEXTS = {
+    "memory": {"decoder_context": "memory"},
+    "all": {"decoder_context": "all"},
+    "section": {"decoder_context": "section"},
+    "two of all": {"decoder_context": "all", "context_segments": 2},
+    "all without state": {"decoder_context": "all", "pre_seq_len": 0},
+}
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+@pytest.mark.parametrize("task", ["document", "sections"])
+@pytest.mark.parametrize("depth", [0, 1, 2, -1])
+@pytest.mark.parametrize("fields", CONTEXTS.values(), ids=CONTEXTS)
+def test_windows_cut_a_given_context_as_they_cut_the_segments_of_this_call(
+    make_model, inputs, fields, depth, task, schedule
+):
+    """Windows cut the context with a target per segment; with one target, the gradient reaches the whole context."""
+    model = make_model(bptt_depth=depth, schedule=schedule, **fields)
+    config, (documents, ids, mask) = model.config, inputs
+    before, before_mask = torch.ones(len(N_NOW), 3, 8, dtype=torch.long), torch.zeros(len(N_NOW), 3, 8)
+    earlier = [random_ids(n_segments, 8) for n_segments in N_BEFORE]
+    for row, document in enumerate(earlier):
+        before[row, : len(document)], before_mask[row, : len(document)] = document, 1
+    # documents that have begun are in a section that goes on
+    first = model.model.encode(before, before_mask, state=RecurrentState.unread(config, len(N_NOW))).state.detach()
+    context_BAD = first.context.clone().requires_grad_()
+    state = RecurrentState(**first | {"context": context_BAD})
+    # with a target per segment, a document's second segment has none
+    targets_of = [[t for t in range(n_now) if t != 1 or task == "document"] for n_now in N_NOW]
+    expected = 0
+    for row, document in enumerate(documents):
+        n_before, n_now = N_BEFORE[row], N_NOW[row]
+        after = []
+        for number in range(1, n_before + 1):
+            part = context_BAD[row, first.context_number[row].abs() == number]
+            after.append((part, part))
+        memory = first.memory[row] if n_before and config.has_state else None
+        after += encode(model, document, cuts_of(n_before, n_now, depth), memory)[0]
+        for t in targets_of[row] if task == "sections" else targets_of[row][-1:]:
+            window = (n_now - 1 - t) // size_of(depth)
+            begin = max(0, n_before + n_now - (window + 1) * size_of(depth)) if task == "sections" else 0
+            ends = [n_before + end for end in targets_of[row]] if task == "sections" else []
+            seen = context(config, detached_outside(after, begin, n_before + n_now), n_before + t, ends)
+            expected = expected + seen.sin().sum()
+    expected = gradients(model, expected, context_BAD)
+    assert (expected[0].abs().max() > 0) == (task == "document" or depth != 0)
+    for side in range(2):
+        targets = None
+        if task == "sections":
+            targets = torch.zeros(ids[side].shape[:2]).bool()
+            for row, chosen in enumerate(targets_of):
+                in_front = N_SEGMENTS - N_NOW[row] if side == 0 else 0
+                targets[row, [in_front + t for t in chosen]] = True
+        output = model.model.encode(ids[side], mask[side], state=state, target_segments=targets)
+        is_decoded = slice(None) if task == "sections" else output.is_read.any(dim=1)
+        seen = output.last_hidden_state[is_decoded], output.context_mask[is_decoded].bool()
+        check_equal(gradients(model, seen[0][seen[1]].sin().sum(), context_BAD), expected)

@@ -138,7 +138,11 @@ def test_a_state_of_sections_stays_as_small_as_they_are(make_model):
     ends[0, [3, 6]] = True
     assert model.model.encode(ids, target_segments=ends).state.context.shape == (1, 2 * 8, 16)
     ends[0, 8] = True
-    assert model.model.encode(ids, target_segments=ends).state.context.shape == (1, 0, 16)
+    ended = model.model.encode(ids, target_segments=ends).state
+    # the section that has ended, which the decoder sees until the document goes on
+    assert ended.context.shape == (1, 2 * 8, 16)
+    assert ended.context_number.tolist() == [[-8] * 8 + [-9] * 8]
+    assert model.model.encode(ids[:, :1], state=ended).state.context_number.tolist() == [[10] * 8]
     # without a target segment no section ends
     assert model.model.encode(ids).state.context.shape == (1, 9 * 8, 16)
 
@@ -148,9 +152,11 @@ def test_a_state_of_the_last_segments_does_not_grow(make_model, name):
     model, state, ids = make_model(decoder_context=name, context_segments=3), None, random_ids(2, 9, 8)
     for t in range(9):
         state = model.model.encode(ids[:, t : t + 1], state=state).state
-        # room for two earlier segments: the next one is the third
-        assert state.context.shape == (2, min(2, t + 1) * (3 if name == "memory" else 8), 16)
-    assert state.context_number.amax(dim=1).tolist() == [9, 9]
+        n_positions = 3 if name == "memory" else 8
+        assert state.context.shape == (2, min(3, t + 1) * n_positions, 16)
+        # the oldest of three segments leaves the context when another one is read
+        oldest = [-t + 1] * n_positions if t > 1 else []
+        assert state.context_number[0].tolist() == oldest + [n for n in (t, t + 1) if n for _ in range(n_positions)]
 
 
 @pytest.mark.parametrize("fields", [{}, CONTEXTS["memory"], CONTEXTS["two of all"]], ids=["last", "memory", "all"])
