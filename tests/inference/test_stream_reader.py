@@ -1,5 +1,6 @@
 """Tests that a text read as a stream gives the segments, results and summary of the whole text, in constant memory."""
 
+import copy
 import random
 from pathlib import Path
 
@@ -291,6 +292,18 @@ def test_a_state_of_a_different_model_is_refused(make_reader, tmp_path):
     in_float32 = TextReader(reader.model.float(), reader.tokenizer)
     in_float32.load(path)
     assert in_float32.bookmark.state.memory.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_are_the_same_in_every_precision_and_others_are_not(make_reader, dtype):
+    model = make_reader().model.float()
+    # float32 values that bfloat16 has to round
+    for parameter in model.parameters():
+        parameter.data.uniform_(0.5, 1.0)
+    before = inference.weights_identity(model)
+    assert inference.weights_identity(copy.deepcopy(model).to(dtype)) == before
+    list(model.parameters())[-1].data.view(-1)[0] += 0.1
+    assert inference.weights_identity(model) != before
 
 
 # for each configuration field that the values of a state depend on: another value
