@@ -60,9 +60,9 @@ class SegmentGeneration(GenerationMixin):
             gives_more = self._setting("return_dict_in_generate", generation_config, kwargs)
             takes_more = kwargs.get("decoder_input_ids") is not None
             kwargs["may_pack"] = may_pack and target_segments is not None and not gives_more and not takes_more
-            selected = {"decode_at": decode_at, "target_segments": target_segments}
             # target segments without text get no generated text
-            selected["is_decoded"] = target_segments is None
+            is_decoded = target_segments is None
+            selected = {"decode_at": decode_at, "target_segments": target_segments, "is_decoded": is_decoded}
             encoded = self._read_to_generate(input_ids, selected, generation_config, kwargs)
         chosen = encoded.check_contexts(decode_at, target_segments, self.config)
         if chosen is not None:
