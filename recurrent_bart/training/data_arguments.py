@@ -57,6 +57,14 @@ class DataArguments:
     summary_column: str = flag(Columns.summary, "column with the target of a document, for --task document")
     sections_column: str = flag(Columns.sections, "column with the list of section texts, for --task sections")
     summaries_column: str = flag(Columns.summaries, "column with the list of section targets, for --task sections")
+    source_lang: str | None = flag(
+        None,
+        "language code of the documents, for a tokenizer of several languages, as MBart's; if not given: the "
+        "tokenizer's own",
+    )
+    target_lang: str | None = flag(
+        None, "language code of the targets; if not given: the tokenizer's own, else the language of the documents"
+    )
     gap_sentences: int = flag(
         0,
         "copies of each training document whose targets are sentences of the document, left in or removed from the "
