@@ -62,6 +62,14 @@ class DataArguments:
         "column with a list of further references that scores use beside the target; with --task sections a list of "
         "lists, one per section; without a summary, the first reference is the target; if not given: only the target",
     )
+    source_lang: str | None = flag(
+        None,
+        "language code of the documents, for a tokenizer of several languages, as MBart's; if not given: the "
+        "tokenizer's own",
+    )
+    target_lang: str | None = flag(
+        None, "language code of the targets; if not given: the tokenizer's own, else the language of the documents"
+    )
     gap_sentences: int = flag(
         0,
         "copies of each training document whose targets are sentences of the document, left in or removed from the "

@@ -28,14 +28,6 @@ class ModelArguments:
         "path or Hugging Face Hub name of a tokenizer; if not given: the pretrained model's tokenizer, or one trained "
         "on the training documents",
     )
-    source_lang: str | None = flag(
-        None,
-        "language code of the documents, for a tokenizer of several languages, as MBart's; if not given: the "
-        "tokenizer's own",
-    )
-    target_lang: str | None = flag(
-        None, "language code of the targets; if not given: the tokenizer's own, else the language of the documents"
-    )
     trust_remote_code: bool = flag(False, "run Python code that is stored beside the tokenizer")
     vocab_size: int = flag(4096, "number of ids of a tokenizer that is trained for a new model")
     pre_seq_len: int | None = flag(

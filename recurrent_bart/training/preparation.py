@@ -200,7 +200,7 @@ def find_tokenizer(
     if model.model_name_or_path:
         check_model_place("--model_name_or_path", model.model_name_or_path, may_be_on_hub=True)
     if name:
-        return load_tokenizer(str(name), model.trust_remote_code, model.source_lang, model.target_lang)
+        return load_tokenizer(str(name), model.trust_remote_code, data.source_lang, data.target_lang)
     # copies made with --gap_sentences contain the same words and would not change the tokenizer
     train = replace(train, n_made=0)
     key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()))

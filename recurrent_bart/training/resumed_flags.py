@@ -15,13 +15,14 @@ Flags = dict[str, dict[str, Any]]
 KEPT_MODEL = (
     *("model_name_or_path", "model_size", "tokenizer_name", "vocab_size", "train", "lora_r", "lora_alpha"),
     *("pre_seq_len", "prefix_projection", "prefix_hidden_size", "recurrence", "prefix_attention", "update_gate"),
-    *("associative_memory", "matrix_gate_init", "source_lang", "target_lang"),
+    *("associative_memory", "matrix_gate_init"),
 )
 # flags that decide what a document is; a change would invalidate the position in the data
 KEPT_DATA = (
     *("dataset", "dataset_config_name", "train_file", "validation_file", "task", "gap_sentences"),
     *("text_column", "summary_column", "sections_column", "summaries_column", "references_column"),
     *("max_train_documents", "max_eval_documents"),
+    *("source_lang", "target_lang"),
 )
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")
 # flags that change what the validation loss measures

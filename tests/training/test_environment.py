@@ -149,7 +149,7 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "evaluate"])
 def test_without_a_gpu_deepspeed_prints_nothing_before_us(script):
-    command = ["env", "-u", "DS_ACCELERATOR", sys.executable, f"launch/{script}.py", "--no_such_flag"]
+    command = ["env", "-u", "DS_ACCELERATOR", sys.executable, f"launch/{script}.py", "--zzz"]
     code, printed = run(command, timeout=120)
     assert code == 2
-    assert printed.splitlines() == ["error: unknown argument --no_such_flag"]
+    assert printed.splitlines() == ["error: unknown argument --zzz"]
