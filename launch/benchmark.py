@@ -10,10 +10,10 @@ import torch
 import transformers
 from rich.console import Console
 
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting
 from recurrent_bart.benchmarks.models.cases import MODELS, SCHEDULES, SUITES, Group, build_suite
 from recurrent_bart.benchmarks.models.checks import find_wrong_results
 from recurrent_bart.benchmarks.models.session import Effort, run_groups, write_results
-from recurrent_bart.benchmarks.models.subjects import Place
 from recurrent_bart.benchmarks.models.tables import LEGEND, draw, group_table
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.model_building import SIZES
@@ -101,26 +101,26 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    place = place_of(arguments)
+    setting = setting_of(arguments)
     # Keep notes of other models on their settings out of this script's output.
     transformers.logging.set_verbosity_error()
-    faults = find_wrong_results(place.device)
+    faults = find_wrong_results(setting.device)
     if faults:
         print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
         return 1
     folder = arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    about = describe(place)
+    about = describe(setting)
     effort = Effort(arguments.rounds, arguments.warmup, arguments.passes, arguments.budget_seconds)
     results = run_groups(
-        groups, place, effort, lambda found: write_results(folder / "results.json", found, about | {"command": argv})
+        groups, setting, effort, lambda found: write_results(folder / "results.json", found, about | {"command": argv})
     )
     console = Console(width=160)
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
     for name, group in results.items():
         console.print(group_table(name, group))
     console.print(LEGEND, highlight=False)
-    console.print("written:", folder / "results.json", *draw(results, place.segment_size, folder), highlight=False)
+    console.print("written:", folder / "results.json", *draw(results, setting.segment_size, folder), highlight=False)
     return 0
 
 
@@ -145,10 +145,10 @@ def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
     return [group for group in chosen if group.cases]
 
 
-def place_of(arguments: argparse.Namespace) -> Place:
+def setting_of(arguments: argparse.Namespace) -> BenchmarkSetting:
     """Return the settings that all benchmarked models share."""
     model_size = arguments.model_size or ("large" if arguments.suite == "headline" else "tiny")
-    return Place(
+    return BenchmarkSetting(
         model_size=model_size,
         segment_size=arguments.segment_size or SIZES[model_size].get("segment_size", 512),
         device=torch.device(arguments.device),
@@ -156,16 +156,16 @@ def place_of(arguments: argparse.Namespace) -> Place:
     )
 
 
-def describe(place: Place) -> dict[str, Any]:
+def describe(setting: BenchmarkSetting) -> dict[str, Any]:
     """Return the hardware, versions and settings that the results hold for."""
-    is_gpu = place.device.type == "cuda"
+    is_gpu = setting.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(place.device) if is_gpu else f"CPU {platform.machine()}",
+        "device": torch.cuda.get_device_name(setting.device) if is_gpu else f"CPU {platform.machine()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "size": place.model_size,
-        "segment_size": place.segment_size,
-        "dtype": str(place.dtype).removeprefix("torch."),
+        "size": setting.model_size,
+        "segment_size": setting.segment_size,
+        "dtype": str(setting.dtype).removeprefix("torch."),
     }
 
 

@@ -16,11 +16,11 @@ from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
 from recurrent_bart.distributed import (
     SharedError,
-    all_together,
     first_then_all,
     is_first,
     log_on_first_rank,
     only_first,
+    run_on_all_ranks,
 )
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
 from recurrent_bart.evaluation.model_scores import load_scorers
@@ -140,7 +140,7 @@ def evaluate(
     """
     dtype = torch.bfloat16 if use_bf16(arguments.precision, environment.device) else torch.float32
     model, tokenizer = load_model(arguments.model, environment.device, dtype, arguments.trust_remote_code)
-    scorers = all_together(
+    scorers = run_on_all_ranks(
         lambda: load_scorers(
             arguments.bertscore_model, arguments.bertscore_layer, arguments.factuality_model, environment.device
         )

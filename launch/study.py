@@ -263,8 +263,8 @@ def outcome(ended: Ended) -> tuple[bool, str]:
     if not record["curve"]:
         return False, record["stopped"]
     last = record["curve"][-1]
-    figures = (f"{name} {last[name]:.3f}" for name in ("token_accuracy", "validation_loss") if name in last)
-    return False, f"{record['stopped']} after {last['step']} steps, {last['seconds']:.0f} s; {', '.join(figures)}"
+    scores = (f"{name} {last[name]:.3f}" for name in ("token_accuracy", "validation_loss") if name in last)
+    return False, f"{record['stopped']} after {last['step']} steps, {last['seconds']:.0f} s; {', '.join(scores)}"
 
 
 if __name__ == "__main__":

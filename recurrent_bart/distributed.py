@@ -112,7 +112,7 @@ def first_then_all(make: Callable[[], Result]) -> Result:
     return result
 
 
-def all_together(make: Callable[[], Result]) -> Result:
+def run_on_all_ranks(make: Callable[[], Result]) -> Result:
     """Run a function on all ranks at the same time. A ValueError on any rank stops all ranks.
 
     After a ValueError on any rank, rank 0 raises ValueError and all other ranks raise SharedError.

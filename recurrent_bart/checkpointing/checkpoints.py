@@ -24,7 +24,7 @@ from recurrent_bart.checkpointing.process_state import (
     continue_random_states,
     process_state,
     reseed_random_states,
-    summed,
+    sum_metrics,
 )
 from recurrent_bart.checkpointing.resumed_settings import keep_given_settings
 from recurrent_bart.checkpointing.retention import checkpoints_to_delete
@@ -88,10 +88,10 @@ class TrainerState:
 
 @dataclass
 class Resumed:
-    """Trainer state and metrics from which a run continues. `figures`: this rank's metrics since the last log line."""
+    """Trainer state and metrics from which a run continues. `metrics`: this rank's metrics since the last log line."""
 
     state: TrainerState = field(default_factory=TrainerState)
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -117,10 +117,10 @@ class Checkpoints:
         self.writing: Future[None] | None = None
         self.writing_step = 0
 
-    def save(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float] | None = None) -> None:
+    def save(self, engine: DeepSpeedEngine, state: TrainerState, metrics: dict[str, float] | None = None) -> None:
         """Write a checkpoint of the engine and the trainer state, then delete old checkpoints.
 
-        The folder gets a checkpoint name only when it is complete. `figures` are the metrics that this rank has counted
+        The folder gets a checkpoint name only when it is complete. `metrics` are the metrics that this rank has counted
         since the last line of the log.
 
         Raises:
@@ -130,7 +130,7 @@ class Checkpoints:
         self.wait()
         draft = self._draft(state.step)
         self._raise_on_all_ranks(self._make_draft(draft), state.step)
-        self._gather(engine, state, figures or {}, draft)
+        self._gather(engine, state, metrics or {}, draft)
         n_processes, best_step = world_size(), state.best_step
 
         def publish_if_last() -> None:
@@ -208,12 +208,12 @@ class Checkpoints:
                 "checkpoints are undamaged"
             ) from error
 
-    def _gather(self, engine: DeepSpeedEngine, state: TrainerState, figures: dict[str, float], draft: Path) -> None:
+    def _gather(self, engine: DeepSpeedEngine, state: TrainerState, metrics: dict[str, float], draft: Path) -> None:
         engine.checkpoint_engine = self.files
         # DeepSpeed copies a script that merges shards; RUN/model already holds the merged weights
         engine._copy_recovery_script = lambda folder: None
         engine.save_checkpoint(str(draft), tag=ENGINE, save_latest=False)
-        self.files.save(process_state(figures), draft / f"process-{rank()}.pt")
+        self.files.save(process_state(metrics), draft / f"process-{rank()}.pt")
         if is_first():
             content = {"state": asdict(state), "written_by": _written_by(engine)}
             self.files.save_json(content, draft / "trainer.json")
@@ -346,4 +346,4 @@ def _continue_process(path: Path, n_processes: int, step: int) -> dict[str, floa
     reseed_random_states(step)
     if not is_first():
         return {}
-    return summed([read_tensors(path / f"process-{number}.pt")["figures"] for number in range(n_processes)])
+    return sum_metrics([read_tensors(path / f"process-{number}.pt")["figures"] for number in range(n_processes)])

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 
-def process_state(figures: dict[str, float]) -> dict[str, Any]:
-    """Return the random states of this rank, with its metrics since the last log line (`figures`)."""
+def process_state(metrics: dict[str, float]) -> dict[str, Any]:
+    """Return the random states of this rank, with its metrics since the last log line (`metrics`)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return {"random_states": states, "figures": figures}
+    return {"random_states": states, "figures": metrics}
 
 
 def continue_random_states(states: dict[str, torch.Tensor]) -> None:
@@ -26,7 +26,7 @@ def reseed_random_states(step: int) -> None:
     torch.manual_seed(torch.initial_seed() + 1_000_003 * step)
 
 
-def summed(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+def sum_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """Sum metrics over ranks, except `n_steps` and `seconds`, which are the same on all ranks."""
     shared = {"n_steps", "seconds"}
-    return {name: figures[0][name] if name in shared else sum(one[name] for one in figures) for name in figures[0]}
+    return {name: metrics[0][name] if name in shared else sum(one[name] for one in metrics) for name in metrics[0]}

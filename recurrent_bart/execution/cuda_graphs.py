@@ -207,7 +207,9 @@ class _Held(nn.Module):
         return self.function(*inputs)
 
 
-def record(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
+def warm_up_and_capture(
+    work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[Any, torch.cuda.CUDAGraph]:
     """Run the work once as a warm-up, and then capture it; see `capture`."""
     warm_up([work], stream)
     return capture(work, stream, pool)
@@ -250,24 +252,24 @@ def garbage_collection_paused() -> Iterator[None]:
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recorded: GraphedCall, n_inputs: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, call: GraphedCall, n_inputs: int, *tensors: Tensor) -> Tensor:
         inputs = tensors[:n_inputs]
-        ctx.recorded, ctx.offset = recorded, recorded.generator.get_offset()
+        ctx.call, ctx.offset = call, call.generator.get_offset()
         ctx.save_for_backward(*inputs)
-        ctx.n_overwrites = recorded.forward(inputs)
-        return recorded.out.clone()
+        ctx.n_overwrites = call.forward(inputs)
+        return call.out.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        recorded = ctx.recorded
-        with recorded.shared.user.whole_pass():
+        call = ctx.call
+        with call.shared.user.whole_pass():
             # another call, or this call's own backward pass, has overwritten the activations
-            if ctx.n_overwrites != recorded.shared.n_overwrites:
-                with rng_offset(recorded.generator, ctx.offset):
-                    recorded.forward(ctx.saved_tensors)
-            gradients = iter(recorded.backward(output_gradient))
-        input_gradients = [next(gradients) if place.requires_grad else None for place in recorded.inputs]
+            if ctx.n_overwrites != call.shared.n_overwrites:
+                with rng_offset(call.generator, ctx.offset):
+                    call.forward(ctx.saved_tensors)
+            gradients = iter(call.backward(output_gradient))
+        input_gradients = [next(gradients) if place.requires_grad else None for place in call.inputs]
         return None, None, *input_gradients, *gradients
 
 

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from recurrent_bart.execution.cuda_graphs import record
+from recurrent_bart.execution.cuda_graphs import warm_up_and_capture
 from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.execution.retained_diagonals import RetainedDiagonals
 from recurrent_bart.execution.wavefront import Diagonal, Wavefront, diagonal_step
@@ -36,7 +36,7 @@ class Captures:
         # keys of the diagonals that have run
         self.seen: set[tuple] = set()
         # graphs that keep the activations for their backward passes
-        self.kept = RetainedDiagonals(owner)
+        self.retained = RetainedDiagonals(owner)
         # buffers of the masks of tokens and of slots; their form depends on the attention implementation
         self.masks: list[Tensor | None] = [None, None]
 
@@ -78,14 +78,14 @@ class DiagonalGraphs:
         return self.stream[-1][:, self.n_slots :]
 
     @property
-    def kept(self) -> RetainedDiagonals:
+    def retained(self) -> RetainedDiagonals:
         """Graphs under the current settings that keep activations for the backward pass."""
-        return self.captures.kept
+        return self.captures.retained
 
     @property
-    def kept_bytes(self) -> int:
+    def retained_bytes(self) -> int:
         """Number of bytes of the activations that graphs keep, under all settings."""
-        return sum(captures.kept.n_bytes for captures in self._by_settings.values())
+        return sum(captures.retained.n_bytes for captures in self._by_settings.values())
 
     def begin(self, weights: Weights, settings: Hashable) -> None:
         """Copy `weights` to the buffers, and select the graphs that were captured under `settings`."""
@@ -95,7 +95,7 @@ class DiagonalGraphs:
             del self._by_settings[next(iter(self._by_settings))]
         torch._foreach_copy_(list(self.weights.values()), [weights[name].detach() for name in self.weights])
 
-    def record(self, diagonals: list[Diagonal], with_backward: bool) -> None:
+    def capture(self, diagonals: list[Diagonal], with_backward: bool) -> None:
         """Capture the missing graphs of these diagonals; the random generator's offset does not change."""
         offset = self.generator.get_offset()
         if with_backward and not self.weight_gradients:
@@ -109,14 +109,14 @@ class DiagonalGraphs:
                     self.place(diagonal)
                     work = self._backward if is_backward else self._forward
                     with torch.inference_mode(False):
-                        _, graph = record(functools.partial(work, diagonal), *self.where)
+                        _, graph = warm_up_and_capture(functools.partial(work, diagonal), *self.where)
                     self.captures.graphs[self.key(diagonal, is_backward)] = graph
         self.generator.set_offset(offset)
 
-    def keep(self, diagonals: list[Diagonal], most_bytes: float) -> None:
+    def retain(self, diagonals: list[Diagonal], most_bytes: float) -> None:
         """Capture graphs that keep activations for the backward pass, up to `most_bytes` of memory."""
         offset = self.generator.get_offset()
-        self.kept.record(diagonals, most_bytes)
+        self.retained.capture(diagonals, most_bytes)
         self.generator.set_offset(offset)
 
     def replay(self, diagonal: Diagonal, is_backward: bool = False, graph: torch.cuda.CUDAGraph | None = None) -> None:
@@ -170,15 +170,17 @@ class DiagonalGraphs:
                 self.together = self.together or tuple(
                     like.new_zeros(READ_TOGETHER, *like.shape) for like in (self.stream[0], self.top, self.memory[-1])
                 )
-                _, self.captures.graphs[key] = record(functools.partial(self._read_together, diagonals[0]), *self.where)
+                _, self.captures.graphs[key] = warm_up_and_capture(
+                    functools.partial(self._read_together, diagonals[0]), *self.where
+                )
             # restore the buffers, which the warm-up before the capture has changed
             self.stream.copy_(stream)
             self.memory.copy_(memory)
             self.generator.set_offset(offset)
-        arriving, tops, memories = self.together
+        arriving, tops, states = self.together
         arriving.copy_(streams)
         self.captures.graphs[key].replay()
-        yield from zip(tops, memories.unsqueeze(1), strict=True)
+        yield from zip(tops, states.unsqueeze(1), strict=True)
 
     @torch.no_grad()
     def _read_together(self, diagonal: Diagonal) -> None:
@@ -195,15 +197,15 @@ class DiagonalGraphs:
 
     def place(self, diagonal: Diagonal) -> None:
         """Copy the diagonal's masks to the buffers that the graphs read."""
-        places = self.captures.masks
+        buffers = self.captures.masks
         for number, mask in enumerate((diagonal.visible.tokens, diagonal.visible.slots)):
             if mask is None:
                 continue
-            if places[number] is None:
+            if buffers[number] is None:
                 n_rows = self.is_read.numel()
                 with torch.inference_mode(False):
-                    places[number] = torch.ones(n_rows, *mask.shape[1:], dtype=mask.dtype, device=mask.device)
-            places[number][: len(mask)].copy_(mask)
+                    buffers[number] = torch.ones(n_rows, *mask.shape[1:], dtype=mask.dtype, device=mask.device)
+            buffers[number][: len(mask)].copy_(mask)
         if diagonal.is_read is not None:
             self.is_read[: len(diagonal.is_read)].copy_(diagonal.is_read)
 

@@ -24,7 +24,7 @@ from recurrent_bart.execution.diagonal_graphs import READ_TOGETHER, DiagonalGrap
 from recurrent_bart.execution.fused_cell import can_fuse
 from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.execution.module_settings import backend_settings, settings_of
-from recurrent_bart.execution.retained_diagonals import MOST_KEPT
+from recurrent_bart.execution.retained_diagonals import MOST_RETAINED
 from recurrent_bart.execution.wavefront import Diagonal, Wavefront
 from recurrent_bart.recurrence.prefix_recurrence import Weights
 from recurrent_bart.recurrence.segmentation import Segment
@@ -84,23 +84,21 @@ class GraphedWavefront(Wavefront):
             yield from self._read(graphs, diagonals, state_EBPD)
             return
         streams = self._embed_segments(segments, state_EBPD)
-        graphs.record(diagonals, with_backward=True)
+        graphs.capture(diagonals, with_backward=True)
         if self.checkpointing == "none":
-            graphs.keep(
-                diagonals, MOST_KEPT * memory_bytes(tokens_BLD.device) - self._bytes_kept_by_other_shapes(graphs)
+            graphs.retain(
+                diagonals, MOST_RETAINED * memory_bytes(tokens_BLD.device) - self._bytes_kept_by_other_shapes(graphs)
             )
-        tops, memories, memory = _Replayed.apply(
-            graphs, diagonals, list(weights), streams, state_EBPD, *weights.values()
-        )
+        tops, states, memory = _Replayed.apply(graphs, diagonals, list(weights), streams, state_EBPD, *weights.values())
         for number, top in enumerate(tops.unbind()):
-            yield top, memory if number == len(segments) - 1 else memories[number].unsqueeze(0)
+            yield top, memory if number == len(segments) - 1 else states[number].unsqueeze(0)
 
     def _read(
         self, graphs: DiagonalGraphs, diagonals: list[Diagonal], state_EBPD: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Run without autograd; in evaluation mode, capture a diagonal when it occurs for the second time."""
         again = diagonals if self.layer.training else [it for it in diagonals if graphs.was_seen(it)]
-        graphs.record(again, with_backward=False)
+        graphs.capture(again, with_backward=False)
         graphs.memory.copy_(state_EBPD)
         for first in range(0, len(diagonals), READ_TOGETHER):
             group = diagonals[first : first + READ_TOGETHER]
@@ -118,7 +116,7 @@ class GraphedWavefront(Wavefront):
         return *settings_of(self.layer, self.recurrence), backend_settings()
 
     def _bytes_kept_by_other_shapes(self, graphs: DiagonalGraphs) -> int:
-        return sum(it.kept_bytes for it in graph_store(self.recurrence).graphs.values()) - graphs.kept.n_bytes
+        return sum(it.retained_bytes for it in graph_store(self.recurrence).graphs.values()) - graphs.retained.n_bytes
 
     def _embed_segments(self, segments: Sequence[Segment], state_EBPD: Tensor) -> Tensor:
         """Return the streams `(N, B, S, D)` that enter the first layer."""
@@ -126,14 +124,14 @@ class GraphedWavefront(Wavefront):
         return self.embed(torch.cat([read() for read in segments]), slots).unflatten(0, (len(segments), -1))
 
     def _graphs_of_shape(self, weights: Weights, tokens_BLD: Tensor) -> DiagonalGraphs:
-        kept = graph_store(self.recurrence).graphs
+        stored = graph_store(self.recurrence).graphs
         key = tokens_BLD.shape, tokens_BLD.dtype, tokens_BLD.device
-        graphs = kept.pop(key, None)
+        graphs = stored.pop(key, None)
         if graphs is None or graphs.layer() is not self.layer:
             graphs = DiagonalGraphs(self, weights, tokens_BLD)
-        kept[key] = graphs
-        while len(kept) > MOST_SHAPES:
-            del kept[next(iter(kept))]
+        stored[key] = graphs
+        while len(stored) > MOST_SHAPES:
+            del stored[next(iter(stored))]
         return graphs
 
 
@@ -166,25 +164,25 @@ class _Replayed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         n_segments, n_layers = len(streams), len(memory)
         tops = streams.new_empty(n_segments, *graphs.top.shape)
-        memories = memory.new_empty(n_segments, *memory.shape[1:])
+        states = memory.new_empty(n_segments, *memory.shape[1:])
         graphs.memory.copy_(memory)
         graphs.n_passes += 1
         entered = []
-        for number, (diagonal, kept) in enumerate(zip(diagonals, graphs.kept.of(diagonals), strict=True)):
+        for number, (diagonal, retained) in enumerate(zip(diagonals, graphs.retained.of(diagonals), strict=True)):
             span = slice(diagonal.first, diagonal.stop)
             if number < n_segments:
                 graphs.stream[0].copy_(streams[number])
             here = graphs.stream[span].clone(), graphs.memory[span].clone(), graphs.generator.get_offset()
             entered.append(here)
-            graphs.replay(diagonal, graph=kept.forward if kept else None)
+            graphs.replay(diagonal, graph=retained.forward if retained else None)
             if diagonal.stop == n_layers:
                 tops[number - n_layers + 1].copy_(graphs.top)
-                memories[number - n_layers + 1].copy_(graphs.memory[-1])
+                states[number - n_layers + 1].copy_(graphs.memory[-1])
         ctx.graphs, ctx.diagonals, ctx.entered, ctx.names = graphs, diagonals, entered, names
         ctx.captures = graphs.captures
         ctx.n_passes = graphs.n_passes
         ctx.shape = streams.shape
-        return tops, memories, graphs.memory.clone()
+        return tops, states, graphs.memory.clone()
 
     @staticmethod
     @once_differentiable
@@ -207,11 +205,11 @@ def _differentiate(ctx: Any, grad_tops: Tensor, grad_memories: Tensor, grad_memo
     graphs, n_layers = ctx.graphs, len(grad_memory)
     grad_streams = grad_tops.new_empty(ctx.shape)
     graphs.begin_backward(grad_memory)
-    kept = graphs.kept.of(ctx.diagonals)
+    retained = graphs.retained.of(ctx.diagonals)
     for number in reversed(range(len(ctx.diagonals))):
         diagonal, (stream, memory, offset) = ctx.diagonals[number], ctx.entered[number]
         # a later pass has overwritten the kept activations
-        own = kept[number] if ctx.n_passes == graphs.n_passes else None
+        own = retained[number] if ctx.n_passes == graphs.n_passes else None
         if own is None:
             span = slice(diagonal.first, diagonal.stop)
             graphs.stream[span].copy_(stream)

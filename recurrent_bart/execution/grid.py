@@ -40,7 +40,7 @@ class OutputSelection:
     # token streams of all segments, with or without an autograd graph
     tokens: bool = False
     # states after all segments, with or without an autograd graph
-    memories: bool = False
+    states: bool = False
     # token streams of every layer
     hidden_states: bool = False
     # attention weights of every layer
@@ -48,7 +48,7 @@ class OutputSelection:
 
     def all_segments(self) -> bool:
         """Return True if some output needs all segments, even if no state is carried between segments."""
-        return self.every_segment or self.tokens or self.memories or self.hidden_states or self.attentions
+        return self.every_segment or self.tokens or self.states or self.hidden_states or self.attentions
 
 
 @dataclass
@@ -83,7 +83,7 @@ class GridOutput:
     # token streams (B, L, D) of the last layer
     tokens: list[Tensor] = field(default_factory=list)
     # states (B, P, D) of the last layer after the segment
-    memories: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     # token streams (B, L, D) below and above every layer
     hidden_states: list[list[Tensor]] = field(default_factory=list)
     # attention weights (B, H, L, A) of every layer
@@ -112,7 +112,7 @@ class Grid:
         segments_BNLD: Tensor,
         mask_BNL: Tensor,
         state: RecurrentState | None,
-        kept: OutputSelection,
+        selection: OutputSelection,
         earlier: Sequence[Segment] = (),
     ) -> GridOutput:
         """Run the grid in the order that `config.schedule` names.
@@ -125,7 +125,7 @@ class Grid:
             segments_BNLD: Token embeddings of the last segments; all documents end at the last one.
             mask_BNL: 1 at tokens, on the host. A segment without tokens leaves its document's state unchanged.
             state: State after earlier calls; None at the start of the documents.
-            kept: Outputs that the caller needs.
+            selection: Outputs that the caller needs.
             earlier: Segments before `segments_BNLD`; they get no gradient.
         """
         n_segments = mask_BNL.shape[1]
@@ -138,43 +138,45 @@ class Grid:
         initial = memory
         # unbind, because the backward pass of each index would write a gradient of all segments
         segments = [*earlier, *(_constant_segment(tokens_BLD) for tokens_BLD in segments_BNLD.unbind(dim=1))]
-        windows = self._windows(is_read_BN, kept)
+        windows = self._windows(is_read_BN, selection)
         run: Schedule = self._sequential
         if any(part.stop - part.start > 1 for part, _ in windows):
-            run = self._fastest(segments_BNLD, kept)
+            run = self._fastest(segments_BNLD, selection)
         output = GridOutput()
         for part, has_graph in windows:
             with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
                 if self.config.has_state and state_windows(self.config, n_segments).detaches_before(part.start):
                     memory = _chosen(cuts_state(is_read_BN, part.start, is_begun_B), memory.detach(), initial)
-                for t, segment in enumerate(run(segments[part], mask_BNL[:, part], memory, kept), start=part.start):
+                for t, segment in enumerate(
+                    run(segments[part], mask_BNL[:, part], memory, selection), start=part.start
+                ):
                     # a static prefix stays the parameter: the output of a window without a graph has no gradient
                     memory = segment.memory if self.config.has_state else learned
-                    self._keep(output, segment, kept, is_last=t == n_segments - 1)
+                    self._append(output, segment, selection, is_last=t == n_segments - 1)
         output.memory = memory if self.config.has_state else None
         return output
 
-    def _windows(self, is_read_BN: Tensor, kept: OutputSelection) -> list[tuple[slice, bool]]:
+    def _windows(self, is_read_BN: Tensor, selection: OutputSelection) -> list[tuple[slice, bool]]:
         """Return the segments that run together as slices, each with True if they have an autograd graph."""
         n_segments = is_read_BN.shape[1]
         # without a carried state, only the outputs of earlier segments could matter
-        first = 0 if self.config.has_state or kept.all_segments() else n_segments - 1
+        first = 0 if self.config.has_state or selection.all_segments() else n_segments - 1
         if not torch.is_grad_enabled():
             return [(slice(first, n_segments), False)]
-        first_with_graph = n_segments - n_segments_with_graph(self.config, is_read_BN, kept.every_segment)
+        first_with_graph = n_segments - n_segments_with_graph(self.config, is_read_BN, selection.every_segment)
         starts = state_windows(self.config, n_segments).starts() if self.config.has_state else []
         cuts = {first_with_graph, *starts} & set(range(max(first + 1, first_with_graph), n_segments))
         borders = [first, *sorted(cuts), n_segments]
         return [(slice(start, stop), start >= first_with_graph) for start, stop in itertools.pairwise(borders)]
 
-    def _fastest(self, segments_BNLD: Tensor, kept: OutputSelection) -> Schedule:
+    def _fastest(self, segments_BNLD: Tensor, selection: OutputSelection) -> Schedule:
         schedule = self.config.schedule
         if schedule == "sequential" or (schedule == "auto" and not is_wavefront_faster(segments_BNLD)):
             return self._sequential
         if not self.config.has_state:
             return self._parallel
         # only the sequential schedule returns hidden states and attention weights of every layer
-        if kept.hidden_states or kept.attentions or self.config.recurrence == "top":
+        if selection.hidden_states or selection.attentions or self.config.recurrence == "top":
             return self._sequential
         if self._has_different_layers() or self._is_on_other_device(segments_BNLD.device):
             return self._sequential
@@ -196,19 +198,21 @@ class Grid:
             logger.warning_once("schedule='wavefront': layers run one by one, because some are on a different device")
         return is_on_other_device
 
-    def _keep(self, output: GridOutput, segment: SegmentOutput, kept: OutputSelection, is_last: bool) -> None:
-        if self.final_norm is not None and (kept.every_segment or kept.tokens or kept.hidden_states or is_last):
+    def _append(self, output: GridOutput, segment: SegmentOutput, selection: OutputSelection, is_last: bool) -> None:
+        if self.final_norm is not None and (
+            selection.every_segment or selection.tokens or selection.hidden_states or is_last
+        ):
             segment.tokens = self.final_norm(segment.tokens).to(segment.tokens.device)
             # as in Hugging Face's models, the last hidden states are the output
-            segment.hidden_states[-1:] = [segment.tokens] * kept.hidden_states
-        if kept.every_segment or kept.tokens or is_last:
+            segment.hidden_states[-1:] = [segment.tokens] * selection.hidden_states
+        if selection.every_segment or selection.tokens or is_last:
             output.tokens.append(segment.tokens)
-        if self.config.has_state and (kept.every_segment or kept.memories or is_last):
+        if self.config.has_state and (selection.every_segment or selection.states or is_last):
             # a view would keep the states of all layers alive
-            output.memories.append(self.recurrence.without_matrix(segment.memory)[-1].clone())
-        if kept.hidden_states:
+            output.states.append(self.recurrence.without_matrix(segment.memory)[-1].clone())
+        if selection.hidden_states:
             output.hidden_states.append(segment.hidden_states)
-        if kept.attentions:
+        if selection.attentions:
             output.attentions.append(segment.attentions)
 
     def _wavefront(
@@ -217,11 +221,11 @@ class Grid:
         segments: list[Segment],
         mask_BNL: Tensor,
         state_EBPD: Tensor | None,
-        kept: OutputSelection,
+        selection: OutputSelection,
     ) -> Iterator[SegmentOutput]:
         """Run the wavefront schedule; a single segment has one cell per diagonal, so it runs sequentially."""
         if len(segments) == 1:
-            yield from self._sequential(segments, mask_BNL, state_EBPD, kept)
+            yield from self._sequential(segments, mask_BNL, state_EBPD, selection)
             return
         assert self.recurrence is not None
         assert state_EBPD is not None
@@ -233,17 +237,17 @@ class Grid:
             if self.config.schedule == "auto" and can_graph(layer, weights, segments[0](), checkpointing)
             else Wavefront
         )
-        gives_all_tokens = kept.every_segment or kept.tokens
+        gives_all_tokens = selection.every_segment or selection.tokens
         wavefront = kind(self.config, layer, self.recurrence, self.embed, checkpointing, gives_all_tokens)
         for top, memory in wavefront.run(weights, segments, mask_BNL, state_EBPD):
             yield SegmentOutput(top, memory)
 
     def _sequential(
-        self, segments: list[Segment], mask_BNL: Tensor, state_EBPD: Tensor | None, kept: OutputSelection
+        self, segments: list[Segment], mask_BNL: Tensor, state_EBPD: Tensor | None, selection: OutputSelection
     ) -> Iterator[SegmentOutput]:
         """Run one segment after the other, layer by layer; other schedules must give the same results."""
         for read, mask_BL in zip(segments, mask_BNL.unbind(dim=1), strict=True):
-            segment = self._checkpointed(read(), mask_BL, state_EBPD, kept)
+            segment = self._checkpointed(read(), mask_BL, state_EBPD, selection)
             state_EBPD = segment.memory
             yield segment
 
@@ -253,7 +257,7 @@ class Grid:
         return self._segment(*inputs)
 
     def _parallel(
-        self, segments: list[Segment], mask_BNL: Tensor, state_EBPD: Tensor | None, kept: OutputSelection
+        self, segments: list[Segment], mask_BNL: Tensor, state_EBPD: Tensor | None, selection: OutputSelection
     ) -> Iterator[SegmentOutput]:
         """Run segments that no state connects as one batch, up to `MOST_TOKENS` tokens at a time."""
         n_documents, n_segments, n_tokens = mask_BNL.shape
@@ -263,10 +267,10 @@ class Grid:
             tokens_BLD = torch.cat([read() for read in part])
             mask_BL = mask_BNL[:, start : start + n_together].transpose(0, 1).flatten(0, 1)
             prefix = None if state_EBPD is None else state_EBPD.repeat(1, len(part), 1, 1)
-            yield from self._checkpointed(tokens_BLD, mask_BL, prefix, kept).split(len(part))
+            yield from self._checkpointed(tokens_BLD, mask_BL, prefix, selection).split(len(part))
 
     def _segment(
-        self, tokens_BLD: Tensor, mask_BL: Tensor, state_EBPD: Tensor | None, kept: OutputSelection
+        self, tokens_BLD: Tensor, mask_BL: Tensor, state_EBPD: Tensor | None, selection: OutputSelection
     ) -> SegmentOutput:
         recurrence, config = self.recurrence, self.config
         n_slots = recurrence.n_slots if recurrence else 0
@@ -292,9 +296,9 @@ class Grid:
             # layers may be on several devices
             slots.append(stream[:, :n_slots].to(tokens_BLD.device))
             matrices.append(written)
-            if kept.hidden_states:
+            if selection.hidden_states:
                 hidden_states.append(stream[:, n_slots:])
-            if kept.attentions:
+            if selection.attentions:
                 attentions.append(weights)
         memory = state_EBPD
         if recurrence:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from recurrent_bart.execution.diagonal_graphs import DiagonalGraphs
 
 # share of a device's memory that activations may fill
-MOST_KEPT = 0.4
+MOST_RETAINED = 0.4
 
 
 class RetainedDiagonals:
@@ -30,10 +30,10 @@ class RetainedDiagonals:
     def __init__(self, graphs: "DiagonalGraphs"):
         # weak, because `graphs` holds this object
         self._graphs = weakref.ref(graphs)
-        self._kept: dict[tuple, RetainedDiagonal] = {}
+        self._retained: dict[tuple, RetainedDiagonal] = {}
         self.n_bytes = 0
 
-    def record(self, diagonals: Sequence[Diagonal], most_bytes: float) -> None:
+    def capture(self, diagonals: Sequence[Diagonal], most_bytes: float) -> None:
         """Capture the graphs that a pass needs and that fit in `most_bytes`.
 
         `diagonals` are in order of execution. Each diagonal already has a graph that keeps no activations.
@@ -42,13 +42,13 @@ class RetainedDiagonals:
             graphs = self._graphs()
             assert graphs is not None
             n_bytes = STREAMS_PER_CELL * graphs.stream[diagonal.first : diagonal.stop].nbytes
-            if key not in self._kept and self.n_bytes + n_bytes <= most_bytes:
-                self._kept[key] = RetainedDiagonal(graphs, diagonal)
+            if key not in self._retained and self.n_bytes + n_bytes <= most_bytes:
+                self._retained[key] = RetainedDiagonal(graphs, diagonal)
                 self.n_bytes += n_bytes
 
     def of(self, diagonals: Sequence[Diagonal]) -> "list[RetainedDiagonal | None]":
         """Return, for each diagonal of a pass, the graphs that keep the diagonal's activations, or None."""
-        return [self._kept.get(key) for key in self._keys(diagonals)]
+        return [self._retained.get(key) for key in self._keys(diagonals)]
 
     def _keys(self, diagonals: Sequence[Diagonal]) -> list[tuple]:
         graphs, seen, keys = self._graphs(), Counter[tuple](), []

@@ -42,9 +42,9 @@ def encoder_output(
     mask_BNL, is_read_BN, target_segments_BN = batch.attention_mask, batch.is_read, batch.target_segments
     tokens = torch.stack(grid.tokens, dim=1), mask_BNL[:, -len(grid.tokens) :].bool()
     blocks = [tokens]
-    if grid.memories:
-        state_BNPD = torch.stack(grid.memories, dim=1)
-        read_BNP = is_read_BN[:, -len(grid.memories) :].unsqueeze(-1).expand(state_BNPD.shape[:3])
+    if grid.states:
+        state_BNPD = torch.stack(grid.states, dim=1)
+        read_BNP = is_read_BN[:, -len(grid.states) :].unsqueeze(-1).expand(state_BNPD.shape[:3])
         blocks.insert(0, (state_BNPD, read_BNP))
     selected_BN = torch.full_like(is_read_BN, batch.decodes_every_segment)
     selected_BN[:, -1] = True
@@ -87,7 +87,7 @@ def encoder_output(
         hidden_states=_by_layer(grid.hidden_states),
         attentions=_by_layer(grid.attentions),
         is_read=is_read_BN,
-        n_memory=contexts[0][0][0].shape[1] if grid.memories else 0,
+        n_memory=contexts[0][0][0].shape[1] if grid.states else 0,
         state=RecurrentState(position_B, memory, *(several.past if several else (None, None)), *(last or ())),
         packing=packing,
     )

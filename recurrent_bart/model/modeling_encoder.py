@@ -100,7 +100,7 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
         selection = OutputSelection(
             every_segment=batch.decodes_several_segments,
             tokens=self.config.decoder_context in ("section", "all"),
-            memories=self.config.decoder_context == "memory",
+            states=self.config.decoder_context == "memory",
             attentions=self._gives_attentions(output_attentions),
             hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )

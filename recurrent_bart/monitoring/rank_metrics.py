@@ -86,13 +86,13 @@ class RankMetrics:
         return [RankMetrics(*row) for row in gather_rows(own, device=device)]
 
 
-def summarise(ranks: Sequence[RankMetrics], places: RankTopology, n_steps: int) -> dict[str, Any]:
+def summarise(ranks: Sequence[RankMetrics], topology: RankTopology, n_steps: int) -> dict[str, Any]:
     """Reduce the metrics of all ranks over `n_steps` optimizer steps to one log line (see `fields.py`)."""
     # Use rank 0's time on every rank, so that all ranks compute the same log line.
     seconds = ranks[0].seconds
     n_tokens = _sum(ranks, "n_tokens")
-    losses = [figures.loss / figures.n_targets for figures in ranks if figures.n_targets]
-    rank_seconds = [figures.own_seconds() / n_steps for figures in ranks]
+    losses = [metrics.loss / metrics.n_targets for metrics in ranks if metrics.n_targets]
+    rank_seconds = [metrics.own_seconds() / n_steps for metrics in ranks]
     slowest, fastest = (pick(range(len(ranks)), key=rank_seconds.__getitem__) for pick in (max, min))
     return {
         "loss": _share(_sum(ranks, "loss"), _sum(ranks, "n_targets")),
@@ -101,26 +101,26 @@ def summarise(ranks: Sequence[RankMetrics], places: RankTopology, n_steps: int) 
         "gradient_norm_recurrence": math.sqrt(_sum(ranks, "recurrence_square")),
         "tokens_per_second": n_tokens / seconds,
         "tokens_per_second_per_device": n_tokens / seconds / len(ranks),
-        "model_flops_share": _share_of_peak(_sum(ranks, "n_flops") / seconds, sum(places.peaks)),
+        "model_flops_share": _share_of_peak(_sum(ranks, "n_flops") / seconds, sum(topology.peaks)),
         "step_seconds": seconds / n_steps,
         **{name: _mean(ranks, name) / n_steps for name in ("data_seconds", "forward_seconds", "backward_seconds")},
         "optimizer_seconds": _mean(ranks, "optimizer_seconds") / n_steps,
         "slowest_rank": slowest,
-        "slowest_host": places.hosts[slowest],
+        "slowest_host": topology.hosts[slowest],
         "slowest_seconds": rank_seconds[slowest],
         "fastest_rank": fastest,
-        "fastest_host": places.hosts[fastest],
+        "fastest_host": topology.hosts[fastest],
         "fastest_seconds": rank_seconds[fastest],
         "rank_seconds": rank_seconds,
-        "memory_allocated_bytes": int(max(figures.allocated_bytes for figures in ranks)),
-        "memory_reserved_bytes": int(max(figures.reserved_bytes for figures in ranks)),
+        "memory_allocated_bytes": int(max(metrics.allocated_bytes for metrics in ranks)),
+        "memory_reserved_bytes": int(max(metrics.reserved_bytes for metrics in ranks)),
         "memory_retries": int(_sum(ranks, "n_retries")),
         "segments_per_document": _share(_sum(ranks, "n_segments"), _sum(ranks, "n_documents")),
     }
 
 
 def _sum(ranks: Sequence[RankMetrics], name: str) -> float:
-    return sum(getattr(figures, name) for figures in ranks)
+    return sum(getattr(metrics, name) for metrics in ranks)
 
 
 def _mean(ranks: Sequence[RankMetrics], name: str) -> float:

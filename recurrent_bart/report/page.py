@@ -48,7 +48,7 @@ def render(runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
         TEMPLATE,
         runs=runs,
         sections=sections,
-        figures=_rows([key_metrics(run) for run in runs]),
+        metrics=_rows([key_metrics(run) for run in runs]),
         facts=_rows([facts(run) for run in runs]),
         flags=differing_flags(runs),
         different=different_validation(runs),

@@ -17,11 +17,11 @@ from recurrent_bart.checkpointing.process_state import reseed_random_states
 from recurrent_bart.data.batches import Batch, DocumentOrder
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import (
-    all_together,
     first_then_all,
     from_first,
     is_first,
     only_first,
+    run_on_all_ranks,
     set_timeout,
     stop_all,
 )
@@ -44,7 +44,7 @@ from recurrent_bart.training.description import describe, generated_length, lear
 from recurrent_bart.training.document_order import build_order, store_data_position
 from recurrent_bart.training.environment import Environment, batch_job, is_batch_job
 from recurrent_bart.training.lifecycle.exit_codes import AlreadyFinished, ExitCode, Outcome, is_done
-from recurrent_bart.training.lifecycle.faults import telling_of_disk
+from recurrent_bart.training.lifecycle.faults import explain_write_errors
 from recurrent_bart.training.lifecycle.interruption import Interrupted, Interruption
 from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
 from recurrent_bart.training.lifecycle.spikes import SpikeWatch
@@ -141,7 +141,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     reason = reason_to_end(run, state)
     if run.resume and reason and from_first(is_first() and is_done(prepared.folder.path / OUTCOME_FILE)):
         raise AlreadyFinished(f"{reason}; the folder of the run is unchanged")
-    model = all_together(lambda: build_model(arguments.model, prepared.config, run.seed))
+    model = run_on_all_ranks(lambda: build_model(arguments.model, prepared.config, run.seed))
     force_target_language(model, prepared.tokenizer)
     choose_trained(model, arguments.model)
     change_settings(model.generation_config, run.generation_settings(), generated_length(run, prepared))
@@ -201,8 +201,8 @@ class Session:
         self.folder = prepared.folder
         self.display = ProgressDisplay(state.step, arguments.run.max_steps, is_plain=is_batch_job())
         peak = peak_flops(environment.device, engine.bfloat16_enabled())
-        self.places = RankTopology.gather(environment.local_rank, peak)
-        self.trackers = start_trackers(arguments.tracking, environment, self.folder, self.places)
+        self.topology = RankTopology.gather(environment.local_rank, peak)
+        self.trackers = start_trackers(arguments.tracking, environment, self.folder, self.topology)
         self.stall_watch = StallWatch(STALL_SECONDS, self._report_stall)
         self.interruption = Interruption(self.folder.path / STOP_FILE, arguments.run.max_minutes, self._announce_stop)
         self.evaluator = self._evaluator(prepared.splits["validation"])
@@ -261,10 +261,10 @@ class Session:
             on_skip=self.skip,
             oracle=functools.partial(oracle_at, self.arguments.run, self.order),
             interruption=self.interruption,
-            places=self.places,
+            topology=self.topology,
             watch=Stopwatch(self.environment.device),
             curriculum=self.arguments.run.build_curriculum(),
-            tally=StepMetrics.of(self.resumed.figures),
+            step_metrics=StepMetrics.of(self.resumed.metrics),
         )
 
     def log(self, record: dict[str, Any]) -> None:
@@ -359,7 +359,7 @@ class Session:
         self.trackers.log(from_first(record))
         self.display.show(record)
         if is_first():
-            with telling_of_disk(self.folder.samples_file):
+            with explain_write_errors(self.folder.samples_file):
                 self._write_evaluation(record, samples)
         if is_best:
             self._export(predictions)
@@ -367,14 +367,14 @@ class Session:
         patience = self.arguments.run.patience
         return bool(patience) and state.n_worse >= patience
 
-    def save(self, figures: dict[str, float]) -> None:
+    def save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint, unless it exists already or no step is done."""
         state = self.state
         if state.step and (state.step, state.evaluated_step) != self.saved:
             self.wait_longer()
             store_data_position(self.order, state)
             started = time.perf_counter()
-            self.checkpoints.save(self.engine, state, figures)
+            self.checkpoints.save(self.engine, state, metrics)
             self.trackers.log(from_first({"step": state.step, "checkpoint_seconds": time.perf_counter() - started}))
             self.saved = (state.step, state.evaluated_step)
 
@@ -382,18 +382,18 @@ class Session:
         if samples:
             self.folder.append_samples(f"Step {record['step']}", samples[:N_SAMPLES])
         draw_curves(self.folder.read_metrics(), self.folder.curves_file)
-        figures = "  ".join(f"{name} {value:.2f}" for name, value in record.items() if name.startswith("rouge"))
-        self.display.say(f"step {record['step']}: validation loss {record['validation_loss']:.4f}  {figures}".rstrip())
+        scores = "  ".join(f"{name} {value:.2f}" for name, value in record.items() if name.startswith("rouge"))
+        self.display.say(f"step {record['step']}: validation loss {record['validation_loss']:.4f}  {scores}".rstrip())
 
     def _export(self, predictions: list[Prediction]) -> None:
         """Write the model, and the texts that it generated in its evaluation."""
         weights = full_state_dict(self.engine)
         if is_first():
-            with telling_of_disk(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
+            with explain_write_errors(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
                 save_model(self.engine, merged(weights, self.arguments.model), draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
         if is_first() and predictions:
-            with telling_of_disk(self.folder.predictions_file):
+            with explain_write_errors(self.folder.predictions_file):
                 write_predictions(self.folder.predictions_file, predictions)
 
     def _generation(self) -> Generation:

@@ -47,16 +47,16 @@ class StepMetrics(RankMetrics):
         for kind, value in seconds.items():
             setattr(self, f"{kind}_seconds", getattr(self, f"{kind}_seconds") + value)
 
-    def figures(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float]:
         """Return the counters that a checkpoint saves."""
         counters = {name: float(getattr(self, name)) for name in COUNTED}
         return {**counters, "seconds": time.perf_counter() - self.started}
 
     @classmethod
-    def of(cls, figures: Mapping[str, float]) -> "StepMetrics":
+    def of(cls, metrics: Mapping[str, float]) -> "StepMetrics":
         """Build metrics that continue from a checkpoint's counters. Missing counters start at zero."""
-        tally = cls(started=time.perf_counter() - figures.get("seconds", 0.0))
+        restored = cls(started=time.perf_counter() - metrics.get("seconds", 0.0))
         for name in COUNTED:
-            setattr(tally, name, figures.get(name, 0.0))
-        tally.n_steps = int(tally.n_steps)
-        return tally
+            setattr(restored, name, metrics.get(name, 0.0))
+        restored.n_steps = int(restored.n_steps)
+        return restored

@@ -27,7 +27,7 @@ PROJECT = "recurrent-bart"
 
 
 def start_trackers(
-    arguments: TrackingArguments, environment: Environment, folder: RunFolder, places: RankTopology
+    arguments: TrackingArguments, environment: Environment, folder: RunFolder, topology: RankTopology
 ) -> Trackers:
     """Start metrics.jsonl and TensorBoard on rank 0, and wandb on the first rank of each host.
 
@@ -45,7 +45,7 @@ def start_trackers(
     first = from_first(_first_id(folder, given.get("run_id")) if is_first() and mode != "disabled" else None)
     if first is not None and mode != "disabled" and environment.local_rank == 0:
         identity, problem = first
-        start = functools.partial(_start_wandb, identity, problem, mode, arguments, given, folder, places)
+        start = functools.partial(_start_wandb, identity, problem, mode, arguments, given, folder, topology)
         trackers.append(Guarded("wandb", start, warn))
     return Trackers(trackers)
 
@@ -76,7 +76,7 @@ def _start_wandb(
     arguments: TrackingArguments,
     given: Mapping[str, str],
     folder: RunFolder,
-    places: RankTopology,
+    topology: RankTopology,
 ) -> WandbTracker:
     if problem:
         raise OSError(problem)
@@ -89,9 +89,9 @@ def _start_wandb(
         id=identity,
         folder=(folder.path / "wandb").absolute(),
         is_online=is_online,
-        node=places.node,
-        n_nodes=places.n_nodes,
-        host=places.hosts[rank()],
+        node=topology.node,
+        n_nodes=topology.n_nodes,
+        host=topology.hosts[rank()],
         config=folder.read_config(),
         given=frozenset(given),
         **_wandb_names(arguments, given, folder.path.name),

@@ -40,15 +40,15 @@ class Trainer:
         state: Trainer state, changed in place.
         on_log: Called with the metrics of a log line, which are equal on every rank.
         on_evaluation: Runs an evaluation; returns True to stop.
-        on_save: Writes a checkpoint; called with the counters of `tally`.
+        on_save: Writes a checkpoint; called with the counters of `step_metrics`.
         on_step: Called with the number of each finished step.
         on_skip: Called with the reason why a step was not applied, which is equal on every rank.
         oracle: Returns the oracle of scheduled sampling at a step, equal on every rank.
         interruption: Watcher of requests to stop early.
         curriculum: Stages of the document length.
-        places: Hosts and devices of all ranks.
+        topology: Hosts and devices of all ranks.
         watch: Timer of the parts of a step.
-        tally: Metrics of this rank since the last line of the log.
+        step_metrics: Metrics of this rank since the last line of the log.
     """
 
     engine: DeepSpeedEngine
@@ -57,15 +57,15 @@ class Trainer:
     state: TrainerState
     on_log: Callable[[dict[str, Any]], None]
     on_evaluation: Callable[[], bool]
-    on_save: Callable[[dict[str, float]], None] = lambda figures: None
+    on_save: Callable[[dict[str, float]], None] = lambda metrics: None
     on_step: Callable[[int], None] = lambda step: None
     on_skip: Callable[[str], None] = lambda reason: None
     oracle: Callable[[int], Oracle | None] = lambda step: None
     interruption: Interruption = field(default_factory=Interruption)
     curriculum: Curriculum | None = None
-    places: RankTopology = field(default_factory=functools.partial(RankTopology.gather, local_rank=0, peak=math.nan))
+    topology: RankTopology = field(default_factory=functools.partial(RankTopology.gather, local_rank=0, peak=math.nan))
     watch: Stopwatch = field(default_factory=Stopwatch)
-    tally: StepMetrics = field(default_factory=StepMetrics)
+    step_metrics: StepMetrics = field(default_factory=StepMetrics)
 
     def train(self) -> None:
         """Train to `--max_steps`, or until an evaluation returns True.
@@ -113,14 +113,14 @@ class Trainer:
         stops = self.on_evaluation()
         # set after the evaluation, so that a resumed run repeats an interrupted evaluation
         self.state.evaluated_step = self.state.step
-        self.tally = StepMetrics()
+        self.step_metrics = StepMetrics()
         self.save()
         return stops
 
     def save(self) -> None:
         """Write a checkpoint that includes the metrics counted since the last log line."""
-        self.tally.add_seconds(self.watch.seconds())
-        self.on_save(self.tally.figures())
+        self.step_metrics.add_seconds(self.watch.seconds())
+        self.on_save(self.step_metrics.as_dict())
 
     def train_step(self) -> None:
         """Run one optimizer step over `--gradient_accumulation_steps` micro-batches of every rank.
@@ -131,8 +131,8 @@ class Trainer:
         Raises:
             Interrupted: The run is asked to stop. The step has then not begun.
         """
-        # `+ 0.0` copies the tensor, because the tally's loss is changed in place
-        loss_before, n_targets_before = self.tally.loss + 0.0, self.tally.n_targets
+        # `+ 0.0` copies the tensor, because the loss of `step_metrics` is changed in place
+        loss_before, n_targets_before = self.step_metrics.loss + 0.0, self.step_metrics.n_targets
         with self.watch.measure("data", on_host=True):
             batches = [next(self.batches) for _ in range(self.run.gradient_accumulation_steps)]
         n_targets, *votes = sum_over_ranks(
@@ -146,19 +146,19 @@ class Trainer:
                 with explain_out_of_memory(batch, self.state.step + 1):
                     self.forward_backward(batch, n_targets)
         # read before the step, which advances the learning rate scheduler
-        self.tally.learning_rate = self.engine.get_lr()[0]
+        self.step_metrics.learning_rate = self.engine.get_lr()[0]
         if self.is_logged_at(self.state.step + 1):
-            self.tally.backbone_square, self.tally.recurrence_square = self.norms.squares()
+            self.step_metrics.backbone_square, self.step_metrics.recurrence_square = self.norms.squares()
         # DeepSpeed checks the norm over all ranks, so a step is applied on all ranks or on none
         with self.watch.measure("optimizer"):
             self.engine.step()
         self.state.step += 1
-        self.tally.n_steps += 1
+        self.step_metrics.n_steps += 1
         if self.engine.was_step_applied():
             self.state.n_skipped_in_row = 0
         else:
             self.skip()
-            self.tally.loss, self.tally.n_targets = loss_before, n_targets_before
+            self.step_metrics.loss, self.step_metrics.n_targets = loss_before, n_targets_before
 
     def advance_curriculum(self, is_reached: bool) -> None:
         """Begin the next stage of the curriculum if the current stage is over. All ranks decide the same."""
@@ -193,8 +193,8 @@ class Trainer:
         for loss in self.watch.each("forward", losses):
             with self.watch.measure("backward"):
                 self.engine.backward(loss)
-            self.tally.loss += loss.detach() * per_process
-        self.tally.add(batch, self.arithmetic.training(batch.attention_mask, batch.labels))
+            self.step_metrics.loss += loss.detach() * per_process
+        self.step_metrics.add(batch, self.arithmetic.training(batch.attention_mask, batch.labels))
 
     @property
     def config(self) -> RecurrentBartConfig:
@@ -215,7 +215,7 @@ class Trainer:
 
     def skip(self) -> None:
         """Count a step that was not applied, and report the ranks that caused it. Stop after too many in a row."""
-        is_finite = gather_objects(math.isfinite(float(self.tally.loss)))
+        is_finite = gather_objects(math.isfinite(float(self.step_metrics.loss)))
         ranks = [str(rank) for rank, finite in enumerate(is_finite) if not finite]
         what = (
             f"loss was not finite on rank {', '.join(ranks)}"
@@ -240,17 +240,17 @@ class Trainer:
 
     def log(self) -> None:
         """Combine the metrics of all ranks since the last log line, and call `on_log` with the result."""
-        tally, self.tally = self.tally, StepMetrics()
-        tally.add_seconds(self.watch.seconds())
-        tally.read_memory(self.engine.device)
-        tally.seconds = time.perf_counter() - tally.started
-        ranks = tally.of_all_ranks(self.engine.device)
+        metrics, self.step_metrics = self.step_metrics, StepMetrics()
+        metrics.add_seconds(self.watch.seconds())
+        metrics.read_memory(self.engine.device)
+        metrics.seconds = time.perf_counter() - metrics.started
+        ranks = metrics.of_all_ranks(self.engine.device)
         record = {
             "step": self.state.step,
-            **summarise(ranks, self.places, int(tally.n_steps)),
-            "learning_rate": tally.learning_rate,
+            **summarise(ranks, self.topology, int(metrics.n_steps)),
+            "learning_rate": metrics.learning_rate,
             "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            "seconds_left": (self.run.max_steps - self.state.step) * ranks[0].seconds / tally.n_steps,
+            "seconds_left": (self.run.max_steps - self.state.step) * ranks[0].seconds / metrics.n_steps,
             "n_skipped": self.state.n_skipped,
         }
         oracle = self.oracle(self.state.step - 1)
@@ -258,5 +258,5 @@ class Trainer:
             record["gold_probability"] = oracle.gold_probability
         if self.curriculum is not None:
             record["curriculum_segments"] = self.curriculum.longest(self.state.stage)
-            self.advance_curriculum(is_reached=self.is_reached(record["loss"], tally.n_steps))
+            self.advance_curriculum(is_reached=self.is_reached(record["loss"], metrics.n_steps))
         self.on_log(known(record))

@@ -128,7 +128,7 @@ def test_many_segments_are_read_by_one_recording(monkeypatch):
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_what_is_kept_is_what_would_be_computed_again(n_bytes, is_ragged, order, replays, monkeypatch):
     """Dropout is on. Recomputed diagonals, other passes and readings come in between."""
-    monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: n_bytes / graphed_wavefront.MOST_KEPT)
+    monkeypatch.setattr(graphed_wavefront, "memory_bytes", lambda device: n_bytes / graphed_wavefront.MOST_RETAINED)
     found = []
     for checkpointing in ("none", "layer"):
         model, inputs = build("auto", dropout=0.3, hidden_dropout_prob=0.3), documents(is_ragged)

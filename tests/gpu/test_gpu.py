@@ -8,9 +8,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from launching import deepspeed
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting
 from recurrent_bart.benchmarks.models.cases import Case
 from recurrent_bart.benchmarks.models.measure import Measurement, measure
-from recurrent_bart.benchmarks.models.subjects import Place
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
 from recurrent_bart.model import decoder_context
@@ -127,11 +127,11 @@ def test_generate_gives_the_processors_ids():
 
 
 def test_peak_memory_is_that_of_one_window():
-    place = Place("small", 128, torch.device("cuda"), torch.bfloat16)
+    setting = BenchmarkSetting("small", 128, torch.device("cuda"), torch.bfloat16)
     found = {n: Measurement() for n in (4, 32)}
     for n, measurement in found.items():
         case = Case("ours", n, "passes", batch_size=2, task="sections", bptt_depth=1, schedule="auto")
-        measure(case, place, measurement, n_warmup=1, n_passes=0)
+        measure(case, setting, measurement, n_warmup=1, n_passes=0)
     assert found[32].step_bytes < 1.02 * found[4].step_bytes
 
 

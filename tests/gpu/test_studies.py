@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recurrent_bart.studies.definitions import ALTERNATIVES, CONTEXTS, DEPTHS
-from recurrent_bart.studies.memory.recording import Recorded
+from recurrent_bart.studies.memory.graphed_function import GraphedFunction
 from recurrent_bart.studies.memory.single_run import SingleRun, execute
 from recurrent_bart.studies.memory.turns import take_turns
 from recurrent_bart.studies.tasks.babi import Babi, Story, Tables, Vocabulary
@@ -92,7 +92,7 @@ def test_a_run_that_is_out_of_memory_while_it_is_recorded_fails_alone(tmp_path, 
             yield from execute(file, device, math.inf)
             return
         sizes = iter((1, 2**46))
-        greedy = Recorded(
+        greedy = GraphedFunction(
             lambda tensor: tensor + torch.empty(next(sizes), device=device)[0], torch.cuda.graph_pool_handle()
         )
         for _ in range(2):

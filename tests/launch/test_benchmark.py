@@ -72,9 +72,9 @@ def test_a_group_that_is_not_there_is_an_error(script, capsys):
 
 
 def test_the_headline_is_of_large_models_and_others_of_tiny_ones(script):
-    def place(*flags):
-        return script.place_of(script.build_parser().parse_args(list(flags)))
+    def setting(*flags):
+        return script.setting_of(script.build_parser().parse_args(list(flags)))
 
-    assert (place("--suite", "headline").model_size, place("--suite", "headline").segment_size) == ("large", 512)
-    assert (place().model_size, place().segment_size) == ("tiny", 256)
-    assert place("--suite", "headline", "--model_size", "base").model_size == "base"
+    assert (setting("--suite", "headline").model_size, setting("--suite", "headline").segment_size) == ("large", 512)
+    assert (setting().model_size, setting().segment_size) == ("tiny", 256)
+    assert setting("--suite", "headline", "--model_size", "base").model_size == "base"

@@ -66,9 +66,9 @@ def run(documents, tmp_path_factory):
 
     def noting(trainer, batch, n_targets):
         watched.batches.setdefault(trainer.state.step, []).append(batch)
-        before = float(trainer.tally.loss)
+        before = float(trainer.step_metrics.loss)
         forward_backward(trainer, batch, n_targets)
-        watched.losses.setdefault(trainer.state.step, []).append(float(trainer.tally.loss) - before)
+        watched.losses.setdefault(trainer.state.step, []).append(float(trainer.step_metrics.loss) - before)
 
     def entered(opened):
         watched.sessions.append(opened)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkModel, BenchmarkSetting, build_benchmark_model
 from recurrent_bart.benchmarks.models.cases import Case
 from recurrent_bart.benchmarks.models.generation import NEW_TOKENS, generation_flops, generator
-from recurrent_bart.benchmarks.models.subjects import BenchmarkModel, Place, build_benchmark_model
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.monitoring.memory import peak_bytes
 
@@ -61,49 +61,49 @@ class Measurement:
         return self.resident_bytes + self.step_bytes
 
 
-def measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
+def measure(case: Case, setting: BenchmarkSetting, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
     """Build the model of a case, run it, and add the results to `measurement`.
 
     Only the first call for a case measures memory. With `n_passes` 0, the call times no step.
     """
     try:
-        _measure(case, place, measurement, n_warmup, n_passes)
+        _measure(case, setting, measurement, n_warmup, n_passes)
         measurement.outcome = "measured"
     except torch.OutOfMemoryError:
         measurement.outcome = OUT_OF_MEMORY
     # stack frames of the exception may hold tensors until now
     gc.collect()
-    if place.device.type == "cuda":
+    if setting.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _measure(case: Case, place: Place, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
+def _measure(case: Case, setting: BenchmarkSetting, measurement: Measurement, n_warmup: int, n_passes: int) -> None:
     torch.manual_seed(0)
-    device = place.device
+    device = setting.device
     resident_before = _device_bytes(device) if device.type == "cuda" else 0
-    subject = build_benchmark_model(case, place)
-    batch = random_batch(case, place)
-    step = work_of(case, subject, batch, place)
+    subject = build_benchmark_model(case, setting)
+    batch = random_batch(case, setting)
+    step = work_of(case, subject, batch, setting)
     for _ in range(n_warmup):
         step()
     if not measurement.step_bytes:
         measurement.resident_bytes = _resident_bytes(subject, step, device) - resident_before
         measurement.step_bytes = peak_bytes(step, device)
         measurement.n_tokens = case.batch_size * NEW_TOKENS if case.work == "generation" else batch.n_tokens()
-        measurement.flops = _flops(case, subject, batch, place)
+        measurement.flops = _flops(case, subject, batch, setting)
     measurement.step_seconds += [timed(step, device) for _ in range(n_passes)]
 
 
-def _flops(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> float:
+def _flops(case: Case, subject: BenchmarkModel, batch: Batch, setting: BenchmarkSetting) -> float:
     if case.work == "generation":
-        return generation_flops(case, place)
+        return generation_flops(case, setting)
     return subject.encoder_flops(batch) if case.work == "inference" else subject.training_flops(batch)
 
 
-def random_batch(case: Case, place: Place) -> Batch:
+def random_batch(case: Case, setting: BenchmarkSetting) -> Batch:
     """Return a batch of random documents without padding."""
-    shape, n_ids = (case.batch_size, case.n_segments), place.vocab_size()
-    ids = torch.randint(4, n_ids, (*shape, place.segment_size))
+    shape, n_ids = (case.batch_size, case.n_segments), setting.vocab_size()
+    ids = torch.randint(4, n_ids, (*shape, setting.segment_size))
     labels = torch.randint(4, n_ids, (*shape, TARGET_LENGTH))
     if case.task == "document":
         # Hugging Face's losses need contiguous labels
@@ -128,10 +128,10 @@ class Step:
             self.optimizer.zero_grad()
 
 
-def work_of(case: Case, subject: BenchmarkModel, batch: Batch, place: Place) -> Callable[[], object]:
+def work_of(case: Case, subject: BenchmarkModel, batch: Batch, setting: BenchmarkSetting) -> Callable[[], object]:
     """Return the function that does the work of the case, for timing."""
     if case.work == "generation":
-        return generator(case, subject, batch, place)
+        return generator(case, subject, batch, setting)
     if case.work == "inference":
         return torch.inference_mode()(lambda: subject.encode(batch))
     return Step(subject, batch, with_optimizer=case.work == "training")

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting
 from recurrent_bart.benchmarks.models.cases import Case, Group
 from recurrent_bart.benchmarks.models.measure import OUT_OF_MEMORY, Measurement, matrix_peak, measure
-from recurrent_bart.benchmarks.models.subjects import Place
 from recurrent_bart.files import atomic_write
 
 Results = dict[str, dict[Case, Measurement]]
@@ -29,7 +29,9 @@ class Effort:
     budget_seconds: float = float("inf")
 
 
-def run_groups(groups: Sequence[Group], place: Place, effort: Effort, keep: Callable[[Results], None]) -> Results:
+def run_groups(
+    groups: Sequence[Group], setting: BenchmarkSetting, effort: Effort, keep: Callable[[Results], None]
+) -> Results:
     """Measure every case of every group. Call `keep` with all results after each measurement.
 
     Cases of a group alternate, so that a change of the device's speed affects all cases equally.
@@ -38,12 +40,12 @@ def run_groups(groups: Sequence[Group], place: Place, effort: Effort, keep: Call
     results: Results = {group.name: {case: Measurement() for case in group.cases} for group in groups}
     for group in groups:
         for _ in range(effort.n_rounds):
-            peak = matrix_peak(place.device, place.dtype)
+            peak = matrix_peak(setting.device, setting.dtype)
             for case, measurement in results[group.name].items():
                 measurement.matrix_peak = max(measurement.matrix_peak, peak)
                 if measurement.outcome == OUT_OF_MEMORY or time.monotonic() > ends:
                     continue
-                measure(case, place, measurement, effort.n_warmup, effort.n_passes)
+                measure(case, setting, measurement, effort.n_warmup, effort.n_passes)
                 keep(results)
     return results
 

@@ -30,7 +30,7 @@ class StepsAlone(Session):
         """Return False without an evaluation, so training continues."""
         return False
 
-    def save(self, figures: dict[str, float]) -> None:
+    def save(self, metrics: dict[str, float]) -> None:
         """Do nothing."""
 
 

@@ -58,7 +58,7 @@ class Speed:
             peak_bytes=max(line["memory_allocated_bytes"] for line in lines),
         )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the metrics shown in the tables."""
         return {
             "tokens_per_second": statistics.median(self.tokens_per_second),
@@ -82,7 +82,7 @@ class LoopCost:
     trainer_seconds: list[float] = field(default_factory=list)
     bare_seconds: list[float] = field(default_factory=list)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the metrics shown in the tables.
 
         `cost` is the fraction of time that the training loop adds to a bare step, as the median over rounds.
@@ -126,7 +126,7 @@ def lines_of(results: Results) -> list[dict[str, Any]]:
             "processes": launch.n_processes,
             "sharding": launch.sharding.stem,
             "outcome": found.outcome,
-            "figures": found.figures() if found.outcome == MEASURED else None,
+            "figures": found.metrics() if found.outcome == MEASURED else None,
             "measured": {name: value for name, value in vars(found).items() if name != "outcome"},
         }
         for launch, found in results.items()

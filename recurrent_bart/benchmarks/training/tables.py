@@ -59,38 +59,38 @@ def speed_cells(launch: Launch, results: Results) -> Iterator[str]:
     """Yield the table cells of a run. Two cells compare it with one process and with the first sharding."""
     found = results[launch]
     assert isinstance(found, Speed)
-    figures = found.figures()
-    speed = figures["tokens_per_second"] / launch.n_processes
-    yield f"{figures['tokens_per_second']:,.0f}"
+    metrics = found.metrics()
+    speed = metrics["tokens_per_second"] / launch.n_processes
+    yield f"{metrics['tokens_per_second']:,.0f}"
     yield f"{speed:,.0f}"
     alone = _speed(results, 1, launch.sharding.stem)
     yield f"{100 * speed / alone:.1f} %" if alone else ""
     first = first_sharding(results)
     other = _speed(results, launch.n_processes, first)
     yield f"{100 * speed / other:.1f} %" if other and first != launch.sharding.stem else ""
-    yield f"{1000 * figures['step_seconds']:,.1f}"
-    yield f"{figures['spread']:.2f}"
-    yield f"{100 * figures['waiting']:.1f} %"
+    yield f"{1000 * metrics['step_seconds']:,.1f}"
+    yield f"{metrics['spread']:.2f}"
+    yield f"{100 * metrics['waiting']:.1f} %"
     yield f"{found.peak_bytes / MIB:,.0f}"
 
 
 def loop_cells(found: LoopCost) -> Iterator[str]:
     """Yield the table cells that compare the training loop with bare steps."""
-    figures = found.figures()
-    yield f"{1000 * figures['trainer_step_seconds']:,.2f}"
-    yield f"{1000 * figures['bare_step_seconds']:,.2f}"
+    metrics = found.metrics()
+    yield f"{1000 * metrics['trainer_step_seconds']:,.2f}"
+    yield f"{1000 * metrics['bare_step_seconds']:,.2f}"
     for name in ("cost", "least_cost", "most_cost"):
-        yield f"{100 * figures[name]:+.2f} %"
+        yield f"{100 * metrics[name]:+.2f} %"
 
 
 def summary(launch: Launch, found: Speed | LoopCost) -> str:
     """Return the result of a launch in one line."""
     if found.outcome != MEASURED:
         return f"{launch.name()}: {found.outcome}"
-    figures = found.figures()
+    metrics = found.metrics()
     if isinstance(found, Speed):
-        return f"{launch.name()}: {figures['tokens_per_second']:,.0f} tokens/s"
-    return f"{launch.name()}: the loop costs {100 * figures['cost']:.2f} %"
+        return f"{launch.name()}: {metrics['tokens_per_second']:,.0f} tokens/s"
+    return f"{launch.name()}: the loop costs {100 * metrics['cost']:.2f} %"
 
 
 def _speed(results: Results, n_processes: int, sharding: str) -> float | None:
@@ -98,5 +98,5 @@ def _speed(results: Results, n_processes: int, sharding: str) -> float | None:
     for launch, found in results.items():
         is_it = (launch.part, launch.n_processes, launch.sharding.stem) == ("runs", n_processes, sharding)
         if is_it and isinstance(found, Speed) and found.outcome == MEASURED:
-            return found.figures()["tokens_per_second"] / n_processes
+            return found.metrics()["tokens_per_second"] / n_processes
     return None

@@ -15,9 +15,9 @@ from recurrent_bart.studies.report import Groups, Records, markdown, origin
 # (document, index of the target in the document)
 Target = tuple[str, int]
 # target -> (total, count): the summed loss and the number of tokens, or the score of one text and 1
-Figures = dict[Target, tuple[float, float]]
+TargetScores = dict[Target, tuple[float, float]]
 # model -> one entry per seed
-Models = dict[str, list[Figures]]
+Models = dict[str, list[TargetScores]]
 Point = dict[str, Any]
 MIB = 2**20
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
@@ -107,10 +107,10 @@ def loss_table(records: dict[str, Records], points: dict[str, list[Point]]) -> s
         if name not in compared:
             rows.append([name, str(len(own)), *[""] * 5])
             continue
-        figures = [form(statistics.mean(point[key] for point in own)) for key, form in FORMS.items()]
+        means = [form(statistics.mean(point[key] for point in own)) for key, form in FORMS.items()]
         comparison = compared[name]
         cells = _cell(comparison.value, ".3f"), _cell(comparison.difference, "+.3f")
-        rows.append([name, str(len(own)), *figures, *cells])
+        rows.append([name, str(len(own)), *means, *cells])
     return markdown(["model", "seeds", "steps", "seconds", "M tokens read", "loss", "difference"], rows)
 
 
@@ -189,16 +189,16 @@ def compare(models: Models) -> dict[str, Comparison]:
 
 
 def _common(models: Models) -> set[Target]:
-    seeds = [set(figures) for own in models.values() if all(own) for figures in own]
+    seeds = [set(scores) for own in models.values() if all(own) for scores in own]
     return set.intersection(*seeds) if seeds else set()
 
 
-def _by_document(seeds: list[Figures], targets: list[Target]) -> tuple[np.ndarray, np.ndarray]:
+def _by_document(seeds: list[TargetScores], targets: list[Target]) -> tuple[np.ndarray, np.ndarray]:
     numbers = {document: number for number, document in enumerate(dict.fromkeys(name for name, _ in targets))}
     sums = np.zeros((2, len(seeds), len(numbers)))
-    for seed, figures in enumerate(seeds):
+    for seed, scores in enumerate(seeds):
         for target in targets:
-            sums[:, seed, numbers[target[0]]] += figures[target]
+            sums[:, seed, numbers[target[0]]] += scores[target]
     return sums[0], sums[1]
 
 
@@ -209,7 +209,7 @@ def _losses(records: dict[str, Records], points: dict[str, list[Point]]) -> Mode
     }
 
 
-def _losses_at(targets: list[dict[str, Any]], point: Point) -> Figures:
+def _losses_at(targets: list[dict[str, Any]], point: Point) -> TargetScores:
     if not point:
         return {}
     losses = zip(point["target_losses"], (target["n_tokens"] for target in targets), strict=True)
@@ -220,24 +220,24 @@ def _scores(records: dict[str, Records], key: str) -> Models:
     return {name: [_scores_of(record.get("texts", []), key) for record in own] for name, own in records.items()}
 
 
-def _scores_of(texts: list[dict[str, Any]], key: str) -> Figures:
+def _scores_of(texts: list[dict[str, Any]], key: str) -> TargetScores:
     return _by_target(texts, ((text[key], 1.0) for text in texts))
 
 
-def _by_target(rows: list[dict[str, Any]], figures: Iterable[tuple[float, float]]) -> Figures:
+def _by_target(rows: list[dict[str, Any]], scores: Iterable[tuple[float, float]]) -> TargetScores:
     """Return the metrics by target.
 
     Raises:
         ValueError: Two rows have the same document and target number.
     """
-    found: Figures = {}
-    for row, figure in zip(rows, figures, strict=True):
+    found: TargetScores = {}
+    for row, score in zip(rows, scores, strict=True):
         target = row["document"], row["target"]
         if target in found:
             raise ValueError(
                 f"document {target[0]!r} has two targets with number {target[1]}: give each document a different id"
             )
-        found[target] = figure
+        found[target] = score
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.run_folder import git_commit, versions
-from recurrent_bart.studies.memory.recording import Recorded
+from recurrent_bart.studies.memory.graphed_function import GraphedFunction
 from recurrent_bart.studies.memory.turns import Turns
 from recurrent_bart.studies.study_run import MODEL, RunFile, StudyRun, describe_device
 from recurrent_bart.studies.tasks.drawn_documents import DrawnDocuments
@@ -55,7 +55,7 @@ class SingleRun:
         easier = tuple(changes.get("n_segments", 1) for changes in run.easier)
         self.curriculum = Curriculum(easier + run.stages, run.stage_steps, run.seed)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.update, self.predict = Recorded(self._update, pool), Recorded(self._predict, pool)
+        self.update, self.predict = GraphedFunction(self._update, pool), GraphedFunction(self._predict, pool)
         self.step = self.stage = self.stage_began = 0
         self.began, self.seconds = time.time(), 0.0
         self.evaluation_seconds, self.n_evaluated_segments = 0.0, 0
@@ -153,7 +153,7 @@ class SingleRun:
     def result(self) -> dict[str, Any]:
         """Return the results of the run so far, for its JSON file."""
         first = next((point for point in self.curve if point["token_accuracy"] >= REACHED), {})
-        # memory of weights and of both AdamW moments, which Recorded.peak_bytes does not include
+        # memory of weights and of both AdamW moments, which GraphedFunction.peak_bytes does not include
         resident_bytes = 3 * sum(parameter.nbytes for parameter in self.model.parameters())
         return {
             "run": asdict(self.run),

@@ -43,7 +43,7 @@ def explain_out_of_memory(batch: Batch, step: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def telling_of_disk(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Replace a write error by a Fault, whose message names the file, the free space and how to resume."""
     try:
         yield

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from counted_flops import counted_flops
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting, build_benchmark_model
 from recurrent_bart.benchmarks.models.cases import Case
 from recurrent_bart.benchmarks.models.measure import random_batch
-from recurrent_bart.benchmarks.models.subjects import Place, build_benchmark_model
 
-PLACE = Place("tiny", 32, torch.device("cpu"), torch.float32)
+SETTING = BenchmarkSetting("tiny", 32, torch.device("cpu"), torch.float32)
 
 
 def eager(subject):
@@ -38,9 +38,9 @@ def train(subject, batch):
     ids=lambda value: f"{value.model}{value.bptt_depth}" if isinstance(value, Case) else "",
 )
 def test_it_is_what_a_model_does(case, least, most):
-    subject = build_benchmark_model(case, PLACE)
+    subject = build_benchmark_model(case, SETTING)
     eager(subject)
-    batch = random_batch(case, PLACE)
+    batch = random_batch(case, SETTING)
     trained = subject.training_flops(batch) / counted_flops(lambda: train(subject, batch))
     assert least < trained <= most + 1e-6
     subject.model.eval()
@@ -52,7 +52,7 @@ def test_it_is_what_a_model_does(case, least, most):
 def test_windows_grow_with_the_document_and_squares_with_its_square():
     flops = {
         model: [
-            build_benchmark_model(Case(model, n), PLACE).encoder_flops(random_batch(Case(model, n), PLACE))
+            build_benchmark_model(Case(model, n), SETTING).encoder_flops(random_batch(Case(model, n), SETTING))
             for n in (64, 128)
         ]
         for model in ("led", "bart", "rmt")

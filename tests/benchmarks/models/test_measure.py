@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recurrent_bart.benchmarks.models import measure as module
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting, build_benchmark_model
 from recurrent_bart.benchmarks.models.cases import MODELS, Case
 from recurrent_bart.benchmarks.models.generation import NEW_TOKENS
 from recurrent_bart.benchmarks.models.measure import (
@@ -14,15 +15,14 @@ from recurrent_bart.benchmarks.models.measure import (
     random_batch,
     work_of,
 )
-from recurrent_bart.benchmarks.models.subjects import Place, build_benchmark_model
 from recurrent_bart.execution import wavefront
 
-PLACE = Place("tiny", 16, torch.device("cpu"), torch.float32)
+SETTING = BenchmarkSetting("tiny", 16, torch.device("cpu"), torch.float32)
 
 
 def measured(case, n_passes=0):
     found = Measurement(matrix_peak=1e9)
-    measure(case, PLACE, found, n_warmup=1, n_passes=n_passes)
+    measure(case, SETTING, found, n_warmup=1, n_passes=n_passes)
     return found
 
 
@@ -62,7 +62,7 @@ def test_a_step_is_timed_without_what_was_queued_before_it(monkeypatch):
 @pytest.mark.parametrize("model", MODELS)
 def test_figures_of_every_model_belong_together(model):
     found = measured(Case(model, 3, batch_size=2), n_passes=2)
-    n_weights = sum(p.numel() for p in build_benchmark_model(Case(model, 3), PLACE).model.parameters())
+    n_weights = sum(p.numel() for p in build_benchmark_model(Case(model, 3), SETTING).model.parameters())
     assert found.outcome == "measured"
     assert found.n_tokens == 2 * 3 * 16
     assert found.tokens_per_second() == pytest.approx(2 * 3 * 16 / found.seconds())
@@ -79,7 +79,7 @@ def test_figures_of_every_model_belong_together(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_readers_have_neither_graph_nor_optimizer(model):
     found = measured(Case(model, 3, "inference"), n_passes=1)
-    subject = build_benchmark_model(Case(model, 3, "inference"), PLACE)
+    subject = build_benchmark_model(Case(model, 3, "inference"), SETTING)
     assert not subject.model.training
     assert found.resident_bytes == sum(p.numel() for p in subject.model.parameters()) * 4
     assert 0 < found.flops < measured(Case(model, 3)).flops / 3
@@ -91,11 +91,11 @@ def test_texts_have_the_length_that_is_counted_and_what_is_read_is_not_read_agai
     found = measured(case, n_passes=1)
     assert found.n_tokens == 3 * NEW_TOKENS
     assert found.tokens_per_second() == pytest.approx(3 * NEW_TOKENS / found.seconds())
-    subject = build_benchmark_model(case, PLACE)
+    subject = build_benchmark_model(case, SETTING)
     assert not subject.model.training
     # this bias would end every text at once
     subject.model.final_logits_bias[0, subject.model.config.eos_token_id] = 1e4
-    generate = work_of(case, subject, random_batch(case, PLACE), PLACE)
+    generate = work_of(case, subject, random_batch(case, SETTING), SETTING)
     reads, contexts = [], []
     subject.model.get_encoder().register_forward_hook(lambda *_: reads.append(1))
     attention = subject.model.model.decoder.layers[0].encoder_attn
@@ -112,7 +112,7 @@ def test_a_text_costs_what_its_decoder_pass_does():
     assert many == pytest.approx(4 * one)
     assert one == measured(Case("bart", 1, "generation")).flops
     case = Case("bart", 1, "inference")
-    batch, subject = random_batch(case, PLACE), build_benchmark_model(case, PLACE)
+    batch, subject = random_batch(case, SETTING), build_benchmark_model(case, SETTING)
     decoder = subject.training_flops(batch) / 3 - subject.encoder_flops(batch)
     # the context of plain BART has no state
     assert decoder < one < 1.3 * decoder
@@ -121,9 +121,9 @@ def test_a_text_costs_what_its_decoder_pass_does():
 @pytest.mark.parametrize("model", MODELS)
 def test_a_training_step_changes_weights_under_dropout(model):
     case = Case(model, 2, checkpointing="layer")
-    subject, batch = build_benchmark_model(case, PLACE), random_batch(case, PLACE)
+    subject, batch = build_benchmark_model(case, SETTING), random_batch(case, SETTING)
     before = [parameter.detach().clone() for parameter in subject.model.parameters()]
-    step = work_of(case, subject, batch, PLACE)
+    step = work_of(case, subject, batch, SETTING)
     losses = [sum(float(loss.detach()) for loss in subject.losses(batch)) for _ in range(2)]
     assert losses[0] != losses[1]
     step()
@@ -140,9 +140,9 @@ def test_other_models_keep_less_when_layers_are_recomputed(model):
 
 def test_what_only_ours_has_is_refused_of_others():
     with pytest.raises(ValueError, match="only the model ours"):
-        build_benchmark_model(Case("led", 2, checkpointing="segment"), PLACE)
+        build_benchmark_model(Case("led", 2, checkpointing="segment"), SETTING)
     with pytest.raises(ValueError, match="only the model ours"):
-        build_benchmark_model(Case("rmt", 2, task="sections"), PLACE)
+        build_benchmark_model(Case("rmt", 2, task="sections"), SETTING)
 
 
 def test_the_schedule_of_a_case_is_the_one_that_runs(monkeypatch):
@@ -168,11 +168,11 @@ def test_memory_that_is_not_enough_is_a_result(monkeypatch):
 def test_memory_is_measured_once_and_time_in_every_turn():
     found = Measurement(matrix_peak=1e9)
     for _ in range(2):
-        measure(Case("rmt", 2), PLACE, found, n_warmup=0, n_passes=2)
+        measure(Case("rmt", 2), SETTING, found, n_warmup=0, n_passes=2)
         n_bytes = found.step_bytes
     assert found.step_bytes == n_bytes
     assert len(found.step_seconds) == 4
 
 
 def test_the_peak_of_products_is_one():
-    assert 1e8 < matrix_peak(PLACE.device, torch.float32) < 1e14
+    assert 1e8 < matrix_peak(SETTING.device, torch.float32) < 1e14

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
+from recurrent_bart.benchmarks.models.benchmark_models import recompute_layers
 from recurrent_bart.benchmarks.models.rmt import RecurrentMemoryBart
-from recurrent_bart.benchmarks.models.subjects import recompute_layers
 from tiny import TINY, random_ids
 
 N_MEMORY, N_SEGMENTS, LENGTH = 3, 4, 8

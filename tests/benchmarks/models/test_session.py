@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 
 from recurrent_bart.benchmarks.models import session, tables
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting
 from recurrent_bart.benchmarks.models.cases import Case, Group
 from recurrent_bart.benchmarks.models.measure import OUT_OF_MEMORY, Measurement
 from recurrent_bart.benchmarks.models.session import Effort, run_groups, write_results
-from recurrent_bart.benchmarks.models.subjects import Place
 from recurrent_bart.benchmarks.models.tables import draw, group_table
 
-PLACE = Place("tiny", 16, torch.device("cpu"), torch.float32)
+SETTING = BenchmarkSetting("tiny", 16, torch.device("cpu"), torch.float32)
 OURS, LED = Case("ours", 4), Case("led", 4)
 GROUPS = [Group("one", (OURS, LED)), Group("two", (Case("bart", 2),))]
 
@@ -25,7 +25,7 @@ def calls(monkeypatch):
     """Collect cases in the order of measurement; LED runs out of memory."""
     calls = []
 
-    def measure(case, place, measurement, n_warmup, n_passes):
+    def measure(case, setting, measurement, n_warmup, n_passes):
         calls.append(case)
         measurement.outcome = OUT_OF_MEMORY if case == LED else "measured"
         measurement.step_seconds += [0.1] * n_passes
@@ -37,7 +37,7 @@ def calls(monkeypatch):
 
 def test_cases_of_a_group_take_turns_and_one_without_room_is_not_tried_again(calls):
     kept = []
-    results = run_groups(GROUPS, PLACE, Effort(2, 1, 3), lambda found: kept.append(len(found)))
+    results = run_groups(GROUPS, SETTING, Effort(2, 1, 3), lambda found: kept.append(len(found)))
     assert calls == [OURS, LED, OURS, *GROUPS[1].cases * 2]
     assert len(results["one"][OURS].step_seconds) == 6
     assert results["one"][LED].outcome == OUT_OF_MEMORY
@@ -48,7 +48,7 @@ def test_cases_of_a_group_take_turns_and_one_without_room_is_not_tried_again(cal
 def test_when_the_time_is_over_the_rest_is_not_measured(calls, monkeypatch):
     clock = iter(range(0, 100, 4))
     monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
-    results = run_groups(GROUPS, PLACE, Effort(1, 1, 1, budget_seconds=5), lambda _: None)
+    results = run_groups(GROUPS, SETTING, Effort(1, 1, 1, budget_seconds=5), lambda _: None)
     assert calls == [OURS]
     assert results["one"][LED].outcome == results["two"][GROUPS[1].cases[0]].outcome == "not measured"
 

@@ -59,7 +59,7 @@ def test_run_folders_do_not_pile_up(starter):
     results = empty_results(plan(["runs"], [1], [GOOD]))
     starter.fill(results, math.inf, lambda _: None)
     assert results[Launch("runs", 1, GOOD)].outcome == MEASURED
-    assert sorted(path.name for path in starter.place.iterdir()) == ["tokenizer", "train.jsonl", "validation.jsonl"]
+    assert sorted(path.name for path in starter.setting.iterdir()) == ["tokenizer", "train.jsonl", "validation.jsonl"]
 
 
 def test_what_there_is_no_time_for_is_not_begun(starter):

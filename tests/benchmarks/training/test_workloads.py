@@ -18,9 +18,9 @@ def work(*given, **changes):
 
 
 def test_flags_that_are_given_hold_instead_of_the_defaults():
-    arguments = parse_arguments(work("--segment_size", "32", "--log_every=2").flags(RUN, Path("place")))
+    arguments = parse_arguments(work("--segment_size", "32", "--log_every=2").flags(RUN, Path("setting")))
     assert (arguments.model.segment_size, arguments.run.log_every, arguments.run.max_steps) == (32, 2, 4)
-    assert (arguments.run.deepspeed, arguments.run.output_dir) == ("some/zero3.json", "place/runs-2-zero3")
+    assert (arguments.run.deepspeed, arguments.run.output_dir) == ("some/zero3.json", "setting/runs-2-zero3")
     assert arguments.run.eval_every > 4
     assert arguments.tracking.wandb_mode == "disabled"
 

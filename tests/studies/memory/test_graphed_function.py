@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from played_graphs import play_graphs
-from recurrent_bart.studies.memory import recording
-from recurrent_bart.studies.memory.recording import Recorded
+from recurrent_bart.studies.memory import graphed_function
+from recurrent_bart.studies.memory.graphed_function import GraphedFunction
 from recurrent_bart.studies.memory.single_run import SingleRun
 from study_runs import short_run
 
 
 def test_on_a_processor_work_is_done_each_time():
     seen = []
-    work = Recorded(lambda one, other: seen.append(one) or one + other, pool=None)
+    work = GraphedFunction(lambda one, other: seen.append(one) or one + other, pool=None)
     for number in range(3):
         assert work(torch.tensor(number), torch.tensor(1)) == number + 1
     assert len(seen) == 3
@@ -20,12 +20,12 @@ def test_on_a_processor_work_is_done_each_time():
 
 
 def test_a_recording_is_a_graph_that_keeps_neither_what_it_was_given_nor_what_it_gave(monkeypatch):
-    graphs = play_graphs(monkeypatch, recording)
+    graphs = play_graphs(monkeypatch, graphed_function)
     monkeypatch.setattr(torch.cuda, "current_stream", object)
     given = torch.tensor([1.0, 2.0])
-    recorded = recording._Recording(torch.square, (given,), None)
+    call = graphed_function._CapturedCall(torch.square, (given,), None)
     given.zero_()
-    found = [recorded.replay((torch.tensor(numbers),)) for numbers in ([3.0, 4.0], [5.0, 6.0])]
+    found = [call.replay((torch.tensor(numbers),)) for numbers in ([3.0, 4.0], [5.0, 6.0])]
     assert [part.tolist() for part in found] == [[9, 16], [25, 36]]
     assert len(graphs) == 1
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from recurrent_bart.execution.cuda_graphs import capture
 
 
-class Recorded:
+class GraphedFunction:
     """The function `work`; on a GPU, it is captured once per combination of input shapes.
 
     The first call with a shape runs the function eagerly, which creates optimizer moments and warms up libraries. The
@@ -26,7 +26,7 @@ class Recorded:
 
     def __init__(self, work: Callable[..., Tensor], pool: Any):
         self.work, self.pool = work, pool
-        self.recordings: dict[tuple[torch.Size, ...], _Recording | None] = {}
+        self.captured: dict[tuple[torch.Size, ...], _CapturedCall | None] = {}
         # peak GPU memory of the first calls, without memory that was allocated before the call
         self.peak_bytes = 0
 
@@ -35,12 +35,12 @@ class Recorded:
         if not inputs[0].is_cuda:
             return self.work(*inputs)
         shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self.recordings:
-            self.recordings[shapes] = None
+        if shapes not in self.captured:
+            self.captured[shapes] = None
             return self._first(inputs)
-        recording = self.recordings[shapes] or _Recording(self.work, inputs, self.pool)
-        self.recordings[shapes] = recording
-        return recording.replay(inputs)
+        call = self.captured[shapes] or _CapturedCall(self.work, inputs, self.pool)
+        self.captured[shapes] = call
+        return call.replay(inputs)
 
     def _first(self, inputs: tuple[Tensor, ...]) -> Tensor:
         # Counters of the allocator are in CPU memory, so reading a counter does not wait for the GPU.
@@ -51,7 +51,7 @@ class Recorded:
         return output
 
 
-class _Recording:
+class _CapturedCall:
     def __init__(self, work: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any):
         # The inputs are outside the pool, because other CUDA graphs overwrite memory of the pool.
         self.inputs = [tensor.clone() for tensor in inputs]

@@ -56,7 +56,7 @@ class BenchmarkModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class BenchmarkSetting:
     """Settings that all models share: size (one of `SIZES`), tokens in a segment, device and type of weights."""
 
     model_size: str
@@ -74,7 +74,7 @@ class Place:
         return fields | {"vocab_size": self.vocab_size()}
 
 
-def build_benchmark_model(case: Case, place: Place) -> BenchmarkModel:
+def build_benchmark_model(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     """Build the model of a case.
 
     Raises:
@@ -82,9 +82,9 @@ def build_benchmark_model(case: Case, place: Place) -> BenchmarkModel:
     """
     if case.model != "ours" and (case.checkpointing == "segment" or case.task != "document"):
         raise ValueError(f"{case.label()}: only the model ours supports this setting")
-    with place.device:
-        subject = BUILDERS[case.model](case, place)
-    subject.model.to(place.dtype).train(case.work in ("training", "passes"))
+    with setting.device:
+        subject = BUILDERS[case.model](case, setting)
+    subject.model.to(setting.dtype).train(case.work in ("training", "passes"))
     return subject
 
 
@@ -186,50 +186,50 @@ class WholeDocument:
         return {"input_ids": ids, "global_attention_mask": mask}
 
 
-def _ours(case: Case, place: Place) -> BenchmarkModel:
+def _ours(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     config = RecurrentBartConfig(
-        **place.shape(), segment_size=place.segment_size, bptt_depth=case.bptt_depth, schedule=case.schedule
+        **setting.shape(), segment_size=setting.segment_size, bptt_depth=case.bptt_depth, schedule=case.schedule
     )
     model = RecurrentBartForConditionalGeneration(config)
     model.set_gradient_checkpointing(case.checkpointing)
-    return Ours(model, place.device)
+    return Ours(model, setting.device)
 
 
-def _rmt(case: Case, place: Place) -> BenchmarkModel:
+def _rmt(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     """Build RMT. The number of memory positions is `pre_seq_len`, the state length of Recurrent BART."""
-    model = RecurrentMemoryBart(BartConfig(**place.shape()), RecurrentBartConfig().pre_seq_len, case.bptt_depth)
+    model = RecurrentMemoryBart(BartConfig(**setting.shape()), RecurrentBartConfig().pre_seq_len, case.bptt_depth)
     if case.checkpointing == "layer":
         recompute_layers(model.bart)
-    return Recurrent(model, place.device)
+    return Recurrent(model, setting.device)
 
 
-def _bart(case: Case, place: Place) -> BenchmarkModel:
+def _bart(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     """Build BART. Documents longer than 1,024 tokens get a longer position table."""
-    n_positions = max(1024, case.n_segments * place.segment_size)
-    model = BartForConditionalGeneration(BartConfig(**place.shape(), max_position_embeddings=n_positions))
+    n_positions = max(1024, case.n_segments * setting.segment_size)
+    model = BartForConditionalGeneration(BartConfig(**setting.shape(), max_position_embeddings=n_positions))
     if case.checkpointing == "layer":
         recompute_layers(model)
-    return WholeDocument(model, place.device, PeerArithmetic(RecurrentBartConfig(**place.shape()), Attention()))
+    return WholeDocument(model, setting.device, PeerArithmetic(RecurrentBartConfig(**setting.shape()), Attention()))
 
 
-def _led(case: Case, place: Place) -> BenchmarkModel:
+def _led(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     """Build LED. Attention windows have two segments (published: 1,024 tokens). The first token is global."""
-    shape, window = place.shape(), 2 * place.segment_size
+    shape, window = setting.shape(), 2 * setting.segment_size
     config = LEDConfig(
         **shape,
         attention_window=[window] * shape["encoder_layers"],
-        max_encoder_position_embeddings=max(LED_POSITIONS, case.n_segments * place.segment_size),
+        max_encoder_position_embeddings=max(LED_POSITIONS, case.n_segments * setting.segment_size),
     )
     model = LEDForConditionalGeneration(config)
     if case.checkpointing == "layer":
         recompute_layers(model)
     arithmetic = PeerArithmetic(RecurrentBartConfig(**shape), Attention(n_near=window + 1, n_for_all=1))
-    return WholeDocument(model, place.device, arithmetic, sees_first_token=True)
+    return WholeDocument(model, setting.device, arithmetic, sees_first_token=True)
 
 
-def _longt5(case: Case, place: Place) -> BenchmarkModel:
+def _longt5(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     """Build LongT5 with transient-global attention. `d_ff` makes the feed-forward blocks as large as BART's."""
-    shape = place.shape()
+    shape = setting.shape()
     # a multiple of 64, as in published models
     inner = -(-2 * shape["encoder_ffn_dim"] // 3 // 64) * 64
     config = LongT5Config(
@@ -251,7 +251,7 @@ def _longt5(case: Case, place: Place) -> BenchmarkModel:
         recompute_layers(model)
     seen = Attention(n_near=2 * LONGT5_RADIUS + 1, n_per_summary=LONGT5_BLOCK)
     widths = {"encoder_ffn_dim": 3 * inner // 2, "decoder_ffn_dim": 3 * inner // 2}
-    return WholeDocument(model, place.device, PeerArithmetic(RecurrentBartConfig(**shape | widths), seen))
+    return WholeDocument(model, setting.device, PeerArithmetic(RecurrentBartConfig(**shape | widths), seen))
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -260,7 +260,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-BUILDERS: dict[str, Callable[[Case, Place], BenchmarkModel]] = {
+BUILDERS: dict[str, Callable[[Case, BenchmarkSetting], BenchmarkModel]] = {
     "ours": _ours,
     "rmt": _rmt,
     "bart": _bart,
