@@ -254,9 +254,12 @@ def test_streamed_sections_have_the_contexts_of_training(changes, segments_per_c
 
 
 def without_padding(tensors):
-    """Leave out positions of the carried context that are padding: their number depends on how a text is read."""
-    number = tensors.get("context_number")
-    return {name: tensor[number > 0] if name.startswith("context") else tensor for name, tensor in tensors.items()}
+    """Leave out padding of the carried context and tokens: its size depends on how a text is read."""
+    is_kept = {"context": tensors.get("context_number", 0) != 0, "tokens": tensors.get("tokens_mask")}
+    return {
+        name: tensor[is_kept[name.split("_")[0]]] if name.startswith(("context", "tokens")) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def test_a_section_can_be_continued_from_a_state_file(make_reader, tmp_path):
