@@ -1,6 +1,7 @@
 """Paired comparison of systems by their predictions: differences of scores, and pairs of texts for human judges."""
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,8 +170,8 @@ def mean_by_text(systems: Sequence[System], score: str) -> dict[str, np.ndarray]
 
 def most_different_first(means: dict[str, np.ndarray]) -> list[str]:
     """Return the ids, ordered by the largest difference between two systems. Undefined scores come last."""
-    spread = {id: np.ptp(values) for id, values in means.items()}
-    return sorted(spread, key=lambda id: -np.nan_to_num(spread[id], nan=-1.0))
+    spread = {id: float(np.ptp(values)) for id, values in means.items()}
+    return sorted(spread, key=lambda id: 1.0 if math.isnan(spread[id]) else -spread[id])
 
 
 def blind_pairs(systems: Sequence[System], n_pairs: int, seed: int) -> list[BlindPair]:

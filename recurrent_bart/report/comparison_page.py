@@ -48,7 +48,8 @@ def draw_differences(differences: Mapping[str, Sequence[float]], score: str, fir
     figure, (axes,) = new_figure(height=2.4)
     series = []
     for number, (name, values) in enumerate(differences.items(), start=1):
-        series.append((name, list(enumerate(sorted(values), start=1)), number, 0))
+        points = [(float(place), value) for place, value in enumerate(sorted(values), start=1)]
+        series.append((name, points, number, 0))
     text = f"{score}: difference to {first}"
     lines(axes, series, text, x_label="texts, in ascending order of the difference", starts_at_0=False)
     legend(figure)
