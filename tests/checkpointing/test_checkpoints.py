@@ -233,6 +233,24 @@ class TestFullDisk:
         with pytest.raises(CheckpointError, match="No space left"):
             background.wait()
 
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES], ids=["no space", "no permission"])
+    def test_a_folder_that_cannot_be_created_is_an_error_with_its_reason(self, saved, monkeypatch, code):
+        checkpoints, engine = saved
+
+        def refuse(*_, **__):
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Path, "mkdir", refuse)
+            # nothing is gathered for a folder that does not exist
+            patch.setattr(checkpoints, "_gather", None)
+            message = rf"step-00000003 cannot be written \(process 0: .*{os.strerror(code)}"
+            with pytest.raises(CheckpointError, match=message):
+                checkpoints.save(engine, replace(STATE, step=3))
+        assert names(checkpoints) == ["step-00000002"]
+        checkpoints.save(engine, replace(STATE, step=4))
+        assert names(checkpoints) == ["step-00000002", "step-00000004"]
+
 
 def test_a_half_removed_checkpoint_is_not_read(saved, monkeypatch):
     checkpoints, engine = saved
