@@ -1,4 +1,4 @@
-"""State of a rank: random numbers of a resumed run, and metrics summed over ranks."""
+"""State of a rank: random numbers of a resumed run, and metrics sum_metrics over ranks."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from recurrent_bart.checkpointing.process_state import (
     continue_random_states,
     process_state,
     reseed_random_states,
-    summed,
+    sum_metrics,
 )
 
 
@@ -48,7 +48,7 @@ def test_counters_are_summed_over_ranks_but_steps_and_seconds_are_shared(n_ranks
         {"loss": 1.5 + rank, "n_targets": 7.0, "n_tokens": 90.0, "data_seconds": 0.25, "n_steps": 3.0, "seconds": 8.0}
         for rank in range(n_ranks)
     ]
-    assert summed(ranks) == {
+    assert sum_metrics(ranks) == {
         "loss": sum(1.5 + rank for rank in range(n_ranks)),
         "n_targets": 7.0 * n_ranks,
         "n_tokens": 90.0 * n_ranks,
