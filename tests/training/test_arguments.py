@@ -78,7 +78,9 @@ def test_columns_have_the_names_that_were_given():
         "sections": "sections",
         "summaries": "heads",
         "group": None,
+        "references": None,
     }
+    assert parse_arguments(["--references_column", "more"]).data.columns().references == "more"
 
 
 def test_the_launchers_own_flag_is_taken():
