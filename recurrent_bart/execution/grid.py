@@ -277,7 +277,8 @@ class Grid:
         read_prefix = recurrence.prefix_reader(state_EBPD, self.layers) if recurrence else None
         gate_EH = recurrence.prefix_gate if recurrence and config.prefix_attention == "gated" else None
         shared = recurrence.by_layer() if recurrence else {}
-        slots, matrices, hidden_states, attentions = [], [], [stream[:, n_slots:]], []
+        slots: list[Tensor] = []
+        matrices, hidden_states, attentions = [], [stream[:, n_slots:]], []
         for layer_idx, layer in enumerate(self.layers):
             prefix = functools.partial(read_prefix, layer_idx) if read_prefix else None
             own, matrix = slice(layer_idx, layer_idx + 1), None
