@@ -47,7 +47,7 @@ def why_not_stacked(layers: nn.ModuleList, final_norm: nn.Module | None = None) 
     return "" if final_norm is None else _why_different(final_norm, layers[0].self_attn_layer_norm)
 
 
-def _why_different(final_norm: nn.Module, norm: Any) -> str:
+def _why_different(final_norm: Any, norm: Any) -> str:
     """Return the reason why a final norm cannot be stacked with the norms of the layers, or an empty string."""
     if type(final_norm) is not nn.LayerNorm or has_hooks(final_norm):
         return "the norm after the last encoder layer holds adapters or hooks"
