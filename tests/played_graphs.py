@@ -55,7 +55,7 @@ def play_graphs(monkeypatch, *modules):
             work()
 
     for module in modules:
-        monkeypatch.setattr(module, "record", capture, raising=False)
+        monkeypatch.setattr(module, "warm_up_and_capture", capture, raising=False)
         monkeypatch.setattr(module, "capture", capture, raising=False)
         monkeypatch.setattr(module, "warm_up", warm_up, raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", object)

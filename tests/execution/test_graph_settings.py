@@ -228,8 +228,10 @@ def test_graphs_are_captured_on_the_device_of_the_model(make_model, graphs, monk
         monkeypatch.setattr(module, "device_guard", guard)
     for module in (diagonal_graphs, cuda_graphs):
         monkeypatch.setattr(module, "warm_up", lambda *_: devices.append(list(inside)), raising=False)
-    record = diagonal_graphs.record
-    monkeypatch.setattr(diagonal_graphs, "record", lambda *its: devices.append(list(inside)) or record(*its))
+    capture = diagonal_graphs.warm_up_and_capture
+    monkeypatch.setattr(
+        diagonal_graphs, "warm_up_and_capture", lambda *its: devices.append(list(inside)) or capture(*its)
+    )
     build(make_model, {})(**inputs_of())
     assert devices
     assert all(found == [torch.device("cpu")] for found in devices)

@@ -321,13 +321,13 @@ def test_diagonals_recomputed_together_change_no_number(make_model, monkeypatch)
 def test_what_is_kept_of_a_segment_holds_no_other_layers_streams(make_model, monkeypatch):
     _, model = both(make_model, decoder_context="all")
     sizes = []
-    keep = grid_module.Grid._keep
+    append = grid_module.Grid._append
 
     def weigh(grid, output, segment, *others, **named):
         sizes.append(segment.tokens.untyped_storage().nbytes())
-        keep(grid, output, segment, *others, **named)
+        append(grid, output, segment, *others, **named)
 
-    monkeypatch.setattr(grid_module.Grid, "_keep", weigh)
+    monkeypatch.setattr(grid_module.Grid, "_append", weigh)
     with torch.no_grad():
         model.model.encoder(random_ids(2, 6, 8))
     assert sizes == [2 * 8 * 16 * 8] * 6

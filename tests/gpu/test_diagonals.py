@@ -148,7 +148,7 @@ def test_what_is_kept_is_what_would_be_computed_again(n_bytes, is_ragged, order,
     check_equal(*found)
     (recorder,) = graph_store(model.model.encoder.recurrence).graphs.values()
     # the recorder of the second model
-    assert not recorder.kept.n_bytes
+    assert not recorder.retained.n_bytes
 
 
 def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
@@ -159,7 +159,7 @@ def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
         model = build("auto")
         results(model, documents(False))
         (recorder,) = graph_store(model.model.encoder.recurrence).graphs.values()
-        kept.append(len(recorder.kept._kept))
+        kept.append(len(recorder.retained._retained))
     assert kept == [0, 7]
 
 
@@ -400,7 +400,7 @@ def test_another_attention_implementation_is_captured_anew(replays, monkeypatch)
     inputs, model = documents(True), build("auto", attn_implementation="eager")
     expected = results(model, inputs)
     model.set_attn_implementation("sdpa")
-    captures = count_calls(monkeypatch, diagonal_graphs, "record")
+    captures = count_calls(monkeypatch, diagonal_graphs, "warm_up_and_capture")
     check_equal(results(model, inputs), expected)
     assert captures
     assert replays

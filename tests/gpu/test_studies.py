@@ -43,7 +43,7 @@ def test_recorded_steps_and_evaluations_are_the_steps_and_evaluations_themselves
     plain.update, plain.predict = plain._update, plain._predict
     for single in (recorded, plain):
         assert all_turns(single.train()) == "steps"
-    n_recorded = [sum(map(bool, work.recordings.values())) for work in (recorded.update, recorded.predict)]
+    n_recorded = [sum(map(bool, work.captured.values())) for work in (recorded.update, recorded.predict)]
     # steps of 1, 2 and 3 segments; among evaluations, only lengths of 3 segments return
     assert n_recorded == [3, 1]
     assert [point["n_segments"] for point in recorded.curve] == [1, 2, 3, 3]

@@ -16,7 +16,7 @@ def test_on_a_processor_work_is_done_each_time():
     for number in range(3):
         assert work(torch.tensor(number), torch.tensor(1)) == number + 1
     assert len(seen) == 3
-    assert work.recordings == {}
+    assert work.captured == {}
 
 
 def test_a_recording_is_a_graph_that_keeps_neither_what_it_was_given_nor_what_it_gave(monkeypatch):
