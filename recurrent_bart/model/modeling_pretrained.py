@@ -35,9 +35,13 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
 
     def __init__(self, config: RecurrentBartConfig):
         super().__init__(config)
-        if config.normalize_before:
-            self._no_split_modules = ("RecurrentBartEncoderLayer", "PreNormDecoderLayer")
         use_barts_targets()
+
+    def post_init(self) -> None:
+        """Finish the construction; see PreTrainedModel."""
+        if self.config.normalize_before:
+            self._no_split_modules = ("RecurrentBartEncoderLayer", "PreNormDecoderLayer")
+        super().post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
