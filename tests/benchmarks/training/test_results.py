@@ -31,7 +31,7 @@ def test_steps_of_the_warm_up_and_other_lines_are_left_out():
     records = [{"step": 0, "validation_loss": 1.0}, line(1, 5, 9.0), line(2, 10, 4.0, 1.0, 7), line(3, 40, 1.0, 0.5, 3)]
     speed = Speed.of([*records, line(4, 20, 2.0, 0.25)], n_warmup=1, log_every=1)
     assert (speed.outcome, speed.tokens_per_second, speed.peak_bytes) == (MEASURED, [10, 40, 20], 7)
-    assert speed.figures() == {"tokens_per_second": 20, "step_seconds": 2.0, "spread": 4.0, "waiting": 1.75 / 7}
+    assert speed.metrics() == {"tokens_per_second": 20, "step_seconds": 2.0, "spread": 4.0, "waiting": 1.75 / 7}
 
 
 def test_a_line_that_the_warm_up_reaches_into_is_left_out():
@@ -44,7 +44,7 @@ def test_a_line_that_the_warm_up_reaches_into_is_left_out():
 def test_what_the_loop_costs_is_the_median_over_rounds():
     # the second round is an outlier
     cost = LoopCost(MEASURED, trainer_seconds=[1.1, 3.0, 1.0], bare_seconds=[1.0, 2.0, 1.25])
-    figures = cost.figures()
+    figures = cost.metrics()
     assert figures["cost"] == pytest.approx(0.1)
     assert (figures["least_cost"], figures["most_cost"]) == (pytest.approx(-0.2), pytest.approx(0.5))
     assert (figures["trainer_step_seconds"], figures["bare_step_seconds"]) == (1.1, 1.25)

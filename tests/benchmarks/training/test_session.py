@@ -51,7 +51,7 @@ def test_one_that_fails_or_leaves_nothing_leaves_the_others_alone(starter, tmp_p
         assert results[Launch(part, 1, MUTE)].outcome.startswith("failed, ")
         assert results[Launch(part, 1, GOOD)].outcome == MEASURED
     assert results[Launch("runs", 1, GOOD)].tokens_per_second == [5.0]
-    assert results[Launch("loop", 1, GOOD)].figures()["cost"] == 1.0
+    assert results[Launch("loop", 1, GOOD)].metrics()["cost"] == 1.0
     assert (tmp_path / "runs-1-bad.log").read_text() == "no room\n"
 
 
@@ -59,7 +59,7 @@ def test_run_folders_do_not_pile_up(starter):
     results = empty_results(plan(["runs"], [1], [GOOD]))
     starter.fill(results, math.inf, lambda _: None)
     assert results[Launch("runs", 1, GOOD)].outcome == MEASURED
-    assert sorted(path.name for path in starter.setting.iterdir()) == ["tokenizer", "train.jsonl", "validation.jsonl"]
+    assert sorted(path.name for path in starter.place.iterdir()) == ["tokenizer", "train.jsonl", "validation.jsonl"]
 
 
 def test_what_there_is_no_time_for_is_not_begun(starter):
