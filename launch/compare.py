@@ -20,6 +20,7 @@ from recurrent_bart.evaluation.comparison import (
     score_table,
 )
 from recurrent_bart.evaluation.model_scores import MODEL_SCORES
+from recurrent_bart.evaluation.predictions import Prediction
 from recurrent_bart.files import atomic_write
 from recurrent_bart.monitoring.fields import SCORES
 from recurrent_bart.report.comparison_page import Entry, draw_differences, write_comparison_page
@@ -60,6 +61,10 @@ def compare(arguments: argparse.Namespace) -> None:
     for name in ("n_texts", "n_pairs"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    if arguments.blind and (arguments.blind / "pairs.csv").exists():
+        raise ValueError(
+            f"--blind {arguments.blind}: the folder has pairs.csv, perhaps with answers; give a new folder"
+        )
     systems = read_systems(arguments.systems)
     means = mean_by_text(systems, arguments.sort_by)
     table, caption = score_table(compare_scores(systems)), describe_comparison(systems)
@@ -84,7 +89,12 @@ def entry(systems: Sequence[System], id: str, score: str) -> Entry:
         value = item.scores[score]
         texts.append((number, system.name, "" if value is None else f"{score} {value:.1f}", item.text))
     title = f"{id}, {found[0].n_source_tokens:,} tokens"
-    return Entry(title, texts, found[0].targets, next((item.source for item in found if item.source), None))
+    return Entry(title, texts, found[0].targets, source_of(found))
+
+
+def source_of(predictions: Sequence[Prediction]) -> str | None:
+    """Return the source text of a target, which only some systems may have written; None: no system."""
+    return next((item.source for item in predictions if item.source), None)
 
 
 def write_blind_pairs(folder: Path, systems: Sequence[System], n_pairs: int, seed: int) -> None:
@@ -98,7 +108,7 @@ def write_blind_pairs(folder: Path, systems: Sequence[System], n_pairs: int, see
             f"pair {number}",
             [(0, "A", "", pair.text_a), (1, "B", "", pair.text_b)],
             pair.prediction.targets,
-            pair.prediction.source,
+            source_of([system.seeds[0][pair.prediction.id] for system in systems]),
         )
         for number, pair in pairs
     ]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers.utils import logging
@@ -98,6 +98,10 @@ class EvaluationArguments(GenerationArguments):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1, or -1 for all")
         if self.with_source and not self.json:
             raise ValueError("--with_source: give --json FILE too, beside which the predictions are written")
+        if self.bertscore_layer != -1 and not self.bertscore_model:
+            raise ValueError(f"--bertscore_layer {self.bertscore_layer}: give --bertscore_model too")
+        if self.json and Path(self.json).is_dir():
+            raise ValueError(f"--json {self.json}: is a folder; give the name of a file")
         if self.json and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: the folder {Path(self.json).parent} does not exist")
 
@@ -140,6 +144,7 @@ def evaluate(
     """
     dtype = torch.bfloat16 if use_bf16(arguments.precision, environment.device) else torch.float32
     model, tokenizer = load_model(arguments.model, environment.device, dtype, arguments.trust_remote_code)
+    check_languages(data, tokenizer)
     scorers = run_on_all_ranks(
         lambda: load_scorers(
             arguments.bertscore_model, arguments.bertscore_layer, arguments.factuality_model, environment.device
@@ -173,6 +178,14 @@ def evaluate(
     return summarize_predictions(len(plan.indices), loss, predictions), predictions
 
 
+def check_languages(data: DataArguments, tokenizer: Any) -> None:
+    """Raise ValueError if a language flag differs from the language that the model's tokenizer was saved with."""
+    for flag_name, name in (("source_lang", "src_lang"), ("target_lang", "tgt_lang")):
+        given, own = getattr(data, flag_name), tokenizer.init_kwargs.get(name)
+        if given is not None and own is not None and given != own:
+            raise ValueError(f"--{flag_name} {given}: must be {own}, the language that the model was trained with")
+
+
 def first_documents(plan: DocumentPlan, limit: int) -> DocumentPlan:
     """Return a plan with only the first `limit` documents. -1 keeps all documents."""
     end = None if limit == -1 else limit
@@ -188,7 +201,7 @@ def report(results: Results, predictions: list[Prediction], file: str | None) ->
     print("\n".join(results.lines()), flush=True)
     if file:
         try:
-            write_predictions(Path(file).with_suffix(f".{FILE_NAME}"), predictions)
+            write_predictions(Path(f"{file.removesuffix('.json')}.{FILE_NAME}"), predictions)
             atomic_write(Path(file), json.dumps(asdict(results), indent=2) + "\n")
         except OSError as error:
             raise ValueError(f"--json {file}: cannot be written ({error.strerror})") from error

@@ -133,7 +133,8 @@ def _section_texts(
         raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
     references: list[list[str]] = [[] for _ in sections]
     if columns.references:
-        lists = _field(record, columns, "references", place)
+        has_none = columns.references in record and record[columns.references] is None
+        lists = [None] * len(sections) if has_none else _field(record, columns, "references", place)
         if not isinstance(lists, list) or len(lists) != len(sections):
             raise ValueError(
                 f"{place}: column {columns.references!r} must be a list with one list of texts for each of the "

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,12 +95,16 @@ def find_predictions(place: Path) -> Path:
 
 def _parse(argument: str) -> tuple[str, list[Path]]:
     """Split `[NAME=]PLACE[,PLACE...]`. The path of an existing file may contain both signs."""
-    if Path(argument).exists():
+    if os.path.exists(argument):
         return "", [Path(argument)]
     name, is_named, places = argument.partition("=")
     if not is_named or "/" in name:
         name, places = "", argument
-    return name, [Path(places)] if Path(places).exists() else [Path(place) for place in places.split(",")]
+    # os.path: Path.exists raises an error if many names together are longer than a file name can be
+    parts = [places] if os.path.exists(places) else places.split(",")
+    if not all(parts):
+        raise ValueError(f"{argument}: a comma joins two files, so a file must stand before and behind it")
+    return name, [Path(part) for part in parts]
 
 
 def _unique(name: str, systems: Sequence[System]) -> str:

@@ -15,7 +15,7 @@ MODEL_SCORES = {
     "factuality": "sentences of the text supported by the source: mean probability, in percent",
 }
 # Names of the label of a supported sentence. A model of two labels without these names has it second, as MiniCheck.
-SUPPORTED = ("supported", "supports", "support", "entailment", "entails", "consistent", "factual")
+SUPPORTED = ("supported", "supports", "support", "entailment", "entails", "consistent", "factual", "correct")
 # Longest input of models that state no limit, and inputs per forward pass.
 MOST_TOKENS = 512
 BATCH_SIZE = 16
@@ -142,7 +142,8 @@ def _supported_label(config: Any, path: str) -> int | None:
         return None
     names = {str(name).casefold(): int(index) for index, name in config.id2label.items()}
     found = [names[name] for name in SUPPORTED if name in names]
-    if not found and config.num_labels != 2:
+    # MiniCheck's labels have no names, and the second one is of supported sentences
+    if not found and set(names) != {"label_0", "label_1"}:
         raise ValueError(
             f"--factuality_model {path}: the labels are {', '.join(names)}; one of them must be {', '.join(SUPPORTED)}"
         )
@@ -153,7 +154,7 @@ def _load(kind: Any, path: str, flag: str, device: torch.device) -> tuple[Any, A
     try:
         model, about = kind.from_pretrained(path, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(f"{flag} {path}: the model cannot be loaded ({error})") from error
     missing = sorted(name for name in about["missing_keys"] if "pooler" not in name)
     if missing:

@@ -49,7 +49,8 @@ def draw_differences(differences: Mapping[str, Sequence[float]], score: str, fir
     series = []
     for number, (name, values) in enumerate(differences.items(), start=1):
         points = [(float(place), value) for place, value in enumerate(sorted(values), start=1)]
-        series.append((name, points, number, 0))
+        if points:
+            series.append((name, points, number, 0))
     text = f"{score}: difference to {first}"
     lines(axes, series, text, x_label="texts, in ascending order of the difference", starts_at_0=False)
     legend(figure)

@@ -47,6 +47,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if folder:
         parser.set_defaults(**_flags_of_run(folder, vars(known).keys(), given))
     arguments = Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+    if arguments.run.max_train_documents and arguments.data.gap_sentences:
+        raise ValueError("--max_train_documents and --gap_sentences: give only one of the two flags")
     _make_paths_absolute(arguments)
     if folder:
         if Path(arguments.run.output_dir or "").absolute() != Path(folder).absolute():
@@ -71,7 +73,7 @@ def _flags_of_run(folder: str, known: Iterable[str], given: dict[str, Any]) -> d
     resumed_names = set(known) - {"trust_checkpoint", "trust_remote_code"}
     saved = {group: data_flags(values) if group == "data" else values for group, values in saved.items()}
     flags = {name: value for group in saved.values() for name, value in group.items() if name in resumed_names}
-    if "max_steps" in given and flags.get("warmup_steps") is not None:
+    if given.get("max_steps", -1) > 0 and flags.get("warmup_steps") is not None:
         # the saved value may come from the earlier, larger --max_steps
         flags["warmup_steps"] = min(flags["warmup_steps"], given["max_steps"])
     for pair in ALTERNATIVES.items():

@@ -59,8 +59,9 @@ class DataArguments:
     summaries_column: str = flag(Columns.summaries, "column with the list of section targets, for --task sections")
     references_column: str | None = flag(
         None,
-        "column with a list of further references that scores use beside the target; with --task sections a list of "
-        "lists, one per section; without a summary, the first reference is the target; if not given: only the target",
+        "column with a list of further references that scores use beside the target. With --task document, a document "
+        "without a summary has its first reference as target. With --task sections: a list of lists, one per section; "
+        "a section without a summary has no target. If not given: only the target",
     )
     source_lang: str | None = flag(
         None,
@@ -77,8 +78,8 @@ class DataArguments:
     )
     max_target_length: int = flag(
         128,
-        "most tokens of a target, at least 4; longer targets are cut; generation stops at this length, unless "
-        "--max_new_tokens is given",
+        "largest number of tokens of a target, at least 4; longer targets are cut; in training also the largest length "
+        "of a generated text, unless --max_new_tokens is given",
     )
     skip_bad_samples: bool = flag(
         False, "skip documents that are unreadable or empty, and count them; if not given: the run stops at the first"

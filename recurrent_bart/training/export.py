@@ -18,10 +18,12 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer
 from recurrent_bart.files import atomic_directory
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.monitoring.progress import say
 from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.adapters import merged
 from recurrent_bart.training.environment import refuse_pickled_code
 from recurrent_bart.training.model_arguments import ModelArguments
+from recurrent_bart.training.model_building import force_target_language
 
 
 def export_checkpoint(place: Path, folder: Path, trust_remote_code: bool = False) -> Path:
@@ -48,10 +50,12 @@ def export_checkpoint(place: Path, folder: Path, trust_remote_code: bool = False
     model = RecurrentBartForConditionalGeneration(RecurrentBartConfig.from_dict(config["model"]))
     weights = merged(read_weights(checkpoint), _model_arguments(config))
     model.load_state_dict(weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()})
-    # without a saved model, the defaults remain
+    tokenizer = load_tokenizer(str(run.tokenizer), trust_remote_code)
     if (run.model / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(run.model)
-    tokenizer = load_tokenizer(str(run.tokenizer), trust_remote_code)
+    else:
+        say(f"warning: {run.model} does not exist, so the run's settings of generation are not exported")
+    force_target_language(model, tokenizer)
     with atomic_directory(folder) as draft:
         model.save_pretrained(draft)
         save_tokenizer(tokenizer, draft)

@@ -239,7 +239,9 @@ class Session:
         batches = contextlib.closing(TrainingBatches(documents, self.order, run, self.environment, self.state))
         with self.interruption.watching(), self.stall_watch, batches as read:
             try:
-                self._trainer(read).train()
+                # the end of a resumed run may not have been recorded
+                if reason_to_end(run, self.state) is None:
+                    self._trainer(read).train()
                 self.checkpoints.wait()
             except Interrupted as reason:
                 self.checkpoints.wait()
@@ -316,7 +318,8 @@ class Session:
         if state.best_metric == metric:
             return
         state.best_metric, state.n_worse = metric, 0
-        records = self.folder.read_metrics() if is_first() else []
+        # without a saved model, there is no value to compare with
+        records = self.folder.read_metrics() if is_first() and self.folder.model.is_dir() else []
         of_saved_model = [record for record in records if record["step"] == state.best_step]
         state.best_value = from_first(logged_value(best_evaluation(of_saved_model, metric), metric))
 

@@ -396,7 +396,7 @@ def test_one_process_goes_on_for_two_with_their_metrics_and_new_random_states(al
     resumed = checkpoints.load(other)
     # two ranks took the same two steps in the same 3.5 seconds
     loss = FIGURES["loss"] + 2.0
-    assert resumed.figures == {"loss": loss, "n_targets": 12, "n_tokens": 180, "n_steps": 2, "seconds": 3.5}
+    assert resumed.metrics == {"loss": loss, "n_targets": 12, "n_tokens": 180, "n_steps": 2, "seconds": 3.5}
     assert resumed.state == STATE
     found, expected = full_state_dict(other), full_state_dict(engine)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

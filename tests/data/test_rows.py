@@ -38,6 +38,8 @@ def test_sections_have_their_own_references():
     record = SECTIONS | {"more": [None, [], ["F"], ["lost"], ["G", "H"]]}
     row = make_row(record, "sections", REFERENCES, "f:1")
     assert (row.summaries, row.references) == (["", "C", "", "E"], [[], ["F"], [], ["G", "H"]])
+    row = make_row(SECTIONS | {"more": None}, "sections", REFERENCES, "f:1")
+    assert (row.summaries, row.references) == (["", "C", "", "E"], [[], [], [], []])
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,8 @@ def test_a_text_without_sentences_has_no_factuality(scorer):
 @pytest.mark.parametrize(
     ("names", "label"),
     [
-        (["no", "yes"], 1),
+        (["LABEL_0", "LABEL_1"], 1),
+        (["CORRECT", "INCORRECT"], 0),
         (["Supported", "unsupported"], 0),
         (["contradiction", "neutral", "entailment"], 2),
     ],
@@ -173,6 +174,13 @@ def test_one_logit_is_the_logit_of_the_probability(tmp_path):
     with torch.no_grad():
         expected = scorer.model(**scorer.tokenizer("b c", "a", return_tensors="pt")).logits.sigmoid()
     assert scorer("a", [], "b c")["factuality"] == pytest.approx(100 * float(expected), rel=1e-4)
+
+
+def test_two_labels_of_unknown_meaning_are_refused(tmp_path):
+    names = ["yes", "no"]
+    path = classifier(tmp_path, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+    with pytest.raises(ValueError, match="the labels are yes, no; one of them must be supported, "):
+        Factuality(path, CPU)
 
 
 def test_a_model_without_a_label_for_support_is_refused(tmp_path):

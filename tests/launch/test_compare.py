@@ -149,10 +149,15 @@ def test_blind_pairs_hide_the_systems(compare, write, tmp_path):
         expected = {"bart": f"text {row['id']} of x", "ours": f"text {row['id']} of y"}
         assert shown.index(f"pair {row['pair']}") < shown.index(expected[row["A"]]) < shown.index(expected[row["B"]])
     before = (tmp_path / "pairs" / "key.csv").read_text()
-    assert compare("bart", "ours", "--blind", "pairs", "--n_pairs", 10)[0] == 0
+    assert compare("bart", "ours", "--blind", "again", "--n_pairs", 10)[0] == 0
+    assert (tmp_path / "again" / "key.csv").read_text() == before
+    assert compare("bart", "ours", "--blind", "other", "--n_pairs", 10, "--seed", 1)[0] == 0
+    assert (tmp_path / "other" / "key.csv").read_text() != before
+    # answers are never overwritten
+    code, _, error = compare("bart", "ours", "--blind", "pairs", "--seed", 1)
+    assert code == 2
+    assert error.startswith("error: --blind pairs: the folder has pairs.csv, perhaps with answers; give a new folder")
     assert (tmp_path / "pairs" / "key.csv").read_text() == before
-    assert compare("bart", "ours", "--blind", "pairs", "--n_pairs", 10, "--seed", 1)[0] == 0
-    assert (tmp_path / "pairs" / "key.csv").read_text() != before
 
 
 def test_systems_have_different_names(compare, write):
@@ -205,6 +210,12 @@ def test_texts_that_cannot_be_paired_are_named(compare, write):
         (["a", "a", "--n_texts", "0"], "--n_texts 0: must be at least 1"),
         (["a", "a", "--output", "missing/x.html"], "missing/x.html.tmp: cannot be written (No such file or directory)"),
         (["a", "a", "--blind", "pairs"], "--blind pairs: all texts of the systems are equal"),
+        (["a", "b=a,"], "b=a,: a comma joins two files, so a file must stand before and behind it"),
+        # together longer than the name of a file can be
+        (
+            ["a", "b=" + ",".join(["a/predictions.jsonl"] * 30)],
+            "the systems have different numbers of files (a: 1, b: ",
+        ),
     ],
 )
 def test_a_mistake_is_named_in_one_line(arguments, message, compare, write, tmp_path):

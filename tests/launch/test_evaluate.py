@@ -89,9 +89,13 @@ def test_predictions_stand_beside_the_results(folder, tmp_path, evaluate):
     rouge1 = sum(prediction.scores["rouge1"] for prediction in predictions) / len(predictions)
     assert rouge1 == pytest.approx(results["scores"]["rouge1"]["mean"])
     assert {prediction.source for prediction in predictions} == {None}
-    code, printed = evaluate(*flags, "--with_source")
+    # a name with a dot is a name of its own
+    code, printed = evaluate(*flags, "--with_source", "--json", tmp_path / "ours.beams")
     assert code == 0, printed
-    sources = {prediction.id: prediction.source for prediction in read_predictions(tmp_path / "ours.predictions.jsonl")}
+    assert read_predictions(tmp_path / "ours.predictions.jsonl") == predictions
+    sources = {
+        prediction.id: prediction.source for prediction in read_predictions(tmp_path / "ours.beams.predictions.jsonl")
+    }
     documents = folder.path.parent.joinpath("validation.jsonl").read_text().splitlines()
     for record in map(json.loads, documents[:2]):
         for number, section in enumerate(record["sections"]):
@@ -203,6 +207,8 @@ def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path)
         (["--limit", "0"], "--limit 0: must be at least 1, or -1 for all"),
         (["--num_beams", "0"], "--num_beams 0: must be at least 1"),
         (["--with_source"], "--with_source: give --json FILE too, beside which the predictions are written"),
+        (["--json", "."], "--json .: is a folder; give the name of a file"),
+        (["--bertscore_layer", "2"], "--bertscore_layer 2: give --bertscore_model too"),
         (["--json", "missing/figures.json"], "--json missing/figures.json: the folder missing does not exist"),
     ],
 )

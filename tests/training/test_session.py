@@ -229,11 +229,15 @@ def test_a_run_that_ended_by_patience_goes_on_only_with_another_patience(documen
     before = contents(run)
     assert train_main(["--resume", str(run)]) == 0
     assert contents(run) == before
+    # the same if the process was killed before its end was recorded
+    (run / "outcome.json").unlink()
+    assert train_main(["--resume", str(run)]) == 0
     assert read_metrics(run)[-1]["step"] == 2
+    assert json.loads((run / "outcome.json").read_text())["code"] == 0
     assert train_main(["--resume", str(run), "--patience", "0"]) == 0
     assert read_metrics(run)[-1]["step"] == 4
     config = json.loads((run / "config.json").read_text())
-    assert config["resumes"] == [{"step": 2, "changes": {"patience": [2, 0]}}]
+    assert config["resumes"][-1] == {"step": 2, "changes": {"patience": [2, 0]}}
 
 
 def test_a_finished_run_whose_end_was_not_recorded_is_ended_again(finished, train_main):
