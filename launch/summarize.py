@@ -316,9 +316,17 @@ def pass_over(error: ValueError, skips: bool) -> None:
 
 def outputs(reader: TextReader, pieces: Iterator[str], separator: str | None) -> Iterator[BaseModelOutput]:
     """Yield the reader's encoder outputs. The last output covers the whole text, or its last section."""
-    for piece in pieces if separator is None else split_sections(pieces, separator):
-        yield from reader.end_section() if piece is None else reader.feed(piece)
-    if not reader.is_between_sections or reader.n_segments == 0:
+    if separator is None:
+        for piece in pieces:
+            yield from reader.feed(piece)
+    else:
+        for part in split_sections(pieces, separator):
+            if part is None:
+                yield from reader.end_section()
+            else:
+                # a section begins without the blank lines behind a separator
+                yield from reader.feed(part.lstrip() if reader.is_between_sections else part)
+    if not reader.is_between_sections or reader.bookmark.state is None:
         yield from reader.finish()
 
 

@@ -140,11 +140,12 @@ class TextReader:
 
         Yields decoder contexts as `feed` does; the last one belongs to the section. Yields nothing without new text.
         """
-        if self.is_between_sections:
-            return
         mark = self.bookmark
-        mark.ids += self._encode(mark.text)
+        # sections of training documents end without a line end
+        mark.ids += self._encode(mark.text.rstrip())
         mark.text = ""
+        if not mark.ids:
+            return
         yield from self._full_segments(mark)
         output = self._read(mark, 1, ends_section=True)
         mark.overlap = []
@@ -215,7 +216,8 @@ class TextReader:
         output = self.model.model.encode(input_ids, is_token.long(), target_segments=targets, state=mark.state)
         mark.state = output.state
         self.n_segments += n_segments
-        return output
+        # the only context is the one after the last segment, which `generate` takes without target segments
+        return replace(output, target_segments=None)
 
     def _take_segment(self, mark: Bookmark) -> list[int]:
         new, mark.ids = mark.ids[: self.room], mark.ids[self.room :]

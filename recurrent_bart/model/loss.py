@@ -56,7 +56,7 @@ def check_decoder_start(decoder_input_ids: Tensor, expected_ids: Tensor, name: s
     """
     if is_traced():
         return
-    is_wrong = decoder_input_ids[:, 0] != expected_ids[:, 0]
+    is_wrong = decoder_input_ids[:, 0] != expected_ids[:, 0].to(decoder_input_ids.device)
     if is_wrong.any():
         row = int(is_wrong.nonzero()[0])
         raise ValueError(
@@ -73,17 +73,17 @@ def check_unused(arguments: Mapping[str, Any], cause: str) -> None:
 
 
 def token_loss(
-    logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None, label_smoothing: float = 0.0
+    logits_BTV: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None, smoothing: float = 0.0
 ) -> Tensor:
     """Return the cross-entropy, summed over targets in float32 at least and divided by the number of targets.
 
     Labels are -100 where there is no target. `num_items_in_batch` is the number of targets in the whole optimizer step;
-    None: the number in `labels_BT`. `label_smoothing` is as in `torch.nn.functional.cross_entropy`.
+    None: the number in `labels_BT`. `smoothing` is `label_smoothing` of `torch.nn.functional.cross_entropy`.
     """
-    return per_target(summed_loss(logits_BTV, labels_BT, label_smoothing), labels_BT, num_items_in_batch)
+    return per_target(summed_loss(logits_BTV, labels_BT, smoothing), labels_BT, num_items_in_batch)
 
 
-def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy summed over targets, in float32 at least."""
     precise = torch.promote_types(logits_BTV.dtype, torch.float32)
     return nn.functional.cross_entropy(
@@ -91,7 +91,7 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 
         labels_BT.flatten().to(logits_BTV.device),
         ignore_index=IGNORED,
         reduction="sum",
-        label_smoothing=label_smoothing,
+        label_smoothing=smoothing,
     )
 
 

@@ -93,32 +93,32 @@ class RecurrentEncoderOutput(BaseModelOutput):
         is_read: `(B, N)` booleans, False where a document has fewer segments.
         n_memory: Number of leading positions of `last_hidden_state` that are state.
         has_padding: True if `context_mask` has a 0, known without a device synchronization; None: unknown.
-        target_segments: `(B, N)` booleans on the CPU, True at segments with a context; None: the context is the one
-            after each document's last segment.
         state: State after the last segment.
         packing: Layout of packed contexts; None: not packed.
+        target_segments: `(B, N)` booleans on the CPU, True at segments with a context; None: the context is the one
+            after each document's last segment.
     """
 
     context_mask: Tensor | None = None
     is_read: Tensor | None = None
     n_memory: int | None = None
     has_padding: bool | None = None
-    target_segments: Tensor | None = None
     state: RecurrentState | None = None
     packing: Packing | None = None
+    target_segments: Tensor | None = None
 
     def as_tuple(self) -> tuple:
         """Return all fields as nested plain tuples, because hooks on modules find tensors only in tuples."""
         state = self.state and tuple(getattr(self.state, item.name) for item in fields(RecurrentState))
         plain = self.last_hidden_state, self.hidden_states, self.attentions, self.context_mask, self.is_read
         packing = self.packing and tuple(getattr(self.packing, item.name) for item in fields(Packing))
-        return *plain, self.n_memory, self.has_padding, self.target_segments, state, packing
+        return *plain, self.n_memory, self.has_padding, state, packing, self.target_segments
 
     @classmethod
     def from_tuple(cls, values: Sequence) -> "RecurrentEncoderOutput":
         """Build the output from the result of `as_tuple`."""
-        *plain, state, packing = values
-        return cls(*plain, state=state and RecurrentState(*state), packing=packing and Packing(*packing))
+        *plain, state, packing, targets = values
+        return cls(*plain, state and RecurrentState(*state), packing and Packing(*packing), targets)
 
     @classmethod
     def of(

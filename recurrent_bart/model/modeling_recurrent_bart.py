@@ -161,6 +161,8 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         """
         whole = input_ids, inputs_embeds, state, decode_at, target_segments
         if encoder_outputs is None and self.encoder.is_traced_as_bart(*whole):
+            if decoder_input_ids is None and decoder_inputs_embeds is None and input_ids is not None:
+                decoder_input_ids = self.shift_right(input_ids)
             output = super().forward(
                 input_ids,
                 attention_mask,
@@ -250,7 +252,7 @@ class RecurrentBartForConditionalGeneration(
         num_items_in_batch: Tensor | int | None = None,
         oracle: Oracle | None = None,
         return_logits: bool = True,
-        label_smoothing: float = 0.0,
+        smoothing: float = 0.0,
         **kwargs: Any,
     ) -> RecurrentBartLMOutput:
         """Compute loss and logits; see BartForConditionalGeneration and RecurrentBartEncoder.
@@ -261,12 +263,14 @@ class RecurrentBartForConditionalGeneration(
                 of targets in `labels`.
             oracle: Source of some decoder input tokens; None: all come from `labels`.
             return_logits: False: with labels, return the loss only; the full logits are then never in memory.
-            label_smoothing: Share of each target that the loss spreads over the vocabulary, from 0 to below 1.
+            smoothing: Share of each target that the loss spreads over the vocabulary, from 0 to below 1.
 
         Raises:
             ValueError: Labels or decoder inputs are invalid, and the message names the row; a target is at a segment
                 without text; or decoder inputs are given together with labels `(B, N, T)`.
         """
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing}: must be at least 0 and below 1")
         if labels is not None and labels.dim() == 3:
             unused = {
                 "decoder_input_ids": decoder_input_ids,
@@ -287,7 +291,7 @@ class RecurrentBartForConditionalGeneration(
             # an oracle selects contexts by row, which packed contexts do not have
             targets = {"target_segments": has_target, "may_pack": oracle is None, "is_decoded": known is not None}
             encoded = self.model.encode(**reading, state=state, **targets, **kwargs)
-            scoring = num_items_in_batch, return_logits, label_smoothing
+            scoring = num_items_in_batch, return_logits, smoothing
             output = self._decode_segments(encoded, labels, has_target, oracle, *scoring)
             output.state = given_on(state, encoded.state)
             return output
@@ -324,9 +328,7 @@ class RecurrentBartForConditionalGeneration(
             state=state,
             **kwargs,
         )
-        loss, logits = self._score(
-            outputs.last_hidden_state, labels, num_items_in_batch, return_logits, label_smoothing
-        )
+        loss, logits = self._score(outputs.last_hidden_state, labels, num_items_in_batch, return_logits, smoothing)
         return RecurrentBartLMOutput(
             loss=loss,
             logits=logits,
@@ -350,15 +352,15 @@ class RecurrentBartForConditionalGeneration(
         labels: Tensor | None,
         num_items_in_batch: Tensor | int | None,
         return_logits: bool,
-        label_smoothing: float,
+        smoothing: float,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the loss, None without labels, and the logits, None if neither requested nor needed."""
         # a replaced head, for example a quantized one, returns logits only
         if labels is not None and not return_logits and isinstance(self.lm_head, TokenHead):
-            total = self.lm_head(hidden, labels, self.final_logits_bias, label_smoothing)
+            total = self.lm_head(hidden, labels, self.final_logits_bias, smoothing)
             return per_target(total, labels, num_items_in_batch), None
         logits = self._logits(hidden)
-        return None if labels is None else token_loss(logits, labels, num_items_in_batch, label_smoothing), logits
+        return None if labels is None else token_loss(logits, labels, num_items_in_batch, smoothing), logits
 
     def _decode_segments(
         self,

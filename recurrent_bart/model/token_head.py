@@ -36,21 +36,21 @@ class TokenHead(nn.Linear):
         hidden: Tensor,
         labels_BT: Tensor | None = None,
         bias_1V: Tensor | None = None,
-        label_smoothing: float = 0.0,
+        smoothing: float = 0.0,
     ) -> Tensor:
         """Return scores `(..., V)`, or with labels the cross-entropy summed over targets, in float32 at least.
 
         A quantized or sharded weight computes all scores at once, because the chunked product needs a plain weight.
-        `bias_1V` is added to the scores in the loss and gets no gradient. `label_smoothing` is the share of each target
+        `bias_1V` is added to the scores in the loss and gets no gradient. `smoothing` is the share of each target
         that is spread over the vocabulary.
         """
         if labels_BT is None:
             return super().forward(hidden)
         if self.bias is not None or type(self.weight) not in PLAIN_WEIGHTS:
             scores = super().forward(hidden) if bias_1V is None else super().forward(hidden) + bias_1V
-            return summed_loss(scores, labels_BT, label_smoothing)
+            return summed_loss(scores, labels_BT, smoothing)
         with torch.autocast(hidden.device.type, enabled=False):
-            return _ChunkedLoss.apply(hidden.flatten(0, -2), self.weight, bias_1V, labels_BT.flatten(), label_smoothing)
+            return _ChunkedLoss.apply(hidden.flatten(0, -2), self.weight, bias_1V, labels_BT.flatten(), smoothing)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -58,17 +58,17 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_1V: Tensor, labels_M: Tensor, label_smoothing: float
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_1V: Tensor, labels_M: Tensor, smoothing: float
     ) -> Tensor:
-        ctx.label_smoothing = label_smoothing
+        ctx.smoothing = smoothing
         total = hidden_MD.new_zeros((), dtype=_precise(hidden_MD))
         normalisers = []
         for hidden_CD, labels_C in _chunks(len(weight_VD), hidden_MD, labels_M):
             scores_CV = _scores(hidden_CD, weight_VD, bias_1V)
             normalisers.append(scores_CV.logsumexp(dim=-1))
             own_C = scores_CV.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1)
-            if label_smoothing:
-                own_C = torch.lerp(own_C, scores_CV.mean(dim=-1), label_smoothing)
+            if smoothing:
+                own_C = torch.lerp(own_C, scores_CV.mean(dim=-1), smoothing)
             total += (normalisers[-1] - own_C).masked_fill(labels_C == IGNORED, 0.0).sum()
         ctx.save_for_backward(hidden_MD, weight_VD, bias_1V, labels_M, torch.cat(normalisers))
         return total
@@ -83,10 +83,10 @@ class _ChunkedLoss(torch.autograd.Function):
             by_score_CV = scores_CV.sub_(normaliser_C.unsqueeze(1)).exp_()
             # gradient of cross-entropy: probabilities, minus one at the target; smoothing spreads a share of the one
             own_C1 = labels_C.clamp(min=0).unsqueeze(1)
-            share = 1 - ctx.label_smoothing
+            share = 1 - ctx.smoothing
             by_score_CV.scatter_add_(1, own_C1, torch.full_like(own_C1, -share, dtype=by_score_CV.dtype))
-            if ctx.label_smoothing:
-                by_score_CV -= ctx.label_smoothing / len(weight_VD)
+            if ctx.smoothing:
+                by_score_CV -= ctx.smoothing / len(weight_VD)
             by_score_CV *= torch.where(labels_C == IGNORED, 0.0, gradients[0]).unsqueeze(1)
             by_score_CV = by_score_CV.to(hidden_MD.dtype)
             by_hidden.append(by_score_CV @ weight_VD)

@@ -213,6 +213,11 @@ class RunArguments(GenerationArguments):
         check_below(self, 1, "adam_beta2")
         check_at_least(self, 0, "label_smoothing_factor")
         check_below(self, 1, "label_smoothing_factor")
+        if self.label_smoothing_factor and self.curriculum_loss:
+            raise ValueError(
+                "--curriculum_loss: is compared with the smoothed loss, which has a high floor; use --curriculum_steps "
+                "with --label_smoothing_factor"
+            )
         # keep two checkpoints, because a crash may leave the newest one incomplete
         check_at_least(self, 2, "keep_last")
         check_choice(self, "metric_for_best_model", BEST_METRICS)

@@ -28,7 +28,7 @@ def window_losses(
     n_windows: int,
     n_items: float,
     oracle: Oracle | None = None,
-    label_smoothing: float = 0.0,
+    smoothing: float = 0.0,
 ) -> Iterator[Tensor]:
     """Yield the loss of each truncated-BPTT window. Run the backward pass of each loss before taking the next loss.
 
@@ -40,7 +40,7 @@ def window_losses(
         n_windows: Number of windows; at least the result of `count_windows`.
         n_items: Divisor of the summed losses.
         oracle: Oracle of scheduled sampling.
-        label_smoothing: Share of each target that the loss spreads over the vocabulary.
+        smoothing: Share of each target that the loss spreads over the vocabulary.
     """
     windows: Iterable[Batch] = [batch]
     state = None
@@ -49,7 +49,7 @@ def window_losses(
         state = RecurrentState.unread(config, len(batch.labels), device)
     for window in windows:
         inputs = window.model_inputs(device)
-        settings = {"num_items_in_batch": n_items, "oracle": oracle, "label_smoothing": label_smoothing}
+        settings = {"num_items_in_batch": n_items, "oracle": oracle, "smoothing": smoothing}
         output = model(**inputs, state=state, **settings, return_logits=False)
         yield output.loss
         state = output.state and output.state.detach()

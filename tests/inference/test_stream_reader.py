@@ -1,6 +1,7 @@
 """Tests that a text read as a stream gives the segments, results and summary of the whole text, in constant memory."""
 
 import copy
+import itertools
 import random
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from recurrent_bart.data.tokenizer import special_tokens_around, train_tokenizer
 from recurrent_bart.inference import stream_reader as inference
 from recurrent_bart.inference.stream_reader import TextReader, summary_after
 from recurrent_bart.model.loss import IGNORED
-from recurrent_bart.recurrence.segmentation import split_into_segments
+from recurrent_bart.recurrence.segmentation import pad_segments, split_into_segments
 
 WORDS = dir(str) * 5
 TEXTS = [f"the {word} of number {i} is returned as a list_{i % 7}({word})\n  it's" for i, word in enumerate(WORDS)]
@@ -251,6 +252,27 @@ def test_streamed_sections_have_the_contexts_of_training(changes, segments_per_c
     streamed, whole = (without_padding(state.tensors()) for state in (reader.bookmark.state, state))
     for name, tensor in whole.items():
         torch.testing.assert_close(streamed[name], tensor, rtol=0, atol=1e-12)
+
+
+def test_each_section_has_the_text_of_its_target_segment(make_reader):
+    reader = make_reader(decoder_context="section")
+    leading, trailing = special_tokens_around(reader.tokenizer)
+    ids = [[*leading, *section, *trailing] for section in TextEncoder(reader.tokenizer)(SECTIONS[:3])]
+    segments = [split_into_segments(section, segment_size=8, input_size=8) for section in ids]
+    input_ids = torch.tensor(pad_segments([list(itertools.chain(*segments))], padding=1))
+    ends = torch.tensor([list(itertools.chain(*([False] * (len(own) - 1) + [True] for own in segments)))])
+    texts = reader.model.generate(
+        input_ids, attention_mask=(input_ids != 1).long(), target_segments=ends, max_new_tokens=9
+    )
+    expected = [text.strip() for text in reader.tokenizer.batch_decode(texts.flatten(0, -2), skip_special_tokens=True)]
+    found = []
+    for section in SECTIONS[:3]:
+        # line ends after a section, as in a file, are not of the section
+        list(reader.feed(section + "\n"))
+        *_, output = reader.end_section()
+        found.append(summary_after(output, reader.model, reader.tokenizer, max_new_tokens=9))
+    assert found == [text for text in expected if text]
+    assert len(set(found)) > 1
 
 
 def without_padding(tensors):

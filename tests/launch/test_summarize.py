@@ -262,6 +262,13 @@ def test_each_section_has_its_summary(summarize, tells_numbers, end):
     assert summaries[:1] == summarize(sections[0])[0]
 
 
+def test_each_section_has_a_text(run, summarize):
+    sections = TEXT.split("\n")[:2]
+    texts, _ = summarize("\n***\n".join(sections), "--section_separator", "***")
+    assert len(texts) == 2
+    assert texts[0] == summary_at_once(run, sections[0], max_new_tokens=6)
+
+
 def test_a_section_is_continued_with_its_state(summarize, tells_numbers, tmp_path):
     first, second = TEXT[:60], TEXT[60:200]
     summaries, _ = summarize(f"{first}\n***\n{second}", "--section_separator", "***")

@@ -16,13 +16,13 @@ VARIANTS = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
     "counted": {"num_items_in_batch": 7},
-    "smoothed": {"label_smoothing": 0.2},
-    "smoothed oracle": {"label_smoothing": 0.2, "oracle": Oracle("word", gold_probability=0.0, temperature=0.0)},
+    "smoothed": {"smoothing": 0.2},
+    "smoothed oracle": {"smoothing": 0.2, "oracle": Oracle("word", gold_probability=0.0, temperature=0.0)},
     "oracle": {"oracle": Oracle("word", gold_probability=0.0, temperature=0.0)},
 }
 
 # arguments of forward, not of the model
-OPTIONS = ("num_items_in_batch", "oracle", "label_smoothing")
+OPTIONS = ("num_items_in_batch", "oracle", "smoothing")
 
 
 def documents(per_segment, lengths=LENGTHS):
@@ -70,7 +70,7 @@ def test_a_smoothed_loss_is_that_of_cross_entropy(monkeypatch, per_segment, retu
     expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=0.3)
     expected.backward()
     expected_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    options = {"label_smoothing": 0.3, "return_logits": return_logits}
+    options = {"smoothing": 0.3, "return_logits": return_logits}
     found, gradients = loss_and_gradients(model, inputs, **options)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert found.loss.item() != pytest.approx(model(**inputs).loss.item(), rel=1e-3)
