@@ -89,20 +89,29 @@ outcome() { [[ ! $folder/outcome.json -nt $began ]] || cat "$folder/outcome.json
 
 # srun forwards the signal to all processes. srun may have ended already: `kill` must not end this script then.
 is_asked=0
-processes=
-trap 'is_asked=1; [[ -z $processes ]] || kill -USR1 "$processes" 2>/dev/null || true' USR1
+srun_id=$folder/caches/srun-$SLURM_JOB_ID
+trap 'is_asked=1; [[ ! -s $srun_id ]] || kill -USR1 "$(<"$srun_id")" 2>/dev/null || true' USR1
 # SLURM sends SIGTERM to the job and its processes when it ends the job itself; SLURM then decides about a requeue. The
 # script must wait for srun: a remaining srun would end the processes of the requeued job.
 is_ended=0
 trap 'is_ended=1' TERM
 
-"${everywhere[@]}" bash slurm/process.sh launch/train.py "${flags[@]}" "$verb" "$folder" &
+# Bash loses the exit code of a process that ends while a signal interrupts `wait`. A subshell, which no signal ends,
+# therefore writes the code to a file.
+srun_code=$folder/caches/code-$SLURM_JOB_ID
+rm -f "$srun_id" "$srun_code"
+(
+    trap : USR1 TERM
+    code=0
+    # shellcheck disable=SC2016
+    bash -c 'echo $$ > "$0"; exec "$@"' "$srun_id" "${everywhere[@]}" \
+        bash slurm/process.sh launch/train.py "${flags[@]}" "$verb" "$folder" || code=$?
+    echo "$code" > "$srun_code"
+) &
 processes=$!
-# A signal interrupts `wait`, which then returns 128 plus the signal. The processes may go on, or have just ended.
 while kill -0 "$processes" 2>/dev/null; do wait "$processes" || true; done
-# Bash remembers the exit code of an ended process.
-code=0
-wait "$processes" || code=$?
+code=$(cat "$srun_code" 2>/dev/null || echo 1)
+rm -f "$srun_id" "$srun_code"
 
 # srun returns the worst exit code, which may come from a process that srun killed. The run's outcome.json is exact.
 said=$(outcome | sed -n 's/.*"code": \([0-9]*\).*/\1/p')

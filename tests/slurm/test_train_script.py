@@ -10,11 +10,11 @@ import pytest
 
 import launching
 
-# Stand-in for srun: it saves its command line and behaves like a run.
+# Stand-in for srun: it saves its command line and behaves like a run. Its parent is a subshell of the script.
 SRUN = """#!/usr/bin/env bash
 [[ $* == *--overlap* ]] && exit 0
 printf '%s\\0' "$@" > "$NOTES/srun"
-[[ -z ${SIGNALS:-} ]] || { trap '' USR1; kill -USR1 "$PPID"; }
+[[ -z ${SIGNALS:-} ]] || { trap '' USR1; kill -USR1 "$(ps -o ppid= -p "$PPID")"; }
 [[ -z ${WRITES:-} ]] || echo "$WRITES" > "${!#}/outcome.json"
 exit "${CODE:-0}"
 """
