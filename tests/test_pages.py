@@ -91,7 +91,7 @@ def shortened(line, folder):
     if "launch/train.py" in line:
         flags = {**SHORT, "cache_dir": folder / "cache"}
         if "--resume" in line:
-            flags = {"max_steps": 4}
+            flags = {"num_train_epochs": 0.3}
         if not PYTHON.fullmatch(line):
             # the whole library takes a minute
             flags |= {"dataset": "papers"}
