@@ -83,7 +83,8 @@ def set_metrics(monkeypatch):
         scores = ({"rouge2": SimpleNamespace(mean=value)} for value in rouge2)
         own_losses = iter(losses)
         monkeypatch.setattr("recurrent_bart.evaluation.evaluator.Evaluator.loss", lambda *_: next(own_losses))
-        monkeypatch.setattr("recurrent_bart.training.session.score", lambda samples: next(scores))
+        module = "recurrent_bart.training.session"
+        monkeypatch.setattr(f"{module}.mean_scores", lambda predictions: next(scores) if predictions else {})
 
     return set_metrics
 
