@@ -29,7 +29,7 @@ sys.modules.update(dict.fromkeys({ABSENT}))
 sys.argv = ["benchmark.py", *{[*SHORT, "--suite", "quick", "--output_dir", str(tmp_path)]}]
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
-    code, output = run([sys.executable, "-c", program], timeout=120)
+    code, output = run([sys.executable, "-c", program], timeout=240)
     assert code == 0, output
     written = json.loads((tmp_path / "results.json").read_text())
     assert {line["model"] for line in written["results"]} == set(MODELS)
