@@ -89,7 +89,7 @@ def test_predictions_stand_beside_the_results(folder, tmp_path, evaluate):
     rouge1 = sum(prediction.scores["rouge1"] for prediction in predictions) / len(predictions)
     assert rouge1 == pytest.approx(results["scores"]["rouge1"]["mean"])
     assert {prediction.source for prediction in predictions} == {None}
-    # a name with a dot is a name of its own
+    # a name with a dot keeps its dot
     code, printed = evaluate(*flags, "--with_source", "--json", tmp_path / "ours.beams")
     assert code == 0, printed
     assert read_predictions(tmp_path / "ours.predictions.jsonl") == predictions
