@@ -5,7 +5,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -103,6 +102,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ValueError: `vocab_size` is too small for bytes and special tokens, or there is no text.
     """
     model, lines = io.BytesIO(), Lines(texts)
+    # only training a tokenizer needs this package
+    import sentencepiece
+
     sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -135,6 +137,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def as_hugging_face(model: bytes) -> PreTrainedTokenizerFast:
     """Convert a trained sentencepiece model into a tokenizer with BART's special tokens."""
+    import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True))
