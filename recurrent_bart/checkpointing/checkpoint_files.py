@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import json
+import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
@@ -44,6 +46,26 @@ def refuse_code() -> Iterator[None]:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+@contextlib.contextmanager
+def converting(path: Path) -> Iterator[None]:
+    """Silence DeepSpeed's converters of the checkpoint at `path` within this block, and refuse code in its files.
+
+    Raises:
+        ValueError: A file holds an object that could run code.
+    """
+    # the converters print a page of text and progress bars
+    with (
+        open(os.devnull, "w") as null_device,
+        contextlib.redirect_stdout(null_device),
+        contextlib.redirect_stderr(null_device),
+        refuse_code(),
+    ):
+        try:
+            yield
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def enums_as_values(item: Any) -> Any:

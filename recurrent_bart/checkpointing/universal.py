@@ -5,8 +5,6 @@ DeepSpeed's universal format stores each parameter and its two Adam moments unsh
 
 import argparse
 import contextlib
-import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
 
-from recurrent_bart.checkpointing.checkpoint_files import read_tensors, refuse_code
+from recurrent_bart.checkpointing.checkpoint_files import converting, read_tensors, refuse_code
 
 # file from which DeepSpeed reads the step counts, by ZeRO stage; the counts are equal on all ranks
 MODEL_STATES = {2: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
@@ -39,16 +37,8 @@ def write_universal(shards: Path, output: Path, stage_then: int, stage_now: int)
         # ZeRO-2 does not store which parameters use tensor parallelism; here no parameter uses it
         inject_missing_state=True,
     )
-    with contextlib.ExitStack() as stack:
-        null_device = stack.enter_context(open(os.devnull, "w"))
-        # the converter prints a page of text and one progress bar per part
-        stack.enter_context(contextlib.redirect_stdout(null_device))
-        stack.enter_context(contextlib.redirect_stderr(null_device))
-        stack.enter_context(refuse_code())
-        try:
-            ds_to_universal.main(settings)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{shards}: cannot be read ({str(error).splitlines()[0]})") from error
+    with converting(shards):
+        ds_to_universal.main(settings)
     if (stage_then == 3) != (stage_now == 3):
         _change_stage(output, stage_then, stage_now)
 

@@ -1,8 +1,5 @@
 """Export of a checkpoint to a folder for `from_pretrained`, like RUN/model."""
 
-import contextlib
-import os
-import pickle
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 from transformers import GenerationConfig
 
-from recurrent_bart.checkpointing.checkpoint_files import refuse_code
+from recurrent_bart.checkpointing.checkpoint_files import converting
 from recurrent_bart.checkpointing.checkpoints import ENGINE
 from recurrent_bart.checkpointing.manifest import problems
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
@@ -90,16 +87,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         ValueError: A file holds an object that could run code.
     """
     refuse_pickled_code()
-    with contextlib.ExitStack() as stack:
-        # DeepSpeed prints several lines and progress bars
-        null_device = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(contextlib.redirect_stdout(null_device))
-        stack.enter_context(contextlib.redirect_stderr(null_device))
-        stack.enter_context(refuse_code())
-        try:
-            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{checkpoint}: cannot be read ({str(error).splitlines()[0]})") from error
+    with converting(checkpoint):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE)
     return {name: tensor.float() for name, tensor in state.items()}
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from transformers import MBartTokenizer
 
 import scoring_models
 from forked import launched, run_script
@@ -20,8 +21,10 @@ from recurrent_bart.evaluation.scoring import score_samples
 from recurrent_bart.inference.stream_reader import load_model
 from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import parse_arguments
+from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.preparation import open_documents
 from runs import flags, write_documents, write_run_with_model
+from tiny import multilingual_tokenizer
 
 SCRIPT = "launch/evaluate.py"
 
@@ -215,6 +218,13 @@ def test_a_model_of_no_run_has_the_flags_of_the_default_corpus(script, tmp_path)
 def test_a_flag_out_of_range_is_named_in_one_line(flags, message, script, folder, capsys):
     assert script.main(["--model", str(folder.model), *flags]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_another_language_than_the_models_is_refused(script):
+    tokenizer = multilingual_tokenizer(MBartTokenizer, src_lang="en_XX", tgt_lang="de_DE")
+    script.check_languages(DataArguments(source_lang="en_XX", target_lang="de_DE"), tokenizer)
+    with pytest.raises(ValueError, match="--target_lang ja_XX: must be de_DE, the language that the model was trained"):
+        script.check_languages(DataArguments(target_lang="ja_XX"), tokenizer)
 
 
 def test_a_split_that_is_not_there_is_named_in_one_line(folder, evaluate):

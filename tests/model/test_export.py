@@ -65,6 +65,11 @@ def test_it_exports(bart, model, document, strict):
     torch.testing.assert_close(exported(**inputs).logits, bart(**inputs).logits)
 
 
+def test_an_exported_decoder_begins_with_the_document_as_barts_does(bart, model, document):
+    exported = torch.export.export(model, (), kwargs=document | {"use_cache": False}, strict=False).module()
+    torch.testing.assert_close(exported(**document, use_cache=False).logits, bart(**document).logits)
+
+
 def test_it_exports_for_documents_and_targets_of_any_length(bart, model, document):
     inputs = document | {"decoder_input_ids": random_ids(2, 6)}
     dynamic = dict.fromkeys(inputs, dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)) | {"use_cache": None}

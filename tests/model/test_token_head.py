@@ -79,6 +79,12 @@ def test_a_smoothed_loss_is_that_of_cross_entropy(monkeypatch, per_segment, retu
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("smoothing", [-0.5, 1.0, 1.5])
+def test_a_smoothing_outside_its_range_is_refused(smoothing):
+    with pytest.raises(ValueError, match=f"smoothing={smoothing}: must be at least 0 and below 1"):
+        tiny_model()(**documents(per_segment=False), smoothing=smoothing, return_logits=False)
+
+
 def test_bfloat16_gradients_are_added_up_in_float32(monkeypatch):
     monkeypatch.setattr(token_head, "CHUNK_SCORES", 4 * 20)
     hidden, labels, bias = torch.randn(1, 4000, 8).bfloat16(), torch.randint(20, (1, 4000)), torch.zeros(1, 20)

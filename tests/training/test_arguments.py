@@ -132,6 +132,15 @@ def test_evaluations_are_a_tenth_of_the_run_apart_unless_told(argv, max_steps, s
         ("--warmup_steps 11 --max_steps 10", "--warmup_steps 11: must be at most --max_steps 10"),
         ("--dropout 1", "--dropout 1.0: must be below 1"),
         ("--adam_beta2 1", "--adam_beta2 1.0: must be below 1"),
+        ("--label_smoothing_factor 1", "--label_smoothing_factor 1.0: must be below 1"),
+        (
+            "--label_smoothing_factor 0.1 --curriculum 1,2 --curriculum_loss 0.5",
+            "--curriculum_loss: is compared with the smoothed loss, which has a high floor; use --curriculum_steps",
+        ),
+        (
+            "--gap_sentences 1 --max_train_documents 5",
+            "--max_train_documents and --gap_sentences: give only one of the two flags",
+        ),
         ("--adam_beta2 -1", "--adam_beta2 -1.0: must be at least 0"),
         ("--max_target_length 3", "--max_target_length 3: must be at least 4"),
         ("--task chapters", "--task chapters: allowed are document, sections"),
