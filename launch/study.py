@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from recurrent_bart.execution.graphed_wavefront import share_device
-from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
+from recurrent_bart.studies.definitions import STUDIES, Texts, build_study
+from recurrent_bart.studies.documents.definitions import TEXT_STUDIES, build_text_study
 from recurrent_bart.studies.documents.report import draw_losses, text_report
 from recurrent_bart.studies.documents.text_run import TextRun
 from recurrent_bart.studies.memory.single_run import execute
@@ -63,20 +64,21 @@ def build_parser() -> FlagParser:
     parser.add_argument(
         "--dataset",
         default="stdlib",
-        help="documents of the studies document and sections, as in launch/train.py; default: %(default)s",
+        help="documents of the studies on documents, as in launch/train.py; default: %(default)s",
     )
     parser.add_argument(
         "--seconds",
         type=float,
-        default=300.0,
-        help="training time in seconds of each run in the studies document and sections; default: %(default)s",
+        help="training time in seconds of each run in a study on documents; default: 300, and no limit for pretrained "
+        "models, which train for --max_steps",
     )
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="flags of launch/train.py for the studies document and sections; default: none",
+        help="flags of launch/train.py for the studies on documents; pretrained models need model_name_or_path=FOLDER; "
+        "default: none",
     )
     parser.add_argument("--report_only", action="store_true", help="start no run, only write the report again")
     worker = parser.add_argument_group("internal flags of one process, set by the study")
@@ -152,12 +154,12 @@ def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
     Raises:
         ValueError: No run matches.
     """
-    texts, seeds = Texts(arguments.facts, arguments.filler, arguments.dataset), range(arguments.seeds)
+    seeds = range(arguments.seeds)
     runs: list[Any]
     if arguments.name in TEXT_STUDIES:
-        runs = build_text_study(arguments.name, texts, seeds, arguments.seconds, **changed_flags(arguments))
+        runs = build_text_study(arguments.name, arguments.dataset, seeds, arguments.seconds, **changed_flags(arguments))
     else:
-        runs = build_study(arguments.name, texts, seeds)
+        runs = build_study(arguments.name, Texts(arguments.facts, arguments.filler), seeds)
         runs = [dataclasses.replace(run, max_steps=arguments.max_steps or run.max_steps) for run in runs]
     runs = [run for run in runs if any(text in run.file_name() for text in arguments.only)]
     if not runs:

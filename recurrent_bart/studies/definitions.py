@@ -1,13 +1,12 @@
-"""Definitions of all studies by name: tasks, documents and the models that are compared."""
+"""Definitions of the studies on memory tasks by name: tasks and the models that are compared."""
 
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from recurrent_bart.configuration_recurrent_bart import PREFIX_ATTENTIONS
-from recurrent_bart.studies.documents.text_run import READINGS, TextRun
+from recurrent_bart.studies.documents.definitions import RMT, TEXT_STUDIES
 from recurrent_bart.studies.study_run import StudyRun
 
 Fields = dict[str, Any]
@@ -96,11 +95,10 @@ MORE_FACTS: Fields = {
 
 @dataclass(frozen=True)
 class Texts:
-    """Folders with bAbI's facts and with filler text, and the value of `launch/train.py --dataset` for text studies."""
+    """Folders with bAbI's facts and with filler text."""
 
     facts: str | None = None
     filler: str | None = None
-    dataset: str = "stdlib"
 
     def babi(self) -> list[Fields]:
         """Return the StudyRun fields of the tasks qa1 to qa3. A document of 64 segments has 16,384 words.
@@ -136,8 +134,6 @@ def _layerwise() -> dict[str, Fields]:
     }
 
 
-# RMT's layers attend over state and tokens as one sequence
-RMT: Fields = {"recurrence": "top", "prefix_attention": "concat", "prefix_projection": False}
 # All models that studies compare. Entries with `window` are plain BART.
 ALTERNATIVES: dict[str, Fields] = {
     **_layerwise(),
@@ -183,90 +179,6 @@ STUDIES: dict[str, tuple[Iterable[Fields] | None, dict[str, Fields]]] = {
     "retrieval": ((RETRIEVAL, DENOISING), ESSENTIALS | ASSOCIATIVE | LESSONS),
     "babi": (None, ALTERNATIVES | ASSOCIATIVE),
 }
-
-
-# launch/train.py flags that all runs on documents share. Runs end by time and are compared at equal steps, so the
-# learning rate must not depend on the total number of steps.
-TEXT: Fields = {
-    "model_size": "small",
-    "segment_size": 512,
-    "max_n_segments": 12,
-    "bptt_depth": -1,
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 5e-4,
-    "adam_beta2": 0.98,
-    "lr_scheduler": "constant",
-    "warmup_steps": 200,
-    "max_steps": 1_000_000,
-    "eval_every": 100,
-    "eval_documents": 64,
-    "dataloader_num_workers": 1,
-}
-# Additional flags by kind of target. Studies on sections add gap sentences: with one thousand summaries alone, no model
-# learned to use the document's text (studies/LOG.md).
-OWN_TEXT: dict[str, Fields] = {
-    "document": {},
-    "sections": {
-        # default, which variants override
-        "decoder_context": "last",
-        "gap_sentences": 3,
-        "per_device_train_batch_size": 16,
-        "max_n_segments": 16,
-        "max_target_length": 192,
-        "vocab_size": 8192,
-    },
-}
-PLAIN: Fields = {"flags": {"pre_seq_len": 0}}
-RECURRENCES: dict[str, Fields] = {
-    "layerwise": {},
-    "top (RMT)": {"flags": RMT},
-    "none": {"flags": {"recurrence": "none"}},
-}
-# TextRun fields of each variant, by kind of target. Reports compare every variant with the first one.
-TEXT_STUDIES: dict[str, dict[str, Fields]] = {
-    "document": {
-        **RECURRENCES,
-        "BART, first 1,024 tokens": PLAIN | {"reads": "heads"},
-        "BART, last segment": PLAIN,
-        "LED": {"reads": "whole"},
-    },
-    "sections": {
-        **RECURRENCES,
-        "layerwise, states of all segments": {"flags": {"decoder_context": "memory"}},
-        "layerwise, last two segments of the section": {"flags": {"decoder_context": "section", "context_segments": 2}},
-        "layerwise, tokens of the section": {"flags": {"decoder_context": "section"}},
-        "layerwise, tokens of all segments": {"flags": {"decoder_context": "all"}},
-        "BART, first 1,024 tokens of each section": PLAIN | {"reads": "heads"},
-        "BART, last segment of each section": PLAIN,
-    },
-}
-
-
-def build_text_study(
-    task: str, texts: Texts, seeds: Iterable[int] = range(3), seconds: float | None = None, **changes: Any
-) -> list[TextRun]:
-    """Build the runs of a study on documents, one per seed and model.
-
-    The task is `"document"`, one target per document, or `"sections"`, one target per section. `seconds` limits the
-    training time of a run. `changes` are `launch/train.py` flags that override the study's flags in all runs.
-    """
-    flags = TEXT | OWN_TEXT[task] | {"dataset": texts.dataset, "task": task} | changes
-    # a run of few steps must not warm up for longer than it lasts
-    flags["warmup_steps"] = min(int(flags["warmup_steps"]), int(flags["max_steps"]))
-    documents = f"{Path(texts.dataset).name} {task}"
-    return [
-        TextRun(
-            variant,
-            documents,
-            flags | fields.get("flags", {}),
-            seed,
-            seconds=seconds,
-            reads=fields.get("reads", READINGS[0]),
-        )
-        for seed in seeds
-        for variant, fields in TEXT_STUDIES[task].items()
-    ]
 
 
 def build_study(name: str, texts: Texts, seeds: Iterable[int] = range(3)) -> list[StudyRun]:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from recurrent_bart.studies.definitions import STUDIES, TEXT_STUDIES, Texts, build_study, build_text_study
-from recurrent_bart.studies.documents.training import parse_run
+from recurrent_bart.studies.definitions import STUDIES, Texts, build_study
 from recurrent_bart.studies.memory.single_run import build_config
 
 SYMBOL_STUDIES = sorted(set(STUDIES) - {"babi"})
@@ -72,58 +71,6 @@ def test_babi_is_told_its_texts():
     assert {run.task_name() for run in runs if "with_subjects" in run.task} == {"qa2", "qa3"}
     with pytest.raises(ValueError, match="--facts and --filler"):
         build_study("babi", Texts(facts="facts"))
-
-
-@pytest.mark.parametrize("task", TEXT_STUDIES)
-def test_every_run_on_documents_has_flags_that_training_takes(task):
-    runs = build_text_study(task, Texts(dataset="some/papers"), seconds=9.0, segment_size=64)
-    assert len({run.file_name() for run in runs}) == len(runs) == 3 * len(TEXT_STUDIES[task])
-    for run in runs:
-        arguments = parse_run(run)
-        assert (arguments.data.task, arguments.data.dataset) == (task, "some/papers")
-        assert (arguments.model.segment_size, run.seconds, arguments.run.seed) == (64, 9.0, run.seed)
-        # the learning rate must not depend on the length of a run
-        assert (arguments.run.lr_scheduler, arguments.run.warmup_steps) == ("constant", 200)
-        assert run.task_name() == f"papers {task}"
-        # gap sentences are for documents with much text and few targets
-        assert arguments.data.gap_sentences == (3 if task == "sections" else 0)
-        is_published_rmt = (arguments.model.prefix_attention, arguments.model.prefix_projection) == ("concat", False)
-        assert is_published_rmt == (run.name == "top (RMT)")
-
-
-def test_models_on_documents_differ_in_what_they_are_said_to():
-    told = {
-        run.name: (run.reads, run.flags.get("pre_seq_len"), run.flags.get("recurrence"))
-        for run in build_text_study("document", Texts(), seeds=[0])
-    }
-    assert told == {
-        "layerwise": ("segments", None, None),
-        "top (RMT)": ("segments", None, "top"),
-        "none": ("segments", None, "none"),
-        "BART, first 1,024 tokens": ("heads", 0, None),
-        "BART, last segment": ("segments", 0, None),
-        "LED": ("whole", None, None),
-    }
-
-
-def test_models_on_sections_name_what_their_decoder_sees():
-    """Check that every model sets its decoder context.
-
-    The default of launch/train.py for sections would make plain BART read one segment as a section of several.
-    """
-    told = {run.name: run.flags["decoder_context"] for run in build_text_study("sections", Texts(), seeds=[0])}
-    several = {
-        "layerwise, states of all segments": "memory",
-        "layerwise, last two segments of the section": "section",
-        "layerwise, tokens of the section": "section",
-        "layerwise, tokens of all segments": "all",
-    }
-    assert told == dict.fromkeys(told, "last") | several
-
-
-def test_a_run_that_is_cut_short_warms_up_no_longer_than_it_lasts():
-    run = build_text_study("document", Texts(), max_steps=4)[0]
-    assert parse_run(run).run.warmup_steps == 4
 
 
 def test_an_unknown_study_is_refused():

@@ -7,16 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LEDConfig, LEDForConditionalGeneration
+from transformers import BartPreTrainedModel, GenerationConfig, LEDConfig, LEDForConditionalGeneration
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.model.loss import token_loss
+from recurrent_bart.studies.documents.peers import BART_OFFSET, repeat_rows
 
 # fields that the configurations of BART and LED share
 SIDES = [f"{side}_{name}" for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")]
 IDS = ["bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"]
 SHARED = ["vocab_size", "d_model", "dropout", "attention_dropout", "activation_dropout", "init_std", *SIDES, *IDS]
+
+# parts of LED's parameter names and of BART's
+RENAMED = {
+    "led.": "model.",
+    "_global.": ".",
+    "longformer_self_attn.query": "q_proj",
+    "longformer_self_attn.key": "k_proj",
+    "longformer_self_attn.value": "v_proj",
+    "self_attn.output.": "self_attn.out_proj.",
+}
+
+
+def bart_name(name: str) -> str:
+    """Return the name in BART of one of LED's parameters."""
+    for own, barts in RENAMED.items():
+        name = name.replace(own, barts)
+    return name
 
 
 class WholeDocumentLed(nn.Module):
@@ -36,8 +54,29 @@ class WholeDocumentLed(nn.Module):
                 attention_window=[window] * config.encoder_layers,
                 # documents are padded to whole windows
                 max_encoder_position_embeddings=-(-n_tokens // window) * window,
+                max_decoder_position_embeddings=config.max_position_embeddings,
             )
         )
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Generation settings of the model."""
+        return self.led.generation_config
+
+    @torch.no_grad()
+    def copy_weights(self, bart: BartPreTrainedModel) -> None:
+        """Copy the weights of a BART of the same size, as the authors of LED did with BART-large.
+
+        BART's encoder positions are repeated. The attention of the first token over all tokens starts with the weights
+        of the attention within the window.
+        """
+        weights = bart.state_dict()
+        copied = {name: weights[bart_name(name)] for name in self.led.state_dict()}
+        for name in copied:
+            if name.endswith("embed_positions.weight"):
+                n_rows = len(self.led.get_parameter(name))
+                copied[name] = repeat_rows(copied[name][BART_OFFSET:], n_rows)
+        self.led.load_state_dict(copied)
 
     def forward(
         self,

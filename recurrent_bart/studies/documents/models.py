@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch, Collator, SegmentSizes
 from recurrent_bart.model.loss import IGNORED
+from recurrent_bart.probes.foreign_states import encode_with_foreign_states
 from recurrent_bart.recurrence.attention import without_cudnn
 from recurrent_bart.studies.documents.led import WholeDocumentLed
+from recurrent_bart.studies.documents.peers import NumberedSegments, read_at_once
 from recurrent_bart.studies.documents.text_run import TextRun
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.model_building import build_model
@@ -71,16 +73,22 @@ def without_memory(batch: Batch) -> Batch:
 
 def build_reader(run: TextRun, arguments: Arguments, config: RecurrentBartConfig, sizes: SegmentSizes) -> nn.Module:
     """Build the model for batches of the collator from `collate_as`. It has the run's seed and is in training mode."""
-    seed = arguments.run.seed
-    if run.reads == "whole":
-        torch.manual_seed(seed)
-        n_tokens, window = sizes.segment_size * sizes.max_n_segments, HEAD * sizes.segment_size
-        return WholeDocumentLed(config, n_tokens, window).train()
+    seed, n_tokens = arguments.run.seed, sizes.segment_size * sizes.max_n_segments
     if run.reads == "heads":
         config = copy.deepcopy(config)
         config.segment_size = config.input_size = HEAD * sizes.segment_size
         config.max_position_embeddings = max(config.max_position_embeddings, config.segment_size)
-    return build_model(arguments.model, config, seed)
+    if run.model == "led" and arguments.model.model_name_or_path is None:
+        torch.manual_seed(seed)
+        return WholeDocumentLed(config, n_tokens, HEAD * sizes.segment_size).train()
+    model = build_model(arguments.model, config, seed)
+    if run.model == "led":
+        led = WholeDocumentLed(config, n_tokens, HEAD * sizes.segment_size)
+        led.copy_weights(model)
+        return led.train()
+    if run.model == "numbered":
+        return NumberedSegments(model, sizes.max_n_segments).train()
+    return read_at_once(model, n_tokens) if run.reads == "whole" else model
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,13 @@ class Reader:
         model: Module that returns a loss or logits for a batch.
         has_memory: The model needs the segments before the segment that has a target.
         device: Device of the model.
+        may_plan: cuDNN may plan attention for each new shape.
     """
 
     model: Any
     has_memory: bool
     device: torch.device
+    may_plan: bool = True
 
     def needed(self, batch: Batch) -> Batch:
         """Return the part of the batch that the model reads."""
@@ -111,13 +121,22 @@ class Reader:
     def target_losses(self, batch: Batch) -> Tensor:
         """Return the loss of each target, summed over its tokens, `(M,)`."""
         batch = self.needed(batch)
-        has_target = (batch.labels != IGNORED).any(dim=-1)
         with self._attention():
-            logits = self.model(**batch.model_inputs(self.device)).logits
+            return self._sum_losses(batch, self.model(**batch.model_inputs(self.device)).logits)
+
+    @torch.no_grad()
+    def losses_with_foreign_states(self, batch: Batch) -> Tensor:
+        """Return the loss of each target if every segment reads the state of a different document, `(B,)`."""
+        inputs = batch.model_inputs(self.device)
+        encoded = encode_with_foreign_states(self.model, inputs["input_ids"], inputs["attention_mask"])
+        return self._sum_losses(batch, self.model(encoder_outputs=encoded, labels=inputs["labels"]).logits)
+
+    def _sum_losses(self, batch: Batch, logits: Tensor) -> Tensor:
+        has_target = (batch.labels != IGNORED).any(dim=-1)
         logits_MVT = logits[has_target.to(self.device)].float().mT
         labels_MT = batch.labels[has_target].to(self.device)
         return nn.functional.cross_entropy(logits_MVT, labels_MT, ignore_index=IGNORED, reduction="none").sum(dim=-1)
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
-        # Without a state, tensor shapes change in every step, and cuDNN would plan attention for each new shape.
-        return contextlib.nullcontext() if self.has_memory else without_cudnn()
+        # without a state, tensor shapes change in every step
+        return contextlib.nullcontext() if self.may_plan else without_cudnn()

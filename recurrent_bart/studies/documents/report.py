@@ -66,6 +66,7 @@ def text_report(groups: Groups) -> str:
         "Intervals of the differences at equal time: over documents alone (bootstrap), over seeds alone (paired t)"
         f"\n\n{interval_table(records, in_time)}",
         f"Cost\n\n{cost_table(records)}",
+        *foreign_state_section(records),
         origin(groups),
     ]
     return "\n\n".join(parts) + "\n"
@@ -173,6 +174,28 @@ def cost_table(records: dict[str, Records]) -> str:
         memory = f"{statistics.median(peaks) / MIB:,.0f}" if peaks else ""
         rows.append([name, f"{own[0]['n_parameters'] / 1e6:.1f}", f"{speed:.2f}", f"{tokens:,.0f}", memory])
     return markdown(["model", "M parameters", "steps/s", "tokens read/s", "peak MiB"], rows)
+
+
+def foreign_state_section(records: dict[str, Records]) -> list[str]:
+    """Return a section on the loss with the states of other documents, for models that carry a state."""
+    rows = []
+    for name, own in records.items():
+        if not all(record.get("foreign_state_losses") for record in own):
+            continue
+        foreign = [_losses_at(r["targets"], {"target_losses": r["foreign_state_losses"]}) for r in own]
+        # the first model of `compare` is the reference of the differences
+        compared = compare({"own": [_losses_at(r["targets"], _best(r["curve"])) for r in own], "foreign": foreign})
+        value = compared["foreign"]
+        rows.append(
+            [name, _cell(compared["own"].value, ".3f"), _cell(value.value, ".3f"), _cell(value.difference, "+.3f")]
+        )
+    if not rows:
+        return []
+    table = markdown(["model", "loss with its own states", "with foreign states", "difference"], rows)
+    return [
+        "Loss if every segment reads the state of a different document, which has read as many segments: the worth "
+        f"of the state's content\n\n{table}"
+    ]
 
 
 def compare(models: Models) -> dict[str, Comparison]:

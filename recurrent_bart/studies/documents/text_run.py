@@ -5,14 +5,15 @@ from typing import Any
 
 from recurrent_bart.studies.study_run import file_name
 
-# "segments" and "heads" use the model of the flags. It reads all segments, or the start of each section. With "whole",
-# LED reads the document as one segment.
+# parts of a document that a model reads: all segments, the start of each section, or the document as one segment
 READINGS = ("segments", "heads", "whole")
+# the model of the flags, the same with an embedding of each segment's number, or LED
+MODELS = ("recurrent", "numbered", "led")
 
 
 @dataclass(frozen=True)
 class TextRun:
-    """Description of one training run from scratch on documents.
+    """Description of one training run on documents.
 
     Attributes:
         name: Name of the variant. Runs that differ only in the seed have the same name.
@@ -20,6 +21,7 @@ class TextRun:
         flags: launch/train.py flags of the model, the documents and the steps.
         seed: Seed of weights and of the order of documents.
         reads: One of `READINGS`.
+        model: One of `MODELS`. LED reads documents whole.
         seconds: Training time, evaluations excluded, after which the run ends. None: only `--max_steps` ends the run.
     """
 
@@ -29,10 +31,15 @@ class TextRun:
     seed: int = 0
     reads: str = READINGS[0]
     seconds: float | None = None
+    model: str = MODELS[0]
 
     def __post_init__(self) -> None:
-        if self.reads not in READINGS:
-            raise ValueError(f"reads={self.reads!r}: allowed are {', '.join(map(repr, READINGS))}")
+        for name, allowed in (("reads", READINGS), ("model", MODELS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+        if (self.model, self.reads) == ("led", "segments"):
+            raise ValueError("model='led' needs reads='whole': LED has no segments")
 
     def task_name(self) -> str:
         """Return the name of the documents for tables and files."""

@@ -15,6 +15,8 @@ from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import Collator
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
 from recurrent_bart.evaluation.rouge import rouge_per_sample
+from recurrent_bart.model.generation_settings import change_settings
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.run_folder import git_commit, versions
 from recurrent_bart.studies.documents.master_weights import MasterWeights
 from recurrent_bart.studies.documents.models import Reader, build_reader, collate_as
@@ -45,7 +47,10 @@ class TextTraining:
         self.is_bf16 = use_bf16(arguments.run.precision, device)
         built = build_reader(run, arguments, config, by_segments.sizes).to(device)
         self.weights = MasterWeights(built, self.is_bf16)
-        self.reader = Reader(self.weights.model, run.reads == "whole" or config.has_state, device)
+        sees_several = config.has_state or config.decoder_context in ("section", "all")
+        self.reader = Reader(
+            self.weights.model, run.reads == "whole" or sees_several, device, may_plan=config.has_state
+        )
         rates = learning_rates(arguments, config)
         self.optimizer = build_optimizer(built, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
         self.scheduler = build_scheduler(self.optimizer, arguments.run)
@@ -120,7 +125,10 @@ class TextTraining:
         self.reader.model.load_state_dict(self.best)
         self.reader.model.eval()
         run = self.arguments.run
-        how = Generation(self.evaluator.collator.max_target_length, run.num_beams or 1, run.eval_documents)
+        length = self.evaluator.collator.max_target_length
+        generation = self.reader.model.generation_config
+        change_settings(generation, run.generation_settings(), run.max_new_tokens or length)
+        how = Generation(generation.max_new_tokens, n_documents=run.eval_documents)
         writer = replace(self.evaluator, batch_size=run.per_device_eval_batch_size or self.evaluator.batch_size)
         samples = writer.summarise(self.reader.model, how)
         scores = rouge_per_sample([sample.generated for sample in samples], [sample.target for sample in samples])
@@ -130,6 +138,24 @@ class TextTraining:
             {"document": target["document"], "target": target["target"], "generated": sample.generated} | figure
             for target, sample, figure in zip(self.targets, samples, figures, strict=False)
         ]
+
+    def foreign_state_losses(self) -> list[float] | None:
+        """Return each target's loss of the best weights with the states of other documents, or None without a state.
+
+        Batches hold documents of like length, so a document and the owner of its states end at about the same segment.
+        """
+        model, is_document = self.reader.model, self.arguments.data.task == "document"
+        is_read = isinstance(model, RecurrentBartForConditionalGeneration) and model.config.has_state
+        n_documents = len(self.evaluator.plan.indices)
+        if not (is_read and is_document) or n_documents == 1:
+            return None
+        model.load_state_dict(self.best)
+        model.eval()
+        sizes = itertools.count(max(self.evaluator.batch_size, 2))
+        # no batch has one document alone
+        evaluator = replace(self.evaluator, batch_size=next(size for size in sizes if n_documents % size != 1))
+        found = evaluator.target_losses(self.reader.losses_with_foreign_states)
+        return [round(value, 4) for index in sorted(found) for value in found[index]]
 
     def result(self) -> dict[str, Any]:
         """Return the results of the run so far, for its JSON file."""
@@ -175,7 +201,8 @@ def execute_text(file: RunFile, device: torch.device, budget_seconds: float) -> 
     training = TextTraining(TextRun(**file.read()["run"]), device)
     origin = {"date": time.strftime("%Y-%m-%d"), "git_commit": git_commit(), "versions": versions()}
     stopped = training.train(budget_seconds, on_evaluation=lambda: file.write(origin | training.result()))
-    file.write(origin | training.result() | {"texts": training.texts(), "stopped": stopped})
+    results = {"texts": training.texts(), "foreign_state_losses": training.foreign_state_losses()}
+    file.write(origin | training.result() | results | {"stopped": stopped})
 
 
 def prepare_documents(run: TextRun) -> None:

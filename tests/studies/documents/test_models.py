@@ -57,14 +57,14 @@ def test_losses_of_targets_add_up_to_the_loss(task):
     torch.testing.assert_close(losses.sum(), reader.loss(batch, 1).detach())
 
 
-@pytest.mark.parametrize("has_memory", [True, False])
-def test_cudnn_plans_no_attention_of_which_each_step_has_another_shape(has_memory):
+@pytest.mark.parametrize("may_plan", [True, False])
+def test_cudnn_plans_no_attention_of_which_each_step_has_another_shape(may_plan):
     model, allowed = tiny_model(pre_seq_len=0).train(), []
     model.model.encoder.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    reader, batch = Reader(model, has_memory, CPU), make_batch("sections")
+    reader, batch = Reader(model, True, CPU, may_plan), make_batch("sections")
     reader.loss(batch, 1)
     reader.target_losses(batch)
-    assert allowed == [has_memory] * 2
+    assert allowed == [may_plan] * 2
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 

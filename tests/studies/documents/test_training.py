@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from transformers import BartConfig, BartForConditionalGeneration
 
 from recurrent_bart.data.batches import Collator, SegmentSizes, plan_documents
 from recurrent_bart.evaluation.evaluator import Evaluator
@@ -30,11 +31,11 @@ CPU = torch.device("cpu")
 def make_run(documents):
     """Return a function that builds a run of few steps; it takes further flags."""
 
-    def make(reads="segments", seconds=None, **changes):
+    def make(reads="segments", seconds=None, model="recurrent", **changes):
         words = flags(documents, "", **{"max_n_segments": 4} | changes)
         named = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
         kept = {name: value for name, value in named.items() if name != "output_dir"}
-        return TextRun("layerwise", "papers", kept, seed=5, reads=reads, seconds=seconds)
+        return TextRun("layerwise", "papers", kept, seed=5, reads=reads, seconds=seconds, model=model)
 
     return make
 
@@ -69,8 +70,11 @@ def test_losses_are_those_of_launch_train(make_run, documents, tmp_path, train_m
         ("segments", "sections", {"recurrence": "none"}),
         ("heads", "sections", {"pre_seq_len": 0}),
         ("heads", "document", {"pre_seq_len": 0}),
-        ("whole", "document", {}),
-        ("whole", "document", {"precision": "bf16"}),
+        ("whole", "document", {"model": "led"}),
+        ("whole", "document", {"model": "led", "precision": "bf16"}),
+        ("whole", "document", {"pre_seq_len": 0}),
+        ("segments", "document", {"pre_seq_len": 0, "decoder_context": "all"}),
+        ("segments", "document", {"pre_seq_len": 0, "decoder_context": "all", "model": "numbered"}),
         ("segments", "sections", {"precision": "bf16", "schedule": "wavefront"}),
     ],
 )
@@ -232,3 +236,66 @@ def test_documents_are_made_ready_once(make_run, documents, tmp_path, monkeypatc
 def test_a_reading_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="reads='tail': allowed are 'segments', 'heads', 'whole'"):
         TextRun("a", "papers", reads="tail")
+
+
+@pytest.fixture(scope="module")
+def pretrained(documents, tmp_path_factory):
+    """Return the folder of a plain BART with a tokenizer of the documents."""
+    folder = tmp_path_factory.mktemp("bart")
+    words = flags(documents, "", max_n_segments=4)
+    named = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+    kept = {name: value for name, value in named.items() if name != "output_dir"}
+    training = TextTraining(TextRun("plain", "papers", kept | {"pre_seq_len": 0}), CPU)
+    training.evaluator.tokenizer.save_pretrained(folder)
+    config = training.reader.model.config
+    fields = ("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    shared = {name: getattr(config, name) for name in (*fields, "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size")}
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    torch.manual_seed(0)
+    start = {"decoder_start_token_id": config.decoder_start_token_id}
+    BartForConditionalGeneration(BartConfig(**shared, **ids, **start, init_std=0.1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("reads", "model", "changes"),
+    [
+        ("heads", "recurrent", {"pre_seq_len": 0}),
+        ("whole", "recurrent", {"pre_seq_len": 0}),
+        ("whole", "led", {}),
+        ("segments", "recurrent", {"pre_seq_len": 0, "decoder_context": "all"}),
+        ("segments", "numbered", {"pre_seq_len": 0, "decoder_context": "all"}),
+    ],
+)
+def test_pretrained_models_begin_with_barts_loss_on_a_document_of_one_segment(
+    make_run, pretrained, reads, model, changes
+):
+    """Check that conversion keeps the weights: the first losses of short documents are those of BART."""
+    plain = BartForConditionalGeneration.from_pretrained(pretrained).eval()
+    same = {"model_name_or_path": str(pretrained), "segment_size": 64, "max_n_segments": 2}
+    training = TextTraining(make_run(reads, model=model, **same, **changes), CPU)
+    training.reader.model.eval()
+    row = {**training.evaluator.corpus[0], "index": 0}
+    row["sections"] = [row["sections"][0][:20]]
+    batch = training.evaluator.collator([row])
+    with torch.no_grad():
+        logits = plain(input_ids=batch.input_ids[:, 0], labels=batch.labels.view(1, -1)).logits
+    expected = torch.nn.functional.cross_entropy(logits[0], batch.labels.flatten(), reduction="sum")
+    torch.testing.assert_close(training.reader.target_losses(batch).sum(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_a_state_is_also_scored_with_foreign_states(make_run):
+    training = TextTraining(make_run(max_steps=2, eval_every=1), CPU)
+    training.train()
+    losses = training.foreign_state_losses()
+    assert len(losses) == len(training.targets)
+    own = min(training.curve, key=lambda point: point["validation_loss"])["target_losses"]
+    assert losses != own
+    # a document of one segment reads no state of another document
+    n_segments = training.evaluator.plan.n_segments
+    assert [a for a, n in zip(losses, n_segments, strict=True) if n == 1] == pytest.approx(
+        [a for a, n in zip(own, n_segments, strict=True) if n == 1], abs=1e-3
+    )
+    for changes in ({"pre_seq_len": 0}, {"task": "sections"}):
+        other = TextTraining(make_run(max_steps=2, eval_every=1, **changes), CPU)
+        assert other.foreign_state_losses() is None

@@ -1,0 +1,36 @@
+"""Encoding of documents with the states of other documents: shows what the content of a state is worth.
+
+Shape suffixes: B documents, N segments, L tokens in a segment.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
+
+
+@torch.no_grad()
+def encode_with_foreign_states(
+    model: RecurrentBartForConditionalGeneration, ids_BNL: Tensor, mask_BNL: Tensor
+) -> RecurrentEncoderOutput:
+    """Encode documents; each segment reads the state that the previous document of the batch has at this place.
+
+    The state still tells how many segments were read, but holds nothing of its own document, if the batch has more
+    documents than segments. The decoder's context stays the document's own.
+
+    Raises:
+        ValueError: The batch has one document, or the model carries no state.
+    """
+    if len(ids_BNL) < 2:
+        raise ValueError("a batch of one document has no states of other documents")
+    if not model.config.has_state:
+        raise ValueError("the model carries no state")
+    state = RecurrentState.unread(model.config, len(ids_BNL), ids_BNL.device)
+    for ids_BL, mask_BL in zip(ids_BNL.unbind(1), mask_BNL.unbind(1), strict=True):
+        output = model.model.encode(ids_BL[:, None], mask_BL[:, None], state=state)
+        state = replace(output.state, memory=output.state.memory.roll(1, dims=0))
+    return output

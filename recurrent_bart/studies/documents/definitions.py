@@ -1,0 +1,198 @@
+"""Definitions of the studies on documents by name: documents, flags and the models that are compared."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recurrent_bart.studies.documents.text_run import TextRun
+
+Fields = dict[str, Any]
+
+# RMT's layers attend over state and tokens as one sequence
+RMT: Fields = {"recurrence": "top", "prefix_attention": "concat", "prefix_projection": False}
+# launch/train.py flags of all runs. A step has the same documents in every run.
+SHARED: Fields = {
+    "segment_size": 512,
+    "max_n_segments": 12,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 16,
+    "warmup_steps": 200,
+    "eval_every": 100,
+    "eval_documents": 64,
+    "dataloader_num_workers": 1,
+}
+# Flags of models that are trained from scratch. Runs end by time and are compared at equal steps, so the learning rate
+# must not depend on the total number of steps.
+FROM_SCRATCH: Fields = SHARED | {
+    "model_size": "small",
+    "bptt_depth": -1,
+    "learning_rate": 5e-4,
+    "adam_beta2": 0.98,
+    "lr_scheduler": "constant",
+    "max_steps": 1_000_000,
+}
+# Flags of pretrained models. Runs end after equal steps, so the rate may fall to zero, as in launch/train.py. Greedy
+# texts repeat themselves, and some models more than others: no text contains three tokens twice.
+PRETRAINED: Fields = SHARED | {
+    "per_device_train_batch_size": 16,
+    "learning_rate": 3e-4,
+    "recurrence_learning_rate": 1e-3,
+    "warmup_steps": 60,
+    "max_steps": 600,
+    "max_target_length": 512,
+    "no_repeat_ngram_size": 3,
+}
+# Additional flags for sections. Gap sentences: with one thousand summaries alone, no new model learned to use the
+# document's text (studies/LOG.md).
+SECTIONS: Fields = {
+    # default, which variants override
+    "decoder_context": "last",
+    "gap_sentences": 3,
+    "per_device_train_batch_size": 16,
+    "max_n_segments": 16,
+    "max_target_length": 192,
+    "vocab_size": 8192,
+}
+PLAIN: Fields = {"pre_seq_len": 0}
+# published model that joins independent segments in the decoder: SLED (arXiv 2208.00748), SegEnc (arXiv 2112.07637)
+FUSION: Fields = PLAIN | {"decoder_context": "all"}
+RECURRENCES: dict[str, Fields] = {
+    "layerwise": {},
+    "top (RMT)": {"flags": RMT},
+    "none": {"flags": {"recurrence": "none"}},
+}
+# a quarter of a segment's positions repeat the end of the previous segment
+OVERLAP: Fields = {"segment_size": 384, "input_size": 512, "max_n_segments": 16}
+HALF_OVERLAP: Fields = {"segment_size": 256, "input_size": 512, "max_n_segments": 24}
+# long inputs of one segment need more memory than a batch of 16 has
+IN_PARTS: Fields = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+# changes of one field of the default model for documents
+CHANGES: dict[str, Fields] = {
+    "learned prefix, no state": {"recurrence": "none"},
+    "bptt_depth=0": {"bptt_depth": 0},
+    "bptt_depth=2": {"bptt_depth": 2},
+    "gated": {"prefix_attention": "gated"},
+    "no projection": {"prefix_projection": False},
+    "pre_seq_len=8": {"pre_seq_len": 8},
+    "pre_seq_len=64": {"pre_seq_len": 64},
+    "associative memory": {"associative_memory": True},
+    "context_segments=4": {"context_segments": 4},
+    "overlap of 128": OVERLAP,
+    "decoder sees states": {"decoder_context": "memory"},
+    "decoder sees the last segment": {"decoder_context": "last"},
+}
+
+
+@dataclass(frozen=True)
+class TextStudy:
+    """Study on documents.
+
+    Attributes:
+        task: Value of `--task`: one target per document, or per section.
+        flags: launch/train.py flags of all runs.
+        variants: TextRun fields of each model. Reports compare every model with the first one.
+        is_pretrained: The models start from `--model_name_or_path`.
+        seconds: Limit of the training time of a run, None without a limit.
+    """
+
+    task: str
+    flags: Fields
+    variants: dict[str, Fields] = field(default_factory=dict)
+    is_pretrained: bool = False
+    seconds: float | None = None
+
+
+TEXT_STUDIES: dict[str, TextStudy] = {
+    "document": TextStudy(
+        "document",
+        FROM_SCRATCH,
+        {
+            **RECURRENCES,
+            "BART, first 1,024 tokens": {"flags": PLAIN, "reads": "heads"},
+            "BART, last segment": {"flags": PLAIN | {"decoder_context": "last"}},
+            "LED": {"reads": "whole", "model": "led"},
+        },
+        seconds=300.0,
+    ),
+    "sections": TextStudy(
+        "sections",
+        FROM_SCRATCH | SECTIONS,
+        {
+            **RECURRENCES,
+            "layerwise, states of all segments": {"flags": {"decoder_context": "memory"}},
+            "layerwise, last two segments of the section": {
+                "flags": {"decoder_context": "section", "context_segments": 2}
+            },
+            "layerwise, tokens of the section": {"flags": {"decoder_context": "section"}},
+            "layerwise, tokens of all segments": {"flags": {"decoder_context": "all"}},
+            "BART, first 1,024 tokens of each section": {"flags": PLAIN, "reads": "heads"},
+            "BART, last segment of each section": {"flags": PLAIN},
+        },
+        seconds=300.0,
+    ),
+    "documents-pretrained": TextStudy(
+        "document",
+        PRETRAINED,
+        {
+            "layerwise": {},
+            "BART, first 1,024 tokens": {"flags": PLAIN, "reads": "heads"},
+            "SegEnc": {"flags": FUSION},
+            "SegEnc, segment numbers": {"flags": FUSION, "model": "numbered"},
+            "SegEnc, segment numbers, half overlap": {"flags": FUSION | HALF_OVERLAP, "model": "numbered"},
+            "RMT": {"flags": RMT | {"decoder_context": "last", "bptt_depth": 2}},
+            "LED": {"flags": IN_PARTS, "reads": "whole", "model": "led"},
+            "BART, full attention": {"flags": PLAIN | IN_PARTS, "reads": "whole"},
+            **{f"layerwise, {name}": {"flags": flags} for name, flags in CHANGES.items()},
+        },
+        is_pretrained=True,
+    ),
+    "sections-pretrained": TextStudy(
+        "sections",
+        PRETRAINED | {"max_n_segments": 16, "max_target_length": 256},
+        {
+            "layerwise, tokens of the section": {"flags": {"decoder_context": "section"}},
+            "layerwise, tokens of all segments": {"flags": {"decoder_context": "all", "bptt_depth": -1}},
+            "layerwise, states of all segments": {"flags": {"decoder_context": "memory"}},
+            "layerwise, last segment": {"flags": {"decoder_context": "last"}},
+            "SegEnc, tokens of the section": {"flags": PLAIN | {"decoder_context": "section"}},
+            "SegEnc, tokens of all segments": {"flags": FUSION},
+            "BART, first 1,024 tokens of each section": {
+                "flags": PLAIN | {"decoder_context": "last"},
+                "reads": "heads",
+            },
+        },
+        is_pretrained=True,
+    ),
+}
+
+
+def build_text_study(
+    name: str, dataset: str = "stdlib", seeds: Iterable[int] = range(3), seconds: float | None = None, **changes: Any
+) -> list[TextRun]:
+    """Build the runs of a study on documents, one per seed and model.
+
+    `dataset` is the value of `launch/train.py --dataset`. `seconds` limits the training time of a run; None means the
+    study's limit. `changes` are `launch/train.py` flags that override the study's flags in all runs. The flags of a
+    variant override both.
+
+    Raises:
+        ValueError: The study needs a pretrained model, or takes none.
+    """
+    study = TEXT_STUDIES[name]
+    if study.is_pretrained != ("model_name_or_path" in changes):
+        needed = "needs the folder of a pretrained BART" if study.is_pretrained else "trains from scratch: leave out"
+        raise ValueError(f"study {name} {needed} (--set model_name_or_path=FOLDER)")
+    flags = study.flags | {"dataset": dataset, "task": study.task} | changes
+    # a run of few steps must not warm up for longer than it lasts
+    flags["warmup_steps"] = min(int(flags["warmup_steps"]), int(flags["max_steps"]))
+    documents, limit = f"{Path(dataset).name} {name}", seconds or study.seconds
+    return [
+        TextRun(variant, documents, flags | fields.get("flags", {}), seed, seconds=limit, **_how(fields))
+        for seed in seeds
+        for variant, fields in study.variants.items()
+    ]
+
+
+def _how(fields: Fields) -> Fields:
+    return {name: value for name, value in fields.items() if name != "flags"}
