@@ -19,7 +19,7 @@ def encode_with_foreign_states(
 ) -> RecurrentEncoderOutput:
     """Encode documents; each segment reads the state that the previous document of the batch has at this place.
 
-    The state still tells how many segments were read, but holds nothing of its own document, if the batch has more
+    The state still tells how many segments were read, but holds nothing about the document, if the batch has more
     documents than segments. The decoder's context stays the document's own.
 
     Raises:

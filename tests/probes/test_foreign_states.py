@@ -1,4 +1,4 @@
-"""With the states of other documents, only what the state holds changes."""
+"""The states of other documents change what segments after the first read, and nothing else."""
 
 import pytest
 import torch

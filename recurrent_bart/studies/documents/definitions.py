@@ -33,7 +33,7 @@ FROM_SCRATCH: Fields = SHARED | {
     "max_steps": 1_000_000,
 }
 # Flags of pretrained models. Runs end after equal steps, so the rate may fall to zero, as in launch/train.py. Greedy
-# texts repeat themselves, and some models more than others: no text contains three tokens twice.
+# texts repeat phrases, more or less by model: here no text contains three tokens twice.
 PRETRAINED: Fields = SHARED | {
     "per_device_train_batch_size": 16,
     "learning_rate": 3e-4,

@@ -17,7 +17,7 @@ BART_OFFSET = 2
 
 
 def repeat_rows(table: Tensor, n_rows: int) -> Tensor:
-    """Return a table of `n_rows` rows: those of `table`, repeated from the start as often as needed."""
+    """Return a table of `n_rows` rows: the rows of `table`, repeated from the start as often as needed."""
     return table[torch.arange(n_rows, device=table.device) % len(table)]
 
 

@@ -29,7 +29,7 @@ def test_full_attention_reads_longer_documents_than_barts_positions():
     expected = model(input_ids=ids[..., :8], labels=labels).logits
     read_at_once(model, 200)
     torch.testing.assert_close(model(input_ids=ids[..., :8], labels=labels).logits, expected)
-    # positions 64 to 127 are those of 0 to 63: the same tokens there have the same embeddings
+    # positions 64 to 127 repeat positions 0 to 63: the same tokens there have the same embeddings
     positions = model.model.encoder.embed_positions(torch.zeros(1, 200)).squeeze()
     torch.testing.assert_close(positions[64:128], positions[:64])
     long = random_ids(1, 1, 150)

@@ -270,7 +270,7 @@ def pretrained(documents, tmp_path_factory):
 def test_pretrained_models_begin_with_barts_loss_on_a_document_of_one_segment(
     make_run, pretrained, reads, model, changes
 ):
-    """Check that conversion keeps the weights: the first losses of short documents are those of BART."""
+    """Check that conversion keeps the weights: the first losses of short documents equal BART's."""
     plain = BartForConditionalGeneration.from_pretrained(pretrained).eval()
     same = {"model_name_or_path": str(pretrained), "segment_size": 64, "max_n_segments": 2}
     training = TextTraining(make_run(reads, model=model, **same, **changes), CPU)
