@@ -11,6 +11,7 @@ def test_alone_everything_is_ones_own():
     assert (distributed.rank(), distributed.world_size(), distributed.is_first()) == (0, 1, True)
     assert distributed.sum_over_ranks(1.5, 2) == [1.5, 2]
     assert distributed.max_over_ranks(3) == 3
+    assert distributed.gather_rows([1.5, 2]) == [[1.5, 2]]
     assert distributed.gather_objects("a") == ["a"]
     assert distributed.from_first("a") == "a"
     distributed.barrier()
@@ -37,7 +38,9 @@ def outcome(action):
 def exchange(rank):
     return {
         "sum": distributed.sum_over_ranks(rank + 0.25, 2**53),
-        "max": distributed.max_over_ranks(rank),
+        # the sum of these values is not the largest of them
+        "max": distributed.max_over_ranks(7 - 2 * rank),
+        "rows": distributed.gather_rows([rank, 2**53]),
         "gathered": distributed.gather_objects({"rank": rank}),
         "from first": distributed.from_first(f"told by {rank}"),
     }
@@ -88,7 +91,8 @@ def test_values_are_exchanged(answers):
     for rank in range(2):
         assert answers[rank][0] == {
             "sum": [1.5, 2.0**54],
-            "max": 1,
+            "max": 7,
+            "rows": [[0.0, 2.0**53], [1.0, 2.0**53]],
             "gathered": [{"rank": 0}, {"rank": 1}],
             "from first": "told by 0",
         }

@@ -154,7 +154,23 @@ def test_ranges_admit_what_a_gpu_machine_may_have():
     ranges = {requirement.name: requirement.specifier for requirement in required()}
     assert ranges["torch"].contains("2.11.0")
     assert ranges["transformers"].contains("5.17.0")
-    assert not ranges["deepspeed"].contains("0.19.7")
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("torch", "2.10.0"), ("transformers", "5.16.9"), ("deepspeed", "0.19.7"), ("regex", "2025.9.1")],
+)
+def test_ranges_refuse_what_is_too_old(name, version):
+    (found,) = [requirement for requirement in required() if requirement.name == name]
+    assert not found.specifier.contains(version)
+
+
+def test_the_pages_name_the_oldest_versions():
+    (torch,) = [requirement for requirement in required() if requirement.name == "torch"]
+    readme = (ROOT / "README.md").read_text()
+    assert f">={re.search(r'build of PyTorch .([0-9.]+) or later', readme)[1]}" in str(torch.specifier).split(",")
+    oldest = re.search(r'python_requires="(.+)"', (ROOT / "setup.py").read_text())[1]
+    assert oldest == f">={re.search(r'Python ([0-9.]+) or later', readme)[1]}"
 
 
 def test_every_library_has_an_upper_bound_below_its_next_major_version():

@@ -112,6 +112,12 @@ def test_documents_without_a_suitable_sentence_give_no_row(text):
     assert not list(gap_sentence_rows(Row("d", [text], ["summary"]), 3, "sections"))
 
 
-def test_gaps_leave_at_least_as_much_as_they_take():
-    short = TELLING.format("speed") + ". " + OTHER.format("x") + "."
-    assert not list(gap_sentence_rows(Row("d", [short], ["summary"]), 20, "document"))
+@pytest.mark.parametrize(("n_left", "is_usable"), [(23, False), (24, True)])
+def test_a_target_has_at_most_half_of_the_words(n_left, is_usable):
+    """Two sentences of 12 words share their words, so both are taken. No other sentence is usable."""
+    taken = "the speed of the pump is what this whole report is about"
+    assert len(taken.split()) == 12
+    left = " ".join(f"x{number}" for number in range(n_left))
+    made = list(gap_sentence_rows(Row("d", [f"{taken}. {taken}. {left}."], ["summary"]), 9, "document"))
+    assert len(made) == (9 if is_usable else 0)
+    assert {row.summaries[0] for row in made} == ({f"{taken}. {taken}."} if is_usable else set())

@@ -141,6 +141,22 @@ def test_a_change_has_new_graphs_captured(make_model, graphs, request, parts, ch
     assert [len(captured) for captured in graphs] == n_after
 
 
+def test_another_number_of_state_positions_has_new_graphs_captured(make_model, graphs):
+    """Contexts of one length hold the states of one segment and 12 tokens, or of two segments and 9 tokens."""
+    model = build(make_model, {"prefix_attention": "gated", "decoder_context": "memory"})
+    width = model.config.d_model
+    embeds, context = (torch.randn(2, n, width, dtype=torch.double, requires_grad=True) for n in (4, 15))
+    found, n_captured = [], []
+    for n_memory in (3, 6, 3):
+        inputs = {"inputs_embeds": embeds, "encoder_hidden_states": context, "n_memory": n_memory}
+        expected = sequential(model).model.decoder(**inputs).last_hidden_state
+        found.append(model.model.decoder(**inputs).last_hidden_state)
+        check_equal([found[-1]], [expected])
+        n_captured.append(len(graphs[1]))
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+    assert 0 < n_captured[0] < n_captured[1] == n_captured[2]
+
+
 def test_a_decoder_with_eager_attention_is_not_captured(make_model, graphs):
     """A capture on a GPU refuses the copy from the CPU that its causal mask makes."""
     model, inputs = build(make_model, EAGER), inputs_of()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 from launching import assert_one_error, load_script
 from runs import flags
@@ -30,7 +30,7 @@ def contents(folder):
 @pytest.fixture
 def trained(documents, tmp_path, train_main):
     """Return the folder of a run that ended at step 4."""
-    assert train_main(flags(documents, tmp_path / "run", max_steps=4)) == 0
+    assert train_main(flags(documents, tmp_path / "run", max_steps=4, num_beams=3)) == 0
     return tmp_path / "run"
 
 
@@ -55,6 +55,21 @@ def test_another_checkpoint_gives_another_model_and_a_run_its_newest(trained, tm
     assert weights["two"] != weights["newest"] == weights["four"]
     assert contents(trained / "model") == before
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "two").config.segment_size == 16
+
+
+def test_a_run_without_a_saved_model_is_exported_with_a_warning(trained, tmp_path, capsys):
+    own = GenerationConfig.from_pretrained(trained / "model")
+    assert own.num_beams == 3
+    shutil.rmtree(trained / "model")
+    capsys.readouterr()
+    assert export(trained, tmp_path / "exported") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"warning: {trained}/model does not exist, so the run's settings of generation are not exported",
+        f"{tmp_path}/exported: the model of {trained}/checkpoints/step-00000004",
+    ]
+    assert GenerationConfig.from_pretrained(tmp_path / "exported").num_beams != 3
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "exported")
 
 
 def test_a_damaged_checkpoint_is_named_or_passed_over(trained, tmp_path, capsys):

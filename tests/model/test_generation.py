@@ -80,6 +80,24 @@ def test_a_ragged_batch_gives_what_its_documents_give_alone(make_model, document
         assert (together[row, len(single) :] == model.config.pad_token_id).all()
 
 
+def test_a_given_mask_holds_also_where_ids_hold_the_pad_id(make_model, documents):
+    """The mask shows a pad id and hides a token; `forward` takes the mask as it is."""
+    model = make_model()
+    ids, mask = documents["input_ids"], documents["attention_mask"]
+    ids[0, 0, 2], mask[2, 0, 5:] = model.config.pad_token_id, 0
+    assert mask[0, 0, 2] == 1
+    assert (ids[2, 0, 5:] != model.config.pad_token_id).all()
+    start = torch.full((3, 1), model.config.decoder_start_token_id)
+    expected = model(**documents, decoder_input_ids=start).logits[:, -1]
+    how = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 1}
+    # `generate` returns logits in float32
+    torch.testing.assert_close(generate(model, documents, **how).logits[0], expected.float(), rtol=0, atol=1e-6)
+    inferred = generate(model, {"input_ids": ids}, **how).logits[0]
+    as_pads = model(ids, attention_mask=ids.ne(model.config.pad_token_id).long(), decoder_input_ids=start).logits[:, -1]
+    torch.testing.assert_close(inferred, as_pads.float(), rtol=0, atol=1e-6)
+    assert ((inferred - expected).abs().amax(1) > 1e-4).all()
+
+
 @pytest.mark.parametrize("decode_at", ["last_segment", "every_segment"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 def test_the_context_is_projected_once_while_a_text_is_generated(make_model, documents, how, decode_at):

@@ -116,12 +116,12 @@ def test_each_host_has_an_offline_run_in_one_group(folder):
 class Service:
     """Stand-in for wandb's service, which knows its number of rows."""
 
-    def __init__(self, n_rows=0):
-        self.n_rows, self.rows, self.given = n_rows, [], []
+    def __init__(self, n_rows=0, directory="/nowhere/run"):
+        self.n_rows, self.directory, self.rows, self.given = n_rows, directory, [], []
 
     def init(self, settings, **arguments):
         self.given.append({**arguments, "settings": settings})
-        run = SimpleNamespace(dir="/nowhere/run/files", step=self.n_rows, define_metric=lambda *_, **__: None)
+        run = SimpleNamespace(dir=f"{self.directory}/files", step=self.n_rows, define_metric=lambda *_, **__: None)
         run.log = lambda row, step: self.rows.append((step, row["step"]))
         run.finish = lambda exit_code: None
         return run
@@ -148,6 +148,18 @@ def test_rows_that_the_online_service_lost_are_sent_again(folder, monkeypatch):
     service = serve(monkeypatch, Service(n_rows=1))
     log(WandbTracker(make_run(folder, is_online=True), RECORDS[:3]), RECORDS[3:4])
     assert service.rows == [(1, 2), (2, 3), (3, 4)]
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2])
+def test_files_of_a_killed_online_run_are_kept(folder, monkeypatch, n_nodes):
+    directory = folder / "wandb" / "run-1"
+    directory.mkdir()
+    serve(monkeypatch, Service(directory=directory))
+    run = make_run(folder, is_online=True, n_nodes=n_nodes)
+    # the first tracker is never closed
+    log(WandbTracker(run, []), RECORDS[:2])
+    log(WandbTracker(run, RECORDS[:2]), RECORDS[2:]).finish(True)
+    assert directory.is_dir()
 
 
 def test_hosts_share_one_online_run_into_which_the_first_logs(folder, monkeypatch):

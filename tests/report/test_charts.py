@@ -39,3 +39,17 @@ def test_the_gradients_of_several_runs_are_those_of_their_last_evaluations():
 def test_losses_are_drawn_against_their_steps():
     found = lines_of(DRAW["loss"]([make_run("a")]))
     assert [[10.0, 3.0], [20.0, 2.0]] in found
+
+
+@pytest.mark.parametrize(("name", "starts_at_0"), [("loss", False), ("rouge", True), ("speed", True)])
+def test_only_the_axis_of_a_loss_begins_above_0(name, starts_at_0):
+    figure = DRAW[name]([make_run("a")])
+    for axes in figure.axes:
+        lowest = min(y for line in axes.lines for _, y in line.get_xydata())
+        start = axes.get_ylim()[0]
+        assert start == 0 if starts_at_0 else 0 < start < lowest, axes.get_title()
+
+
+def test_the_gradient_has_a_logarithmic_axis():
+    (axes,) = DRAW["gradient"]([make_run("a")]).axes
+    assert axes.get_yscale() == "log"

@@ -48,6 +48,12 @@ def test_steps_are_whole_numbers_and_all_axes_share_them(figure):
         assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
+def test_only_the_axis_of_the_loss_begins_above_0(figure):
+    starts = [axes.get_ylim()[0] for axes in figure.axes]
+    assert 0 < starts[0] < 7.0
+    assert starts[1:] == [0.0, 0.0, 0.0]
+
+
 def test_throughput_is_shown_in_thousands(figure):
     assert figure.axes[3].yaxis.get_major_formatter()(17_500.0) == "17.5 k"
 

@@ -257,6 +257,21 @@ def test_a_resumed_run_has_the_documents_that_it_had(begun, tmp_path):
     assert resume(tmp_path, dataset=str(moved)).documents() == expected
 
 
+def test_documents_without_a_target_in_the_segments_read_are_counted_too(prepare_run, tmp_path):
+    """A resumed run may therefore change `--max_n_segments`."""
+    records = []
+    for number in range(30):
+        sections = [f"text number {number} in section {section} " * 5 for section in range(4)]
+        summaries = ["", "", "", "late"] if number % 2 else ["early"] * 4
+        records.append({"id": f"d{number}", "sections": sections, "summaries": summaries})
+    write(tmp_path / "train.jsonl", records)
+    flags = {"task": "sections", "segment_size": 32}
+    short, whole = prepare_run(**flags, max_n_segments=1), prepare_run(**flags, max_n_segments=-1)
+    assert len(short.splits["train"].plan.indices) < len(whole.splits["train"].plan.indices)
+    assert short.documents() == whole.documents()
+    assert sum(split["number"] for split in short.documents().values()) == 30
+
+
 @pytest.mark.parametrize("changes", [{}, {"validation_share": "0.4"}])
 def test_a_run_is_not_resumed_with_other_documents(begun, tmp_path, changes):
     path = tmp_path / "train.jsonl"
@@ -265,7 +280,7 @@ def test_a_run_is_not_resumed_with_other_documents(begun, tmp_path, changes):
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     with pytest.raises(
         ValueError,
-        match=r"--resume .*run: the (train|validation) documents differ .* start a new run",
+        match=r"--resume .*run: the (train|validation) documents differ .* \(\d+ then, \d+ now\).* start a new run",
     ):
         resume(tmp_path, **changes)
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from recurrent_bart.monitoring.progress import ProgressDisplay
+from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
 from recurrent_bart.training.session import Session
 from recurrent_bart.training.trainer import Trainer
@@ -118,6 +119,30 @@ def test_a_resumed_run_keeps_its_metric_or_compares_with_the_saved_model(
     assert train_main(["--resume", run, "--max_steps", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"saved      {run}/model, the model after step 4: rouge2 25.00, the highest" in lines
+
+
+def test_a_run_resumed_with_another_metric_before_a_model_is_saved_saves_the_next_one(
+    documents, tmp_path, train_main, set_metrics, monkeypatch, capsys
+):
+    run, finish_step = tmp_path / "run", Session.step
+
+    def finish_step_and_stop(session, step):
+        (run / "stop").touch()
+        finish_step(session, step)
+
+    # the evaluation before the first step has a loss, but no ROUGE and therefore no model
+    set_metrics([5.0], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "step", finish_step_and_stop)
+        arguments = flags(documents, run, max_steps=4, metric_for_best_model="rouge2")
+        assert train_main(arguments) == ExitCode.STOPPED
+    assert not (run / "model").exists()
+    # these losses are higher than the loss of the evaluation without a saved model
+    set_metrics([9.0, 8.0], [1.0, 1.0])
+    capsys.readouterr()
+    assert train_main(["--resume", str(run), "--metric_for_best_model", "loss"]) == 0
+    line = f"saved      {run}/model, the model after step 4: validation loss 8.0000, the lowest"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_a_skipped_step_is_logged_and_said(documents, tmp_path, train_main, capsys, spoil):

@@ -36,10 +36,20 @@ def test_every_shipped_file_loads_and_deepspeed_takes_it(path, use_bf16):
     assert engine_config.zero_config.stage == config["zero_optimization"]["stage"]
 
 
-def test_the_shipped_files_are_there():
-    assert [path.stem for path in SHIPPED] == ["zero2", "zero3", "zero3_offload"]
-    stages = [json.loads(path.read_text())["zero_optimization"]["stage"] for path in SHIPPED]
-    assert stages == [2, 3, 3]
+def test_the_shipped_files_shard_and_offload_what_their_page_says():
+    found = {}
+    for path in SHIPPED:
+        config = DeepSpeedConfig(load_deepspeed_config(path, micro_batch=1, max_grad_norm=1.0, use_bf16=True))
+        zero = config.zero_config
+        moved = [part and str(part.device) for part in (zero.offload_optimizer, zero.offload_param)]
+        found[path.stem] = (zero.stage, *moved)
+        assert config.grad_accum_dtype == "fp32"
+        # all ranks must agree on the checkpoint that they load
+        assert config.checkpoint_tag_validation_fail
+        assert not zero.gather_16bit_weights_on_model_save
+        # DeepSpeed prints nothing between the lines of the run
+        assert (config.steps_per_print, config.wall_clock_breakdown) == (1_000_000_000, False)
+    assert found == {"zero2": (2, None, None), "zero3": (3, None, None), "zero3_offload": (3, "cpu", "cpu")}
 
 
 def test_what_the_run_owns_is_filled(load):
