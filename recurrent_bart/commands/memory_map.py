@@ -10,10 +10,10 @@ from recurrent_bart.commands.exit_codes import code_of
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.text_files import ENCODING
 from recurrent_bart.data.tokenizer import special_tokens_around
-from recurrent_bart.inference.stream_reader import load_model, run_flags
+from recurrent_bart.inference.stream_reader import load_model
+from recurrent_bart.inference.summarizer import target_length
 from recurrent_bart.model.generation_settings import change_settings, text_length
 from recurrent_bart.probes.memory_map import as_text, draw_memory_map, map_memory
-from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.flags import FlagParser
 
 
@@ -56,8 +56,7 @@ def show(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(arguments.model, device, torch.float32, arguments.trust_remote_code)
-    asked = run_flags(arguments.model).get("data", {}).get("max_target_length", DataArguments.max_target_length)
-    length = text_length(model.config, model.generation_config, {}, asked)
+    length = text_length(model.config, model.generation_config, {}, target_length(arguments.model))
     change_settings(model.generation_config, {}, length)
     leading, trailing = special_tokens_around(tokenizer)
     ids = torch.tensor([[*leading, *TextEncoder(tokenizer)([text])[0], *trailing]], device=device)

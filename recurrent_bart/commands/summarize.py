@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from transformers.modeling_outputs import BaseModelOutput
@@ -18,10 +18,9 @@ from transformers.utils import logging
 
 from recurrent_bart.commands.exit_codes import print_mistake
 from recurrent_bart.data.text_files import ENCODING
-from recurrent_bart.inference.stream_reader import SEGMENTS_PER_CALL, TextReader, load_model, run_flags, summary_after
-from recurrent_bart.inference.summarizer import Summariser
-from recurrent_bart.model.generation_settings import change_settings, describe_settings, text_length
-from recurrent_bart.training.data_arguments import DataArguments
+from recurrent_bart.inference.stream_reader import TextReader
+from recurrent_bart.inference.summarizer import Summarizer
+from recurrent_bart.model.generation_settings import describe_settings
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.generation_arguments import GenerationArguments, add_generation_flags
 
@@ -173,27 +172,26 @@ class Progress:
         print(start + line, end=end, file=sys.stderr, flush=True)
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, int]]:
-    """Load and return the model, its tokenizer, and the arguments of `generate`.
+def load(arguments: argparse.Namespace) -> Summarizer:
+    """Load the model with the given settings of generation.
 
     Raises:
         ValueError: The model is unusable.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if has_bf16 else torch.float32
-    model, tokenizer = load_model(arguments.model, device, dtype, arguments.trust_remote_code)
     flags = {item.name: getattr(arguments, item.name) for item in fields(GenerationArguments)}
-    given = GenerationArguments(**flags).generation_settings()
-    longest = text_length(model.config, model.generation_config, given, target_length(arguments.model))
-    change_settings(model.generation_config, given, longest)
+    summarizer = Summarizer.from_pretrained(
+        arguments.model,
+        tokens_per_batch=arguments.tokens_per_batch,
+        trust_remote_code=arguments.trust_remote_code,
+        **GenerationArguments(**flags).generation_settings(),
+    )
     torch.manual_seed(arguments.seed)
-    return model, tokenizer, {"max_new_tokens": longest}
+    return summarizer
 
 
-def show_settings(model: Any, generation: dict[str, int]) -> None:
+def show_settings(summarizer: Summarizer) -> None:
     """Print the generation settings on standard error."""
-    line = describe_settings(model.generation_config, generation["max_new_tokens"])
+    line = describe_settings(summarizer.model.generation_config, summarizer.generation["max_new_tokens"])
     print(line, file=sys.stderr, flush=True)
 
 
@@ -208,8 +206,8 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
         raise ValueError(f"--save_state {save_state}: the folder {save_state.parent} does not exist")
     if arguments.skip_bad_samples:
         raise ValueError("--skip_bad_samples: needs several texts (several files or --each_line)")
-    model, tokenizer, generation = load(arguments)
-    reader = TextReader(model, tokenizer, 1 if arguments.every_segment else SEGMENTS_PER_CALL)
+    summarizer = load(arguments)
+    reader = summarizer.open(segments_per_call=1 if arguments.every_segment else None).reader
     if arguments.load_state:
         reader.load(arguments.load_state)
     prints_several = arguments.every_segment or arguments.section_separator
@@ -219,15 +217,15 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
     pieces = text_pieces(file, name, may_be_blank=bool(arguments.load_state))
     for output in outputs(reader, pieces, arguments.section_separator):
         if not is_shown:
-            show_settings(model, generation)
+            show_settings(summarizer)
             is_shown = True
         progress.show()
         if arguments.every_segment or reader.is_between_sections:
-            print(summary_after(output, model, tokenizer, **generation), flush=True)
+            print(summarizer.summary_after(output), flush=True)
     progress.show(is_last=True)
     # no separator follows the last section
     if not (arguments.every_segment or reader.is_between_sections):
-        print(summary_after(output, model, tokenizer, **generation), flush=True)
+        print(summarizer.summary_after(output), flush=True)
     if save_state:
         reader.save(save_state)
 
@@ -241,19 +239,18 @@ def summarize_all(arguments: argparse.Namespace) -> None:
     for flag in ("every_segment", "section_separator", "save_state", "load_state"):
         if getattr(arguments, flag):
             raise ValueError(f"--{flag}: needs one text, not several")
-    model, tokenizer, generation = load(arguments)
-    summariser = Summariser(model, tokenizer, arguments.tokens_per_batch, **generation)
+    summarizer = load(arguments)
     texts = all_texts(arguments)
     is_shown = False
     while window := list(itertools.islice(texts, WINDOW)):
         if not is_shown:
-            show_settings(model, generation)
+            show_settings(summarizer)
             is_shown = True
-        for summary in summarize_window(summariser, window, arguments.skip_bad_samples):
+        for summary in summarize_window(summarizer, window, arguments.skip_bad_samples):
             print(" ".join(summary.split()), flush=True)
 
 
-def summarize_window(summariser: Summariser, window: list[Text], skips: bool) -> Iterator[str]:
+def summarize_window(summarizer: Summarizer, window: list[Text], skips: bool) -> Iterator[str]:
     """Yield the summary of each text. A skipped text has an empty summary.
 
     Raises:
@@ -261,22 +258,22 @@ def summarize_window(summariser: Summariser, window: list[Text], skips: bool) ->
     """
     readable = [text for text in window if not text.is_passed_over]
     try:
-        summaries = iter(summariser.summarise([text.content for text in readable]) if readable else [])
+        summaries = map(str, summarizer.summarize([text.content for text in readable]))
     except ValueError:
         # Summarise each text by itself to find the unusable text.
-        summaries = (summarize_alone(summariser, text, skips) for text in readable)
+        summaries = (summarize_alone(summarizer, text, skips) for text in readable)
     for text in window:
         yield "" if text.is_passed_over else next(summaries)
 
 
-def summarize_alone(summariser: Summariser, text: Text, skips: bool) -> str:
+def summarize_alone(summarizer: Summarizer, text: Text, skips: bool) -> str:
     """Return the summary of one text, or an empty summary if the text is skipped.
 
     Raises:
         ValueError: The text has no tokens; the message names it.
     """
     try:
-        return summariser.summarise([text.content])[0]
+        return str(summarizer(text.content))
     except ValueError as error:
         pass_over(ValueError(f"{text.name}: {error}"), skips)
         return ""
@@ -329,11 +326,6 @@ def outputs(reader: TextReader, pieces: Iterator[str], separator: str | None) ->
                 yield from reader.feed(part.lstrip() if reader.is_between_sections else part)
     if not reader.is_between_sections or reader.bookmark.state is None:
         yield from reader.finish()
-
-
-def target_length(model: str) -> int:
-    """Return the maximum target length, in tokens, of the model's run."""
-    return run_flags(model).get("data", {}).get("max_target_length", DataArguments.max_target_length)
 
 
 def main(argv: list[str]) -> int:
