@@ -15,7 +15,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["recurrent_bart", "recurrent_bart.*"]),
-    package_data={"recurrent_bart": ["py.typed", "report/*.jinja"]},
+    py_modules=["recurrent_bart_cli"],
+    entry_points={"console_scripts": ["recurrent-bart = recurrent_bart_cli:main"]},
+    # recurrent_bart/ds_configs is a link to ds_configs
+    package_data={"recurrent_bart": ["py.typed", "report/*.jinja", "ds_configs/*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<3",

@@ -1,10 +1,18 @@
 """Configuration of Recurrent BART: the fields of BART, of MBart's layout and of the recurrence."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import BartConfig, MBartConfig
 
+# module that is saved beside a configuration, and its classes by the Auto classes that load them
+PACKAGE_MODULE = Path(__file__).parent / "model" / "installed_package.py"
+AUTO_MAP = {
+    "AutoConfig": f"{PACKAGE_MODULE.stem}.RecurrentBartConfig",
+    "AutoModel": f"{PACKAGE_MODULE.stem}.RecurrentBartModel",
+    "AutoModelForSeq2SeqLM": f"{PACKAGE_MODULE.stem}.RecurrentBartForConditionalGeneration",
+}
 # allowed values; the first one is the default
 RECURRENCES = ("layerwise", "top", "none")
 PREFIX_ATTENTIONS = ("concat", "gated")
@@ -176,6 +184,21 @@ class RecurrentBartConfig(BartConfig):
                 f"encoder_layerdrop={self.encoder_layerdrop}: must be 0, because a dropped layer would lose its state. "
                 "Load a checkpoint with another value by from_pretrained(..., encoder_layerdrop=0.0)"
             )
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration, and a module that finds the classes in the installed package; see PreTrainedConfig.
+
+        With the module, `from_pretrained(..., trust_remote_code=True)` works where nobody has imported the package.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PACKAGE_MODULE.name).write_bytes(PACKAGE_MODULE.read_bytes())
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: `save_pretrained` writes the module. A copy of this file would need the package too."""
 
     @property
     def has_state(self) -> bool:

@@ -36,14 +36,29 @@ def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
     old = draft.with_name(draft.name + ".old")
     try:
         yield draft
-        # mkdtemp creates the folder readable only by its owner.
-        draft.chmod(0o755)
+        _give_usual_modes(draft)
         if replaces and folder.exists():
             folder.rename(old)
         _rename_unless_there(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _give_usual_modes(draft: Path) -> None:
+    """Set the modes that the umask gives to new files. Some libraries, and mkdtemp, let only the owner read."""
+    probe = draft / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in draft.rglob("*"):
+        path.chmod(_of_folder(mode) if path.is_dir() else mode)
+    draft.chmod(_of_folder(mode))
+
+
+def _of_folder(mode: int) -> int:
+    # whoever may read the files may enter the folder
+    return mode | (mode & 0o444) >> 2
 
 
 def _rename_unless_there(draft: Path, folder: Path) -> None:

@@ -32,6 +32,9 @@ SERVER.set_forkserver_preload(
         "recurrent_bart.benchmarks.models.session",
         "recurrent_bart.probes.memory_map",
         "recurrent_bart.report.page",
+        "recurrent_bart.commands.train",
+        "recurrent_bart.commands.evaluate",
+        "recurrent_bart.commands.summarize",
         # importing it takes half of the time that building an engine takes
         "deepspeed.runtime.zero.muon.muon_optimizer",
     ]

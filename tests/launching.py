@@ -1,6 +1,6 @@
 """Scripts that tests load, and processes that tests start: environment, timeout and cleanup."""
 
-import importlib.util
+import importlib
 import os
 import re
 import signal
@@ -63,13 +63,8 @@ def deepspeed(script, *arguments, timeout=270, **changes):
 
 
 def load_script(name):
-    """Return the module of `launch/NAME.py`, whose `main` can run in this process."""
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", TESTS.parent / "launch" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up here
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """Return the module of the command `NAME`, whose `main` can run in this process."""
+    return importlib.import_module(f"recurrent_bart.commands.{name}")
 
 
 def assert_one_error(printed, message):

@@ -14,6 +14,7 @@ from launching import run
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "recurrent_bart"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+PROGRAM = ROOT / "recurrent_bart_cli.py"
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 ENVIRONMENT = PACKAGE / "training" / "environment.py"
 # each layer imports only earlier layers and itself
@@ -28,10 +29,11 @@ LAYERS = [
     {"checkpointing", "probes"},
     {"training"},
     {"studies", "benchmarks", "cluster"},
+    {"commands"},
     {"launch"},
 ]
 FOLDERS = {"ds_configs", "launch", "recurrent_bart", "tests", "slurm"}
-SETTINGS = {"setup.py", "pyproject.toml", "constraints.txt", "Makefile"}
+SETTINGS = {"recurrent_bart_cli.py", "setup.py", "pyproject.toml", "constraints.txt", "Makefile"}
 PAGES = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "RESULTS.md", "LICENSE"}
 
 
@@ -75,7 +77,7 @@ def uses_of(file, *names):
 def test_imports_point_one_way(file):
     here = name_of(file)
     if here == "recurrent_bart":
-        allowed = {"configuration_recurrent_bart", "recurrence", "model"}
+        allowed = {"configuration_recurrent_bart", "recurrence", "model", "inference"}
     else:
         lower = LAYERS[: level_of(kind_of(here))]
         allowed = {kind for kinds in lower for kind in kinds} | ({kind_of(here)} - {"launch"})
@@ -89,14 +91,14 @@ def test_every_import_of_the_package_names_a_module_that_layers_can_see():
         assert "recurrent_bart" not in set(imports_of(file)), file
 
 
-def test_only_checkpointing_training_and_launching_know_deepspeed():
+def test_only_checkpointing_and_training_know_deepspeed():
     users = {file for file in MODULES + SCRIPTS if any(m.split(".")[0] == "deepspeed" for m in imports_of(file))}
     assert users
-    assert {kind_of(name_of(file)) for file in users} <= {"checkpointing", "training", "launch"}
+    assert {kind_of(name_of(file)) for file in users} <= {"checkpointing", "training"}
 
 
 def test_the_command_line_is_read_in_launch_alone():
-    assert all(uses_of(file, "argv") == {"argv"} for file in SCRIPTS)
+    assert all(uses_of(file, "argv") == {"argv"} for file in [PROGRAM, *SCRIPTS])
     for file in MODULES:
         read = [n for n in syntax_of(file) if isinstance(n, ast.Attribute) and n.attr in {"argv", "orig_argv"}]
         assert not read, file
@@ -169,6 +171,12 @@ for script in {list(map(str, SCRIPTS))}:
 """
     code, output = run([sys.executable, "-c", program], timeout=100)
     assert code == 0, output
+
+
+def test_each_script_only_calls_its_command():
+    for file in SCRIPTS:
+        assert set(imports_of(file)) == {"sys", f"recurrent_bart.commands.{file.stem}"}
+        assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in syntax_of(file)), file
 
 
 def test_no_file_is_a_drawer_for_everything():

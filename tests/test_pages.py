@@ -15,7 +15,7 @@ from forked import run_script
 from launching import TESTS, run
 from recurrent_bart.data import sources, stdlib
 from recurrent_bart.data.tokenizer import train_tokenizer
-from runs import WORDS, write_documents
+from runs import WORDS, write_documents, write_run_with_model
 
 ROOT = TESTS.parent
 LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -84,6 +84,7 @@ def place(tmp_path_factory):
     config = BartConfig(vocab_size=len(tokenizer), d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **layers)
     torch.manual_seed(0)
     BartForConditionalGeneration(config).save_pretrained(folder / "facebook" / "bart-base")
+    write_run_with_model(folder / "runs" / "mine", [text], {"data": {"max_target_length": 6}})
     return folder
 
 

@@ -245,12 +245,21 @@ def _hub_sources(name: str, config_name: str) -> dict[str, Source]:
 
 def _file_records(source: Source, on_bad: OnBad) -> Records:
     for path in source.files:
+        yield from read_records(path, on_bad, source.encoding)
+
+
+def read_records(path: Path, on_bad: OnBad, encoding: str = ENCODING) -> Records:
+    """Yield the records of a file with their `file:line`. If `on_bad` returns, an unreadable record is skipped.
+
+    Raises:
+        ValueError: The file is empty, unreadable or of an unknown type.
+    """
+    try:
         if path.stat().st_size == 0:
             raise ValueError(f"{path}: the file is empty")
-        try:
-            yield from _records_reader(path)(path, on_bad, source.encoding)
-        except (pa.ArrowException, csv.Error, OSError) as error:
-            raise ValueError(f"{path}: unreadable ({error})") from error
+        yield from _records_reader(path)(path, on_bad, encoding)
+    except (pa.ArrowException, csv.Error, OSError) as error:
+        raise ValueError(f"{path}: unreadable ({error})") from error
 
 
 def _records_reader(path: Path) -> Callable[[Path, OnBad, str], Records]:

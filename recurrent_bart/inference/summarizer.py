@@ -1,30 +1,44 @@
-"""Summaries of many documents, in batches of documents of similar length."""
+"""Summaries of texts of any length, one by one, in batches, or of a text that arrives in pieces."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self, overload
 
+import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.batches import Collator, SegmentSizes
+from recurrent_bart.data.rows import refuse
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.token_batches import group_by_segments
 from recurrent_bart.data.tokenizer import special_tokens_around
-from recurrent_bart.inference.stream_reader import TextReader, summary_after
+from recurrent_bart.inference.reading_session import ReadingSession, Summary
+from recurrent_bart.inference.stream_reader import Bookmark, TextReader, load_model, run_flags, summary_after
+from recurrent_bart.model.generation_settings import MAX_TARGET_LENGTH, change_settings, text_length
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
+TOKENS_PER_BATCH = 16_384
 
-class Summariser:
-    """Summarizer of documents in batches of at most `tokens_per_batch` tokens, padding included.
 
-    A document with more tokens than a batch is encoded alone, some segments at a time. Raise ValueError if a segment
-    has more tokens than a batch. `generation` holds arguments of `generate`.
+class Summarizer:
+    """Summarizer of texts in batches of at most `tokens_per_batch` tokens, padding included.
+
+    A text with more tokens than a batch is encoded alone, some segments at a time. Raise ValueError if a segment has
+    more tokens than a batch.
+
+    Args:
+        model: Model in evaluation mode.
+        max_n_segments: Number of segments after which a text is cut; -1 reads all.
+        generation: Arguments of `generate`.
     """
 
     def __init__(
         self,
         model: RecurrentBartForConditionalGeneration,
         tokenizer: PreTrainedTokenizerBase,
-        tokens_per_batch: int,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        max_n_segments: int = -1,
         **generation: Any,
     ):
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
@@ -37,35 +51,113 @@ class Summariser:
             raise ValueError(
                 f"--tokens_per_batch {tokens_per_batch}: must be at least {config.input_size}, the tokens of a segment"
             )
+        if max_n_segments < 1 and max_n_segments != -1:
+            raise ValueError(f"max_n_segments {max_n_segments}: must be at least 1, or -1 for all")
         self.most_segments = tokens_per_batch // config.input_size
         sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments=-1)
         self.collator = Collator("document", sizes, *special, config.pad_token_id, max_target_length=0)
         self.room = config.segment_size - sum(map(len, special))
+        self.most_tokens = None if max_n_segments == -1 else max_n_segments * self.room
 
-    def summarise(self, texts: Sequence[str]) -> list[str]:
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        max_n_segments: int = -1,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Load a model and its tokenizer. `settings` change the model's generation settings, for example `num_beams`.
+
+        Without `device` the first GPU is used, or the CPU. Without `dtype` a GPU that can computes in bfloat16.
+
+        Raises:
+            ValueError: The folder has no usable model, or a setting is impossible.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None:
+            has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+            dtype = torch.bfloat16 if has_bf16 else torch.float32
+        model, tokenizer = load_model(str(folder), device, dtype, trust_remote_code)
+        longest = text_length(model.config, model.generation_config, settings, target_length(str(folder)))
+        change_settings(model.generation_config, settings, longest)
+        return cls(model, tokenizer, tokens_per_batch, max_n_segments, max_new_tokens=longest)
+
+    @overload
+    def __call__(self, texts: str) -> Summary: ...
+
+    @overload
+    def __call__(self, texts: Sequence[str]) -> list[Summary]: ...
+
+    def __call__(self, texts: str | Sequence[str]) -> Summary | list[Summary]:
+        """Summarise one text or several texts; see `summarize`."""
+        return self.summarize([texts])[0] if isinstance(texts, str) else self.summarize(texts)
+
+    def summarize(self, texts: Sequence[str]) -> list[Summary]:
         """Return one summary per text; batching does not change it. Raise ValueError for a text without tokens."""
-        ids = self.encoder(texts)
-        if not all(ids):
-            raise ValueError(f"document {ids.index([]) + 1} of {len(ids)} has no tokens")
+        if not texts:
+            return []
+        whole = self.encoder(texts)
+        if not all(whole):
+            raise ValueError(f"document {whole.index([]) + 1} of {len(whole)} has no tokens")
+        ids = [document[: self.most_tokens] for document in whole]
         n_segments = [-(-len(document) // self.room) for document in ids]
-        summaries: dict[int, str] = {}
+        found: dict[int, str] = {}
         for group in group_by_segments(n_segments, self.most_segments):
             if n_segments[group[0]] > self.most_segments:
-                summaries[group[0]] = self._summarise_long(texts[group[0]])
+                found[group[0]] = self._summarize_long(ids[group[0]])
             else:
-                summaries |= zip(group, self._summarise_batch([ids[index] for index in group]), strict=True)
-        return [summaries[index] for index in range(len(texts))]
+                found |= zip(group, self._summarize_batch([ids[index] for index in group]), strict=True)
+        return [
+            Summary(found[index], n_segments[index], len(ids[index]), len(whole[index]) - len(ids[index]))
+            for index in range(len(texts))
+        ]
 
-    def _summarise_batch(self, documents: list[list[int]]) -> list[str]:
+    def predict(
+        self,
+        source: str | Path,
+        output: str | Path,
+        text_column: str = "document",
+        id_column: str = "id",
+        on_bad: Callable[[ValueError], None] = refuse,
+    ) -> int:
+        """Summarise the rows of a JSON Lines, JSON, CSV, TSV or Parquet file; see `predict_file`."""
+        # import late: its readers import `datasets`
+        from recurrent_bart.inference.prediction_file import predict_file
+
+        return predict_file(self.summarize, Path(source), Path(output), (text_column, id_column), on_bad)
+
+    def open(self, segments_per_call: int | None = None) -> ReadingSession:
+        """Return a session, to which a text is added in pieces; see `ReadingSession`."""
+        return ReadingSession(self.model, self.tokenizer, segments_per_call, **self.generation)
+
+    def stream(self, text: str) -> Iterator[str]:
+        """Read a text, and yield its summary word by word; see `stream_text`."""
+        session = self.open()
+        session.add(text)
+        yield from session.stream()
+
+    def summary_after(self, output: BaseModelOutput) -> str:
+        """Return the summary of a decoder context that a reader yields."""
+        return summary_after(output, self.model, self.tokenizer, **self.generation)
+
+    def _summarize_batch(self, documents: list[list[int]]) -> list[str]:
         rows = [{"index": index, "sections": [ids], "summaries": [[]]} for index, ids in enumerate(documents)]
         batch = self.collator(rows)
         input_ids = batch.input_ids.to(self.model.device)
         generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
         return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
-    def _summarise_long(self, text: str) -> str:
+    def _summarize_long(self, ids: list[int]) -> str:
         reader = TextReader(self.model, self.tokenizer)
-        for _ in reader.feed(text):
-            pass
+        reader.bookmark = Bookmark(ids=ids)
         *_, output = reader.finish()
-        return summary_after(output, self.model, self.tokenizer, **self.generation)
+        return self.summary_after(output)
+
+
+def target_length(model_folder: str) -> int:
+    """Return the maximum target length, in tokens, of the run that saved the model; the default without a run."""
+    return run_flags(model_folder).get("data", {}).get("max_target_length", MAX_TARGET_LENGTH)

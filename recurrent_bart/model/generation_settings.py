@@ -15,6 +15,8 @@ COMMON = (
 BEAM_SETTINGS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
 # settings that only sampling reads
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "typical_p", "min_p")
+# most tokens of a target or summary, unless a flag or the model sets another number
+MAX_TARGET_LENGTH = 128
 # share of contradicting targets from which on a warning is printed
 LEAST_SHARE = 0.1
 

@@ -66,6 +66,10 @@ class RecurrentBartPreTrainedModel(BartPreTrainedModel):
             )
         return (model, report) if output_loading_info else model
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing; see `RecurrentBartConfig.register_for_auto_class`."""
+
     @property
     def peft_config(self) -> dict[str, Any]:
         """Configurations of PEFT's adapters by name; AttributeError without adapters."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from recurrent_bart.data.held_out import SPLIT_RULES
 from recurrent_bart.data.rows import TASKS, Columns
 from recurrent_bart.data.text_files import check_encoding
+from recurrent_bart.model.generation_settings import MAX_TARGET_LENGTH
 from recurrent_bart.training.argument_fields import check_at_least, check_choice, flag
 
 
@@ -77,7 +78,7 @@ class DataArguments:
         "text (PEGASUS); 0: none",
     )
     max_target_length: int = flag(
-        128,
+        MAX_TARGET_LENGTH,
         "largest number of tokens of a target, at least 4; longer targets are cut; in training also the largest length "
         "of a generated text, unless --max_new_tokens is given",
     )

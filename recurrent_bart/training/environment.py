@@ -13,13 +13,10 @@ from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import deepspeed
-import deepspeed.comm
 import torch
 import transformers
 
 from recurrent_bart.monitoring.wandb_tracker import parse_wandb_mode
-from recurrent_bart.training.zero.deepspeed_patches import skip_shared_memory_operator
 
 # environment variables that a launcher sets for each process
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -79,10 +76,10 @@ def launched_rendezvous() -> Rendezvous:
     return Rendezvous(int(rank), int(local_rank), int(world_size), address, int(port))
 
 
-def start_processes(timeout_minutes: int) -> Environment:
+def start_processes(timeout_minutes: int, with_deepspeed: bool = True) -> Environment:
     """Join the process group, with NCCL on GPUs and gloo on CPUs. Without a launcher, the group has one process.
 
-    `timeout_minutes` limits how long a process waits for another one.
+    `timeout_minutes` limits how long a process waits for another one. Only training needs DeepSpeed.
 
     Raises:
         ValueError: The launcher set RANK, but not all other variables, or the port of the rendezvous is in use.
@@ -97,11 +94,10 @@ def start_processes(timeout_minutes: int) -> Environment:
     device = torch.device("cuda", rendezvous.local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
-    else:
-        skip_shared_memory_operator()
     timeout = timedelta(minutes=timeout_minutes)
+    join = _join_with_deepspeed if with_deepspeed else _join
     try:
-        deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
+        join("nccl" if has_gpu else "gloo", timeout)
     except torch.distributed.DistNetworkError as error:
         address = f"{rendezvous.address}:{rendezvous.port}"
         raise ValueError(
@@ -111,6 +107,24 @@ def start_processes(timeout_minutes: int) -> Environment:
     return Environment(rendezvous.rank, rendezvous.local_rank, rendezvous.world_size, device)
 
 
+def _join(backend: str, timeout: timedelta) -> None:
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend, timeout=timeout)
+
+
+def _join_with_deepspeed(backend: str, timeout: timedelta) -> None:
+    # import late: reading and evaluating need no DeepSpeed
+    import deepspeed
+
+    from recurrent_bart.training.zero.deepspeed_patches import skip_shared_memory_operator
+
+    # hide DeepSpeed's progress bars, one per file, and its messages that only its developers can act on
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if backend == "gloo":
+        skip_shared_memory_operator()
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+
+
 def refuse_pickled_code() -> None:
     """Make `torch.load` refuse code in a file. DeepSpeed calls it with `weights_only=False`, which could run code."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -118,6 +132,8 @@ def refuse_pickled_code() -> None:
 
 def end_processes() -> None:
     """Wait for all processes and destroy the process group."""
+    import deepspeed.comm
+
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()
 
@@ -214,8 +230,6 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def _silence_libraries() -> None:
-    # hide DeepSpeed's progress bars, one per file, and its messages that only its developers can act on
-    deepspeed.utils.logger.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     # DeepSpeed uses names of collectives that newer PyTorch deprecates
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, r"torch\.distributed\.")

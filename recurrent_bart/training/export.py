@@ -1,19 +1,29 @@
 """Export of a checkpoint to a folder for `from_pretrained`, like RUN/model."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import (
+    BartForConditionalGeneration,
+    GenerationConfig,
+    MBartForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from recurrent_bart.checkpointing.checkpoint_files import converting
 from recurrent_bart.checkpointing.checkpoints import ENGINE
 from recurrent_bart.checkpointing.manifest import problems
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.tokenizer import load_tokenizer, save_tokenizer
+from recurrent_bart.evaluation.bootstrap import Interval
+from recurrent_bart.evaluation.mean_scores import mean_scores
+from recurrent_bart.evaluation.predictions import read_predictions
 from recurrent_bart.files import atomic_directory
+from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.run_folder import RunFolder
@@ -21,18 +31,22 @@ from recurrent_bart.training.adapters import merged
 from recurrent_bart.training.environment import refuse_pickled_code
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.model_building import force_target_language
+from recurrent_bart.training.model_card import write_model_card
 
 
-def export_checkpoint(place: Path, folder: Path, trust_remote_code: bool = False) -> Path:
+def export_checkpoint(
+    place: Path, folder: Path, trust_remote_code: bool = False, is_plain: bool = False
+) -> tuple[Path, bool]:
     """Write the model of a checkpoint, with tokenizer and generation settings, to a new folder.
 
     Args:
         place: Folder of a checkpoint, or of a run, whose newest whole checkpoint is exported.
         folder: Folder to write, which must not exist.
         trust_remote_code: Run code that the tokenizer brings along.
+        is_plain: Write the BART or MBart without the recurrence, for programs that know only these.
 
     Returns:
-        The folder of the checkpoint.
+        The folder of the checkpoint, and True if the written model lacks a recurrence that the checkpoint has.
 
     Raises:
         ValueError: There is no whole checkpoint, or the folder exists or cannot be written.
@@ -54,9 +68,38 @@ def export_checkpoint(place: Path, folder: Path, trust_remote_code: bool = False
         say(f"warning: {run.model} does not exist, so the run's settings of generation are not exported")
     force_target_language(model, tokenizer)
     with atomic_directory(folder) as draft:
-        model.save_pretrained(draft)
+        (plain_bart(model) if is_plain else model).save_pretrained(draft)
         save_tokenizer(tokenizer, draft)
-    return checkpoint
+        if not is_plain:
+            # the run measured the whole model
+            write_model_card(draft, config, *_results(run, checkpoint))
+    return checkpoint, is_plain and model.config.pre_seq_len > 0
+
+
+def _results(run: RunFolder, checkpoint: Path) -> tuple[int, float | None, dict[str, Interval]]:
+    """Return a checkpoint's step, validation loss and scores; the run stores the texts of its best model only."""
+    state = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))["state"]
+    step = state["step"]
+    evaluations = [record for record in run.read_metrics() if "validation_loss" in record]
+    losses = [record["validation_loss"] for record in evaluations if record["step"] == step]
+    is_best = state["best_step"] == step and run.predictions_file.is_file()
+    scores = mean_scores(read_predictions(run.predictions_file)) if is_best else {}
+    return step, losses[-1] if losses else None, scores
+
+
+def plain_bart(model: RecurrentBartForConditionalGeneration) -> PreTrainedModel:
+    """Return the model's BART or MBart, without the recurrence, as the class of transformers.
+
+    With one segment and without a recurrence it gives the same numbers. Otherwise it lacks what the recurrence learnt.
+    """
+    own_class = MBartForConditionalGeneration if model.config.normalize_before else BartForConditionalGeneration
+    known = own_class.config_class().to_dict()
+    fields = {name: value for name, value in model.config.to_dict().items() if name in known}
+    fields |= {"model_type": known["model_type"], "architectures": [own_class.__name__]}
+    plain = own_class(own_class.config_class(**fields))
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if not is_recurrence(name)})
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def find_checkpoint(place: Path) -> Path:

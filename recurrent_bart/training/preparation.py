@@ -35,12 +35,11 @@ from recurrent_bart.training.environment import Environment, use_bf16, wandb_mod
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.model_building import build_config
 from recurrent_bart.training.resumed_flags import Changes, Flags, changed_flags
-from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
 
 # number of skipped documents whose reasons are printed
 N_SHOWN = 5
 NO_LIMITS: Mapping[str, int | None] = {}
-DEFAULT_DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
+DEFAULT_DEEPSPEED = "zero2"
 
 
 @dataclass
@@ -106,6 +105,9 @@ def prepare(arguments: Arguments, environment: Environment) -> Preparation:
         folder.check_new()
     # an unknown mode is refused here, before a file is written
     wandb_mode(arguments.tracking.wandb_mode, wandb_settings())
+    # import late: evaluation opens documents without DeepSpeed
+    from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
+
     deepspeed = load_deepspeed_config(
         run.deepspeed or DEFAULT_DEEPSPEED,
         run.per_device_train_batch_size,

@@ -37,7 +37,9 @@ class RunArguments(GenerationArguments):
     resume: str | None = flag(
         None, "folder of a run to continue from its last checkpoint; flags that are not given keep the run's values"
     )
-    deepspeed: str | None = flag(None, "path of a DeepSpeed configuration in JSON; if not given: ds_configs/zero2.json")
+    deepspeed: str | None = flag(
+        None, "DeepSpeed configuration: a JSON file, or zero2, zero3 or zero3_offload; if not given: zero2"
+    )
     max_steps: int = flag(
         -1, "optimizer steps of the run, including the steps before --resume; -1: the steps of --num_train_epochs"
     )

@@ -50,6 +50,7 @@ from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
 from recurrent_bart.training.lifecycle.spikes import SpikeWatch
 from recurrent_bart.training.lifecycle.stall import StallWatch
 from recurrent_bart.training.model_building import build_model, force_target_language
+from recurrent_bart.training.model_card import write_model_card
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import Documents, Preparation, make_run_folder, prepare
 from recurrent_bart.training.probing import probe_recurrence
@@ -365,7 +366,7 @@ class Session:
             with explain_write_errors(self.folder.samples_file):
                 self._write_evaluation(record, samples)
         if is_best:
-            self._export(predictions)
+            self._export(loss, predictions)
             self.model_step = state.step
         patience = self.arguments.run.patience
         return bool(patience) and state.n_worse >= patience
@@ -388,13 +389,14 @@ class Session:
         scores = "  ".join(f"{name} {value:.2f}" for name, value in record.items() if name.startswith("rouge"))
         self.display.say(f"step {record['step']}: validation loss {record['validation_loss']:.4f}  {scores}".rstrip())
 
-    def _export(self, predictions: list[Prediction]) -> None:
-        """Write the model, and the texts that it generated in its evaluation."""
+    def _export(self, loss: float, predictions: list[Prediction]) -> None:
+        """Write the model with its card, and the texts that it generated in its evaluation."""
         weights = full_state_dict(self.engine)
         if is_first():
             with explain_write_errors(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
                 save_model(self.engine, merged(weights, self.arguments.model), draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
+                write_model_card(draft, self.folder.read_config(), self.state.step, loss, mean_scores(predictions))
         if is_first() and predictions:
             with explain_write_errors(self.folder.predictions_file):
                 write_predictions(self.folder.predictions_file, predictions)

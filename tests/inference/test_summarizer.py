@@ -1,12 +1,17 @@
 """Tests that documents summarized in batches get the summaries that they get alone, in their order."""
 
 import itertools
+import json
 
+import pandas
 import pytest
 
 from recurrent_bart.data.tokenizer import train_tokenizer
+from recurrent_bart.inference.prediction_file import predict_file
+from recurrent_bart.inference.reading_session import Summary
 from recurrent_bart.inference.stream_reader import TextReader, summary_after
-from recurrent_bart.inference.summarizer import Summariser
+from recurrent_bart.inference.summarizer import Summarizer
+from recurrent_bart.inference.text_stream import stripped
 
 WORDS = [f"the {word} of list_{number}" for number, word in enumerate(dir(str) * 2)]
 # documents of one to many segments, shuffled by length
@@ -40,7 +45,8 @@ def alone(model, tokenizer, text, **how):
 def test_batched_summaries_equal_summaries_of_single_texts(model, tokenizer, tokens_per_batch, how):
     expected = [alone(model, tokenizer, text, **how) for text in TEXTS]
     assert len(set(expected)) >= 4
-    assert Summariser(model, tokenizer, tokens_per_batch, **how).summarise(TEXTS) == expected
+    summaries = Summarizer(model, tokenizer, tokens_per_batch, **how)(TEXTS)
+    assert [summary.text for summary in summaries] == expected
 
 
 def test_batches_hold_as_many_texts_as_fit(model, tokenizer, monkeypatch):
@@ -51,7 +57,7 @@ def test_batches_hold_as_many_texts_as_fit(model, tokenizer, monkeypatch):
         return encode(input_ids, *rest, **kwargs)
 
     monkeypatch.setattr(model.model, "encode", note)
-    Summariser(model, tokenizer, 80, **HOW).summarise(TEXTS)
+    Summarizer(model, tokenizer, 80, **HOW)(TEXTS)
     together = [shape for shape in shapes if shape[0] > 1]
     assert all(n_documents * n_segments <= 10 for n_documents, n_segments, _ in together)
     n_segments = [-(-len(ids) // 6) for ids in tokenizer(TEXTS, add_special_tokens=False)["input_ids"]]
@@ -61,4 +67,108 @@ def test_batches_hold_as_many_texts_as_fit(model, tokenizer, monkeypatch):
 
 def test_a_text_without_tokens_is_named(model, tokenizer):
     with pytest.raises(ValueError, match="document 2 of 3 has no tokens"):
-        Summariser(model, tokenizer, 80).summarise(["the", " ", "list"])
+        Summarizer(model, tokenizer, 80)(["the", " ", "list"])
+
+
+def test_a_summary_says_what_it_was_made_from(model, tokenizer):
+    n_tokens = [len(ids) for ids in tokenizer(TEXTS, add_special_tokens=False)["input_ids"]]
+    whole = Summarizer(model, tokenizer, 64, **HOW)(TEXTS)
+    assert [(s.n_tokens, s.n_segments, s.n_cut_tokens) for s in whole] == [(n, -(-n // 6), 0) for n in n_tokens]
+    cut = Summarizer(model, tokenizer, 64, max_n_segments=2, **HOW)(TEXTS)
+    assert [(s.n_tokens, s.n_cut_tokens) for s in cut] == [(min(n, 12), max(0, n - 12)) for n in n_tokens]
+    assert [s.text == w.text for s, w in zip(cut, whole, strict=True)].count(True) >= sum(n <= 12 for n in n_tokens)
+    assert Summarizer(model, tokenizer, **HOW)(TEXTS[4]) == whole[4]
+    with pytest.raises(ValueError, match="max_n_segments 0: must be at least 1, or -1"):
+        Summarizer(model, tokenizer, max_n_segments=0)
+
+
+def test_a_session_may_be_asked_at_any_time_and_goes_on(model, tokenizer, tmp_path):
+    summarizer = Summarizer(model, tokenizer, **HOW)
+    text, seen = TEXTS[4], []
+    session = summarizer.open(segments_per_call=1)
+    for start in range(0, len(text), 50):
+        session.add(text[start : start + 50], lambda *counts: seen.append(counts))
+        assert session.summary() == summarizer(text[: start + 50])
+        session.save(tmp_path / "state")
+        again = summarizer.open()
+        again.load(tmp_path / "state")
+        assert again.summary().text == session.summary().text
+    assert len(seen) == seen[-1][1] > 3
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("how", [HOW, HOW | {"num_beams": 2}], ids=["greedy", "beam"])
+def test_a_text_that_is_streamed_is_the_summary(model, tokenizer, how):
+    summarizer = Summarizer(model, tokenizer, **how)
+    pieces = list(summarizer.stream(TEXTS[4]))
+    assert "".join(pieces) == summarizer(TEXTS[4]).text
+    assert (len(pieces) > 1) == ("num_beams" not in how)
+
+
+def test_a_failure_while_streaming_is_raised(model, tokenizer, monkeypatch):
+    session = Summarizer(model, tokenizer, **HOW).open()
+    session.add(TEXTS[0])
+
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(session.stream())
+
+
+def test_a_section_ends_with_its_summary(model, tokenizer):
+    session, reader = Summarizer(model, tokenizer, **HOW).open(), TextReader(model, tokenizer)
+    for text in TEXTS[:3]:
+        session.add("\n\n" + text)
+        *_, output = itertools.chain(reader.feed(text), reader.end_section())
+        assert session.end_section().text == summary_after(output, model, tokenizer, **HOW)
+    with pytest.raises(ValueError, match="the section has no tokens"):
+        session.end_section()
+
+
+def test_white_space_around_a_streamed_text_is_left_out():
+    assert list(stripped(iter(["", " ", " a", "b ", " c", " \n", ""]))) == ["a", "b", "  c"]
+
+
+RECORDS = [{"id": 7, "document": TEXTS[1]}, {"id": "b", "document": " "}, {"id": "c", "document": TEXTS[0]}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_file_keeps_its_ids_and_names_its_bad_rows(model, tokenizer, tmp_path, suffix):
+    source, output, bad = tmp_path / f"texts{suffix}", tmp_path / "out.jsonl", []
+    frame = pandas.DataFrame([{**row, "id": str(row["id"])} for row in RECORDS])
+    if suffix == ".jsonl":
+        source.write_text("\n".join([*map(json.dumps, RECORDS), "{", '{"id": 9, "text": "a"}']))
+    elif suffix == ".csv":
+        frame.to_csv(source, index=False)
+    else:
+        frame.to_parquet(source)
+    summarizer = Summarizer(model, tokenizer, **HOW)
+    assert summarizer.predict(source, output, on_bad=lambda error: bad.append(str(error))) == 2
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [str(line["id"]) for line in lines] == ["7", "c"]
+    assert [line["summary"] for line in lines] == [s.text for s in summarizer([TEXTS[1], TEXTS[0]])]
+    assert lines[0]["n_tokens"] == summarizer(TEXTS[1]).n_tokens
+    assert "column 'document' is blank" in bad[0]
+    if suffix == ".jsonl":
+        assert "texts.jsonl:4: unreadable line" in bad[1]
+        assert "texts.jsonl:5: column 'document' is missing; the columns are 'id', 'text'" in bad[2]
+    with pytest.raises(ValueError, match="column 'document' is blank"):
+        summarizer.predict(source, tmp_path / "none.jsonl")
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_a_row_whose_text_has_no_tokens_is_found(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"document": text}) + "\n" for text in "abc"))
+
+    def summarize(texts):
+        if "b" in texts:
+            raise ValueError("no tokens")
+        return [Summary(text, 1, 1) for text in texts]
+
+    bad = []
+    assert predict_file(summarize, tmp_path / "a.jsonl", tmp_path / "out", ("document", "id"), bad.append) == 2
+    assert [str(error) for error in bad] == [f"{tmp_path}/a.jsonl:2: no tokens"]
+    ids = [json.loads(line)["id"] for line in (tmp_path / "out").read_text().splitlines()]
+    assert ids == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"]

@@ -1,14 +1,19 @@
 """Export of checkpoints: the files equal the files that training saves."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+import yaml
+from huggingface_hub import RepoUrl
+from transformers import AutoModelForSeq2SeqLM, BartForConditionalGeneration, GenerationConfig
 
 from launching import assert_one_error, load_script
+from recurrent_bart.evaluation.mean_scores import mean_scores
+from recurrent_bart.evaluation.predictions import read_predictions
 from runs import flags
 
 CASES = {
@@ -42,6 +47,74 @@ def test_the_checkpoint_of_the_best_model_gives_the_files_of_that_model(document
     best = run / "checkpoints" / f"step-{state['best_step']:08d}"
     assert export(best, tmp_path / "exported") == 0
     assert contents(tmp_path / "exported") == contents(run / "model")
+
+
+def test_the_card_has_data_flags_results_and_use_but_no_path_of_the_machine(documents, tmp_path, train_main):
+    run = tmp_path / "run"
+    assert train_main(flags(documents, run, max_steps=4, learning_rate=0.02)) == 0
+    card = (run / "model" / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["license"] == "unknown"
+    assert front["pipeline_tag"] == "summarization"
+    scores = mean_scores(read_predictions(run / "predictions.jsonl"))
+    (result,) = front["model-index"][0]["results"]
+    assert {item["name"]: item["value"] for item in result["metrics"]}["rouge1"] == round(scores["rouge1"].mean, 4)
+    assert f"| rouge1 | {scores['rouge1']:.2f} |" in body
+    assert "| `--learning_rate` | `0.02` |" in body
+    assert "| `--train_file` | `train.jsonl` |" in body
+    assert "trust_remote_code=True" in body
+    assert str(tmp_path) not in card
+    assert str(documents) not in card
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_others_may_read_a_model_as_the_umask_says(trained, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        assert export(trained, tmp_path / "out") == 0
+    finally:
+        os.umask(before)
+    assert tmp_path.joinpath("out").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
+
+
+def test_a_plain_bart_has_the_backbones_weights(documents, tmp_path, train_main, capsys):
+    for name, size in (("plain", 0), ("recurrent", 3)):
+        assert train_main(flags(documents, tmp_path / name, max_steps=2, pre_seq_len=size)) == 0
+        capsys.readouterr()
+        assert export(tmp_path / name, tmp_path / f"{name}-bart", "--plain_bart") == 0
+        assert ("lacks the recurrence" in capsys.readouterr().err) == (size > 0)
+        whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name / "model").eval()
+        bart = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / f"{name}-bart").eval()
+        assert type(bart) is BartForConditionalGeneration
+        ids = torch.randint(5, 100, (2, 14))
+        labels = torch.randint(5, 100, (2, 6))
+        equal = torch.allclose(whole(ids, labels=labels).logits, bart(ids, labels=labels).logits, atol=1e-5)
+        assert equal == (size == 0)
+
+
+def test_a_model_is_uploaded_to_a_private_repository(trained, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, **how):
+            calls.append((name, how))
+            return RepoUrl(f"https://huggingface.co/me/{name}")
+
+        def upload_folder(self, folder_path, repo_id, **_):
+            calls.append((repo_id, {path.name for path in folder_path.iterdir()}))
+
+    script = load_script("export")
+    monkeypatch.setattr(script, "HfApi", Hub)
+    assert export(trained, tmp_path / "out", "--push_to_hub", "papers") == 0
+    assert calls[0] == ("papers", {"private": True, "exist_ok": True})
+    assert calls[1][0] == "me/papers"
+    assert {"README.md", "config.json", "installed_package.py", "model.safetensors"} <= calls[1][1]
+    assert "uploaded to https://huggingface.co/me/papers" in capsys.readouterr().out
+    monkeypatch.setattr(Hub, "upload_folder", lambda *_, **__: (_ for _ in ()).throw(OSError("not logged in")))
+    assert export(trained, tmp_path / "again", "--push_to_hub", "papers") == 2
+    assert f"--push_to_hub papers: not logged in; the model is in {tmp_path}/again" in capsys.readouterr().err
 
 
 def test_another_checkpoint_gives_another_model_and_a_run_its_newest(trained, tmp_path, capsys):

@@ -47,7 +47,8 @@ def summarize(script, run, capsys, tmp_path):
 @pytest.fixture
 def tells_numbers(script, monkeypatch):
     """Replace a summary by the mean of the encoder output, because a random model's summaries are nearly all equal."""
-    monkeypatch.setattr(script, "summary_after", lambda output, *_, **how: f"{output.last_hidden_state.mean():.5f}")
+    tell = lambda summarizer, output: f"{output.last_hidden_state.mean():.5f}"  # noqa: E731
+    monkeypatch.setattr(script.Summarizer, "summary_after", tell)
 
 
 def summary_at_once(run, text, **how):
@@ -81,15 +82,11 @@ def test_many_texts_have_a_line_each_in_their_order(script, run, tmp_path, capsy
     """There are more texts than are in memory at a time, and some summaries have several lines."""
     asked = []
 
-    class FakeSummariser:
-        def __init__(self, model, tokenizer, tokens_per_batch, **how):
-            asked.append((tokens_per_batch, how))
+    def summarize(summarizer, texts):
+        asked.append((len(texts), summarizer.most_segments, summarizer.generation))
+        return [f"of {text}\n  {len(text)}" for text in texts]
 
-        def summarise(self, texts):
-            asked.append(len(texts))
-            return [f"of {text}\n  {len(text)}" for text in texts]
-
-    monkeypatch.setattr(script, "Summariser", FakeSummariser)
+    monkeypatch.setattr(script.Summarizer, "summarize", summarize)
     monkeypatch.setattr(script, "WINDOW", 2)
     texts = ["the list", "of", "numbers é", "is", "long"]
     files = [tmp_path / f"{number}.txt" for number in range(len(texts))]
@@ -100,7 +97,7 @@ def test_many_texts_have_a_line_each_in_their_order(script, run, tmp_path, capsy
     for given in (map(str, files), ["--each_line", str(tmp_path / "lines")]):
         assert script.main([*flags, *given]) == 0
         assert capsys.readouterr().out.splitlines() == [f"of {text} {len(text)}" for text in texts]
-    assert asked == [(160, {"max_new_tokens": 6}), 2, 2, 1] * 2
+    assert asked == [(n, 160 // 8, {"max_new_tokens": 6}) for n in (2, 2, 1)] * 2
 
 
 def test_lines_of_standard_input_are_summarised_as_each_file_is(script, run, summarize, monkeypatch, capsys):
@@ -163,16 +160,12 @@ def test_otherwise_they_end_it_with_what_passes_over_them(script, run, mixed, ca
 
 
 def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_path, capsys, monkeypatch):
-    class FakeSummariser:
-        def __init__(self, *_, **__):
-            pass
+    def summarize(summarizer, texts):
+        if "soft hyphens" in texts:
+            raise ValueError("document 1 of 1 has no tokens")
+        return [f"of {text}" for text in texts]
 
-        def summarise(self, texts):
-            if "soft hyphens" in texts:
-                raise ValueError("document 1 of 1 has no tokens")
-            return [f"of {text}" for text in texts]
-
-    monkeypatch.setattr(script, "Summariser", FakeSummariser)
+    monkeypatch.setattr(script.Summarizer, "summarize", summarize)
     (tmp_path / "lines").write_text("the list\nsoft hyphens\nof numbers\n")
     flags = ["--model", str(run.model), "--each_line", str(tmp_path / "lines")]
     assert script.main([*flags, "--skip_bad_samples"]) == 0

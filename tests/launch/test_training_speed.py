@@ -9,7 +9,6 @@ import pytest
 
 from launching import TESTS, assert_one_error, load_script
 
-SCRIPT = TESTS.parent / "launch" / "training_speed.py"
 ZERO3 = TESTS.parent / "ds_configs" / "zero3.json"
 SMALL = ["--segment_size", "16", "--vocab_size", "300", "--dataloader_num_workers", "0"]
 
@@ -74,7 +73,18 @@ def test_every_start_has_the_same_threads(script):
     loop = script.Launch("loop", 2, ZERO3)
     command = script.command_of(loop, ["--seed", "1"], Path("file"), n_rounds=5, n_threads=3)
     assert command[:2] == ["env", "OMP_NUM_THREADS=3"]
-    assert command[-8:] == ["--nproc_per_node=2", str(SCRIPT), script.WORKER, "loop", "file", "5", "--seed", "1"]
+    assert command[-10:] == [
+        "--nproc_per_node=2",
+        "-m",
+        "recurrent_bart_cli",
+        "training-speed",
+        script.WORKER,
+        "loop",
+        "file",
+        "5",
+        "--seed",
+        "1",
+    ]
 
 
 def test_powers_of_two_are_measured_up_to_the_gpus_there_are(script, monkeypatch):

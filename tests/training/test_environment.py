@@ -11,7 +11,6 @@ import torch
 
 from forked import launched, run_script
 from launching import LAUNCHED, run
-from recurrent_bart.training import environment
 from recurrent_bart.training.environment import (
     Environment,
     Rendezvous,
@@ -65,7 +64,7 @@ def test_a_process_takes_the_gpu_of_its_rank_on_the_host(monkeypatch):
     chosen, joined = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(environment.deepspeed, "init_distributed", lambda *given, **how: joined.append((given, how)))
+    monkeypatch.setattr("deepspeed.init_distributed", lambda *given, **how: joined.append((given, how)))
     found = start_processes(timeout_minutes=7)
     assert found == Environment(3, 1, 4, torch.device("cuda", 1))
     assert chosen == [torch.device("cuda", 1)]

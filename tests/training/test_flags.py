@@ -66,7 +66,7 @@ def test_a_value_is_no_flag():
 def test_every_flag_that_is_named_instead_is_there():
     known = set(build_parser()._option_string_actions)
     for name in ("evaluate", "summarize"):
-        tree = ast.parse((ROOT / "launch" / f"{name}.py").read_text())
+        tree = ast.parse((ROOT / "recurrent_bart" / "commands" / f"{name}.py").read_text())
         fields = [node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
         texts = [
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
@@ -77,7 +77,7 @@ def test_every_flag_that_is_named_instead_is_there():
 
 
 def test_no_parser_takes_abbreviations():
-    for file in [*(ROOT / "launch").glob("*.py"), *(ROOT / "recurrent_bart").rglob("*.py")]:
+    for file in (ROOT / "recurrent_bart").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser"):
                 assert any(item.arg == "allow_abbrev" for item in node.keywords), f"{file}:{node.lineno}"

@@ -4,13 +4,13 @@ import json
 import math
 import subprocess
 from dataclasses import replace
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.monitoring.progress import ProgressDisplay
 from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 from recurrent_bart.training.lifecycle.run_lock import Holder, RunLock
@@ -81,7 +81,7 @@ def set_metrics(monkeypatch):
     """Return a function that sets the loss and ROUGE-2 of each evaluation; the first evaluation has no ROUGE."""
 
     def set_metrics(losses, rouge2):
-        scores = ({"rouge2": SimpleNamespace(mean=value)} for value in rouge2)
+        scores = ({"rouge2": Interval(value, None, None)} for value in rouge2)
         own_losses = iter(losses)
         monkeypatch.setattr("recurrent_bart.evaluation.evaluator.Evaluator.loss", lambda *_: next(own_losses))
         module = "recurrent_bart.training.session"

@@ -12,6 +12,8 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
+# configurations that come with the package; --deepspeed finds them by name
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 AUTO = "auto"
 # keys that the run sets from its flags; the file must say "auto"
 FILLED = {
@@ -72,7 +74,7 @@ PLAIN = {
 
 
 def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: float, use_bf16: bool) -> dict[str, Any]:
-    """Read a JSON file with a DeepSpeed configuration and set the keys that only the run may set.
+    """Read a DeepSpeed configuration, a JSON file or the name of ours, and set the keys that only the run may set.
 
     The trainer itself accumulates gradients over truncated-BPTT windows and batches, so DeepSpeed's accumulation is 1.
 
@@ -80,8 +82,11 @@ def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: flo
         ValueError: The file cannot be read, or has an unknown key or a key that only the run may set.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        config = json.loads(_find(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
         _check_keys(config)
+    except FileNotFoundError as error:
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.json")))
+        raise ValueError(f"--deepspeed {path}: {error.strerror}; give a file, or one of the names {names}") from error
     except OSError as error:
         raise ValueError(f"--deepspeed {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
@@ -98,6 +103,12 @@ def load_deepspeed_config(path: str | Path, micro_batch: int, max_grad_norm: flo
         "gradient_clipping": max_grad_norm,
         "bf16": {**config.get("bf16", {}), "enabled": use_bf16},
     }
+
+
+def _find(path: str | Path) -> Path:
+    """Return the file at `path`, or else our configuration of this name."""
+    own = CONFIGS / f"{path}.json"
+    return own if Path(path).name == str(path) and own.is_file() and not Path(path).is_file() else Path(path)
 
 
 def _check_keys(config: Any) -> None:

@@ -1,0 +1,53 @@
+"""Generated texts word by word."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers.modeling_outputs import BaseModelOutput
+
+from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+
+
+def stream_text(
+    model: RecurrentBartForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    output: BaseModelOutput,
+    **generation: Any,
+) -> Iterator[str]:
+    """Generate a text from a decoder context in a thread, and yield its pieces; joined, they are `summary_after`.
+
+    Beam search knows its words only at the end, so it yields one piece.
+    """
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    uses_beams = (generation.get("num_beams") or model.generation_config.num_beams or 1) > 1
+    failures: list[Exception] = []
+
+    def generate() -> None:
+        try:
+            ids = model.generate(encoder_outputs=output, streamer=None if uses_beams else streamer, **generation)
+            if uses_beams:
+                streamer.on_finalized_text(tokenizer.decode(ids[0], skip_special_tokens=True), stream_end=True)
+        except Exception as error:
+            failures.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    yield from stripped(streamer)
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def stripped(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield the pieces of a text without white space at its beginning and end."""
+    waiting, is_begun = "", False
+    for piece in pieces:
+        text = waiting + piece if is_begun else piece.lstrip()
+        kept = text.rstrip()
+        waiting = text[len(kept) :]
+        is_begun = is_begun or bool(kept)
+        if kept:
+            yield kept

@@ -1,0 +1,122 @@
+"""Model card: the README.md of a saved model says what it learnt from, how well it does, and how to use it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from recurrent_bart.evaluation.bootstrap import Interval
+from recurrent_bart.monitoring.fields import SCORES
+from recurrent_bart.training.data_arguments import DataArguments
+from recurrent_bart.training.model_arguments import ModelArguments
+from recurrent_bart.training.run_arguments import RunArguments
+
+FILE_NAME = "README.md"
+# scores in the front matter, which the Hugging Face hub shows
+HUB_SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+KINDS = {"model": ModelArguments, "data": DataArguments, "run": RunArguments}
+# flags that say nothing about the model
+UNTOLD = (
+    "output_dir",
+    "resume",
+    "cache_dir",
+    "local_rank",
+    "trust_checkpoint",
+    "trust_remote_code",
+)
+USE = """```python
+from recurrent_bart import Summarizer
+
+summarizer = Summarizer.from_pretrained("FOLDER")
+print(summarizer("a text of any length"))
+```
+
+The package `recurrent-bart` must be installed. Then `recurrent-bart summarize --model FOLDER text.txt` and
+`AutoModelForSeq2SeqLM.from_pretrained("FOLDER", trust_remote_code=True)` work too."""
+LIMITS = """The model was trained and measured only on the documents above. Other languages and kinds of text were not
+measured. A summary may state what the document does not say: check it before you rely on it."""
+
+
+def write_model_card(
+    folder: Path, config: Mapping[str, Any], step: int, loss: float | None, scores: Mapping[str, Interval]
+) -> None:
+    """Write the card of a model.
+
+    Args:
+        folder: Folder of the model.
+        config: Content of the run's config.json.
+        step: Optimizer steps of the model.
+        loss: Validation loss; None: not measured.
+        scores: Scores on the validation documents; empty: not measured.
+    """
+    arguments = config.get("arguments", {})
+    flags = changed_flags(arguments)
+    data = _public(arguments.get("data", {}).get("dataset")) or "documents of a file"
+    parts = [
+        f"---\n{front_matter(data, scores)}\n---",
+        f"# Recurrent BART, trained on {data}",
+        "A BART that reads documents of any length, segment by segment. A state is carried from segment to segment.",
+        "## Use",
+        USE,
+        "## Training",
+        f"{step} optimizer steps on `{data}`. Flags that differ from their defaults:",
+        _table(("flag", "value"), [(f"`--{name}`", f"`{value}`") for name, value in flags.items()]),
+        f"Code: commit {config.get('git_commit')}. Packages: {_listed(config.get('versions', {}))}.",
+        "## Results",
+        results(loss, scores),
+        "## Limits",
+        LIMITS,
+    ]
+    (folder / FILE_NAME).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def front_matter(data: str, scores: Mapping[str, Interval]) -> str:
+    """Return the card's YAML. JSON is YAML too, and needs no rules of quoting."""
+    metrics = [
+        {"type": "rouge", "name": name, "value": round(scores[name].mean, 4)} for name in HUB_SCORES if name in scores
+    ]
+    task = {"type": "summarization", "name": "Summarization"}
+    result = {"task": task, "dataset": {"type": "text", "name": data, "split": "validation"}, "metrics": metrics}
+    content = {
+        "license": "unknown",
+        "library_name": "transformers",
+        "pipeline_tag": "summarization",
+        "tags": ["recurrent-bart", "summarization", "long-documents"],
+        **({"model-index": [{"name": "recurrent-bart", "results": [result]}]} if metrics else {}),
+    }
+    return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())
+
+
+def results(loss: float | None, scores: Mapping[str, Interval]) -> str:
+    """Return a table of the results on the validation documents of the run."""
+    if loss is None:
+        return "This checkpoint was not evaluated."
+    rows = [("loss", f"{loss:.4f}", "nats per target token")]
+    rows += [(name, f"{value:.2f}", SCORES.get(name, "")) for name, value in scores.items()]
+    text = "On the run's validation documents; in brackets the 95 % interval over documents."
+    return f"{text}\n\n{_table(('score', 'mean', 'meaning'), rows)}"
+
+
+def changed_flags(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the flags that differ from their defaults. Of a path, only the last part is shown."""
+    defaults = {group: {item.name: item.default for item in fields(kind)} for group, kind in KINDS.items()}
+    return {
+        name: _public(value)
+        for group, known in defaults.items()
+        for name, value in arguments.get(group, {}).items()
+        if name in known and name not in UNTOLD and value is not None and value != known[name]
+    }
+
+
+def _public(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _listed(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
