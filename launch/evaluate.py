@@ -14,6 +14,7 @@ from transformers.utils import logging
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
+from recurrent_bart.data.word_segmenter import segmenter_of
 from recurrent_bart.distributed import (
     SharedError,
     first_then_all,
@@ -179,7 +180,10 @@ def evaluate(
 
 
 def check_languages(data: DataArguments, tokenizer: Any) -> None:
-    """Raise ValueError if a language flag differs from the language that the model's tokenizer was saved with."""
+    """Raise ValueError if a flag of language or words differs from what the model's tokenizer was saved with."""
+    own = segmenter_of(tokenizer)
+    if data.word_segmenter not in (None, own):
+        raise ValueError(f"--word_segmenter {data.word_segmenter}: must be {own}, with which the model was trained")
     for flag_name, name in (("source_lang", "src_lang"), ("target_lang", "tgt_lang")):
         given, own = getattr(data, flag_name), tokenizer.init_kwargs.get(name)
         if given is not None and own is not None and given != own:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.distributed import is_first
@@ -257,7 +257,7 @@ def summary_after(
 ) -> str:
     """Generate a text from a context that `TextReader` yields; `generation` holds arguments of `generate`."""
     ids = model.generate(encoder_outputs=output, **generation)
-    return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    return decode_text(tokenizer, ids[0]).strip()
 
 
 def load_model(

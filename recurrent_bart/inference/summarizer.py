@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.data.batches import Collator, SegmentSizes
-from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.token_batches import group_by_segments
 from recurrent_bart.data.tokenizer import special_tokens_around
 from recurrent_bart.inference.stream_reader import TextReader, summary_after
@@ -61,7 +61,7 @@ class Summariser:
         batch = self.collator(rows)
         input_ids = batch.input_ids.to(self.model.device)
         generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
-        return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
+        return [decode_text(self.tokenizer, ids).strip() for ids in generated]
 
     def _summarise_long(self, text: str) -> str:
         reader = TextReader(self.model, self.tokenizer)
