@@ -14,7 +14,7 @@ from transformers.utils import logging
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
-from recurrent_bart.data.word_segmenter import segmenter_of
+from recurrent_bart.data.word_segmenter import check_installed, segmenter_of
 from recurrent_bart.distributed import (
     SharedError,
     first_then_all,
@@ -79,6 +79,11 @@ class EvaluationArguments(GenerationArguments):
         "folder or name of a classifier of (source, sentence) pairs, for example MiniCheck or a model of entailment: "
         "probability that the source supports a sentence; if not given: no factuality",
     )
+    rouge_segmenter: str | None = flag(
+        None,
+        "segmenter of ROUGE's words in Japanese texts: none, jumanpp, mecab or sudachi; if not given: the model's; "
+        "without one, ROUGE compares characters",
+    )
     with_source: bool = flag(False, "with --json: write the source texts with the predictions")
     seed: int = flag(42, "seed of the texts drawn with --do_sample")
     precision: str = flag("auto", "bf16, fp32, or auto: bf16 if the device supports it, fp32 otherwise")
@@ -99,6 +104,7 @@ class EvaluationArguments(GenerationArguments):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1, or -1 for all")
         if self.with_source and not self.json:
             raise ValueError("--with_source: give --json FILE too, beside which the predictions are written")
+        check_installed(self.rouge_segmenter or "none", "--rouge_segmenter")
         if self.bertscore_layer != -1 and not self.bertscore_model:
             raise ValueError(f"--bertscore_layer {self.bertscore_layer}: give --bertscore_model too")
         if self.json and Path(self.json).is_dir():
@@ -175,7 +181,7 @@ def evaluate(
     loss = evaluator.loss(model)
     torch.manual_seed(arguments.seed + environment.rank)
     samples = evaluator.summarise(model, Generation(longest))
-    predictions = score_samples(evaluator, samples, scorers, arguments.with_source)
+    predictions = score_samples(evaluator, samples, scorers, arguments.with_source, arguments.rouge_segmenter)
     return summarize_predictions(len(plan.indices), loss, predictions), predictions
 
 

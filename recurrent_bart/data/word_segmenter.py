@@ -103,15 +103,15 @@ def is_segmented(text: str) -> bool:
     return sum(1 for _ in SPACED_LETTERS.finditer(text)) > SEGMENTED_SHARE * n_letters
 
 
-def check_installed(name: str) -> None:
+def check_installed(name: str, flag: str = f"--{SETTING}") -> None:
     """Raise ValueError, with the remedy, if a segmenter is unknown or not installed."""
     if name not in SEGMENTERS:
-        raise ValueError(f"--word_segmenter {name}: allowed are {', '.join(SEGMENTERS)}")
+        raise ValueError(f"{flag} {name}: allowed are {', '.join(SEGMENTERS)}")
     if name == "none":
         return
     there = shutil.which("jumanpp") if name == "jumanpp" else _versions(name)[1:]
     if not there:
-        raise ValueError(f"--word_segmenter {name}: it is not installed; {REMEDIES[name]}")
+        raise ValueError(f"{flag} {name}: it is not installed; {REMEDIES[name]}")
 
 
 def segmenter_version(name: str) -> str:
