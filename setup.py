@@ -37,12 +37,23 @@ setup(
     ],
     extras_require={
         "lora": ["peft>=0.18,<1"],
+        # the word segmenters mecab and sudachi with a dictionary each
+        "japanese": [
+            "fugashi>=1.3,<2",
+            "unidic-lite>=1.0.8,<2",
+            "sudachipy>=0.6.8,<1",
+            "sudachidict_core>=20240109",
+        ],
         "tensorboard": ["tensorboardX>=2.6.4,<3"],
         "dev": [
             "mypy>=1.15",
             "peft>=0.18,<1",
             "pre-commit>=4",
             "multiprocess>=0.70.16",
+            "fugashi>=1.3,<2",
+            "unidic-lite>=1.0.8,<2",
+            "sudachipy>=0.6.8,<1",
+            "sudachidict_core>=20240109",
             "pytest>=8",
             "pytest-timeout>=2",
             "pytest-xdist>=3.6",

@@ -22,7 +22,7 @@ from recurrent_bart.evaluation.comparison import (
 from recurrent_bart.evaluation.model_scores import MODEL_SCORES
 from recurrent_bart.evaluation.predictions import Prediction
 from recurrent_bart.files import atomic_write
-from recurrent_bart.monitoring.fields import SCORES
+from recurrent_bart.monitoring.fields import SCORES, WORD_SCORES
 from recurrent_bart.report.comparison_page import Entry, draw_differences, write_comparison_page
 from recurrent_bart.training.flags import FlagParser
 
@@ -73,7 +73,8 @@ def compare(arguments: argparse.Namespace) -> None:
     names = [system.name for system in systems]
     try:
         svg = draw_differences(differences_to_first(means, names), arguments.sort_by, names[0])
-        write_comparison_page(arguments.output, names, caption, entries, table, SCORES | MODEL_SCORES, svg)
+        descriptions = SCORES | WORD_SCORES | MODEL_SCORES
+        write_comparison_page(arguments.output, names, caption, entries, table, descriptions, svg)
         print(f"page in {arguments.output}")
         if arguments.blind:
             write_blind_pairs(arguments.blind, systems, arguments.n_pairs, arguments.seed)

@@ -14,6 +14,7 @@ from recurrent_bart.commands.exit_codes import leave_process_group, print_mistak
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.cuts import describe_cuts
 from recurrent_bart.data.rows import SPLITS
+from recurrent_bart.data.word_segmenter import check_installed, segmenter_of
 from recurrent_bart.distributed import (
     SharedError,
     first_then_all,
@@ -78,6 +79,11 @@ class EvaluationArguments(GenerationArguments):
         "folder or name of a classifier of (source, sentence) pairs, for example MiniCheck or a model of entailment: "
         "probability that the source supports a sentence; if not given: no factuality",
     )
+    rouge_segmenter: str | None = flag(
+        None,
+        "segmenter of ROUGE's words in Japanese texts: none, jumanpp, mecab or sudachi; if not given: the model's; "
+        "without one, ROUGE compares characters",
+    )
     with_source: bool = flag(False, "with --json: write the source texts with the predictions")
     seed: int = flag(42, "seed of the texts drawn with --do_sample")
     precision: str = flag("auto", "bf16, fp32, or auto: bf16 if the device supports it, fp32 otherwise")
@@ -98,6 +104,7 @@ class EvaluationArguments(GenerationArguments):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1, or -1 for all")
         if self.with_source and not self.json:
             raise ValueError("--with_source: give --json FILE too, beside which the predictions are written")
+        check_installed(self.rouge_segmenter or "none", "--rouge_segmenter")
         if self.bertscore_layer != -1 and not self.bertscore_model:
             raise ValueError(f"--bertscore_layer {self.bertscore_layer}: give --bertscore_model too")
         if self.json and Path(self.json).is_dir():
@@ -174,12 +181,15 @@ def evaluate(
     loss = evaluator.loss(model)
     torch.manual_seed(arguments.seed + environment.rank)
     samples = evaluator.summarise(model, Generation(longest))
-    predictions = score_samples(evaluator, samples, scorers, arguments.with_source)
+    predictions = score_samples(evaluator, samples, scorers, arguments.with_source, arguments.rouge_segmenter)
     return summarize_predictions(len(plan.indices), loss, predictions), predictions
 
 
 def check_languages(data: DataArguments, tokenizer: Any) -> None:
-    """Raise ValueError if a language flag differs from the language that the model's tokenizer was saved with."""
+    """Raise ValueError if a flag of language or words differs from what the model's tokenizer was saved with."""
+    own = segmenter_of(tokenizer)
+    if data.word_segmenter not in (None, own):
+        raise ValueError(f"--word_segmenter {data.word_segmenter}: must be {own}, with which the model was trained")
     for flag_name, name in (("source_lang", "src_lang"), ("target_lang", "tgt_lang")):
         given, own = getattr(data, flag_name), tokenizer.init_kwargs.get(name)
         if given is not None and own is not None and given != own:

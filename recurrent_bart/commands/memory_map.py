@@ -7,7 +7,7 @@ import torch
 from transformers.utils import logging
 
 from recurrent_bart.commands.exit_codes import code_of
-from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.text_files import ENCODING
 from recurrent_bart.data.tokenizer import special_tokens_around
 from recurrent_bart.inference.stream_reader import load_model
@@ -67,7 +67,7 @@ def show(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise ValueError(f"{picture}: cannot be written ({error.strerror})") from error
     print(as_text(found))
-    print(f"summary: {tokenizer.decode(summary, skip_special_tokens=True).strip()}")
+    print(f"summary: {decode_text(tokenizer, summary).strip()}")
     print(f"picture: {picture}")
 
 

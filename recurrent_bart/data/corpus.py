@@ -16,6 +16,13 @@ from recurrent_bart.data.rows import Columns, Row, refuse
 from recurrent_bart.data.sources import Source
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
+from recurrent_bart.data.word_segmenter import (
+    WordSegmenter,
+    is_segmented,
+    n_available_processes,
+    segmenter_of,
+    segmenter_version,
+)
 from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.
@@ -24,6 +31,8 @@ CACHE_VERSION = 4
 ABOUT = "about.json"
 # Documents per tokenizer call; a fast tokenizer processes them in parallel threads.
 BATCH = 64
+# Documents per call if words are segmented, enough for several processes.
+SEGMENTED_BATCH = 512
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -73,7 +82,9 @@ def load_corpus(
     Raises:
         ValueError: A document is unusable; the message gives its file and line. The cache is unchanged.
     """
-    key = fingerprint(CACHE_VERSION, source.identity(), task, vars(columns), tokenizer_identity(tokenizer))
+    segmenter = segmenter_of(tokenizer)
+    versions = [] if segmenter == "none" else [segmenter_version(segmenter)]
+    key = fingerprint(CACHE_VERSION, source.identity(), task, vars(columns), tokenizer_identity(tokenizer), *versions)
     folder = cache_dir / "corpora" / key
     if not folder.exists():
         say(f"tokenising {source.place}, split {source.split!r}")
@@ -84,10 +95,25 @@ def load_corpus(
                 skipped.append(str(error))
 
             rows = source.rows(task, columns, skip)
+            if versions:
+                rows = _tell_segmented(rows, segmenter, say)
             on_bad = skip if source.skips_bad else refuse
             texts = write_corpus(rows, tokenizer, draft / "documents.arrow", on_bad)
             (draft / ABOUT).write_text(json.dumps({"skipped": skipped, "fingerprint": texts}))
     return Corpus(Dataset.from_file(str(folder / "documents.arrow")), **json.loads((folder / ABOUT).read_text()))
+
+
+def _tell_segmented(rows: Iterable[Row], segmenter: str, say: Callable[[str], None]) -> Iterator[Row]:
+    """Yield the documents. Name the first one whose words have spaces between them already."""
+    is_told = False
+    for row in rows:
+        if not is_told and is_segmented("\n".join(row.sections)):
+            is_told = True
+            say(
+                f"warning: {row.id}: spaces stand between its Japanese words already; {segmenter} keeps these words "
+                "and splits them further (--word_segmenter none: texts are read as they are)"
+            )
+        yield row
 
 
 def write_corpus(
@@ -100,9 +126,10 @@ def write_corpus(
 
     A document without tokens is skipped if `on_bad` returns.
     """
-    rows, encoder, texts = iter(rows), TextEncoder(tokenizer), hashlib.sha256()
+    rows, encoder, texts = iter(rows), TextEncoder(tokenizer, n_available_processes()), hashlib.sha256()
+    n_rows = BATCH if encoder.segmenter is None else SEGMENTED_BATCH
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        while batch := list(itertools.islice(rows, BATCH)):
+        while batch := list(itertools.islice(rows, n_rows)):
             texts.update(json.dumps([[row.sections, row.summaries] for row in batch]).encode())
             writer.write_batch(pa.RecordBatch.from_pylist(_tokenise(batch, encoder, on_bad), SCHEMA))
     return texts.hexdigest()[:16]
@@ -132,8 +159,12 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
     return records
 
 
-def texts_of(rows: Iterable[Row]) -> Iterator[str]:
-    """Yield all texts of documents, for the training of a tokenizer."""
-    for row in rows:
-        yield from row.sections
-        yield from row.summaries
+def texts_of(rows: Iterable[Row], segmenter: str = "none") -> Iterator[str]:
+    """Yield all texts of documents, segmented into words by `segmenter`, for the training of a tokenizer."""
+    if segmenter == "none":
+        for row in rows:
+            yield from (*row.sections, *row.summaries)
+        return
+    rows, segment = iter(rows), WordSegmenter(segmenter, n_available_processes())
+    while batch := list(itertools.islice(rows, SEGMENTED_BATCH)):
+        yield from segment([text for row in batch for text in (*row.sections, *row.summaries)])

@@ -7,12 +7,16 @@ copy sentences before it learns to fill gaps.
 
 import itertools
 import random
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import regex
+
 from recurrent_bart.data.rows import Row
-from recurrent_bart.data.words import SENTENCE_END, words
+from recurrent_bart.data.words import n_usual_words, sentence_ends, words
 
 # Placeholder of a removed sentence; the encoder replaces it by the mask token. A lone surrogate occurs in no document,
 # but "<mask>" may.
@@ -25,6 +29,13 @@ TARGET_WORDS = 60
 SENTENCE_WORDS = range(8, 61)
 # Range of the length in words of a piece (part of a document), which is shorter than a segment of 512 tokens.
 PIECE_WORDS = (220, 300)
+# Width in columns of the longest line of a paragraph from which its lines may be hard-wrapped.
+LEAST_LINE_WIDTH = 45
+PARAGRAPH_END = re.compile(r"(\n[ \t]*\n\s*)")
+FINAL_MARK = regex.compile(r"[\p{Sentence_Terminal}:]\p{P}*\s*$")
+BULLET = regex.compile(r"\s*([-*•・○●◆◎※]|\(?\w{1,3}[.)．）]\s)")
+# Line end inside a sentence.
+WRAP = re.compile(r"(?<=\S)[ \t]*\n[ \t]*(?=\S)")
 # Maximum number of consecutive pieces that form one document.
 MOST_PIECES = 16
 # Lower limit of the random factor on a sentence's score; randomness selects other sentences in each row.
@@ -77,19 +88,55 @@ def _sentences(sections: Sequence[str]) -> list[list[Sentence]]:
     for counted in itertools.chain.from_iterable(counts):
         whole += counted
     return [
-        [Sentence(text, own.total(), _value(own, whole)) for text, own in zip(*both, strict=True)]
+        [Sentence(text, n_usual_words(own), _value(own, whole)) for text, own in zip(*both, strict=True)]
         for both in zip(texts, counts, strict=True)
     ]
 
 
 def _with_ends(section: str) -> list[str]:
-    """Split a section into sentences, with all white space kept."""
-    ends = [match.end() for match in SENTENCE_END.finditer(section)]
+    """Split a section into sentences, with all white space kept. A line that continues in the next has no end."""
+    wrapped = _wrapped_ends(section)
+    ends = [end for end in sentence_ends(section) if end not in wrapped]
     return [section[start:stop] for start, stop in itertools.pairwise([0, *ends, len(section)]) if start < stop]
 
 
+def _wrapped_ends(section: str) -> set[int]:
+    """Return the index behind each line end at which a hard-wrapped sentence continues.
+
+    A line is wrapped if it has no final mark and the next line's first word did not fit into it.
+    """
+    found: set[int] = set()
+    start = 0
+    for paragraph in PARAGRAPH_END.split(section):
+        lines = paragraph.splitlines(keepends=True)
+        longest = max((_width(line.rstrip()) for line in lines), default=0)
+        for line, following in itertools.pairwise(lines):
+            start += len(line)
+            is_full = _width(line.rstrip()) + _width(_first_word(following)) >= longest >= LEAST_LINE_WIDTH
+            if is_full and not FINAL_MARK.search(line) and not BULLET.match(following):
+                found.add(start)
+        start += len(lines[-1]) if lines else 0
+    return found
+
+
+def _width(text: str) -> int:
+    """Return the number of columns of a text. Characters of East Asia have two."""
+    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
+def _first_word(line: str) -> str:
+    """Return the first word of a line and a space, or one character of a script without spaces."""
+    word = line.split(maxsplit=1)[0] if line.strip() else ""
+    return word[:1] if _width(word) > len(word) else f"{word} "
+
+
+def _join_lines(sentence: str) -> str:
+    """Return a sentence whose wrapped lines are one line; the white space after it stays."""
+    return WRAP.sub(lambda wrap: "" if _width(sentence[wrap.start() - 1]) == 2 else " ", sentence)
+
+
 def _value(own: Counter[str], whole: Counter[str]) -> float:
-    if own.total() not in SENTENCE_WORDS:
+    if n_usual_words(own) not in SENTENCE_WORDS:
         return 0.0
     return sum(min(n, whole[word] - n) for word, n in own.items()) / own.total()
 
@@ -120,7 +167,7 @@ def _ask(sentences: Sequence[Sentence], draw: random.Random, is_kept: bool) -> t
     if not taken or 2 * n_taken > sum(it.n_words for it in sentences):
         return None
     left = [_gap(it) if number in taken and not is_kept else it.text for number, it in enumerate(sentences)]
-    target = "".join(sentences[number].text for number in sorted(taken))
+    target = "".join(_join_lines(sentences[number].text) for number in sorted(taken))
     return (KEPT if is_kept else TAKEN) + "".join(left), target.strip()
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recurrent_bart.data.gap_sentences import GAP
+from recurrent_bart.data.word_segmenter import WordSegmenter, join_words, joins_words, segmenter_of
 
 # Prefix of a special token's replacement name. No text contains this sequence of Unicode noncharacters.
 UNSPEAKABLE = "\ufdd0\ufdd1\ufdd2"
@@ -18,11 +19,14 @@ class TextEncoder:
     """Encoder that treats `"</s>"` or `"<pad>"` in a text as ordinary characters, not as special tokens.
 
     A gap (placeholder of a sentence that `gap_sentence_rows` removed) becomes the mask token. The tokenizer, fast or
-    slow, is not changed.
+    slow, is not changed. If a word segmenter is saved with the tokenizer, it segments the texts first, large ones in
+    `n_processes` processes. Raise ValueError if this segmenter is not installed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, n_processes: int = 1):
         self.tokenizer = tokenizer
+        name = segmenter_of(tokenizer)
+        self.segmenter = None if name == "none" else WordSegmenter(name, n_processes)
         is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
         self._encode = _FastEncoder(tokenizer) if is_fast else _SlowEncoder(tokenizer)
         self.mask_token_id = getattr(tokenizer, "mask_token_id", None)
@@ -30,7 +34,8 @@ class TextEncoder:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
         parts = [self._between_gaps(text) for text in texts]
-        encoded = iter(self._encode([part for own in parts for part in own]))
+        flat = [part for own in parts for part in own]
+        encoded = iter(self._encode(self.segmenter(flat) if self.segmenter else flat))
         return [self._join([next(encoded) for _ in own]) for own in parts]
 
     def _between_gaps(self, text: str) -> list[str]:
@@ -43,6 +48,12 @@ class TextEncoder:
     def _join(self, parts: list[list[int]]) -> list[int]:
         mask = [] if self.mask_token_id is None else [self.mask_token_id]
         return parts[0] + [id for part in parts[1:] for id in (*mask, *part)]
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
+    """Return the text of ids without special tokens, and without the spaces between segmented Japanese words."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return join_words(text) if joins_words(tokenizer) else text
 
 
 class _FastEncoder:

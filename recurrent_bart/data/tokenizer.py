@@ -8,6 +8,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recurrent_bart.data.word_segmenter import SETTING, check_installed, segmenter_of, segments_itself
+
 # BART's ids: <s> 0, <pad> 1, </s> 2, <unk> 3.
 SPECIAL = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
 MASK = "<mask>"
@@ -22,16 +24,19 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     source_lang: str | None = None,
     target_lang: str | None = None,
+    word_segmenter: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved with a model or run, from a folder or the Hugging Face hub.
 
     If bos and eos are missing, as in BERT's tokenizers, [CLS] and [SEP] take their place. `source_lang` and
     `target_lang` are language codes of documents and targets, for a tokenizer of several languages, as MBart's. They
-    are saved with the tokenizer. Without `target_lang`, targets are in the language of the documents.
+    are saved with the tokenizer. Without `target_lang`, targets are in the language of the documents. `word_segmenter`
+    names the segmenter of Japanese texts and is saved with the tokenizer; None: the saved one.
 
     Raises:
         ValueError: No tokenizer is found, or the tokenizer needs code that is not trusted, or has no bos, eos or pad
-            token; or a language code is missing, unknown, or given for a tokenizer without language codes.
+            token; or a language code is missing, unknown, or given for a tokenizer without language codes; or the word
+            segmenter is unknown, not installed, or given for a tokenizer that segments words itself.
     """
     tokenizer = _load(name_or_path, trust_remote_code)
     languages = _languages(tokenizer, name_or_path, source_lang, target_lang)
@@ -43,6 +48,7 @@ def load_tokenizer(
     missing = [name for name in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, name) is None]
     if missing:
         raise ValueError(f"{name_or_path}: the tokenizer has no {', '.join(missing)}")
+    _set_segmenter(tokenizer, name_or_path, word_segmenter)
     return tokenizer
 
 
@@ -74,6 +80,14 @@ def _languages(
         if code not in codes:
             raise ValueError(f"{flag} {code}: not a language code of the tokenizer of {name_or_path}; {allowed}")
     return {"src_lang": source, "tgt_lang": target}
+
+
+def _set_segmenter(tokenizer: PreTrainedTokenizerBase, name_or_path: str, word_segmenter: str | None) -> None:
+    if word_segmenter not in (None, "none") and segments_itself(tokenizer):
+        raise ValueError(f"--word_segmenter {word_segmenter}: the tokenizer of {name_or_path} has its own; remove it")
+    check_installed(word_segmenter or segmenter_of(tokenizer))
+    if word_segmenter is not None:
+        tokenizer.init_kwargs[SETTING] = word_segmenter
 
 
 def _load(name_or_path: str, trust_remote_code: bool, **languages: str) -> PreTrainedTokenizerBase:

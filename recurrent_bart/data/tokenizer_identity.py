@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recurrent_bart.data.word_segmenter import segmenter_of
 from recurrent_bart.files import fingerprint
 
 # Arguments of slow tokenizers that do not change the ids of a text.
@@ -35,7 +36,8 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     # Gaps of a text become the mask token, which the backend of a fast tokenizer does not name.
     mask = getattr(tokenizer, "mask_token_id", None)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        return fingerprint(tokenizer.backend_tokenizer.to_str(), mask)
+        segmenter = segmenter_of(tokenizer)
+        return fingerprint(tokenizer.backend_tokenizer.to_str(), mask, *([] if segmenter == "none" else [segmenter]))
     # Hash vocabulary files by content, not by path.
     files = [str(tokenizer.init_kwargs.get(name)) for name in sorted(tokenizer.vocab_files_names)]
     hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()]

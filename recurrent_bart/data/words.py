@@ -1,6 +1,8 @@
 """Word and sentence segmentation of a text in any script, after Unicode normalisation."""
 
+import itertools
 import unicodedata
+from collections import Counter
 
 import regex
 
@@ -19,8 +21,16 @@ WORD = regex.compile(
     """,
     regex.VERSION1 | regex.VERBOSE,
 )
+SPACED_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")
 # The zero-width space separates words, so it is not removed.
 IGNORABLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--\u200b]", regex.VERSION1)
+# Japanese and Chinese quotes and brackets. A sentence does not end inside them.
+CLOSED_BY = {"「": "」", "『": "』", "（": "）", "｢": "｣", "【": "】", "〔": "〕", "〈": "〉", "《": "》"}
+QUOTE_OR_LINE_END = regex.compile(rf"[\n{''.join(CLOSED_BY)}{''.join(CLOSED_BY.values())}]")
+# Characters of an average word. Words of East Asia have about two, words of Southeast Asia about three.
+EAST_ASIAN = regex.compile(r"[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Bopomofo}\p{Yi}\p{Tangut}\p{Nushu}]")
+ALL_UNSPACED = regex.compile(UNSPACED, regex.VERSION1)
+EAST_ASIAN_WORD, SOUTHEAST_ASIAN_WORD = 2, 3
 # Scripts without spaces have no white space after a sentence.
 SENTENCE_END = regex.compile(
     rf"""
@@ -28,7 +38,8 @@ SENTENCE_END = regex.compile(
     | (?<=[。｡！？]) (?![。｡！？])
     | (?<={UNSPACED}\p{{M}}*[!?]+) (?![!?\s])
     | (?<=[!?]) (?={UNSPACED})
-    | (?<={UNSPACED}\p{{M}}*[.．]) (?={UNSPACED})
+    | (?<={UNSPACED}\p{{M}}*\.) (?={UNSPACED})
+    | (?<={UNSPACED}\p{{M}}*．) (?=[\p{{L}}\p{{N}}\p{{Ps}}])
     | \n+
     """,
     regex.VERSION1 | regex.VERBOSE,
@@ -50,6 +61,57 @@ def words(text: str) -> list[str]:
     return WORD.findall(normalise(text))
 
 
+def segmented_words(text: str) -> list[str]:
+    """Return the normalised words of a text with spaces between its words, in any script."""
+    return SPACED_WORD.findall(normalise(text))
+
+
 def sentences(text: str) -> list[str]:
     """Return the sentences of a text without the white space between them."""
-    return [sentence for sentence in SENTENCE_END.split(text.strip()) if sentence]
+    ends = [*sentence_ends(text), len(text)]
+    parts = (text[start:end].strip() for start, end in itertools.pairwise([0, *ends]))
+    return [sentence for sentence in parts if sentence]
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Return the index behind each sentence and the white space after it. The end of the text may be missing.
+
+    Sentences end by the rules of their script. They do not end inside a pair of `CLOSED_BY` in one line.
+    """
+    quotes = iter([*_quotes(text), (len(text), len(text))])
+    start, end = next(quotes)
+    found = []
+    for boundary in SENTENCE_END.finditer(text):
+        while boundary.end() > end:
+            start, end = next(quotes)
+        if boundary.end() <= start:
+            found.append(boundary.end())
+    return found
+
+
+def _quotes(text: str) -> list[tuple[int, int]]:
+    """Return start and end of the outermost quotes that open and close in one line."""
+    found: list[tuple[int, int]] = []
+    opened: list[int] = []
+    for sign in QUOTE_OR_LINE_END.finditer(text):
+        if sign[0] == "\n":
+            opened = []
+        elif sign[0] in CLOSED_BY:
+            opened.append(sign.start())
+        elif opened and CLOSED_BY[text[opened[-1]]] == sign[0]:
+            start = opened.pop()
+            while found and found[-1][0] > start:
+                found.pop()
+            found.append((start, sign.start()))
+    return found
+
+
+def n_usual_words(counts: Counter[str]) -> int:
+    """Return the usual number of words for the counts of `words`: a word of unspaced scripts has several characters."""
+    n_words = 0.0
+    for word, n in counts.items():
+        if ALL_UNSPACED.match(word):
+            n_words += n / (EAST_ASIAN_WORD if EAST_ASIAN.match(word) else SOUTHEAST_ASIAN_WORD)
+        else:
+            n_words += n
+    return round(n_words)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.data.batches import Batch, Collator, DocumentPlan
+from recurrent_bart.data.text_encoder import decode_text
 from recurrent_bart.distributed import gather_objects, rank, sum_over_ranks, world_size
 from recurrent_bart.evaluation.predictions import unique_names
 from recurrent_bart.model.loss import IGNORED
@@ -106,7 +107,7 @@ class Evaluator:
         return self._decode(self.corpus[document]["sections"][section])
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return decode_text(self.tokenizer, ids)
 
     def _generate(self, model: RecurrentBartForConditionalGeneration, batch: Batch, how: Generation) -> list[Tensor]:
         """Return the generated ids of each document, `(tokens,)`, or `(segments, tokens)` for the section task."""
@@ -142,7 +143,7 @@ class Evaluator:
             id=name,
             source=self._decode(source[:HEAD]) + (" …" if source[HEAD:] else ""),
             target=row["summary_texts"][section],
-            generated=self.tokenizer.decode(generated, skip_special_tokens=True).strip(),
+            generated=decode_text(self.tokenizer, generated).strip(),
             document=index,
             section=section,
         )

@@ -13,7 +13,7 @@ from recurrent_bart.evaluation.mean_scores import (
 )
 from recurrent_bart.evaluation.model_scores import MODEL_SCORES
 from recurrent_bart.evaluation.predictions import Prediction
-from recurrent_bart.monitoring.fields import SCORES
+from recurrent_bart.monitoring.fields import SCORES, WORD_SCORES
 
 # Scores that are printed for groups of texts. The JSON file has all scores of all groups.
 GROUP_SCORES = ("rouge1", "rouge2", "repeated_4grams")
@@ -34,7 +34,7 @@ class Results:
     def lines(self) -> list[str]:
         """Return the results as text."""
         numbers = {"documents": str(self.n_documents), "texts": str(self.n_texts), "loss": f"{self.loss:.4f}"}
-        descriptions = SCORES | MODEL_SCORES
+        descriptions = SCORES | WORD_SCORES | MODEL_SCORES
         numbers |= {name: f"{f'{score:.2f}':<22} {descriptions[name]}" for name, score in self.scores.items()}
         for kind, shares in self.shares_by_tenth.items():
             tenths = " ".join(f"{share.mean:.1f}" for share in shares)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from recurrent_bart.data.word_segmenter import segmenter_of
 from recurrent_bart.data.words import words
 from recurrent_bart.distributed import gather_objects, is_first, rank, world_size
 from recurrent_bart.evaluation.evaluator import Evaluator, Sample
@@ -13,29 +14,35 @@ from recurrent_bart.evaluation.rouge import rouge_per_sample
 
 
 def score_samples(
-    evaluator: Evaluator, samples: Sequence[Sample], scorers: Sequence[Scorer] = (), with_source: bool = False
+    evaluator: Evaluator,
+    samples: Sequence[Sample],
+    scorers: Sequence[Scorer] = (),
+    with_source: bool = False,
+    segmenter: str | None = None,
 ) -> list[Prediction]:
     """Score generated texts. Each rank scores a part of the texts. All ranks return all predictions, in order.
 
     `scorers` add scores by models. With `with_source`, the predictions of rank 0 have the source texts.
+    `segmenter` cuts Japanese texts into words for further ROUGE scores; None: the segmenter of the tokenizer.
     """
-    own = [_score(evaluator, sample, scorers) for sample in samples[rank() :: world_size()]]
+    segmenter = segmenter or segmenter_of(evaluator.tokenizer)
+    own = [_score(evaluator, sample, scorers, segmenter) for sample in samples[rank() :: world_size()]]
     parts = gather_objects(own)
     scores = [parts[number % world_size()][number // world_size()] for number in range(len(samples))]
     has_source = with_source and is_first()
     return [_prediction(evaluator, *both, has_source) for both in zip(samples, scores, strict=True)]
 
 
-def score_text(text: str, targets: Sequence[str], source: str) -> dict[str, Any]:
+def score_text(text: str, targets: Sequence[str], source: str, segmenter: str = "none") -> dict[str, Any]:
     """Return the fields `scores` and `shares_by_tenth` of a prediction."""
-    rouge = {name: float(values[0]) for name, values in rouge_per_sample([text], [targets]).items()}
+    rouge = {name: float(values[0]) for name, values in rouge_per_sample([text], [targets], segmenter).items()}
     in_words = words(text), [words(target) for target in targets], Source(words(source))
     return {"scores": rouge | measure(*in_words), "shares_by_tenth": shares_by_tenth(*in_words)}
 
 
-def _score(evaluator: Evaluator, sample: Sample, scorers: Sequence[Scorer]) -> dict[str, Any]:
+def _score(evaluator: Evaluator, sample: Sample, scorers: Sequence[Scorer], segmenter: str) -> dict[str, Any]:
     inputs = sample.generated, _targets(evaluator, sample), evaluator.source_text(sample.document, sample.section)
-    found = score_text(*inputs)
+    found = score_text(*inputs, segmenter)
     for scorer in scorers:
         found["scores"] |= scorer(*inputs)
     return found

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.distributed import is_first
@@ -28,7 +29,7 @@ from recurrent_bart.recurrence.segmentation import pad_segments
 from recurrent_bart.run_folder import RunFolder
 
 # increase the number when the contents of a saved bookmark change
-FORMAT = "recurrent_bart reading 4"
+FORMAT = "recurrent_bart reading 5"
 # configuration fields that the values of a state depend on, besides the weights
 STATE_FIELDS = (
     "pre_seq_len",
@@ -57,6 +58,15 @@ LONGEST_WORD = 2**20
 # space.
 BEFORE_SPACE = re.compile(r"(?s).*(?<=\S)(?= \s*[^\s▁])")
 BEFORE_WHITE_SPACE = re.compile(r"(?s).*(?<=\S)(?=[ \t\n\r]\s*[^\s▁])")
+# Ends of sentences without white space behind them, and places before an ideographic space. The ids of a sentence may
+# still depend on the next characters, so each place is checked before a text is cut there.
+SENTENCE_CUT = regex.compile(
+    r"(?<=\p{Sentence_Terminal}[\p{Pe}\p{Pf}]*)(?=[^\s\p{Sentence_Terminal}\p{Pe}\p{Pf}])|(?<=\S)(?=\u3000+\S)"
+)
+# characters behind a cut that are known before the text is cut there, more than a token has
+LOOKAHEAD = 32
+# places that are checked, the last ones of the text
+N_PLACES = 4
 
 
 @dataclass
@@ -68,12 +78,15 @@ class Bookmark:
         overlap: Last ids that were read; the next segment begins with them.
         ids: Ids not read yet, because they may belong to the last segment of the text.
         text: Characters not tokenized yet, because the next part may continue the last word.
+        context: Characters in front of `text` whose ids are read already, because the ids of `text` depend on them;
+            empty if the text in front ends with a word and white space follows.
     """
 
     state: RecurrentState | None = None
     overlap: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     text: str = ""
+    context: str = ""
 
 
 class TextReader:
@@ -117,8 +130,10 @@ class TextReader:
         for start in range(0, len(text), BLOCK):
             self.bookmark.text += text[start : start + BLOCK]
             end = self._end_of_words(self.bookmark.text)
-            whole, self.bookmark.text = self.bookmark.text[:end], self.bookmark.text[end:]
-            self.bookmark.ids += self._encode(whole)
+            if end:
+                self.bookmark.ids += self._ids_behind_context(self.bookmark.text[:end])
+                self.bookmark.text, self.bookmark.context = self.bookmark.text[end:], ""
+            self._take_sentences(self.bookmark)
             yield from self._full_segments(self.bookmark)
 
     def finish(self) -> Iterator[BaseModelOutput]:
@@ -126,7 +141,7 @@ class TextReader:
 
         Yields decoder contexts as `feed` does; the last one covers the whole text. Raises ValueError without any text.
         """
-        end = replace(self.bookmark, ids=self.bookmark.ids + self._encode(self.bookmark.text))
+        end = replace(self.bookmark, ids=self.bookmark.ids + self._ids_behind_context(self.bookmark.text))
         if not end.ids:
             raise ValueError("the text has no tokens")
         n_kept = len(end.ids)
@@ -142,8 +157,8 @@ class TextReader:
         """
         mark = self.bookmark
         # sections of training documents end without a line end
-        mark.ids += self._encode(mark.text.rstrip())
-        mark.text = ""
+        mark.ids += self._ids_behind_context(mark.text.rstrip())
+        mark.text = mark.context = ""
         if not mark.ids:
             return
         yield from self._full_segments(mark)
@@ -163,7 +178,12 @@ class TextReader:
         tensors = {name: ids.long() for name, ids in tensors.items()}
         if mark.state is not None:
             tensors |= {f"state.{name}": tensor.cpu().clone() for name, tensor in mark.state.tensors().items()}
-        metadata = {"format": FORMAT, "text": mark.text, "reader": json.dumps(self._identity())}
+        metadata = {
+            "format": FORMAT,
+            "text": mark.text,
+            "context": mark.context,
+            "reader": json.dumps(self._identity()),
+        }
         draft = path.with_name(path.name + ".tmp")
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata)
@@ -188,8 +208,9 @@ class TextReader:
             overlap=tensors["overlap"].tolist(),
             ids=tensors["ids"].tolist(),
             text=metadata["text"],
+            context=metadata["context"],
         )
-        self.n_counted = len(self.bookmark.ids) + len(self._encode(self.bookmark.text))
+        self.n_counted = len(self.bookmark.ids) + len(self._ids_behind_context(self.bookmark.text))
 
     def _end_of_words(self, text: str) -> int:
         """Return the last index at which cutting the text does not change its ids."""
@@ -197,6 +218,30 @@ class TextReader:
         if found:
             return found.end()
         return len(text) if len(text) > LONGEST_WORD else 0
+
+    def _take_sentences(self, mark: Bookmark) -> None:
+        """Move the ids of whole sentences from the text to the ids, for scripts without white space."""
+        whole = mark.context + mark.text
+        places = [found.start() for found in SENTENCE_CUT.finditer(whole, 0, max(0, len(whole) - LOOKAHEAD))]
+        for place in reversed(places[-N_PLACES:]):
+            if place <= len(mark.context):
+                return
+            start = max((it for it in places if it <= place - LOOKAHEAD), default=0)
+            behind = whole[place : place + 2 * LOOKAHEAD]
+            texts = mark.context, whole[:place], whole[:place] + behind, whole[start:place], whole[start:place] + behind
+            old, ids, longer, context, both = self.encoder(texts)
+            is_end = longer[: len(ids)] == ids and both[: len(context)] == context
+            if is_end and both[len(context) :] == longer[len(ids) :]:
+                mark.ids += ids[len(old) :]
+                mark.text, mark.context = whole[place:], whole[start:place]
+                return
+
+    def _ids_behind_context(self, text: str) -> list[int]:
+        """Return the ids of a text that follows the bookmark's context."""
+        if not text:
+            return []
+        context, both = self.encoder([self.bookmark.context, self.bookmark.context + text])
+        return both[len(context) :]
 
     def _encode(self, text: str) -> list[int]:
         return self.encoder([text])[0]
@@ -257,7 +302,7 @@ def summary_after(
 ) -> str:
     """Generate a text from a context that `TextReader` yields; `generation` holds arguments of `generate`."""
     ids = model.generate(encoder_outputs=output, **generation)
-    return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    return decode_text(tokenizer, ids[0]).strip()
 
 
 def load_model(

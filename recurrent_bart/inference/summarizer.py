@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.batches import Collator, SegmentSizes
 from recurrent_bart.data.rows import refuse
-from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.token_batches import group_by_segments
 from recurrent_bart.data.tokenizer import special_tokens_around
 from recurrent_bart.inference.reading_session import ReadingSession, Summary
@@ -149,7 +149,7 @@ class Summarizer:
         batch = self.collator(rows)
         input_ids = batch.input_ids.to(self.model.device)
         generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
-        return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
+        return [decode_text(self.tokenizer, ids).strip() for ids in generated]
 
     def _summarize_long(self, ids: list[int]) -> str:
         reader = TextReader(self.model, self.tokenizer)

@@ -46,8 +46,8 @@ STEPS = {
 # Scores of generated texts, without models: means over texts. Not at step 0. Of several targets, the best counts for
 # each ROUGE score, and the mean for each other score. N-grams are of words.
 SCORES = {
-    "rouge1": "ROUGE-1: F-measure of words, in percent",
-    "rouge2": "ROUGE-2: F-measure of bigrams, in percent",
+    "rouge1": "ROUGE-1: F-measure of words, or of characters in scripts without spaces, in percent",
+    "rouge2": "ROUGE-2: F-measure of bigrams of these words or characters, in percent",
     "rougeL": "ROUGE-L: F-measure of the longest common subsequence of the whole texts, in percent",
     "rougeLsum": "ROUGE-Lsum: F-measure of longest common subsequences by sentence, in percent",
     "repeated_4grams": "4-grams of the text that repeat an earlier one, in percent",
@@ -63,6 +63,11 @@ SCORES = {
     "n_words": "length of the text, in words",
     "n_target_words": "length of the target, in words",
     "length_ratio": "length of the text over length of the target, mean over texts",
+}
+# Further scores of generated texts if Japanese texts are segmented into words.
+WORD_SCORES = {
+    f"rouge{kind}_words": f"ROUGE-{kind} of the word segmenter's words: F-measure, in percent"
+    for kind in ("1", "2", "L", "Lsum")
 }
 # Logged at each evaluation on the validation split.
 EVALUATIONS = {
@@ -82,4 +87,4 @@ SKIPS = {"skipped": "reason for the skipped optimizer step"}
 # Logged after each checkpoint.
 CHECKPOINTS = {"checkpoint_seconds": "time that training waited for the checkpoint, in seconds"}
 
-FIELDS = {"step": "number of optimizer steps done", **STEPS, **EVALUATIONS, **SKIPS, **CHECKPOINTS}
+FIELDS = {"step": "number of optimizer steps done", **STEPS, **EVALUATIONS, **WORD_SCORES, **SKIPS, **CHECKPOINTS}

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from recurrent_bart.data.held_out import SPLIT_RULES
 from recurrent_bart.data.rows import TASKS, Columns
 from recurrent_bart.data.text_files import check_encoding
+from recurrent_bart.data.word_segmenter import check_installed
 from recurrent_bart.model.generation_settings import MAX_TARGET_LENGTH
 from recurrent_bart.training.argument_fields import check_at_least, check_choice, flag
 
@@ -72,6 +73,11 @@ class DataArguments:
     target_lang: str | None = flag(
         None, "language code of the targets; if not given: the tokenizer's own, else the language of the documents"
     )
+    word_segmenter: str | None = flag(
+        None,
+        "segmenter that puts spaces between the words of Japanese texts before they are tokenised, as the model's "
+        "pretraining did: none, jumanpp, mecab or sudachi; saved with the model; if not given: the tokenizer's own",
+    )
     gap_sentences: int = flag(
         0,
         "copies of each training document whose targets are sentences of the document, left in or removed from the "
@@ -95,6 +101,7 @@ class DataArguments:
         if not 0 < self.validation_share < 1:
             raise ValueError(f"--validation_share {self.validation_share}: must be above 0 and below 1")
         check_encoding(self.encoding)
+        check_installed(self.word_segmenter or "none")
         check_at_least(self, 4, "max_target_length")
         check_at_least(self, 0, "gap_sentences")
 

@@ -24,6 +24,7 @@ from recurrent_bart.data.tokenizer import (
     special_tokens_around_targets,
     train_tokenizer,
 )
+from recurrent_bart.data.word_segmenter import segmenter_version
 from recurrent_bart.files import atomic_directory, fingerprint
 from recurrent_bart.model.generation_settings import longest_text
 from recurrent_bart.model.saved_models import check_model_place
@@ -202,17 +203,20 @@ def find_tokenizer(
     if model.model_name_or_path:
         check_model_place("--model_name_or_path", model.model_name_or_path, may_be_on_hub=True)
     if name:
-        return load_tokenizer(str(name), model.trust_remote_code, data.source_lang, data.target_lang)
+        languages = data.source_lang, data.target_lang
+        return load_tokenizer(str(name), model.trust_remote_code, *languages, data.word_segmenter)
     # copies made with --gap_sentences contain the same words and would not change the tokenizer
     train = replace(train, n_made=0)
-    key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()))
+    segmenter = data.word_segmenter or "none"
+    segmented = [] if segmenter == "none" else [segmenter_version(segmenter)]
+    key = fingerprint("unigram", model.vocab_size, train.identity(), data.task, vars(data.columns()), *segmented)
     folder = Path(data.cache_dir).expanduser() / "tokenizers" / key
     if not folder.exists():
         say(f"training a tokenizer of {model.vocab_size} ids on {train.place}")
-        texts = texts_of(train.rows(data.task, data.columns()))
+        texts = texts_of(train.rows(data.task, data.columns()), segmenter)
         with atomic_directory(folder) as draft:
             save_tokenizer(train_tokenizer(texts, model.vocab_size), draft)
-    return load_tokenizer(str(folder))
+    return load_tokenizer(str(folder), word_segmenter=data.word_segmenter)
 
 
 def open_documents(

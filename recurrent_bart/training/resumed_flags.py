@@ -22,7 +22,7 @@ KEPT_DATA = (
     *("dataset", "dataset_config_name", "train_file", "validation_file", "task", "gap_sentences"),
     *("text_column", "summary_column", "sections_column", "summaries_column", "references_column"),
     *("max_train_documents", "max_eval_documents"),
-    *("source_lang", "target_lang"),
+    *("source_lang", "target_lang", "word_segmenter"),
 )
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")
 # flags that change what the validation loss measures

@@ -1,8 +1,11 @@
 """Targets made of a document's own sentences: the best ones, in order, kept in the text or replaced."""
 
+import re
+import textwrap
+
 import pytest
 
-from recurrent_bart.data.gap_sentences import GAP, KEPT, MOST_PIECES, PIECE_WORDS, TAKEN, gap_sentence_rows
+from recurrent_bart.data.gap_sentences import GAP, KEPT, MOST_PIECES, PIECE_WORDS, TAKEN, _sentences, gap_sentence_rows
 from recurrent_bart.data.rows import Row
 
 # The second sentence of each paragraph shares its words with other paragraphs; the rest of the sentences do not.
@@ -121,3 +124,41 @@ def test_a_target_has_at_most_half_of_the_words(n_left, is_usable):
     made = list(gap_sentence_rows(Row("d", [f"{taken}. {taken}. {left}."], ["summary"]), 9, "document"))
     assert len(made) == (9 if is_usable else 0)
     assert {row.summaries[0] for row in made} == ({f"{taken}. {taken}."} if is_usable else set())
+
+
+def test_long_japanese_sentences_can_be_chosen():
+    """A sentence of 80 characters has about 40 words."""
+    sentences = [f"第{number}号議案の{'予算と人員と設備の' * 8}説明を求めます。" for number in "一二三四五六"]
+    assert all(80 <= len(sentence) <= 100 for sentence in sentences)
+    (made,) = gap_sentence_rows(Row("d", ["".join(sentences)], ["要約"]), 1, "document")
+    assert made.summaries[0].count("。") == 2
+    assert {*made.summaries[0].split("。")} - {""} <= {sentence[:-1] for sentence in sentences}
+
+
+def test_lines_of_a_wrapped_sentence_are_joined():
+    sentences = [f"the pump number {number} and the motor are this report of the pump is on." for number in range(8)]
+    wrapped = textwrap.fill(" ".join(sentences), 60)
+    assert wrapped.count("\n") > 8
+    for number in range(4):
+        rows = list(gap_sentence_rows(Row(f"d{number}", [wrapped], ["summary"]), 4, "document"))
+        assert len(rows) == 4
+        for made in rows:
+            found = re.findall(r"[^.]+\.", made.summaries[0])
+            assert {" ".join(sentence.split()) for sentence in found} <= {*sentences}
+            # a line end may stand between two sentences of a target, and not inside one
+            assert all("\n" not in sentence.strip() for sentence in found)
+
+
+def test_wrapped_japanese_lines_are_joined_without_a_space():
+    sentence = "この装置の温度は報告書の本文で詳しく説明されているので確認してください。"
+    text = sentence * 20
+    wrapped = "\n".join(text[start : start + 30] for start in range(0, len(text), 30))
+    (made,) = gap_sentence_rows(Row("d", [wrapped], ["要約"]), 1, "document")
+    assert {part + "。" for part in made.summaries[0].replace("\n", "").split("。") if part} == {sentence}
+    assert " " not in made.summaries[0]
+
+
+def test_headings_lists_and_short_lines_stay_sentences():
+    lines = ["- the flow in the pipe of the pump is what this report is about", "* the flow of the pump", "a heading"]
+    text = "\n".join([*lines, lines[0]])
+    assert [sentence.text for sentence in _sentences([text])[0]] == [f"{line}\n" for line in lines] + [lines[0]]

@@ -1,10 +1,11 @@
 """Words and sentences in all scripts and Unicode forms."""
 
 import unicodedata
+from collections import Counter
 
 import pytest
 
-from recurrent_bart.data.words import normalise, sentences, words
+from recurrent_bart.data.words import n_usual_words, normalise, sentences, words
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,18 @@ def test_a_zero_width_space_separates_words():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("寒い．雨だ．「そう。」と言った。", ["寒い．", "雨だ．", "「そう。」と言った。"]),
+        ("議長（田中。）は『行く！』と。次", ["議長（田中。）は『行く！』と。", "次"]),
+        ("「『行く。』か。」と。次。", ["「『行く。』か。」と。", "次。"]),
+        ("彼は「行く。帰る。\n次」だ。", ["彼は「行く。", "帰る。", "次」だ。"]),
+        ("中文。還有！真的？", ["中文。", "還有！", "真的？"]),
+        ("Да. Нет! Как?", ["Да.", "Нет!", "Как?"]),
+        ("Ναι. Όχι!", ["Ναι.", "Όχι!"]),
+        ("네. 아니요! 왜?", ["네.", "아니요!", "왜?"]),
+        ("نعم. لا! لماذا؟ هنا", ["نعم.", "لا!", "لماذا؟", "هنا"]),
+        ("כן. לא! למה?", ["כן.", "לא!", "למה?"]),
+        ("ใช่\nไม่", ["ใช่", "ไม่"]),
+        ("ஆம். இல்லை!", ["ஆம்.", "இல்லை!"]),
         ("One is 3.5. Two? Three!\nFour", ["One is 3.5.", "Two?", "Three!", "Four"]),
         ("寒い。雨だ！？晴れ．次は3．5キロ", ["寒い。", "雨だ！？", "晴れ．", "次は3．5キロ"]),
         ("寒い｡雨だ!?晴れ.次は3.5キロ", ["寒い｡", "雨だ!?", "晴れ.", "次は3.5キロ"]),
@@ -97,3 +110,27 @@ def test_a_zero_width_space_separates_words():
 )
 def test_sentences_end_by_the_rules_of_each_script(text, expected):
     assert sentences(text) == expected
+
+
+def test_many_quotes_are_read_in_linear_time():
+    text = "「寒い。" * 20_000 + "」" * 20_000
+    assert sentences(text) == [text]
+    assert len(sentences("（。" * 20_000)) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(
+            ("one two three", 3),
+            ("東京都に行く", 3),
+            ("ภาษาที่ดีมาก", 3),
+            ("한국어 문장", 2),
+            ("BARTを使う", 2),
+            ("हिन्दी की", 2),
+        ),
+        *(("", 0), ("ខ្មែរខ្មែ", 1), ("မြန်မာ", 1)),
+    ],
+)
+def test_unspaced_scripts_have_several_characters_in_a_word(text, expected):
+    assert n_usual_words(Counter(words(text))) == expected

@@ -5,8 +5,10 @@ import unicodedata
 import pytest
 from rouge_score import rouge_scorer
 
+from recurrent_bart.data.word_segmenter import WordSegmenter
 from recurrent_bart.evaluation.bootstrap import intervals
 from recurrent_bart.evaluation.rouge import METRICS, RougeTokenizer, rouge_per_sample
+from recurrent_bart.monitoring.fields import WORD_SCORES
 
 PREDICTION = "The cats sat on a mat. It was raining, 3.5 mm fell! Nobody's umbrella helped."
 REFERENCE = "A cat was sitting on the mat. Rain fell: 3 mm. No umbrella was of help?"
@@ -133,3 +135,48 @@ def test_the_best_reference_counts_for_each_score_by_itself():
     found = rouge_per_sample([text, text], [references, references[0]])
     assert found["rouge1"].tolist() == pytest.approx([100, 100])
     assert found["rouge2"].tolist() == pytest.approx([100 * 2 * 2 / (3 + 5), 0])
+
+
+def test_japanese_words_and_characters_have_scores_of_their_own():
+    """Two of four words are common, and five of six characters."""
+    pytest.importorskip("fugashi")
+    pytest.importorskip("unidic_lite")
+    text, target = "京都の予算案", "東京都の予算"
+    segment = WordSegmenter("mecab")
+    assert [segment([line])[0] for line in (text, target)] == ["京都 の 予算 案", "東京 都 の 予算"]
+    found = rouge_per_sample([text], [target], "mecab")
+    assert found["rouge1"].tolist() == pytest.approx([100 * 5 / 6])
+    assert found["rouge1_words"].tolist() == pytest.approx([50])
+    # one of three bigrams
+    assert found["rouge2_words"].tolist() == pytest.approx([100 / 3])
+    assert found.keys() == {*METRICS, *WORD_SCORES}
+
+
+def test_half_width_kana_have_the_words_of_full_width_kana():
+    pytest.importorskip("fugashi")
+    pytest.importorskip("unidic_lite")
+    found = rouge_per_sample(["ﾊﾟｿｺﾝの予算、ＢＡＲＴ"], ["パソコンの予算、BARTs"], "mecab")
+    assert found["rouge1_words"].tolist() == found["rouge1"].tolist() == [100.0]
+
+
+def test_reordered_japanese_sentences_have_a_perfect_lsum():
+    for mark in "。．！？":
+        text, target = f"寒い{mark}雨だ{mark}晴れ{mark}", f"晴れ{mark}寒い{mark}雨だ{mark}"
+        assert rouge_per_sample([text], [target])["rougeLsum"].tolist() == [100.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        # words
+        *(("a b c d e", "a b c d x"), ("а б в г д", "а б в г ж"), ("α β γ δ ε", "α β γ δ ζ")),
+        *(("가 나 다 라 마", "가 나 다 라 바"), ("א ב ג ד ה", "א ב ג ד ו"), ("ا ب ت ث ج", "ا ب ت ث ح")),
+        *(("क ख ग घ च", "क ख ग घ छ"), ("க ங ச ஞ ட", "க ங ச ஞ ண"), ("አ በ ገ ደ ሀ", "አ በ ገ ደ ወ")),
+        *(("ა ბ გ დ ე", "ა ბ გ დ ვ"), ("ক খ গ ঘ ঙ", "ক খ গ ঘ চ"), ("ա բ գ դ ե", "ա բ գ դ զ")),
+        # characters
+        *(("中文摘要好", "中文摘要壞"), ("あいうえお", "あいうえか"), ("アイウエオ", "アイウエカ")),
+        *(("กขคงจ", "กขคงฉ"), ("ກຂຄງຈ", "ກຂຄງສ"), ("កខគឃង", "កខគឃច"), ("ကခဂဃင", "ကခဂဃစ")),
+    ],
+)
+def test_four_of_five_equal_words_or_characters_of_any_script_score_80(text, target):
+    assert rouge_per_sample([text], [target])["rouge1"].tolist() == pytest.approx([80])

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertJapaneseTokenizer, PreTrainedTokenizerFast
 
 from recurrent_bart.data.batches import Collator, SegmentSizes
 from recurrent_bart.data.text_encoder import TextEncoder
-from recurrent_bart.data.tokenizer import special_tokens_around, train_tokenizer
+from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around, train_tokenizer
 from recurrent_bart.inference import stream_reader as inference
-from recurrent_bart.inference.stream_reader import TextReader, summary_after
+from recurrent_bart.inference.stream_reader import LOOKAHEAD, TextReader, summary_after
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.recurrence.segmentation import pad_segments, split_into_segments
 
@@ -27,7 +27,7 @@ WORDS_AND_MARKS = ["▁", "Ġ", "don't", "'s", "foo", "123", "_x", "(", "...", "
 ATOMS = [*SPACES, *WORDS_AND_MARKS, "<mask>", "<s>"]
 
 
-def byte_tokenizer(add_prefix_space):
+def byte_tokenizer(add_prefix_space, texts=TEXTS):
     """Return a byte-level BPE tokenizer like BART's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
@@ -38,7 +38,7 @@ def byte_tokenizer(add_prefix_space):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -81,6 +81,87 @@ def read_segments(make_model, monkeypatch):
         return segments
 
     return read
+
+
+JAPANESE = """\
+本日の会議を開きます。
+「予算は足りますか？」と田中委員が質問しました。
+はい。
+ええ！？本当ですか。
+３．５％の増額です．次に移ります．
+東京都の予算案について、市長から説明がありました。
+『よい。』「そう。」
+　第一号議案。
+ﾊﾟｿｺﾝを買う｡
+BART 2024を使う。
+か゛く゛…。
+(笑)。
+ありがとうございました、それでは次の議題に移りたいと思いますがよろしいでしょうか。
+中文。
+ไทย。
+។ខ្មែរ។ខ្មែរ""".splitlines()
+
+
+def japanese_tokenizer(kind, folder):
+    """Return a tokenizer of Japanese text; `folder` holds the vocabulary of BertJapanese."""
+    texts = ["".join(random.Random(number).choices(JAPANESE, k=9)) for number in range(30)]
+    if kind == "unigram":
+        return train_tokenizer(texts, vocab_size=520)
+    if kind == "bpe":
+        return byte_tokenizer(False, texts)
+    pytest.importorskip("fugashi")
+    pytest.importorskip("unidic_lite")
+    letters = sorted({letter for text in texts for letter in text if not letter.isspace()})
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *letters, *[f"##{letter}" for letter in letters]]
+    vocabulary += ["予算", "東京", "会議", "委員", "です", "ます", "##した"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    options = {"word_tokenizer_type": "mecab", "mecab_kwargs": {"mecab_dic": "unidic_lite"}}
+    BertJapaneseTokenizer(str(folder / "vocab.txt"), **options).save_pretrained(folder / "saved")
+    segmenter = "mecab" if kind == "unigram of words" else None
+    if segmenter:
+        train_tokenizer(texts, vocab_size=520).save_pretrained(folder / "saved")
+    return load_tokenizer(str(folder / "saved"), word_segmenter=segmenter)
+
+
+KINDS = ["unigram", "bpe", "BertJapanese", "unigram of words"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_without_spaces_has_the_segments_of_the_whole_text(kind, read_segments, tmp_path):
+    tokenizer, chance = japanese_tokenizer(kind, tmp_path), random.Random(1)
+    leading, trailing = special_tokens_around(tokenizer)
+    for n_sentences in (1, 2, 3, 8, 20, 40):
+        text = "".join(chance.choices(JAPANESE, k=n_sentences))
+        ids = [*leading, *TextEncoder(tokenizer)([text])[0], *trailing]
+        expected = split_into_segments(ids, segment_size=8, input_size=8)
+        for size in (1, 7, 1000):
+            assert read_segments(tokenizer, in_pieces(text, size), pad_token_id=tokenizer.pad_token_id) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_without_spaces_gives_its_first_segment_when_its_tokens_are_there(kind, make_model, tmp_path):
+    tokenizer = japanese_tokenizer(kind, tmp_path)
+    reader = TextReader(make_model(vocab_size=len(tokenizer), encoder_layers=1), tokenizer)
+    n_read, n_waiting = 0, []
+    for letter in "東京都の予算案について、市長から説明がありました。" * 20:
+        n_read += sum(1 for _ in reader.feed(letter))
+        n_waiting.append(len(reader.bookmark.text) + len(reader.bookmark.context))
+    assert n_read > 10
+    # the waiting text is at most two sentences and the characters behind them
+    assert max(n_waiting) <= 4 * 25 + LOOKAHEAD
+
+
+def test_a_state_file_inside_japanese_text_continues_it(make_model, tmp_path):
+    tokenizer = japanese_tokenizer("unigram", tmp_path)
+    text = "".join(random.Random(3).choices(JAPANESE, k=40)).replace(" ", "")
+    model = make_model(vocab_size=len(tokenizer)).requires_grad_(False)
+    for place in (100, 203, 350):
+        first, second = TextReader(model, tokenizer), TextReader(model, tokenizer)
+        read_all(first, in_pieces(text[:place], 30))
+        assert first.bookmark.context
+        first.save(tmp_path / "state")
+        second.load(tmp_path / "state")
+        assert_equal_to_1e_12(read_all(second, in_pieces(text[place:], 30)), read_at_once(first, text))
 
 
 def in_pieces(text, size):

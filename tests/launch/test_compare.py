@@ -114,7 +114,9 @@ def test_the_page_shows_the_texts_that_differ_most_first(compare, write, tmp_pat
     # The gains are 40 - 3 and 0 - 7, of 12 texts.
     difference = rows(printed)["rouge1", "ours"][1]
     assert difference.startswith("+2.50 [")
-    assert {"ROUGE-1: F-measure of words, in percent", difference} <= set(page.texts)
+    assert {"ROUGE-1: F-measure of words, or of characters in scripts without spaces, in percent", difference} <= set(
+        page.texts
+    )
     # The page loads nothing.
     assert {link[:5] for link in re.findall(r'(?:src|href)="(?!#)([^"]*)"', html)} == {"data:"}
     assert "default-src 'none'" in html
