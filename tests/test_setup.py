@@ -146,7 +146,7 @@ def test_what_must_pass_is_the_check_and_the_tests(tmp_path):
 def test_exact_versions_cover_all_requirements_and_lie_in_their_ranges():
     exact = constraints()
     assert exact["torch"] == "2.13.0"
-    for requirement in required() + required("lora") + required("tensorboard") + required("dev"):
+    for requirement in required() + required("lora") + required("tensorboard") + required("serve") + required("dev"):
         assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), requirement
 
 
@@ -159,13 +159,13 @@ def test_ranges_admit_what_a_gpu_machine_may_have():
 
 def test_every_library_has_an_upper_bound_below_its_next_major_version():
     exact = constraints()
-    for requirement in required() + required("lora") + required("tensorboard"):
+    for requirement in required() + required("lora") + required("tensorboard") + required("serve"):
         major = int(exact[canonicalize_name(requirement.name)].split(".")[0])
         assert not requirement.specifier.contains(f"{major + 1}.0"), requirement
 
 
 def test_all_that_is_imported_is_required():
-    given = required() + required("lora") + required("tensorboard")
+    given = required() + required("lora") + required("tensorboard") + required("serve")
     direct = {canonicalize_name(requirement.name) for requirement in given}
     # dependencies of the requirements are installed too
     theirs = [Requirement(line) for name in direct for line in requires(name) or [] if "extra ==" not in line]
