@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a model, on one process, or with --num_gpus N on N GPUs",
     "evaluate": "compute loss, ROUGE and more scores of a model",
     "summarize": "summarise texts of any length",
+    "serve": "serve summaries and sessions over HTTP",
     "memory-map": "show which parts of a document a model reads from its state",
     "report": "write one HTML page about runs",
     "compare": "compare systems by the texts that they generated",

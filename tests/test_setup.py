@@ -37,7 +37,7 @@ def required(extra=None):
     return [Requirement(line) for line in lines]
 
 
-EXTRAS = [requirement for extra in ("lora", "tensorboard", "japanese") for requirement in required(extra)]
+EXTRAS = [requirement for extra in ("lora", "tensorboard", "japanese", "serve") for requirement in required(extra)]
 
 
 def constraints():

@@ -172,12 +172,9 @@ def evaluate(
     longest = text_length(model.config, generation, given, documents.collator.max_target_length)
     change_settings(generation, given, longest)
     limits = describe_limit(model.config, data.max_target_length)
-    for line in [
-        *limits,
-        describe_settings(generation, longest),
-        *contradictions(generation, documents.targets()),
-    ]:
-        say(str(line))
+    said = *limits, describe_settings(generation, longest), *map(str, contradictions(generation, documents.targets()))
+    for line in said:
+        say(line)
     loss = evaluator.loss(model)
     torch.manual_seed(arguments.seed + environment.rank)
     samples = evaluator.summarise(model, Generation(longest))

@@ -187,11 +187,12 @@ def do_runs(runs: Sequence[Run], folder: Path, arguments: argparse.Namespace) ->
     deadline = time.time() + arguments.budget_seconds
     places = find_places(arguments.devices, arguments.processes_per_device)
     todo = [run for run in runs if not RunFile(folder / run.file_name()).is_finished(run)]
-    is_text = isinstance(runs[0], TextRun)
-    if todo and is_text:
+    first = runs[0]
+    is_text = isinstance(first, TextRun)
+    if todo and isinstance(first, TextRun):
         from recurrent_bart.studies.documents.training import prepare_documents
 
-        prepare_documents(runs[0])
+        prepare_documents(first)
     for run in todo:
         RunFile(folder / run.file_name()).begin(run)
     runs_at_once = find_runs_at_once(arguments.runs_at_once, is_text, places[0])

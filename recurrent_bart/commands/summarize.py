@@ -258,7 +258,7 @@ def summarize_window(summarizer: Summarizer, window: list[Text], skips: bool) ->
     """
     readable = [text for text in window if not text.is_passed_over]
     try:
-        summaries = map(str, summarizer.summarize([text.content for text in readable]))
+        summaries = iter([str(summary) for summary in summarizer.summarize([text.content for text in readable])])
     except ValueError:
         # Summarise each text by itself to find the unusable text.
         summaries = (summarize_alone(summarizer, text, skips) for text in readable)

@@ -26,7 +26,7 @@ from recurrent_bart.data.word_segmenter import (
 from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 # JSON file with the fields of `Corpus` except `rows`.
 ABOUT = "about.json"
 # Documents per tokenizer call; a fast tokenizer processes them in parallel threads.

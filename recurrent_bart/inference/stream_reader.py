@@ -21,6 +21,7 @@ from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.distributed import is_first
+from recurrent_bart.inference.saved_state import check_tensors
 from recurrent_bart.model.loading import load_pretrained
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.model.saved_models import check_model_place, reading_model
@@ -171,8 +172,11 @@ class TextReader:
         """True if no text has arrived since the last section's end, or since the beginning."""
         return not self.bookmark.ids and not self.bookmark.text.strip()
 
-    def save(self, path: Path) -> None:
-        """Write the bookmark for a reader of the same model; raise ValueError if the file cannot be written."""
+    def save(self, path: Path, notes: dict[str, Any] | None = None) -> None:
+        """Write the bookmark for a reader of the same model; raise ValueError if the file cannot be written.
+
+        `notes` are JSON values of the caller, which `load` returns.
+        """
         mark = self.bookmark
         tensors = {"ids": torch.tensor(mark.ids), "overlap": torch.tensor(mark.overlap)}
         tensors = {name: ids.long() for name, ids in tensors.items()}
@@ -183,6 +187,7 @@ class TextReader:
             "text": mark.text,
             "context": mark.context,
             "reader": json.dumps(self._identity()),
+            "notes": json.dumps(notes or {}),
         }
         draft = path.with_name(path.name + ".tmp")
         try:
@@ -191,8 +196,12 @@ class TextReader:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: cannot be written ({error})") from error
 
-    def load(self, path: Path) -> None:
-        """Load a bookmark; raise ValueError if the file is unreadable or was saved with another model or tokenizer."""
+    def load(self, path: Path) -> dict[str, Any]:
+        """Load a bookmark, and return its notes.
+
+        Raises:
+            ValueError: The file is unreadable, or was saved with another model or tokenizer.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -201,16 +210,25 @@ class TextReader:
             raise ValueError(f"{path}: the saved state cannot be read ({error})") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path}: not a saved state: format {metadata.get('format')!r} found, {FORMAT!r} required")
-        self._check_same(json.loads(metadata["reader"]), path)
+        try:
+            reader, notes = json.loads(metadata["reader"]), json.loads(metadata.get("notes", "{}"))
+            text, context = metadata["text"], metadata["context"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not a saved state: {error} in its metadata") from error
+        if not isinstance(reader, dict) or not isinstance(notes, dict):
+            raise ValueError(f"{path}: not a saved state: its metadata are no objects")
+        self._check_same(reader, path)
+        check_tensors(tensors, self.model.config, path)
         state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
         self.bookmark = Bookmark(
             state=RecurrentState.from_tensors(state).to(self.model.device, self.model.dtype) if state else None,
             overlap=tensors["overlap"].tolist(),
             ids=tensors["ids"].tolist(),
-            text=metadata["text"],
-            context=metadata["context"],
+            text=text,
+            context=context,
         )
         self.n_counted = len(self.bookmark.ids) + len(self._ids_behind_context(self.bookmark.text))
+        return notes
 
     def _end_of_words(self, text: str) -> int:
         """Return the last index at which cutting the text does not change its ids."""

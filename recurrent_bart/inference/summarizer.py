@@ -87,7 +87,7 @@ class Summarizer:
         return cls(model, tokenizer, tokens_per_batch, max_n_segments, max_new_tokens=longest)
 
     @overload
-    def __call__(self, texts: str) -> Summary: ...
+    def __call__(self, texts: str) -> Summary: ...  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
 
     @overload
     def __call__(self, texts: Sequence[str]) -> list[Summary]: ...

@@ -1,0 +1,112 @@
+"""Serve summaries and sessions over HTTP: `recurrent-bart serve --model RUN/model`."""
+
+import argparse
+import ipaddress
+from pathlib import Path
+
+from transformers.utils import logging
+
+from recurrent_bart.commands.exit_codes import code_of
+from recurrent_bart.inference.summarizer import TOKENS_PER_BATCH, Summarizer
+from recurrent_bart.serving.settings import Settings
+from recurrent_bart.training.flags import FlagParser
+
+LIMITS = {
+    "n_sessions": "most sessions on disk",
+    "text_bytes": "most bytes of a text, or of a piece of a session's text",
+    "state_bytes": "most bytes of an uploaded state",
+    "body_seconds": "most seconds that a client may take to send a body",
+    "session_seconds": "seconds without a request after which a session is deleted",
+    "n_waiting": "most requests that wait for the model",
+}
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the flags of this command."""
+    parser = FlagParser(description="Serve summaries and sessions over HTTP; /docs describes the requests.")
+    parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; default: %(default)s")
+    parser.add_argument("--token_file", type=Path, help="file with the token that requests must carry; default: none")
+    parser.add_argument(
+        "--sessions", type=Path, default=Path("sessions"), help="folder of the sessions' states; default: %(default)s"
+    )
+    parser.add_argument(
+        "--tokens_per_batch",
+        type=int,
+        default=TOKENS_PER_BATCH,
+        help="maximum number of tokens in a batch of texts, padding included; default: %(default)s",
+    )
+    for name, text in LIMITS.items():
+        default = getattr(Settings, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text}; default: %(default)s")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code from the tokenizer's folder")
+    return parser.parse_flags(argv)
+
+
+def read_token(arguments: argparse.Namespace) -> str | None:
+    """Return the token.
+
+    Raises:
+        ValueError: The file is unreadable or empty, or an address that other machines can reach has no token.
+    """
+    if arguments.token_file is None:
+        if not is_loopback(arguments.host):
+            raise ValueError(f"--host {arguments.host}: other machines can reach this address; give --token_file too")
+        return None
+    try:
+        token = arguments.token_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--token_file {arguments.token_file}: cannot be read ({error})") from error
+    if not token:
+        raise ValueError(f"--token_file {arguments.token_file}: the file is empty")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM; requests in progress are then finished.
+
+    Raises:
+        ValueError: A package of the extra `serve` is missing, or a flag or the model is unusable.
+    """
+    limits = {name: getattr(arguments, name) for name in LIMITS}
+    for name, value in limits.items():
+        if not value > 0:
+            raise ValueError(f"--{name} {value}: must be above 0")
+    settings = Settings(arguments.sessions, read_token(arguments), **limits)
+    try:
+        import uvicorn
+
+        from recurrent_bart.serving.app import build_app
+    except ImportError as error:
+        raise ValueError(f"{error}: install the package with its extra, recurrent-bart[serve]") from error
+    summarizer = Summarizer.from_pretrained(
+        arguments.model, tokens_per_batch=arguments.tokens_per_batch, trust_remote_code=arguments.trust_remote_code
+    )
+    app = build_app(summarizer, settings)
+    print(f"serving    {arguments.model} at http://{arguments.host}:{arguments.port}", flush=True)
+    # an access log would hold ids of sessions
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=30,
+        timeout_keep_alive=5,
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. Return the exit code."""
+    arguments = parse_arguments(argv)
+    logging.disable_progress_bar()
+    return code_of(lambda: serve(arguments))

@@ -1,0 +1,1 @@
+"""Service: summaries and sessions over HTTP; `recurrent-bart serve`."""
