@@ -20,7 +20,8 @@ def encode_with_foreign_states(
     """Encode documents; each segment reads the state that the previous document of the batch has at this place.
 
     The state still tells how many segments were read, but holds nothing about the document, if the batch has more
-    documents than segments. The decoder's context stays the document's own.
+    documents than segments. The decoder's tokens stay the document's own, and so does the
+    state that its last segment writes.
 
     Raises:
         ValueError: The batch has one document, or the model carries no state.
