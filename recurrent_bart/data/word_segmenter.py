@@ -37,8 +37,9 @@ SPACED_LETTERS = regex.compile(rf"(?<={JAPANESE}) (?={JAPANESE})", regex.VERSION
 # More spaces than this per Japanese letter: the text is segmented into words.
 SEGMENTED_SHARE = 0.2
 # Texts are segmented in parts without white space: sentences, or 1,000 characters (Juman++ reads 4,096 bytes).
-END = "[。｡！？]{1,8}[」』）〉》】］]{0,8}"
-PART = regex.compile(rf"[^\s。｡！？]{{1,1000}}(?:{END})?|{END}")
+SIGN = rf"(?:[。｡！？]|．(?!\p{{Nd}})|(?<={JAPANESE})[!?])"
+END = rf"{SIGN}{{1,8}}[」』）〉》】］]{{0,8}}"
+PART = regex.compile(rf"(?:(?!{SIGN})\S){{1,1000}}(?:{END})?|{END}", regex.VERSION1)
 # Characters that are worth the start of a process.
 PROCESS_CHARACTERS = 200_000
 

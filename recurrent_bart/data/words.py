@@ -98,8 +98,11 @@ def _quotes(text: str) -> list[tuple[int, int]]:
             opened = []
         elif sign[0] in CLOSED_BY:
             opened.append(sign.start())
-        elif opened and CLOSED_BY[text[opened[-1]]] == sign[0]:
+        elif any(CLOSED_BY[text[place]] == sign[0] for place in opened):
+            # a bracket that nothing closes ends with the quote around it
             start = opened.pop()
+            while CLOSED_BY[text[start]] != sign[0]:
+                start = opened.pop()
             while found and found[-1][0] > start:
                 found.pop()
             found.append((start, sign.start()))

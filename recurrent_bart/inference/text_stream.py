@@ -7,6 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
+from recurrent_bart.data.text_encoder import decode_text
+from recurrent_bart.data.word_segmenter import join_words, joins_words
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
 
@@ -28,17 +30,29 @@ def stream_text(
         try:
             ids = model.generate(encoder_outputs=output, streamer=None if uses_beams else streamer, **generation)
             if uses_beams:
-                streamer.on_finalized_text(tokenizer.decode(ids[0], skip_special_tokens=True), stream_end=True)
+                streamer.on_finalized_text(decode_text(tokenizer, ids[0]), stream_end=True)
         except Exception as error:
             failures.append(error)
             streamer.end()
 
     thread = threading.Thread(target=generate)
     thread.start()
-    yield from stripped(streamer)
+    yield from stripped(joined(streamer) if joins_words(tokenizer) else streamer)
     thread.join()
     if failures:
         raise failures[0]
+
+
+def joined(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield the pieces of a text without the spaces between segmented Japanese words."""
+    last = waiting = ""
+    for piece in pieces:
+        waiting += piece
+        # the next letter decides whether a space at the end goes
+        whole = waiting.rstrip()
+        if whole:
+            yield join_words(last + whole)[len(last) :]
+            last, waiting = whole[-1], waiting[len(whole) :]
 
 
 def stripped(pieces: Iterator[str]) -> Iterator[str]:

@@ -19,15 +19,18 @@ def encode_with_foreign_states(
 ) -> RecurrentEncoderOutput:
     """Encode documents; each segment reads the state that the previous document of the batch has at this place.
 
-    The state still tells how many segments were read, but holds nothing about the document, if the batch has more
-    documents than segments. The decoder's tokens stay the document's own, and so does the
-    state that its last segment writes.
+    The state still tells how many segments were read, but holds nothing about the document. The decoder's tokens stay
+    the document's own, and so does the state that its last segment writes.
 
     Raises:
-        ValueError: The batch has one document, or the model carries no state.
+        ValueError: The batch has one document, or fewer documents than segments, or the model carries no state.
     """
-    if len(ids_BNL) < 2:
-        raise ValueError("a batch of one document has no states of other documents")
+    n_documents, n_segments = ids_BNL.shape[:2]
+    if n_documents < max(2, n_segments):
+        raise ValueError(
+            f"{n_documents} documents of {n_segments} segments: a document would read its own state; at least "
+            f"{max(2, n_segments)} documents are needed"
+        )
     if not model.config.has_state:
         raise ValueError("the model carries no state")
     state = RecurrentState.unread(model.config, len(ids_BNL), ids_BNL.device)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_bart.evaluation.bootstrap import Interval
-from recurrent_bart.monitoring.fields import SCORES
+from recurrent_bart.monitoring.fields import SCORES, WORD_SCORES
 from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.run_arguments import RunArguments
@@ -52,11 +52,14 @@ def write_model_card(
     """
     arguments = config.get("arguments", {})
     flags = changed_flags(arguments)
+    model = arguments.get("model", {})
+    has_state = model.get("pre_seq_len") != 0 and model.get("recurrence") != "none"
     data = _public(arguments.get("data", {}).get("dataset")) or "documents of a file"
     parts = [
         f"---\n{front_matter(data, scores)}\n---",
         f"# Recurrent BART, trained on {data}",
-        "A BART that reads documents of any length, segment by segment. A state is carried from segment to segment.",
+        "A BART that reads documents of any length, segment by segment."
+        + (" A state is carried from segment to segment." if has_state else ""),
         "## Use",
         USE,
         "## Training",
@@ -93,7 +96,7 @@ def results(loss: float | None, scores: Mapping[str, Interval]) -> str:
     if loss is None:
         return "This checkpoint was not evaluated."
     rows = [("loss", f"{loss:.4f}", "nats per target token")]
-    rows += [(name, f"{value:.2f}", SCORES.get(name, "")) for name, value in scores.items()]
+    rows += [(name, f"{value:.2f}", (SCORES | WORD_SCORES).get(name, "")) for name, value in scores.items()]
     text = "On the run's validation documents; in brackets the 95 % interval over documents."
     return f"{text}\n\n{_table(('score', 'mean', 'meaning'), rows)}"
 

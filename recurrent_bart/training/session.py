@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -25,6 +25,7 @@ from recurrent_bart.distributed import (
     set_timeout,
     stop_all,
 )
+from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation, Sample
 from recurrent_bart.evaluation.mean_scores import mean_scores
 from recurrent_bart.evaluation.predictions import Prediction, write_predictions
@@ -351,7 +352,8 @@ class Session:
             recurrence = probe_recurrence(model, self.evaluator)
         record: dict[str, Any] = {"step": state.step, "validation_loss": loss, **recurrence}
         predictions = score_samples(self.evaluator, samples)
-        record |= {name: value.mean for name, value in mean_scores(predictions).items()}
+        scores = mean_scores(predictions)
+        record |= {name: value.mean for name, value in scores.items()}
         record["evaluation_seconds"] = time.perf_counter() - started
         value = logged_value(record, state.best_metric)
         is_best = is_better(state.best_metric, value, state.best_value)
@@ -366,7 +368,7 @@ class Session:
             with explain_write_errors(self.folder.samples_file):
                 self._write_evaluation(record, samples)
         if is_best:
-            self._export(loss, predictions)
+            self._export(loss, scores, predictions)
             self.model_step = state.step
         patience = self.arguments.run.patience
         return bool(patience) and state.n_worse >= patience
@@ -389,14 +391,14 @@ class Session:
         scores = "  ".join(f"{name} {value:.2f}" for name, value in record.items() if name.startswith("rouge"))
         self.display.say(f"step {record['step']}: validation loss {record['validation_loss']:.4f}  {scores}".rstrip())
 
-    def _export(self, loss: float, predictions: list[Prediction]) -> None:
+    def _export(self, loss: float, scores: Mapping[str, Interval], predictions: list[Prediction]) -> None:
         """Write the model with its card, and the texts that it generated in its evaluation."""
         weights = full_state_dict(self.engine)
         if is_first():
             with explain_write_errors(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
                 save_model(self.engine, merged(weights, self.arguments.model), draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
-                write_model_card(draft, self.folder.read_config(), self.state.step, loss, mean_scores(predictions))
+                write_model_card(draft, self.folder.read_config(), self.state.step, loss, scores)
         if is_first() and predictions:
             with explain_write_errors(self.folder.predictions_file):
                 write_predictions(self.folder.predictions_file, predictions)

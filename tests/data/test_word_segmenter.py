@@ -15,7 +15,7 @@ from recurrent_bart.data.sources import find_sources
 from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import load_tokenizer, train_tokenizer
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
-from recurrent_bart.data.word_segmenter import WordSegmenter, is_segmented, join_words
+from recurrent_bart.data.word_segmenter import PART, WordSegmenter, is_segmented, join_words
 from recurrent_bart.run_folder import RunFolder
 from runs import flags
 
@@ -197,3 +197,13 @@ def test_a_run_resumes_evaluates_and_summarises_with_its_segmenter(name, folder,
     assert load_script("evaluate").main(["--model", str(model), "--word_segmenter", "none"]) == 2
     assert f"--word_segmenter none: must be {name}" in capsys.readouterr().err
     assert load_script("evaluate").main(["--model", str(model)]) == 0
+
+
+@pytest.mark.parametrize("sign", ["。", "．", "！", "?", "!"])
+def test_every_sign_that_ends_a_japanese_sentence_ends_a_part(sign):
+    assert PART.findall(f"研究した{sign}" * 400) == [f"研究した{sign}"] * 400
+
+
+def test_signs_that_end_no_japanese_sentence_end_no_part():
+    assert PART.findall("約３．５度") == ["約３．５度"]
+    assert PART.findall("see v1.2!x") == ["see", "v1.2!x"]

@@ -134,3 +134,15 @@ def test_many_quotes_are_read_in_linear_time():
 )
 def test_unspaced_scripts_have_several_characters_in_a_word(text, expected):
     assert n_usual_words(Counter(words(text))) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("「これは（例。」そう。次。", ["「これは（例。」そう。", "次。"]),
+        ("「これは（例。）。」そう。次。", ["「これは（例。）。」そう。", "次。"]),
+        ("）あ。「い", ["）あ。", "「い"]),
+    ],
+)
+def test_a_bracket_that_nothing_closes_leaves_the_quote_around_it(text, expected):
+    assert sentences(text) == expected

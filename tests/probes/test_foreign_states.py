@@ -34,7 +34,11 @@ def test_the_state_of_the_document_before_is_read():
 
 @pytest.mark.parametrize(
     ("changes", "n_documents", "message"),
-    [({}, 1, "one document"), ({"recurrence": "none"}, 2, "carries no state"), ({"pre_seq_len": 0}, 2, "no state")],
+    [
+        ({}, 1, "1 documents of 2 segments"),
+        ({"recurrence": "none"}, 2, "carries no state"),
+        ({"pre_seq_len": 0}, 2, "no state"),
+    ],
 )
 def test_what_has_no_foreign_state_is_refused(changes, n_documents, message):
     ids = random_ids(n_documents, 2, 8)

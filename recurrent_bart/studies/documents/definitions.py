@@ -1,5 +1,6 @@
 """Definitions of the studies on documents by name: documents, flags and the models that are compared."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ PRETRAINED: Fields = SHARED | {
     "warmup_steps": 60,
     "max_steps": 600,
     "max_target_length": 512,
+    "num_beams": 1,
+    "do_sample": False,
     "no_repeat_ngram_size": 3,
 }
 # Additional flags for sections. Gap sentences: with one thousand summaries alone, no new model learned to use the
@@ -62,11 +65,8 @@ RECURRENCES: dict[str, Fields] = {
     "top (RMT)": {"flags": RMT},
     "none": {"flags": {"recurrence": "none"}},
 }
-# a quarter of a segment's positions repeat the end of the previous segment
-OVERLAP: Fields = {"segment_size": 384, "input_size": 512, "max_n_segments": 16}
-HALF_OVERLAP: Fields = {"segment_size": 256, "input_size": 512, "max_n_segments": 24}
-# long inputs of one segment need more memory than a batch of 16 has
-IN_PARTS: Fields = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+# number of parts of a batch of long inputs, which need more memory than segments
+N_PARTS = 4
 # changes of one field of the default model for documents
 CHANGES: dict[str, Fields] = {
     "learned prefix, no state": {"recurrence": "none"},
@@ -78,7 +78,6 @@ CHANGES: dict[str, Fields] = {
     "pre_seq_len=64": {"pre_seq_len": 64},
     "associative memory": {"associative_memory": True},
     "context_segments=4": {"context_segments": 4},
-    "overlap of 128": OVERLAP,
     "decoder sees states": {"decoder_context": "memory"},
     "decoder sees the last segment": {"decoder_context": "last"},
 }
@@ -91,7 +90,8 @@ class TextStudy:
     Attributes:
         task: Value of `--task`: one target per document, or per section.
         flags: launch/train.py flags of all runs.
-        variants: TextRun fields of each model. Reports compare every model with the first one.
+        variants: TextRun fields of each model. Reports compare every model with the first one. `overlap` is the share
+            of a segment's positions that repeat the end of the previous segment.
         is_pretrained: The models start from `--model_name_or_path`.
         seconds: Limit of the training time of a run, None without a limit.
     """
@@ -139,10 +139,11 @@ TEXT_STUDIES: dict[str, TextStudy] = {
             "BART, first 1,024 tokens": {"flags": PLAIN, "reads": "heads"},
             "SegEnc": {"flags": FUSION},
             "SegEnc, segment numbers": {"flags": FUSION, "model": "numbered"},
-            "SegEnc, segment numbers, half overlap": {"flags": FUSION | HALF_OVERLAP, "model": "numbered"},
+            "SegEnc, segment numbers, half overlap": {"flags": FUSION, "model": "numbered", "overlap": 0.5},
             "RMT": {"flags": RMT | {"decoder_context": "last", "bptt_depth": 2}},
-            "LED": {"flags": IN_PARTS, "reads": "whole", "model": "led"},
-            "BART, full attention": {"flags": PLAIN | IN_PARTS, "reads": "whole"},
+            "LED": {"reads": "whole", "model": "led"},
+            "BART, full attention": {"flags": PLAIN, "reads": "whole"},
+            "layerwise, a quarter of overlap": {"overlap": 0.25},
             **{f"layerwise, {name}": {"flags": flags} for name, flags in CHANGES.items()},
         },
         is_pretrained=True,
@@ -188,11 +189,25 @@ def build_text_study(
     flags["warmup_steps"] = min(int(flags["warmup_steps"]), int(flags["max_steps"]))
     documents, limit = f"{Path(dataset).name} {name}", seconds or study.seconds
     return [
-        TextRun(variant, documents, flags | fields.get("flags", {}), seed, seconds=limit, **_how(fields))
+        TextRun(variant, documents, flags | _own_flags(flags, fields), seed, seconds=limit, **_how(fields))
         for seed in seeds
         for variant, fields in study.variants.items()
     ]
 
 
 def _how(fields: Fields) -> Fields:
-    return {name: value for name, value in fields.items() if name != "flags"}
+    return {name: value for name, value in fields.items() if name in ("reads", "model")}
+
+
+def _own_flags(flags: Fields, fields: Fields) -> Fields:
+    """Return the flags of a variant. Its runs read as much of the same documents in a step as the other runs."""
+    own: Fields = dict(fields.get("flags", {}))
+    if fields.get("overlap"):
+        size, n_segments, new = int(flags["segment_size"]), int(flags["max_n_segments"]), 1 - fields["overlap"]
+        own |= {"segment_size": round(size * new), "input_size": size, "max_n_segments": round(n_segments / new)}
+    if fields.get("reads") == "whole":
+        n_documents = int(flags["per_device_train_batch_size"])
+        n_parts = math.gcd(n_documents, N_PARTS)
+        own["per_device_train_batch_size"] = n_documents // n_parts
+        own["gradient_accumulation_steps"] = n_parts * int(flags.get("gradient_accumulation_steps", 1))
+    return own

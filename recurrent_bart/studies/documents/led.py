@@ -3,6 +3,7 @@
 Shape suffixes: B documents, N segments, L tokens in a segment, T target length, V vocabulary.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ from recurrent_bart.studies.documents.peers import BART_OFFSET, repeat_rows
 # fields that the configurations of BART and LED share
 SIDES = [f"{side}_{name}" for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")]
 IDS = ["bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"]
-SHARED = ["vocab_size", "d_model", "dropout", "attention_dropout", "activation_dropout", "init_std", *SIDES, *IDS]
+SHARED = [
+    "vocab_size",
+    "d_model",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "activation_function",
+    "init_std",
+    *SIDES,
+    *IDS,
+]
 
 # parts of LED's parameter names and of BART's
 RENAMED = {
@@ -68,8 +79,16 @@ class WholeDocumentLed(nn.Module):
         """Copy the weights of a BART of the same size, as the authors of LED did with BART-large.
 
         BART's encoder positions are repeated. The attention of the first token over all tokens starts with the weights
-        of the attention within the window.
+        of the attention within the window. Generation settings are copied too.
+
+        Raises:
+            ValueError: The model has MBart's layers or scaled embeddings, which LED has not.
         """
+        if getattr(bart.config, "normalize_before", False) or bart.config.scale_embedding:
+            raise ValueError(
+                "LED has BART's layers, so the weights of a model with MBart's layers or scaled embeddings do not fit"
+            )
+        self.led.generation_config = copy.deepcopy(bart.generation_config)
         weights = bart.state_dict()
         copied = {name: weights[bart_name(name)] for name in self.led.state_dict()}
         for name in copied:

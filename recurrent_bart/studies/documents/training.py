@@ -143,17 +143,19 @@ class TextTraining:
         """Return each target's loss of the best weights with the states of other documents, or None without a state.
 
         Batches hold documents of like length, so a document and the owner of its states end at about the same segment.
+        None also if there are fewer documents than segments.
         """
         model, is_document = self.reader.model, self.arguments.data.task == "document"
         is_read = isinstance(model, RecurrentBartForConditionalGeneration) and model.config.has_state
-        n_documents = len(self.evaluator.plan.indices)
-        if not (is_read and is_document) or n_documents == 1:
+        n_documents, most = len(self.evaluator.plan.indices), max(self.evaluator.plan.n_segments)
+        if not (is_read and is_document) or n_documents < max(2, most):
             return None
         model.load_state_dict(self.best)
         model.eval()
-        sizes = itertools.count(max(self.evaluator.batch_size, 2))
-        # no batch has one document alone
-        evaluator = replace(self.evaluator, batch_size=next(size for size in sizes if n_documents % size != 1))
+        # a batch with fewer documents than segments would lend a document its own state
+        sizes = itertools.count(max(self.evaluator.batch_size, most, 2))
+        size = next(size for size in sizes if size >= n_documents or not 0 < n_documents % size < max(most, 2))
+        evaluator = replace(self.evaluator, batch_size=size)
         found = evaluator.target_losses(self.reader.losses_with_foreign_states)
         return [round(value, 4) for index in sorted(found) for value in found[index]]
 

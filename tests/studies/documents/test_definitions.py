@@ -65,6 +65,8 @@ def test_runs_of_pretrained_models_train_for_equal_steps_on_the_same_documents(n
     assert len({run.file_name() for run in runs}) == len(TEXT_STUDIES[name].variants)
     assert {run.seconds for run in runs} == {None}
     assert {(p.data.task, p.model.model_name_or_path, p.run.max_steps) for p in parsed} == {(task, "some/bart", 600)}
+    # overlaps keep the positions of a segment
+    assert {p.model.input_size or p.model.segment_size for p in parsed} == {512}
     # documents of a step, and tokens that a model may read of one document
     assert {p.run.per_device_train_batch_size * p.run.gradient_accumulation_steps for p in parsed} == {16}
     n_read = {p.model.segment_size * p.model.max_n_segments for p in parsed}
@@ -81,3 +83,11 @@ def test_a_study_and_its_kind_of_model_fit():
 def test_time_limits():
     assert {run.seconds for run in build_text_study("document")} == {300.0}
     assert {run.seconds for run in build_text_study("document", seconds=7.0)} == {7.0}
+
+
+def test_changed_sizes_hold_for_every_model():
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "segment_size": 64}
+    runs = build_text_study("documents-pretrained", seeds=[0], model_name_or_path="some/bart", **changes)
+    for run in map(parse_run, runs):
+        assert run.run.per_device_train_batch_size * run.run.gradient_accumulation_steps == 6
+        assert run.model.segment_size * run.model.max_n_segments == 64 * 12

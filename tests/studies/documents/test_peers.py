@@ -90,3 +90,15 @@ def test_led_repeats_barts_positions():
     assert table.shape[0] == 192
     torch.testing.assert_close(table[64:128], bart.model.encoder.embed_positions.weight[2:])
     torch.testing.assert_close(table[:64], table[64:128])
+
+
+def test_led_takes_barts_layers_alone_and_its_generation_settings():
+    config = RecurrentBartConfig(**TINY, segment_size=8)
+    led, bart = WholeDocumentLed(config, n_tokens=160, window=64), plain_model()
+    bart.generation_config.num_beams = 3
+    led.copy_weights(bart)
+    assert led.generation_config.num_beams == 3
+    assert led.generation_config is not bart.generation_config
+    for changes in ({"normalize_before": True}, {"scale_embedding": True}):
+        with pytest.raises(ValueError, match="LED has BART's layers"):
+            led.copy_weights(tiny_model(**changes))
