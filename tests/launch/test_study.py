@@ -213,7 +213,8 @@ def test_processes_of_one_device_are_told_how_many_they_are(script, monkeypatch,
     monkeypatch.setattr(script, "run_side_by_side", start)
     assert script.main([*SHORT, "--output_dir", str(tmp_path), "--processes_per_device", "3"]) == 1
     # With no time left, the process does nothing.
-    assert script.main([*commands[0][2:], "--deadline=0"]) == 0
+    flags = commands[0][commands[0].index("study") + 1 :]
+    assert script.main([*flags, "--deadline=0"]) == 0
     assert told == [3]
 
 
