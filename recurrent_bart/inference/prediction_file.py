@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.data.rows import HALF_CHARACTER
 from recurrent_bart.data.sources import read_records
 from recurrent_bart.inference.reading_session import Summary
 
@@ -44,7 +45,7 @@ def predict_file(
                 for id, summary in _summaries(summarize, window, on_bad):
                     made = asdict(summary)
                     line = {"id": id, "summary": made.pop("text"), **made}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                     n_lines += 1
         os.replace(draft, output)
     except OSError as error:
@@ -59,8 +60,11 @@ def _readable(source: Path, columns: tuple[str, str], on_bad: Callable[[ValueErr
     text_column, id_column = columns
     for place, record in read_records(source, on_bad):
         text = record.get(text_column)
-        if isinstance(text, str) and text.strip():
-            yield place, record.get(id_column, place), text
+        id = record.get(id_column, place)
+        if any(isinstance(value, str) and HALF_CHARACTER.search(value) for value in (text, id)):
+            on_bad(ValueError(f"{place}: the text or the id has half a character (a lone surrogate)"))
+        elif isinstance(text, str) and text.strip():
+            yield place, id, text
         else:
             present = ", ".join(map(repr, record))
             found = "is blank" if isinstance(text, str) else "is no text"

@@ -54,7 +54,8 @@ class ReadingSession:
     def add(self, text: str, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Add text. `on_progress` is called with the numbers of tokens and segments read so far."""
         # a section begins without the blank lines after the section before it
-        for _ in self.reader.feed(text.lstrip() if self.reader.is_between_sections else text):
+        is_later_section = self.reader.is_between_sections and self.reader.bookmark.state is not None
+        for _ in self.reader.feed(text.lstrip() if is_later_section else text):
             if on_progress is not None:
                 on_progress(self.reader.n_tokens, self.reader.n_segments)
 

@@ -10,6 +10,8 @@ from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 
 IDS = ("ids", "overlap")
 PREFIX = "state."
+# types of the numbers of a state
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(tensors: dict[str, Tensor], config: RecurrentBartConfig, path: Path) -> None:
@@ -61,7 +63,7 @@ def _are_counts(numbers: Tensor | None, shape: tuple[int, ...]) -> bool:
 def _are_finite(tensor: Tensor | None, shape: tuple[int, ...] | None) -> bool:
     if tensor is None or shape is None:
         return tensor is None and shape is None
-    return tensor.is_floating_point() and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())
+    return tensor.dtype in DTYPES and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())
 
 
 def _require(is_fit: bool, name: str, path: Path) -> None:

@@ -213,7 +213,7 @@ class TextReader:
         try:
             reader, notes = json.loads(metadata["reader"]), json.loads(metadata.get("notes", "{}"))
             text, context = metadata["text"], metadata["context"]
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a saved state: {error} in its metadata") from error
         if not isinstance(reader, dict) or not isinstance(notes, dict):
             raise ValueError(f"{path}: not a saved state: its metadata are no objects")

@@ -33,7 +33,8 @@ def stream_text(
                 streamer.on_finalized_text(decode_text(tokenizer, ids[0]), stream_end=True)
         except Exception as error:
             failures.append(error)
-            streamer.end()
+            # end() would decode what may have failed, and the reader would wait forever
+            streamer.text_queue.put(streamer.stop_signal)
 
     thread = threading.Thread(target=generate)
     thread.start()

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
@@ -59,8 +60,11 @@ class Service:
         if self.settings.token and not hmac.compare_digest(given.encode(), self.settings.token.encode()):
             raise HTTPException(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
-    async def events(self, pieces: Callable[[], Iterator[str]]) -> AsyncIterator[str]:
-        """Yield server-sent events: `text` for each piece of a summary, at last `end` with the whole summary."""
+    def events(self, pieces: Callable[[], Iterator[str]]) -> AsyncIterator[str]:
+        """Return server-sent events: `text` for each piece of a summary, at last `end` with the whole summary.
+
+        A full queue raises here, before the answer begins.
+        """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
         def generate() -> None:
@@ -70,7 +74,9 @@ class Service:
             finally:
                 loop.call_soon_threadsafe(queue.put_nowait, None)
 
-        done = self.worker.call(generate)
+        return self._relay(queue, self.worker.call(generate))
+
+    async def _relay(self, queue: "asyncio.Queue[str | None]", done: Future[None]) -> AsyncIterator[str]:
         whole = ""
         while (piece := await queue.get()) is not None:
             whole += piece
@@ -80,6 +86,12 @@ class Service:
             yield f"event: end\ndata: {json.dumps({'summary': whole})}\n\n"
         except ValueError as error:
             yield f"event: error\ndata: {json.dumps({'detail': str(error)})}\n\n"
+        except NoSession:
+            yield f"event: error\ndata: {json.dumps({'detail': 'there is no such session'})}\n\n"
+        except Exception as error:
+            # the message may hold text of a client
+            print(f"fault in a stream: {type(error).__name__}", file=sys.stderr, flush=True)
+            yield f"event: error\ndata: {json.dumps({'detail': 'a fault of the service'})}\n\n"
 
 
 def build_app(summarizer: Summarizer, settings: Settings) -> FastAPI:

@@ -40,12 +40,15 @@ async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
 
 def read_text(request: Request, body: bytes, most_tokens: int) -> tuple[str, dict[str, Any]]:
     """Return the text and the options of a body: a JSON object with `text`, or the text itself; else 400."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip()
+    if kind.startswith("multipart/"):
+        raise HTTPException(415, "send the text itself as the body, not a form with a file")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise HTTPException(400, f"the body is not UTF-8: byte {error.start}") from error
     given: dict[str, Any] = dict(request.query_params)
-    if request.headers.get("content-type", "").split(";")[0].strip() == "application/json":
+    if kind == "application/json":
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -54,6 +54,11 @@ class Sessions:
         except OSError as error:
             raise ValueError(f"--sessions {self.folder}: another server uses this folder") from error
         self._opened: OrderedDict[str, Opened] = OrderedDict()
+        # another user must not read texts, and no draft of a killed server may stay
+        self.folder.chmod(0o700)
+        for draft in (*self.folder.glob("*.tmp"), *self.folder.glob("*.upload")):
+            draft.unlink(missing_ok=True)
+        self.delete_old()
 
     def close(self) -> None:
         """Let another server use the folder."""

@@ -172,3 +172,29 @@ def test_a_row_whose_text_has_no_tokens_is_found(tmp_path):
     assert [str(error) for error in bad] == [f"{tmp_path}/a.jsonl:2: no tokens"]
     ids = [json.loads(line)["id"] for line in (tmp_path / "out").read_text().splitlines()]
     assert ids == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"]
+
+
+def test_half_characters_are_bad_rows_and_ids_may_be_dates(tmp_path):
+    rows = [{"document": "a", "id": "x"}, {"document": "\ud800"}, {"document": "b", "id": "\ud800"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad = []
+
+    def summarize(texts):
+        return [Summary(text, 1, 1) for text in texts]
+
+    assert predict_file(summarize, tmp_path / "a.jsonl", tmp_path / "out", ("document", "id"), bad.append) == 1
+    assert len(bad) == 2
+    assert all("half a character" in str(error) for error in bad)
+    frame = pandas.DataFrame({"document": ["a"], "id": [pandas.Timestamp("2026-11-30")]})
+    frame.to_parquet(tmp_path / "b.parquet")
+    assert predict_file(summarize, tmp_path / "b.parquet", tmp_path / "out", ("document", "id"), bad.append) == 1
+    assert json.loads((tmp_path / "out").read_text())["id"].startswith("2026-11-30")
+
+
+def test_white_space_before_a_text_is_read_by_sessions_too(model, tokenizer):
+    summarizer = Summarizer(model, tokenizer, **HOW)
+    session, whole = summarizer.open(), f"\n  {TEXTS[0]}"
+    for piece in (whole[:2], whole[2:7], whole[7:]):
+        session.add(piece)
+    assert session.summary().n_tokens == summarizer(whole).n_tokens
+    assert session.summary().text == summarizer(whole).text

@@ -206,6 +206,7 @@ def strangers(state):
         (b'{"text": 1}', "application/json", "", 400),
         (b'{"text": "\\ud800 a"}', "application/json", "", 400),
         (b"[" * 900, "application/json", "", 400),
+        (b"--x", "multipart/form-data; boundary=x", "", 415),
         (b"a", "text/plain", "?num_beams=99", 400),
         (b"a", "text/plain", "?num_beams=x", 400),
         (b"a", "text/plain", "?max_new_tokens=1000", 400),
@@ -263,6 +264,32 @@ def test_counters_and_no_text_in_logs(serve, capsys, monkeypatch, caplog):
     printed = capsys.readouterr()
     assert "fault in a request: RuntimeError" in printed.err
     assert WORDS[0] not in printed.out + printed.err + caplog.text
+
+
+def test_a_fault_in_a_stream_is_an_event_and_its_message_stays_out_of_the_log(serve, capsys, monkeypatch, caplog):
+    client = serve()
+
+    def fail(*_, **__):
+        yield "a piece"
+        raise RuntimeError(TEXT)
+
+    monkeypatch.setattr(Summarizer, "stream", fail)
+    events = read_events(client.post("/v1/summaries?stream=true", content=TEXT))
+    assert events == [("text", {"text": "a piece"}), ("error", {"detail": "a fault of the service"})]
+    printed = capsys.readouterr()
+    assert "fault in a stream: RuntimeError" in printed.err
+    assert WORDS[0] not in printed.out + printed.err + caplog.text
+
+
+def test_drafts_of_a_killed_server_are_deleted_and_others_cannot_read_sessions(serve, tmp_path):
+    folder = tmp_path / "sessions"
+    folder.mkdir(mode=0o755)
+    drafts = folder / "a.safetensors.tmp", folder / "b.upload"
+    for draft in drafts:
+        draft.write_text("text")
+    serve()
+    assert not any(draft.exists() for draft in drafts)
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_more_requests_than_may_wait_are_told_to_come_again(serve, monkeypatch):
