@@ -10,10 +10,10 @@ from recurrent_bart.commands.exit_codes import print_mistake
 from recurrent_bart.distributed import SharedError, log_on_first_rank
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import end_processes, launched_rank, start_processes
+from recurrent_bart.training.experiment import run_experiment
 from recurrent_bart.training.lifecycle.exit_codes import ExitCode
 from recurrent_bart.training.lifecycle.faults import describe_fault
 from recurrent_bart.training.lifecycle.interruption import Interrupted, handling_signals
-from recurrent_bart.training.session import run_experiment
 
 
 def main(argv: list[str]) -> ExitCode:

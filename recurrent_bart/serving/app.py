@@ -25,6 +25,14 @@ from recurrent_bart.serving.sessions import Gap, NoSession, Sessions, TooManySes
 from recurrent_bart.serving.settings import Settings
 
 STATE_TYPE = "application/octet-stream"
+# status and text of each expected error; None: the error's own text
+STATUSES: dict[type[Exception], tuple[int, str | None]] = {
+    NoSession: (404, "no such session; it may have ended after its time to live"),
+    TooManySessions: (429, "too many sessions; delete one, or come again later"),
+    Busy: (503, "too many requests are waiting; come again later"),
+    Gap: (409, None),
+    ValueError: (400, None),
+}
 
 
 class Service:
@@ -84,14 +92,8 @@ class Service:
         try:
             await asyncio.wrap_future(done)
             yield f"event: end\ndata: {json.dumps({'summary': whole})}\n\n"
-        except ValueError as error:
-            yield f"event: error\ndata: {json.dumps({'detail': str(error)})}\n\n"
-        except NoSession:
-            yield f"event: error\ndata: {json.dumps({'detail': 'there is no such session'})}\n\n"
         except Exception as error:
-            # the message may hold text of a client
-            print(f"fault in a stream: {type(error).__name__}", file=sys.stderr, flush=True)
-            yield f"event: error\ndata: {json.dumps({'detail': 'a fault of the service'})}\n\n"
+            yield f"event: error\ndata: {json.dumps({'detail': _detail(error, 'stream')})}\n\n"
 
 
 def build_app(summarizer: Summarizer, settings: Settings) -> FastAPI:
@@ -115,14 +117,7 @@ def build_app(summarizer: Summarizer, settings: Settings) -> FastAPI:
 
 def add_errors(app: FastAPI) -> None:
     """Give each expected error its status. An unexpected one is logged by its type only."""
-    statuses: dict[type[Exception], tuple[int, str | None]] = {
-        NoSession: (404, "no such session; it may have ended after its time to live"),
-        TooManySessions: (429, "too many sessions; delete one, or come again later"),
-        Busy: (503, "too many requests are waiting; come again later"),
-        Gap: (409, None),
-        ValueError: (400, None),
-    }
-    for kind, (status, text) in statuses.items():
+    for kind, (status, text) in STATUSES.items():
 
         def answer(_: Request, error: Exception, status: int = status, text: str | None = text) -> JSONResponse:
             headers = {"Retry-After": "5"} if status in (429, 503) else None
@@ -140,8 +135,7 @@ def add_counting(app: FastAPI, metrics: Metrics) -> None:
         try:
             response = await call_next(request)
         except Exception as error:
-            print(f"fault in a request: {type(error).__name__}", file=sys.stderr, flush=True)
-            response = JSONResponse({"detail": "a fault of the service"}, 500)
+            response = JSONResponse({"detail": _detail(error, "request")}, 500)
         route = getattr(request.scope.get("route"), "path", "unknown")
         metrics.add("requests_total", route=route, status=response.status_code)
         metrics.add("request_seconds_sum", time.perf_counter() - begin, route=route)
@@ -239,6 +233,15 @@ def with_generation(reading: ReadingSession, generation: dict[str, Any]) -> Read
     changed = copy.copy(reading)
     changed.generation = generation
     return changed
+
+
+def _detail(error: Exception, place: str) -> str:
+    """Return what a client learns of an error. A fault's type is logged; its message may hold text of a client."""
+    for kind, (_, text) in STATUSES.items():
+        if isinstance(error, kind):
+            return text or str(error)
+    print(f"fault in a {place}: {type(error).__name__}", file=sys.stderr, flush=True)
+    return "a fault of the service"
 
 
 def _answer(service: Service, summary: Summary) -> JSONResponse:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertJapaneseTokenizer, PreTrainedTokenizerFast
 
@@ -476,6 +478,18 @@ def test_a_file_without_a_state_is_refused(make_reader, tmp_path):
         reader.load(tmp_path / "model" / "model.safetensors")
     with pytest.raises(ValueError, match="cannot be written"):
         reader.save(tmp_path / "text" / "state")
+
+
+@pytest.mark.parametrize("name", ["reader", "notes"])
+@pytest.mark.parametrize("value", ["[" * 200_000, "[]", "{"])
+def test_a_state_with_wrong_metadata_is_refused(make_reader, tmp_path, name, value):
+    reader = make_reader()
+    reader.save(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        metadata = file.metadata() | {name: value}
+    save_file(load_file(tmp_path / "state"), tmp_path / "wrong", metadata)
+    with pytest.raises(ValueError, match="wrong: not a saved state"):
+        reader.load(tmp_path / "wrong")
 
 
 def test_an_empty_text_is_refused(make_reader):

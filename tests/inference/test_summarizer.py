@@ -12,12 +12,10 @@ from recurrent_bart.inference.reading_session import Summary
 from recurrent_bart.inference.stream_reader import TextReader, summary_after
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.inference.text_stream import stripped
+from summaries import HOW, WORDS, writing_model
 
-WORDS = [f"the {word} of list_{number}" for number, word in enumerate(dir(str) * 2)]
 # documents of one to many segments, shuffled by length
 TEXTS = [" ".join(WORDS[start : start + n]) for start, n in enumerate((1, 7, 2, 1, 20, 3, 1, 12, 2, 7))]
-# generate no special token
-HOW = {"max_new_tokens": 12, "min_new_tokens": 12, "suppress_tokens": [0, 1, 3, 4]}
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +24,8 @@ def tokenizer():
 
 
 @pytest.fixture
-def model(make_model, tokenizer):
-    # with the usual initialization a random model repeats one word for every document: that of the largest embedding
-    model = make_model(vocab_size=len(tokenizer), init_std=1.0).requires_grad_(False)
-    model.model.shared.weight /= model.model.shared.weight.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    return model
+def model(tokenizer):
+    return writing_model(tokenizer)
 
 
 def alone(model, tokenizer, text, **how):

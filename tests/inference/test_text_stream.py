@@ -1,9 +1,11 @@
 """Streamed pieces join to the text that is generated at once."""
 
 import pytest
+import torch
+from transformers import GenerationConfig
 
 from recurrent_bart.data.word_segmenter import join_words
-from recurrent_bart.inference.text_stream import joined, stripped
+from recurrent_bart.inference.text_stream import joined, stream_text, stripped
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,21 @@ def test_spaces_between_segmented_words_go_wherever_the_pieces_end(pieces, text)
     assert join_words("".join(pieces)).strip() == text
     assert "".join(stripped(joined(pieces))) == text
     assert "".join(stripped(joined("".join(pieces)))) == text
+
+
+class Broken:
+    """Tokenizer whose decoding fails, and a model that generates one token for it."""
+
+    generation_config = GenerationConfig()
+
+    def decode(self, ids, **_):
+        raise OverflowError("no such id")
+
+    def generate(self, streamer, **_):
+        streamer.put(torch.tensor([7]))
+
+
+@pytest.mark.timeout(20)
+def test_an_error_of_the_tokenizer_ends_the_stream():
+    with pytest.raises(OverflowError, match="no such id"):
+        list(stream_text(Broken(), Broken(), None))

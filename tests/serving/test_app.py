@@ -14,15 +14,14 @@ from recurrent_bart.data.tokenizer import train_tokenizer
 from recurrent_bart.inference.reading_session import Summary
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.serving.settings import Settings
+from summaries import HOW, WORDS, writing_model
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 from fastapi.testclient import TestClient
 
 from recurrent_bart.serving.app import build_app
 
-WORDS = [f"the {word} of list_{number}" for number, word in enumerate(dir(str) * 2)]
 TEXT = " ".join(WORDS[:40])
-HOW = {"max_new_tokens": 12, "min_new_tokens": 12, "suppress_tokens": [0, 1, 3, 4]}
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,8 @@ def tokenizer():
 
 
 @pytest.fixture
-def summarizer(make_model, tokenizer):
-    # a random model with the usual initialization repeats one word
-    model = make_model(vocab_size=len(tokenizer), init_std=1.0, decoder_context="all").requires_grad_(False)
-    model.model.shared.weight /= model.model.shared.weight.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    return Summarizer(model, tokenizer, **HOW)
+def summarizer(tokenizer):
+    return Summarizer(writing_model(tokenizer, decoder_context="all"), tokenizer, **HOW)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from recurrent_bart.data.batches import BatchOrder
 from recurrent_bart.model.scheduled_sampling import Oracle, gold_probability
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.description import oracle_at
+from recurrent_bart.training.experiment import run_experiment
 from recurrent_bart.training.run_arguments import RunArguments
-from recurrent_bart.training.session import run_experiment
 from runs import flags
 
 WORKER = Path(__file__).with_name("oracle_worker.py")

@@ -8,7 +8,8 @@ import deepspeed.comm
 
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import start_processes
-from recurrent_bart.training.session import Session, run_experiment
+from recurrent_bart.training.experiment import run_experiment
+from recurrent_bart.training.session import Session
 
 KILLED_AFTER = 3
 

@@ -15,7 +15,8 @@ from recurrent_bart.benchmarks.training.results import LoopCost
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.environment import Environment
-from recurrent_bart.training.session import Session, open_session
+from recurrent_bart.training.experiment import open_session
+from recurrent_bart.training.session import Session
 from recurrent_bart.training.training_batches import TrainingBatches
 from recurrent_bart.training.windows import has_windows
 

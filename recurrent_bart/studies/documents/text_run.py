@@ -38,8 +38,8 @@ class TextRun:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
-        if (self.model, self.reads) == ("led", "segments"):
-            raise ValueError("model='led' needs reads='whole': LED has no segments")
+        if self.model == "led" and self.reads != "whole":
+            raise ValueError(f"model='led' needs reads='whole', not {self.reads!r}: LED has no segments")
 
     def task_name(self) -> str:
         """Return the name of the documents for tables and files."""

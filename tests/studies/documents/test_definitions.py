@@ -3,6 +3,7 @@
 import pytest
 
 from recurrent_bart.studies.documents.definitions import TEXT_STUDIES, build_text_study
+from recurrent_bart.studies.documents.text_run import TextRun
 from recurrent_bart.studies.documents.training import parse_run
 
 
@@ -64,6 +65,8 @@ def test_runs_of_pretrained_models_train_for_equal_steps_on_the_same_documents(n
     parsed = [parse_run(run) for run in runs]
     assert len({run.file_name() for run in runs}) == len(TEXT_STUDIES[name].variants)
     assert {run.seconds for run in runs} == {None}
+    settings = {"num_beams": 1, "do_sample": False, "no_repeat_ngram_size": 3}
+    assert all(p.run.generation_settings() == settings for p in parsed)
     assert {(p.data.task, p.model.model_name_or_path, p.run.max_steps) for p in parsed} == {(task, "some/bart", 600)}
     # overlaps keep the positions of a segment
     assert {p.model.input_size or p.model.segment_size for p in parsed} == {512}
@@ -91,3 +94,9 @@ def test_changed_sizes_hold_for_every_model():
     for run in map(parse_run, runs):
         assert run.run.per_device_train_batch_size * run.run.gradient_accumulation_steps == 6
         assert run.model.segment_size * run.model.max_n_segments == 64 * 12
+
+
+@pytest.mark.parametrize("reads", ["segments", "heads"])
+def test_led_reads_documents_whole(reads):
+    with pytest.raises(ValueError, match=f"needs reads='whole', not '{reads}'"):
+        TextRun("LED", "papers", reads=reads, model="led")

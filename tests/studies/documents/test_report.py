@@ -186,3 +186,17 @@ def test_documents_with_one_id_are_refused(tmp_path, part):
 def test_losses_are_drawn(groups, tmp_path):
     draw_losses(groups, tmp_path / "losses.png")
     assert matplotlib.image.imread(tmp_path / "losses.png").std() > 0.01
+
+
+def test_the_loss_with_foreign_states_is_compared_with_the_best_loss(tmp_path):
+    """The best evaluation has a loss of (2 * 1 + 2 * 2 + 4 * 2) / 8 = 1.75; each target's sum rises by 0.8."""
+    points = CURVES["ours", 0]
+    foreign = [loss * target["n_tokens"] + 0.8 for loss, target in zip(points[-1][2], TARGETS, strict=True)]
+    with_state = write_record(tmp_path, "with a state", 0, points, foreign_state_losses=foreign)
+    without = write_record(tmp_path, "without", 0, points, foreign_state_losses=None)
+    report = text_report(read_results(tmp_path, [with_state, without]))
+    (line,) = [line for line in report.splitlines() if "| 1.750" in line and "| 2.050" in line]
+    assert line.startswith("| with a state | 1.750 [")
+    assert "+0.300 [" in line
+    report = text_report(read_results(tmp_path, [without]))
+    assert "with foreign states" not in report

@@ -299,3 +299,28 @@ def test_a_model_with_a_state_is_also_scored_with_foreign_states(make_run):
     for changes in ({"pre_seq_len": 0}, {"task": "sections"}):
         other = TextTraining(make_run(max_steps=2, eval_every=1, **changes), CPU)
         assert other.foreign_state_losses() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reads_all", "may_plan"),
+    [
+        ({"pre_seq_len": 0, "decoder_context": "all"}, True, False),
+        ({"recurrence": "none", "decoder_context": "section", "task": "sections"}, True, False),
+        ({"pre_seq_len": 0, "decoder_context": "last"}, False, False),
+        ({"decoder_context": "last"}, True, True),
+    ],
+)
+def test_a_model_reads_every_segment_that_its_decoder_or_state_needs(make_run, changes, reads_all, may_plan):
+    training = TextTraining(make_run(**changes), CPU)
+    batch = next(training.batches)
+    assert batch.input_ids.shape[1] > 1
+    assert (training.reader.needed(batch) is batch) == reads_all
+    assert training.reader.may_plan == may_plan
+
+
+def test_no_foreign_states_with_fewer_documents_than_segments(make_run):
+    training = TextTraining(make_run(max_steps=2, eval_every=1), CPU)
+    training.train()
+    assert training.foreign_state_losses() is not None
+    training.evaluator.plan.indices[1:] = []
+    assert training.foreign_state_losses() is None

@@ -1,0 +1,25 @@
+"""A model card says what the run did, and nothing that it did not do."""
+
+import pytest
+
+from recurrent_bart.evaluation.bootstrap import Interval
+from recurrent_bart.monitoring.fields import WORD_SCORES
+from recurrent_bart.training.model_card import FILE_NAME, write_model_card
+
+
+def card_of(folder, model=None, scores=()):
+    write_model_card(folder, {"arguments": {"model": model or {}}}, 3, 1.5, dict(scores))
+    return (folder / FILE_NAME).read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "has_state"),
+    [({}, True), ({"pre_seq_len": 4}, True), ({"pre_seq_len": 0}, False), ({"recurrence": "none"}, False)],
+)
+def test_only_a_model_with_a_state_carries_one(tmp_path, model, has_state):
+    assert ("A state is carried" in card_of(tmp_path, model)) == has_state
+
+
+def test_every_score_has_its_meaning(tmp_path):
+    card = card_of(tmp_path, scores={"rouge1_words": Interval(12.0, None, None)})
+    assert f"| rouge1_words | 12.00 | {WORD_SCORES['rouge1_words']} |" in card
