@@ -201,12 +201,12 @@ def test_a_model_whose_weights_are_cut_off_is_named_in_one_line(documents, pretr
 @pytest.mark.distributed
 def test_so_it_is_where_one_of_two_processes_cannot_read_them(documents, pretrained, tmp_path):
     def cannot_read():
-        from recurrent_bart.training import session
+        from recurrent_bart.training import experiment
 
         def refuse(*_):
             raise ValueError("--model_name_or_path bart: the model cannot be read")
 
-        session.build_model = refuse
+        experiment.build_model = refuse
 
     arguments = flags(documents, tmp_path / "run", model_name_or_path=pretrained)
     ended = run_script(TRAIN, *arguments, environments=launched(2), firsts=[None, cannot_read], timeout=150)
