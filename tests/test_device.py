@@ -39,6 +39,7 @@ def targets(mask_BNL, per_segment):
     return labels if per_segment else random_ids(len(labels), 5)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("per_segment", [False, True], ids=["document", "sections"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)

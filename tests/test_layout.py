@@ -85,6 +85,7 @@ def test_imports_point_one_way(file):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_every_import_of_the_package_names_a_module_that_layers_can_see():
     # `import recurrent_bart` or `from recurrent_bart import x` would hide the imported module
     for file in MODULES + SCRIPTS:
@@ -97,6 +98,7 @@ def test_only_checkpointing_and_training_know_deepspeed():
     assert {kind_of(name_of(file)) for file in users} <= {"checkpointing", "training"}
 
 
+@pytest.mark.slow
 def test_the_command_line_is_read_in_launch_alone():
     assert all(uses_of(file, "argv") == {"argv"} for file in [PROGRAM, *SCRIPTS])
     for file in MODULES:
@@ -105,6 +107,7 @@ def test_the_command_line_is_read_in_launch_alone():
         assert "argv" not in {a.name for n in syntax_of(file) if isinstance(n, ast.ImportFrom) for a in n.names}, file
 
 
+@pytest.mark.slow
 def test_parsers_are_given_their_command_line():
     # without an argument, argparse reads sys.argv
     for file in MODULES + SCRIPTS:
@@ -114,6 +117,7 @@ def test_parsers_are_given_their_command_line():
                 assert not is_parse or node.args, f"{file}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_environment_variables_are_read_in_one_module():
     names = ("environ", "environb", "getenv", "putenv", "unsetenv")
     users = [file for file in MODULES + SCRIPTS if uses_of(file, *names)]

@@ -186,6 +186,7 @@ def test_every_library_has_an_upper_bound_below_its_next_major_version():
         assert not requirement.specifier.contains(f"{major + 1}.0"), requirement
 
 
+@pytest.mark.slow
 def test_all_that_is_imported_is_required():
     given = [*required(), *EXTRAS]
     direct = {canonicalize_name(requirement.name) for requirement in given}

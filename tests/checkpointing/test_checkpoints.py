@@ -74,6 +74,7 @@ def break_file(path, how):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_whole_training_state_is_restored(alone, tmp_path, stage):
     checkpoints = Checkpoints(tmp_path)
@@ -303,6 +304,7 @@ class TestTrust:
             checkpoints.load(make_engine())
         assert Checkpoints(checkpoints.folder, trusts=True).load(make_engine()).state == STATE
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("trusts", [False, True])
     @pytest.mark.parametrize(
         ("pattern", "stage"),
@@ -359,6 +361,7 @@ class Stranger:
         return os.mkdir, (self.folder,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("then", "now"), [(2, 3), (3, 2)])
 def test_a_different_zero_stage_loads_the_same_weights_and_moments(alone, tmp_path, then, now, capsys):
     checkpoints = Checkpoints(tmp_path)
@@ -382,6 +385,7 @@ def test_a_different_zero_stage_loads_the_same_weights_and_moments(alone, tmp_pa
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_one_process_goes_on_for_two_with_their_metrics_and_new_random_states(alone, tmp_path, stage):
     checkpoints = Checkpoints(tmp_path, trusts=True)
@@ -454,6 +458,7 @@ def test_a_checkpoint_with_different_frozen_parameters_is_refused(saved):
         saved[0].load(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_optimizer_settings_of_the_resumed_run_apply(alone, tmp_path, stage):
     checkpoints = Checkpoints(tmp_path)

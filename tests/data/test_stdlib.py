@@ -91,6 +91,7 @@ def test_the_library_gives_hundreds_of_documents_in_separate_splits(rows):
     assert "json" in set().union(*documents.values())
 
 
+@pytest.mark.slow
 def test_no_document_contains_its_target(rows):
     """A model would copy a docstring that is left in the code."""
     leaked = [

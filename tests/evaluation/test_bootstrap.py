@@ -45,16 +45,19 @@ def normal_resamples(random):
     return each_simulation(random.normal(size=(N_SIMULATIONS, N_DOCUMENTS)))
 
 
+@pytest.mark.slow
 def test_an_interval_over_documents_covers_95_percent(normal_resamples):
     assert_covers_95_percent([found.over_documents() for found in normal_resamples])
 
 
+@pytest.mark.slow
 def test_an_interval_over_ten_documents_covers_95_percent(random):
     """A plain percentile bootstrap of ten documents covers 0.90."""
     resamples = each_simulation(random.normal(size=(N_SIMULATIONS, 10)))
     assert_covers_95_percent([found.over_documents() for found in resamples])
 
 
+@pytest.mark.slow
 def test_a_document_is_drawn_with_all_its_items(random):
     """Documents have 1 to 9 items, which are equal within a document."""
     counts_D = random.integers(1, 10, size=N_DOCUMENTS).astype(float)

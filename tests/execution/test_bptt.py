@@ -13,6 +13,7 @@ from tiny import random_ids
 VARIANTS = {"layerwise": {}, "top": {"recurrence": "top"}, "wavefront": {"schedule": "wavefront"}}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -30,6 +31,7 @@ def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(m
     assert (reaches, is_zero) == ((True, False) if depth == -1 or k <= depth else (False, True))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("decode_at", ["last_segment", "every_segment"])
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])

@@ -151,6 +151,7 @@ def test_no_garbage_is_collected_while_work_is_recorded(monkeypatch):
     assert gc.isenabled()
 
 
+@pytest.mark.slow
 def test_graphs_belong_to_one_module(graphs, make_model):
     """A copy, a pickled model and a model that is deleted have no graphs of another one."""
     model = make_model(schedule="auto").train()

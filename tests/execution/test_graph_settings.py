@@ -175,6 +175,7 @@ def test_training_and_evaluation_by_turns_capture_once(make_model, graphs):
     assert counts[0] < counts[1] == counts[2] == counts[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retained_bytes", [0, 2**40])
 def test_a_backward_pass_has_the_settings_of_its_forward_pass(make_model, graphs, monkeypatch, retained_bytes):
     """More settings than are kept run between the forward and the backward pass."""

@@ -32,6 +32,7 @@ def build(schedule, **fields):
     return tiny_model(schedule=schedule, **fields).double().train()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("device_bytes", [0, 700_000, 2**40], ids=["none", "some", "all"])
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", DIAGONALS.values(), ids=DIAGONALS)
@@ -57,6 +58,7 @@ def test_reading_records_what_comes_back(graphs, without_graph):
     assert made == [0, 7, 7, 7, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["last", "all"])
 def test_many_segments_are_read_by_one_recording(graphs, context):
     """2 layers and 52 segments have 53 diagonals; 51 have all layers, and two groups of 16 run as one graph.

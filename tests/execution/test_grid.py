@@ -40,6 +40,7 @@ def model_for(make_model, lengths, **fields):
     return make_model(**fields | ({"segment_size": longest} if longest > 8 else {}))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_values_are_the_references(make_model, variant, lengths):
@@ -63,6 +64,7 @@ def gradients_of(model, loss):
     return {name: p.grad.clone() for name, p in model.model.encoder.named_parameters()}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("lengths", [DOCUMENTS["odd"], DOCUMENTS["ragged"]], ids=["odd", "ragged"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_gradients_are_the_references(make_model, variant, lengths):
@@ -77,6 +79,7 @@ def test_gradients_are_the_references(make_model, variant, lengths):
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-9, msg=name)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_context_after_every_segment_is_the_references(make_model, variant):
     model = make_model(**variant)
@@ -123,6 +126,7 @@ def test_top_without_projection_is_barts_attention_over_memory_and_tokens(make_m
     torch.testing.assert_close(encoder(ids).last_hidden_state, stream, rtol=0, atol=1e-12)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "fields", [{"pre_seq_len": 0}, {"recurrence": "none"}, {"recurrence": "none", "normalize_before": True}], ids=str
 )

@@ -58,6 +58,7 @@ def check_equal(found, expected, tolerance=1e-10):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=name)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
@@ -208,6 +209,7 @@ def test_spans_of_stacked_weights_are_views_of_one_copy(make_model):
             assert weight.untyped_storage().data_ptr() == storages[name]
 
 
+@pytest.mark.slow
 def test_adapters_run_in_sequence_and_it_is_said(make_model, monkeypatch):
     sequential, by_diagonals = both(make_model)
     torch.manual_seed(2)

@@ -128,6 +128,7 @@ def japanese_tokenizer(kind, folder):
 KINDS = ["unigram", "bpe", "BertJapanese", "unigram of words"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_without_spaces_has_the_segments_of_the_whole_text(kind, read_segments, tmp_path):
     tokenizer, chance = japanese_tokenizer(kind, tmp_path), random.Random(1)
@@ -153,6 +154,7 @@ def test_text_without_spaces_gives_its_first_segment_when_its_tokens_are_there(k
     assert max(n_waiting) <= 4 * 25 + LOOKAHEAD
 
 
+@pytest.mark.slow
 def test_a_state_file_inside_japanese_text_continues_it(make_model, tmp_path):
     tokenizer = japanese_tokenizer("unigram", tmp_path)
     text = "".join(random.Random(3).choices(JAPANESE, k=40)).replace(" ", "")
@@ -195,6 +197,7 @@ def assert_equal_to_1e_12(streamed, whole):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_streamed_segments_equal_the_segments_of_the_whole_text(tokenizer, read_segments):
     chance = random.Random(0)
     texts = ["".join(chance.choices(ATOMS, k=chance.randint(1, 60))) for _ in range(15)]
@@ -214,6 +217,7 @@ def test_streamed_segments_have_their_overlap_at_every_text_length(n_words, unig
     assert segments == split_into_segments(ids, segment_size=6, input_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -260,6 +264,7 @@ def test_segments_read_in_one_call_give_the_same_output_as_the_whole_text(
     assert len(sizes) == -(-(n_segments - 1) // segments_per_call) + 1
 
 
+@pytest.mark.slow
 def test_streamed_text_gives_the_same_summary_as_the_whole_text(make_reader):
     reader = make_reader()
     ids = torch.tensor([reader.tokenizer(TEXT)["input_ids"]])
@@ -272,6 +277,7 @@ def test_streamed_text_gives_the_same_summary_as_the_whole_text(make_reader):
 
 
 # in the first word, at a space, after one, inside a word, at the end
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [2, TEXT.index(" ", 60), TEXT.index(" ", 60) + 1, 203, len(TEXT) - 1])
 def test_two_halves_joined_by_a_state_file_equal_the_whole_text(place, make_reader, tmp_path):
     first = make_reader(input_size=11)
@@ -283,6 +289,7 @@ def test_two_halves_joined_by_a_state_file_equal_the_whole_text(place, make_read
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
 
 
+@pytest.mark.slow
 def test_a_finished_text_can_be_continued(make_reader):
     reader = make_reader()
     half = len(TEXT) // 2
@@ -307,6 +314,7 @@ def contexts_of_sections(reader, sections):
     return [context[is_seen] for context, is_seen in zip(hidden, mask, strict=True)], output.state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments_per_call", [1, 32])
 @pytest.mark.parametrize(
     "changes",
@@ -338,6 +346,7 @@ def test_streamed_sections_have_the_contexts_of_training(changes, segments_per_c
         torch.testing.assert_close(streamed[name], tensor, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_each_section_has_the_text_of_its_target_segment(make_reader):
     reader = make_reader(decoder_context="section")
     leading, trailing = special_tokens_around(reader.tokenizer)
@@ -384,6 +393,7 @@ def test_a_section_can_be_continued_from_a_state_file(make_reader, tmp_path):
     torch.testing.assert_close(output.last_hidden_state[0], expected[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_state_of_a_different_model_is_refused(make_reader, tmp_path):
     path = tmp_path / "state"
     reader = make_reader()
@@ -454,6 +464,7 @@ def test_a_state_of_a_model_that_differs_in_one_field_is_refused(make_reader, tm
         reader.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"encoder_attention_heads": 2}, {"activation_function": "relu"}], ids=str)
 def test_fields_that_no_weight_shows_change_the_state(make_reader, changes):
     readers = []

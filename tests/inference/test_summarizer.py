@@ -44,6 +44,7 @@ def test_batched_summaries_equal_summaries_of_single_texts(model, tokenizer, tok
     assert [summary.text for summary in summaries] == expected
 
 
+@pytest.mark.slow
 def test_batches_hold_as_many_texts_as_fit(model, tokenizer, monkeypatch):
     shapes, encode = [], model.model.encode
 
@@ -65,6 +66,7 @@ def test_a_text_without_tokens_is_named(model, tokenizer):
         Summarizer(model, tokenizer, 80)(["the", " ", "list"])
 
 
+@pytest.mark.slow
 def test_a_summary_says_what_it_was_made_from(model, tokenizer):
     n_tokens = [len(ids) for ids in tokenizer(TEXTS, add_special_tokens=False)["input_ids"]]
     whole = Summarizer(model, tokenizer, 64, **HOW)(TEXTS)
@@ -77,6 +79,7 @@ def test_a_summary_says_what_it_was_made_from(model, tokenizer):
         Summarizer(model, tokenizer, max_n_segments=0)
 
 
+@pytest.mark.slow
 def test_a_session_may_be_asked_at_any_time_and_goes_on(model, tokenizer, tmp_path):
     summarizer = Summarizer(model, tokenizer, **HOW)
     text, seen = TEXTS[4], []
@@ -92,6 +95,7 @@ def test_a_session_may_be_asked_at_any_time_and_goes_on(model, tokenizer, tmp_pa
     assert seen == sorted(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [HOW, HOW | {"num_beams": 2}], ids=["greedy", "beam"])
 def test_a_text_that_is_streamed_is_the_summary(model, tokenizer, how):
     summarizer = Summarizer(model, tokenizer, **how)
@@ -112,6 +116,7 @@ def test_a_failure_while_streaming_is_raised(model, tokenizer, monkeypatch):
         list(session.stream())
 
 
+@pytest.mark.slow
 def test_a_section_ends_with_its_summary(model, tokenizer):
     session, reader = Summarizer(model, tokenizer, **HOW).open(), TextReader(model, tokenizer)
     for text in TEXTS[:3]:

@@ -65,6 +65,7 @@ def evaluated(folder, n_documents, max_n_segments, num_beams):
     return expected | {"loss": pytest.approx(expected["loss"], rel=1e-5)}
 
 
+@pytest.mark.slow
 def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path, evaluate):
     # Whole documents are read, although training used 3 segments per document.
     flags = ["--limit", 3, "--num_beams", 2]
@@ -82,6 +83,7 @@ def test_figures_are_the_evaluators_on_the_documents_of_the_run(folder, tmp_path
     assert len(figures["shares_by_tenth"]["target"]) == 10
 
 
+@pytest.mark.slow
 def test_predictions_stand_beside_the_results(folder, tmp_path, evaluate):
     flags = ["--model", folder.model, "--json", tmp_path / "ours.json", "--limit", 2]
     code, printed = evaluate(*flags)
@@ -234,6 +236,7 @@ def test_a_split_that_is_not_there_is_named_in_one_line(folder, evaluate):
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_settings_of_generation_are_told_and_can_be_changed(folder, tmp_path, evaluate):
     model = shutil.copytree(folder.model, tmp_path / "run" / "model")
     shutil.copy(folder.config_file, tmp_path / "run")

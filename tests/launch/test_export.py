@@ -39,6 +39,7 @@ def trained(documents, tmp_path, train_main):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_the_checkpoint_of_the_best_model_gives_the_files_of_that_model(documents, tmp_path, train_main, changes):
     run = tmp_path / "run"
@@ -49,6 +50,7 @@ def test_the_checkpoint_of_the_best_model_gives_the_files_of_that_model(document
     assert contents(tmp_path / "exported") == contents(run / "model")
 
 
+@pytest.mark.slow
 def test_the_card_has_data_flags_results_and_use_but_no_path_of_the_machine(documents, tmp_path, train_main):
     run = tmp_path / "run"
     assert train_main(flags(documents, run, max_steps=4, learning_rate=0.02)) == 0
@@ -68,6 +70,7 @@ def test_the_card_has_data_flags_results_and_use_but_no_path_of_the_machine(docu
     assert str(documents) not in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_others_may_read_a_model_as_the_umask_says(trained, tmp_path, mask):
     before = os.umask(mask)
@@ -79,6 +82,7 @@ def test_others_may_read_a_model_as_the_umask_says(trained, tmp_path, mask):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
 
 
+@pytest.mark.slow
 def test_a_plain_bart_has_the_backbones_weights(documents, tmp_path, train_main, capsys):
     for name, size in (("plain", 0), ("recurrent", 3)):
         assert train_main(flags(documents, tmp_path / name, max_steps=2, pre_seq_len=size)) == 0
@@ -94,6 +98,7 @@ def test_a_plain_bart_has_the_backbones_weights(documents, tmp_path, train_main,
         assert equal == (size == 0)
 
 
+@pytest.mark.slow
 def test_a_model_is_uploaded_to_a_private_repository(trained, tmp_path, capsys, monkeypatch):
     calls = []
 
@@ -117,6 +122,7 @@ def test_a_model_is_uploaded_to_a_private_repository(trained, tmp_path, capsys, 
     assert f"--push_to_hub papers: not logged in; the model is in {tmp_path}/again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_checkpoint_gives_another_model_and_a_run_its_newest(trained, tmp_path, capsys):
     before = contents(trained / "model")
     assert export(trained / "checkpoints" / "step-00000002", tmp_path / "two") == 0
@@ -130,6 +136,7 @@ def test_another_checkpoint_gives_another_model_and_a_run_its_newest(trained, tm
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "two").config.segment_size == 16
 
 
+@pytest.mark.slow
 def test_a_run_without_a_saved_model_is_exported_with_a_warning(trained, tmp_path, capsys):
     own = GenerationConfig.from_pretrained(trained / "model")
     assert own.num_beams == 3
@@ -145,6 +152,7 @@ def test_a_run_without_a_saved_model_is_exported_with_a_warning(trained, tmp_pat
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "exported")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_or_passed_over(trained, tmp_path, capsys):
     newest = trained / "checkpoints" / "step-00000004"
     (newest / "process-0.pt").write_bytes(b"")
@@ -175,6 +183,7 @@ class Code:
         return Path.touch, (self.file,)
 
 
+@pytest.mark.slow
 def test_code_in_a_checkpoint_is_refused_and_not_run(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     # an attacker would also write a manifest that fits

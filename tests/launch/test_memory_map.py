@@ -39,6 +39,7 @@ def test_tables_summary_and_picture(script, run, tmp_path, monkeypatch, capsys):
     assert Path("other.png").read_bytes() == Path("paper.memory.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_summary_ends_with_the_positions_of_the_decoder(script, tmp_path, monkeypatch, capsys):
     run = write_run_with_model(tmp_path / "run", [TEXT], {"data": {"max_target_length": 1200}})
     asked = []

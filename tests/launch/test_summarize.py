@@ -59,6 +59,7 @@ def summary_at_once(run, text, **how):
     return tokenizer.decode(model.generate(ids, **how)[0], skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_the_summary_is_that_of_the_model(run, summarize):
     (summary,), progress = summarize(TEXT)
     assert summary
@@ -66,12 +67,14 @@ def test_the_summary_is_that_of_the_model(run, summarize):
     assert re.fullmatch(r"read [\d,]+ tokens in \d+ segments, [\d,]+ tokens/s", progress[-1])
 
 
+@pytest.mark.slow
 def test_flags_of_generation_are_heeded(run, summarize):
     (summary,), _ = summarize(TEXT, "--num_beams", 3, "--max_new_tokens", 9)
     assert summary == summary_at_once(run, TEXT, num_beams=3, max_new_tokens=9)
     assert summary != summary_at_once(run, TEXT, max_new_tokens=6)
 
 
+@pytest.mark.slow
 def test_standard_input_is_read_as_a_file_is(script, run, summarize, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(TEXT.encode())))
     assert script.main(["--model", str(run.model)]) == 0
@@ -216,6 +219,7 @@ def test_settings_that_cannot_hold_are_named_in_one_line(script, run, tmp_path, 
     assert_one_error(capsys.readouterr(), message)
 
 
+@pytest.mark.slow
 def test_a_model_whose_run_had_longer_targets_than_it_has_positions_for_ends_its_texts_there(script, tmp_path, capsys):
     run = write_run_with_model(
         tmp_path / "run", [TEXT], {"data": {"max_target_length": 1200}}, forced_eos_token_id=None
@@ -238,6 +242,7 @@ def test_output_that_cannot_be_written_is_told_in_one_line(script, run, tmp_path
     assert_one_error(capsys.readouterr(), "No space left on device")
 
 
+@pytest.mark.slow
 def test_every_segment_has_its_summary(summarize, tells_numbers):
     summaries, progress = summarize(TEXT, "--every_segment")
     assert len(summaries) == int(re.search(r"(\d+) segments", progress[-1])[1]) > 10
@@ -297,6 +302,7 @@ def test_a_separator_is_one_line(script, run, capsys, value):
     assert "must be one line that is not blank" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_text_can_be_gone_on_with_later(summarize, tells_numbers, tmp_path):
     first, rest = TEXT[:-4], TEXT[-4:]
     summarize(first, "--save_state", tmp_path / "state")
@@ -305,6 +311,7 @@ def test_a_text_can_be_gone_on_with_later(summarize, tells_numbers, tmp_path):
     assert whole not in (summarize(first)[0], summarize(rest)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["", " \n"])
 def test_a_state_without_new_text_gives_the_summary_of_the_earlier_text(summarize, tmp_path, more):
     whole, progress = summarize(TEXT, "--save_state", tmp_path / "state")

@@ -42,6 +42,7 @@ def by_hand(documents):
     return float(loss.detach()), model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_loss_and_weights_are_those_of_plain_pytorch_whatever_the_accumulation(documents, tmp_path, accumulation):
     expected_loss, expected = by_hand(documents)

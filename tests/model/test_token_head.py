@@ -112,6 +112,7 @@ def test_a_resized_model_has_the_loss_too():
     torch.testing.assert_close(loss, model(**inputs).loss)
 
 
+@pytest.mark.slow
 def test_scores_of_all_targets_are_never_in_memory_together(monkeypatch):
     monkeypatch.setattr(token_head, "CHUNK_SCORES", 512 * 8000)
     head, labels = TokenHead(16, 8000, bias=False), torch.randint(8000, (8, 512))

@@ -43,6 +43,7 @@ def rows(records, first=0):
     return expected
 
 
+@pytest.mark.slow
 def test_an_offline_file_holds_all_rows_and_settings(folder):
     run = make_run(folder, project="p", tags=("a", "b"), config={"run": {"seed": 1}})
     tracker = log(WandbTracker(run, []), RECORDS[:2])

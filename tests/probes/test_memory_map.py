@@ -82,6 +82,7 @@ def test_neighbouring_segments_share_a_column_in_long_documents():
     assert max(map(len, as_text(MemoryMap([row], [row], [0.1], [1], [], [])).splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_a_long_document_is_drawn(tmp_path):
     row = [0.1] * 200
     draw_memory_map(

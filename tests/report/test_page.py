@@ -54,6 +54,7 @@ def follows(page, name):
     return page.texts[page.texts.index(name) + 1]
 
 
+@pytest.mark.slow
 def test_key_metrics_equal_the_log(page):
     expected = {
         "best validation loss": "5.0000",
@@ -154,6 +155,7 @@ def test_texts_and_lines_have_enough_contrast(colors, series):
     assert all(contrast(color, colors["paper"]) > 4.5 for color in (colors["muted"], *series))
 
 
+@pytest.mark.slow
 def test_texts_of_users_are_escaped(tmp_path, make_page):
     records = [step_record(10, slowest_host=EVIL), evaluation_record(10), {"step": 12, "skipped": EVIL}]
     # A folder's name contains no slash.
@@ -167,6 +169,7 @@ def test_texts_of_users_are_escaped(tmp_path, make_page):
     assert sum(name in text for text in page.texts) > 10
 
 
+@pytest.mark.slow
 def test_runs_are_compared(tmp_path, make_page):
     one = write_run(tmp_path / "a" / "run", RECORDS, SAMPLES)
     two = write_run(
@@ -189,6 +192,7 @@ def test_runs_are_compared(tmp_path, make_page):
     assert {"a generated text", "another text"} <= set(page.texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("records", "shown"),
     [
@@ -212,6 +216,7 @@ def test_an_unfinished_run_is_reported(records, shown, tmp_path, make_page):
     assert follows(page, "state") == "still running, or killed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "reason", "said"),
     [
@@ -228,6 +233,7 @@ def test_the_page_says_how_a_run_ended(code, reason, said, tmp_path, make_page):
     assert "time left" not in page.texts
 
 
+@pytest.mark.slow
 def test_the_page_of_a_long_run_is_small(tmp_path, make_page):
     records = [step_record(n, rank_seconds=[1.0] * 32) for n in range(1, 2001)]
     make_page(write_run(tmp_path / "run", records))

@@ -57,6 +57,7 @@ def read_events(response):
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
 
+@pytest.mark.slow
 def test_a_text_or_json_or_a_stream_gives_the_summary(serve, summarizer):
     client, expected = serve(), summarizer(TEXT)
     answer = client.post("/v1/summaries", content=TEXT).json()
@@ -143,6 +144,7 @@ def test_old_sessions_are_deleted_and_their_number_is_limited(serve, tmp_path):
     assert (tmp_path / "sessions").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 def test_a_state_moves_to_another_session_and_a_strangers_is_refused(serve, summarizer, tmp_path, capsys):
     client = serve(state_bytes=2**20)
     first, second = (client.post("/v1/sessions").json()["id"] for _ in range(2))
@@ -303,6 +305,7 @@ def test_a_folder_has_one_server(serve, summarizer, tmp_path):
         build_app(summarizer, Settings(tmp_path / "sessions"))
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_loses_nothing(serve, summarizer, monkeypatch, tmp_path):
     client = serve()
     id = client.post("/v1/sessions").json()["id"]

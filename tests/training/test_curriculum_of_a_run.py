@@ -24,17 +24,20 @@ def figures(folder):
     return [{name: record[name] for name in names if name in record} for record in read_metrics(folder)]
 
 
+@pytest.mark.slow
 def test_stages_end_after_their_steps(documents, tmp_path, train_main, capsys):
     assert train_main(flags(documents, tmp_path / "run", curriculum="1,2,3", curriculum_steps=3, **EIGHT_STEPS)) == 0
     assert stages(tmp_path / "run") == [1, 1, 1, 2, 2, 2, 3, 3]
     assert "curriculum 1 to 1 / 2 / 3 segments per document; the next stage after 3 steps\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_number_of_steps_all_stages_have_the_same(documents, tmp_path, train_main):
     assert train_main(flags(documents, tmp_path / "run", curriculum="1,2", eval_every=6)) == 0
     assert stages(tmp_path / "run") == [1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_stage_ends_at_its_loss_which_all_of_a_line_must_be_of(documents, tmp_path, train_main):
     changes = {"curriculum": "1,2,3", "curriculum_steps": 3, "curriculum_loss": 100.0, "log_every": 2, **EIGHT_STEPS}
     assert train_main(flags(documents, tmp_path / "run", **changes)) == 0

@@ -94,6 +94,7 @@ def run(documents, tmp_path_factory):
     return watched
 
 
+@pytest.mark.slow
 def test_lines_are_written_at_their_intervals_and_hold_every_field(run):
     assert list(run.of(STEPS)) == [2, 3, 4, 6]
     assert list(run.of(EVALUATIONS)) == [0, 3, 6]

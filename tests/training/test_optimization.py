@@ -101,6 +101,7 @@ def test_every_parameter_by_name_is_in_the_group_of_its_kind(changes, trained, b
         assert decay == (0.5 if is_decayed(name) else 0.0), name
 
 
+@pytest.mark.slow
 def test_the_tables_of_this_file_hold_the_names_of_models_alone():
     """Find outdated names in the tables, which could hide that a new name is missing."""
     last_parts = set()

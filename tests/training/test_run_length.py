@@ -99,6 +99,7 @@ def test_a_given_length_must_not_be_below_what_is_done():
     assert length(argv, order, state).max_steps == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tokens_per_batch": 80}, {"task": "sections"}, {"curriculum": "1,2,3"}],
@@ -120,6 +121,7 @@ def test_a_run_of_epochs_that_is_resumed_equals_one_that_was_never_cut_off(alone
         assert (resolved["max_steps"], resolved["warmup_steps"], resolved["eval_every"]) == (15, 5, 25)
 
 
+@pytest.mark.slow
 def test_a_run_of_epochs_that_is_resumed_with_larger_steps_reads_as_many_documents(alone, documents, tmp_path):
     """Check 30 documents: three steps of two documents, then six steps of four."""
     argv = flags_of_epochs(documents, tmp_path / "run", {"num_train_epochs": 1.25, "eval_every": 0, "save_every": 3})

@@ -38,6 +38,7 @@ def run(train_main, tmp_path, monkeypatch):
     return output
 
 
+@pytest.mark.slow
 def test_a_run_writes_no_secret_and_nothing_outside_of_its_folder(run, tmp_path):
     written = [path for path in run.rglob("*") if path.is_file()]
     assert {"config.json", "metrics.jsonl", "trainer.json", "manifest.json"} <= {path.name for path in written}
@@ -57,6 +58,7 @@ def test_a_run_writes_no_secret_and_nothing_outside_of_its_folder(run, tmp_path)
     }
 
 
+@pytest.mark.slow
 def test_models_are_saved_as_safetensors_alone(run):
     names = {path.name for path in files_below(run / "model")}
     assert "model.safetensors" in names

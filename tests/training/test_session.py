@@ -49,6 +49,7 @@ def spoil(monkeypatch):
     return spoil_steps
 
 
+@pytest.mark.slow
 def test_it_stops_when_the_loss_rises_and_keeps_the_best_model(documents, tmp_path, train_main, monkeypatch, capsys):
     weights = {}
     evaluate = Session.evaluate
@@ -90,6 +91,7 @@ def set_metrics(monkeypatch):
     return set_metrics
 
 
+@pytest.mark.slow
 def test_the_best_model_can_be_chosen_by_rouge(documents, tmp_path, train_main, set_metrics, capsys):
     set_metrics([5.0, 4.0, 3.0, 2.0, 1.0], [10.0, 30.0, 20.0, 30.0])
     arguments = flags(
@@ -103,6 +105,7 @@ def test_the_best_model_can_be_chosen_by_rouge(documents, tmp_path, train_main, 
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_metric_or_compares_with_the_saved_model(
     documents, tmp_path, train_main, set_metrics, capsys
 ):
@@ -121,6 +124,7 @@ def test_a_resumed_run_keeps_its_metric_or_compares_with_the_saved_model(
     assert f"saved      {run}/model, the model after step 4: rouge2 25.00, the highest" in lines
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_another_metric_before_a_model_is_saved_saves_the_next_one(
     documents, tmp_path, train_main, set_metrics, monkeypatch, capsys
 ):
@@ -145,6 +149,7 @@ def test_a_run_resumed_with_another_metric_before_a_model_is_saved_saves_the_nex
     assert line in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_logged_and_said(documents, tmp_path, train_main, capsys, spoil):
     spoil({3})
     assert train_main(flags(documents, tmp_path / "run", max_steps=4)) == 0
@@ -158,6 +163,7 @@ def test_a_skipped_step_is_logged_and_said(documents, tmp_path, train_main, caps
         json.loads(line, parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 def test_many_skipped_steps_end_the_command_in_one_line(documents, tmp_path, train_main, capsys, spoil):
     spoil(range(1, 99))
     assert train_main(flags(documents, tmp_path / "run", max_steps=50, eval_every=50)) == 2
@@ -165,6 +171,7 @@ def test_many_skipped_steps_end_the_command_in_one_line(documents, tmp_path, tra
     assert error.startswith("error: step 10: no finite gradient in 10 steps")
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(documents, tmp_path, train_main, monkeypatch):
     arguments = flags(documents, tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -177,6 +184,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(documents, t
     assert [record["step"] for record in records if "validation_loss" in record] == [0, 2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_can_be_made_longer(documents, tmp_path, train_main):
     assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
     assert train_main(["--resume", str(tmp_path / "run"), "--max_steps", "4"]) == 0
@@ -193,6 +201,7 @@ def test_a_run_whose_model_was_not_written_does_not_say_that_it_was(
     assert "saved " not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_configuration_has_the_values_that_follow_from_other_flags(documents, tmp_path, train_main):
     run = tmp_path / "run"
     given = {"max_steps": 2, "learning_rate": 0.25, "curriculum": "1,2", "lora_r": 2}
@@ -238,6 +247,7 @@ def test_a_flag_that_is_refused_leaves_a_finished_run_as_it_was(finished, train_
     assert json.loads((finished / "outcome.json").read_text())["code"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [[], ["--learning_rate", "0.5"], ["--max_steps", "2", "--seed", "1"]], ids=str)
 def test_a_finished_run_that_is_resumed_stays_as_it_was(finished, train_main, capsys, changes):
     before = contents(finished)
@@ -248,6 +258,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_was(finished, train_main, ca
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_by_patience_goes_on_only_with_another_patience(documents, tmp_path, train_main, set_metrics):
     run = tmp_path / "run"
     set_metrics([1.0] * 9, [1.0] * 9)
@@ -266,6 +277,7 @@ def test_a_run_that_ended_by_patience_goes_on_only_with_another_patience(documen
     assert config["resumes"][-1] == {"step": 2, "changes": {"patience": [2, 0]}}
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_end_was_not_recorded_is_ended_again(finished, train_main):
     (finished / "outcome.json").unlink()
     assert train_main(["--resume", str(finished)]) == 0
@@ -298,6 +310,7 @@ def test_settings_of_the_optimizer_that_are_given_on_resuming_hold(
     assert {group["betas"][1] for group in groups} == {changes.get("adam_beta2", 0.999)}
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_numbers_from_there_on(finished, train_main, monkeypatch):
     drawn = []
     monkeypatch.setattr(Session, "train", lambda session: drawn.append(torch.rand(()).item()))
@@ -311,6 +324,7 @@ def test_another_seed_draws_other_numbers_from_there_on(finished, train_main, mo
     assert len(set(drawn)) == 3
 
 
+@pytest.mark.slow
 def test_flags_that_hold_from_here_on_are_told(finished, train_main, capsys):
     capsys.readouterr()
     assert train_main(["--resume", str(finished), "--max_steps", "3", "--weight_decay", "0.5"]) == 0
@@ -319,6 +333,7 @@ def test_flags_that_hold_from_here_on_are_told(finished, train_main, capsys):
     assert "--weight_decay 0.5 (before: 0.01)" in printed
 
 
+@pytest.mark.slow
 def test_the_bar_moves_with_every_step(documents, tmp_path, train_main, monkeypatch):
     steps = []
     monkeypatch.setattr(ProgressDisplay, "step", lambda display, step: steps.append(step))
@@ -348,6 +363,7 @@ def contents(folder):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_where_one_goes_on_and_changes_nothing(documents, tmp_path, train_main, capsys, hold_lock):
     arguments = flags(documents, tmp_path / "run", max_steps=2)
     assert train_main(arguments) == 0

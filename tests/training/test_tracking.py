@@ -134,6 +134,7 @@ class TestTwoMachines:
         assert tensorboard_points(folder / "tensorboard") == expected
 
 
+@pytest.mark.slow
 def test_documents_that_are_cut_are_counted(documents, tmp_path, train_main):
     assert train_main(flags(documents, tmp_path / "run", max_steps=2, max_n_segments=2)) == 0
     lengths = [json.loads(line)["sections"] for line in (documents / "train.jsonl").open()]
@@ -197,6 +198,7 @@ def test_a_run_that_is_not_online_sends_nothing_even_when_its_process_ends(docum
 
 @pytest.mark.usefixtures("_fresh_wandb")
 class TestOutOfOrder:
+    @pytest.mark.slow
     def test_without_a_network_it_goes_on_offline(self, documents, tmp_path, train_main, monkeypatch, capfd):
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
@@ -210,6 +212,7 @@ class TestOutOfOrder:
         (file,) = wandb_files(run)
         assert len(wandb_rows(file)) == len(read_metrics(run))
 
+    @pytest.mark.slow
     def test_without_a_key_it_goes_on_offline(self, documents, tmp_path, train_main, monkeypatch, capfd):
         monkeypatch.delenv("WANDB_API_KEY", raising=False)
         monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -219,6 +222,7 @@ class TestOutOfOrder:
         assert "no API key is set" in warning
         assert len(wandb_files(run)) == 1
 
+    @pytest.mark.slow
     def test_where_it_cannot_write_it_goes_on_without(self, documents, tmp_path, train_main, capfd):
         run = tmp_path / "run"
         run.mkdir()
@@ -228,6 +232,7 @@ class TestOutOfOrder:
         assert warning.startswith("warning: wandb: ")
         assert [record["step"] for record in read_metrics(run) if "loss" in record] == [1, 2]
 
+    @pytest.mark.slow
     def test_all_that_wandb_writes_lies_in_the_run_folder(self, documents, tmp_path, train_main, monkeypatch):
         monkeypatch.setenv("WANDB_DIR", "/proc/nowhere")
         run = tmp_path / "run"
@@ -242,6 +247,7 @@ class TestOutOfOrder:
         assert config["arguments"]["run"]["max_steps"] == 2
         assert config["model"]["segment_size"] == 16
 
+    @pytest.mark.slow
     def test_what_the_user_told_wandb_holds_over_our_defaults(self, documents, tmp_path, train_main, monkeypatch):
         said = {"PROJECT": "minutes", "RUN_GROUP": "spring", "ENTITY": "us", "NAME": "first", "TAGS": "a, b"}
         for name, value in (said | {"NOTES": "a note", "RUN_ID": "mine", "JOB_TYPE": "try"}).items():
@@ -254,6 +260,7 @@ class TestOutOfOrder:
         assert (written.display_name, list(written.tags), written.notes) == ("first", ["a", "b"], "a note")
         assert (written.run_id, written.job_type) == ("mine", "try")
 
+    @pytest.mark.slow
     def test_a_flag_holds_over_what_the_user_told_wandb(self, documents, tmp_path, train_main, monkeypatch):
         for name in ("PROJECT", "RUN_GROUP", "ENTITY", "TAGS"):
             monkeypatch.setenv(f"WANDB_{name}", "variable")
@@ -263,6 +270,7 @@ class TestOutOfOrder:
         written, _ = wandb_run(wandb_files(run)[0])
         assert (written.project, written.run_group, written.entity, list(written.tags)) == ("p", "g", "e", ["t"])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["dryrun", "OFFLINE"])
     def test_with_a_key_and_an_offline_mode_nothing_is_sent(self, documents, tmp_path, train_main, monkeypatch, mode):
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
@@ -283,6 +291,7 @@ class TestOutOfOrder:
         assert "error: WANDB_MODE of-line" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
     def test_a_skipped_step_and_the_end_are_told(self, documents, tmp_path, train_main, monkeypatch):
         step = Trainer.train_step
 
@@ -297,6 +306,7 @@ class TestOutOfOrder:
         alerts = [record.alert.title for record in wandb_records(file) if record.WhichOneof("record_type") == "alert"]
         assert alerts == ["step skipped"] * 2 + ["run done"]
 
+    @pytest.mark.slow
     def test_a_run_that_stands_still_is_told_of(self, documents, tmp_path, train_main, monkeypatch, capsys):
         step = Trainer.train_step
 
@@ -320,6 +330,7 @@ def _spoil(module, arguments, output):
     return output
 
 
+@pytest.mark.slow
 def test_a_recurrence_that_cannot_be_looked_at_stops_nothing(documents, tmp_path, train_main, monkeypatch, capfd):
     def fail(*_):
         raise RuntimeError("out of memory")

@@ -163,6 +163,7 @@ def test_a_checkpoint_is_written_once_at_each_interval_and_after_each_evaluation
     assert follow(max_steps=10, log_every=5, eval_every=4, save_every=save_every)["save"] == saves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_every_target_counts_the_same_in_whichever_batch_it_stands(alone, stage):
     batches = [make_batch(1, n_targets=2), make_batch(1, n_targets=9)]
@@ -185,6 +186,7 @@ def test_every_target_counts_the_same_in_whichever_batch_it_stands(alone, stage)
     assert told["log"][0]["gradient_norm"] == pytest.approx(other_told["log"][0]["gradient_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_is_skipped_as_if_it_had_not_been(alone, stage, factor):
@@ -233,6 +235,7 @@ def test_many_skipped_steps_in_a_row_end_the_run(alone):
     assert trainer.state.n_skipped_in_row == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_warm_up_and_decay_reach_the_optimizer(alone, stage):
     run = RunArguments(warmup_steps=3, lr_scheduler="linear", log_every=1).of_length(8)

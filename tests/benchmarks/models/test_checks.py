@@ -11,10 +11,12 @@ from recurrent_bart.recurrence import prefix_recurrence
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong():
     assert find_wrong_results(CPU) == []
 
 
+@pytest.mark.slow
 def test_a_schedule_with_other_numbers_is_found(monkeypatch):
     step = wavefront.diagonal_step
 
@@ -34,6 +36,7 @@ def test_a_state_that_is_not_carried_is_found(monkeypatch):
     assert "ours: the loss ignores the first segment" in find_wrong_results(CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bptt_depth", [0, 2])
 def test_a_memory_that_gradient_does_not_reach_is_found(monkeypatch, bptt_depth):
     encode = RecurrentMemoryBart.encode

@@ -34,6 +34,7 @@ def step_bytes(task, bptt_depth, grain, numbers):
     return [measured(passes(task, bptt_depth, grain, n)).step_bytes for n in numbers]
 
 
+@pytest.mark.slow
 def test_memory_of_windows_does_not_grow_with_the_document():
     """Allow for ids and labels of the additional segments, and for a single target their embeddings."""
     few, many = step_bytes("sections", 0, "none", (2, 6))
@@ -59,6 +60,7 @@ def test_a_step_is_timed_without_what_was_queued_before_it(monkeypatch):
     assert seen == ["waited", "clock", "step", "waited", "clock"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_figures_of_every_model_belong_together(model):
     found = measured(Case(model, 3, batch_size=2), n_passes=2)
@@ -76,6 +78,7 @@ def test_figures_of_every_model_belong_together(model):
     assert found.share_of_peak() == pytest.approx(found.flops / found.seconds() / 1e9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_readers_have_neither_graph_nor_optimizer(model):
     found = measured(Case(model, 3, "inference"), n_passes=1)
@@ -85,6 +88,7 @@ def test_readers_have_neither_graph_nor_optimizer(model):
     assert 0 < found.flops < measured(Case(model, 3)).flops / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["ours", "bart"])
 def test_texts_have_the_length_that_is_counted_and_what_is_read_is_not_read_again(model, monkeypatch):
     case = Case(model, 1, "generation", batch_size=3)
@@ -107,6 +111,7 @@ def test_texts_have_the_length_that_is_counted_and_what_is_read_is_not_read_agai
     assert contexts == [(3, 20 + 16)] * 2
 
 
+@pytest.mark.slow
 def test_a_text_costs_what_its_decoder_pass_does():
     one, many = (measured(Case("ours", 1, "generation", batch_size=n)).flops for n in (1, 4))
     assert many == pytest.approx(4 * one)
@@ -132,6 +137,7 @@ def test_a_training_step_changes_weights_under_dropout(model):
     assert all(parameter.grad is None for parameter in subject.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["rmt", "bart", "led", "longt5"])
 def test_other_models_keep_less_when_layers_are_recomputed(model):
     all_kept, recomputed = (measured(Case(model, 24, checkpointing=grain)).step_bytes for grain in ("none", "layer"))
@@ -145,6 +151,7 @@ def test_what_only_ours_has_is_refused_of_others():
         build_benchmark_model(Case("rmt", 2, task="sections"), SETTING)
 
 
+@pytest.mark.slow
 def test_the_schedule_of_a_case_is_the_one_that_runs(monkeypatch):
     calls = []
     step = wavefront.diagonal_step
@@ -165,6 +172,7 @@ def test_memory_that_is_not_enough_is_a_result(monkeypatch):
     assert not found.step_seconds
 
 
+@pytest.mark.slow
 def test_memory_is_measured_once_and_time_in_every_turn():
     found = Measurement(matrix_peak=1e9)
     for _ in range(2):

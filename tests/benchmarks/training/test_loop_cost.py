@@ -40,6 +40,7 @@ def test_who_goes_first_in_one_round_goes_last_in_the_next():
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in rounds)
 
 
+@pytest.mark.slow
 def test_both_loops_make_as_many_steps_on_one_sharded_engine(tmp_path, flags, monkeypatch):
     steps = {"all": 0, "trainer": 0, "logged": 0}
 
@@ -68,6 +69,7 @@ def test_both_loops_make_as_many_steps_on_one_sharded_engine(tmp_path, flags, mo
     assert not Path(folder / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_step_of_several_passes_has_no_bare_one_beside_it(flags, alone):
     arguments = parse_arguments(flags("--gradient_accumulation_steps", "2"))
     with pytest.raises(ValueError, match="one forward and one backward pass"):

@@ -61,6 +61,7 @@ def results(schedule, inputs, checkpointing="none", **fields):
 THREE_LAYERS, THREE_SEGMENTS = {"n_layers": 3, "n_segments": 2}, {"n_layers": 2, "n_segments": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "task", "sizes"),
     [

@@ -58,6 +58,7 @@ def test_gated_update(dtype, sizes, may_rest):
     check(lambda *inputs: [gated_update(*inputs, is_read)], plain, randoms(dtype, *shapes))
 
 
+@pytest.mark.slow
 @every_pair("gives", "stream", "slots", "memory and slots", "sum")
 def test_residual_norm(dtype, sizes, gives):
     from recurrent_bart.execution.kernels.residual_norm import (
@@ -94,6 +95,7 @@ def test_residual_norm(dtype, sizes, gives):
     check(fused, plain, [stream, hidden, memory, *own])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_without_a_graph_results_are_left_in_their_places(p):
     """Output buffers get the same values; the stream's buffer may be the input."""

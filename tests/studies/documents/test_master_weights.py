@@ -46,6 +46,7 @@ def test_gradients_of_several_passes_are_added_in_float32():
     assert weights.master.weight.grad.item() == 257.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("n_passes", [1, 6])
 def test_gradients_are_those_of_the_trainers_own_loop(alone, stage, n_passes):

@@ -136,6 +136,7 @@ def test_easier_stages_come_first_with_documents_of_their_own():
     assert [point["stage"] for point in single.curve] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_easier_stages_may_have_several_segments():
     easier = ({"segment_size": 2}, {"segment_size": 2, "n_segments": 2})
     single = SingleRun(short_run(easier=easier, stages=(3,), threshold=2.0, stage_steps=20, max_steps=60), CPU)

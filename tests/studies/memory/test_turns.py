@@ -30,6 +30,7 @@ def counting(log):
     return begin
 
 
+@pytest.mark.slow
 def test_each_has_a_turn_and_the_next_comes_when_one_has_ended():
     log = []
     ended = [item for item, error in take_turns([3, 1, 2], counting(log), 2, CPU) if error is None]
@@ -45,6 +46,7 @@ def test_items_are_asked_for_when_there_is_room_for_them():
     assert len(asked) == 3
 
 
+@pytest.mark.slow
 def test_work_that_fails_is_told_in_a_line_and_leaves_the_others_alone(capsys):
     def begin(item):
         yield
@@ -57,6 +59,7 @@ def test_work_that_fails_is_told_in_a_line_and_leaves_the_others_alone(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_at_once", [2, 3])
 def test_runs_beside_each_other_are_what_each_is_alone(tmp_path, n_at_once):
     runs = [short_run(seed=0), short_run(seed=1), short_run(name="top", model=MODEL | {"recurrence": "top"})]
@@ -71,6 +74,7 @@ def test_runs_beside_each_other_are_what_each_is_alone(tmp_path, n_at_once):
         assert json.dumps(without_times(one.read())) == json.dumps(without_times(other.read()))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_its_neighbour_alone(tmp_path):
     good, bad = begun(tmp_path, short_run(), short_run(name="bad", model=MODEL | {"encoder_attention_heads": 5}))
     ended = dict(take_turns([bad, good], lambda file: execute(file, CPU, math.inf), 2, CPU))

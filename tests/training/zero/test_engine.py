@@ -54,6 +54,7 @@ def test_the_whole_state_is_the_models_own(alone, stage, is_frozen, is_tied):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 @STAGES
 def test_frozen_parameters_stay_and_the_others_learn_as_in_plain_pytorch(alone, stage):
     # also in the decoder's first layer, whose input needs no gradient
@@ -84,6 +85,7 @@ def test_frozen_parameters_stay_and_the_others_learn_as_in_plain_pytorch(alone, 
     assert all(any(part in name for part in trained) for name in moved)
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder_are_gathered_whole(alone):
     model = build(tiny_model(), 3).module.model
     assert all(z3_leaf_module(module) for module in (model.encoder, model.decoder))
@@ -135,6 +137,7 @@ def test_bf16_computes_its_loss_in_float32_and_keeps_master_weights(alone, stage
     assert not torch.equal(weight, before["model.shared.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
 def test_gradients_are_looked_at_together(alone, kind, monkeypatch):
     """Give DeepSpeed one norm of all gradients, and find a gradient that is not finite in one check."""

@@ -111,6 +111,7 @@ def learning(engine, rate=0.5):
         group["lr"] = 0.0
 
 
+@pytest.mark.slow
 def test_sums_of_many_passes_are_those_of_float32(alone, engine):
     """Read four documents repeatedly; each document alone gives a term of the expected sum."""
     documents = batches(4)
@@ -205,6 +206,7 @@ def test_512_passes_are_summed_to_more_than_a_thousandth(alone, stage, monkeypat
     assert relative_error(found, float64_sum(each, [128] * 4)) < 1e-3
 
 
+@pytest.mark.slow
 def test_sums_in_bfloat16_are_had_for_the_asking(alone):
     """Set `grad_accum_dtype` to bfloat16; its error is far above the bound of the test above."""
     documents = batches(4)

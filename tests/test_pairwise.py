@@ -1,0 +1,67 @@
+"""Pairwise tests: the chosen cases hold every pair of values, and few of them are needed."""
+
+import itertools
+
+import pytest
+
+from pairwise import covering, mark_other_cases_slow, values_of
+
+DEPTHS, CONTEXTS, GRAINS = (0, 1, 2, -1), ("last", "memory", "all"), ("none", "layer", "segment")
+
+
+def pairs_of(cases):
+    return {pair for case in cases for pair in itertools.combinations(sorted(case), 2)}
+
+
+def test_every_pair_of_values_is_in_a_chosen_case():
+    axes = itertools.product(DEPTHS, CONTEXTS, GRAINS)
+    cases = [values_of(dict(zip(("depth", "context", "grain"), values, strict=True))) for values in axes]
+    chosen = covering(cases)
+    assert pairs_of(cases[number] for number in chosen) == pairs_of(cases)
+    # at least the product of the two longest axes, and far less than all 36
+    assert 12 <= len(chosen) <= 15
+    assert len(set(chosen)) == len(chosen)
+
+
+def test_each_key_of_a_dictionary_is_a_parameter():
+    fields = {"recurrence": "top", "bptt_depth": 1}
+    assert values_of({"fields": fields, "n": 2}) == {
+        ("fields", "recurrence", "'top'"),
+        ("fields", "bptt_depth", "1"),
+        ("n", "", "2"),
+    }
+
+
+def test_values_of_one_parameter_are_all_chosen():
+    assert covering([values_of({"n": n}) for n in range(5)]) == list(range(5))
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_cases_that_are_not_chosen_are_slow(pytester_items, is_marked):
+    items = pytester_items(is_marked)
+    mark_other_cases_slow(items)
+    n_slow = sum(item.get_closest_marker("slow") is not None for item in items)
+    assert n_slow == (4 if is_marked else 0)
+
+
+@pytest.fixture
+def pytester_items(request, tmp_path):
+    """Return a function that collects the eight cases of a test of three switches, marked as pairwise or not."""
+
+    class Case:
+        path, originalname = tmp_path, "test_switches"
+
+        def __init__(self, values, marks):
+            self.callspec = type("CallSpec", (), {"params": dict(zip("abc", values, strict=True))})
+            self.marks = marks
+
+        def get_closest_marker(self, name):
+            return next((mark for mark in self.marks if mark == name or getattr(mark, "name", "") == name), None)
+
+        def add_marker(self, mark):
+            self.marks.append(mark)
+
+    def collect(is_marked):
+        return [Case(values, ["pairwise"] if is_marked else []) for values in itertools.product((0, 1), repeat=3)]
+
+    return collect
