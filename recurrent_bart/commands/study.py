@@ -124,7 +124,7 @@ def work(arguments: argparse.Namespace) -> int:
     for file, error in take_turns(in_time, begin, arguments.runs_at_once or 1, device):
         if error is not None:
             file.fail(error)
-        # A run that stopped early for its final tests shows that there is no time left for another run.
+        # "budget": the run ended its training before the last step, for its final tests. No other run begins
         is_over = is_over or file.read().get("stopped") == "budget"
         print(f"{ENDED}{file.path}", flush=True)
     return 0

@@ -124,7 +124,7 @@ def write_corpus(
 ) -> str:
     """Write tokenised documents to an Arrow file and return a hash of the texts.
 
-    A document without tokens is skipped if `on_bad` returns.
+    `on_bad` is called for a document without tokens. If it does not raise, the document is skipped.
     """
     rows, encoder, texts = iter(rows), TextEncoder(tokenizer, n_available_processes()), hashlib.sha256()
     n_rows = BATCH if encoder.segmenter is None else SEGMENTED_BATCH

@@ -47,7 +47,7 @@ class RetainedDiagonals:
                 self.n_bytes += n_bytes
 
     def of(self, diagonals: Sequence[Diagonal]) -> "list[RetainedDiagonal | None]":
-        """Return, for each diagonal of a pass, the graphs that keep the diagonal's activations, or None."""
+        """Return one entry per diagonal of a pass: the CUDA graphs that keep its activations, or None without them."""
         return [self._retained.get(key) for key in self._keys(diagonals)]
 
     def _keys(self, diagonals: Sequence[Diagonal]) -> list[tuple]:

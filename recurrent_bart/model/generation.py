@@ -1,7 +1,7 @@
 """Generation of texts from documents and states, after the last segment or after several segments.
 
-Shape suffixes: B documents, n tokens of an uncut document, N segments, L tokens in a segment, M target segments, m
-target segments of a group, S sequences per text, T target length.
+Shape suffixes: B documents, n tokens of an uncut document, N segments, L tokens in a segment, M target segments (a text
+is generated after each), m target segments that are decoded in one call, S sequences per text, T target length.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ class SegmentGeneration(GenerationMixin):
                 encoded, is_read_BN[target_segments_BN].cpu(), generation_config, **kwargs
             )
         else:
-            # the encoder returned either rows of the selected segments or contexts after every segment
+            # contexts of the target segments alone have 3 dimensions, contexts after every segment have 4
             is_rows = encoded.last_hidden_state.dim() == 3
             is_shown = is_read_BN[target_segments_BN].nonzero().squeeze(1) if is_rows else has_text_BN
             generated = super().generate(None, generation_config, encoder_outputs=encoded.rows(is_shown), **kwargs)

@@ -1,7 +1,7 @@
 """Outputs of the models.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, A attended length, M target segments, m target segments
-of a group, H heads, T target length, V vocabulary, D model width.
+Shape suffixes: B documents, N segments, L tokens in a segment, A attended length, M target segments (a target follows
+each), m target segments that are decoded in one call, H heads, T target length, V vocabulary, D model width.
 """
 
 from collections.abc import Sequence

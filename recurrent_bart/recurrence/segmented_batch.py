@@ -1,6 +1,6 @@
 """Batch of documents that is segmented and aligned once, and then travels from the encoder to the decoder's context.
 
-Shape suffixes: B documents, N segments, L tokens in a segment, M target segments.
+Shape suffixes: B documents, N segments, L tokens in a segment, M target segments (a target follows each).
 """
 
 import warnings

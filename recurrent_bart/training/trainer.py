@@ -149,7 +149,7 @@ class Trainer:
         self.step_metrics.learning_rate = self.engine.get_lr()[0]
         if self.is_logged_at(self.state.step + 1):
             self.step_metrics.backbone_square, self.step_metrics.recurrence_square = self.norms.squares()
-        # DeepSpeed checks the norm over all ranks, so a step is applied on all ranks or on none
+        # DeepSpeed checks the gradient norm over all ranks, so a step is applied on all ranks or on none
         with self.watch.measure("optimizer"):
             self.engine.step()
         self.state.step += 1

@@ -88,7 +88,7 @@ def _readings(
 
 @dataclass
 class IndexedRows(Dataset[dict[str, Any]]):
-    """Data set of the documents in a plan, indexed as in the plan."""
+    """Data set of the documents of a `DocumentPlan`; item `i` is the document `plan.indices[i]`."""
 
     documents: Documents
 

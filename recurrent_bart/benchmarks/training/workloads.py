@@ -76,11 +76,11 @@ class Work:
             raise ValueError("--max_n_segments -1: must be at least 1 in this benchmark")
 
     def arguments(self, part: str) -> Arguments:
-        """Parse the flags that all launches of a part share. Raise ValueError for an invalid flag."""
+        """Parse the flags that all runs of one part of the benchmark have. Raise ValueError for an invalid flag."""
         return parse_arguments(self._common(part))
 
     def flags(self, launch: Launch, place: Path) -> list[str]:
-        """Return the command-line flags of a launch. `place` is the folder for documents and derived files."""
+        """Return the command-line flags of one training run. `place` is the folder for documents and derived files."""
         return [*self._common(launch.part), *_as_flags(self._own(place, launch))]
 
     def documents(self, most_processes: int) -> EqualDocuments:

@@ -21,7 +21,7 @@ FILLED = {
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
     "gradient_clipping": "--max_grad_norm",
 }
-# keys that the file may set
+# keys that the user's DeepSpeed configuration file may set
 KNOWN = {
     "zero_optimization",
     "bf16",
