@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from recurrent_bart.commands.exit_codes import print_mistake
 from recurrent_bart.data.text_files import ENCODING
-from recurrent_bart.inference.stream_reader import TextReader
+from recurrent_bart.inference.stream_reader import TextReader, run_flags
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.model.generation_settings import describe_settings
 from recurrent_bart.training.flags import FlagParser
@@ -46,6 +46,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="print a summary after each section; a line that is equal to LINE ends a section",
     )
     parser.add_argument("--each_line", action="store_true", help="treat each line as a separate text")
+    parser.add_argument(
+        "--query",
+        default="",
+        help="question about each text, for a model that was trained with --query_column; default: none",
+    )
     parser.add_argument(
         "--tokens_per_batch",
         type=positive,
@@ -183,10 +188,23 @@ def load(arguments: argparse.Namespace) -> Summarizer:
         arguments.model,
         tokens_per_batch=arguments.tokens_per_batch,
         trust_remote_code=arguments.trust_remote_code,
+        query=arguments.query,
         **GenerationArguments(**flags).generation_settings(),
     )
+    if note := missing_query(arguments):
+        print(f"warning: {note}", file=sys.stderr, flush=True)
     torch.manual_seed(arguments.seed)
     return summarizer
+
+
+def missing_query(arguments: argparse.Namespace) -> str:
+    """Return a warning if texts are read without a question, or with one, unlike in the model's training."""
+    column = run_flags(arguments.model).get("data", {}).get("query_column")
+    if column and not arguments.query and not arguments.load_state:
+        return f"the model was trained with questions (--query_column {column}); give one with --query"
+    if arguments.query and not column and run_flags(arguments.model):
+        return "--query: the model was trained without questions, so it may not answer them"
+    return ""
 
 
 def show_settings(summarizer: Summarizer) -> None:

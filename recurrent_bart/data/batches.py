@@ -120,19 +120,21 @@ class Collator:
     def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
         """Return a document's segments with their targets. `[]` is the target of a segment without one.
 
-        The document is cut after `max_n_segments`. A section that is cut in the middle keeps its target.
+        The ids of the row's `query`, if there are any, stand before the text of each segment. The document is cut after
+        `max_n_segments`. A section that is cut in the middle keeps its target.
         """
         segments: list[list[int]] = []
         targets: list[list[int]] = []
         cap = row.get("max_n_segments", self.sizes.max_n_segments)
+        leading = [*self.leading, *row.get("query", [])]
         for section, summary in zip(row["sections"], row["summaries"], strict=True):
             if not section or len(segments) == cap:
                 continue
             pieces = split_into_segments(
-                [*self.leading, *section, *self.trailing],
+                [*leading, *section, *self.trailing],
                 self.sizes.segment_size,
                 self.sizes.input_size,
-                len(self.leading),
+                len(leading),
                 len(self.trailing),
             )
             if cap != -1:
@@ -182,12 +184,16 @@ def plan_documents(
     n_special: int,
     max_target_length: int | None = None,
     n_special_of_target: int | None = None,
+    query_lengths: Sequence[int] | None = None,
 ) -> DocumentPlan:
     """Count the segments and targets of each document without building them.
 
     Lengths are in tokens without special tokens: `n_special` of each segment, and `n_special_of_target` of each target
-    (None: as many). A summary length of 0 marks a section without a target. Raises ValueError if the special tokens
-    fill the whole segment.
+    (None: as many). A summary length of 0 marks a section without a target. `query_lengths` are the tokens of each
+    document's question and separator, which each segment repeats (None: no questions); see `check_query`.
+
+    Raises:
+        ValueError: The special tokens fill the whole segment.
     """
     room = sizes.segment_size - n_special
     if room < 1:
@@ -197,8 +203,9 @@ def plan_documents(
     n_special_of_target = n_special if n_special_of_target is None else n_special_of_target
     target_room = math.inf if max_target_length is None else max_target_length - n_special_of_target
     plan = DocumentPlan([], [], [], 0, 0)
-    for index, (sections, summaries) in enumerate(zip(section_lengths, summary_lengths, strict=True)):
-        counts = [-(-length // room) for length in sections]
+    queries = [0] * len(section_lengths) if query_lengths is None else query_lengths
+    for index, (sections, summaries, n_query) in enumerate(zip(section_lengths, summary_lengths, queries, strict=True)):
+        counts = [-(-length // (room - n_query)) for length in sections]
         total = sum(counts)
         cap = total if sizes.max_n_segments == -1 else sizes.max_n_segments
         befores = itertools.accumulate(counts[:-1], initial=0)
@@ -216,6 +223,15 @@ def plan_documents(
         plan.n_least.append(with_target[0] + 1)
         plan.n_cut += total > cap
     return plan
+
+
+def check_query(n_tokens: int, room: int, segment_size: int, name: str) -> None:
+    """Raise ValueError if a question of `n_tokens` tokens leaves no room for a text in segments with `room` tokens."""
+    if n_tokens >= room:
+        raise ValueError(
+            f"{name}: the query has {n_tokens} tokens with its separator, which leave no room for text in segments of "
+            f"{segment_size} tokens (--segment_size); shorten the query"
+        )
 
 
 class DocumentOrder(ABC):

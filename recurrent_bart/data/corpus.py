@@ -26,7 +26,7 @@ from recurrent_bart.data.word_segmenter import (
 from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 # JSON file with the fields of `Corpus` except `rows`.
 ABOUT = "about.json"
 # Documents per tokenizer call; a fast tokenizer processes them in parallel threads.
@@ -36,6 +36,7 @@ SEGMENTED_BATCH = 512
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
+        "query": pa.list_(pa.int32()),
         "sections": pa.list_(pa.list_(pa.int32())),
         "summaries": pa.list_(pa.list_(pa.int32())),
         "summary_texts": pa.list_(pa.string()),
@@ -49,9 +50,10 @@ SCHEMA = pa.schema(
 class Corpus(NamedTuple):
     """Tokenised documents of a source.
 
-    The rows have `id`, `sections` and `summaries` (ids without special tokens), `summary_texts`, `reference_texts`
-    (further references), `section_lengths` and `summary_lengths` (tokens). `skipped` has the reason for each skipped
-    document. `fingerprint` is a hash of the texts and their order, independent of the tokenizer and of references.
+    The rows have `id`, `query` (ids of the question and its separator), `sections` and `summaries` (ids without special
+    tokens), `summary_texts`, `reference_texts` (further references), `section_lengths` and `summary_lengths` (tokens).
+    `skipped` has the reason for each skipped document. `fingerprint` is a hash of the texts and their order,
+    independent of the tokenizer and of references.
     """
 
     rows: Dataset
@@ -130,15 +132,19 @@ def write_corpus(
     n_rows = BATCH if encoder.segmenter is None else SEGMENTED_BATCH
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         while batch := list(itertools.islice(rows, n_rows)):
-            texts.update(json.dumps([[row.sections, row.summaries] for row in batch]).encode())
+            texts.update(json.dumps([_hashed(row) for row in batch]).encode())
             writer.write_batch(pa.RecordBatch.from_pylist(_tokenise(batch, encoder, on_bad), SCHEMA))
     return texts.hexdigest()[:16]
+
+
+def _hashed(row: Row) -> list[Any]:
+    return [row.sections, row.summaries, *([row.query] if row.query else [])]
 
 
 def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueError], None]) -> list[dict[str, Any]]:
     ids = iter(encoder([text for row in rows for text in (*row.sections, *row.summaries)]))
     records = []
-    for row in rows:
+    for row, query in zip(rows, encoder.queries([row.query for row in rows]), strict=True):
         sections = [next(ids) for _ in row.sections]
         summaries = [next(ids) for _ in row.summaries]
         if not any(sections) or not any(summaries):
@@ -148,6 +154,7 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
         records.append(
             {
                 "id": row.id,
+                "query": query,
                 "sections": sections,
                 "summaries": summaries,
                 "summary_texts": row.summaries,
@@ -163,8 +170,12 @@ def texts_of(rows: Iterable[Row], segmenter: str = "none") -> Iterator[str]:
     """Yield all texts of documents, segmented into words by `segmenter`, for the training of a tokenizer."""
     if segmenter == "none":
         for row in rows:
-            yield from (*row.sections, *row.summaries)
+            yield from _texts(row)
         return
     rows, segment = iter(rows), WordSegmenter(segmenter, n_available_processes())
     while batch := list(itertools.islice(rows, SEGMENTED_BATCH)):
-        yield from segment([text for row in batch for text in (*row.sections, *row.summaries)])
+        yield from segment([text for row in batch for text in _texts(row)])
+
+
+def _texts(row: Row) -> list[str]:
+    return [*([row.query] if row.query else []), *row.sections, *row.summaries]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.data.text_layouts import LayoutError, read_layout
+
 SPLITS = ("train", "validation", "test")
 TASKS = ("document", "sections")
 # Lone surrogates: JSON can encode them, but no tokenizer accepts them.
@@ -25,6 +27,7 @@ class Row:
         group: Name of a group that is never split between training and validation; None: no group.
         is_named: True if the record has an id.
         references: Further reference texts of each summary, for scores alone; empty: there are none.
+        query: Question that the summaries answer; it stands before every segment. Empty: none.
     """
 
     id: str
@@ -33,6 +36,7 @@ class Row:
     group: str | None = None
     is_named: bool = True
     references: list[list[str]] = field(default_factory=list)
+    query: str = ""
 
     def digest(self) -> str:
         """Return a hash of the text that ignores differences in white space."""
@@ -48,7 +52,8 @@ class Row:
 class Columns:
     """Names of the fields of a record. Documents with the same value in field `group` belong together.
 
-    Field `references` has a list of texts, or a list of lists for the section task.
+    Field `references` has a list of texts, or a list of lists for the section task. Field `query` has a question, or a
+    list of objects, each with a question `query` and its summary.
     """
 
     text: str = "document"
@@ -57,13 +62,14 @@ class Columns:
     summaries: str = "summaries"
     group: str | None = None
     references: str | None = None
+    query: str | None = None
 
 
 def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) -> Row:
     """Build a document from one record (a JSON object or table row). Error messages name `place`, the file and line.
 
-    For the document task, a list of sections or summaries is joined if the text column is missing. Without a summary,
-    the first reference is the target.
+    A text may have each layout of `read_layout`. For the document task, a list of sections or summaries is joined if
+    the text column is missing. Without a summary, the first reference is the target.
 
     Raises:
         ValueError: A field is missing, empty or of the wrong type.
@@ -74,16 +80,43 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     group = name if is_named else None
     if columns.group:
         group = str(_field(record, columns, "group", place))
+    query = _query(record, columns, place)
     if task == "sections":
         sections, summaries, lists = _section_texts(record, columns, place)
-        return with_targets(Row(name, sections, summaries, group, is_named, lists if columns.references else []), place)
+        lists = lists if columns.references else []
+        return with_targets(Row(name, sections, summaries, group, is_named, lists, query), place)
     text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
     references = _references(record, columns, place)
     if references and record.get(columns.summary) is None and record.get(columns.summaries) is None:
         summary, *references = references
     else:
         summary = _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
-    return with_targets(Row(name, [text], [summary], group, is_named, [references] if references else []), place)
+    lists = [references] if references else []
+    return with_targets(Row(name, [text], [summary], group, is_named, lists, query), place)
+
+
+def split_queries(record: dict[str, Any], columns: Columns, place: str) -> list[tuple[dict[str, Any], str]]:
+    """Return a record for each question of a list in the query column, with the end of its name; else the record.
+
+    Raises:
+        ValueError: The list is empty, or an item is no object with a question.
+    """
+    column = columns.query
+    questions = None if column is None else record.get(column)
+    if not isinstance(questions, list):
+        return [(record, "")]
+    needed = f"{place}: column {column!r} must be a text, or a list of objects with 'query' and {columns.summary!r}"
+    if not questions:
+        raise ValueError(f"{needed}, not an empty list (--query_column)")
+    for number, item in enumerate(questions, start=1):
+        if not isinstance(item, dict) or not isinstance(item.get("query"), str):
+            raise ValueError(f"{needed}; item {number} of the list has no query (--query_column)")
+    names = [name for name in (columns.summary, columns.references) if name]
+    rest = {name: value for name, value in record.items() if name not in (*names, columns.summaries)}
+    return [
+        (rest | {name: item[name] for name in names if name in item} | {column: item["query"]}, f" (query {number})")
+        for number, item in enumerate(questions, start=1)
+    ]
 
 
 def refuse(error: ValueError) -> None:
@@ -98,7 +131,7 @@ def with_targets(row: Row, place: str) -> Row:
         raise ValueError(f"{place}: the summary is empty")
     if not any(section.strip() for section in row.sections):
         raise ValueError(f"{place}: the document is empty")
-    for text in (*row.sections, *row.summaries, *itertools.chain.from_iterable(row.references)):
+    for text in (row.query, *row.sections, *row.summaries, *itertools.chain.from_iterable(row.references)):
         if HALF_CHARACTER.search(text):
             raise ValueError(f"{place}: the text has half a character (a lone surrogate)")
     return row
@@ -110,11 +143,29 @@ def split_of(name: str) -> str:
     return {0: "validation", 1: "test"}.get(digit, "train")
 
 
+def _query(record: dict[str, Any], columns: Columns, place: str) -> str:
+    """Return the question of a record, empty without a column or a value."""
+    if columns.query is None or (columns.query in record and record[columns.query] is None):
+        return ""
+    query = _field(record, columns, "query", place)
+    if not isinstance(query, str):
+        kind = type(query).__name__
+        raise ValueError(f"{place}: column {columns.query!r} must be a text, not {kind} (--query_column)")
+    return query.strip()
+
+
 def _texts(record: dict[str, Any], columns: Columns, name: str, place: str) -> list[str]:
     texts = _field(record, columns, name, place)
-    if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
-        raise ValueError(f"{place}: column {getattr(columns, name)!r} must be a list of texts (--{name}_column)")
-    return [text or "" for text in texts]
+    about = f"{place}: column {getattr(columns, name)!r} must be a list of texts"
+    if not isinstance(texts, list):
+        raise ValueError(f"{about}, not {type(texts).__name__} (--{name}_column)")
+    found = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            found.append(read_layout(text))
+        except LayoutError as error:
+            raise ValueError(f"{about}; item {number} {error} (--{name}_column)") from error
+    return found
 
 
 def _references(record: dict[str, Any], columns: Columns, place: str) -> list[str]:
@@ -149,11 +200,10 @@ def _text(record: dict[str, Any], columns: Columns, names: tuple[str, str], plac
     column, list_column = (getattr(columns, name) for name in names)
     if record.get(column) is None and record.get(list_column) is not None:
         return joined_by.join(text for text in _texts(record, columns, names[1], place) if text)
-    text = _field(record, columns, names[0], place)
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise ValueError(f"{place}: column {column!r} must be a text, not {kind} (--{names[0]}_column)")
-    return text
+    try:
+        return read_layout(_field(record, columns, names[0], place))
+    except LayoutError as error:
+        raise ValueError(f"{place}: column {column!r} {error} (--{names[0]}_column)") from error
 
 
 def _field(record: dict[str, Any], columns: Columns, name: str, place: str) -> Any:

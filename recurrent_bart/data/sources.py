@@ -17,7 +17,7 @@ from recurrent_bart.data.folders import SPLIT_OF_NAME, find_saved, find_splits, 
 from recurrent_bart.data.gap_sentences import gap_sentence_rows
 from recurrent_bart.data.held_out import HeldOut, held_out_texts, split_by_line
 from recurrent_bart.data.jsonl import json_records, jsonl_records
-from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse
+from recurrent_bart.data.rows import SPLITS, Columns, Row, make_row, refuse, split_queries
 from recurrent_bart.data.stdlib import EMBEDDED, library_root, stdlib_rows
 from recurrent_bart.data.text_files import ENCODING, read_text
 
@@ -114,11 +114,17 @@ class Source:
         readers = {"file": _file_records, "folder": _folder_records, "saved": _saved_records, "hub": _hub_records}
         for place, record in readers[self.kind](self, on_bad):
             try:
-                row = make_row(record, task, columns, place)
+                parts = split_queries(record, columns, place)
             except ValueError as error:
                 on_bad(error)
                 continue
-            yield row
+            for part, ending in parts:
+                try:
+                    row = make_row(part, task, columns, place)
+                except ValueError as error:
+                    on_bad(error)
+                    continue
+                yield replace(row, id=row.id + ending) if ending else row
 
     def _check_lists(self) -> None:
         tables = [str(file) for file in self.files if kind_of(file) in (".csv", ".tsv")]

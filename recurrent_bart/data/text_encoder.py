@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recurrent_bart.data.gap_sentences import GAP
+from recurrent_bart.data.tokenizer import special_tokens_between
 from recurrent_bart.data.word_segmenter import WordSegmenter, join_words, joins_words, segmenter_of
 
 # Prefix of a special token's replacement name. No text contains this sequence of Unicode noncharacters.
@@ -37,6 +38,13 @@ class TextEncoder:
         flat = [part for own in parts for part in own]
         encoded = iter(self._encode(self.segmenter(flat) if self.segmenter else flat))
         return [self._join([next(encoded) for _ in own]) for own in parts]
+
+    def queries(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each question with its separator; empty for a blank question."""
+        if not any(text.strip() for text in texts):
+            return [[] for _ in texts]
+        separator = special_tokens_between(self.tokenizer)
+        return [[*ids, *separator] if ids else [] for ids in self(texts)]
 
     def _between_gaps(self, text: str) -> list[str]:
         if self.mask_token_id is None:

@@ -193,6 +193,14 @@ def special_tokens_around_targets(tokenizer: PreTrainedTokenizerBase) -> tuple[l
     return _around(plain, tokenizer(text_target="a")["input_ids"])
 
 
+def special_tokens_between(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids between a question and its text: the tokenizer's own between two texts, or eos without them."""
+    plain, pair = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a", "a")["input_ids"]
+    leading, trailing = special_tokens_around(tokenizer)
+    start, end = len(leading) + len(plain), len(pair) - len(trailing) - len(plain)
+    return pair[start:end] or [tokenizer.eos_token_id]
+
+
 def _around(plain: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
     """Return the ids of `whole` before and after `plain`."""
     n_plain = len(plain)

@@ -23,7 +23,7 @@ HEAD = 100
 
 @dataclass(frozen=True)
 class Sample:
-    """Generated text and its target; `source` is the beginning of the source text.
+    """Generated text and its target; `source` is the question, if there is one, and the beginning of the source text.
 
     Attributes:
         id: Unique name of the document. For the section task, the number of the target follows in brackets.
@@ -138,10 +138,11 @@ class Evaluator:
         ]
 
     def _sample(self, name: str, row: dict[str, Any], index: int, section: int, generated: Tensor) -> Sample:
-        source = row["sections"][section]
+        source, query = row["sections"][section], self._decode(row.get("query", [])).strip()
+        head = self._decode(source[:HEAD]) + (" …" if source[HEAD:] else "")
         return Sample(
             id=name,
-            source=self._decode(source[:HEAD]) + (" …" if source[HEAD:] else ""),
+            source=f"{query}\n{head}" if query else head,
             target=row["summary_texts"][section],
             generated=decode_text(self.tokenizer, generated).strip(),
             document=index,

@@ -38,6 +38,7 @@ class ReadingSession:
     Args:
         model: Model in evaluation mode.
         segments_per_call: Largest number of segments per encoder call.
+        query: Question that stands before each segment; empty: none. A saved state brings its own.
         generation: Arguments of `generate`.
     """
 
@@ -46,10 +47,11 @@ class ReadingSession:
         model: RecurrentBartForConditionalGeneration,
         tokenizer: PreTrainedTokenizerBase,
         segments_per_call: int | None = None,
+        query: str = "",
         **generation: Any,
     ):
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
-        self.reader = TextReader(model, tokenizer, segments_per_call or SEGMENTS_PER_CALL)
+        self.reader = TextReader(model, tokenizer, segments_per_call or SEGMENTS_PER_CALL, query)
 
     def add(self, text: str, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Add text. `on_progress` is called with the numbers of tokens and segments read so far."""

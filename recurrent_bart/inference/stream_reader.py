@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
+from recurrent_bart.data.batches import check_query
 from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
@@ -99,6 +100,7 @@ class TextReader:
     Args:
         model: Model in evaluation mode.
         segments_per_call: Largest number of segments per encoder call; 1: yield the context after each segment.
+        query: Question that stands before each segment; empty: none. Raise ValueError if it leaves no room for text.
     """
 
     def __init__(
@@ -106,21 +108,30 @@ class TextReader:
         model: RecurrentBartForConditionalGeneration,
         tokenizer: PreTrainedTokenizerBase,
         segments_per_call: int = SEGMENTS_PER_CALL,
+        query: str = "",
     ):
         self.model, self.tokenizer, self.segments_per_call = model, tokenizer, segments_per_call
         self.encoder = TextEncoder(tokenizer)
-        self.leading, self.trailing = special_tokens_around(tokenizer)
         segment_size, input_size = model.config.segment_size, model.config.input_size
         # the configuration fills in both sizes
         assert segment_size is not None
         assert input_size is not None
-        self.room = segment_size - len(self.leading) - len(self.trailing)
         self.n_overlap = input_size - segment_size
+        self._ask(query)
         self.bookmark = Bookmark()
         # counts of this reader; tokens that a bookmark keeps are read again and not counted again
         self.n_tokens = self.n_segments = self.n_counted = 0
         cuts_anywhere = self._encode("a\na") == self._encode("a") + self._encode("\na")
         self.cut = BEFORE_WHITE_SPACE if cuts_anywhere else BEFORE_SPACE
+
+    def _ask(self, query: str) -> None:
+        """Put a question before each segment from now on."""
+        segment_size = self.model.config.segment_size
+        leading, self.trailing = special_tokens_around(self.tokenizer)
+        (ids,) = self.encoder.queries([query])
+        room = segment_size - len(leading) - len(self.trailing)
+        check_query(len(ids), room, segment_size, "--query")
+        self.query, self.leading, self.room = query, [*leading, *ids], room - len(ids)
 
     def feed(self, text: str) -> Iterator[BaseModelOutput]:
         """Add `text` to the document, and encode all complete segments except the last.
@@ -186,6 +197,7 @@ class TextReader:
             "format": FORMAT,
             "text": mark.text,
             "context": mark.context,
+            "query": self.query,
             "reader": json.dumps(self._identity()),
             "notes": json.dumps(notes or {}),
         }
@@ -197,10 +209,10 @@ class TextReader:
             raise ValueError(f"{path}: cannot be written ({error})") from error
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Load a bookmark, and return its notes.
+        """Load a bookmark, and return its notes. A reader without a question takes over the question of the file.
 
         Raises:
-            ValueError: The file is unreadable, or was saved with another model or tokenizer.
+            ValueError: The file is unreadable, or was saved with another model, tokenizer or question.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -218,7 +230,11 @@ class TextReader:
         if not isinstance(reader, dict) or not isinstance(notes, dict):
             raise ValueError(f"{path}: not a saved state: its metadata are no objects")
         self._check_same(reader, path)
+        query = metadata.get("query", "")
+        if self.query not in ("", query):
+            raise ValueError(f"{path}: the state was saved with the query {query!r}, not with {self.query!r}")
         check_tensors(tensors, self.model.config, path)
+        self._ask(query)
         state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
         self.bookmark = Bookmark(
             state=RecurrentState.from_tensors(state).to(self.model.device, self.model.dtype) if state else None,

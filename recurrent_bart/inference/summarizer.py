@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from recurrent_bart.data.batches import Collator, SegmentSizes
+from recurrent_bart.data.batches import Collator, SegmentSizes, check_query
 from recurrent_bart.data.rows import refuse
 from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.token_batches import group_by_segments
@@ -30,6 +30,7 @@ class Summarizer:
     Args:
         model: Model in evaluation mode.
         max_n_segments: Number of segments after which a text is cut; -1 reads all.
+        query: Question about each text, for a model of `--query_column`; empty: none. It stands before each segment.
         generation: Arguments of `generate`.
     """
 
@@ -39,9 +40,10 @@ class Summarizer:
         tokenizer: PreTrainedTokenizerBase,
         tokens_per_batch: int = TOKENS_PER_BATCH,
         max_n_segments: int = -1,
+        query: str = "",
         **generation: Any,
     ):
-        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.model, self.tokenizer, self.generation, self.query = model, tokenizer, generation, query
         self.encoder = TextEncoder(tokenizer)
         config, special = model.config, special_tokens_around(tokenizer)
         # the configuration fills in both sizes
@@ -57,7 +59,7 @@ class Summarizer:
         sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments=-1)
         self.collator = Collator("document", sizes, *special, config.pad_token_id, max_target_length=0)
         self.room = config.segment_size - sum(map(len, special))
-        self.most_tokens = None if max_n_segments == -1 else max_n_segments * self.room
+        self.max_n_segments = max_n_segments
 
     @classmethod
     def from_pretrained(
@@ -68,6 +70,7 @@ class Summarizer:
         tokens_per_batch: int = TOKENS_PER_BATCH,
         max_n_segments: int = -1,
         trust_remote_code: bool = False,
+        query: str = "",
         **settings: Any,
     ) -> Self:
         """Load a model and its tokenizer. `settings` change the model's generation settings, for example `num_beams`.
@@ -84,37 +87,65 @@ class Summarizer:
         model, tokenizer = load_model(str(folder), device, dtype, trust_remote_code)
         longest = text_length(model.config, model.generation_config, settings, target_length(str(folder)))
         change_settings(model.generation_config, settings, longest)
-        return cls(model, tokenizer, tokens_per_batch, max_n_segments, max_new_tokens=longest)
+        return cls(model, tokenizer, tokens_per_batch, max_n_segments, query, max_new_tokens=longest)
 
     @overload
-    def __call__(self, texts: str) -> Summary: ...  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
+    def __call__(self, texts: str, queries: str | None = None) -> Summary: ...  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
 
     @overload
-    def __call__(self, texts: Sequence[str]) -> list[Summary]: ...
+    def __call__(self, texts: Sequence[str], queries: Sequence[str] | None = None) -> list[Summary]: ...
 
-    def __call__(self, texts: str | Sequence[str]) -> Summary | list[Summary]:
-        """Summarise one text or several texts; see `summarize`."""
-        return self.summarize([texts])[0] if isinstance(texts, str) else self.summarize(texts)
+    def __call__(
+        self, texts: str | Sequence[str], queries: str | Sequence[str] | None = None
+    ) -> Summary | list[Summary]:
+        """Summarise one text or several texts, each with its question if `queries` is given; see `summarize`."""
+        asked = [] if queries is None else [[queries] if isinstance(queries, str) else queries]
+        return self.summarize([texts], *asked)[0] if isinstance(texts, str) else self.summarize(texts, *asked)
 
-    def summarize(self, texts: Sequence[str]) -> list[Summary]:
-        """Return one summary per text; batching does not change it. Raise ValueError for a text without tokens."""
+    def summarize(self, texts: Sequence[str], queries: Sequence[str] | None = None) -> list[Summary]:
+        """Return one summary per text; batching does not change it.
+
+        Args:
+            texts: Texts of any length.
+            queries: Question about each text, empty for none; None: the summarizer's own about all texts.
+
+        Raises:
+            ValueError: A text has no tokens, a question leaves no room for text, or the numbers of texts and questions
+                differ.
+        """
         if not texts:
             return []
+        queries = [self.query] * len(texts) if queries is None else queries
+        asked = self._questions(texts, queries)
         whole = self.encoder(texts)
         if not all(whole):
             raise ValueError(f"document {whole.index([]) + 1} of {len(whole)} has no tokens")
-        ids = [document[: self.most_tokens] for document in whole]
-        n_segments = [-(-len(document) // self.room) for document in ids]
+        rooms = [self.room - len(question) for question in asked]
+        most = [None if self.max_n_segments == -1 else self.max_n_segments * room for room in rooms]
+        ids = [document[:limit] for document, limit in zip(whole, most, strict=True)]
+        n_segments = [-(-len(document) // room) for document, room in zip(ids, rooms, strict=True)]
         found: dict[int, str] = {}
         for group in group_by_segments(n_segments, self.most_segments):
             if n_segments[group[0]] > self.most_segments:
-                found[group[0]] = self._summarize_long(ids[group[0]])
+                found[group[0]] = self._summarize_long(ids[group[0]], queries[group[0]])
             else:
-                found |= zip(group, self._summarize_batch([ids[index] for index in group]), strict=True)
+                documents = [(asked[index], ids[index]) for index in group]
+                found |= zip(group, self._summarize_batch(documents), strict=True)
         return [
             Summary(found[index], n_segments[index], len(ids[index]), len(whole[index]) - len(ids[index]))
             for index in range(len(texts))
         ]
+
+    def _questions(self, texts: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text's question and separator."""
+        if len(queries) != len(texts):
+            raise ValueError(f"{len(queries)} queries for {len(texts)} texts: give one query for each text")
+        different = list(dict.fromkeys(queries))
+        known = dict(zip(different, self.encoder.queries(different), strict=True))
+        for query, ids in known.items():
+            name = f"--query of text {queries.index(query) + 1}"
+            check_query(len(ids), self.room, self.model.config.segment_size, name)
+        return [known[query] for query in queries]
 
     def predict(
         self,
@@ -123,20 +154,26 @@ class Summarizer:
         text_column: str = "document",
         id_column: str = "id",
         on_bad: Callable[[ValueError], None] = refuse,
+        query_column: str | None = None,
     ) -> int:
         """Summarise the rows of a JSON Lines, JSON, CSV, TSV or Parquet file; see `predict_file`."""
         # import late: its readers import `datasets`
         from recurrent_bart.inference.prediction_file import predict_file
 
-        return predict_file(self.summarize, Path(source), Path(output), (text_column, id_column), on_bad)
+        columns = text_column, id_column
+        return predict_file(self.summarize, Path(source), Path(output), columns, on_bad, query_column)
 
-    def open(self, segments_per_call: int | None = None) -> ReadingSession:
-        """Return a session, to which a text is added in pieces; see `ReadingSession`."""
-        return ReadingSession(self.model, self.tokenizer, segments_per_call, **self.generation)
+    def open(self, segments_per_call: int | None = None, query: str | None = None) -> ReadingSession:
+        """Return a session, to which a text is added in pieces; see `ReadingSession`.
 
-    def stream(self, text: str) -> Iterator[str]:
+        `query` replaces the summarizer's question.
+        """
+        query = self.query if query is None else query
+        return ReadingSession(self.model, self.tokenizer, segments_per_call, query, **self.generation)
+
+    def stream(self, text: str, query: str | None = None) -> Iterator[str]:
         """Read a text, and yield its summary word by word; see `stream_text`."""
-        session = self.open()
+        session = self.open(query=query)
         session.add(text)
         yield from session.stream()
 
@@ -144,15 +181,18 @@ class Summarizer:
         """Return the summary of a decoder context that a reader yields."""
         return summary_after(output, self.model, self.tokenizer, **self.generation)
 
-    def _summarize_batch(self, documents: list[list[int]]) -> list[str]:
-        rows = [{"index": index, "sections": [ids], "summaries": [[]]} for index, ids in enumerate(documents)]
+    def _summarize_batch(self, documents: list[tuple[list[int], list[int]]]) -> list[str]:
+        rows = [
+            {"index": index, "query": query, "sections": [ids], "summaries": [[]]}
+            for index, (query, ids) in enumerate(documents)
+        ]
         batch = self.collator(rows)
         input_ids = batch.input_ids.to(self.model.device)
         generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
         return [decode_text(self.tokenizer, ids).strip() for ids in generated]
 
-    def _summarize_long(self, ids: list[int]) -> str:
-        reader = TextReader(self.model, self.tokenizer)
+    def _summarize_long(self, ids: list[int], query: str) -> str:
+        reader = TextReader(self.model, self.tokenizer, query=query)
         reader.bookmark = Bookmark(ids=ids)
         *_, output = reader.finish()
         return self.summary_after(output)

@@ -177,8 +177,10 @@ def add_sessions(app: FastAPI, service: Service) -> None:
     guarded, sessions = [Depends(service.check_access)], service.sessions
 
     @app.post("/v1/sessions", dependencies=guarded, status_code=201)
-    async def create() -> dict[str, Any]:
-        return {"id": await service.call(sessions.create), "n_characters": 0}
+    async def create(request: Request) -> dict[str, Any]:
+        """Begin a session; `query` is a question about its text."""
+        query = read_options(request.query_params, service.most_tokens).get("query")
+        return {"id": await service.call(lambda: sessions.create(query)), "n_characters": 0}
 
     @app.get("/v1/sessions/{id}", dependencies=guarded)
     async def show(id: str) -> dict[str, Any]:
@@ -201,6 +203,8 @@ def add_sessions(app: FastAPI, service: Service) -> None:
         """Return the summary of the text so far; `stream` gives events."""
         options = read_options(request.query_params, service.most_tokens)
         is_streamed = options.pop("stream", False)
+        if "query" in options:
+            raise HTTPException(400, "a session has the query that it began with: POST /v1/sessions?query=...")
 
         def reading() -> ReadingSession:
             return with_generation(sessions.find(id).reading, service.summarizer.generation | options)

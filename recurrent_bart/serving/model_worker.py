@@ -105,9 +105,11 @@ class ModelWorker:
 
 
 def with_options(summarizer: Summarizer, options: Mapping[str, Any]) -> Summarizer:
-    """Return a summarizer of the same model with other settings of generation."""
+    """Return a summarizer of the same model with other settings of generation, and with the question `query`."""
     changed = copy.copy(summarizer)
-    changed.generation = {**summarizer.generation, **options}
+    changed.query = options.get("query", summarizer.query)
+    given = {name: value for name, value in options.items() if name != "query"}
+    changed.generation = {**summarizer.generation, **given}
     return changed
 
 

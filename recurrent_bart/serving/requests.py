@@ -17,7 +17,7 @@ OPTIONS: dict[str, tuple[type, float, float]] = {
     "length_penalty": (float, -10, 10),
     "repetition_penalty": (float, 0.1, 10),
 }
-OTHERS = ("stream", "position")
+OTHERS = ("stream", "position", "query")
 
 
 async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
@@ -73,6 +73,8 @@ def read_options(given: Mapping[str, Any], most_tokens: int) -> dict[str, Any]:
             found[name] = _flag(value)
         elif name == "position":
             found[name] = _number(name, value, int, 0, 2**53)
+        elif name == "query":
+            found[name] = _query(value)
         elif name in OPTIONS:
             kind, least, most = OPTIONS[name]
             found[name] = _number(name, value, kind, least, min(most, most_tokens) if "new_tokens" in name else most)
@@ -80,6 +82,12 @@ def read_options(given: Mapping[str, Any], most_tokens: int) -> dict[str, Any]:
             allowed = ", ".join((*OPTIONS, *OTHERS))
             raise HTTPException(400, f"unknown option; the options are {allowed}")
     return found
+
+
+def _query(value: Any) -> str:
+    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
+        raise HTTPException(400, "query must be a text")
+    return value
 
 
 def _flag(value: Any) -> bool:

@@ -68,13 +68,17 @@ class Sessions:
         """Return the number of sessions on disk."""
         return sum(1 for _ in self.folder.glob(f"*{SUFFIX}"))
 
-    def create(self) -> str:
-        """Begin a session, and return its id."""
+    def create(self, query: str | None = None) -> str:
+        """Begin a session, and return its id. `query` stands before each segment.
+
+        Raises:
+            ValueError: The question leaves no room for text.
+        """
         self.delete_old()
         if self.count() >= self.settings.n_sessions:
             raise TooManySessions
         id = secrets.token_urlsafe(16)
-        self._keep(id, Opened(self.summarizer.open(), 0))
+        self._keep(id, Opened(self.summarizer.open(query=query), 0))
         return id
 
     def add(self, id: str, text: str, position: int | None) -> int:

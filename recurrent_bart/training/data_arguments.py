@@ -65,6 +65,12 @@ class DataArguments:
         "without a summary has its first reference as target. With --task sections: a list of lists, one per section; "
         "a section without a summary has no target. If not given: only the target",
     )
+    query_column: str | None = flag(
+        None,
+        "column with a question about the text, which is put before each segment; a document without a question has no "
+        "value; with --task document also a list of objects with 'query' and their own summary, one document for each; "
+        "if not given: no questions",
+    )
     source_lang: str | None = flag(
         None,
         "language code of the documents, for a tokenizer of several languages, as MBart's; if not given: the "
@@ -114,6 +120,7 @@ class DataArguments:
             self.summaries_column,
             self.group_column,
             self.references_column,
+            self.query_column,
         )
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, plan_documents
+from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, check_query, plan_documents
 from recurrent_bart.data.corpus import choose_rows, load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.sources import Source, find_sources
@@ -242,7 +242,10 @@ def open_documents(
     around_targets = special_tokens_around_targets(tokenizer)
     n_special, n_special_of_target = len(leading) + len(trailing), sum(map(len, around_targets))
     lengths = corpus["section_lengths"], corpus["summary_lengths"]
-    plan = plan_documents(*lengths, sizes, n_special, longest, n_special_of_target)
+    query_lengths = [len(query) for query in corpus["query"]]
+    for name, n_tokens in zip(corpus["id"], query_lengths, strict=True):
+        check_query(n_tokens, config.segment_size - n_special, config.segment_size, f"document {name!r}")
+    plan = plan_documents(*lengths, sizes, n_special, longest, n_special_of_target, query_lengths)
     if not plan.indices:
         raise ValueError(
             f"{source.place}: no document has a target in its first {max_n_segments} segments (--max_n_segments)"

@@ -21,6 +21,7 @@ KEPT_MODEL = (
 KEPT_DATA = (
     *("dataset", "dataset_config_name", "train_file", "validation_file", "task", "gap_sentences"),
     *("text_column", "summary_column", "sections_column", "summaries_column", "references_column"),
+    "query_column",
     *("max_train_documents", "max_eval_documents"),
     *("source_lang", "target_lang", "word_segmenter"),
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recurrent_bart.data.rows import Columns, make_row, split_of
+from recurrent_bart.data.rows import Columns, make_row, split_of, split_queries
 
 SECTIONS = {"id": "d", "sections": ["a", "b", "c", "d", "e"], "summaries": ["", None, "C", " ", "E"]}
 
@@ -93,7 +93,18 @@ def test_a_document_is_joined_from_its_sections():
             "document",
             "f:3: no column 'summary'; the columns are 'document'; choose with --summary_co",
         ),
-        ({"document": ["t"], "summary": "s"}, "document", r"'document' must be a text, not list \(--text_column\)"),
+        ({"document": 3, "summary": "s"}, "document", r"'document' must be a text, .*, not int \(--text_column\)"),
+        ({"document": [["t"]], "summary": "s"}, "document", "f:3: column 'document' must be .*item 1 of .* type list"),
+        ({"document": [], "summary": "s"}, "document", "f:3: the document is empty"),
+        ({"document": "t", "summary": [" "]}, "document", "f:3: the summary is empty"),
+        ({"sections": [["t", 3]], "summaries": ["s"]}, "sections", "f:3: .*'sections' .*item 1 must .*item 2 of .*int"),
+        ({"sections": [["t"], []], "summaries": [[], []]}, "sections", "f:3: the summary is empty"),
+        ({"sections": ["t"], "summaries": [[["s"]]]}, "sections", "f:3: column 'summaries' .*type list"),
+        (
+            {"document": [{"speaker": "A"}], "summary": "s"},
+            "document",
+            "f:3: .* turn with no text: turn 1, .*'speaker'",
+        ),
         ({"document": "t", "summary": "s"}, "sections", "f:3: no column 'sections'; .*; choose with --sections_column"),
         ({"sections": ["t"]}, "sections", "f:3: no column 'summaries'; .*; choose with --summaries_column"),
         ({"sections": "t", "summaries": ["s"]}, "sections", "f:3: column 'sections' must be a list of texts"),
@@ -107,6 +118,67 @@ def test_a_document_is_joined_from_its_sections():
 def test_unusable_records_are_refused_with_their_place(record, task, message):
     with pytest.raises(ValueError, match=message):
         make_row(record, task, Columns(), "f:3")
+
+
+def test_sentences_and_turns_are_joined_in_both_tasks():
+    turns = [{"speaker": "議長", "text": "開会します。"}, {"speaker": "B", "text": "Yes."}]
+    record = {
+        "document": turns,
+        "summary": ["One.", "Two."],
+        "sections": [["a.", "b."], turns],
+        "summaries": [["S."], []],
+    }
+    row = make_row(record, "document", Columns(), "f:1")
+    assert (row.sections, row.summaries) == (["議長: 開会します。\nB: Yes."], ["One. Two."])
+    row = make_row(record | {"summaries": [[], ["S.", "T."]]}, "sections", Columns(), "f:1")
+    assert (row.sections, row.summaries) == (["a. b.", "議長: 開会します。\nB: Yes."], ["", "S. T."])
+
+
+def test_a_reference_may_be_a_list_of_sentences():
+    record = {"document": "text", "summary": "s", "more": ["t", ["u.", "v."]]}
+    assert make_row(record, "document", REFERENCES, "f:1").references == [["t", "u. v."]]
+
+
+QUERY = Columns(query="question")
+
+
+def test_a_question_stands_beside_the_text():
+    record = {"document": "text", "summary": "s", "question": " why? ", "sections": ["a"], "summaries": ["S"]}
+    assert make_row(record, "document", QUERY, "f:1").query == "why?"
+    assert make_row(record, "sections", QUERY, "f:1").query == "why?"
+    assert make_row(record, "document", Columns(), "f:1").query == ""
+    assert make_row(record | {"question": None}, "document", QUERY, "f:1").query == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "f:3: no column 'question'; the columns are 'document', 'summary'; choose with --query_column"),
+        ({"question": 3}, r"f:3: column 'question' must be a text, not int \(--query_column\)"),
+        ({"question": "\ud800"}, "f:3: the text has half a character"),
+    ],
+)
+def test_unusable_questions_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_row({"document": "text", "summary": "s"} | change, "document", QUERY, "f:3")
+
+
+def test_each_question_of_a_list_has_its_own_summary():
+    questions = [{"query": "q", "summary": "A", "kind": "k"}, {"query": "r"}]
+    record = {"id": "d", "document": "t", "summary": "whole", "summaries": ["no"], "question": questions}
+    found = split_queries(record, QUERY, "f:1")
+    assert found == [
+        ({"id": "d", "document": "t", "summary": "A", "question": "q"}, " (query 1)"),
+        ({"id": "d", "document": "t", "question": "r"}, " (query 2)"),
+    ]
+    with pytest.raises(ValueError, match="f:1: no column 'summary'"):
+        make_row(found[1][0], "document", QUERY, "f:1")
+    assert split_queries(record, Columns(), "f:1") == [(record, "")]
+    for bad, message in (([], "not an empty list"), (["q"], "item 1"), ([questions[0], {"question": "q"}], "item 2")):
+        with pytest.raises(
+            ValueError, match=f"f:1: column 'question' must be a text, or a list of objects .*{message}"
+        ):
+            split_queries({"question": bad}, QUERY, "f:1")
 
 
 def test_the_split_depends_only_on_the_id():

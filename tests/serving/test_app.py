@@ -39,10 +39,10 @@ def serve(summarizer, tmp_path):
     """Return a function that starts the service with these limits; the test's end stops the last one."""
     started = []
 
-    def start(**limits):
+    def start(used=summarizer, **limits):
         while started:
             started.pop().__exit__(None, None, None)
-        app = build_app(summarizer, Settings(tmp_path / "sessions", **limits))
+        app = build_app(used, Settings(tmp_path / "sessions", **limits))
         client = TestClient(app, raise_server_exceptions=False, headers={"content-type": "text/plain"})
         started.append(client.__enter__())
         return client
@@ -70,6 +70,28 @@ def test_a_text_or_json_or_a_stream_gives_the_summary(serve, summarizer):
     assert len(events) > 2
     assert "".join(data["text"] for name, data in events if name == "text") == expected.text
     assert events[-1] == ("end", {"summary": expected.text})
+
+
+def test_a_text_and_a_session_may_have_a_question(serve, tokenizer):
+    model = writing_model(tokenizer, decoder_context="all", segment_size=16)
+    asking = Summarizer(model, tokenizer, **HOW)
+    client = serve(asking)
+    expected = asking(TEXT, "the list")
+    assert expected.text != asking(TEXT).text
+    assert client.post("/v1/summaries?query=the+list", content=TEXT).json()["summary"] == expected.text
+    events = read_events(client.post("/v1/summaries?stream=true&query=the+list", content=TEXT))
+    assert events[-1] == ("end", {"summary": expected.text})
+    id = client.post("/v1/sessions?query=the+list").json()["id"]
+    client = serve(asking)
+    client.post(f"/v1/sessions/{id}/text", content=TEXT)
+    assert client.get(f"/v1/sessions/{id}/summary").json()["summary"] == expected.text
+    refused = client.get(f"/v1/sessions/{id}/summary?query=other")
+    assert (refused.status_code, "POST /v1/sessions" in refused.json()["detail"]) == (400, True)
+    for path in (f"/v1/summaries?query={TEXT}", f"/v1/sessions?query={TEXT}"):
+        refused = client.post(path, content=TEXT)
+        assert refused.status_code == 400
+        assert "no room for text" in refused.json()["detail"]
+        assert TEXT[:20] not in refused.json()["detail"]
 
 
 @pytest.mark.slow

@@ -33,9 +33,10 @@ class HeadCollator(Collator):
     def segments(self, row: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
         """Return one segment per section start, and the targets. Collator returns the same targets."""
         _, targets = super().segments(row)
-        room = HEAD * self.sizes.segment_size - len(self.leading) - len(self.trailing)
+        leading = [*self.leading, *row.get("query", [])]
+        room = HEAD * self.sizes.segment_size - len(leading) - len(self.trailing)
         parts = zip(row["sections"], row["summaries"], strict=True)
-        heads = [[*self.leading, *section[:room], *self.trailing] for section, summary in parts if section and summary]
+        heads = [[*leading, *section[:room], *self.trailing] for section, summary in parts if section and summary]
         targets = [target for target in targets if target]
         return heads[: len(targets)], targets
 

@@ -1,0 +1,91 @@
+"""Commands on documents with questions: `--query_column` of a run, `--query` of its model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launching import load_script
+from runs import WORDS, flags
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Write documents with sections and a question; a list of questions stands under `queries`, as in QMSum."""
+    folder = tmp_path_factory.mktemp("asked")
+    for split, n_documents in (("train", 8), ("validation", 3)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for number in range(n_documents):
+                sections = [" ".join((WORDS * 3)[number : number + size]) for size in (20, 7)]
+                turns = [{"speaker": WORDS[number], "text": section} for section in sections]
+                query = f"{WORDS[number]} and"
+                queries = [{"query": f"{query} {end}", "summary": end} for end in WORDS[:2]]
+                record = {"id": f"{split}-{number}", "sections": [[section] for section in sections], "document": turns}
+                record |= {"summaries": ["ant", ["bee", "cow"]], "query": query, "queries": queries}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return folder
+
+
+def losses_of(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "column"), [("sections", "query"), ("document", "queries")])
+def test_a_run_with_questions_resumes_bit_for_bit_and_its_model_is_evaluated_and_asked(
+    asked, task, column, train_main, tmp_path, capsys
+):
+    given = {"task": task, "max_steps": 4, "query_column": column, "segment_size": 24}
+    whole, cut, plain = tmp_path / "whole", tmp_path / "cut", tmp_path / "plain"
+    for folder in (whole, cut):
+        assert train_main(flags(asked, folder, **given)) == 0
+    (cut / "checkpoints" / "step-00000004").rename(tmp_path / "taken away")
+    assert train_main(["--resume", str(cut)]) == 0
+    expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (whole, cut))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    capsys.readouterr()
+    assert train_main(["--resume", str(cut), "--query_column", "other"]) == 2
+    assert "--query_column other: the run was started with" in capsys.readouterr().err
+
+    json_file = tmp_path / "scores.json"
+    assert load_script("evaluate").main(["--model", str(whole / "model"), "--json", str(json_file)]) == 0
+    assert json.loads(json_file.read_text())["n_documents"] == (3 if task == "sections" else 6)
+    samples = (whole / "samples.md").read_text()
+    assert "ant and" in samples
+    (tmp_path / "text.txt").write_text(" ".join(WORDS * 3))
+    answers = []
+    for query in (["--query", "ant and"], ["--query", "owl pig owl pig"], []):
+        capsys.readouterr()
+        assert load_script("summarize").main(["--model", str(whole / "model"), str(tmp_path / "text.txt"), *query]) == 0
+        printed = capsys.readouterr()
+        answers.append(printed.out)
+        assert ("give one with --query" in printed.err) == (not query)
+    if task == "sections":
+        without = {name: value for name, value in given.items() if name != "query_column"}
+        assert train_main(flags(asked, plain, **without)) == 0
+        assert losses_of(plain) != losses_of(whole)
+        capsys.readouterr()
+        arguments = ["--model", str(plain / "model"), str(tmp_path / "text.txt"), "--query", "ant"]
+        assert load_script("summarize").main(arguments) == 0
+        assert "the model was trained without questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_column": "query", "segment_size": 5}, "document 'train-0': the query has "),
+        ({"query_column": "question"}, "train.jsonl:1: no column 'question'; "),
+        ({"query_column": "queries", "task": "sections"}, "train.jsonl:1: no column 'summaries'; "),
+        (
+            {"query_column": "sections"},
+            "train.jsonl:1: column 'sections' must be a text, or a list of objects ",
+        ),
+    ],
+)
+def test_unreadable_questions_end_the_command_in_one_line(asked, changes, message, train_main, tmp_path, capsys):
+    assert train_main(flags(asked, tmp_path / "run", **changes)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert message in line
+    assert not (tmp_path / "run").exists()
