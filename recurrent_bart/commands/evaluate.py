@@ -13,7 +13,7 @@ from transformers.utils import logging
 from recurrent_bart.commands.exit_codes import leave_process_group, print_mistake
 from recurrent_bart.data.batches import DocumentPlan
 from recurrent_bart.data.cuts import describe_cuts
-from recurrent_bart.data.rows import SPLITS
+from recurrent_bart.data.rows import PRETRAINING_TASKS, SPLITS
 from recurrent_bart.data.word_segmenter import check_installed, segmenter_of
 from recurrent_bart.distributed import (
     SharedError,
@@ -130,6 +130,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, DataArgum
         names -= {*PLACES, "dataset_config_name"}
     parser.set_defaults(**{name: value for name, value in saved.items() if name in names})
     evaluation, data = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if data.task in PRETRAINING_TASKS:
+        raise ValueError(
+            f"--task {data.task}: these documents have no reference texts; give documents with summaries: "
+            "--task document --dataset ..."
+        )
     return evaluation, data
 
 

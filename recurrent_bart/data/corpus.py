@@ -147,7 +147,8 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
     for row, query in zip(rows, encoder.queries([row.query for row in rows]), strict=True):
         sections = [next(ids) for _ in row.sections]
         summaries = [next(ids) for _ in row.summaries]
-        if not any(sections) or not any(summaries):
+        # a pretraining task has no summaries
+        if not any(sections) or (any(row.summaries) and not any(summaries)):
             empty = "summary" if any(sections) else "document"
             on_bad(ValueError(f"{row.id}: the {empty} has no tokens"))
             continue

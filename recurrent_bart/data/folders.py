@@ -114,17 +114,17 @@ def find_saved(folder: Path) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class TextPair:
-    """File of a text and file of its summary. The text is None if its file is missing."""
+    """File of a text and file of its summary. Each is None if its file is missing."""
 
     name: str
-    summary: Path
+    summary: Path | None
     text: Path | None
 
 
-def find_texts(folder: Path) -> tuple[list[TextPair], tuple[str, ...]]:
-    """Find all texts with a summary in a folder and its subfolders, and a note for each ignored file.
+def find_texts(folder: Path, needs_summary: bool = True) -> tuple[list[TextPair], tuple[str, ...]]:
+    """Find all texts in a folder and its subfolders that have a summary, and a note for each ignored file.
 
-    Symbolic links to folders are followed; each folder is read once.
+    Symbolic links to folders are followed; each folder is read once. Without `needs_summary`, find all texts.
     """
     texts: dict[str, Path] = {}
     summaries: dict[str, Path] = {}
@@ -137,6 +137,9 @@ def find_texts(folder: Path) -> tuple[list[TextPair], tuple[str, ...]]:
             known[match[1]] = path
         elif not path.name.startswith("."):
             others.append(name)
+    if not needs_summary:
+        lone = [TextPair(name, None, path) for name, path in sorted(texts.items())]
+        return lone, tuple(_left_out(folder, [], others))
     pairs = [TextPair(name, path, texts.get(name)) for name, path in sorted(summaries.items())]
     return pairs, tuple(_left_out(folder, sorted(texts.keys() - summaries.keys()), sorted(others)))
 

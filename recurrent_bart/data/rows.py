@@ -11,7 +11,9 @@ from typing import Any
 from recurrent_bart.data.text_layouts import LayoutError, read_layout
 
 SPLITS = ("train", "validation", "test")
-TASKS = ("document", "sections")
+TASKS = ("document", "sections", "denoise", "recall")
+# Tasks whose targets are made of the text itself; see `pretraining.py`.
+PRETRAINING_TASKS = ("denoise", "recall")
 # Lone surrogates: JSON can encode them, but no tokenizer accepts them.
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
@@ -69,7 +71,8 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     """Build a document from one record (a JSON object or table row). Error messages name `place`, the file and line.
 
     A text may have each layout of `read_layout`. For the document task, a list of sections or summaries is joined if
-    the text column is missing. Without a summary, the first reference is the target.
+    the text column is missing. Without a summary, the first reference is the target. Pretraining tasks read the text
+    alone.
 
     Raises:
         ValueError: A field is missing, empty or of the wrong type.
@@ -86,6 +89,8 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
         lists = lists if columns.references else []
         return with_targets(Row(name, sections, summaries, group, is_named, lists, query), place)
     text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
+    if task in PRETRAINING_TASKS:
+        return with_text(Row(name, [text], [""], group, is_named), place)
     references = _references(record, columns, place)
     if references and record.get(columns.summary) is None and record.get(columns.summaries) is None:
         summary, *references = references
@@ -129,6 +134,11 @@ def with_targets(row: Row, place: str) -> Row:
     # Check the summaries first: sections without a following target are already dropped from the row.
     if not any(summary.strip() for summary in row.summaries):
         raise ValueError(f"{place}: the summary is empty")
+    return with_text(row, place)
+
+
+def with_text(row: Row, place: str) -> Row:
+    """Return the row. Raise ValueError if all texts are blank, or a text has a lone surrogate."""
     if not any(section.strip() for section in row.sections):
         raise ValueError(f"{place}: the document is empty")
     for text in (row.query, *row.sections, *row.summaries, *itertools.chain.from_iterable(row.references)):

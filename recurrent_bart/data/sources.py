@@ -37,6 +37,7 @@ class Source:
         held_out: Rule that selects validation documents if there is no validation split.
         skips_bad: True if unusable documents are skipped.
         n_made: Maximum number of additional rows made of each document's own sentences.
+        needs_summary: True if a text in a folder needs a file with its summary.
         notes: One line for each file or split that is not read.
     """
 
@@ -50,6 +51,7 @@ class Source:
     skips_bad: bool = False
     n_made: int = 0
     encoding: str = ENCODING
+    needs_summary: bool = True
     notes: tuple[str, ...] = ()
 
     def identity(self) -> list[Any]:
@@ -68,7 +70,7 @@ class Source:
         if self.kind == EMBEDDED:
             return sorted(Path(self.place).rglob("*.py"))
         if self.kind == "folder":
-            pairs, _ = find_texts(Path(self.place))
+            pairs, _ = find_texts(Path(self.place), self.needs_summary)
             return [file for pair in pairs for file in (pair.summary, pair.text) if file]
         return list(self.files)
 
@@ -157,24 +159,25 @@ def find_sources(
     test_file: str | None = None,
     held_out: HeldOut | None = None,
     config_name: str = "",
+    needs_summary: bool = True,
 ) -> dict[str, Source]:
     """Find the source of each split. Without a validation split, `held_out` selects training documents for validation.
 
     `dataset` is `"stdlib"`, a file, a folder of texts, a folder with files or folders named `train.*`, `validation.*`,
     `test.*` or similar, a folder written by `save_to_disk`, or the name of a data set for `datasets.load_dataset`, with
     its configuration `config_name`. If one of the three files is given (each a file or a folder of one split),
-    `dataset` is ignored.
+    `dataset` is ignored. Without `needs_summary`, texts in folders need no summary.
 
     Raises:
         ValueError: A file does not exist or has an unknown type.
     """
     given = {"train": train_file, "validation": validation_file, "test": test_file}
     if any(given.values()):
-        sources = {split: _path_source((Path(path),), split) for split, path in given.items() if path}
+        sources = {split: _path_source((Path(path),), split, needs_summary) for split, path in given.items() if path}
     elif dataset == EMBEDDED:
         return {split: Source(EMBEDDED, str(library_root()), split) for split in SPLITS}
     elif Path(dataset).exists():
-        sources = _sources_at(Path(dataset))
+        sources = _sources_at(Path(dataset), needs_summary)
     elif dataset.startswith((".", "/", "~")) or Path(dataset).suffix:
         raise ValueError(f"{dataset}: no such file or folder")
     else:
@@ -185,13 +188,13 @@ def find_sources(
     return sources
 
 
-def _sources_at(place: Path) -> dict[str, Source]:
+def _sources_at(place: Path, needs_summary: bool) -> dict[str, Source]:
     if place.is_file():
-        return {"train": _path_source((place,), "train")}
+        return {"train": _path_source((place,), "train", needs_summary)}
     found, notes = find_splits(place)
     if not found:
-        return {"train": _path_source((place,), "train")}
-    sources = {split: _path_source(found[split], split) for split in SPLITS if split in found}
+        return {"train": _path_source((place,), "train", needs_summary)}
+    sources = {split: _path_source(found[split], split, needs_summary) for split in SPLITS if split in found}
     return _with_notes(sources, notes)
 
 
@@ -203,18 +206,19 @@ def _with_notes(sources: dict[str, Source], notes: tuple[str, ...]) -> dict[str,
     return sources | {first: replace(sources[first], notes=(*notes, *sources[first].notes))}
 
 
-def _path_source(paths: tuple[Path, ...], split: str) -> Source:
+def _path_source(paths: tuple[Path, ...], split: str, needs_summary: bool) -> Source:
     path = paths[0]
     if path.is_dir():
         if saved := find_saved(path):
             return Source("saved", str(path), split, saved)
-        pairs, notes = find_texts(path)
+        pairs, notes = find_texts(path, needs_summary)
         if not pairs:
+            texts = "NAME.txt with NAME.summary.txt" if needs_summary else "NAME.txt"
             raise ValueError(
-                f"{path}: no train.* file and no texts NAME.txt with NAME.summary.txt; the folder has "
+                f"{path}: no train.* file and no texts {texts}; the folder has "
                 f"{name_some(sorted(item.name for item in path.iterdir())) or 'no files'}"
             )
-        return Source("folder", str(path), split, notes=notes)
+        return Source("folder", str(path), split, needs_summary=needs_summary, notes=notes)
     for file in paths:
         if not file.exists():
             raise ValueError(f"{file}: no such file")
@@ -291,17 +295,18 @@ def _parquet_records(path: Path, on_bad: OnBad, encoding: str) -> Records:
 
 
 def _folder_records(source: Source, on_bad: OnBad) -> Records:
-    pairs, _ = find_texts(Path(source.place))
+    pairs, _ = find_texts(Path(source.place), source.needs_summary)
     for pair in pairs:
         if pair.text is None:
             on_bad(ValueError(f"{pair.summary}: the text {Path(pair.name).name}.txt is missing"))
             continue
         try:
-            document, target = (read_text(file, source.encoding) for file in (pair.text, pair.summary))
+            files = [file for file in (pair.text, pair.summary) if file]
+            texts = [read_text(file, source.encoding) for file in files]
         except ValueError as error:
             on_bad(error)
             continue
-        yield str(pair.text), {"id": pair.name, "document": document, "summary": target}
+        yield str(pair.text), {"id": pair.name, **dict(zip(("document", "summary"), texts, strict=False))}
 
 
 def _saved_records(source: Source, on_bad: OnBad) -> Records:

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from recurrent_bart.data.rows import Columns, Row, make_row, split_of
+from recurrent_bart.data.rows import PRETRAINING_TASKS, Columns, Row, make_row, split_of
 
 # value of --dataset that selects this corpus
 EMBEDDED = "stdlib"
@@ -55,7 +55,7 @@ def module_row(name: str, source: bytes, task: str) -> Row | None:
         lines[first:end] = [""] * (end - first)
     module_code = _text(lines)
     sections, summaries = [module_code, *sections], ["", *summaries]
-    has_target = any(summaries) if task == "sections" else first_paragraph(tree)
+    has_target = task in PRETRAINING_TASKS or (any(summaries) if task == "sections" else first_paragraph(tree))
     if not has_target or not any(sections):
         return None
     record = {"id": name, "document": "\n".join(sections), "summary": first_paragraph(tree)}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.data.rows import PRETRAINING_TASKS
 from recurrent_bart.data.stdlib import EMBEDDED
 from recurrent_bart.model.generation_settings import without_effect
 from recurrent_bart.run_folder import RunFolder
@@ -49,6 +50,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     arguments = Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
     if arguments.run.max_train_documents and arguments.data.gap_sentences:
         raise ValueError("--max_train_documents and --gap_sentences: give only one of the two flags")
+    metric = arguments.run.metric_for_best_model
+    if arguments.data.task in PRETRAINING_TASKS and metric != "loss":
+        raise ValueError(
+            f"--metric_for_best_model {metric}: --task {arguments.data.task} generates no texts; give loss"
+        )
     _make_paths_absolute(arguments)
     if folder:
         if Path(arguments.run.output_dir or "").absolute() != Path(folder).absolute():

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from recurrent_bart.data.held_out import SPLIT_RULES
-from recurrent_bart.data.rows import TASKS, Columns
+from recurrent_bart.data.rows import PRETRAINING_TASKS, TASKS, Columns
 from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.data.word_segmenter import check_installed
 from recurrent_bart.model.generation_settings import MAX_TARGET_LENGTH
 from recurrent_bart.training.argument_fields import check_at_least, check_choice, flag
+
+# Flags that pretraining tasks cannot use.
+OF_TARGETS = ("gap_sentences", "query_column", "references_column")
 
 
 @dataclass
@@ -54,7 +57,11 @@ class DataArguments:
         "number, as in older runs)",
     )
     encoding: str = flag("utf-8", "character encoding of JSON, CSV, TSV and text files, by its Python name")
-    task: str = flag("document", "document: one target per document; sections: one target per section")
+    task: str = flag(
+        "document",
+        "document: one target per document; sections: one target per section; denoise or recall: pretraining on texts "
+        "without targets (restore removed spans of each segment; continue a passage of an earlier segment)",
+    )
     text_column: str = flag(Columns.text, "column with the text of a document, for --task document")
     summary_column: str = flag(Columns.summary, "column with the target of a document, for --task document")
     sections_column: str = flag(Columns.sections, "column with the list of section texts, for --task sections")
@@ -110,6 +117,9 @@ class DataArguments:
         check_installed(self.word_segmenter or "none")
         check_at_least(self, 4, "max_target_length")
         check_at_least(self, 0, "gap_sentences")
+        given = [name for name in OF_TARGETS if getattr(self, name)] if self.task in PRETRAINING_TASKS else []
+        if given:
+            raise ValueError(f"--{given[0]}: has no use with --task {self.task}, which makes the targets itself")
 
     def columns(self) -> Columns:
         """Return the names of the columns to read."""

@@ -36,6 +36,9 @@ SIZES: dict[str, dict[str, Any]] = {
 IF_NEW: dict[str, dict[str, Any]] = {
     "document": {"decoder_context": "all", "bptt_depth": -1},
     "sections": {"decoder_context": "section"},
+    "denoise": {"decoder_context": "all", "bptt_depth": -1},
+    # the decoder must take what it recalls from the state
+    "recall": {"decoder_context": "last", "bptt_depth": -1},
 }
 
 

@@ -15,6 +15,8 @@ from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, check_query, plan_documents
 from recurrent_bart.data.corpus import choose_rows, load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
+from recurrent_bart.data.pretraining import PretrainingCollator
+from recurrent_bart.data.rows import PRETRAINING_TASKS
 from recurrent_bart.data.sources import Source, find_sources
 from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.data.tokenizer import (
@@ -181,7 +183,8 @@ def sources_of(data: DataArguments) -> dict[str, Source]:
     """Return the source of each split that exists. Print notes about unused data."""
     held_out = HeldOut(data.validation_share, data.held_out_by)
     files = (data.train_file, data.validation_file, data.test_file)
-    sources = find_sources(data.dataset, *files, held_out, data.dataset_config_name or "")
+    needs_summary = data.task not in PRETRAINING_TASKS
+    sources = find_sources(data.dataset, *files, held_out, data.dataset_config_name or "", needs_summary)
     for note in dict.fromkeys(note for source in sources.values() for note in source.notes):
         say(f"warning: {note}")
     if data.dataset_config_name and not any(source.config_name for source in sources.values()):
@@ -240,18 +243,36 @@ def open_documents(
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
     longest = longest_text(config, data.max_target_length)
     around_targets = special_tokens_around_targets(tokenizer)
+    common = data.task, sizes, leading, trailing, config.pad_token_id, longest, around_targets
+    if data.task in PRETRAINING_TASKS:
+        making = PretrainingCollator(*common, find_mask(tokenizer, data.task))
+        plan = making.plan([sum(lengths) for lengths in corpus["section_lengths"]])
+        check_has_targets(plan, source, max_n_segments)
+        return Documents(corpus, plan, making, skipped, found.fingerprint)
     n_special, n_special_of_target = len(leading) + len(trailing), sum(map(len, around_targets))
     lengths = corpus["section_lengths"], corpus["summary_lengths"]
     query_lengths = [len(query) for query in corpus["query"]]
     for name, n_tokens in zip(corpus["id"], query_lengths, strict=True):
         check_query(n_tokens, config.segment_size - n_special, config.segment_size, f"document {name!r}")
     plan = plan_documents(*lengths, sizes, n_special, longest, n_special_of_target, query_lengths)
+    check_has_targets(plan, source, max_n_segments)
+    return Documents(corpus, plan, Collator(*common), skipped, found.fingerprint)
+
+
+def check_has_targets(plan: DocumentPlan, source: Source, max_n_segments: int) -> None:
+    """Raise ValueError if no document has a target in the part that is read."""
     if not plan.indices:
         raise ValueError(
             f"{source.place}: no document has a target in its first {max_n_segments} segments (--max_n_segments)"
         )
-    collator = Collator(data.task, sizes, leading, trailing, config.pad_token_id, longest, around_targets)
-    return Documents(corpus, plan, collator, skipped, found.fingerprint)
+
+
+def find_mask(tokenizer: PreTrainedTokenizerBase, task: str) -> int:
+    """Return the id of the mask token. Raise ValueError if the tokenizer has none."""
+    found = getattr(tokenizer, "mask_token_id", None)
+    if found is None:
+        raise ValueError(f"--task {task}: the tokenizer has no mask token, which stands in place of removed text")
+    return found
 
 
 def make_run_folder(arguments: Arguments) -> tuple[RunFolder, list[Path]]:

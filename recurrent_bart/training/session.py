@@ -12,6 +12,7 @@ from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
 from recurrent_bart.data.batches import Batch, DocumentOrder
+from recurrent_bart.data.rows import PRETRAINING_TASKS
 from recurrent_bart.data.tokenizer import save_tokenizer
 from recurrent_bart.distributed import (
     from_first,
@@ -246,8 +247,8 @@ class Session:
         started = time.perf_counter()
         with gathered_for_evaluation(self.engine) as model:
             loss = self.evaluator.loss(model)
-            # an untrained model generates only noise
-            if state.step:
+            # an untrained model generates only noise; a pretraining task has no reference texts
+            if state.step and self.arguments.data.task not in PRETRAINING_TASKS:
                 samples = self.evaluator.summarise(model, self._generation())
             recurrence = probe_recurrence(model, self.evaluator)
         record: dict[str, Any] = {"step": state.step, "validation_loss": loss, **recurrence}

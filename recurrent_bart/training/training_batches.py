@@ -16,8 +16,8 @@ from recurrent_bart.training.lifecycle.interruption import ignore_signals
 from recurrent_bart.training.preparation import Documents
 from recurrent_bart.training.run_arguments import RunArguments
 
-# index of a document in the plan, and number of segments to read from the document; None: no curriculum
-Reading = tuple[int, int | None]
+# index of a document in the plan, number of segments to read from the document (None: no curriculum), and step
+Reading = tuple[int, int | None, int]
 
 
 class TrainingBatches(Iterator[Batch]):
@@ -63,7 +63,7 @@ class TrainingBatches(Iterator[Batch]):
             self.run.gradient_accumulation_steps,
         )
         loader: DataLoader[Any] = DataLoader(
-            IndexedRows(self.documents),
+            IndexedRows(self.documents, self.run.seed),
             batch_sampler=_readings(micro_batches, self.curriculum, first_step, self.stage),
             collate_fn=self.documents.collator,
             num_workers=self.run.dataloader_num_workers,
@@ -83,7 +83,7 @@ def _readings(
     for number, indices in enumerate(micro_batches):
         step = first_step + number // micro_batches.accumulation
         n_segments = curriculum.draw(stage, step) if curriculum else None
-        yield [(index, n_segments) for index in indices]
+        yield [(index, n_segments, step) for index in indices]
 
 
 @dataclass
@@ -91,14 +91,17 @@ class IndexedRows(Dataset[dict[str, Any]]):
     """Data set of the documents of a `DocumentPlan`; item `i` is the document `plan.indices[i]`."""
 
     documents: Documents
+    seed: int
 
     def __len__(self) -> int:
         return len(self.documents.plan.indices)
 
     def __getitem__(self, reading: Reading) -> dict[str, Any]:
-        index, n_segments = reading
+        index, n_segments, step = reading
         plan = self.documents.plan
         row = {**self.documents.corpus[plan.indices[index]], "index": plan.indices[index]}
+        # the noise of a pretraining task changes with the step
+        row["drawn_at"] = f"{self.seed} {step}"
         if n_segments is None:
             return row
         # read at least up to the first target, because a document without a target gives no gradient

@@ -301,8 +301,8 @@ def builder(monkeypatch):
 
 
 def test_each_field_of_a_source_makes_it_another_one(builder, tmp_path):
-    # the kind is part of each identity, and notes do not change the documents
-    assert OTHER.keys() | {"kind", "files", "notes"} == {item.name for item in fields(Source)}
+    # the kind is part of each identity, notes do not change the documents, and texts without summaries are other files
+    assert OTHER.keys() | {"kind", "files", "notes", "needs_summary"} == {item.name for item in fields(Source)}
     hub = Source("hub", "owner/name", "train", hub_split="train", held_out=HeldOut(0.1))
     file = Source("file", "x", "train", (write(tmp_path / "x.jsonl"),), held_out=HeldOut(0.1))
     assert replace(hub, notes=("a",)).identity() == hub.identity()

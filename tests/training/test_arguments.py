@@ -79,6 +79,7 @@ def test_columns_have_the_names_that_were_given():
         "summaries": "heads",
         "group": None,
         "references": None,
+        "query": None,
     }
     assert parse_arguments(["--references_column", "more"]).data.columns().references == "more"
 
