@@ -10,7 +10,7 @@ import pytest
 
 def mark_other_cases_slow(items):
     """Mark the cases of pairwise tests as slow, except cases that cover every pair of values."""
-    marked = [item for item in items if item.get_closest_marker("pairwise")]
+    marked = [item for item in items if item.get_closest_marker("pairwise") and hasattr(item, "callspec")]
     for _, cases in itertools.groupby(marked, key=lambda item: (item.path, item.originalname)):
         cases = list(cases)
         chosen = covering([values_of(case.callspec.params) for case in cases])

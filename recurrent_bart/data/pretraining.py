@@ -1,7 +1,7 @@
 """Pretraining tasks on texts without summaries: every segment has a target that is made of the text itself.
 
 - `"denoise"`: BART's text infilling (Lewis et al., ACL 2020). Each segment loses spans of its tokens; its target is the
-  whole segment.
+  whole segment, up to the decoder's number of positions.
 - `"recall"`: each segment ends with a cue, a few tokens from an earlier segment; its target is the text that followed
   the cue. A decoder that sees only the last segment can take this text from the state alone.
 """
@@ -102,15 +102,17 @@ class PretrainingCollator(Collator):
 def infill(ids: list[int], mask_token_id: int, draw: random.Random) -> list[int]:
     """Return the tokens with spans of about 30 % of them removed, each span replaced by one mask token.
 
-    Span lengths are drawn from a Poisson distribution with mean 3. A span of length 0 inserts a mask.
+    Span lengths are drawn from a Poisson distribution with mean 3. A span of length 0 inserts a mask, unless the result
+    could then be longer than `ids`.
     """
     n_left = round(MASKED_SHARE * len(ids))
     n_kept, spans = len(ids) - n_left, list[int]()
     # masks stand at distinct places, so there are at most `n_kept + 1` spans
     while n_left > 0:
-        is_last = len(spans) == n_kept
-        spans.append(n_left if is_last else min(n_left, poisson(MEAN_SPAN, draw)))
-        n_left -= spans[-1]
+        span = n_left if len(spans) == n_kept else min(n_left, poisson(MEAN_SPAN, draw))
+        if span or len(spans) < sum(spans):
+            spans.append(span)
+            n_left -= span
     places = sorted(draw.sample(range(n_kept + 1), len(spans)))
     found, begin, n_removed = list[int](), 0, 0
     for place, span in zip(places, spans, strict=True):

@@ -99,7 +99,7 @@ class DataArguments:
     max_target_length: int = flag(
         MAX_TARGET_LENGTH,
         "largest number of tokens of a target, at least 4; longer targets are cut; in training also the largest length "
-        "of a generated text, unless --max_new_tokens is given",
+        "of a generated text, unless --max_new_tokens is given; --task denoise has targets of a segment's length",
     )
     skip_bad_samples: bool = flag(
         False, "skip documents that are unreadable or empty, and count them; if not given: the run stops at the first"
@@ -118,6 +118,8 @@ class DataArguments:
         check_at_least(self, 4, "max_target_length")
         check_at_least(self, 0, "gap_sentences")
         given = [name for name in OF_TARGETS if getattr(self, name)] if self.task in PRETRAINING_TASKS else []
+        if self.task == "denoise" and self.max_target_length != MAX_TARGET_LENGTH:
+            given.append("max_target_length")
         if given:
             raise ValueError(f"--{given[0]}: has no use with --task {self.task}, which makes the targets itself")
 

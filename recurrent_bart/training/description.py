@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import DocumentOrder
 from recurrent_bart.data.cuts import describe_cuts
+from recurrent_bart.data.rows import PRETRAINING_TASKS
 from recurrent_bart.model.generation_settings import contradictions, describe_limit, describe_settings, text_length
 from recurrent_bart.model.loading import is_recurrence
 from recurrent_bart.model.scheduled_sampling import Oracle, gold_probability
@@ -105,7 +106,8 @@ def describe(
         )
     for name, documents in prepared.splits.items():
         lines += describe_cuts({"train": "training"}.get(name, name), documents.plan, documents.collator)
-    return lines + _describe_generation(arguments, prepared, engine)
+    generates = arguments.data.task not in PRETRAINING_TASKS
+    return lines + (_describe_generation(arguments, prepared, engine) if generates else [])
 
 
 def _describe_generation(arguments: Arguments, prepared: Preparation, engine: DeepSpeedEngine) -> list[str]:

@@ -37,7 +37,6 @@ IF_NEW: dict[str, dict[str, Any]] = {
     "document": {"decoder_context": "all", "bptt_depth": -1},
     "sections": {"decoder_context": "section"},
     "denoise": {"decoder_context": "all", "bptt_depth": -1},
-    # the decoder must take what it recalls from the state
     "recall": {"decoder_context": "last", "bptt_depth": -1},
 }
 
@@ -55,6 +54,10 @@ def build_config(
             tokenizer's.
     """
     given, new = arguments.config_fields(), IF_NEW[task]
+    if task == "recall":
+        # also of a trained model: with the tokens of earlier segments, the decoder would copy the target
+        given = {"decoder_context": new["decoder_context"]} | given
+        _check_recall(given, arguments.model_name_or_path)
     if given.get("decoder_context", new["decoder_context"]) != new["decoder_context"]:
         new = {}
     try:
@@ -82,6 +85,19 @@ def build_config(
         # generation begins as the decoder's inputs in training do
         config.decoder_start_token_id = _last_label(arguments, tokenizer)
     return config
+
+
+def _check_recall(given: dict[str, Any], name: str | None) -> None:
+    """Raise ValueError if the model has no state, or if the decoder sees the tokens that it should recall."""
+    if given["decoder_context"] not in ("last", "memory"):
+        raise ValueError(
+            f"--decoder_context {given['decoder_context']}: with --task recall the decoder must not see the tokens of "
+            "earlier segments; give last or memory"
+        )
+    saved = {} if name is None else RecurrentBartConfig.get_config_dict(name)[0]
+    fields = {name: value for name, value in (saved | given).items() if name in ("recurrence", "pre_seq_len")}
+    if not RecurrentBartConfig(**fields).has_state:
+        raise ValueError("--task recall: the model has no state to recall from; give --recurrence and --pre_seq_len")
 
 
 def _last_label(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -241,13 +241,16 @@ def open_documents(
         say(f"warning: {len(skipped)} documents of {source.place} are skipped: {'; '.join(skipped[:N_SHOWN])}")
     leading, trailing = special_tokens_around(tokenizer)
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
-    longest = longest_text(config, data.max_target_length)
     around_targets = special_tokens_around_targets(tokenizer)
+    # the target of a denoised segment is the whole segment
+    n_asked = config.segment_size + sum(map(len, around_targets)) if data.task == "denoise" else data.max_target_length
+    longest = longest_text(config, n_asked)
     common = data.task, sizes, leading, trailing, config.pad_token_id, longest, around_targets
     if data.task in PRETRAINING_TASKS:
         making = PretrainingCollator(*common, find_mask(tokenizer, data.task))
         plan = making.plan([sum(lengths) for lengths in corpus["section_lengths"]])
-        check_has_targets(plan, source, max_n_segments)
+        remedy = "--segment_size: a text needs two segments" if data.task == "recall" else "--max_n_segments"
+        check_has_targets(plan, source, max_n_segments, remedy)
         return Documents(corpus, plan, making, skipped, found.fingerprint)
     n_special, n_special_of_target = len(leading) + len(trailing), sum(map(len, around_targets))
     lengths = corpus["section_lengths"], corpus["summary_lengths"]
@@ -259,12 +262,12 @@ def open_documents(
     return Documents(corpus, plan, Collator(*common), skipped, found.fingerprint)
 
 
-def check_has_targets(plan: DocumentPlan, source: Source, max_n_segments: int) -> None:
+def check_has_targets(
+    plan: DocumentPlan, source: Source, max_n_segments: int, remedy: str = "--max_n_segments"
+) -> None:
     """Raise ValueError if no document has a target in the part that is read."""
     if not plan.indices:
-        raise ValueError(
-            f"{source.place}: no document has a target in its first {max_n_segments} segments (--max_n_segments)"
-        )
+        raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments ({remedy})")
 
 
 def find_mask(tokenizer: PreTrainedTokenizerBase, task: str) -> int:

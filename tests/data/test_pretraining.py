@@ -23,13 +23,15 @@ def text(n_tokens, index=0, **fields):
     return {"index": index, "sections": [list(range(FIRST, FIRST + n_tokens))], "summaries": [[]], **fields}
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 5, 20, 100])
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 5, 8, 20, 100])
 def test_an_infilled_text_keeps_its_order_and_has_a_mask_for_each_gap(n_tokens):
     ids = list(range(FIRST, FIRST + n_tokens))
     for seed in range(50):
         found = infill(ids, MASK, random.Random(seed))
         kept = [id for id in found if id != MASK]
         assert kept == sorted(kept)
+        # a full segment must not grow
+        assert len(found) <= n_tokens
         assert len(kept) == n_tokens - round(0.3 * n_tokens)
         assert all((first, second) != (MASK, MASK) for first, second in pairwise(found))
         for number, id in enumerate(found[:-1]):

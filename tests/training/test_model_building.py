@@ -89,7 +89,8 @@ def test_the_decoder_of_a_new_model_sees_the_section_that_it_writes_of(pretraine
 @pytest.mark.parametrize("context", ["last", "section"])
 def test_one_that_was_saved_sees_what_it_saw(tmp_path, context):
     build_config(ModelArguments(decoder_context=context), Tokenizer(60)).save_pretrained(tmp_path)
-    for task in TASKS:
+    # a model that recalls must not see the tokens of earlier segments
+    for task in {*TASKS} - {"recall"}:
         arguments = ModelArguments(model_name_or_path=str(tmp_path))
         assert build_config(arguments, Tokenizer(60), task).decoder_context == context
 
