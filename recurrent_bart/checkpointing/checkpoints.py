@@ -58,6 +58,7 @@ class TrainerState:
         order_batch: Documents per step when the run began. The document order is built from this number.
         order_segments: Largest number of segments per batch when the current epoch began, if batches are sized in
             tokens.
+        order_sizes: Segment size, input size and most segments when the run began. The order sorts by these lengths.
         stage: Stage of the curriculum.
         stage_began: Steps done when the stage began.
     """
@@ -73,6 +74,7 @@ class TrainerState:
     n_documents: int = 0
     order_batch: int = 0
     order_segments: int = 0
+    order_sizes: list[int] = field(default_factory=list)
     stage: int = 0
     stage_began: int = 0
 

@@ -286,9 +286,9 @@ class DocumentOrder(ABC):
 class BatchOrder(DocumentOrder):
     """Document order with a fixed number of documents per optimizer step.
 
-    The documents of `pool` batches are sorted by number of segments, which reduces padding. Then the batches are
-    shuffled. The sequence depends only on the seed and `unit`. A resumed run with another `global_batch` continues the
-    sequence: the run repeats no document and skips none.
+    An epoch reads each document once before the next epoch begins. The documents of `pool` batches are sorted by number
+    of segments, which reduces padding. Then the batches are shuffled. The sequence depends only on the seed and `unit`.
+    A resumed run with another `global_batch` continues the sequence: the run repeats no document and skips none.
 
     Args (see also `DocumentOrder`):
         global_batch: Documents of one optimizer step, over all ranks and accumulation steps.
@@ -308,8 +308,9 @@ class BatchOrder(DocumentOrder):
     ):
         super().__init__(n_segments, seed, first_step, first_document)
         self.global_batch, self.unit = global_batch, unit or global_batch
-        # A pool of more than one epoch would often put a document twice into one batch.
         self.pool = max(1, min(pool, len(n_segments) // self.unit))
+        # documents of the last epochs, by number of the epoch
+        self._cached: dict[int, Tensor] = {}
 
     def documents_before(self, step: int) -> int:
         """Return the number of documents in all earlier steps."""
@@ -329,26 +330,36 @@ class BatchOrder(DocumentOrder):
     def step_indices(self, step: int) -> list[int]:
         """Return the documents of optimizer step `step` by increasing number of segments; steps count from 0."""
         first = self.documents_before(step)
-        last = first + self.global_batch
-        units = [self._unit(number) for number in range(first // self.unit, -(-last // self.unit))]
-        offset = first % self.unit
-        documents = torch.cat(units)[offset : offset + self.global_batch]
+        last, n_documents = first + self.global_batch, len(self.n_segments)
+        parts = [
+            self._epoch(number)[max(0, first - number * n_documents) : last - number * n_documents]
+            for number in range(first // n_documents, (last - 1) // n_documents + 1)
+        ]
+        documents = torch.cat(parts)
         return documents[self.n_segments[documents].argsort(stable=True)].tolist()
 
-    def _unit(self, number: int) -> Tensor:
-        pool_index, place = divmod(number, self.pool)
-        size = self.pool * self.unit
-        documents = self._documents(pool_index * size, size)
-        by_length = documents[self.n_segments[documents].argsort(stable=True)]
-        return by_length.view(self.pool, self.unit)[self.permutation(self.pool, "pool", pool_index)[place]]
+    def _epoch(self, number: int) -> Tensor:
+        """Return all documents in the order in which an epoch reads them."""
+        if number not in self._cached:
+            # a step may read from two epochs
+            self._cached = {key: value for key, value in self._cached.items() if key == number - 1}
+            self._cached[number] = self._draw_epoch(number)
+        return self._cached[number]
 
-    def _documents(self, first: int, count: int) -> Tensor:
-        """Return the documents at positions `first` to `first + count` of the concatenated epochs."""
-        n_documents = len(self.n_segments)
-        first_round, last_round = first // n_documents, (first + count - 1) // n_documents
-        rounds = [self.permutation(n_documents, "round", number) for number in range(first_round, last_round + 1)]
-        offset = first - first_round * n_documents
-        return torch.cat(rounds)[offset : offset + count]
+    def _draw_epoch(self, number: int) -> Tensor:
+        drawn = self.permutation(len(self.n_segments), "round", number)
+        # the documents before and after the whole batches share a batch with another epoch
+        n_before = min(-number * len(drawn) % self.unit, len(drawn))
+        n_whole = (len(drawn) - n_before) // self.unit * self.unit
+        pools = drawn[n_before : n_before + n_whole].split(self.pool * self.unit)
+        keys = (number * len(pools) + place for place in range(len(pools)))
+        batches = [self._shuffled(pool, key) for pool, key in zip(pools, keys, strict=True) if len(pool)]
+        return torch.cat([drawn[:n_before], *batches, drawn[n_before + n_whole :]])
+
+    def _shuffled(self, pool: Tensor, key: int) -> Tensor:
+        """Sort the documents of whole batches by length, and shuffle the batches."""
+        by_length = pool[self.n_segments[pool].argsort(stable=True)].view(-1, self.unit)
+        return by_length[self.permutation(len(by_length), "pool", key)].flatten()
 
 
 class RankBatches:

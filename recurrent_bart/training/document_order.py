@@ -1,24 +1,29 @@
 """Document order of a run: which documents each step reads, from the flags and the trainer state."""
 
+from dataclasses import astuple
+
 from recurrent_bart.checkpointing.checkpoints import TrainerState
-from recurrent_bart.data.batches import BatchOrder, DocumentOrder
+from recurrent_bart.data.batches import BatchOrder, DocumentOrder, SegmentSizes
 from recurrent_bart.data.token_batches import TokenBatchOrder
 from recurrent_bart.distributed import stop_all
 from recurrent_bart.training.arguments import Arguments
-from recurrent_bart.training.preparation import Preparation
+from recurrent_bart.training.preparation import Documents, Preparation
 from recurrent_bart.training.run_arguments import RunArguments
 
 # number of steps over which the share of padding is measured
 N_PADDING_STEPS = 50
+# flags of the fields of SegmentSizes
+SIZE_FLAGS = ("segment_size", "input_size", "max_n_segments")
 
 
 def build_order(arguments: Arguments, prepared: Preparation, world_size: int, state: TrainerState) -> DocumentOrder:
     """Build the order of the training documents, starting at the position that the trainer state stores.
 
     Raises:
-        ValueError: `--tokens_per_batch` is given and the run began with batches of a fixed number of documents.
+        ValueError: `--tokens_per_batch` is given and the run began with batches of a fixed number of documents, or a
+            resumed run would read other documents.
     """
-    run, n_segments = arguments.run, prepared.splits["train"].plan.n_segments
+    run, n_segments = arguments.run, order_lengths(arguments, prepared.splits["train"], state)
     if run.tokens_per_batch is None:
         return by_documents(run, n_segments, world_size, state)
     if state.order_batch:
@@ -34,6 +39,36 @@ def build_order(arguments: Arguments, prepared: Preparation, world_size: int, st
         first_document=state.n_documents,
         first_most=state.order_segments or None,
     )
+
+
+def order_lengths(arguments: Arguments, documents: Documents, state: TrainerState) -> list[int]:
+    """Return the documents' numbers of segments when the run began, which its order is built from.
+
+    Raises:
+        ValueError: A resumed run has other segments, and other documents with targets or batches of a number of tokens.
+    """
+    now = list(astuple(documents.collator.sizes))
+    if state.step == 0:
+        state.order_sizes = now
+    # older checkpoints do not store the sizes
+    if state.order_sizes in ([], now):
+        return documents.plan.n_segments
+    flags = " or ".join(
+        f"--{name}" for name, *values in zip(SIZE_FLAGS, state.order_sizes, now, strict=True) if len({*values}) > 1
+    )
+    then = documents.plan_for(SegmentSizes(*state.order_sizes))
+    if then.indices != documents.plan.indices:
+        stop_all(
+            f"{flags}: {len(then.indices)} documents had a target in the part that was read, now "
+            f"{len(documents.plan.indices)} have; a resumed run reads the same documents. Remove the flag, or start a "
+            "new run with --model_name_or_path"
+        )
+    if arguments.run.tokens_per_batch is not None:
+        stop_all(
+            f"{flags}: with --tokens_per_batch the batches of an epoch depend on it; remove the flag, lower "
+            "--tokens_per_batch instead, or start a new run with --model_name_or_path"
+        )
+    return then.n_segments
 
 
 def by_documents(run: RunArguments, n_segments: list[int], world_size: int, state: TrainerState) -> BatchOrder:

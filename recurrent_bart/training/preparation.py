@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,14 @@ class Documents:
         plan: Indices and lengths of the documents that are read.
         collator: Function that cuts documents into segments and batches them.
         skipped: One reason per skipped document.
+        plan_for: Function that plans the documents for other sizes of segments.
         fingerprint: Hash of the texts.
     """
 
     corpus: Dataset
     plan: DocumentPlan
     collator: Collator
+    plan_for: Callable[[SegmentSizes], DocumentPlan]
     skipped: list[str] = field(default_factory=list)
     fingerprint: str = ""
 
@@ -248,18 +250,27 @@ def open_documents(
     common = data.task, sizes, leading, trailing, config.pad_token_id, longest, around_targets
     if data.task in PRETRAINING_TASKS:
         making = PretrainingCollator(*common, find_mask(tokenizer, data.task))
-        plan = making.plan([sum(lengths) for lengths in corpus["section_lengths"]])
+        totals = [sum(lengths) for lengths in corpus["section_lengths"]]
+
+        def plan_texts(sizes: SegmentSizes) -> DocumentPlan:
+            return replace(making, sizes=sizes).plan(totals)
+
+        plan = plan_texts(sizes)
         remedy = "--segment_size: a text needs two segments" if data.task == "recall" else "--max_n_segments"
         check_has_targets(plan, source, max_n_segments, remedy)
-        return Documents(corpus, plan, making, skipped, found.fingerprint)
+        return Documents(corpus, plan, making, plan_texts, skipped, found.fingerprint)
     n_special, n_special_of_target = len(leading) + len(trailing), sum(map(len, around_targets))
     lengths = corpus["section_lengths"], corpus["summary_lengths"]
     query_lengths = [len(query) for query in corpus["query"]]
     for name, n_tokens in zip(corpus["id"], query_lengths, strict=True):
         check_query(n_tokens, config.segment_size - n_special, config.segment_size, f"document {name!r}")
-    plan = plan_documents(*lengths, sizes, n_special, longest, n_special_of_target, query_lengths)
+
+    def plan_summaries(sizes: SegmentSizes) -> DocumentPlan:
+        return plan_documents(*lengths, sizes, n_special, longest, n_special_of_target, query_lengths)
+
+    plan = plan_summaries(sizes)
     check_has_targets(plan, source, max_n_segments)
-    return Documents(corpus, plan, Collator(*common), skipped, found.fingerprint)
+    return Documents(corpus, plan, Collator(*common), plan_summaries, skipped, found.fingerprint)
 
 
 def check_has_targets(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
+from recurrent_bart.data.batches import SegmentSizes
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.document_order import build_order, describe_data_order, store_data_position
 
@@ -17,10 +18,19 @@ TWO = ["--per_device_train_batch_size", "2"]
 @pytest.fixture
 def prepared():
     """Prepare documents with segments of ten tokens."""
-    return SimpleNamespace(
-        splits={"train": SimpleNamespace(plan=SimpleNamespace(n_segments=LENGTHS))},
-        config=SimpleNamespace(input_size=10),
-    )
+    return prepared_with(SegmentSizes(10, 10, 8))
+
+
+def plan_of(sizes):
+    """Plan documents of 10 tokens per entry of LENGTHS; a document has its target in its last segment."""
+    n_segments = [-(-10 * length // sizes.segment_size) for length in LENGTHS]
+    indices = [index for index, n in enumerate(n_segments) if n <= 2 * sizes.max_n_segments]
+    return SimpleNamespace(indices=indices, n_segments=[min(n_segments[i], sizes.max_n_segments) for i in indices])
+
+
+def prepared_with(sizes):
+    documents = SimpleNamespace(plan=plan_of(sizes), plan_for=plan_of, collator=SimpleNamespace(sizes=sizes))
+    return SimpleNamespace(splits={"train": documents}, config=SimpleNamespace(input_size=10))
 
 
 def documents_of(order, step):
@@ -49,6 +59,39 @@ def test_batches_of_other_sizes_go_on_in_the_order_of_the_first(prepared):
         store_data_position(order, state)
         assert (state.n_documents, state.order_batch) == (len(read), 4)
     assert sorted(read) == list(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize(
+    "later", [SegmentSizes(10, 10, 4), SegmentSizes(5, 5, 8), SegmentSizes(20, 20, 8)], ids=["most", "half", "double"]
+)
+def test_a_run_with_other_segments_reads_each_document_once_per_epoch(prepared, later):
+    """Resume within an epoch with another --max_n_segments or --segment_size, and then with the first again."""
+    state, read = TrainerState(), []
+    for sizes, n_steps in ((SegmentSizes(10, 10, 8), 4), (later, 5), (SegmentSizes(10, 10, 8), 11)):
+        order = build_order(parse_arguments(TWO), prepared_with(sizes), 1, state)
+        read += [document for step in range(state.step, state.step + n_steps) for document in documents_of(order, step)]
+        state.step += n_steps
+        store_data_position(order, state)
+    assert sorted(read) == list(range(len(LENGTHS)))
+
+
+def test_other_segments_that_lose_targets_or_change_batches_are_refused(prepared):
+    state = TrainerState()
+    order = build_order(parse_arguments(TWO), prepared, 1, state)
+    state.step = 3
+    store_data_position(order, state)
+    with pytest.raises(ValueError, match="--max_n_segments: 40 documents had a target .* now 35"):
+        build_order(parse_arguments(TWO), prepared_with(SegmentSizes(10, 10, 3)), 1, state)
+    state.order_batch = 0
+    with pytest.raises(ValueError, match="--segment_size or --input_size: with --tokens_per_batch"):
+        build_order(parse_arguments(TOKENS), prepared_with(SegmentSizes(5, 5, 8)), 1, state)
+
+
+def test_a_checkpoint_without_sizes_goes_on(prepared):
+    """Older checkpoints do not store the sizes of segments."""
+    state = TrainerState(step=3, n_documents=6, order_batch=2)
+    order = build_order(parse_arguments(TWO), prepared_with(SegmentSizes(10, 10, 4)), 1, state)
+    assert len(documents_of(order, 3)) == 2
 
 
 def test_a_number_of_tokens_is_one_of_whole_segments_and_rules_over_that_of_documents(prepared):
