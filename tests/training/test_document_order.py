@@ -80,7 +80,7 @@ def test_other_segments_that_lose_targets_or_change_batches_are_refused(prepared
     order = build_order(parse_arguments(TWO), prepared, 1, state)
     state.step = 3
     store_data_position(order, state)
-    with pytest.raises(ValueError, match="--max_n_segments: 40 documents had a target .* now 35"):
+    with pytest.raises(ValueError, match=r"--max_n_segments: 40 documents had a target .* now 35"):
         build_order(parse_arguments(TWO), prepared_with(SegmentSizes(10, 10, 3)), 1, state)
     state.order_batch = 0
     with pytest.raises(ValueError, match="--segment_size or --input_size: with --tokens_per_batch"):
