@@ -97,14 +97,16 @@ def _build(
 
 
 def rounded_rows(n_rows: int) -> int:
-    """Return the number of rows of a captured batch: exact up to `ROWS_STEP`, then a multiple of a quarter of it."""
-    if n_rows <= ROWS_STEP:
-        return n_rows
-    step = max(ROWS_STEP, 1 << (n_rows - 1).bit_length() - 2)
-    return -(-n_rows // step) * step
+    """Return the number of rows of a captured batch: at most a quarter more, in multiples of `ROWS_STEP` above it."""
+    return n_rows if n_rows <= ROWS_STEP else _rounded(n_rows, ROWS_STEP, 4)
 
 
 def rounded_context(n_positions: int) -> int:
-    """Return the attended length of a captured padded batch."""
-    step = max(CONTEXT_STEP, 1 << (n_positions - 1).bit_length() - 3)
-    return -(-n_positions // step) * step
+    """Return the attended length of a captured padded batch: a multiple of `CONTEXT_STEP`, at most an eighth more."""
+    return _rounded(n_positions, CONTEXT_STEP, 8)
+
+
+def _rounded(number: int, least_step: int, n_steps: int) -> int:
+    """Round up to one of `n_steps` values between two powers of two, in steps of at least `least_step`."""
+    step = max(least_step, 2 ** (number.bit_length() - 1) // n_steps)
+    return -(-number // step) * step
