@@ -22,6 +22,8 @@ UNREAD_SETTINGS = (
     *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
     *("cache_implementation", "prefill_chunk_size", "is_assistant", "low_memory", "compile_config"),
 )
+# module of the hooks that count and time an engine's steps; they change no output without DeepSpeed's own casts
+ENGINE = "deepspeed.runtime.engine"
 LAYERS = (BartDecoderLayer, PreNormDecoderLayer)
 ATTENTIONS = (CrossAttention, GatedCrossAttention)
 
@@ -61,12 +63,18 @@ def _reasons(model: Any, device: torch.device) -> Iterator[str]:
     replaced = {"forward", "prepare_inputs_for_generation"} & {*vars(model), *vars(model.model), *vars(decoder)}
     if replaced or any("forward" in vars(part) for part in (*decoder.modules(), model.lm_head)):
         yield "a method of the model is replaced, for example by an offloading hook or by PEFT's prompts"
-    whole = model, model.model, *decoder.modules(), *model.lm_head.modules()
-    if any(has_hooks(part) for part in whole):
+    whole = model.model, *decoder.modules(), *model.lm_head.modules()
+    if _has_foreign_hooks(model) or any(has_hooks(part) for part in whole):
         yield "the model, its decoder or its head has hooks, for example of DeepSpeed ZeRO-3 or of an offloaded model"
     if not _has_known_layers(decoder):
         yield "the decoder has modules of other types"
     yield from _weight_reasons([*decoder.parameters(), *model.lm_head.parameters()], device)
+
+
+def _has_foreign_hooks(model: nn.Module) -> bool:
+    """Return True if a call of the model also calls a hook that is not an engine's."""
+    hooks = *model._forward_pre_hooks.values(), *model._forward_hooks.values()
+    return any(getattr(hook, "__module__", None) != ENGINE for hook in hooks)
 
 
 def _has_known_layers(decoder: Any) -> bool:

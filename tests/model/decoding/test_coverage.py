@@ -86,6 +86,19 @@ def test_changed_models_run_hugging_faces_loop_and_say_so(make_model, messages, 
     assert len(messages) == 1
 
 
+def test_hooks_of_a_deepspeed_engine_are_no_obstacle(make_model, messages, calls):
+    def count(*values):
+        pass
+
+    model = make_model()
+    model.register_forward_hook(count)
+    generate(model, documents(0, 2), {"max_new_tokens": 4})
+    assert calls.pop()
+    count.__module__ = "deepspeed.runtime.engine"
+    generate(model, documents(0, 2), {"max_new_tokens": 4})
+    assert not calls
+
+
 def test_autocast_runs_hugging_faces_loop(make_model, messages, calls):
     with torch.autocast("cpu", torch.bfloat16):
         generate(make_model().float(), documents(0, 2), {"max_new_tokens": 4})
