@@ -52,8 +52,10 @@ class CachedDecoder:
         self.decoder, self.head, self.bias = model.model.decoder, model.lm_head, model.final_logits_bias
         self.shape = shape
         self.layers = [CachedLayer(layer, shape, like) for layer in self.decoder.layers]
-        mask_shape = shape.n_documents, 1, 1, shape.n_context
-        self.context_mask = like.new_zeros(mask_shape) if shape.is_padded else None
+        # masks of state and tokens, apart: attention kernels need masks that begin at an aligned address
+        lengths = shape.n_memory, shape.n_context - shape.n_memory
+        masks = [like.new_zeros(shape.n_documents, 1, 1, length) for length in lengths]
+        self.context_masks: list[Tensor] | list[None] = masks if shape.is_padded else [None, None]
         self._is_plain_head = is_plain(self.head, nn.Linear, TokenHead) and self.head.bias is None
 
     def load(self, context_BAD: Tensor, mask_BA: Tensor | None) -> None:
@@ -61,9 +63,14 @@ class CachedDecoder:
         n_context = context_BAD.shape[1]
         for layer in self.layers:
             layer.load(context_BAD)
-        if self.context_mask is not None:
-            seen_BA = torch.ones_like(context_BAD[..., 0], dtype=torch.bool) if mask_BA is None else mask_BA.bool()
-            self.context_mask.fill_(-torch.inf)[..., :n_context].masked_fill_(seen_BA[:, None, None], 0.0)
+        if not self.shape.is_padded:
+            return
+        seen_BA = torch.ones_like(context_BAD[..., 0], dtype=torch.bool) if mask_BA is None else mask_BA.bool()
+        seen_BA = nn.functional.pad(seen_BA, (0, self.shape.n_context - n_context), value=False)
+        parts = seen_BA[:, : self.shape.n_memory], seen_BA[:, self.shape.n_memory :]
+        for mask, seen in zip(self.context_masks, parts, strict=True):
+            assert mask is not None
+            mask.zero_().masked_fill_(~seen[:, None, None], -torch.inf)
 
     def step(self, token_R: Tensor, position: Tensor, n_keys: int, mask: Tensor | None) -> Tensor:
         """Return the scores `(R, V)` after one more token per text, in float32.
@@ -83,7 +90,7 @@ class CachedDecoder:
         positions_1D = decoder.embed_positions(None, position_ids=position).squeeze(0)
         hidden_RD = decoder.layernorm_embedding(decoder.embed_tokens(token_R) + positions_1D)
         for layer in self.layers:
-            hidden_RD = layer.step(hidden_RD, position, n_keys, mask, self.context_mask)
+            hidden_RD = layer.step(hidden_RD, position, n_keys, mask, self.context_masks)
         return hidden_RD if decoder.layer_norm is None else decoder.layer_norm(hidden_RD)
 
     def _score(self, hidden_RD: Tensor) -> Tensor:
@@ -126,7 +133,12 @@ class CachedLayer:
         self.query_key_value.load()
 
     def step(
-        self, hidden_RD: Tensor, position: Tensor, n_keys: int, mask: Tensor | None, context_mask: Tensor | None
+        self,
+        hidden_RD: Tensor,
+        position: Tensor,
+        n_keys: int,
+        mask: Tensor | None,
+        context_masks: list[Tensor] | list[None],
     ) -> Tensor:
         """Return the layer's output for one position of each text."""
         layer = self.layer
@@ -135,7 +147,7 @@ class CachedLayer:
             return self._attend_to_text(hidden_RD, position, n_keys, mask)
 
         def attend_to_context(hidden_RD: Tensor) -> Tensor:
-            return self._attend_to_context(hidden_RD, context_mask)
+            return self._attend_to_context(hidden_RD, *context_masks)
 
         def feed_forward(hidden_RD: Tensor) -> Tensor:
             return self.narrow(layer.activation_fn(self.widen(hidden_RD)))
@@ -158,13 +170,11 @@ class CachedLayer:
         key, value = self.own_kv[:, :, :, :n_keys].flatten(3, 4)
         return self.own_out(_attend(own, query.squeeze(0), key, value, mask).reshape(hidden_RD.shape))
 
-    def _attend_to_context(self, hidden_RD: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_to_context(self, hidden_RD: Tensor, memory_mask: Tensor | None, token_mask: Tensor | None) -> Tensor:
         cross: CrossAttention = self.layer.encoder_attn
         query = split_heads(cross, self.cross_query(hidden_RD).unflatten(0, (-1, self.shape.n_texts)))
         key, value = self.context_kv
         n_memory = self.shape.n_memory
-        memory_mask = None if mask is None else mask[..., :n_memory]
-        token_mask = None if mask is None else mask[..., n_memory:]
         read = _attend(cross, query, key[:, :, n_memory:], value[:, :, n_memory:], token_mask)
         if n_memory:
             assert isinstance(cross, GatedCrossAttention)
@@ -201,7 +211,8 @@ class Projection:
 def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply a linear map to a few rows.
 
-    On a CPU, oneDNN's product of 2 to 32 rows is faster than the product that PyTorch chooses, see `LOG.md`.
+    On a CPU, oneDNN's product of 2 to 32 rows is faster than the product that PyTorch chooses. `benchmarks/LOG.md` has
+    the times.
     """
     is_on_cpu = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
     if is_on_cpu and len(rows) > 1 and torch.backends.mkldnn.is_available():

@@ -111,7 +111,8 @@ class Batch:
     def captured_shape(self) -> CacheShape:
         """Return sizes that many batches have; attention is faster on lengths that are a multiple of 8."""
         shape = self.shape()
-        n_context = rounded_context(shape.n_context) if shape.is_padded else shape.n_context
+        n_tokens = shape.n_context - shape.n_memory
+        n_context = shape.n_memory + (rounded_context(n_tokens) if shape.is_padded else n_tokens)
         n_positions = -(-shape.n_positions // 64) * 64
         # more rows would draw other random numbers
         n_documents = shape.n_documents if self.settings.is_sampled else rounded_rows(shape.n_documents)

@@ -22,7 +22,6 @@ SCORE_PROCESSORS = (
     logits_process.MinPLogitsWarper,
     logits_process.TypicalLogitsWarper,
     logits_process.EpsilonLogitsWarper,
-    logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
 )
 
@@ -95,6 +94,10 @@ def _forced_eos(processor: Any, vocab_size: int, device: torch.device) -> Proces
     return _Forced(processor.eos_token_id.tolist(), vocab_size, device, length=processor.max_length - 1)
 
 
+def _finite(processor: Any, vocab_size: int, device: torch.device) -> Process:
+    return lambda ids_RT, position, scores_RV: scores_RV.nan_to_num_(0.0)
+
+
 def _repetition(processor: Any, vocab_size: int, device: torch.device) -> Process | None:
     # a prompt's length for each row comes with decoder_attention_mask
     return _Repetition(processor.penalty) if processor.prompt_ignore_length is None else None
@@ -111,6 +114,7 @@ BUILDERS: dict[type, Callable[[Any, int, torch.device], Process | None]] = {
     logits_process.SuppressTokensAtBeginLogitsProcessor: _suppressed_at_begin,
     logits_process.ForcedBOSTokenLogitsProcessor: _forced_bos,
     logits_process.ForcedEOSTokenLogitsProcessor: _forced_eos,
+    logits_process.InfNanRemoveLogitsProcessor: _finite,
     logits_process.RepetitionPenaltyLogitsProcessor: _repetition,
     logits_process.NoRepeatNGramLogitsProcessor: _no_repeat,
 }
@@ -180,6 +184,8 @@ class _NoRepeat:
             # the tokens before the next one, which end at `position`
             last_R1 = ids_RT.index_select(1, (position - self.n_before + 1 + offset).clamp(min=0))
             is_repeated_RW = is_repeated_RW & (ids_RT[:, offset : offset + n_starts] == last_R1)
-        banned_RW = torch.zeros_like(start_W, dtype=scores_RV.dtype).expand_as(is_repeated_RW)
-        banned_RW = banned_RW.masked_fill(is_repeated_RW, -torch.inf)
-        return scores_RV.scatter_add_(1, ids_RT[:, self.n_before :], banned_RW)
+        # one more column for starts whose n-gram is not repeated
+        n_tokens = scores_RV.shape[1]
+        token_RW = ids_RT[:, self.n_before :].masked_fill(~is_repeated_RW, n_tokens)
+        is_banned = torch.zeros(len(ids_RT), n_tokens + 1, dtype=torch.bool, device=device)
+        return scores_RV.masked_fill_(is_banned.scatter_(1, token_RW, True)[:, :n_tokens], -torch.inf)

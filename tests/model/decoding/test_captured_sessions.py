@@ -35,13 +35,13 @@ def sessions_of(model):
 @pytest.mark.filterwarnings("ignore:Unfeasible length")
 def test_graphs_give_hugging_faces_ids(monkeypatch, graphs):
     calls = count_loops(monkeypatch)
-    for seed in range(300, 340):
+    for seed in range(300, 316):
         model, inputs, how = random_case(seed, 1 + seed % 4)
         found = generate(model, inputs, how)
         assert not calls
         assert torch.equal(found, generate(model, inputs, how, fast=False)), how
         calls.clear()
-    assert len(graphs) >= 40
+    assert len(graphs) >= 16
 
 
 @pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)

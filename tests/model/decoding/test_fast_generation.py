@@ -24,9 +24,9 @@ def assert_same_ids(seed, n_documents, calls):
 @pytest.mark.filterwarnings("ignore:Unfeasible length")
 def test_ids_are_hugging_faces(monkeypatch):
     calls = count_loops(monkeypatch)
-    found = [assert_same_ids(seed, 3, calls) for seed in range(48)]
+    found = [assert_same_ids(seed, 3, calls) for seed in range(24)]
     # texts differ, and some end early
-    assert len({tuple(row.tolist()) for ids in found for row in ids}) > 100
+    assert len({tuple(row.tolist()) for ids in found for row in ids}) > 50
 
 
 @pytest.mark.slow
