@@ -10,6 +10,9 @@ import torch
 import transformers
 from rich.console import Console
 
+from recurrent_bart.benchmarks.generation import measure as generation
+from recurrent_bart.benchmarks.generation import report as generation_report
+from recurrent_bart.benchmarks.generation.cases import build_cases
 from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting
 from recurrent_bart.benchmarks.models.cases import MODELS, SCHEDULES, SUITES, Group, build_suite
 from recurrent_bart.benchmarks.models.checks import find_wrong_results
@@ -19,17 +22,22 @@ from recurrent_bart.commands.exit_codes import print_mistake
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.model_building import SIZES
 
+# suite that compares loops over tokens instead of models
+GENERATION = "generation"
+
 
 def build_parser() -> FlagParser:
     """Build the parser of all flags."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, default="quick", help="benchmark suite; default: %(default)s")
+    parser.add_argument(
+        "--suite", choices=(*SUITES, GENERATION), default="quick", help="benchmark suite; default: %(default)s"
+    )
     parser.add_argument("--groups", nargs="+", help="names of the suite's groups (tables) to run; default: all")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to run; default: all")
     parser.add_argument(
         "--model_size",
         choices=SIZES,
-        help="size of all models, with random weights; default: tiny, or large for the headline suite",
+        help="size of all models, with random weights; default: tiny, or large for the suites headline and generation",
     )
     parser.add_argument("--segment_size", type=int, help="tokens per segment; default: value of the model size, or 512")
     parser.add_argument(
@@ -44,7 +52,20 @@ def build_parser() -> FlagParser:
         type=int,
         nargs="+",
         default=[1],
-        help="documents per batch in the suites grid and memory; default: 1",
+        help="documents per batch in the suites grid, memory and generation; default: 1",
+    )
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[512],
+        help="positions that the decoder attends to in the suite generation; default: 512",
+    )
+    parser.add_argument(
+        "--num_beams", type=int, nargs="+", default=[1, 4], help="beams in the suite generation; default: 1 4"
+    )
+    parser.add_argument(
+        "--new_tokens", type=int, default=64, help="tokens per text in the suite generation; default: %(default)s"
     )
     parser.add_argument(
         "--schedules",
@@ -97,6 +118,8 @@ def build_parser() -> FlagParser:
 def main(argv: list[str]) -> int:
     """Run the benchmark and print its tables; return the exit code."""
     arguments = build_parser().parse_flags(argv)
+    if arguments.suite == GENERATION:
+        return compare_loops(arguments, argv)
     try:
         groups = chosen_groups(arguments)
     except ValueError as error:
@@ -124,6 +147,47 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def compare_loops(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Measure this package's loop over tokens beside Hugging Face's, and print the table; return the exit code."""
+    setting, folder = setting_of(arguments), arguments.output_dir
+    try:
+        check_sizes(arguments)
+    except ValueError as error:
+        return print_mistake(error)
+    transformers.logging.set_verbosity_error()
+    faults = generation.find_wrong_ids(setting)
+    if faults:
+        print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
+        return 1
+    folder.mkdir(parents=True, exist_ok=True)
+    about = describe(setting)
+    sizes = arguments.num_beams, arguments.batch_sizes, arguments.contexts, arguments.new_tokens
+    cases = build_cases(*sizes, is_gpu=setting.device.type == "cuda")
+    effort = Effort(arguments.rounds, arguments.warmup, arguments.passes, arguments.budget_seconds)
+
+    def keep(found: generation.Results) -> None:
+        generation_report.write_results(folder / "results.json", found, about | {"command": argv})
+
+    results = generation.run_cases(cases, setting, effort, keep)
+    console = Console(width=160)
+    console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
+    console.print(generation_report.table(results))
+    console.print(generation_report.LEGEND, highlight=False)
+    console.print("written:", folder / "results.json", highlight=False)
+    return 0
+
+
+def check_sizes(arguments: argparse.Namespace) -> None:
+    """Raise a ValueError if a size of the generation suite is below 1, or texts exceed the position table."""
+    for name in ("batch_sizes", "contexts", "num_beams", "new_tokens"):
+        value = getattr(arguments, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    most = transformers.BartConfig().max_position_embeddings
+    if arguments.new_tokens > most:
+        raise ValueError(f"--new_tokens {arguments.new_tokens}: must be at most {most}, the positions of the decoder")
+
+
 def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
     """Return the requested groups of the suite with only the cases of the requested models.
 
@@ -147,7 +211,7 @@ def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
 
 def setting_of(arguments: argparse.Namespace) -> BenchmarkSetting:
     """Return the settings that all benchmarked models share."""
-    model_size = arguments.model_size or ("large" if arguments.suite == "headline" else "tiny")
+    model_size = arguments.model_size or ("large" if arguments.suite in ("headline", GENERATION) else "tiny")
     return BenchmarkSetting(
         model_size=model_size,
         segment_size=arguments.segment_size or SIZES[model_size].get("segment_size", 512),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
+from recurrent_bart.model.decoding.fast_generation import generate_fast
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.recurrence.segmented_batch import read_selection
 
@@ -30,6 +31,7 @@ class SegmentGeneration(GenerationMixin):
         decode_at: str = "last_segment",
         target_segments: Tensor | None = None,
         may_pack: bool = False,
+        fast: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate texts from documents `(B, N, L)` or `(B, n)`; see GenerationMixin for the other arguments.
@@ -41,6 +43,8 @@ class SegmentGeneration(GenerationMixin):
             may_pack: If contexts differ much in length, generate from groups of similar length instead of padding all
                 to the longest. The ids are the same unless they are sampled. Ignored with `return_dict_in_generate` or
                 `decoder_input_ids`. Do not use where all ranks must call the model equally often.
+            fast: False: run Hugging Face's loop over tokens instead of this package's, see `model/decoding/README.md`.
+                The default is `generation_config.fast` if it is set, else True.
 
         Returns:
             Ids `(B, T)`, or `(B, N, T)` after every segment or after target segments, filled with the pad id where
@@ -52,6 +56,8 @@ class SegmentGeneration(GenerationMixin):
                 computed for other segments.
         """
         decode_at, target_segments = read_selection(kwargs, decode_at, target_segments)
+        if fast is not None:
+            kwargs["fast"] = fast
         input_ids = kwargs.pop("input_ids", inputs)
         encoded = kwargs.pop("encoder_outputs", None)
         if encoded is not None:
@@ -72,6 +78,22 @@ class SegmentGeneration(GenerationMixin):
         stateless = dataclasses.replace(encoded, state=None)
         # the encoder has already run, but GenerationMixin may inspect flat ids
         return super().generate(input_ids if is_flat else None, generation_config, encoder_outputs=stateless, **kwargs)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, fast: bool | None = None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict]:
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if fast is not None:
+            prepared.fast = fast
+        return prepared, model_kwargs
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        ids = generate_fast(self, *args, **kwargs)
+        return super()._sample(*args, **kwargs) if ids is None else ids
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        ids = generate_fast(self, *args, **kwargs)
+        return super()._beam_search(*args, **kwargs) if ids is None else ids
 
     def _read_to_generate(
         self,

@@ -130,12 +130,17 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
 
     def _check_positions(self, inputs: Tensor | None, past_key_values: Cache | None) -> None:
         n_read = 0 if past_key_values is None else past_key_values.get_seq_length()
-        most = self.config.max_position_embeddings
         # a static cache returns a tensor, and reading it would synchronize with the device
-        if inputs is not None and isinstance(n_read, int) and n_read + inputs.shape[1] > most:
+        if inputs is not None and isinstance(n_read, int):
+            self.check_positions(n_read + inputs.shape[1])
+
+    def check_positions(self, n_positions: int) -> None:
+        """Raise a ValueError if the decoder must read more positions than its position table has."""
+        most = self.config.max_position_embeddings
+        if n_positions > most:
             raise ValueError(
-                f"decoder_input_ids or labels have {n_read + inputs.shape[1]} positions, but max_position_embeddings "
-                f"is {most}. Without decoder_input_ids and labels, the decoder reads input_ids, shifted by one"
+                f"decoder_input_ids or labels have {n_positions} positions, but max_position_embeddings is {most}. "
+                "Without decoder_input_ids and labels, the decoder reads input_ids, shifted by one"
             )
 
     @can_return_tuple

@@ -1,0 +1,1 @@
+"""Benchmark of text generation: this package's loop over tokens beside Hugging Face's."""

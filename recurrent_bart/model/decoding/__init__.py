@@ -1,0 +1,1 @@
+"""Fast generation: a decoder with fixed buffers, searches on the device, and CUDA graphs of one step."""

@@ -1,0 +1,123 @@
+"""Generation of one batch: a decoder's cache, a search, and the loop over tokens, eagerly or by CUDA graphs.
+
+Shape suffixes: B documents, A attended length, D model width.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_bart.execution.cuda_graphs import capture, rng_offset, warm_up
+from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
+from recurrent_bart.model.decoding.search import BeamSearch, TokenSearch
+
+# fewest cached positions that a captured step attends to; each further graph of a session has twice as many
+LEAST_KEYS = 64
+# captured steps between two checks for the end; a check waits for the GPU
+CHECK_EVERY = 16
+
+
+class DecodeSession:
+    """Buffers for one batch size and context length, and the loop that writes texts with them.
+
+    A captured session holds one CUDA graph for each power of two of visible positions. It holds the cache and the
+    search's tensors at fixed addresses, and any number of batches can use it one after the other.
+    """
+
+    def __init__(self, decoder: CachedDecoder, search: TokenSearch | BeamSearch, graphs: "StepGraphs | None" = None):
+        self.decoder, self.search, self.graphs = decoder, search, graphs
+
+    def load(self, context_BAD: Tensor, mask_BA: Tensor | None, prompt: Tensor) -> None:
+        """Start with other contexts; read all tokens of the prompt but the last."""
+        search = self.search
+        self.decoder.load(context_BAD, mask_BA)
+        search.begin(prompt)
+        search.position.zero_()
+        for n_ids in range(1, prompt.shape[1]):
+            self.decoder.read(*self._inputs(n_ids, is_full=True))
+            search.position += 1
+
+    def run(self, n_table: int, streamer: Any, refuse: Callable[[], None]) -> None:
+        """Write the texts.
+
+        Args:
+            n_table: Number of positions in the decoder's position table.
+            streamer: Receives the tokens of each step; None: nobody.
+            refuse: Raises the error for a text that needs more positions.
+        """
+        settings = self.search.settings
+        is_checked = self.graphs is None or streamer is not None or settings.is_sampled
+        check_every = 1 if is_checked or not self.search.is_capturable else CHECK_EVERY
+        n_ids = settings.n_prompt
+        while n_ids < settings.max_length:
+            if n_ids > n_table:
+                refuse()
+            n_next = min(n_ids + check_every, settings.max_length, n_table + 1)
+            for length in range(n_ids, n_next):
+                self._step(length)
+            n_ids = n_next
+            if streamer is not None:
+                streamer.put(self.search.tokens().cpu())
+            if self.search.is_done():
+                break
+
+    def _step(self, n_ids: int) -> None:
+        """Append one token to texts of `n_ids` tokens."""
+        if self.graphs is not None:
+            self.graphs.step(self, n_ids)
+        else:
+            self.search.choose(self.decoder.step(*self._inputs(n_ids, is_full=True)))
+
+    def _inputs(self, n_keys: int, is_full: bool) -> tuple[Tensor, Tensor, int, Tensor | None]:
+        search = self.search
+        mask = search.mask(n_keys, is_full, self.decoder.layers[0].own_kv)
+        return search.tokens(), search.position, n_keys, mask
+
+    def logits(self, n_keys: int) -> Tensor:
+        """Return the next tokens' scores, with a mask over `n_keys` cached positions."""
+        return self.decoder.step(*self._inputs(n_keys, is_full=False))
+
+
+class StepGraphs:
+    """CUDA graphs of a session's step, by the number of visible positions.
+
+    A graph holds the choice of the token too, unless the choice waits for the device.
+    """
+
+    def __init__(self, generator: torch.Generator, stream: Any, pool: Any):
+        self.generator, self.stream, self.pool = generator, stream, pool
+        self.graphs: dict[int, tuple[Tensor | None, Any]] = {}
+
+    def step(self, session: DecodeSession, n_ids: int) -> None:
+        """Append one token to texts of `n_ids` tokens; capture the graph first if it is new."""
+        n_keys = LEAST_KEYS
+        while n_keys < n_ids:
+            n_keys *= 2
+        n_keys = min(n_keys, session.decoder.shape.n_positions)
+        if n_keys not in self.graphs:
+            self.graphs[n_keys] = self._capture(session, n_keys)
+        logits, graph = self.graphs[n_keys]
+        graph.replay()
+        if logits is not None:
+            session.search.choose(logits)
+
+    def _capture(self, session: DecodeSession, n_keys: int) -> tuple[Tensor | None, Any]:
+        """Capture one step. The warm-up runs it, so all changed values are restored; the cache is written again."""
+        search = session.search
+        work = functools.partial(_whole_step if search.is_capturable else DecodeSession.logits, session, n_keys)
+        before = [part.clone() for part in search.state()]
+        with rng_offset(self.generator, self.generator.get_offset()):
+            warm_up([work], self.stream)
+            for part, value in zip(search.state(), before, strict=True):
+                part.copy_(value)
+            logits, graph = capture(work, self.stream, self.pool)
+        for part, value in zip(search.state(), before, strict=True):
+            part.copy_(value)
+        return logits, graph
+
+
+def _whole_step(session: DecodeSession, n_keys: int) -> None:
+    session.search.choose(session.logits(n_keys))

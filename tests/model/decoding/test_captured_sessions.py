@@ -1,0 +1,139 @@
+"""Tests of generation by CUDA graphs, which `played_graphs` plays on the CPU."""
+
+import threading
+
+import pytest
+import torch
+
+from generation_options import count_loops, documents, generate, random_case
+from played_graphs import play_graphs
+from recurrent_bart.execution.graph_guards import graph_store
+from recurrent_bart.model.decoding import fast_generation, session, session_store
+from recurrent_bart.model.decoding.search import draw_unchecked
+
+# a graph of the step with the choice of the token, and a graph without it
+KINDS = {
+    "greedy": {"no_repeat_ngram_size": 2, "min_new_tokens": 3},
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 1.3},
+    "sampling": {"do_sample": True, "num_return_sequences": 2, "top_k": 9},
+    "beam sampling": {"num_beams": 2, "do_sample": True},
+    "processor of Hugging Face": {"bad_words_ids": [[5, 6]]},
+}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let all batches be captured, and return the growing list of graphs."""
+    monkeypatch.setattr(fast_generation.Batch, "can_capture", True)
+    return play_graphs(monkeypatch, session)
+
+
+def sessions_of(model):
+    return graph_store(model).graphs[session_store.SessionStore][1].sessions
+
+
+@pytest.mark.filterwarnings("ignore:Unfeasible length")
+def test_graphs_give_hugging_faces_ids(monkeypatch, graphs):
+    calls = count_loops(monkeypatch)
+    for seed in range(300, 316):
+        model, inputs, how = random_case(seed, 1 + seed % 4)
+        found = generate(model, inputs, how)
+        assert not calls
+        assert torch.equal(found, generate(model, inputs, how, fast=False)), how
+        calls.clear()
+    assert len(graphs) >= 16
+
+
+@pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
+def test_one_capture_serves_many_batches_and_trained_weights(make_model, graphs, how):
+    model = make_model().float()
+    how = how | {"max_new_tokens": 10}
+    for step in range(3):
+        inputs = documents(step, 2)
+        assert torch.equal(generate(model, inputs, how), generate(model, inputs, how, fast=False))
+        # without a change of the version, as DeepSpeed updates weights
+        for parameter in model.parameters():
+            parameter.data.mul_(0.9)
+    assert len(graphs) == 1
+
+
+def test_long_texts_have_a_graph_for_each_power_of_two(make_model, graphs):
+    model = make_model(max_position_embeddings=200).float()
+    how = {"max_new_tokens": 140, "eos_token_id": None, "forced_eos_token_id": None, "num_beams": 2}
+    inputs = documents(0, 2)
+    found = generate(model, inputs, how)
+    assert len(graphs) == 3
+    assert torch.equal(found, generate(model, inputs, how, fast=False))
+
+
+def test_the_end_is_checked_every_few_tokens(make_model, graphs, monkeypatch):
+    model = make_model().float()
+    checks = []
+    is_done = session.TokenSearch.is_done
+    monkeypatch.setattr(session.TokenSearch, "is_done", lambda self: checks.append(1) or is_done(self))
+    how = {"max_new_tokens": 40, "eos_token_id": list(range(60)), "forced_eos_token_id": None}
+    found = generate(model, documents(0, 3), how)
+    assert torch.equal(found, generate(model, documents(0, 3), how, fast=False))
+    assert found.shape[1] < 16
+    assert len(checks) == 1
+
+
+def test_moved_weights_and_other_settings_are_captured_anew(make_model, graphs):
+    model, inputs = make_model().float(), documents(0, 2)
+    generate(model, inputs, {"max_new_tokens": 5})
+    generate(model, inputs, {"max_new_tokens": 5, "min_new_tokens": 3})
+    assert len(graphs) == len(sessions_of(model)) == 2
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach() * -1)
+    found = generate(model, inputs, {"max_new_tokens": 5})
+    assert len(sessions_of(model)) == 1
+    assert torch.equal(found, generate(model, inputs, {"max_new_tokens": 5}, fast=False))
+
+
+def test_few_sessions_are_kept(make_model, graphs, monkeypatch):
+    model = make_model().float()
+    for n_documents in range(1, 6):
+        for n_new in (3, 4):
+            generate(model, documents(0, n_documents), {"max_new_tokens": n_new})
+    assert len(sessions_of(model)) == session_store.MOST_SESSIONS
+    monkeypatch.setattr(session_store, "MOST_BYTES", 0)
+    generate(model, documents(0, 2), {"max_new_tokens": 3})
+    assert not sessions_of(model)
+
+
+def test_a_second_thread_generates_without_graphs(make_model, graphs):
+    model, inputs, how = make_model().float(), documents(0, 2), {"max_new_tokens": 6}
+    expected = generate(model, inputs, how)
+    n_graphs, found = len(graphs), []
+    with session_store.session_store(model).reserved() as is_free:
+        assert is_free
+        thread = threading.Thread(target=lambda: found.append(generate(model, inputs, how | {"min_length": 1})))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], expected)
+    assert len(graphs) == n_graphs
+
+
+def test_inference_mode_and_later_calls_share_sessions(make_model, graphs):
+    model, inputs, how = make_model().float(), documents(0, 2), {"max_new_tokens": 6, "num_beams": 2}
+    with torch.inference_mode():
+        first = generate(model, inputs, how)
+    assert torch.equal(generate(model, inputs, how), first)
+    assert len(graphs) == 1
+
+
+def test_sizes_are_rounded_up_little():
+    for n in range(1, 3000):
+        assert n <= session_store.rounded_rows(n) <= max(n + 7, 1.25 * n)
+        assert n <= session_store.rounded_context(n) <= max(n + 63, 1.125 * n)
+    assert len({session_store.rounded_rows(n) for n in range(1, 129)}) <= 24
+    assert len({session_store.rounded_context(n) for n in range(1, 16_385)}) <= 48
+
+
+def test_unchecked_draws_are_pytorchs():
+    probabilities = torch.rand(7, 50).softmax(-1)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = torch.multinomial(probabilities, 1).squeeze(1)
+        torch.manual_seed(seed)
+        assert torch.equal(draw_unchecked(probabilities), expected)
