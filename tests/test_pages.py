@@ -1,5 +1,6 @@
 """Tests that the pages' commands and Python code run, that their links resolve, and that the tree is complete."""
 
+import contextlib
 import functools
 import re
 import shlex
@@ -21,7 +22,8 @@ ROOT = TESTS.parent
 LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 README = ROOT / "README.md"
 # the root's page is first, because commands of other pages continue its runs
-PAGES = [README, *(ROOT / name for name in LISTED if name.endswith("/README.md"))]
+JAPANESE = ROOT / "launch" / "JAPANESE.md"
+PAGES = [README, *(ROOT / name for name in LISTED if name.endswith("/README.md")), JAPANESE]
 MARKDOWN = [ROOT / name for name in LISTED if name.endswith(".md")]
 # flags that make a run short; appended, they override the pages'
 SHORT = {
@@ -44,8 +46,8 @@ PYTHON = re.compile(r"(?:cat (?P<stdin>\S+) \| )?python (?P<command>launch/.+)")
 NOT_RUN = {"source .venv/bin/activate"}
 
 
-def blocks(language):
-    pages = (page.read_text() for page in PAGES)
+def blocks(language, pages=PAGES):
+    pages = (page.read_text() for page in pages)
     return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)]
 
 
@@ -85,6 +87,10 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     BartForConditionalGeneration(config).save_pretrained(folder / "facebook" / "bart-base")
     write_run_with_model(folder / "runs" / "mine", [text], {"data": {"max_target_length": 6}})
+    with contextlib.chdir(folder):
+        # the page's own documents and model, for its commands
+        for block in blocks("python", [JAPANESE]):
+            exec(compile(block, "a page", "exec"), {})
     return folder
 
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from recurrent_bart.commands.exit_codes import print_mistake
+from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.text_files import ENCODING
 from recurrent_bart.inference.stream_reader import TextReader, run_flags
 from recurrent_bart.inference.summarizer import Summarizer
@@ -26,6 +27,12 @@ from recurrent_bart.training.generation_arguments import GenerationArguments, ad
 
 # Number of texts in memory at a time. Texts of similar length share a batch.
 WINDOW = 256
+# Number of segments in the decoder's context from which the growing context costs noticeable time.
+MANY_SEGMENTS = 16
+GROWING = (
+    "note: each summary attends to all segments so far, so it takes longer than the one before; "
+    f"--context_segments {MANY_SEGMENTS} bounds this"
+)
 STANDARD_INPUT = "standard input"
 # Number of bytes that one call of read returns at most.
 BLOCK = 2**16
@@ -38,6 +45,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
     parser.add_argument(
         "--every_segment", action="store_true", help="print a summary after each segment, as soon as it is read"
+    )
+    parser.add_argument(
+        "--context_segments",
+        type=positive,
+        metavar="N",
+        help="let summaries attend to the last N segments only, so that --every_segment keeps its speed; default: the "
+        "model's own value",
     )
     parser.add_argument(
         "--section_separator",
@@ -191,10 +205,26 @@ def load(arguments: argparse.Namespace) -> Summarizer:
         query=arguments.query,
         **GenerationArguments(**flags).generation_settings(),
     )
+    if arguments.context_segments:
+        bound_context(summarizer.model.config, arguments.context_segments)
     if note := missing_query(arguments):
         print(f"warning: {note}", file=sys.stderr, flush=True)
     torch.manual_seed(arguments.seed)
     return summarizer
+
+
+def bound_context(config: RecurrentBartConfig, n_segments: int) -> None:
+    """Let the decoder attend to the last `n_segments` segments only.
+
+    Raises:
+        ValueError: The decoder's context does not grow with the text.
+    """
+    if config.decoder_context == "last":
+        raise ValueError(
+            f"--context_segments {n_segments}: the model's decoder_context is {config.decoder_context}, which does not "
+            "grow with the text; remove the flag"
+        )
+    config.context_segments = n_segments
 
 
 def missing_query(arguments: argparse.Namespace) -> str:
@@ -230,7 +260,7 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
         reader.load(arguments.load_state)
     prints_several = arguments.every_segment or arguments.section_separator
     progress = Progress(reader, in_place=sys.stderr.isatty() and not prints_several)
-    is_shown = False
+    is_shown = is_told = False
     # without new text, the summary is of the earlier text
     pieces = text_pieces(file, name, may_be_blank=bool(arguments.load_state))
     for output in outputs(reader, pieces, arguments.section_separator):
@@ -240,12 +270,20 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
         progress.show()
         if arguments.every_segment or reader.is_between_sections:
             print(summarizer.summary_after(output), flush=True)
+        if arguments.every_segment and not is_told and grows(summarizer.model.config, reader):
+            is_told = True
+            print(GROWING, file=sys.stderr, flush=True)
     progress.show(is_last=True)
     # no separator follows the last section
     if not (arguments.every_segment or reader.is_between_sections):
         print(summarizer.summary_after(output), flush=True)
     if save_state:
         reader.save(save_state)
+
+
+def grows(config: RecurrentBartConfig, reader: TextReader) -> bool:
+    """Return True if each summary attends to many segments, and to more than the summary before."""
+    return config.decoder_context == "all" and config.context_segments == -1 and reader.n_segments >= MANY_SEGMENTS
 
 
 def summarize_all(arguments: argparse.Namespace) -> None:

@@ -107,8 +107,7 @@ def split_queries(record: dict[str, Any], columns: Columns, place: str) -> list[
         ValueError: The list is empty, or an item is no object with a question.
     """
     column = columns.query
-    questions = None if column is None else record.get(column)
-    if not isinstance(questions, list):
+    if column is None or not isinstance(questions := record.get(column), list):
         return [(record, "")]
     needed = f"{place}: column {column!r} must be a text, or a list of objects with 'query' and {columns.summary!r}"
     if not questions:

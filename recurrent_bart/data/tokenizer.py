@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recurrent_bart.data.tokenizer_files import load_from_files
 from recurrent_bart.data.word_segmenter import SETTING, check_installed, segmenter_of, segments_itself
 
 # BART's ids: <s> 0, <pad> 1, </s> 2, <unk> 3.
@@ -92,7 +93,7 @@ def _set_segmenter(tokenizer: PreTrainedTokenizerBase, name_or_path: str, word_s
 
 def _load(name_or_path: str, trust_remote_code: bool, **languages: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **languages)
+        tokenizer = load_from_files(name_or_path, trust_remote_code, **languages)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(

@@ -54,13 +54,22 @@ class WordSegmenter:
     def __init__(self, name: str, n_processes: int = 1):
         check_installed(name)
         self.name, self.n_processes = name, n_processes
+        self._known: dict[str, str] = {}
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Return the texts with spaces between words."""
-        found = (part[0] for text in texts for part in PART.finditer(text))
-        parts = [part for part in dict.fromkeys(found) if HAS_JAPANESE.search(part)]
-        spaced = dict(zip(parts, self._segment(parts), strict=True))
+        spaced = self._known | self._spaced(texts)
         return [_put_spaces(text, spaced) for text in texts]
+
+    def remember(self, texts: Sequence[str]) -> None:
+        """Segment texts at once, in one start of the program, so that later calls need not segment their sentences."""
+        self._known |= self._spaced(texts)
+
+    def _spaced(self, texts: Sequence[str]) -> dict[str, str]:
+        """Return the parts of texts that are not known yet, each with the same part after segmentation."""
+        found = (part[0] for text in texts for part in PART.finditer(text))
+        parts = [part for part in dict.fromkeys(found) if part not in self._known and HAS_JAPANESE.search(part)]
+        return dict(zip(parts, self._segment(parts), strict=True))
 
     def _segment(self, parts: list[str]) -> list[str]:
         n_processes = min(self.n_processes, sum(map(len, parts)) // PROCESS_CHARACTERS)

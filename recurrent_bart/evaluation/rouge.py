@@ -35,11 +35,13 @@ class RougeTokenizer(tokenizers.Tokenizer):
     def _words(self, text: str) -> list[str]:
         if self.segmenter is None:
             return words(text)
-        return segmented_words(self.segmenter([unicodedata.normalize("NFKC", text)])[0])
+        return segmented_words(self.segmenter([_normalised(text)])[0])
 
 
 def rouge_per_sample(
-    predictions: Sequence[str], references: Sequence[str | Sequence[str]], segmenter: str = "none"
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    segmenter: str | WordSegmenter = "none",
 ) -> dict[str, np.ndarray]:
     """Return ROUGE-1, -2, -L (whole text) and -Lsum (by sentence) of each text: F-measures in percent.
 
@@ -56,9 +58,21 @@ def rouge_per_sample(
         raise ValueError("ROUGE needs at least one reference text")
     found = _scores(predictions, references, RougeTokenizer())
     if segmenter != "none":
-        of_words = _scores(predictions, references, RougeTokenizer(WordSegmenter(segmenter)))
+        cutter = WordSegmenter(segmenter) if isinstance(segmenter, str) else segmenter
+        # each further call would start a program
+        remember_words(cutter, [*predictions, *(text for own in references for text in _as_list(own))])
+        of_words = _scores(predictions, references, RougeTokenizer(cutter))
         found |= {f"{name}_words": scores for name, scores in of_words.items()}
     return found
+
+
+def remember_words(segmenter: WordSegmenter, texts: Sequence[str]) -> None:
+    """Segment texts at once, so that ROUGE finds their words without further starts of the segmenter."""
+    segmenter.remember([_normalised(_by_line(text)) for text in texts if not text.isascii()])
+
+
+def _normalised(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
 
 
 def _scores(

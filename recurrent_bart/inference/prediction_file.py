@@ -66,7 +66,7 @@ def _readable(
     """Yield the place, id, text and question of each row with a text."""
     text_column, id_column, query_column = columns
     for place, record in read_records(source, on_bad):
-        id, query = record.get(id_column, place), record.get(query_column) or ""
+        id, query = record.get(id_column, place), (record.get(query_column) if query_column else None) or ""
         try:
             text = _text(record, text_column)
             if not isinstance(query, str):

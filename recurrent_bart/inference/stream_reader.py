@@ -21,6 +21,7 @@ from recurrent_bart.data.batches import check_query
 from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
+from recurrent_bart.data.word_segmenter import joins_words
 from recurrent_bart.distributed import is_first
 from recurrent_bart.inference.saved_state import check_tensors
 from recurrent_bart.model.loading import load_pretrained
@@ -69,6 +70,10 @@ SENTENCE_CUT = regex.compile(
 LOOKAHEAD = 32
 # places that are checked, the last ones of the text
 N_PLACES = 4
+# characters without an end of a sentence after which a text is cut inside a sentence, where its ids are settled
+LONGEST_SENTENCE = 2048
+# characters in front of a cut inside a sentence that decide the ids after the cut
+CONTEXT = 8 * LOOKAHEAD
 
 
 @dataclass
@@ -127,6 +132,7 @@ class TextReader:
     def _ask(self, query: str) -> None:
         """Put a question before each segment from now on."""
         segment_size = self.model.config.segment_size
+        assert segment_size is not None
         leading, self.trailing = special_tokens_around(self.tokenizer)
         (ids,) = self.encoder.queries([query])
         room = segment_size - len(leading) - len(self.trailing)
@@ -259,7 +265,7 @@ class TextReader:
         places = [found.start() for found in SENTENCE_CUT.finditer(whole, 0, max(0, len(whole) - LOOKAHEAD))]
         for place in reversed(places[-N_PLACES:]):
             if place <= len(mark.context):
-                return
+                break
             start = max((it for it in places if it <= place - LOOKAHEAD), default=0)
             behind = whole[place : place + 2 * LOOKAHEAD]
             texts = mark.context, whole[:place], whole[:place] + behind, whole[start:place], whole[start:place] + behind
@@ -269,6 +275,35 @@ class TextReader:
                 mark.ids += ids[len(old) :]
                 mark.text, mark.context = whole[place:], whole[start:place]
                 return
+        # a word segmenter cuts by the whole sentence, so its words are never settled inside a sentence
+        if not joins_words(self.tokenizer):
+            while len(mark.text) > LONGEST_SENTENCE and self._take_settled(mark):
+                pass
+
+    def _take_settled(self, mark: Bookmark) -> bool:
+        """Move ids from the middle of a long sentence that no later text can change. Return True if there are any."""
+        rest_of_text = mark.text[LONGEST_SENTENCE:]
+        whole = mark.context + mark.text[:LONGEST_SENTENCE]
+        for place in range(len(whole) - 2 * LOOKAHEAD, len(whole) - 3 * LOOKAHEAD, -1):
+            start = max(0, place - CONTEXT)
+            ids, rest = self._settled(whole, place)
+            context, same_rest = self._settled(whole[start:], place - start)
+            if ids and context and rest == same_rest:
+                mark.ids += ids[len(self._encode(mark.context)) :]
+                mark.text, mark.context = whole[place:] + rest_of_text, whole[start:place]
+                return True
+        return False
+
+    def _settled(self, text: str, place: int) -> tuple[list[int], list[int]]:
+        """Return the ids before and after a place, and none before it if an earlier end of the text changes them.
+
+        A token has at most `LOOKAHEAD` characters. So the best tokens of any longer text go on from the best tokens of
+        the text up to one of its last `LOOKAHEAD` places (Viterbi search of unigram models).
+        """
+        ends = range(len(text), len(text) - LOOKAHEAD - 1, -1)
+        ids, whole, *shorter = self.encoder([text[:place], *(text[:end] for end in ends)])
+        is_settled = all(other[: len(ids)] == ids for other in (whole, *shorter))
+        return ids if is_settled else [], whole[len(ids) :]
 
     def _ids_behind_context(self, text: str) -> list[int]:
         """Return the ids of a text that follows the bookmark's context."""

@@ -144,7 +144,7 @@ class Summarizer:
         known = dict(zip(different, self.encoder.queries(different), strict=True))
         for query, ids in known.items():
             name = f"--query of text {queries.index(query) + 1}"
-            check_query(len(ids), self.room, self.model.config.segment_size, name)
+            check_query(len(ids), self.room, self.collator.sizes.segment_size, name)
         return [known[query] for query in queries]
 
     def predict(

@@ -1,16 +1,21 @@
 """Functions that draw the report's lines, stacked bars and heat maps, and that convert figures to PNG and SVG."""
 
+import contextlib
+import functools
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator
 
 # Colours of the light page. In SVG, each colour becomes a CSS variable with the name given here.
@@ -18,6 +23,11 @@ COLORS = {"ink": "#1b1f26", "muted": "#5a6270", "grid": "#dfe3e9", "paper": "#fe
 SERIES = ("#0b61a4", "#b8460e", "#0c7265", "#97266d", "#6a5a00", "#5b43b5")
 STYLES = ("-", "--", ":", "-.")
 # This colour map is readable for colour-blind readers and in greyscale print.
+# Fonts with Japanese and Chinese letters on Linux, macOS and Windows.
+EAST_ASIAN_FONTS = (
+    *("Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "IPAGothic", "TakaoGothic", "VL Gothic", "WenQuanYi Zen Hei"),
+    *("Hiragino Sans", "Yu Gothic", "MS Gothic", "Arial Unicode MS"),
+)
 SHADES = matplotlib.colormaps["cividis"]
 # Maximum number of points of a line. With more points, each drawn point is the mean of a group of points.
 MOST_POINTS = 400
@@ -211,15 +221,33 @@ def thousands() -> Formatter:
     return EngFormatter(sep=" ")
 
 
+@functools.cache
+def font_families() -> tuple[str, ...]:
+    """Return matplotlib's own font and an installed font with Japanese and Chinese letters, if there is one."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ("DejaVu Sans", *[name for name in EAST_ASIAN_FONTS if name in installed][:1])
+
+
+@contextlib.contextmanager
+def fonts_of_every_script(figure: Figure, **settings: Any) -> Iterator[None]:
+    """Draw a figure's texts with `font_families`; a missing letter is a box without a warning for each letter."""
+    for text in figure.findobj(Text):
+        text.set_fontfamily(list(font_families()))
+    with warnings.catch_warnings(), matplotlib.rc_context({"font.family": list(font_families()), **settings}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
 def write_png(figure: Figure, path: Path) -> None:
     """Save a figure as a PNG file with white background."""
-    figure.savefig(path, dpi=130, format="png", facecolor="white")
+    with fonts_of_every_script(figure):
+        figure.savefig(path, dpi=130, format="png", facecolor="white")
 
 
 def to_svg(figure: Figure, name: str) -> str:
     """Return a figure as an SVG element with real text and with CSS variables as colours."""
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with fonts_of_every_script(figure, **{"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -1,6 +1,7 @@
 """Japanese texts are segmented into words before they are tokenised, and joined again in the output."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import load_tokenizer, train_tokenizer
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.data.word_segmenter import PART, WordSegmenter, is_segmented, join_words
+from recurrent_bart.evaluation.rouge import remember_words, rouge_per_sample
 from recurrent_bart.run_folder import RunFolder
 from runs import flags
 
@@ -175,6 +177,22 @@ def test_a_tokenizer_that_segments_words_itself_gets_no_segmenter(tmp_path):
     assert decode_text(tokenizer, TextEncoder(tokenizer)(["京都大学"])[0]) == "京都大学"
     with pytest.raises(ValueError, match=r"--word_segmenter mecab: the tokenizer of .* has its own; remove it"):
         load_tokenizer(str(tmp_path / "saved"), word_segmenter="mecab")
+
+
+def test_rouge_starts_the_segmenter_once_for_all_texts(jumanpp, monkeypatch):
+    texts = ["京都大学で学ぶ。寒い。"] * 2 + ["「New York」へ行く。", "BART を学ぶ。", "English only."]
+    expected = rouge_per_sample(texts, texts[::-1], "jumanpp")
+    started, start = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *given, **more: started.append(given[0]) or start(*given, **more))
+    found = rouge_per_sample(texts, texts[::-1], "jumanpp")
+    assert len(started) == 1
+    assert all((found[name] == values).all() for name, values in expected.items())
+    segmenter = WordSegmenter("jumanpp")
+    remember_words(segmenter, texts)
+    started.clear()
+    for text in texts:
+        rouge_per_sample([text], [[text, texts[0]]], segmenter)
+    assert not started
 
 
 @pytest.mark.slow

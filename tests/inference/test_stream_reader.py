@@ -154,6 +154,40 @@ def test_text_without_spaces_gives_its_first_segment_when_its_tokens_are_there(k
     assert max(n_waiting) <= 4 * 25 + LOOKAHEAD
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_text_without_any_end_of_a_sentence_is_cut_where_its_ids_are_settled(kind, make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "LONGEST_SENTENCE", 200)
+    tokenizer, chance = japanese_tokenizer(kind, tmp_path), random.Random(2)
+    parts = [
+        "東京都の予算案",
+        "市長から説明",
+        "会議を",
+        "ﾊﾟｿｺﾝ",
+        "か゛く゛",
+        "ありがとうございました",
+        "３５％",
+        "の",
+        "中文",
+    ]
+    model = make_model(vocab_size=len(tokenizer), encoder_layers=1).requires_grad_(False)
+    for size in (1, 13, 5000):
+        text = "".join(chance.choices(parts, k=150))
+        reader, seen = TextReader(model, tokenizer), []
+        monkeypatch.setattr(reader, "_full_segments", lambda mark: iter(()))
+        for piece in in_pieces(text, size):
+            list(reader.feed(piece))
+            seen.append(len(reader.bookmark.text))
+        mark = reader.bookmark
+        assert [*mark.ids, *reader._ids_behind_context(mark.text)] == TextEncoder(tokenizer)([text])[0]
+        assert max(seen) <= 2 * 200
+        assert mark.ids
+    # without settled ids, the text waits for its end
+    monkeypatch.setattr(inference, "LONGEST_SENTENCE", 10**6)
+    reader = TextReader(model, tokenizer)
+    list(reader.feed(text))
+    assert reader.bookmark.text == text
+
+
 @pytest.mark.slow
 def test_a_state_file_inside_japanese_text_continues_it(make_model, tmp_path):
     tokenizer = japanese_tokenizer("unigram", tmp_path)

@@ -242,6 +242,24 @@ def test_output_that_cannot_be_written_is_told_in_one_line(script, run, tmp_path
     assert_one_error(capsys.readouterr(), "No space left on device")
 
 
+def test_a_context_that_grows_is_told_and_can_be_bounded(script, run, summarize, capsys, monkeypatch, request):
+    text = (run.model / "config.json").read_text()
+    request.addfinalizer(lambda: (run.model / "config.json").write_text(text))
+    config = json.loads(text)
+    (run.model / "config.json").write_text(json.dumps(config | {"decoder_context": "all"}))
+    monkeypatch.setattr(script, "MANY_SEGMENTS", 3)
+    whole, told = summarize(TEXT, "--every_segment")
+    assert told.count(script.GROWING) == 1
+    bounded, silent = summarize(TEXT, "--every_segment", "--context_segments", 1)
+    assert script.GROWING not in silent
+    (run.model / "config.json").write_text(json.dumps(config | {"decoder_context": "all", "context_segments": 1}))
+    assert bounded == summarize(TEXT, "--every_segment")[0]
+    assert len(bounded) == len(whole)
+    (run.model / "config.json").write_text(json.dumps(config | {"decoder_context": "last"}))
+    assert script.main(["--model", str(run.model), "--context_segments", "1"]) == 2
+    assert "--context_segments 1: the model's decoder_context is last" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_every_segment_has_its_summary(summarize, tells_numbers):
     summaries, progress = summarize(TEXT, "--every_segment")
