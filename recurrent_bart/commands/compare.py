@@ -90,7 +90,7 @@ def entry(systems: Sequence[System], id: str, score: str) -> Entry:
         value = item.scores[score]
         texts.append((number, system.name, "" if value is None else f"{score} {value:.1f}", item.text))
     title = f"{id}, {found[0].n_source_tokens:,} tokens"
-    return Entry(title, texts, found[0].targets, source_of(found))
+    return Entry(title, texts, found[0].targets, source_of(found), found[0].query)
 
 
 def source_of(predictions: Sequence[Prediction]) -> str | None:
@@ -110,6 +110,7 @@ def write_blind_pairs(folder: Path, systems: Sequence[System], n_pairs: int, see
             [(0, "A", "", pair.text_a), (1, "B", "", pair.text_b)],
             pair.prediction.targets,
             source_of([system.seeds[0][pair.prediction.id] for system in systems]),
+            pair.prediction.query,
         )
         for number, pair in pairs
     ]

@@ -207,7 +207,7 @@ def load(arguments: argparse.Namespace) -> Summarizer:
     )
     if arguments.context_segments:
         bound_context(summarizer.model.config, arguments.context_segments)
-    if note := missing_query(arguments):
+    if note := missing_query(arguments.model, arguments.query, brings_query=bool(arguments.load_state)):
         print(f"warning: {note}", file=sys.stderr, flush=True)
     torch.manual_seed(arguments.seed)
     return summarizer
@@ -227,12 +227,16 @@ def bound_context(config: RecurrentBartConfig, n_segments: int) -> None:
     config.context_segments = n_segments
 
 
-def missing_query(arguments: argparse.Namespace) -> str:
-    """Return a warning if texts are read without a question, or with one, unlike in the model's training."""
-    column = run_flags(arguments.model).get("data", {}).get("query_column")
-    if column and not arguments.query and not arguments.load_state:
+def missing_query(model_folder: str, query: str, brings_query: bool = False) -> str:
+    """Return a warning if texts are read without a question, or with one, unlike in the model's training.
+
+    `brings_query` is True if a saved state may bring a question.
+    """
+    flags = run_flags(model_folder)
+    column = flags.get("data", {}).get("query_column")
+    if column and not query.strip() and not brings_query:
         return f"the model was trained with questions (--query_column {column}); give one with --query"
-    if arguments.query and not column and run_flags(arguments.model):
+    if query.strip() and not column and flags:
         return "--query: the model was trained without questions, so it may not answer them"
     return ""
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from recurrent_bart.data.rows import Columns, Row, refuse
 from recurrent_bart.data.sources import Source
 from recurrent_bart.data.text_encoder import TextEncoder
+from recurrent_bart.data.tokenizer import special_tokens_between
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.data.word_segmenter import (
     WordSegmenter,
@@ -86,7 +87,10 @@ def load_corpus(
     """
     segmenter = segmenter_of(tokenizer)
     versions = [] if segmenter == "none" else [segmenter_version(segmenter)]
-    key = fingerprint(CACHE_VERSION, source.identity(), task, vars(columns), tokenizer_identity(tokenizer), *versions)
+    # The cached ids of a question end with the separator, which the tokenizer's identity leaves out.
+    separators = [special_tokens_between(tokenizer)] if columns.query else []
+    identities = source.identity(), task, vars(columns), tokenizer_identity(tokenizer)
+    key = fingerprint(CACHE_VERSION, *identities, *versions, *separators)
     folder = cache_dir / "corpora" / key
     if not folder.exists():
         say(f"tokenising {source.place}, split {source.split!r}")

@@ -25,8 +25,8 @@ class HeldOut:
 
 
 def split_by_line(row: Row) -> str:
-    """Return the split of a document by its id, or by its file and line if it has no id."""
-    return "validation" if split_of(row.id) == "validation" else "train"
+    """Return the split of a document by its record's id, or by its file and line if it has no id."""
+    return "validation" if split_of(row.record_id()) == "validation" else "train"
 
 
 def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[str]:

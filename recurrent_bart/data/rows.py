@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Row:
         is_named: True if the record has an id.
         references: Further reference texts of each summary, for scores alone; empty: there are none.
         query: Question that the summaries answer; it stands before every segment. Empty: none.
+        ending: End of `id` that names the question, if the record has a list of questions.
+        is_first: True for the first row of a record.
     """
 
     id: str
@@ -39,15 +41,21 @@ class Row:
     is_named: bool = True
     references: list[list[str]] = field(default_factory=list)
     query: str = ""
+    ending: str = ""
+    is_first: bool = True
 
     def digest(self) -> str:
         """Return a hash of the text that ignores differences in white space."""
         text = " ".join("\n".join(self.sections).split())
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def record_id(self) -> str:
+        """Return the id of the record, which all its questions share."""
+        return self.id.removesuffix(self.ending)
+
     def key(self) -> str:
-        """Return the document's id, or the hash of its text if the document has no id."""
-        return self.id if self.is_named else self.digest()
+        """Return the record's id, or the hash of its text if the record has no id."""
+        return self.record_id() if self.is_named else self.digest()
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Columns:
     """Names of the fields of a record. Documents with the same value in field `group` belong together.
 
     Field `references` has a list of texts, or a list of lists for the section task. Field `query` has a question, or a
-    list of objects, each with a question `query` and its summary.
+    list of objects, each with a question `query` and its summary. Commas separate the names of several lists.
     """
 
     text: str = "document"
@@ -83,7 +91,7 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     group = name if is_named else None
     if columns.group:
         group = str(_field(record, columns, "group", place))
-    query = _query(record, columns, place)
+    query = read_query(record, columns.query, place)
     if task == "sections":
         sections, summaries, lists = _section_texts(record, columns, place)
         lists = lists if columns.references else []
@@ -100,15 +108,20 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     return with_targets(Row(name, [text], [summary], group, is_named, lists, query), place)
 
 
-def split_queries(record: dict[str, Any], columns: Columns, place: str) -> list[tuple[dict[str, Any], str]]:
+def split_queries(record: dict[str, Any], task: str, columns: Columns, place: str) -> list[tuple[dict[str, Any], str]]:
     """Return a record for each question of a list in the query column, with the end of its name; else the record.
 
     Raises:
-        ValueError: The list is empty, or an item is no object with a question.
+        ValueError: The list is empty, an item is no object with a question, or the task is not `"document"`.
     """
-    column = columns.query
-    if column is None or not isinstance(questions := record.get(column), list):
+    column, questions = columns.query, _questions(record, columns, place)
+    if column is None or questions is None:
         return [(record, "")]
+    if task != "document":
+        raise ValueError(
+            f"{place}: column {column!r} has a list of questions, which needs --task document, not {task} "
+            "(--query_column)"
+        )
     needed = f"{place}: column {column!r} must be a text, or a list of objects with 'query' and {columns.summary!r}"
     if not questions:
         raise ValueError(f"{needed}, not an empty list (--query_column)")
@@ -121,6 +134,37 @@ def split_queries(record: dict[str, Any], columns: Columns, place: str) -> list[
         (rest | {name: item[name] for name in names if name in item} | {column: item["query"]}, f" (query {number})")
         for number, item in enumerate(questions, start=1)
     ]
+
+
+def _questions(record: dict[str, Any], columns: Columns, place: str) -> list[Any] | None:
+    """Return the list of questions of a record, or the joined lists of several columns. None: there is no list."""
+    column = columns.query
+    if column is None or column in record or "," not in column:
+        found = None if column is None else record.get(column)
+        return found if isinstance(found, list) else None
+    questions: list[Any] = []
+    for name in column.split(","):
+        own = _field(record, replace(columns, query=name.strip()), "query", place)
+        if not isinstance(own, list):
+            needed = f"{place}: column {name.strip()!r} must be a list of questions"
+            raise ValueError(f"{needed}, not {type(own).__name__} (--query_column)")
+        questions += own
+    return questions
+
+
+def read_query(record: dict[str, Any], column: str | None, place: str) -> str:
+    """Return the question of a record, empty without a column or a value.
+
+    Raises:
+        ValueError: The column is missing, or its value is no text.
+    """
+    if column is None or (column in record and record[column] is None):
+        return ""
+    query = _field(record, Columns(query=column), "query", place)
+    if not isinstance(query, str):
+        kind = type(query).__name__
+        raise ValueError(f"{place}: column {column!r} must be a text, not {kind} (--query_column)")
+    return query.strip()
 
 
 def refuse(error: ValueError) -> None:
@@ -150,17 +194,6 @@ def split_of(name: str) -> str:
     """Return the split of a document by the hash of its name: 80 % train, 10 % validation, 10 % test."""
     digit = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
     return {0: "validation", 1: "test"}.get(digit, "train")
-
-
-def _query(record: dict[str, Any], columns: Columns, place: str) -> str:
-    """Return the question of a record, empty without a column or a value."""
-    if columns.query is None or (columns.query in record and record[columns.query] is None):
-        return ""
-    query = _field(record, columns, "query", place)
-    if not isinstance(query, str):
-        kind = type(query).__name__
-        raise ValueError(f"{place}: column {columns.query!r} must be a text, not {kind} (--query_column)")
-    return query.strip()
 
 
 def _texts(record: dict[str, Any], columns: Columns, name: str, place: str) -> list[str]:

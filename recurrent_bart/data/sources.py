@@ -90,7 +90,7 @@ class Source:
                 continue
             is_empty = False
             yield row
-            if self.n_made:
+            if self.n_made and row.is_first:
                 yield from gap_sentence_rows(row, self.n_made, task)
         if is_empty:
             raise ValueError(f"{self.place}: no documents with a target for --task {task} in split {self.split!r}")
@@ -110,23 +110,32 @@ class Source:
         if task == "sections":
             self._check_lists()
         if self.kind == EMBEDDED:
+            self._check_embedded(columns)
             yield from stdlib_rows(self.split, task)
             return
         on_bad = on_skip if self.skips_bad else refuse
         readers = {"file": _file_records, "folder": _folder_records, "saved": _saved_records, "hub": _hub_records}
         for place, record in readers[self.kind](self, on_bad):
             try:
-                parts = split_queries(record, columns, place)
+                parts = split_queries(record, task, columns, place)
             except ValueError as error:
                 on_bad(error)
                 continue
+            is_first = True
             for part, ending in parts:
                 try:
                     row = make_row(part, task, columns, place)
                 except ValueError as error:
                     on_bad(error)
                     continue
-                yield replace(row, id=row.id + ending) if ending else row
+                yield replace(row, id=row.id + ending, ending=ending, is_first=is_first)
+                is_first = False
+
+    def _check_embedded(self, columns: Columns) -> None:
+        given = {"query_column": columns.query, "references_column": columns.references}
+        for flag, column in given.items():
+            if column is not None:
+                raise ValueError(f"--{flag} {column}: the documents of --dataset {EMBEDDED} have no columns")
 
     def _check_lists(self) -> None:
         tables = [str(file) for file in self.files if kind_of(file) in (".csv", ".tsv")]

@@ -40,11 +40,18 @@ class TextEncoder:
         return [self._join([next(encoded) for _ in own]) for own in parts]
 
     def queries(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each question with its separator; empty for a blank question."""
-        if not any(text.strip() for text in texts):
+        """Return the ids of each question with its separator; empty for a blank question.
+
+        White space around a question does not change its ids.
+        """
+        stripped = [text.strip() for text in texts]
+        if not any(stripped):
             return [[] for _ in texts]
         separator = special_tokens_between(self.tokenizer)
-        return [[*ids, *separator] if ids else [] for ids in self(texts)]
+        # Some tokenizers make a token of an empty text.
+        encoded = iter(self([text for text in stripped if text]))
+        found = [next(encoded) if text else [] for text in stripped]
+        return [[*ids, *separator] if ids else [] for ids in found]
 
     def _between_gaps(self, text: str) -> list[str]:
         if self.mask_token_id is None:

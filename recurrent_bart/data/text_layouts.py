@@ -46,9 +46,10 @@ def join_sentences(sentences: Sequence[str]) -> str:
     """
     stripped = [sentence.strip() for sentence in sentences]
     stripped = [sentence for sentence in stripped if sentence]
-    spaced = " ".join(stripped)
-    if not HAS_JAPANESE.search(spaced) or is_segmented(spaced):
-        return spaced
+    # Decide before the sentences are joined: a space between short sentences is no space between words.
+    text = "".join(stripped)
+    if not HAS_JAPANESE.search(text) or is_segmented(text):
+        return " ".join(stripped)
     joined = "".join(stripped[:1])
     for sentence in stripped[1:]:
         is_beside = HAS_JAPANESE.match(joined[-1]) or HAS_JAPANESE.match(sentence)

@@ -106,6 +106,10 @@ class Evaluator:
         """Return the decoded text of a section. A document with one target has one section."""
         return self._decode(self.corpus[document]["sections"][section])
 
+    def query_text(self, document: int) -> str:
+        """Return the decoded question of a document; empty without a question."""
+        return self._decode(self.corpus[document].get("query", [])).strip()
+
     def _decode(self, ids: list[int]) -> str:
         return decode_text(self.tokenizer, ids)
 
@@ -138,7 +142,7 @@ class Evaluator:
         ]
 
     def _sample(self, name: str, row: dict[str, Any], index: int, section: int, generated: Tensor) -> Sample:
-        source, query = row["sections"][section], self._decode(row.get("query", [])).strip()
+        source, query = row["sections"][section], self.query_text(index)
         head = self._decode(source[:HEAD]) + (" …" if source[HEAD:] else "")
         return Sample(
             id=name,

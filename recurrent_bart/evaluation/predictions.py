@@ -27,6 +27,7 @@ class Prediction:
     scores: dict[str, float | None]
     shares_by_tenth: dict[str, list[float] | None]
     source: str | None = None
+    query: str | None = None
 
 
 def unique_names(ids: Sequence[str]) -> list[str]:
@@ -36,14 +37,15 @@ def unique_names(ids: Sequence[str]) -> list[str]:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Write one line per prediction, atomically. A source that is None is left out."""
+    """Write one line per prediction, atomically. A source or a query that is None is left out."""
     atomic_write(path, "".join(_line(prediction) for prediction in predictions))
 
 
 def _line(prediction: Prediction) -> str:
     record = asdict(prediction)
-    if prediction.source is None:
-        del record["source"]
+    for name in ("source", "query"):
+        if record[name] is None:
+            del record[name]
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 

@@ -73,5 +73,6 @@ def _prediction(evaluator: Evaluator, sample: Sample, scores: dict[str, Any], ha
         targets=_targets(evaluator, sample),
         text=sample.generated,
         source=evaluator.source_text(sample.document, sample.section) if has_source else None,
+        query=evaluator.query_text(sample.document) or None,
         **scores,
     )

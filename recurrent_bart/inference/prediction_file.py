@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recurrent_bart.data.rows import HALF_CHARACTER
+from recurrent_bart.data.rows import HALF_CHARACTER, read_query
 from recurrent_bart.data.sources import read_records
 from recurrent_bart.data.text_layouts import LayoutError, read_layout
 from recurrent_bart.inference.reading_session import Summary
@@ -66,28 +66,27 @@ def _readable(
     """Yield the place, id, text and question of each row with a text."""
     text_column, id_column, query_column = columns
     for place, record in read_records(source, on_bad):
-        id, query = record.get(id_column, place), (record.get(query_column) if query_column else None) or ""
+        id = record.get(id_column, place)
         try:
-            text = _text(record, text_column)
-            if not isinstance(query, str):
-                raise ValueError(f"column {query_column!r} is no text")
+            query = read_query(record, query_column, place)
+            text = _text(record, text_column, place)
             if any(isinstance(value, str) and HALF_CHARACTER.search(value) for value in (text, id, query)):
-                raise ValueError("the text, the id or the query has half a character (a lone surrogate)")
+                raise ValueError(f"{place}: the text, the id or the query has half a character (a lone surrogate)")
         except ValueError as error:
-            on_bad(ValueError(f"{place}: {error}"))
+            on_bad(error)
             continue
         yield place, id, text, query
 
 
-def _text(record: dict[str, Any], column: str) -> str:
+def _text(record: dict[str, Any], column: str, place: str) -> str:
     if column not in record:
-        raise ValueError(f"column {column!r} is missing; the columns are {', '.join(map(repr, record))}")
+        raise ValueError(f"{place}: column {column!r} is missing; the columns are {', '.join(map(repr, record))}")
     try:
         text = read_layout(record[column])
     except LayoutError as error:
-        raise ValueError(f"column {column!r} {error}") from error
+        raise ValueError(f"{place}: column {column!r} {error}") from error
     if not text.strip():
-        raise ValueError(f"column {column!r} is blank")
+        raise ValueError(f"{place}: column {column!r} is blank")
     return text
 
 

@@ -33,6 +33,8 @@ from recurrent_bart.run_folder import RunFolder
 
 # increase the number when the contents of a saved bookmark change
 FORMAT = "recurrent_bart reading 5"
+# another format, because versions that know no questions would read on without the question
+FORMAT_WITH_QUERY = "recurrent_bart reading 5 with a query"
 # configuration fields that the values of a state depend on, besides the weights
 STATE_FIELDS = (
     "pre_seq_len",
@@ -132,12 +134,13 @@ class TextReader:
     def _ask(self, query: str) -> None:
         """Put a question before each segment from now on."""
         segment_size = self.model.config.segment_size
+        # the configuration fills in the size
         assert segment_size is not None
         leading, self.trailing = special_tokens_around(self.tokenizer)
         (ids,) = self.encoder.queries([query])
         room = segment_size - len(leading) - len(self.trailing)
         check_query(len(ids), room, segment_size, "--query")
-        self.query, self.leading, self.room = query, [*leading, *ids], room - len(ids)
+        self.query, self.leading, self.room = query.strip(), [*leading, *ids], room - len(ids)
 
     def feed(self, text: str) -> Iterator[BaseModelOutput]:
         """Add `text` to the document, and encode all complete segments except the last.
@@ -200,7 +203,7 @@ class TextReader:
         if mark.state is not None:
             tensors |= {f"state.{name}": tensor.cpu().clone() for name, tensor in mark.state.tensors().items()}
         metadata = {
-            "format": FORMAT,
+            "format": FORMAT_WITH_QUERY if self.query else FORMAT,
             "text": mark.text,
             "context": mark.context,
             "query": self.query,
@@ -226,7 +229,7 @@ class TextReader:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: the saved state cannot be read ({error})") from error
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, FORMAT_WITH_QUERY):
             raise ValueError(f"{path}: not a saved state: format {metadata.get('format')!r} found, {FORMAT!r} required")
         try:
             reader, notes = json.loads(metadata["reader"]), json.loads(metadata.get("notes", "{}"))
@@ -236,7 +239,7 @@ class TextReader:
         if not isinstance(reader, dict) or not isinstance(notes, dict):
             raise ValueError(f"{path}: not a saved state: its metadata are no objects")
         self._check_same(reader, path)
-        query = metadata.get("query", "")
+        query = metadata.get("query", "").strip()
         if self.query not in ("", query):
             raise ValueError(f"{path}: the state was saved with the query {query!r}, not with {self.query!r}")
         check_tensors(tensors, self.model.config, path)

@@ -25,7 +25,7 @@ class Summarizer:
     """Summarizer of texts in batches of at most `tokens_per_batch` tokens, padding included.
 
     A text with more tokens than a batch is encoded alone, some segments at a time. Raise ValueError if a segment has
-    more tokens than a batch.
+    more tokens than a batch, or the question leaves no room for text.
 
     Args:
         model: Model in evaluation mode.
@@ -58,7 +58,9 @@ class Summarizer:
         self.most_segments = tokens_per_batch // config.input_size
         sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments=-1)
         self.collator = Collator("document", sizes, *special, config.pad_token_id, max_target_length=0)
-        self.room = config.segment_size - sum(map(len, special))
+        self.segment_size, self.room = config.segment_size, config.segment_size - sum(map(len, special))
+        (question,) = self.encoder.queries([query])
+        check_query(len(question), self.room, self.segment_size, "--query")
         self.max_n_segments = max_n_segments
 
     @classmethod

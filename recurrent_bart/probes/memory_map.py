@@ -57,17 +57,18 @@ class MemoryMap:
 
 @torch.no_grad()
 def map_memory(
-    model: RecurrentBartForConditionalGeneration, ids_1n: Tensor, **generation: Any
+    model: RecurrentBartForConditionalGeneration, ids: Tensor, attention_mask: Tensor | None = None, **generation: Any
 ) -> tuple[MemoryMap, Tensor]:
-    """Encode and summarize a document of n tokens, `(1, n)`; return the memory map and the summary's ids.
+    """Encode and summarize a document; return the memory map and the summary's ids.
 
-    Raise ValueError if the model has no recurrence. `generation` holds arguments of `generate`.
+    `ids` are the document's n tokens, `(1, n)`, or its segments, `(1, N, L)`, with their padding mask. Raise ValueError
+    if the model has no recurrence. `generation` holds arguments of `generate`.
     """
     recurrence = model.model.encoder.recurrence
     if recurrence is None:
         raise ValueError("pre_seq_len=0: the model has no state to read")
-    segments, masks = segment_documents(model.config, False, ids_1n, None, None)
-    state: Any = RecurrentState.unread(model.config, 1, ids_1n.device)
+    segments, masks = segment_documents(model.config, False, ids, attention_mask, None)
+    state: Any = RecurrentState.unread(model.config, 1, ids.device)
     reads = []
     with plain_execution(model.config):
         for ids_11L, mask_11L in zip(segments.split(1, dim=1), masks.split(1, dim=1), strict=True):

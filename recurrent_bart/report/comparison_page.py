@@ -19,6 +19,7 @@ class Entry:
     texts: list[tuple[int, str, str, str]]
     targets: list[str]
     source: str | None = None
+    query: str | None = None
 
 
 def write_comparison_page(

@@ -6,7 +6,7 @@ import hmac
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from recurrent_bart.inference.reading_session import ReadingSession, Summary
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.serving.metrics import Metrics
 from recurrent_bart.serving.model_worker import Busy, ModelWorker, with_options
-from recurrent_bart.serving.requests import read_body, read_options, read_text
+from recurrent_bart.serving.requests import read_body, read_object, read_options, read_text
 from recurrent_bart.serving.sessions import Gap, NoSession, Sessions, TooManySessions
 from recurrent_bart.serving.settings import Settings
 
@@ -178,8 +178,12 @@ def add_sessions(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/sessions", dependencies=guarded, status_code=201)
     async def create(request: Request) -> dict[str, Any]:
-        """Begin a session; `query` is a question about its text."""
-        query = read_options(request.query_params, service.most_tokens).get("query")
+        """Begin a session; `query`, in the URL or in a JSON body, is a question about its text."""
+        body = await read_body(request, service.settings.text_bytes, service.settings.body_seconds)
+        given = {**request.query_params, **(read_object(body) if body.strip() else {})}
+        if given.keys() - {"query"}:
+            raise HTTPException(400, "unknown option; the only option of a new session is query")
+        query = read_options(given, service.most_tokens).get("query")
         return {"id": await service.call(lambda: sessions.create(query)), "n_characters": 0}
 
     @app.get("/v1/sessions/{id}", dependencies=guarded)
@@ -190,12 +194,14 @@ def add_sessions(app: FastAPI, service: Service) -> None:
     async def add(id: str, request: Request) -> dict[str, Any]:
         """Add a piece of text. With `position`, the characters sent before, a piece may be sent again."""
         text, options = await service.body(request)
+        refuse_query(options)
         position = options.get("position")
         return {"id": id, "n_characters": await service.call(lambda: sessions.add(id, text, position))}
 
     @app.post("/v1/sessions/{id}/sections", dependencies=guarded)
-    async def end_section(id: str) -> Response:
+    async def end_section(id: str, request: Request) -> Response:
         """End a section, and return its summary."""
+        refuse_query(request.query_params)
         return _answer(service, await service.call(lambda: sessions.end_section(id)))
 
     @app.get("/v1/sessions/{id}/summary", dependencies=guarded)
@@ -203,8 +209,7 @@ def add_sessions(app: FastAPI, service: Service) -> None:
         """Return the summary of the text so far; `stream` gives events."""
         options = read_options(request.query_params, service.most_tokens)
         is_streamed = options.pop("stream", False)
-        if "query" in options:
-            raise HTTPException(400, "a session has the query that it began with: POST /v1/sessions?query=...")
+        refuse_query(options)
 
         def reading() -> ReadingSession:
             return with_generation(sessions.find(id).reading, service.summarizer.generation | options)
@@ -230,6 +235,12 @@ def add_sessions(app: FastAPI, service: Service) -> None:
     async def delete(id: str) -> Response:
         await service.call(lambda: sessions.delete(id))
         return Response(status_code=204)
+
+
+def refuse_query(options: Mapping[str, Any]) -> None:
+    """Refuse a question about a session that has begun, with status 400."""
+    if "query" in options:
+        raise HTTPException(400, "a session has the query that it began with: POST /v1/sessions?query=...")
 
 
 def with_generation(reading: ReadingSession, generation: dict[str, Any]) -> ReadingSession:

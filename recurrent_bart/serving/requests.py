@@ -49,17 +49,25 @@ def read_text(request: Request, body: bytes, most_tokens: int) -> tuple[str, dic
         raise HTTPException(400, f"the body is not UTF-8: byte {error.start}") from error
     given: dict[str, Any] = dict(request.query_params)
     if kind == "application/json":
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise HTTPException(400, "the body is not JSON") from error
-        if not isinstance(content, dict) or not isinstance(content.get("text"), str):
+        content = read_object(body)
+        if not isinstance(content.get("text"), str):
             raise HTTPException(400, "the body must be a JSON object with a text")
         text = content.pop("text")
         given |= content
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise HTTPException(400, "the text has half of a character: a lone surrogate")
     return text, read_options(given, most_tokens)
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body; 400 if the body is no JSON object."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, "the body is not JSON") from error
+    if not isinstance(content, dict):
+        raise HTTPException(400, "the body must be a JSON object")
+    return content
 
 
 def read_options(given: Mapping[str, Any], most_tokens: int) -> dict[str, Any]:

@@ -172,7 +172,8 @@ class Sessions:
             raise NoSession
 
     def _read(self, path: Path) -> Opened:
-        reading = self.summarizer.open()
+        # the file brings its question, which may differ from the summarizer's
+        reading = self.summarizer.open(query="")
         try:
             n_characters = reading.reader.load(path).get("n_characters", 0)
         except ValueError as error:

@@ -75,8 +75,8 @@ class DataArguments:
     query_column: str | None = flag(
         None,
         "column with a question about the text, which is put before each segment; a document without a question has no "
-        "value; with --task document also a list of objects with 'query' and their own summary, one document for each; "
-        "if not given: no questions",
+        "value; with --task document also a list of objects with 'query' and their own summary, one document for each "
+        "(commas separate the names of several lists); if not given: no questions",
     )
     source_lang: str | None = flag(
         None,

@@ -238,10 +238,12 @@ def open_documents(
         ValueError: A document is unusable, or no document has a target in its first `max_n_segments` segments.
     """
     found = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
-    corpus, skipped = choose_rows(found.rows, most), found.skipped
+    leading, trailing = special_tokens_around(tokenizer)
+    n_special = len(leading) + len(trailing)
+    fitting, too_long = check_queries(found.rows, source, config, n_special)
+    corpus, skipped = choose_rows(fitting, most), [*found.skipped, *too_long]
     if skipped:
         say(f"warning: {len(skipped)} documents of {source.place} are skipped: {'; '.join(skipped[:N_SHOWN])}")
-    leading, trailing = special_tokens_around(tokenizer)
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
     around_targets = special_tokens_around_targets(tokenizer)
     # the target of a denoised segment is the whole segment
@@ -259,11 +261,9 @@ def open_documents(
         remedy = "--segment_size: a text needs two segments" if data.task == "recall" else "--max_n_segments"
         check_has_targets(plan, source, max_n_segments, remedy)
         return Documents(corpus, plan, making, plan_texts, skipped, found.fingerprint)
-    n_special, n_special_of_target = len(leading) + len(trailing), sum(map(len, around_targets))
+    n_special_of_target = sum(map(len, around_targets))
     lengths = corpus["section_lengths"], corpus["summary_lengths"]
     query_lengths = [len(query) for query in corpus["query"]]
-    for name, n_tokens in zip(corpus["id"], query_lengths, strict=True):
-        check_query(n_tokens, config.segment_size - n_special, config.segment_size, f"document {name!r}")
 
     def plan_summaries(sizes: SegmentSizes) -> DocumentPlan:
         return plan_documents(*lengths, sizes, n_special, longest, n_special_of_target, query_lengths)
@@ -271,6 +271,31 @@ def open_documents(
     plan = plan_summaries(sizes)
     check_has_targets(plan, source, max_n_segments)
     return Documents(corpus, plan, Collator(*common), plan_summaries, skipped, found.fingerprint)
+
+
+def check_queries(
+    rows: Dataset, source: Source, config: RecurrentBartConfig, n_special: int
+) -> tuple[Dataset, list[str]]:
+    """Return the documents whose question leaves room for text, and the error of each skipped document.
+
+    Raises:
+        ValueError: A question leaves no room and `source` skips no documents, or all documents are skipped.
+    """
+    assert config.segment_size is not None
+    fitting, skipped = list[int](), list[str]()
+    for index, (name, query) in enumerate(zip(rows["id"], rows["query"], strict=True)):
+        place = f"{source.place}: document {name!r}"
+        try:
+            if query:
+                check_query(len(query), config.segment_size - n_special, config.segment_size, place)
+            fitting.append(index)
+        except ValueError as error:
+            if not source.skips_bad:
+                raise
+            skipped.append(str(error))
+    if not fitting:
+        raise ValueError(f"{source.place}: no document is left; {len(skipped)} are skipped: {skipped[0]}")
+    return (rows.select(fitting) if skipped else rows), skipped
 
 
 def check_has_targets(

@@ -10,7 +10,8 @@ from transformers import BertJapaneseTokenizer, MBart50Tokenizer, MBartTokenizer
 
 from recurrent_bart.data.batches import Collator, SegmentSizes, check_query, plan_documents
 from recurrent_bart.data.corpus import load_corpus
-from recurrent_bart.data.rows import Columns
+from recurrent_bart.data.held_out import SPLIT_RULES, HeldOut
+from recurrent_bart.data.rows import Columns, read_query, split_queries
 from recurrent_bart.data.sources import find_sources
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import special_tokens_around, special_tokens_between, train_tokenizer
@@ -145,3 +146,81 @@ def test_the_question_is_part_of_the_documents_fingerprint_and_cache(tmp_path):
     assert loaded(None).fingerprint == plain.fingerprint
     fingerprints = {loaded(query).fingerprint for query in ("a bed", "a cab", None)}
     assert len(fingerprints) == 3
+
+
+def write_meetings(path, n_records, named=True, **more):
+    """Write records with eight questions each."""
+    questions = [{"query": f"why {number}", "summary": f"A {number}"} for number in range(8)]
+    records = [{"document": f"{TEXT} {n}", "query": questions, **more} for n in range(n_records)]
+    records = [{"id": f"m{n}", **record} if named else record for n, record in enumerate(records)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("rule", SPLIT_RULES)
+def test_every_rule_keeps_all_questions_about_a_text_in_one_split(rule, named, tmp_path):
+    sources = find_sources(str(write_meetings(tmp_path / "m.jsonl", 20, named)), held_out=HeldOut(0.3, rule))
+    found = {split: list(sources[split].rows("document", COLUMNS)) for split in ("train", "validation")}
+    texts = {split: {row.sections[0] for row in rows} for split, rows in found.items()}
+    assert texts["validation"]
+    assert not texts["train"] & texts["validation"]
+    assert {split: len(rows) for split, rows in found.items()} == {split: 8 * len(own) for split, own in texts.items()}
+    # a record's id decides, as without a list of questions
+    write_meetings(tmp_path / "m.jsonl", 20, named)
+    plain = find_sources(str(tmp_path / "m.jsonl"), held_out=HeldOut(0.3, rule))["validation"]
+    records = [json.loads(line) | {"summary": "A"} for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert {row.sections[0] for row in plain.rows("document", Columns())} == texts["validation"]
+
+
+def test_gap_sentences_are_made_once_of_a_record(tmp_path):
+    sentences = " ".join(f"the pump {n} is what this report of the motor is about now." for n in range(20))
+    path = write_meetings(tmp_path / "m.jsonl", 2)
+    records = [json.loads(line) | {"document": f"{line[8]} {sentences}"} for line in path.read_text().splitlines()]
+    # an unusable first question does not take the copies away
+    records[1]["query"][0]["summary"] = " "
+    path.write_text("\n".join(map(json.dumps, records)))
+    source = replace(replace_held_out(find_sources(str(path))["train"]), n_made=3, skips_bad=True)
+    rows = list(source.rows("document", COLUMNS))
+    assert [row.id for row in rows if not row.query] == [f"m{n} ({copy})" for n in range(2) for copy in range(3)]
+    assert len(rows) == 8 + 7 + 6
+
+
+def test_a_question_has_the_same_ids_beside_any_question_and_with_white_space_around(tokenizer):
+    encoder = TextEncoder(tokenizer)
+    alone = [encoder.queries([text])[0] for text in (" ", QUERY, "", "\n")]
+    assert encoder.queries([" ", QUERY, "", "\n"]) == alone
+    assert [bool(ids) for ids in alone] == [False, True, False, False]
+    assert encoder.queries([f" {QUERY}\n"]) == [alone[1]]
+
+
+def test_the_separator_is_part_of_the_cache(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"document": TEXT, "summary": "a", "query": QUERY}))
+    source = replace_held_out(find_sources(str(tmp_path / "train.jsonl"))["train"])
+    found = []
+    for separator in ("</s>", "<pad>"):
+        tokenizer = unigram()
+        tokenizer.backend_tokenizer.post_processor = None
+        tokenizer.eos_token = separator
+        (query,) = load_corpus(source, "document", COLUMNS, tokenizer, tmp_path / "cache").rows["query"]
+        assert query[-1:] == special_tokens_between(tokenizer)
+        found.append(query[-1])
+    assert found[0] != found[1]
+
+
+def test_several_columns_may_have_lists_of_questions():
+    record = {"document": TEXT, "a": [{"query": "x", "answer": "1"}], "b": [{"query": "y", "answer": "2"}], "c": "z"}
+    columns = Columns(summary="answer", query="a, b")
+    parts = split_queries(record, "document", columns, "f:1")
+    found = [(read_query(part, columns.query, "f:1"), part["answer"], end) for part, end in parts]
+    assert found == [("x", "1", " (query 1)"), ("y", "2", " (query 2)")]
+    for query, message in (("a,d", "f:1: no column 'd'; "), ("a,c", "f:1: column 'c' must be a list of questions, ")):
+        with pytest.raises(ValueError, match=message):
+            split_queries(record, "document", replace(columns, query=query), "f:1")
+
+
+@pytest.mark.parametrize("flag", ["query", "references"])
+def test_the_embedded_corpus_refuses_columns_that_it_has_not(flag):
+    with pytest.raises(ValueError, match=f"--{flag}_column x: the documents of --dataset stdlib have no columns"):
+        next(find_sources("stdlib")["train"].rows("document", Columns(**{flag: "x"})))

@@ -166,19 +166,19 @@ def test_unusable_questions_are_refused(change, message):
 def test_each_question_of_a_list_has_its_own_summary():
     questions = [{"query": "q", "summary": "A", "kind": "k"}, {"query": "r"}]
     record = {"id": "d", "document": "t", "summary": "whole", "summaries": ["no"], "question": questions}
-    found = split_queries(record, QUERY, "f:1")
+    found = split_queries(record, "document", QUERY, "f:1")
     assert found == [
         ({"id": "d", "document": "t", "summary": "A", "question": "q"}, " (query 1)"),
         ({"id": "d", "document": "t", "question": "r"}, " (query 2)"),
     ]
     with pytest.raises(ValueError, match="f:1: no column 'summary'"):
         make_row(found[1][0], "document", QUERY, "f:1")
-    assert split_queries(record, Columns(), "f:1") == [(record, "")]
+    assert split_queries(record, "document", Columns(), "f:1") == [(record, "")]
     for bad, message in (([], "not an empty list"), (["q"], "item 1"), ([questions[0], {"question": "q"}], "item 2")):
         with pytest.raises(
             ValueError, match=f"f:1: column 'question' must be a text, or a list of objects .*{message}"
         ):
-            split_queries({"question": bad}, QUERY, "f:1")
+            split_queries({"question": bad}, "document", QUERY, "f:1")
 
 
 def test_the_split_depends_only_on_the_id():

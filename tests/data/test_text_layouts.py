@@ -18,6 +18,9 @@ from recurrent_bart.data.text_layouts import join_sentences, read_layout
         (["เริ่มประชุม", "ต่อไป"], "เริ่มประชุม ต่อไป"),
         # words that a segmenter has cut already
         (["会議 を 始め ます 。", "次 に 進み ます 。"], "会議 を 始め ます 。 次 に 進み ます 。"),
+        # a space between short sentences is none between words
+        (["はい。"] * 5, "はい。" * 5),
+        (["はい", "いいえ"] * 3, "はいいいえ" * 3),
         (["", "One.", " "], "One."),
         ([], ""),
     ],

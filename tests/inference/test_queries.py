@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import special_tokens_around, train_tokenizer
@@ -71,6 +73,31 @@ def test_batches_sessions_and_streams_answer_alike(model, tokenizer, size, tmp_p
     with pytest.raises(ValueError, match="the state was saved with the query 'the list', not with 'count'"):
         plain.open(query="count").load(tmp_path / "state")
     assert asking.open(query="").reader.query == ""
+    spaced = Summarizer(model, tokenizer, 40, query=" the list\n", **HOW)
+    assert spaced(text) == plain(text, "the list\n") == answer
+    reader = spaced.open().reader
+    reader.load(tmp_path / "state")
+    assert reader.query == "the list"
+
+
+def test_only_a_state_with_a_question_has_the_format_that_older_versions_refuse(model, tokenizer, tmp_path):
+    formats = {}
+    for query in ("the list", "", " "):
+        session = Summarizer(model, tokenizer, query=query, **HOW).open()
+        session.add(TEXTS[3])
+        session.save(tmp_path / "state")
+        with safe_open(tmp_path / "state", framework="pt") as file:
+            formats[query], metadata = file.metadata()["format"], file.metadata()
+    assert formats == {
+        "the list": "recurrent_bart reading 5 with a query",
+        "": "recurrent_bart reading 5",
+        " ": "recurrent_bart reading 5",
+    }
+    # a file of a version that wrote the older format beside a question
+    save_file(load_file(tmp_path / "state"), tmp_path / "older", metadata | {"query": "count"})
+    older = Summarizer(model, tokenizer, **HOW).open()
+    older.load(tmp_path / "older")
+    assert older.reader.query == "count"
 
 
 def test_each_section_is_read_with_the_question(model, tokenizer):
@@ -94,6 +121,8 @@ def test_a_question_without_room_and_a_wrong_number_are_refused(model, tokenizer
         summarizer(TEXTS[0], long)
     with pytest.raises(ValueError, match=message):
         summarizer.open(query=long)
+    with pytest.raises(ValueError, match=f"^--query: {message}"):
+        Summarizer(model, tokenizer, query=long, **HOW)
     with pytest.raises(ValueError, match="2 queries for 1 texts: give one query for each text"):
         summarizer(TEXTS[:1], QUERIES[:2])
 
@@ -108,13 +137,18 @@ def test_cut_texts_count_the_tokens_behind_their_own_segments(model, tokenizer):
 def test_a_file_may_have_a_question_in_each_row(model, tokenizer, tmp_path):
     rows = [{"document": text, "query": query} for text, query in zip(TEXTS, QUERIES, strict=True)]
     rows[0]["document"], bad = [TEXTS[0]], []
-    rows += [{"document": "a", "query": 3}, {"document": 3, "query": "a"}]
+    rows += [{"document": "a", "query": 3}, {"document": 3, "query": "a"}, {"document": "a", "question": "a"}]
+    rows += [{"document": "a", "query": query} for query in (0, False, [])]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     summarizer = Summarizer(model, tokenizer, **HOW)
     assert summarizer.predict(tmp_path / "a.jsonl", tmp_path / "out", on_bad=bad.append, query_column="query") == 5
     lines = [json.loads(line)["summary"] for line in (tmp_path / "out").read_text().splitlines()]
     assert lines == [summary.text for summary in summarizer(TEXTS, QUERIES)]
     assert [str(error).removeprefix(f"{tmp_path}/") for error in bad] == [
-        "a.jsonl:6: column 'query' is no text",
+        "a.jsonl:6: column 'query' must be a text, not int (--query_column)",
         "a.jsonl:7: column 'document' must be a text, a list of its sentences, or a list of speaker turns, not int",
+        "a.jsonl:8: no column 'query'; the columns are 'document', 'question'; choose with --query_column",
+        "a.jsonl:9: column 'query' must be a text, not int (--query_column)",
+        "a.jsonl:10: column 'query' must be a text, not bool (--query_column)",
+        "a.jsonl:11: column 'query' must be a text, not list (--query_column)",
     ]

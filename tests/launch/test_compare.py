@@ -122,6 +122,16 @@ def test_the_page_shows_the_texts_that_differ_most_first(compare, write, tmp_pat
     assert "default-src 'none'" in html
 
 
+def test_pages_show_the_question(compare, write, tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        write(name, query="What was <decided>?")
+    assert read_predictions(tmp_path / "a.jsonl")[0].query == "What was <decided>?"
+    assert compare("a.jsonl", "b.jsonl", "--n_texts", 1, "--blind", "blind", "--n_pairs", 1)[0] == 0
+    for page in (tmp_path / "compare.html", tmp_path / "blind" / "pairs.html"):
+        assert page.read_text().count("question: What was &lt;decided&gt;?") == 1
+    assert '"query"' not in write("c.jsonl").read_text()
+
+
 def test_blind_pairs_hide_the_systems(compare, write, tmp_path):
     write("bart/predictions.jsonl")
     write("ours/predictions.jsonl", 2.0)

@@ -40,14 +40,31 @@ def test_tables_summary_and_picture(script, run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_a_question_changes_the_map_and_a_model_of_questions_asks_for_one(script, tmp_path, monkeypatch, capsys):
+    flags = {"data": {"max_target_length": 6, "query_column": "question"}}
+    asked = write_run_with_model(tmp_path / "run", [TEXT], flags)
+    monkeypatch.chdir(tmp_path)
+    Path("paper.txt").write_text(TEXT)
+    found = []
+    for query in ([], ["--query", "the list"], ["--query", " the list\n"]):
+        assert script.main(["--model", str(asked.model), "paper.txt", *query]) == 0
+        printed = capsys.readouterr()
+        found.append(printed.out)
+        assert ("trained with questions (--query_column question)" in printed.err) == (not query)
+    assert found[0] != found[1] == found[2]
+    assert script.main(["--model", str(asked.model), "paper.txt", "--query", TEXT]) == 2
+    assert "--query: the query has" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_summary_ends_with_the_positions_of_the_decoder(script, tmp_path, monkeypatch, capsys):
     run = write_run_with_model(tmp_path / "run", [TEXT], {"data": {"max_target_length": 1200}})
     asked = []
     map_memory = script.map_memory
 
-    def note(model, ids, max_new_tokens):
+    def note(model, ids, attention_mask, max_new_tokens):
         asked.append(max_new_tokens)
-        return map_memory(model, ids, max_new_tokens=4)
+        return map_memory(model, ids, attention_mask=attention_mask, max_new_tokens=4)
 
     monkeypatch.setattr(script, "map_memory", note)
     (tmp_path / "text.txt").write_text(TEXT[:200])

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from launching import load_script
-from runs import WORDS, flags
+from runs import WORDS, flags, write_run_with_model
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """Write documents with sections and a question; a list of questions stands under `queries`, as in QMSum."""
+    """Write documents with sections and a question, and with lists of questions as QMSum publishes them."""
     folder = tmp_path_factory.mktemp("asked")
     for split, n_documents in (("train", 8), ("validation", 3)):
         with (folder / f"{split}.jsonl").open("w") as file:
@@ -20,9 +20,13 @@ def asked(tmp_path_factory):
                 sections = [" ".join((WORDS * 3)[number : number + size]) for size in (20, 7)]
                 turns = [{"speaker": WORDS[number], "text": section} for section in sections]
                 query = f"{WORDS[number]} and"
-                queries = [{"query": f"{query} {end}", "summary": end} for end in WORDS[:2]]
+                general, specific = ([{"query": f"{query} {end}", "answer": end}] for end in WORDS[:2])
                 record = {"id": f"{split}-{number}", "sections": [[section] for section in sections], "document": turns}
-                record |= {"summaries": ["ant", ["bee", "cow"]], "query": query, "queries": queries}
+                record |= {"summaries": ["ant", ["bee", "cow"]], "query": query}
+                record["meeting_transcripts"] = [
+                    {"speaker": turn["speaker"], "content": turn["text"]} for turn in turns
+                ]
+                record |= {"general_query_list": general, "specific_query_list": specific}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return folder
 
@@ -33,11 +37,15 @@ def losses_of(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "column"), [("sections", "query"), ("document", "queries")])
+@pytest.mark.parametrize(
+    ("task", "column"), [("sections", "query"), ("document", "general_query_list,specific_query_list")]
+)
 def test_a_run_with_questions_resumes_bit_for_bit_and_its_model_is_evaluated_and_asked(
     asked, task, column, train_main, tmp_path, capsys
 ):
     given = {"task": task, "max_steps": 4, "query_column": column, "segment_size": 24}
+    if task == "document":
+        given |= {"text_column": "meeting_transcripts", "summary_column": "answer"}
     whole, cut, plain = tmp_path / "whole", tmp_path / "cut", tmp_path / "plain"
     for folder in (whole, cut):
         assert train_main(flags(asked, folder, **given)) == 0
@@ -54,6 +62,8 @@ def test_a_run_with_questions_resumes_bit_for_bit_and_its_model_is_evaluated_and
     assert json.loads(json_file.read_text())["n_documents"] == (3 if task == "sections" else 6)
     samples = (whole / "samples.md").read_text()
     assert "ant and" in samples
+    lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
+    assert all(line["query"].split()[1] == "and" for line in lines)
     (tmp_path / "text.txt").write_text(" ".join(WORDS * 3))
     answers = []
     for query in (["--query", "ant and"], ["--query", "owl pig owl pig"], []):
@@ -75,9 +85,12 @@ def test_a_run_with_questions_resumes_bit_for_bit_and_its_model_is_evaluated_and
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query_column": "query", "segment_size": 5}, "document 'train-0': the query has "),
+        ({"query_column": "query", "segment_size": 5}, "asked/train.jsonl: document 'train-0': the query has "),
         ({"query_column": "question"}, "train.jsonl:1: no column 'question'; "),
-        ({"query_column": "queries", "task": "sections"}, "train.jsonl:1: no column 'summaries'; "),
+        (
+            {"query_column": "specific_query_list", "task": "sections"},
+            "train.jsonl:1: column 'specific_query_list' has a list of questions, which needs --task document, not ",
+        ),
         (
             {"query_column": "sections"},
             "train.jsonl:1: column 'sections' must be a text, or a list of objects ",
@@ -89,3 +102,28 @@ def test_unreadable_questions_end_the_command_in_one_line(asked, changes, messag
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_document_whose_question_is_too_long_is_skipped_and_counted(asked, train_main, tmp_path, capsys):
+    records = [json.loads(line) for line in (asked / "train.jsonl").read_text().splitlines()]
+    records[2]["query"] = " ".join(WORDS)
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    changes = {"task": "sections", "query_column": "query"}
+    place = f"{tmp_path}/train.jsonl: document 'train-2': the query has "
+    assert train_main(flags(tmp_path, tmp_path / "run", **changes)) == 2
+    assert f"error: {place}" in capsys.readouterr().err
+    assert train_main([*flags(tmp_path, tmp_path / "run", **changes), "--skip_bad_samples"]) == 0
+    assert f"warning: 1 documents of {tmp_path}/train.jsonl are skipped: {place}" in "".join(capsys.readouterr())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["documents"]["train"]["number"] == 7
+
+
+def test_a_too_long_query_ends_the_summaries_of_several_texts(asked, tmp_path, capsys):
+    run = write_run_with_model(tmp_path / "run", [" ".join(WORDS)], {})
+    (tmp_path / "lines").write_text("ant bee\ncow\n")
+    arguments = ["--model", str(run.model), "--each_line", "--skip_bad_samples", "--query", " ".join(WORDS * 9)]
+    assert load_script("summarize").main([*arguments, str(tmp_path / "lines")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "error: --query: the query has " in printed.err

@@ -87,11 +87,31 @@ def test_a_text_and_a_session_may_have_a_question(serve, tokenizer):
     assert client.get(f"/v1/sessions/{id}/summary").json()["summary"] == expected.text
     refused = client.get(f"/v1/sessions/{id}/summary?query=other")
     assert (refused.status_code, "POST /v1/sessions" in refused.json()["detail"]) == (400, True)
+    for path in ("text", "sections"):
+        refused = client.post(f"/v1/sessions/{id}/{path}?query=other", content=TEXT)
+        assert (refused.status_code, "POST /v1/sessions" in refused.json()["detail"]) == (400, True)
     for path in (f"/v1/summaries?query={TEXT}", f"/v1/sessions?query={TEXT}"):
-        refused = client.post(path, content=TEXT)
+        refused = client.post(path, content="" if "sessions" in path else TEXT)
         assert refused.status_code == 400
         assert "no room for text" in refused.json()["detail"]
         assert TEXT[:20] not in refused.json()["detail"]
+
+
+def test_a_session_takes_its_question_from_a_json_body_and_keeps_it(serve, tokenizer):
+    model = writing_model(tokenizer, decoder_context="all", segment_size=16)
+    asking = Summarizer(model, tokenizer, query="index", **HOW)
+    client = serve(asking)
+    ids = {"": client.post("/v1/sessions", json={"query": ""}).json()["id"]}
+    ids["the list"] = client.post("/v1/sessions", json={"query": "the list"}).json()["id"]
+    ids["index"] = client.post("/v1/sessions", json={}).json()["id"]
+    # the new server has no session in memory
+    client = serve(asking)
+    for query, id in ids.items():
+        assert client.post(f"/v1/sessions/{id}/text", content=TEXT).status_code == 200
+        assert client.get(f"/v1/sessions/{id}/summary").json()["summary"] == asking(TEXT, query).text
+    for body in (b'{"query": 3}', b'{"queries": "a"}', b"[1]", b"{"):
+        assert client.post("/v1/sessions", content=body).status_code == 400
+    assert client.post("/v1/sessions?num_beams=2").status_code == 400
 
 
 @pytest.mark.slow
