@@ -233,12 +233,7 @@ def fonts_of_every_script(figure: Figure) -> Iterator[None]:
     """Draw a figure's texts with `font_families`; a missing letter is a box without a warning for each letter."""
     for text in figure.findobj(Text):
         text.set_fontfamily(list(font_families()))
-<<<<<<< HEAD
-    changed: dict[Any, Any] = {"font.family": list(font_families()), **settings}
-    with warnings.catch_warnings(), matplotlib.rc_context(changed):
-=======
     with warnings.catch_warnings(), matplotlib.rc_context({"font.family": list(font_families())}):
->>>>>>> japanese
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
