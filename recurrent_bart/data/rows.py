@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Row:
         is_named: True if the record has an id.
         references: Further reference texts of each summary, for scores alone; empty: there are none.
         query: Question that the summaries answer; it stands before every segment. Empty: none.
+        unread: Text of the sections after the last target. No segment has it, but it is part of the document.
     """
 
     id: str
@@ -39,11 +41,13 @@ class Row:
     is_named: bool = True
     references: list[list[str]] = field(default_factory=list)
     query: str = ""
+    unread: str = ""
 
     def digest(self) -> str:
-        """Return a hash of the text that ignores differences in white space."""
-        text = " ".join("\n".join(self.sections).split())
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Return a hash of the whole text that ignores differences in white space and in Unicode normalisation."""
+        text = " ".join("\n".join([*self.sections, self.unread]).split())
+        # an unread section may have a lone surrogate
+        return hashlib.sha256(unicodedata.normalize("NFC", text).encode(errors="surrogatepass")).hexdigest()[:16]
 
     def key(self) -> str:
         """Return the document's id, or the hash of its text if the document has no id."""
@@ -85,9 +89,9 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
         group = str(_field(record, columns, "group", place))
     query = _query(record, columns, place)
     if task == "sections":
-        sections, summaries, lists = _section_texts(record, columns, place)
+        sections, summaries, lists, unread = _section_texts(record, columns, place)
         lists = lists if columns.references else []
-        return with_targets(Row(name, sections, summaries, group, is_named, lists, query), place)
+        return with_targets(Row(name, sections, summaries, group, is_named, lists, query, unread), place)
     text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
     if task in PRETRAINING_TASKS:
         return with_text(Row(name, [text], [""], group, is_named), place)
@@ -188,10 +192,14 @@ def _references(record: dict[str, Any], columns: Columns, place: str) -> list[st
 
 def _section_texts(
     record: dict[str, Any], columns: Columns, place: str
-) -> tuple[list[str], list[str], list[list[str]]]:
+) -> tuple[list[str], list[str], list[list[str]], str]:
+    """Return the sections up to the last target, their summaries and references, and the text of the rest."""
     sections, summaries = (_texts(record, columns, name, place) for name in ("sections", "summaries"))
     if len(sections) != len(summaries):
         raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
+    for number, (section, summary) in enumerate(zip(sections, summaries, strict=True), start=1):
+        if summary.strip() and not section.strip():
+            raise ValueError(f"{place}: section {number} is empty but has a summary")
     references: list[list[str]] = [[] for _ in sections]
     if columns.references:
         has_none = columns.references in record and record[columns.references] is None
@@ -228,12 +236,12 @@ def _field(record: dict[str, Any], columns: Columns, name: str, place: str) -> A
 
 def _join_untargeted(
     sections: list[str], summaries: list[str], references: list[list[str]]
-) -> tuple[list[str], list[str], list[list[str]]]:
-    """Join neighbouring sections without a target. Drop the sections after the last target, which would not be read."""
+) -> tuple[list[str], list[str], list[list[str]], str]:
+    """Join neighbouring sections without a target. Return the text after the last target apart: it is not read."""
     joined = list(_runs(sections, summaries, references))
-    while joined and not joined[-1][1]:
-        joined.pop()
-    return [section for section, *_ in joined], [summary for _, summary, _ in joined], [own for *_, own in joined]
+    unread = joined.pop()[0] if joined and not joined[-1][1] else ""
+    texts, targets = [section for section, *_ in joined], [summary for _, summary, _ in joined]
+    return texts, targets, [own for *_, own in joined], unread
 
 
 def _runs(

@@ -75,6 +75,17 @@ def test_neighbouring_sections_without_a_target_are_joined_and_final_ones_droppe
     assert row.summaries == ["", "C", "", "E"]
 
 
+def test_the_digest_is_that_of_the_whole_text_whatever_the_targets():
+    texts = ["A caf\u00e9", "b", " ", "c"]
+    summaries = [["S", "", "", ""], ["", "S", None, ""], ["", "", "", "S"], ["S", "T", "", "U"]]
+    rows = [make_row({"sections": texts, "summaries": own}, "sections", Columns(), "f:1") for own in summaries]
+    assert rows[0].sections == [texts[0]]
+    rows += [make_row({"document": "A cafe\u0301  b\nc", "summary": "S"}, "document", Columns(), "f:1")]
+    assert len({row.digest() for row in rows}) == 1
+    other = make_row({"sections": [*texts, "\ud800"], "summaries": [*summaries[0], ""]}, "sections", Columns(), "f:1")
+    assert other.digest() != rows[0].digest()
+
+
 def test_a_document_is_joined_from_its_sections():
     row = make_row(SECTIONS, "document", Columns(), "f:1")
     assert (row.sections, row.summaries) == (["a\nb\nc\nd\ne"], ["C   E"])
@@ -111,6 +122,8 @@ def test_a_document_is_joined_from_its_sections():
         ({"sections": ["t"], "summaries": [3]}, "sections", "f:3: column 'summaries' must be a list of texts"),
         ({"sections": ["t", "u"], "summaries": ["s"]}, "sections", "f:3: 2 sections but 1 summaries"),
         ({"sections": ["t"], "summaries": [""]}, "sections", "f:3: the summary is empty"),
+        ({"sections": ["x", "", "y"], "summaries": ["A", "B", "C"]}, "sections", "f:3: section 2 is empty but has a "),
+        ({"sections": [" "], "summaries": ["A"]}, "sections", "f:3: section 1 is empty but has a summary"),
         ({"document": "t \ud800", "summary": "s"}, "document", "f:3: the text has half a character"),
         ({"sections": ["t"], "summaries": ["\udfff"]}, "sections", "f:3: the text has half a character"),
     ],
