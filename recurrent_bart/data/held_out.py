@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from recurrent_bart.data.rows import Row, split_of
 
 SPLIT_RULES = ("content", "line")
-# Node of the union-find: ("group", name) or ("text", digest).
+# Node of the union-find: ("group", name), ("id", name) or ("text", digest).
 Node = tuple[str, str]
 
 
@@ -59,9 +59,11 @@ class _Groups:
 
     def add(self, row: Row) -> None:
         text = ("text", row.digest())
-        first, second = self.root(text), self.root(text if row.group is None else ("group", row.group))
-        # The smaller name becomes the root, so the order of documents has no effect. An id sorts before a text.
-        self.parent[max(first, second)] = min(first, second)
+        for kind, name in (("group", row.group), ("id", row.record_id)):
+            first, second = self.root(text), self.root(text if name is None else (kind, name))
+            # The smaller name becomes the root, so the order of documents has no effect. A group sorts before an id,
+            # and an id before a text.
+            self.parent[max(first, second)] = min(first, second)
 
     def root(self, node: Node) -> Node:
         while self.parent.setdefault(node, node) != node:

@@ -27,11 +27,12 @@ class Row:
         id: Name in messages and outputs: the record's id, or its file and line.
         sections: Texts; exactly one for the document task.
         summaries: Targets, one per section; empty if the section has none.
-        group: Name of a group that is never split between training and validation; None: no group.
+        group: Group of the record, which is never split between training and validation; None: no group.
         is_named: True if the record has an id.
         references: Further reference texts of each summary, for scores alone; empty: there are none.
         query: Question that the summaries answer; it stands before every segment. Empty: none.
         unread: Text of the sections after the last target. No segment has it, but it is part of the document.
+        record_id: The record's id. Rows with the same id are never split between training and validation.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Row:
     references: list[list[str]] = field(default_factory=list)
     query: str = ""
     unread: str = ""
+    record_id: str | None = None
 
     def digest(self) -> str:
         """Return a hash of the whole text that ignores differences in white space and in Unicode normalisation."""
@@ -81,27 +83,24 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     Raises:
         ValueError: A field is missing, empty or of the wrong type.
     """
-    given = record.get("id")
-    is_named = given is not None and given != ""
-    name = str(given) if is_named else Path(place).name
-    group = name if is_named else None
-    if columns.group:
-        group = str(_field(record, columns, "group", place))
+    is_named = _has_value(record, "id")
+    name = str(record["id"]) if is_named else Path(place).name
+    group, own_id = _group(record, columns, place), name if is_named else None
     query = _query(record, columns, place)
     if task == "sections":
         sections, summaries, lists, unread = _section_texts(record, columns, place)
         lists = lists if columns.references else []
-        return with_targets(Row(name, sections, summaries, group, is_named, lists, query, unread), place)
+        return with_targets(Row(name, sections, summaries, group, is_named, lists, query, unread, own_id), place)
     text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
     if task in PRETRAINING_TASKS:
-        return with_text(Row(name, [text], [""], group, is_named), place)
+        return with_text(Row(name, [text], [""], group, is_named, record_id=own_id), place)
     references = _references(record, columns, place)
-    if references and record.get(columns.summary) is None and record.get(columns.summaries) is None:
+    has_none = record.get(columns.summary) is None and record.get(columns.summaries) is None
+    summary = "" if references and has_none else _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
+    if references and not summary.strip():
         summary, *references = references
-    else:
-        summary = _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
     lists = [references] if references else []
-    return with_targets(Row(name, [text], [summary], group, is_named, lists, query), place)
+    return with_targets(Row(name, [text], [summary], group, is_named, lists, query, record_id=own_id), place)
 
 
 def split_queries(record: dict[str, Any], columns: Columns, place: str) -> list[tuple[dict[str, Any], str]]:
@@ -155,6 +154,22 @@ def split_of(name: str) -> str:
     """Return the split of a document by the hash of its name: 80 % train, 10 % validation, 10 % test."""
     digit = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
     return {0: "validation", 1: "test"}.get(digit, "train")
+
+
+def _has_value(record: dict[str, Any], column: str) -> bool:
+    """Return True if a field is there and neither null, blank nor NaN. Tables write a missing number as NaN."""
+    value = record.get(column)
+    return value is not None and value == value and str(value).strip() != ""
+
+
+def _group(record: dict[str, Any], columns: Columns, place: str) -> str | None:
+    """Return the group of a record, or None without a column."""
+    if columns.group is None:
+        return None
+    value = _field(record, columns, "group", place)
+    if not _has_value(record, columns.group):
+        raise ValueError(f"{place}: column {columns.group!r} has no value")
+    return str(value)
 
 
 def _query(record: dict[str, Any], columns: Columns, place: str) -> str:

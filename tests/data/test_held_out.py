@@ -98,6 +98,21 @@ def test_a_group_is_in_one_split(tmp_path):
         sides(tmp_path / "b.jsonl", Columns(group="day"))
 
 
+@pytest.mark.parametrize("query", [None, "queries"])
+def test_documents_with_one_id_are_in_one_split_with_a_group_column_too(tmp_path, query):
+    queries = [{"query": "q", "summary": "s"}, {"query": "r", "summary": "t"}]
+    found = [
+        record | {"id": f"story {i // 5}", "topic": f"topic {i}", "queries": queries}
+        for i, record in enumerate(records(200))
+    ]
+    path = write(tmp_path / "a.jsonl", found)
+    stories = [
+        {int(text.split()[1]) // 5 for text in side} for side in sides(path, Columns(group="topic", query=query))
+    ]
+    assert stories[1]
+    assert not stories[0] & stories[1]
+
+
 def test_documents_linked_by_text_or_id_are_in_one_split_in_any_order():
     links = [("a", "1"), ("b", "2"), ("a", "2"), ("c", "3"), ("d", "3"), ("e", "4"), ("d", "5")]
     rows = [Row(name, [text], ["s"], name) for name, text in links]

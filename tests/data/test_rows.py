@@ -12,10 +12,10 @@ def test_a_row_has_the_document_and_its_summary():
     assert (row.id, row.sections, row.summaries) == ("7", ["text"], ["s"])
 
 
-@pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}])
+@pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}, {"id": " "}, {"id": float("nan")}])
 def test_a_record_without_an_id_is_named_by_file_and_line(name):
     row = make_row(name | {"document": "text", "summary": "s"}, "document", Columns(), "/some/folder/f.jsonl:1")
-    assert row.id == "f.jsonl:1"
+    assert (row.id, row.is_named, row.record_id) == ("f.jsonl:1", False, None)
 
 
 REFERENCES = Columns(references="more")
@@ -29,8 +29,9 @@ def test_further_references_stand_beside_the_target():
     assert make_row(record | {"more": None}, "document", REFERENCES, "f:1").references == []
 
 
-def test_without_a_summary_the_first_reference_is_the_target():
-    row = make_row({"document": "text", "more": ["t", "u"]}, "document", REFERENCES, "f:1")
+@pytest.mark.parametrize("summary", [{}, {"summary": None}, {"summary": " "}, {"summaries": [""]}, {"summary": []}])
+def test_without_a_summary_the_first_reference_is_the_target(summary):
+    row = make_row({"document": "text", "more": ["t", "u"]} | summary, "document", REFERENCES, "f:1")
     assert (row.summaries, row.references) == (["t"], [["u"]])
 
 
@@ -56,6 +57,14 @@ def test_sections_have_their_own_references():
 def test_unusable_references_are_refused(task, change, message):
     with pytest.raises(ValueError, match=message):
         make_row({"document": "text", "summary": "s"} | SECTIONS | change, task, REFERENCES, "f:1")
+
+
+@pytest.mark.parametrize("group", [None, "", "  ", float("nan")])
+def test_a_group_without_a_value_is_refused(group):
+    record = {"document": "text", "summary": "s", "day": group}
+    with pytest.raises(ValueError, match="f:3: column 'day' has no value"):
+        make_row(record, "document", Columns(group="day"), "f:3")
+    assert make_row(record | {"day": 0}, "document", Columns(group="day"), "f:3").group == "0"
 
 
 def test_0_is_an_id():
