@@ -53,7 +53,7 @@ def csv_records(
     with open_text(path, encoding, newline="") as file:
         rows = CsvRows(iter(file), delimiter)
         names = _row(rows, path, encoding, refuse)
-        _check_names(names or [], path)
+        check_names(names or [], f"{path}:1")
         while names:
             row = _row(rows, path, encoding, on_bad, len(names))
             if row is None:
@@ -96,7 +96,8 @@ def _check_row(row: list[str], rows: CsvRows, n_columns: int) -> None:
         )
 
 
-def _check_names(names: list[str], path: Path) -> None:
+def check_names(names: list[str], place: str) -> None:
+    """Raise ValueError if two columns of a table have the same name. Columns without names are never read."""
     twice = {name for name in names if name and names.count(name) > 1}
     if twice:
-        raise ValueError(f"{path}:1: two columns are named {', '.join(map(repr, sorted(twice)))}; rename one of them")
+        raise ValueError(f"{place}: two columns are named {', '.join(map(repr, sorted(twice)))}; rename one of them")
