@@ -295,7 +295,11 @@ def _parquet_records(path: Path, on_bad: OnBad, encoding: str) -> Records:
     check_names(file.schema_arrow.names, str(path))
     rows = (batch.slice(row, 1) for batch in file.iter_batches(batch_size=64) for row in range(batch.num_rows))
     for number, row in enumerate(rows, start=1):
-        yield from _record_at(f"{path}:{number}", lambda row=row: row.to_pylist()[0], on_bad)
+        yield from _record_at(f"{path}:{number}", functools.partial(_only_record, row), on_bad)
+
+
+def _only_record(row: pa.RecordBatch) -> dict[str, Any]:
+    return row.to_pylist()[0]
 
 
 def _record_at(place: str, read: Callable[[], dict[str, Any]], on_bad: OnBad) -> Records:
@@ -339,6 +343,6 @@ def _hub_records(source: Source, on_bad: OnBad) -> Records:
 def _dataset_records(dataset: Dataset, place: str, on_bad: OnBad) -> Records:
     try:
         for number in range(len(dataset)):
-            yield from _record_at(f"{place}[{number}]", lambda number=number: dataset[number], on_bad)
+            yield from _record_at(f"{place}[{number}]", functools.partial(dataset.__getitem__, number), on_bad)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{place}: unreadable ({error})") from error

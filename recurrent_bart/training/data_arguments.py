@@ -38,8 +38,8 @@ class DataArguments:
     )
     validation_file: str | None = flag(
         None,
-        "validation documents, in the formats of --train_file; if not given: a share of the training documents "
-        "(--validation_share)",
+        "validation documents, in the formats of --train_file; if not given: the validation split of --dataset, or a "
+        "share of the training documents (--validation_share)",
     )
     test_file: str | None = flag(
         None,
