@@ -12,9 +12,10 @@ from typing import Any
 from recurrent_bart.data.text_layouts import LayoutError, read_layout
 
 SPLITS = ("train", "validation", "test")
-TASKS = ("document", "sections", "denoise", "recall")
+SUMMARY_TASKS = ("document", "sections")
 # Tasks whose targets are made of the text itself; see `pretraining.py`.
 PRETRAINING_TASKS = ("denoise", "recall")
+TASKS = SUMMARY_TASKS + PRETRAINING_TASKS
 # Lone surrogates: JSON can encode them, but no tokenizer accepts them.
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
