@@ -54,6 +54,10 @@ def csv_records(
         rows = CsvRows(iter(file), delimiter)
         names = _row(rows, path, encoding, refuse)
         check_names(names or [], f"{path}:1")
+        if delimiter == "," and len(names or []) == 1 and names and ";" in names[0]:
+            raise ValueError(
+                f"{path}:1: the header is one column {names[0]!r}; if its delimiter is ';', save the file with commas"
+            )
         while names:
             row = _row(rows, path, encoding, on_bad, len(names))
             if row is None:

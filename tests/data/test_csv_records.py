@@ -175,3 +175,10 @@ def test_an_undecodable_byte_is_named_with_its_line_and_may_be_skipped(tmp_path)
     ):
         read(path)
     assert [place for place, *_ in read(path, on_bad=lambda error: None)] == ["x.csv:2", "x.csv:4"]
+
+
+def test_semicolons_instead_of_commas_are_named(tmp_path):
+    path = tmp_path / "f.csv"
+    path.write_text('document;summary\n"A text; with more";A summary\n')
+    with pytest.raises(ValueError, match=r"f\.csv:1: the header is one column 'document;summary'; if its delimiter is"):
+        list(csv_records(path))
