@@ -105,6 +105,9 @@ def shortened(line, folder):
         line += "".join(f" --{name} {value}" for name, value in flags.items())
     if "launch/benchmark.py" in line:
         line += " --segment_size 16 --rounds 1 --passes 1"
+        if "--suite generation" in line:
+            # the last value of a flag counts
+            line += " --model_size tiny --new_tokens 4 --batch_sizes 1 --contexts 64"
     if "launch/study.py" in line:
         line += " --max_steps 2 --seeds 1"
     if "launch/training_speed.py" in line:
