@@ -171,6 +171,7 @@ class TextReader:
         mark.text = mark.context = ""
         if not mark.tokens:
             return
+        mark.tokens = [*mark.tokens[:-1], mark.tokens[-1]._replace(ends_passage=True)]
         yield from self._full_segments(mark)
         output = self._read(mark, 1, ends_section=True)
         mark.overlap = []

@@ -155,6 +155,7 @@ class Summarizer:
 
     def _tokens(self, texts: Sequence[str]) -> list[list[Token]]:
         if self.citations:
+            self.encoder.require_characters()
             return [self.encoder.tokens(text) for text in texts]
         return [[Token(id) for id in ids] for ids in self.encoder(texts)]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import hmac
 import json
 import sys
@@ -9,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ from recurrent_bart.inference.reading_session import ReadingSession, Summary
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.serving.metrics import Metrics
 from recurrent_bart.serving.model_worker import Busy, ModelWorker, with_options
+from recurrent_bart.serving.page import add_page
 from recurrent_bart.serving.requests import read_body, read_options, read_text
 from recurrent_bart.serving.sessions import Gap, NoSession, Sessions, TooManySessions
 from recurrent_bart.serving.settings import Settings
@@ -74,26 +75,37 @@ class Service:
         A full queue raises here, before the answer begins.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+        summaries: list[Summary] = []
 
         def generate() -> None:
             try:
-                for piece in pieces():
+                for piece in with_summary(pieces(), summaries):
                     loop.call_soon_threadsafe(queue.put_nowait, piece)
             finally:
                 loop.call_soon_threadsafe(queue.put_nowait, None)
 
-        return self._relay(queue, self.worker.call(generate))
+        return self._relay(queue, self.worker.call(generate), summaries)
 
-    async def _relay(self, queue: "asyncio.Queue[str | None]", done: Future[None]) -> AsyncIterator[str]:
+    async def _relay(
+        self, queue: "asyncio.Queue[str | None]", done: Future[None], summaries: list[Summary]
+    ) -> AsyncIterator[str]:
         whole = ""
         while (piece := await queue.get()) is not None:
             whole += piece
             yield f"event: text\ndata: {json.dumps({'text': piece})}\n\n"
         try:
             await asyncio.wrap_future(done)
-            yield f"event: end\ndata: {json.dumps({'summary': whole})}\n\n"
+            content = {"summary": whole}
+            if summaries and summaries[0].citations is not None:
+                content["citations"] = summaries[0].record()["citations"]
+            yield f"event: end\ndata: {json.dumps(content)}\n\n"
         except Exception as error:
             yield f"event: error\ndata: {json.dumps({'detail': _detail(error, 'stream')})}\n\n"
+
+
+def with_summary(pieces: Iterator[str], summaries: list[Summary]) -> Iterator[str]:
+    """Yield the pieces of a summary, then append the summary that their generator returns."""
+    summaries.append((yield from pieces))
 
 
 def build_app(summarizer: Summarizer, settings: Settings) -> FastAPI:
@@ -109,6 +121,7 @@ def build_app(summarizer: Summarizer, settings: Settings) -> FastAPI:
     app.state.service = service
     add_errors(app)
     add_counting(app, service.metrics)
+    add_page(app)
     add_monitoring(app, service)
     add_summaries(app, service)
     add_sessions(app, service)
@@ -161,7 +174,10 @@ def add_summaries(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/summaries", dependencies=[Depends(service.check_access)])
     async def summarize(request: Request) -> Response:
-        """Summarise a text: the body is the text, or JSON with `text` and options; `stream` gives events."""
+        """Summarise a text: the body is the text, or JSON with `text` and options.
+
+        `stream` gives events, `citations` the passages of the source.
+        """
         text, options = await service.body(request)
         if not text.strip():
             raise HTTPException(400, "the text is empty")
@@ -192,18 +208,24 @@ def add_sessions(app: FastAPI, service: Service) -> None:
         return {"id": id, "n_characters": await service.call(lambda: sessions.add(id, text, position))}
 
     @app.post("/v1/sessions/{id}/sections", dependencies=guarded)
-    async def end_section(id: str) -> Response:
-        """End a section, and return its summary."""
-        return _answer(service, await service.call(lambda: sessions.end_section(id)))
+    async def end_section(id: str, request: Request) -> Response:
+        """End a section, and return its summary; `stream` gives events, `citations` the passages of the source."""
+        options = read_options(request.query_params, service.most_tokens)
+        is_streamed = options.pop("stream", False)
+        change = functools.partial(with_generation, summarizer=service.summarizer, options=options)
+        if is_streamed:
+            await service.call(lambda: sessions.find(id))
+            return _event_stream(service, lambda: sessions.stream_section(id, change))
+        return _answer(service, await service.call(lambda: sessions.end_section(id, change)))
 
     @app.get("/v1/sessions/{id}/summary", dependencies=guarded)
     async def summary(id: str, request: Request) -> Response:
-        """Return the summary of the text so far; `stream` gives events."""
+        """Return the summary of the text so far; `stream` gives events, `citations` the passages of the source."""
         options = read_options(request.query_params, service.most_tokens)
         is_streamed = options.pop("stream", False)
 
         def reading() -> ReadingSession:
-            return with_generation(sessions.find(id).reading, service.summarizer.generation | options)
+            return with_generation(sessions.find(id).reading, service.summarizer, options)
 
         if is_streamed:
             await service.call(lambda: sessions.find(id))
@@ -228,10 +250,10 @@ def add_sessions(app: FastAPI, service: Service) -> None:
         return Response(status_code=204)
 
 
-def with_generation(reading: ReadingSession, generation: dict[str, Any]) -> ReadingSession:
-    """Return the session with other arguments of `generate`. Both have the same text."""
-    changed = copy.copy(reading)
-    changed.generation = generation
+def with_generation(reading: ReadingSession, summarizer: Summarizer, options: dict[str, Any]) -> ReadingSession:
+    """Return the session with other settings, as `with_options` gives them. Both have the same text."""
+    changed, settings = copy.copy(reading), with_options(summarizer, options)
+    changed.generation, changed.citations = settings.generation, settings.citations
     return changed
 
 
@@ -245,10 +267,9 @@ def _detail(error: Exception, place: str) -> str:
 
 
 def _answer(service: Service, summary: Summary) -> JSONResponse:
-    content = asdict(summary)
     service.metrics.add("summaries_total")
     service.metrics.add("tokens_total", summary.n_tokens)
-    return JSONResponse({"summary": content.pop("text"), **content})
+    return JSONResponse(summary.record())
 
 
 def _event_stream(service: Service, pieces: Callable[[], Iterator[str]]) -> StreamingResponse:

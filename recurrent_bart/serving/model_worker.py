@@ -105,8 +105,9 @@ class ModelWorker:
 
 
 def with_options(summarizer: Summarizer, options: Mapping[str, Any]) -> Summarizer:
-    """Return a summarizer of the same model with other settings of generation."""
-    changed = copy.copy(summarizer)
+    """Return a summarizer of the same model with other settings of generation, and with or without citations."""
+    changed, options = copy.copy(summarizer), dict(options)
+    changed.citations = options.pop("citations", summarizer.citations)
     changed.generation = {**summarizer.generation, **options}
     return changed
 

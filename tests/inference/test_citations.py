@@ -1,30 +1,17 @@
 """Tests that each sentence of a summary cites the passages that the decoder attended to."""
 
+import functools
+
 import pytest
 import torch
 
+from cited_documents import SENTENCES, TEXT, citing_summarizer
 from recurrent_bart.data.tokenizer import train_tokenizer
 from recurrent_bart.inference.citations import cite, cited_layers
 from recurrent_bart.inference.shown_tokens import show_segments
 from recurrent_bart.inference.stream_reader import TextReader
 from recurrent_bart.inference.summarizer import Summarizer
 from summaries import HOW
-from tiny import tiny_model
-
-ANSWER = "zebra"
-SENTENCES = [
-    "ant bee cow. ",
-    "dog elk fox.\n",
-    f"gnu {ANSWER} hen. ",
-    "koi owl pig. ",
-    "ram ant dog. ",
-    "elk owl bee. ",
-    "予算は足りますか？",
-    "「はい。」と市長が言った。",
-    "🙂 cow ram fox. ",
-    "pig hen koi.",
-]
-TEXT = "".join(SENTENCES)
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +19,10 @@ def tokenizer():
     return train_tokenizer(SENTENCES * 30, vocab_size=420)
 
 
-@torch.no_grad()
-def attend_to(model, id):
-    """Build weights by hand so that the decoder attends to the positions of one token, wherever it stands."""
-    for layer in model.model.encoder.layers:
-        for part in (layer.self_attn.out_proj, layer.fc2):
-            part.weight.zero_()
-            part.bias.zero_()
-    model.model.encoder.embed_positions.weight.zero_()
-    ids = torch.tensor([[[0, id, 2]]])
-    key_D = model.model.encode(ids, torch.ones_like(ids)).last_hidden_state[0, -2]
-    for layer in model.model.decoder.layers:
-        attention = layer.encoder_attn
-        attention.q_proj.weight.zero_()
-        attention.q_proj.bias.fill_(1.0)
-        attention.k_proj.weight.copy_(1000 * key_D / key_D.norm() ** 2 * torch.ones_like(key_D).unsqueeze(1))
-        attention.k_proj.bias.zero_()
-    return model
-
-
 @pytest.fixture
 def build(tokenizer):
     """Return a function that builds a summarizer which attends to the answer, or to random positions."""
-
-    def build(attends=True, settings=(), **changes):
-        torch.manual_seed(3)
-        config = {"decoder_context": "all", "segment_size": 10, **changes}
-        model = tiny_model(vocab_size=len(tokenizer), **config).double().eval().requires_grad_(False)
-        others = {id for sentence in SENTENCES if ANSWER not in sentence for id in tokenizer(sentence)["input_ids"]}
-        id = next(id for id in tokenizer(f"a {ANSWER}")["input_ids"] if id not in others)
-        model = attend_to(model, id) if attends else model
-        return Summarizer(model, tokenizer, citations=True, **HOW, **dict(settings))
-
-    return build
+    return functools.partial(citing_summarizer, tokenizer)
 
 
 @pytest.mark.parametrize("changes", [{}, {"decoder_context": "section"}, {"input_size": 13}, {"pre_seq_len": 0}])
