@@ -49,4 +49,7 @@ def citing_summarizer(tokenizer, attends=True, settings=(), **changes):
     others = {id for sentence in SENTENCES if ANSWER not in sentence for id in tokenizer(sentence)["input_ids"]}
     id = next(id for id in tokenizer(f"a {ANSWER}")["input_ids"] if id not in others)
     model = attend_to(model, id) if attends else model
-    return Summarizer(model, tokenizer, citations=True, **HOW, **dict(settings))
+    # bytes are no words, and a word written twice says little
+    bytes_and_more = [id for token, id in tokenizer.get_vocab().items() if token.startswith("<")]
+    how = HOW | {"suppress_tokens": [id for id in bytes_and_more if id != 2], "no_repeat_ngram_size": 1}
+    return Summarizer(model, tokenizer, citations=True, **how, **dict(settings))

@@ -175,7 +175,7 @@ async function endSection() {
   const card = openCard();
   await write(card, "POST", `v1/sessions/${session.id}/sections?stream=true&citations=true`);
   card.isEnded = true;
-  title(card);
+  titles();
   session.isNewSection = true;
   addBreak();
 }
@@ -195,16 +195,17 @@ function addCard(content) {
   card.cited.hidden = true;
   card.element.append(card.heading, card.body, card.cited);
   session.cards.push(card);
-  title(card);
+  titles();
   at("summaries").append(card.element);
   fill(card);
   return card;
 }
 
-function title(card) {
-  const isAlone = session.cards.length === 1 && !card.isEnded;
-  card.heading.textContent = `${isAlone ? "Whole text" : `Section ${card.number}`}${card.isEnded ? "" : ", so far"}`;
-  if (session.cards.length === 2) title(session.cards[0].isEnded ? card : session.cards[0]);
+function titles() {
+  const isAlone = session.cards.length === 1 && !session.cards[0].isEnded;
+  for (const card of session.cards) {
+    card.heading.textContent = `${isAlone ? "Whole text" : `Section ${card.number}`}${card.isEnded ? "" : ", so far"}`;
+  }
 }
 
 async function write(card, method, path) {
