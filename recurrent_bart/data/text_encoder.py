@@ -72,6 +72,7 @@ class TextEncoder:
         for number, part in enumerate(self._between_gaps(text)):
             if number:
                 begin = text.index(GAP, begin) + 1
+                assert self.mask_token_id is not None
                 found.append(Token(self.mask_token_id, begin - 1, begin))
             segmented = self.segmenter([part])[0] if self.segmenter else part
             places = _places(segmented, part)

@@ -7,7 +7,7 @@ import hmac
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
@@ -69,7 +69,7 @@ class Service:
         if self.settings.token and not hmac.compare_digest(given.encode(), self.settings.token.encode()):
             raise HTTPException(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
-    def events(self, pieces: Callable[[], Iterator[str]]) -> AsyncIterator[str]:
+    def events(self, pieces: Callable[[], Generator[str, None, Summary]]) -> AsyncIterator[str]:
         """Return server-sent events: `text` for each piece of a summary, at last `end` with the whole summary.
 
         A full queue raises here, before the answer begins.
@@ -103,7 +103,7 @@ class Service:
             yield f"event: error\ndata: {json.dumps({'detail': _detail(error, 'stream')})}\n\n"
 
 
-def with_summary(pieces: Iterator[str], summaries: list[Summary]) -> Iterator[str]:
+def with_summary(pieces: Generator[str, None, Summary], summaries: list[Summary]) -> Iterator[str]:
     """Yield the pieces of a summary, then append the summary that their generator returns."""
     summaries.append((yield from pieces))
 
@@ -272,6 +272,6 @@ def _answer(service: Service, summary: Summary) -> JSONResponse:
     return JSONResponse(summary.record())
 
 
-def _event_stream(service: Service, pieces: Callable[[], Iterator[str]]) -> StreamingResponse:
+def _event_stream(service: Service, pieces: Callable[[], Generator[str, None, Summary]]) -> StreamingResponse:
     headers = {"Cache-Control": "no-store"}
     return StreamingResponse(service.events(pieces), media_type="text/event-stream", headers=headers)

@@ -183,5 +183,13 @@ def test_errors_are_sentences_and_a_token_is_asked_for(start, tab, tmp_path):
     tab.wait("!document.getElementById('error').hidden")
     assert texts(tab, "#error") == [f"The body has {len((TEXT * 20).encode()) + 1} bytes; at most 1000 are allowed."]
     photograph(tab, tmp_path, "error")
+    # the first section has arrived, and only the second one is left to send
+    tab.ask("document.getElementById('text').value = ''")
+    tab.write("#text", f"{SENTENCES[2]}\n---\n{TEXT * 20}")
+    tab.click("#summarise")
+    tab.wait(
+        f"{IDLE} && !document.getElementById('error').hidden && document.querySelectorAll('#source hr').length === 1"
+    )
+    assert tab.ask("document.getElementById('text').value") == f"{TEXT * 20}\n"
     tab.choose_file("#state", __file__)
     tab.wait("document.getElementById('error').textContent === 'The file is not a saved session.'")

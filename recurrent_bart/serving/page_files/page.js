@@ -142,24 +142,30 @@ async function send(text) {
 // the last line of a piece is whole: the next piece begins a new line
 const pieceOf = (text) => (text.endsWith("\n") ? text : `${text}\n`);
 
+// the box keeps what the service has not got, so that nothing is lost or sent twice after an error
 async function sendSections(text) {
-  const mark = at("mark").value.trim();
-  let lines = [];
-  for (const line of pieceOf(text).match(/[^\n]*\n/g)) {
-    if (mark && line.trim() === mark) {
-      if (lines.join("").trim()) await send(lines.join(""));
-      if (!session.isNewSection) await endSection();
-      lines = [];
-    } else lines.push(line);
+  const mark = at("mark").value.trim(), lines = pieceOf(text).match(/[^\n]*\n/g);
+  let first = 0;
+  const sendUntil = async (end) => {
+    const piece = lines.slice(first, end).join("");
+    if (piece.trim()) await send(piece);
+    first = end;
+    at("text").value = lines.slice(end).join("");
+  };
+  for (const [number, line] of lines.entries()) {
+    if (!mark || line.trim() !== mark) continue;
+    await sendUntil(number);
+    if (!session.isNewSection) await endSection();
+    first = number + 1;
+    at("text").value = lines.slice(first).join("");
   }
-  if (lines.join("").trim()) await send(lines.join(""));
+  await sendUntil(lines.length);
 }
 
 async function takeText() {
   const text = at("text").value;
   if (!text.trim()) return;
   await sendSections(text);
-  at("text").value = "";
 }
 
 async function summarise() {
