@@ -36,7 +36,7 @@ def attend_to(model, id):
         attention = layer.encoder_attn
         attention.q_proj.weight.zero_()
         attention.q_proj.bias.fill_(1.0)
-        attention.k_proj.weight.copy_(1000 * key_D / key_D.norm() ** 2 * torch.ones_like(key_D).unsqueeze(1))
+        attention.k_proj.weight.copy_(10_000 * key_D / key_D.norm() ** 2 * torch.ones_like(key_D).unsqueeze(1))
         attention.k_proj.bias.zero_()
     return model
 

@@ -170,7 +170,7 @@ def test_a_summary_without_words_has_no_citation(build, tokenizer):
 
 def test_citations_are_none_without_the_setting_and_leave_the_summary_alone(build):
     summarizer = build(False)
-    plain = Summarizer(summarizer.model, summarizer.tokenizer, **HOW)
+    plain = Summarizer(summarizer.model, summarizer.tokenizer, **summarizer.generation)
     assert plain(TEXT).citations is None
     assert "citations" not in plain(TEXT).record()
     assert plain(TEXT).text == summarizer(TEXT).text
