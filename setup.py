@@ -18,7 +18,7 @@ setup(
     py_modules=["recurrent_bart_cli"],
     entry_points={"console_scripts": ["recurrent-bart = recurrent_bart_cli:main"]},
     # recurrent_bart/ds_configs is a link to ds_configs
-    package_data={"recurrent_bart": ["py.typed", "report/*.jinja", "ds_configs/*.json"]},
+    package_data={"recurrent_bart": ["py.typed", "report/*.jinja", "serving/page_files/*", "ds_configs/*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<3",

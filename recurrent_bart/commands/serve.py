@@ -23,7 +23,7 @@ LIMITS = {
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the flags of this command."""
-    parser = FlagParser(description="Serve summaries and sessions over HTTP; /docs describes the requests.")
+    parser = FlagParser(description="Serve a page and an API of summaries and sessions; /docs describes the requests.")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; default: %(default)s")

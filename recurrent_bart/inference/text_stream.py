@@ -1,9 +1,10 @@
 """Generated texts word by word."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -17,18 +18,20 @@ def stream_text(
     tokenizer: PreTrainedTokenizerBase,
     output: BaseModelOutput,
     **generation: Any,
-) -> Iterator[str]:
+) -> Generator[str, None, Tensor]:
     """Generate a text from a decoder context in a thread, and yield its pieces; joined, they are `summary_after`.
 
-    Beam search knows its words only at the end, so it yields one piece.
+    Beam search knows its words only at the end, so it yields one piece. The generator returns the ids `(T,)`.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
     uses_beams = (generation.get("num_beams") or model.generation_config.num_beams or 1) > 1
     failures: list[Exception] = []
+    generated: list[Tensor] = []
 
     def generate() -> None:
         try:
             ids = model.generate(encoder_outputs=output, streamer=None if uses_beams else streamer, **generation)
+            generated.append(ids[0])
             if uses_beams:
                 streamer.on_finalized_text(decode_text(tokenizer, ids[0]), stream_end=True)
         except Exception as error:
@@ -42,6 +45,7 @@ def stream_text(
     thread.join()
     if failures:
         raise failures[0]
+    return generated[0]
 
 
 def joined(pieces: Iterator[str]) -> Iterator[str]:

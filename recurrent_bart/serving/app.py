@@ -2,14 +2,14 @@
 
 import asyncio
 import copy
+import functools
 import hmac
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ from recurrent_bart.inference.reading_session import ReadingSession, Summary
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.serving.metrics import Metrics
 from recurrent_bart.serving.model_worker import Busy, ModelWorker, with_options
+from recurrent_bart.serving.page import add_page
 from recurrent_bart.serving.requests import read_body, read_object, read_options, read_text
 from recurrent_bart.serving.sessions import Gap, NoSession, Sessions, TooManySessions
 from recurrent_bart.serving.settings import Settings
@@ -68,32 +69,43 @@ class Service:
         if self.settings.token and not hmac.compare_digest(given.encode(), self.settings.token.encode()):
             raise HTTPException(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
-    def events(self, pieces: Callable[[], Iterator[str]]) -> AsyncIterator[str]:
+    def events(self, pieces: Callable[[], Generator[str, None, Summary]]) -> AsyncIterator[str]:
         """Return server-sent events: `text` for each piece of a summary, at last `end` with the whole summary.
 
         A full queue raises here, before the answer begins.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+        summaries: list[Summary] = []
 
         def generate() -> None:
             try:
-                for piece in pieces():
+                for piece in with_summary(pieces(), summaries):
                     loop.call_soon_threadsafe(queue.put_nowait, piece)
             finally:
                 loop.call_soon_threadsafe(queue.put_nowait, None)
 
-        return self._relay(queue, self.worker.call(generate))
+        return self._relay(queue, self.worker.call(generate), summaries)
 
-    async def _relay(self, queue: "asyncio.Queue[str | None]", done: Future[None]) -> AsyncIterator[str]:
+    async def _relay(
+        self, queue: "asyncio.Queue[str | None]", done: Future[None], summaries: list[Summary]
+    ) -> AsyncIterator[str]:
         whole = ""
         while (piece := await queue.get()) is not None:
             whole += piece
             yield f"event: text\ndata: {json.dumps({'text': piece})}\n\n"
         try:
             await asyncio.wrap_future(done)
-            yield f"event: end\ndata: {json.dumps({'summary': whole})}\n\n"
+            content = {"summary": whole}
+            if summaries and summaries[0].citations is not None:
+                content["citations"] = summaries[0].record()["citations"]
+            yield f"event: end\ndata: {json.dumps(content)}\n\n"
         except Exception as error:
             yield f"event: error\ndata: {json.dumps({'detail': _detail(error, 'stream')})}\n\n"
+
+
+def with_summary(pieces: Generator[str, None, Summary], summaries: list[Summary]) -> Iterator[str]:
+    """Yield the pieces of a summary, then append the summary that their generator returns."""
+    summaries.append((yield from pieces))
 
 
 def build_app(summarizer: Summarizer, settings: Settings) -> FastAPI:
@@ -109,6 +121,7 @@ def build_app(summarizer: Summarizer, settings: Settings) -> FastAPI:
     app.state.service = service
     add_errors(app)
     add_counting(app, service.metrics)
+    add_page(app)
     add_monitoring(app, service)
     add_summaries(app, service)
     add_sessions(app, service)
@@ -161,7 +174,10 @@ def add_summaries(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/summaries", dependencies=[Depends(service.check_access)])
     async def summarize(request: Request) -> Response:
-        """Summarise a text: the body is the text, or JSON with `text` and options; `stream` gives events."""
+        """Summarise a text: the body is the text, or JSON with `text` and options.
+
+        `stream` gives events, `citations` the passages of the source.
+        """
         text, options = await service.body(request)
         if not text.strip():
             raise HTTPException(400, "the text is empty")
@@ -200,19 +216,25 @@ def add_sessions(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/sessions/{id}/sections", dependencies=guarded)
     async def end_section(id: str, request: Request) -> Response:
-        """End a section, and return its summary."""
-        refuse_query(request.query_params)
-        return _answer(service, await service.call(lambda: sessions.end_section(id)))
+        """End a section, and return its summary; `stream` gives events, `citations` the passages of the source."""
+        options = read_options(request.query_params, service.most_tokens)
+        refuse_query(options)
+        is_streamed = options.pop("stream", False)
+        change = functools.partial(with_generation, summarizer=service.summarizer, options=options)
+        if is_streamed:
+            await service.call(lambda: sessions.find(id))
+            return _event_stream(service, lambda: sessions.stream_section(id, change))
+        return _answer(service, await service.call(lambda: sessions.end_section(id, change)))
 
     @app.get("/v1/sessions/{id}/summary", dependencies=guarded)
     async def summary(id: str, request: Request) -> Response:
-        """Return the summary of the text so far; `stream` gives events."""
+        """Return the summary of the text so far; `stream` gives events, `citations` the passages of the source."""
         options = read_options(request.query_params, service.most_tokens)
         is_streamed = options.pop("stream", False)
         refuse_query(options)
 
         def reading() -> ReadingSession:
-            return with_generation(sessions.find(id).reading, service.summarizer.generation | options)
+            return with_generation(sessions.find(id).reading, service.summarizer, options)
 
         if is_streamed:
             await service.call(lambda: sessions.find(id))
@@ -243,10 +265,10 @@ def refuse_query(options: Mapping[str, Any]) -> None:
         raise HTTPException(400, "a session has the query that it began with: POST /v1/sessions?query=...")
 
 
-def with_generation(reading: ReadingSession, generation: dict[str, Any]) -> ReadingSession:
-    """Return the session with other arguments of `generate`. Both have the same text."""
-    changed = copy.copy(reading)
-    changed.generation = generation
+def with_generation(reading: ReadingSession, summarizer: Summarizer, options: dict[str, Any]) -> ReadingSession:
+    """Return the session with other settings, as `with_options` gives them. Both have the same text."""
+    changed, settings = copy.copy(reading), with_options(summarizer, options)
+    changed.generation, changed.citations = settings.generation, settings.citations
     return changed
 
 
@@ -260,12 +282,11 @@ def _detail(error: Exception, place: str) -> str:
 
 
 def _answer(service: Service, summary: Summary) -> JSONResponse:
-    content = asdict(summary)
     service.metrics.add("summaries_total")
     service.metrics.add("tokens_total", summary.n_tokens)
-    return JSONResponse({"summary": content.pop("text"), **content})
+    return JSONResponse(summary.record())
 
 
-def _event_stream(service: Service, pieces: Callable[[], Iterator[str]]) -> StreamingResponse:
+def _event_stream(service: Service, pieces: Callable[[], Generator[str, None, Summary]]) -> StreamingResponse:
     headers = {"Cache-Control": "no-store"}
     return StreamingResponse(service.events(pieces), media_type="text/event-stream", headers=headers)

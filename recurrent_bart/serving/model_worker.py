@@ -105,11 +105,11 @@ class ModelWorker:
 
 
 def with_options(summarizer: Summarizer, options: Mapping[str, Any]) -> Summarizer:
-    """Return a summarizer of the same model with other settings of generation, and with the question `query`."""
-    changed = copy.copy(summarizer)
-    changed.query = options.get("query", summarizer.query)
-    given = {name: value for name, value in options.items() if name != "query"}
-    changed.generation = {**summarizer.generation, **given}
+    """Return a summarizer of the same model with other settings of generation, of citations, or another `query`."""
+    changed, options = copy.copy(summarizer), dict(options)
+    changed.citations = options.pop("citations", summarizer.citations)
+    changed.query = options.pop("query", summarizer.query)
+    changed.generation = {**summarizer.generation, **options}
     return changed
 
 

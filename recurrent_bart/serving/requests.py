@@ -17,7 +17,8 @@ OPTIONS: dict[str, tuple[type, float, float]] = {
     "length_penalty": (float, -10, 10),
     "repetition_penalty": (float, 0.1, 10),
 }
-OTHERS = ("stream", "position", "query")
+FLAGS = ("stream", "citations")
+OTHERS = (*FLAGS, "position", "query")
 
 
 async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
@@ -77,8 +78,8 @@ def read_options(given: Mapping[str, Any], most_tokens: int) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if name == "stream":
-            found[name] = _flag(value)
+        if name in FLAGS:
+            found[name] = _flag(name, value)
         elif name == "position":
             found[name] = _number(name, value, int, 0, 2**53)
         elif name == "query":
@@ -98,9 +99,9 @@ def _query(value: Any) -> str:
     return value
 
 
-def _flag(value: Any) -> bool:
+def _flag(name: str, value: Any) -> bool:
     if str(value).lower() not in ("true", "false"):
-        raise HTTPException(400, "stream must be true or false")
+        raise HTTPException(400, f"{name} must be true or false")
     return str(value).lower() == "true"
 
 

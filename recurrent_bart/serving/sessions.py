@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,11 +104,21 @@ class Sessions:
             self._keep(id, opened)
         return opened.n_characters
 
-    def end_section(self, id: str) -> Summary:
-        """End a section of a session, and return its summary."""
+    def end_section(self, id: str, change: Callable[[ReadingSession], ReadingSession]) -> Summary:
+        """End a section of a session, and return its summary; `change` sets how it is written."""
         opened = self.find(id)
         self._opened.pop(id, None)
-        summary = opened.reading.end_section()
+        summary = change(opened.reading).end_section()
+        self._keep(id, opened)
+        return summary
+
+    def stream_section(
+        self, id: str, change: Callable[[ReadingSession], ReadingSession]
+    ) -> Generator[str, None, Summary]:
+        """End a section as `end_section` does, and yield its summary word by word."""
+        opened = self.find(id)
+        self._opened.pop(id, None)
+        summary = yield from change(opened.reading).stream_section()
         self._keep(id, opened)
         return summary
 
@@ -175,7 +186,8 @@ class Sessions:
         # the file brings its question, which may differ from the summarizer's
         reading = self.summarizer.open(query="")
         try:
-            n_characters = reading.reader.load(path).get("n_characters", 0)
+            notes, mark = reading.reader.load(path), reading.reader.bookmark
+            n_characters = notes.get("n_characters", mark.position + len(mark.text))
         except ValueError as error:
             # clients must not learn paths
             raise ValueError(str(error).replace(str(path), "state")) from error
