@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from recurrent_bart.data.text_encoder import TextEncoder, decode_text
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.distributed import is_first
-from recurrent_bart.inference.saved_state import check_tensors
+from recurrent_bart.files import replace_and_fsync
+from recurrent_bart.inference.saved_state import check_counts, check_tensors
 from recurrent_bart.model.loading import load_pretrained
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.model.saved_models import check_model_place, reading_model
@@ -30,7 +30,7 @@ from recurrent_bart.recurrence.segmentation import pad_segments
 from recurrent_bart.run_folder import RunFolder
 
 # increase the number when the contents of a saved bookmark change
-FORMAT = "recurrent_bart reading 5"
+FORMAT = "recurrent_bart reading 6"
 # configuration fields that the values of a state depend on, besides the weights
 STATE_FIELDS = (
     "pre_seq_len",
@@ -49,6 +49,8 @@ STATE_FIELDS = (
     "segment_size",
     "input_size",
 )
+# counts of a bookmark that are saved
+COUNTS = ("n_characters", "n_tokens", "n_segments")
 # characters tokenized in one call
 BLOCK = 2**16
 # segments read in one call, enough for the wavefront schedule
@@ -81,6 +83,9 @@ class Bookmark:
         text: Characters not tokenized yet, because the next part may continue the last word.
         context: Characters in front of `text` whose ids are read already, because the ids of `text` depend on them;
             empty if the text in front ends with a word and white space follows.
+        n_characters: Characters of the text so far, `text` included.
+        n_tokens: Tokens in front of `ids`, without special tokens.
+        n_segments: Segments in front of `ids`.
     """
 
     state: RecurrentState | None = None
@@ -88,6 +93,9 @@ class Bookmark:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     context: str = ""
+    n_characters: int = 0
+    n_tokens: int = 0
+    n_segments: int = 0
 
 
 class TextReader:
@@ -128,6 +136,7 @@ class TextReader:
         Yields:
             Decoder context after each encoder call, for `generate(encoder_outputs=...)`.
         """
+        self.bookmark.n_characters += len(text)
         for start in range(0, len(text), BLOCK):
             self.bookmark.text += text[start : start + BLOCK]
             end = self._end_of_words(self.bookmark.text)
@@ -187,12 +196,13 @@ class TextReader:
             "text": mark.text,
             "context": mark.context,
             "reader": json.dumps(self._identity()),
+            "counts": json.dumps({name: getattr(mark, name) for name in COUNTS}),
             "notes": json.dumps(notes or {}),
         }
         draft = path.with_name(path.name + ".tmp")
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata)
-            os.replace(draft, path)
+            replace_and_fsync(draft, path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: cannot be written ({error})") from error
 
@@ -212,11 +222,13 @@ class TextReader:
             raise ValueError(f"{path}: not a saved state: format {metadata.get('format')!r} found, {FORMAT!r} required")
         try:
             reader, notes = json.loads(metadata["reader"]), json.loads(metadata.get("notes", "{}"))
+            counts = json.loads(metadata["counts"])
             text, context = metadata["text"], metadata["context"]
         except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a saved state: {error} in its metadata") from error
         if not isinstance(reader, dict) or not isinstance(notes, dict):
             raise ValueError(f"{path}: not a saved state: its metadata are no objects")
+        check_counts(counts, COUNTS, path)
         self._check_same(reader, path)
         check_tensors(tensors, self.model.config, path)
         state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
@@ -226,6 +238,7 @@ class TextReader:
             ids=tensors["ids"].tolist(),
             text=text,
             context=context,
+            **counts,
         )
         self.n_counted = len(self.bookmark.ids) + len(self._ids_behind_context(self.bookmark.text))
         return notes
@@ -278,6 +291,7 @@ class TextReader:
         targets = torch.arange(n_segments).eq(n_segments - 1).unsqueeze(0) if ends_section else None
         output = self.model.model.encode(input_ids, is_token.long(), target_segments=targets, state=mark.state)
         mark.state = output.state
+        mark.n_segments += n_segments
         self.n_segments += n_segments
         # the only context is the one after the last segment, which `generate` takes without target segments
         return replace(output, target_segments=None)
@@ -287,6 +301,7 @@ class TextReader:
         segment = [*self.leading, *mark.overlap, *new, *self.trailing]
         if self.n_overlap:
             mark.overlap = [*mark.overlap, *new][-self.n_overlap :]
+        mark.n_tokens += len(new)
         n_again = min(self.n_counted, len(new))
         self.n_counted -= n_again
         self.n_tokens += len(new) - n_again

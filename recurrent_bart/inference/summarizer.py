@@ -98,23 +98,34 @@ class Summarizer:
 
     def summarize(self, texts: Sequence[str]) -> list[Summary]:
         """Return one summary per text; batching does not change it. Raise ValueError for a text without tokens."""
-        if not texts:
-            return []
+        found: dict[int, Summary] = {}
+        for part in self.summarize_in_steps(texts):
+            found |= part
+        return [found[index] for index in range(len(texts))]
+
+    def summarize_in_steps(self, texts: Sequence[str]) -> Iterator[dict[int, Summary]]:
+        """Yield the summaries of one batch after another, by the index of the text, short texts first.
+
+        While a text that is longer than a batch is read, an empty dictionary is yielded after each encoder call.
+        """
         whole = self.encoder(texts)
         if not all(whole):
             raise ValueError(f"document {whole.index([]) + 1} of {len(whole)} has no tokens")
         ids = [document[: self.most_tokens] for document in whole]
         n_segments = [-(-len(document) // self.room) for document in ids]
-        found: dict[int, str] = {}
-        for group in group_by_segments(n_segments, self.most_segments):
+        for group in reversed(group_by_segments(n_segments, self.most_segments)):
             if n_segments[group[0]] > self.most_segments:
-                found[group[0]] = self._summarize_long(ids[group[0]])
+                reader = TextReader(self.model, self.tokenizer)
+                reader.bookmark = Bookmark(ids=ids[group[0]])
+                for output in reader.finish():  # noqa: B007 - the last output counts
+                    yield {}
+                found = [self.summary_after(output)]
             else:
-                found |= zip(group, self._summarize_batch([ids[index] for index in group]), strict=True)
-        return [
-            Summary(found[index], n_segments[index], len(ids[index]), len(whole[index]) - len(ids[index]))
-            for index in range(len(texts))
-        ]
+                found = self._summarize_batch([ids[index] for index in group])
+            yield {
+                index: Summary(text, n_segments[index], len(ids[index]), len(whole[index]) - len(ids[index]))
+                for index, text in zip(group, found, strict=True)
+            }
 
     def predict(
         self,
@@ -150,12 +161,6 @@ class Summarizer:
         input_ids = batch.input_ids.to(self.model.device)
         generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
         return [decode_text(self.tokenizer, ids).strip() for ids in generated]
-
-    def _summarize_long(self, ids: list[int]) -> str:
-        reader = TextReader(self.model, self.tokenizer)
-        reader.bookmark = Bookmark(ids=ids)
-        *_, output = reader.finish()
-        return self.summary_after(output)
 
 
 def target_length(model_folder: str) -> int:

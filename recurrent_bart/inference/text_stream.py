@@ -1,15 +1,28 @@
 """Generated texts word by word."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.text_encoder import decode_text
 from recurrent_bart.data.word_segmenter import join_words, joins_words
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+
+
+class StopWhen(StoppingCriteria):
+    """Criterion that ends a generation once a function returns True; another thread may decide it."""
+
+    def __init__(self, is_over: Callable[[], bool]):
+        self.is_over = is_over
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return True for all texts of the batch, or False for all."""
+        return torch.full((len(input_ids),), self.is_over(), dtype=torch.bool, device=input_ids.device)
 
 
 def stream_text(
@@ -20,8 +33,10 @@ def stream_text(
 ) -> Iterator[str]:
     """Generate a text from a decoder context in a thread, and yield its pieces; joined, they are `summary_after`.
 
-    Beam search knows its words only at the end, so it yields one piece.
+    Beam search knows its words only at the end, so it yields one piece. Closing the generator ends the thread.
     """
+    closed = threading.Event()
+    generation["stopping_criteria"] = [*generation.get("stopping_criteria", ()), StopWhen(closed.is_set)]
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
     uses_beams = (generation.get("num_beams") or model.generation_config.num_beams or 1) > 1
     failures: list[Exception] = []
@@ -38,8 +53,11 @@ def stream_text(
 
     thread = threading.Thread(target=generate)
     thread.start()
-    yield from stripped(joined(streamer) if joins_words(tokenizer) else streamer)
-    thread.join()
+    try:
+        yield from stripped(joined(streamer) if joins_words(tokenizer) else streamer)
+    finally:
+        closed.set()
+        thread.join()
     if failures:
         raise failures[0]
 

@@ -480,7 +480,7 @@ def test_a_file_without_a_state_is_refused(make_reader, tmp_path):
         reader.save(tmp_path / "text" / "state")
 
 
-@pytest.mark.parametrize("name", ["reader", "notes"])
+@pytest.mark.parametrize("name", ["reader", "notes", "counts"])
 @pytest.mark.parametrize("value", ["[" * 200_000, "[]", "{"])
 def test_a_state_with_wrong_metadata_is_refused(make_reader, tmp_path, name, value):
     reader = make_reader()
@@ -527,3 +527,14 @@ def test_a_stream_of_a_million_tokens_takes_constant_memory(make_reader):
 def resident_bytes():
     """Memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("counts", ['{"n_characters": 1}', '{"n_characters": -1, "n_tokens": 0, "n_segments": 0}'])
+def test_a_state_with_wrong_counts_is_refused(make_reader, tmp_path, counts):
+    reader = make_reader()
+    reader.save(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        metadata = file.metadata() | {"counts": counts}
+    save_file(load_file(tmp_path / "state"), tmp_path / "wrong", metadata)
+    with pytest.raises(ValueError, match="wrong: not a saved state: its counts must be whole numbers"):
+        reader.load(tmp_path / "wrong")

@@ -47,7 +47,7 @@ class Server:
     def connect(self, length):
         """Open a connection, and send the head of a request with a body."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        connection.sendall(f"POST /v1/summaries HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n".encode())
+        connection.sendall(f"POST /v1/summaries HTTP/1.1\r\nHost: 127.0.0.1\r\n{length}\r\n\r\n".encode())
         return connection
 
     def stop(self, number):
