@@ -184,8 +184,17 @@ class TextReader:
     def save(self, path: Path, notes: dict[str, Any] | None = None) -> None:
         """Write the bookmark for a reader of the same model; raise ValueError if the file cannot be written.
 
-        `notes` are JSON values of the caller, which `load` returns.
+        A crash leaves the old file or the new one. `notes` are JSON values of the caller, which `load` returns.
         """
+        draft = path.with_name(path.name + ".tmp")
+        try:
+            self.write(draft, notes)
+            replace_and_fsync(draft, path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error})") from error
+
+    def write(self, path: Path, notes: dict[str, Any] | None = None) -> None:
+        """Write the bookmark as `save` does, but not atomically; raise OSError if the file cannot be written."""
         mark = self.bookmark
         tensors = {"ids": torch.tensor(mark.ids), "overlap": torch.tensor(mark.overlap)}
         tensors = {name: ids.long() for name, ids in tensors.items()}
@@ -199,12 +208,10 @@ class TextReader:
             "counts": json.dumps({name: getattr(mark, name) for name in COUNTS}),
             "notes": json.dumps(notes or {}),
         }
-        draft = path.with_name(path.name + ".tmp")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata)
-            replace_and_fsync(draft, path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: cannot be written ({error})") from error
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
     def load(self, path: Path) -> dict[str, Any]:
         """Load a bookmark, and return its notes.

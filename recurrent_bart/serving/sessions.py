@@ -25,7 +25,7 @@ from recurrent_bart.serving.settings import Settings
 ID = re.compile(r"[A-Za-z0-9_-]{22}")
 SUFFIX = ".safetensors"
 # endings of files that a killed server may leave
-DRAFTS = ("*.tmp", "*.draft", "*.upload")
+DRAFTS = ("*.draft", "*.upload")
 # summaries of sections that a client can read again
 N_SECTIONS_KEPT = 16
 
@@ -243,20 +243,16 @@ class Sessions:
 
         Raises:
             TooLarge: The file has too many bytes. The old file stays.
+            OSError: The file cannot be written. A full disk is no mistake of the client.
         """
         path = self._path(id)
         draft, most = path.with_suffix(".draft"), self.settings.state_bytes
         try:
-            opened.reading.reader.save(draft, opened.notes.model_dump())
+            opened.reading.reader.write(draft, opened.notes.model_dump())
             n_bytes = draft.stat().st_size
             if n_bytes > most:
                 raise TooLarge(f"the session's state would have {n_bytes} bytes; at most {most} are allowed")
             replace_and_fsync(draft, path)
-        except TooLarge:
-            raise
-        except ValueError as error:
-            # a full disk is no mistake of the client
-            raise OSError("the session cannot be written") from error
         finally:
             draft.unlink(missing_ok=True)
         self._remember(id, opened)

@@ -249,7 +249,7 @@ def test_a_fault_in_a_stream_is_an_event_and_its_message_stays_out_of_the_log(se
 def test_drafts_of_a_killed_server_are_deleted_and_others_cannot_read_sessions(serve, tmp_path):
     folder = tmp_path / "sessions"
     folder.mkdir(mode=0o755)
-    drafts = folder / "a.safetensors.tmp", folder / "b.upload"
+    drafts = folder / "a.draft", folder / "b.upload"
     for draft in drafts:
         draft.write_text("text")
     serve()
