@@ -138,6 +138,8 @@ def serve(arguments: argparse.Namespace) -> None:
             arguments.model, tokens_per_batch=arguments.tokens_per_batch, trust_remote_code=arguments.trust_remote_code
         )
         app = build_app(summarizer, settings)
+        # clients that come now wait until the service has started
+        bound.listen()
         name = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"serving    {arguments.model} at http://{name}:{bound.getsockname()[1]}", flush=True)
         # an access log would hold ids of sessions
