@@ -43,7 +43,7 @@ class Client:
     """Client with one connection, whose requests are timed."""
 
     def __init__(self, port, load):
-        self.connection, self.load = http.client.HTTPConnection("127.0.0.1", port, timeout=120), load
+        self.connection, self.load = http.client.HTTPConnection("127.0.0.1", port, timeout=300), load
 
     def ask(self, method, path, content=""):
         begin = time.perf_counter()
@@ -57,7 +57,7 @@ class Client:
 
     def ten_requests(self, number):
         """Send summaries of texts of several lengths, a stream, and one session from its beginning to its end."""
-        text = " ".join(WORDS[number % 7 :] * (1 + number % 12))
+        text = " ".join(WORDS[number % 7 :] * (1 + number % 3))
         for length in (30, 300, len(text)):
             self.ask("POST", "/v1/summaries", text[:length])
         self.ask("POST", "/v1/summaries?stream=true", text)
