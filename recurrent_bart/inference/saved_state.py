@@ -1,5 +1,6 @@
 """Check of a saved state, which may come from a stranger: names, types and shapes must fit this model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,14 @@ def check_tensors(tensors: dict[str, Tensor], config: RecurrentBartConfig, path:
         _require(needed is None or needed in state, f"{needed}", path)
     n_waiting = sum(len(tensors[name]) for name in IDS)
     _require(are_rows(tensors["spans"], n_waiting, _n_shown(state, config)), "spans", path)
+
+
+def check_counts(counts: object, names: Sequence[str], path: Path) -> None:
+    """Raise ValueError unless `counts` are whole numbers with these names."""
+    values = list(counts.values()) if isinstance(counts, dict) and counts.keys() == set(names) else [None]
+    # a bool is an int
+    if not all(type(value) is int and 0 <= value < 2**53 for value in values):
+        raise ValueError(f"{path}: not a saved state: its counts must be whole numbers")
 
 
 def _check_outputs(

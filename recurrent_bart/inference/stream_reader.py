@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.data.word_segmenter import joins_words
 from recurrent_bart.distributed import is_first
-from recurrent_bart.inference.saved_state import check_tensors
+from recurrent_bart.files import replace_and_fsync
+from recurrent_bart.inference.saved_state import check_counts, check_tensors
 from recurrent_bart.inference.shown_tokens import ShownToken, after_section, as_tensor, from_tensor, show_segments
 from recurrent_bart.model.loading import load_pretrained
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
@@ -52,6 +52,8 @@ STATE_FIELDS = (
     "segment_size",
     "input_size",
 )
+# counts of a bookmark that are saved
+COUNTS = ("position", "n_tokens", "n_segments")
 # characters tokenized in one call
 BLOCK = 2**16
 # segments read in one call, enough for the wavefront schedule
@@ -89,6 +91,8 @@ class Bookmark:
         context: Characters in front of `text` whose ids are read already, because the ids of `text` depend on them;
             empty if the text in front ends with a word and white space follows.
         position: Number of characters in front of `text`.
+        n_tokens: Number of tokens in front of `tokens`, without special tokens.
+        n_segments: Number of segments in front of `tokens`.
         shown: Tokens that the decoder attends to after the segments read so far.
     """
 
@@ -98,7 +102,14 @@ class Bookmark:
     text: str = ""
     context: str = ""
     position: int = 0
+    n_tokens: int = 0
+    n_segments: int = 0
     shown: list[ShownToken] = field(default_factory=list)
+
+    @property
+    def n_characters(self) -> int:
+        """Number of characters so far, `text` included."""
+        return self.position + len(self.text)
 
 
 class TextReader:
@@ -207,8 +218,17 @@ class TextReader:
     def save(self, path: Path, notes: dict[str, Any] | None = None) -> None:
         """Write the bookmark for a reader of the same model; raise ValueError if the file cannot be written.
 
-        `notes` are JSON values of the caller, which `load` returns.
+        A crash leaves the old file or the new one. `notes` are JSON values of the caller, which `load` returns.
         """
+        draft = path.with_name(path.name + ".tmp")
+        try:
+            self.write(draft, notes)
+            replace_and_fsync(draft, path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error})") from error
+
+    def write(self, path: Path, notes: dict[str, Any] | None = None) -> None:
+        """Write the bookmark as `save` does, but not atomically; raise OSError if the file cannot be written."""
         mark = self.bookmark
         tensors = {
             "ids": torch.tensor([token.id for token in mark.tokens], dtype=torch.long),
@@ -222,16 +242,14 @@ class TextReader:
             "text": mark.text,
             "context": mark.context,
             "query": self.query,
-            "position": str(mark.position),
             "reader": json.dumps(self._identity()),
+            "counts": json.dumps({name: getattr(mark, name) for name in COUNTS}),
             "notes": json.dumps(notes or {}),
         }
-        draft = path.with_name(path.name + ".tmp")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata)
-            os.replace(draft, path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: cannot be written ({error})") from error
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
     def load(self, path: Path) -> dict[str, Any]:
         """Load a bookmark, and return its notes. A reader without a question takes over the question of the file.
@@ -250,11 +268,12 @@ class TextReader:
         try:
             reader, notes = json.loads(metadata["reader"]), json.loads(metadata.get("notes", "{}"))
             text, context, query = metadata["text"], metadata["context"], metadata["query"].strip()
-            position = int(metadata["position"])
+            counts = json.loads(metadata["counts"])
         except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a saved state: {error} in its metadata") from error
-        if not isinstance(reader, dict) or not isinstance(notes, dict) or not 0 <= position < 2**53:
-            raise ValueError(f"{path}: not a saved state: its metadata have another type or value")
+        if not isinstance(reader, dict) or not isinstance(notes, dict):
+            raise ValueError(f"{path}: not a saved state: its metadata are no objects")
+        check_counts(counts, COUNTS, path)
         self._check_same(reader, path)
         if self.query not in ("", query):
             raise ValueError(f"{path}: the state was saved with the query {query!r}, not with {self.query!r}")
@@ -269,7 +288,7 @@ class TextReader:
             tokens=waiting[len(overlap) :],
             text=text,
             context=context,
-            position=position,
+            **counts,
             shown=shown,
         )
         self.n_counted = len(self.bookmark.tokens) + len(self._tokens_behind_context())
@@ -364,6 +383,7 @@ class TextReader:
         mark.state = output.state
         self.shown = show_segments(mark.shown, segments, self.model.config)
         mark.shown = after_section(self.shown, self.model.config) if ends_section else self.shown
+        mark.n_segments += n_segments
         self.n_segments += n_segments
         # the only context is the one after the last segment, which `generate` takes without target segments
         return replace(output, target_segments=None)
@@ -373,6 +393,7 @@ class TextReader:
         segment = [*map(Token, self.leading), *mark.overlap, *new, *map(Token, self.trailing)]
         if self.n_overlap:
             mark.overlap = [*mark.overlap, *new][-self.n_overlap :]
+        mark.n_tokens += len(new)
         n_again = min(self.n_counted, len(new))
         self.n_counted -= n_again
         self.n_tokens += len(new) - n_again

@@ -1,6 +1,6 @@
 """Summaries of texts of any length, one by one, in batches, or of a text that arrives in pieces."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -125,8 +125,19 @@ class Summarizer:
             ValueError: A text has no tokens, a question leaves no room for text, or the numbers of texts and questions
                 differ.
         """
-        if not texts:
-            return []
+        found: dict[int, Summary] = {}
+        for part in self.summarize_in_steps(texts, queries):
+            found |= part
+        return [found[index] for index in range(len(texts))]
+
+    def summarize_in_steps(
+        self, texts: Sequence[str], queries: Sequence[str] | None = None
+    ) -> Iterator[dict[int, Summary]]:
+        """Yield the summaries of one batch after another, by the index of the text, short texts first.
+
+        While a text that is longer than a batch is read, an empty dictionary is yielded after each encoder call.
+        Arguments and errors are as in `summarize`.
+        """
         queries = [self.query] * len(texts) if queries is None else queries
         asked = self._questions(texts, queries)
         whole = self._tokens(texts)
@@ -136,17 +147,20 @@ class Summarizer:
         most = [None if self.max_n_segments == -1 else self.max_n_segments * room for room in rooms]
         read = [document[:limit] for document, limit in zip(whole, most, strict=True)]
         n_segments = [-(-len(document) // room) for document, room in zip(read, rooms, strict=True)]
-        found: dict[int, tuple[str, list[Citation] | None]] = {}
-        for group in group_by_segments(n_segments, self.most_segments):
+        for group in reversed(group_by_segments(n_segments, self.most_segments)):
+            found: Iterable[tuple[str, list[Citation] | None]]
             if n_segments[group[0]] > self.most_segments:
-                found[group[0]] = self._summarize_long(read[group[0]], queries[group[0]])
+                reader = TextReader(self.model, self.tokenizer, query=queries[group[0]])
+                reader.bookmark = Bookmark(tokens=read[group[0]])
+                for context in reader.finish():  # noqa: B007 - the last context counts
+                    yield {}
+                found = [self._write(context, reader.shown)]
             else:
-                documents = [(asked[index], read[index]) for index in group]
-                found |= zip(group, self._summarize_batch(documents), strict=True)
-        return [
-            Summary(text, n_segments[index], len(read[index]), len(whole[index]) - len(read[index]), citations)
-            for index, (text, citations) in sorted(found.items())
-        ]
+                found = self._summarize_batch([(asked[index], read[index]) for index in group])
+            yield {
+                index: Summary(text, n_segments[index], len(read[index]), len(whole[index]) - len(read[index]), cited)
+                for index, (text, cited) in zip(group, found, strict=True)
+            }
 
     def _questions(self, texts: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text's question and separator."""
@@ -215,18 +229,15 @@ class Summarizer:
             shown = show_segments([], self._segments(document, query), self.model.config) if self.citations else []
             yield self._written(ids, context.rows(torch.tensor([index])) if self.citations else context, shown)
 
-    def _summarize_long(self, document: list[Token], query: str) -> tuple[str, list[Citation] | None]:
-        reader = TextReader(self.model, self.tokenizer, query=query)
-        reader.bookmark = Bookmark(tokens=document)
-        *_, context = reader.finish()
-        ids = self.model.generate(encoder_outputs=context, **self.generation)[0]
-        return self._written(ids, context, reader.shown)
-
     def _segments(self, document: list[Token], query: Sequence[int] = ()) -> list[list[Token]]:
         """Cut a document as the collator cuts it; `query` has the ids of its question."""
         leading, trailing = [*map(Token, (*self.collator.leading, *query))], [*map(Token, self.collator.trailing)]
         sizes = self.collator.sizes.segment_size, self.collator.sizes.input_size
         return split_into_segments([*leading, *document, *trailing], *sizes, len(leading), len(trailing))
+
+    def _write(self, context: BaseModelOutput, shown: Sequence[ShownToken]) -> tuple[str, list[Citation] | None]:
+        ids_T = self.model.generate(encoder_outputs=context, **self.generation)[0]
+        return self._written(ids_T, context, shown)
 
     def _written(self, ids_T: Tensor, context: Any, shown: Sequence[ShownToken]) -> tuple[str, list[Citation] | None]:
         citations = cite(self.model, self.tokenizer, context, shown, ids_T) if self.citations else None

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.text_encoder import decode_text
 from recurrent_bart.data.word_segmenter import join_words, joins_words
+from recurrent_bart.model.decoding.stopping import StopWhen
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
 
@@ -21,8 +22,11 @@ def stream_text(
 ) -> Generator[str, None, Tensor]:
     """Generate a text from a decoder context in a thread, and yield its pieces; joined, they are `summary_after`.
 
-    Beam search knows its words only at the end, so it yields one piece. The generator returns the ids `(T,)`.
+    Beam search knows its words only at the end, so it yields one piece. The generator returns the ids `(T,)`. Closing
+    it ends the thread.
     """
+    closed = threading.Event()
+    generation["stopping_criteria"] = [*generation.get("stopping_criteria", ()), StopWhen(closed.is_set)]
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
     uses_beams = (generation.get("num_beams") or model.generation_config.num_beams or 1) > 1
     failures: list[Exception] = []
@@ -41,8 +45,11 @@ def stream_text(
 
     thread = threading.Thread(target=generate)
     thread.start()
-    yield from stripped(joined(streamer) if joins_words(tokenizer) else streamer)
-    thread.join()
+    try:
+        yield from stripped(joined(streamer) if joins_words(tokenizer) else streamer)
+    finally:
+        closed.set()
+        thread.join()
     if failures:
         raise failures[0]
     return generated[0]

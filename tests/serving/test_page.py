@@ -70,6 +70,10 @@ def test_summaries_sessions_and_sections_have_citations_only_if_asked_for(client
     assert "citations" not in last_event(client.get(f"{address}?stream=true"))
     section = last_event(client.post(f"/v1/sessions/{id}/sections?citations=true&stream=true"))
     assert section == {"summary": expected.end_section().text, "citations": cited}
+    # the notes of a session's file have the citations too
+    again = client.post(f"/v1/sessions/{id}/sections?citations=true&number=1").json()
+    assert again == client.get(f"/v1/sessions/{id}/sections").json()["sections"][0]
+    assert (again["citations"], again["number"]) == (cited, 1)
     assert client.post(f"/v1/sessions/{id}/sections?citations=true").status_code == 400
     client.post(f"/v1/sessions/{id}/text", content=SENTENCES[2])
     passages = client.post(f"/v1/sessions/{id}/sections?citations=true").json()["citations"][0]["passages"]

@@ -11,6 +11,7 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartLearned
 
 from recurrent_bart.execution.module_settings import has_hooks
 from recurrent_bart.model.decoder_attention import CrossAttention, GatedCrossAttention, SelfAttention
+from recurrent_bart.model.decoding.stopping import StopWhen
 from recurrent_bart.model.modeling_decoder import PreNormDecoderLayer, RecurrentBartDecoder
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.recurrence.segmentation import is_traced
@@ -22,6 +23,8 @@ UNREAD_SETTINGS = (
     *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
     *("cache_implementation", "prefill_chunk_size", "is_assistant", "low_memory", "compile_config"),
 )
+# criteria that end the fast loop
+CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopWhen)
 # module of the hooks that count and time an engine's steps; they change no output without DeepSpeed's own casts
 ENGINE = "deepspeed.runtime.engine"
 LAYERS = (BartDecoderLayer, PreNormDecoderLayer)
@@ -32,9 +35,7 @@ def call_needs_hugging_face(config: GenerationConfig, stopping_criteria: Any, kw
     """Return the first argument of a call that the fast loop does not cover, or None."""
     settings = [name for name in UNREAD_SETTINGS if getattr(config, name, None)]
     given = [name for name, value in kwargs.items() if name not in READ_KWARGS and value is not None]
-    other = [
-        type(part).__name__ for part in stopping_criteria if type(part) not in (EosTokenCriteria, MaxLengthCriteria)
-    ]
+    other = [type(part).__name__ for part in stopping_criteria if type(part) not in CRITERIA]
     if not config.use_cache:
         settings.append("use_cache=False")
     if kwargs.get("synced_gpus"):
