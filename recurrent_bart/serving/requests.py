@@ -141,6 +141,7 @@ def describe(allowed: Sequence[str], has_text: bool = False, has_object: bool = 
         {"name": name, "in": "query", "required": False, "schema": schema, "description": schema["description"]}
         for name, schema in options.items()
     ]
+    content: dict[str, Any]
     if has_object:
         content = {"application/json": {"schema": {"type": "object", "properties": options}}}
         return {"parameters": parameters, "requestBody": {"required": False, "content": content}}

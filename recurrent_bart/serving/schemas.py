@@ -1,7 +1,7 @@
 """Content of the service's answers, and of the notes in a session's file. OpenAPI shows the answers."""
 
 from dataclasses import asdict
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
@@ -37,8 +37,8 @@ class SummaryAnswer(BaseModel):
     @classmethod
     def of(cls, summary: Summary, **more: int) -> Self:
         """Return the answer for a summary."""
-        content = asdict(summary)
-        return cls(summary=content.pop("text"), **content, **more)
+        content: dict[str, Any] = asdict(summary) | more
+        return cls(summary=content.pop("text"), **content)
 
 
 class Section(SummaryAnswer):
