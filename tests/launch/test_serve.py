@@ -56,7 +56,7 @@ def test_a_mistake_is_one_line(script, model, flags, message, tmp_path, monkeypa
         (["--host", "0.0.0.0"], None),
         (
             ["--host", "0.0.0.0", "--allowed_hosts", "a.example"],
-            ("localhost", "127.0.0.1", "[::1]", "0.0.0.0", "a"),
+            ("localhost", "127.0.0.1", "[::1]", "0.0.0.0", "a.example"),
         ),
     ],
 )
