@@ -82,5 +82,24 @@ def test_summaries_sessions_and_sections_have_citations_only_if_asked_for(client
     assert (wrong.status_code, wrong.json()["detail"]) == (400, "citations must be true or false")
 
 
+def test_a_session_with_a_question_cites_its_text_as_it_was_read(client, summarizer):
+    found = []
+    for query in ("", "ant"):
+        session = summarizer.open(query=query).with_generation({}, citations=True)
+        session.add(TEXT)
+        found.append(session.summary().record())
+    plain, asked = found
+    assert asked["n_segments"] > plain["n_segments"]
+    id = client.post("/v1/sessions", json={"query": "ant"}, headers={"content-type": "application/json"}).json()["id"]
+    sent = "\ufeff" + TEXT.replace("\n", "\r\n")
+    added = client.post(f"/v1/sessions/{id}/text", content=sent.encode())
+    assert added.json()["n_characters"] == len(sent)
+    # positions of citations do not count a byte order mark and carriage returns
+    assert client.get(f"/v1/sessions/{id}/summary?citations=true").json() == asked
+    given = {"text": sent, "citations": True, "query": "ant"}
+    answer = client.post("/v1/summaries", json=given, headers={"content-type": "application/json"})
+    assert answer.json() == asked
+
+
 def last_event(answer):
     return json.loads(answer.text.strip().rsplit("data: ", 1)[1])

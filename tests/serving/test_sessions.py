@@ -42,6 +42,7 @@ def test_a_lost_summary_of_a_section_can_be_read_again(serve):
     assert "the session has 3 sections" in gap.json()["detail"]
 
 
+@pytest.mark.slow
 def test_the_last_sections_are_kept(serve):
     client = serve()
     id, n_sections = new(client), N_SECTIONS_KEPT + 2
@@ -63,6 +64,7 @@ def test_settings_of_generation_change_the_summary_of_a_section(serve):
     assert len(texts[1]) < len(texts[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"n_readers": 1}], ids=["restart", "eviction"])
 def test_counts_are_of_the_whole_text_after_a_restart_and_an_eviction(serve, summarizer, settings):
     client = serve(**settings)
@@ -99,6 +101,7 @@ def test_a_state_of_the_command_line_goes_on_at_its_number_of_characters(serve, 
 LINES = "\ufeff" + "\r\n".join(WORDS[:5]) + "\r" + "\n\r\n\r\r\n" + WORDS[6] + "\r\n"
 
 
+@pytest.mark.slow
 def test_line_ends_and_a_byte_order_mark_are_read_as_the_command_line_reads_them(serve, summarizer):
     client = serve()
     plain = "".join(text_pieces(io.BytesIO(LINES.encode()), "file"))
@@ -121,6 +124,7 @@ def test_line_ends_and_a_byte_order_mark_are_read_as_the_command_line_reads_them
     assert [(it["summary"], it["n_tokens"]) for it in answers] == [(expected.text, expected.n_tokens)] * 5
 
 
+@pytest.mark.slow
 def test_old_sessions_go_without_a_request_except_those_in_use(serve, summarizer, monkeypatch, tmp_path):
     monkeypatch.setattr(service, "DELETE_EVERY_SECONDS", 0.1)
     client = serve(session_seconds=4.0)
