@@ -27,7 +27,7 @@ from recurrent_bart.data.word_segmenter import (
 from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 # JSON file with the fields of `Corpus` except `rows`.
 ABOUT = "about.json"
 # Documents per tokenizer call; a fast tokenizer processes them in parallel threads.
@@ -155,6 +155,10 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
         if not any(sections) or (any(row.summaries) and not any(summaries)):
             empty = "summary" if any(sections) else "document"
             on_bad(ValueError(f"{row.id}: the {empty} has no tokens"))
+            continue
+        targeted = [pair for *pair, text in zip(sections, summaries, row.summaries, strict=True) if text]
+        if not all(itertools.chain.from_iterable(targeted)):
+            on_bad(ValueError(f"{row.id}: a section with a summary has no tokens, or its summary has none"))
             continue
         records.append(
             {

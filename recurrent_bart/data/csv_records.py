@@ -1,17 +1,14 @@
 """Reader for CSV and TSV files that detects missing quotes."""
 
 import csv
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.data.csv_quotes import lines_are_rows
 from recurrent_bart.data.rows import refuse
 from recurrent_bart.data.text_files import ENCODING, check_decoded, open_text
 
-# Pattern of a delimiter that seems to separate fields: a comma with text on both sides, outside of numbers, because a
-# space follows a comma in prose; and any tab.
-SEPARATES = {",": re.compile(r"(?<=[^\s,]),(?=[^\s,\d])|(?<=[^\s,\d]),(?=\d)"), "\t": re.compile("\t")}
 REMEDY = 'write "..." around a field with a delimiter, quote or line end, and "" for each quote in the field'
 
 
@@ -56,7 +53,11 @@ def csv_records(
     with open_text(path, encoding, newline="") as file:
         rows = CsvRows(iter(file), delimiter)
         names = _row(rows, path, encoding, refuse)
-        _check_names(names or [], path)
+        check_names(names or [], f"{path}:1")
+        if delimiter == "," and len(names or []) == 1 and names and ";" in names[0]:
+            raise ValueError(
+                f"{path}:1: the header is one column {names[0]!r}; if its delimiter is ';', save the file with commas"
+            )
         while names:
             row = _row(rows, path, encoding, on_bad, len(names))
             if row is None:
@@ -92,18 +93,15 @@ def _explain(error: csv.Error, line: int) -> str:
 def _check_row(row: list[str], rows: CsvRows, n_columns: int) -> None:
     if len(row) != n_columns:
         raise ValueError(f"{len(row)} fields, but the first row names {n_columns} columns; {REMEDY}")
-    if len(rows.raw) > 1 and n_columns > 1 and all(_is_row(line, rows.delimiter, n_columns) for line in rows.raw):
+    if len(rows.raw) > 1 and n_columns > 1 and lines_are_rows(rows.raw, row, rows.delimiter):
         raise ValueError(
             f"a quoted field has {len(rows.raw)} lines, and each line is a row of {n_columns} fields without the "
             f"quotes: a quote seems to be missing; {REMEDY}. If none is, write the documents as .jsonl"
         )
 
 
-def _is_row(line: str, delimiter: str, n_columns: int) -> bool:
-    return len(SEPARATES[delimiter].findall(line.replace('"', ""))) == n_columns - 1
-
-
-def _check_names(names: list[str], path: Path) -> None:
+def check_names(names: list[str], place: str) -> None:
+    """Raise ValueError if two columns of a table have the same name. Columns without names are never read."""
     twice = {name for name in names if name and names.count(name) > 1}
     if twice:
-        raise ValueError(f"{path}:1: two columns are named {', '.join(map(repr, sorted(twice)))}; rename one of them")
+        raise ValueError(f"{place}: two columns are named {', '.join(map(repr, sorted(twice)))}; rename one of them")

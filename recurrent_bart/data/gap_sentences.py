@@ -78,7 +78,7 @@ def gap_sentence_rows(row: Row, n_rows: int, task: str) -> Iterator[Row]:
             made = made[first : first + MOST_PIECES]
         asked = [both for both in made if both is not None]
         if asked:
-            yield Row(f"{row.record_id()} ({number})", [text for text, _ in asked], [target for _, target in asked])
+            yield Row(f"{row.record_name()} ({number})", [text for text, _ in asked], [target for _, target in asked])
 
 
 def _sentences(sections: Sequence[str]) -> list[list[Sentence]]:

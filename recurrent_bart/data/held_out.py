@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from recurrent_bart.data.rows import Row, split_of
 
 SPLIT_RULES = ("content", "line")
-# Node of the union-find: ("group", name) or ("text", digest).
+# Node of the union-find: ("group", name), ("id", name) or ("text", digest).
 Node = tuple[str, str]
 
 
@@ -26,7 +26,7 @@ class HeldOut:
 
 def split_by_line(row: Row) -> str:
     """Return the split of a document by its record's id, or by its file and line if it has no id."""
-    return "validation" if split_of(row.record_id()) == "validation" else "train"
+    return "validation" if split_of(row.record_name()) == "validation" else "train"
 
 
 def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[str]:
@@ -59,9 +59,11 @@ class _Groups:
 
     def add(self, row: Row) -> None:
         text = ("text", row.digest())
-        first, second = self.root(text), self.root(text if row.group is None else ("group", row.group))
-        # The smaller name becomes the root, so the order of documents has no effect. An id sorts before a text.
-        self.parent[max(first, second)] = min(first, second)
+        for kind, name in (("group", row.group), ("id", row.record_id)):
+            first, second = self.root(text), self.root(text if name is None else (kind, name))
+            # The smaller name becomes the root, so the order of documents has no effect. A group sorts before an id,
+            # and an id before a text.
+            self.parent[max(first, second)] = min(first, second)
 
     def root(self, node: Node) -> Node:
         while self.parent.setdefault(node, node) != node:

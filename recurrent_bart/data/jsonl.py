@@ -45,13 +45,24 @@ def _record(line: str, encoding: str) -> dict[str, Any] | None:
     check_decoded(line, encoding)
     # In concatenated files, later lines can begin with a byte order mark.
     text = line.lstrip("\ufeff")
-    return _object(json.loads(text)) if text.strip() else None
+    return _object(text) if text.strip() else None
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text, object_pairs_hook=_with_unique_keys)
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object. Raise ValueError if a key is repeated: only the last value would stay."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} is repeated in an object")
+    return found
 
 
 def json_records(
@@ -70,11 +81,11 @@ def json_records(
         text = file.read()
     number, counted = 1, 0
     try:
-        for start, end, value in _elements(text):
+        for start, end in _elements(text):
             number, counted = number + text.count("\n", counted, start), start
             try:
                 check_decoded(text[start:end], encoding)
-                record = _object(value)
+                record = _object(text[start:end])
             except ValueError as error:
                 on_bad(ValueError(f"{path}:{number}: unreadable object ({error})"))
                 continue
@@ -88,16 +99,16 @@ def _begins_list(lines: Iterable[str]) -> bool:
     return next((text[0] == "[" for line in lines if (text := line.lstrip("\ufeff \t\r\n"))), False)
 
 
-def _elements(text: str) -> Iterator[tuple[int, int, Any]]:
-    """Yield start, end and value of each element of a JSON list. Raise json.JSONDecodeError for other text."""
+def _elements(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each element of a JSON list. Raise json.JSONDecodeError for other text."""
     decoder, start = json.JSONDecoder(), ARRAY_START.match(text)
     assert start is not None
     position = start.end()
     delimiter = "]" if text.startswith("]", position) else ","
     position += delimiter == "]"
     while delimiter == ",":
-        value, end = decoder.raw_decode(text, position)
-        yield position, end, value
+        _, end = decoder.raw_decode(text, position)
+        yield position, end
         found = ARRAY_DELIMITER.match(text, end)
         if found is None:
             raise json.JSONDecodeError("Expecting ',' delimiter", text, end)

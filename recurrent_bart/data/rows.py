@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 from recurrent_bart.data.text_layouts import LayoutError, read_layout
 
 SPLITS = ("train", "validation", "test")
-TASKS = ("document", "sections", "denoise", "recall")
+SUMMARY_TASKS = ("document", "sections")
 # Tasks whose targets are made of the text itself; see `pretraining.py`.
 PRETRAINING_TASKS = ("denoise", "recall")
+TASKS = SUMMARY_TASKS + PRETRAINING_TASKS
 # Lone surrogates: JSON can encode them, but no tokenizer accepts them.
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
@@ -26,12 +28,14 @@ class Row:
         id: Name in messages and outputs: the record's id, or its file and line.
         sections: Texts; exactly one for the document task.
         summaries: Targets, one per section; empty if the section has none.
-        group: Name of a group that is never split between training and validation; None: no group.
+        group: Group of the record, which is never split between training and validation; None: no group.
         is_named: True if the record has an id.
         references: Further reference texts of each summary, for scores alone; empty: there are none.
         query: Question that the summaries answer; it stands before every segment. Empty: none.
         ending: End of `id` that names the question, if the record has a list of questions.
         is_first: True for the first row of a record.
+        unread: Text of the sections after the last target. No segment has it, but it is part of the document.
+        record_id: The record's id. Rows with the same id are never split between training and validation.
     """
 
     id: str
@@ -43,19 +47,22 @@ class Row:
     query: str = ""
     ending: str = ""
     is_first: bool = True
+    unread: str = ""
+    record_id: str | None = None
 
     def digest(self) -> str:
-        """Return a hash of the text that ignores differences in white space."""
-        text = " ".join("\n".join(self.sections).split())
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Return a hash of the whole text that ignores differences in white space and in Unicode normalisation."""
+        text = " ".join("\n".join([*self.sections, self.unread]).split())
+        # an unread section may have a lone surrogate
+        return hashlib.sha256(unicodedata.normalize("NFC", text).encode(errors="surrogatepass")).hexdigest()[:16]
 
-    def record_id(self) -> str:
-        """Return the id of the record, which all its questions share."""
+    def record_name(self) -> str:
+        """Return the name of the record, which all its questions share."""
         return self.id.removesuffix(self.ending)
 
     def key(self) -> str:
         """Return the record's id, or the hash of its text if the record has no id."""
-        return self.record_id() if self.is_named else self.digest()
+        return self.record_name() if self.is_named else self.digest()
 
 
 @dataclass(frozen=True)
@@ -85,27 +92,25 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     Raises:
         ValueError: A field is missing, empty or of the wrong type.
     """
-    given = record.get("id")
-    is_named = given is not None and given != ""
-    name = str(given) if is_named else Path(place).name
-    group = name if is_named else None
-    if columns.group:
-        group = str(_field(record, columns, "group", place))
+    is_named = _has_value(record, "id")
+    name = str(record["id"]) if is_named else Path(place).name
+    group, own_id = _group(record, columns, place), name if is_named else None
     query = read_query(record, columns.query, place)
     if task == "sections":
-        sections, summaries, lists = _section_texts(record, columns, place)
+        sections, summaries, lists, unread = _section_texts(record, columns, place)
         lists = lists if columns.references else []
-        return with_targets(Row(name, sections, summaries, group, is_named, lists, query), place)
+        row = Row(name, sections, summaries, group, is_named, lists, query, unread=unread, record_id=own_id)
+        return with_targets(row, place)
     text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
     if task in PRETRAINING_TASKS:
-        return with_text(Row(name, [text], [""], group, is_named), place)
+        return with_text(Row(name, [text], [""], group, is_named, record_id=own_id), place)
     references = _references(record, columns, place)
-    if references and record.get(columns.summary) is None and record.get(columns.summaries) is None:
+    has_none = record.get(columns.summary) is None and record.get(columns.summaries) is None
+    summary = "" if references and has_none else _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
+    if references and not summary.strip():
         summary, *references = references
-    else:
-        summary = _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
     lists = [references] if references else []
-    return with_targets(Row(name, [text], [summary], group, is_named, lists, query), place)
+    return with_targets(Row(name, [text], [summary], group, is_named, lists, query, record_id=own_id), place)
 
 
 def split_queries(record: dict[str, Any], task: str, columns: Columns, place: str) -> list[tuple[dict[str, Any], str]]:
@@ -196,6 +201,22 @@ def split_of(name: str) -> str:
     return {0: "validation", 1: "test"}.get(digit, "train")
 
 
+def _has_value(record: dict[str, Any], column: str) -> bool:
+    """Return True if a field is there and neither null, blank nor NaN. Tables write a missing number as NaN."""
+    value = record.get(column)
+    return value is not None and value == value and str(value).strip() != ""
+
+
+def _group(record: dict[str, Any], columns: Columns, place: str) -> str | None:
+    """Return the group of a record, or None without a column."""
+    if columns.group is None:
+        return None
+    value = _field(record, columns, "group", place)
+    if not _has_value(record, columns.group):
+        raise ValueError(f"{place}: column {columns.group!r} has no value")
+    return str(value)
+
+
 def _texts(record: dict[str, Any], columns: Columns, name: str, place: str) -> list[str]:
     texts = _field(record, columns, name, place)
     about = f"{place}: column {getattr(columns, name)!r} must be a list of texts"
@@ -220,10 +241,14 @@ def _references(record: dict[str, Any], columns: Columns, place: str) -> list[st
 
 def _section_texts(
     record: dict[str, Any], columns: Columns, place: str
-) -> tuple[list[str], list[str], list[list[str]]]:
+) -> tuple[list[str], list[str], list[list[str]], str]:
+    """Return the sections up to the last target, their summaries and references, and the text of the rest."""
     sections, summaries = (_texts(record, columns, name, place) for name in ("sections", "summaries"))
     if len(sections) != len(summaries):
         raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
+    for number, (section, summary) in enumerate(zip(sections, summaries, strict=True), start=1):
+        if summary.strip() and not section.strip():
+            raise ValueError(f"{place}: section {number} is empty but has a summary")
     references: list[list[str]] = [[] for _ in sections]
     if columns.references:
         has_none = columns.references in record and record[columns.references] is None
@@ -260,12 +285,12 @@ def _field(record: dict[str, Any], columns: Columns, name: str, place: str) -> A
 
 def _join_untargeted(
     sections: list[str], summaries: list[str], references: list[list[str]]
-) -> tuple[list[str], list[str], list[list[str]]]:
-    """Join neighbouring sections without a target. Drop the sections after the last target, which would not be read."""
+) -> tuple[list[str], list[str], list[list[str]], str]:
+    """Join neighbouring sections without a target. Return the text after the last target apart: it is not read."""
     joined = list(_runs(sections, summaries, references))
-    while joined and not joined[-1][1]:
-        joined.pop()
-    return [section for section, *_ in joined], [summary for _, summary, _ in joined], [own for *_, own in joined]
+    unread = joined.pop()[0] if joined and not joined[-1][1] else ""
+    texts, targets = [section for section, *_ in joined], [summary for _, summary, _ in joined]
+    return texts, targets, [own for *_, own in joined], unread
 
 
 def _runs(

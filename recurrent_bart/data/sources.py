@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, get_dataset_split_names, load_dataset, load_dataset_builder
 
-from recurrent_bart.data.csv_records import csv_records
+from recurrent_bart.data.csv_records import check_names, csv_records
 from recurrent_bart.data.folders import SPLIT_OF_NAME, find_saved, find_splits, find_texts, kind_of, name_some
 from recurrent_bart.data.gap_sentences import gap_sentence_rows
 from recurrent_bart.data.held_out import HeldOut, held_out_texts, split_by_line
@@ -174,27 +174,31 @@ def find_sources(
 
     `dataset` is `"stdlib"`, a file, a folder of texts, a folder with files or folders named `train.*`, `validation.*`,
     `test.*` or similar, a folder written by `save_to_disk`, or the name of a data set for `datasets.load_dataset`, with
-    its configuration `config_name`. If one of the three files is given (each a file or a folder of one split),
-    `dataset` is ignored. Without `needs_summary`, texts in folders need no summary.
+    its configuration `config_name`. Each of the three files (or folders of one split) replaces a split of `dataset`.
+    With a training file, or with any file beside `"stdlib"`, `dataset` is ignored. Without `needs_summary`, texts in
+    folders need no summary.
 
     Raises:
         ValueError: A file does not exist or has an unknown type.
     """
     given = {"train": train_file, "validation": validation_file, "test": test_file}
-    if any(given.values()):
-        sources = {split: _path_source((Path(path),), split, needs_summary) for split, path in given.items() if path}
-    elif dataset == EMBEDDED:
+    files = {split: _path_source((Path(path),), split, needs_summary) for split, path in given.items() if path}
+    if dataset == EMBEDDED and not files:
         return {split: Source(EMBEDDED, str(library_root()), split) for split in SPLITS}
-    elif Path(dataset).exists():
-        sources = _sources_at(Path(dataset), needs_summary)
-    elif dataset.startswith((".", "/", "~")) or Path(dataset).suffix:
-        raise ValueError(f"{dataset}: no such file or folder")
-    else:
-        sources = _hub_sources(dataset, config_name)
+    has_all = "train" in files or dataset == EMBEDDED
+    sources = files if has_all else _sources_of(dataset, config_name, needs_summary) | files
     if "train" in sources and "validation" not in sources:
         whole = replace(sources["train"], held_out=held_out or HeldOut())
         sources |= {split: replace(whole, split=split) for split in ("train", "validation")}
     return sources
+
+
+def _sources_of(dataset: str, config_name: str, needs_summary: bool) -> dict[str, Source]:
+    if Path(dataset).exists():
+        return _sources_at(Path(dataset), needs_summary)
+    if dataset.startswith((".", "/", "~")) or Path(dataset).suffix:
+        raise ValueError(f"{dataset}: no such file or folder")
+    return _hub_sources(dataset, config_name)
 
 
 def _sources_at(place: Path, needs_summary: bool) -> dict[str, Source]:
@@ -296,11 +300,25 @@ def _records_reader(path: Path) -> Callable[[Path, OnBad, str], Records]:
 
 
 def _parquet_records(path: Path, on_bad: OnBad, encoding: str) -> Records:
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", record
+    file = pyarrow.parquet.ParquetFile(path)
+    check_names(file.schema_arrow.names, str(path))
+    rows = (batch.slice(row, 1) for batch in file.iter_batches(batch_size=64) for row in range(batch.num_rows))
+    for number, row in enumerate(rows, start=1):
+        yield from _record_at(f"{path}:{number}", functools.partial(_only_record, row), on_bad)
+
+
+def _only_record(row: pa.RecordBatch) -> dict[str, Any]:
+    return row.to_pylist()[0]
+
+
+def _record_at(place: str, read: Callable[[], dict[str, Any]], on_bad: OnBad) -> Records:
+    """Yield the record that `read` returns. A row with bytes that are not UTF-8 is unreadable."""
+    try:
+        record = read()
+    except ValueError as error:
+        on_bad(ValueError(f"{place}: unreadable row ({error})"))
+        return
+    yield place, record
 
 
 def _folder_records(source: Source, on_bad: OnBad) -> Records:
@@ -320,12 +338,20 @@ def _folder_records(source: Source, on_bad: OnBad) -> Records:
 
 def _saved_records(source: Source, on_bad: OnBad) -> Records:
     try:
-        for number, record in enumerate(Dataset.load_from_disk(source.place).with_format(None)):
-            yield f"{source.place}[{number}]", record
+        dataset = Dataset.load_from_disk(source.place).with_format(None)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source.place}: unreadable ({error})") from error
+    yield from _dataset_records(dataset, source.place, on_bad)
 
 
 def _hub_records(source: Source, on_bad: OnBad) -> Records:
-    for number, record in enumerate(load_dataset(source.place, source.config_name or None, split=source.hub_split)):
-        yield f"{source.place}[{number}]", record
+    dataset = load_dataset(source.place, source.config_name or None, split=source.hub_split)
+    yield from _dataset_records(dataset, source.place, on_bad)
+
+
+def _dataset_records(dataset: Dataset, place: str, on_bad: OnBad) -> Records:
+    try:
+        for number in range(len(dataset)):
+            yield from _record_at(f"{place}[{number}]", functools.partial(dataset.__getitem__, number), on_bad)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{place}: unreadable ({error})") from error

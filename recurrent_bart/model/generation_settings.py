@@ -1,5 +1,6 @@
 """Settings of text generation: active settings, the longest text, and settings that contradict the targets."""
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,12 +68,25 @@ def text_length(config: PreTrainedConfig, generation: GenerationConfig, given: M
     return most
 
 
+def check_names(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if a name is no setting of GenerationConfig, or if there is no beam."""
+    known = vars(GenerationConfig())
+    for name in given:
+        if name not in known and name != "fast":
+            close = difflib.get_close_matches(name, [known_name for known_name in known if known_name[0] != "_"], 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{name}: no setting of generation{hint}")
+    if given.get("num_beams", 1) is not None and given.get("num_beams", 1) < 1:
+        raise ValueError(f"--num_beams {given['num_beams']}: must be at least 1")
+
+
 def change_settings(generation: GenerationConfig, given: Mapping[str, Any], max_new_tokens: int) -> None:
     """Change generation settings in place; raise ValueError if a setting is impossible or has no effect.
 
     `max_new_tokens` becomes the model's setting. It replaces the older `max_length`, because transformers warns if both
     are set.
     """
+    check_names(given)
     least = given.get("min_new_tokens")
     if least is not None and least > max_new_tokens:
         raise ValueError(f"--min_new_tokens {least}: must be at most {max_new_tokens}, the maximum length of a text")

@@ -229,12 +229,11 @@ def font_families() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def fonts_of_every_script(figure: Figure, **settings: Any) -> Iterator[None]:
+def fonts_of_every_script(figure: Figure) -> Iterator[None]:
     """Draw a figure's texts with `font_families`; a missing letter is a box without a warning for each letter."""
     for text in figure.findobj(Text):
         text.set_fontfamily(list(font_families()))
-    changed: dict[Any, Any] = {"font.family": list(font_families()), **settings}
-    with warnings.catch_warnings(), matplotlib.rc_context(changed):
+    with warnings.catch_warnings(), matplotlib.rc_context({"font.family": list(font_families())}):
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
@@ -248,7 +247,7 @@ def write_png(figure: Figure, path: Path) -> None:
 def to_svg(figure: Figure, name: str) -> str:
     """Return a figure as an SVG element with real text and with CSS variables as colours."""
     file = io.StringIO()
-    with fonts_of_every_script(figure, **{"svg.fonttype": "none", "svg.hashsalt": name}):
+    with fonts_of_every_script(figure), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]

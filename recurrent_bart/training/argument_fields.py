@@ -2,13 +2,26 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 
 def flag(default: Any, text: str, aliases: Sequence[str] = ()) -> Any:
     """Declare a dataclass field with a default, the help text of its flag, and further names of the flag."""
     return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+
+
+def check_given(arguments: Any, may_be_empty: Sequence[str] = ()) -> None:
+    """Raise ValueError if a number of an argument dataclass is not finite, or if a text is empty.
+
+    The texts named in `may_be_empty` are not checked.
+    """
+    for item in fields(arguments):
+        value = getattr(arguments, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{item.name} {value}: must be a finite number")
+        if isinstance(value, str) and not value.strip() and item.name not in may_be_empty:
+            raise ValueError(f"--{item.name} {value!r}: must not be empty")
 
 
 def check_at_least(arguments: Any, least: float, *names: str) -> None:

@@ -8,10 +8,12 @@ from recurrent_bart.data.rows import PRETRAINING_TASKS, TASKS, Columns
 from recurrent_bart.data.text_files import check_encoding
 from recurrent_bart.data.word_segmenter import check_installed
 from recurrent_bart.model.generation_settings import MAX_TARGET_LENGTH
-from recurrent_bart.training.argument_fields import check_at_least, check_choice, flag
+from recurrent_bart.training.argument_fields import check_at_least, check_choice, check_given, flag
 
 # Flags that pretraining tasks cannot use.
 OF_TARGETS = ("gap_sentences", "query_column", "references_column")
+# Flags that --held_out_by line cannot use.
+OF_CONTENT = ("validation_share", "group_column")
 
 
 @dataclass
@@ -36,8 +38,8 @@ class DataArguments:
     )
     validation_file: str | None = flag(
         None,
-        "validation documents, in the formats of --train_file; if not given: a share of the training documents "
-        "(--validation_share)",
+        "validation documents, in the formats of --train_file; if not given: the validation split of --dataset, or a "
+        "share of the training documents (--validation_share)",
     )
     test_file: str | None = flag(
         None,
@@ -109,10 +111,15 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        check_given(self)
         check_choice(self, "task", TASKS)
         check_choice(self, "held_out_by", SPLIT_RULES)
         if not 0 < self.validation_share < 1:
             raise ValueError(f"--validation_share {self.validation_share}: must be above 0 and below 1")
+        if self.held_out_by == "line":
+            unused = [name for name in OF_CONTENT if getattr(self, name) != getattr(DataArguments, name)]
+            if unused:
+                raise ValueError(f"--{unused[0]}: has no use with --held_out_by line, which holds out a tenth by name")
         check_encoding(self.encoding)
         check_installed(self.word_segmenter or "none")
         check_at_least(self, 4, "max_target_length")

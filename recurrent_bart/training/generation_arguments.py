@@ -1,13 +1,12 @@
 """Flags of text generation, the same in training, evaluation and use."""
 
 import argparse
-import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import HfArgumentParser
 
-from recurrent_bart.training.argument_fields import check_at_least, check_choice, flag
+from recurrent_bart.training.argument_fields import check_at_least, check_choice, check_given, flag
 from recurrent_bart.training.flags import allow_bare_booleans
 
 OF_MODEL = "if not given: the model's generation_config.json"
@@ -54,11 +53,9 @@ class GenerationArguments:
     )
 
     def __post_init__(self) -> None:
+        check_given(self)
         check_at_least(self, 1, "num_beams", "max_new_tokens")
         check_at_least(self, 0, "min_new_tokens", "no_repeat_ngram_size")
-        for name in ("repetition_penalty", "temperature", "length_penalty"):
-            if not math.isfinite(getattr(self, name) or 0.0):
-                raise ValueError(f"--{name} {getattr(self, name)}: must be a finite number")
         # smaller divisors make scores infinite
         check_at_least(self, 0.001, "temperature", "repetition_penalty")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.training.argument_fields import check_at_least, check_below, check_choice, flag
+from recurrent_bart.training.argument_fields import check_at_least, check_below, check_choice, check_given, flag
 
 TRAINED = ("all", "prefix")
 
@@ -123,6 +123,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        check_given(self)
         check_at_least(self, 0, "dropout")
         check_below(self, 1, "dropout")
         check_choice(self, "train", TRAINED)

@@ -23,6 +23,7 @@ KEPT_DATA = (
     *("text_column", "summary_column", "sections_column", "summaries_column", "references_column"),
     "query_column",
     *("max_train_documents", "max_eval_documents"),
+    *("validation_share", "group_column", "held_out_by", "skip_bad_samples"),
     *("source_lang", "target_lang", "word_segmenter"),
 )
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")

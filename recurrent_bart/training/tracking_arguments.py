@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from recurrent_bart.monitoring.wandb_tracker import WANDB_MODES
-from recurrent_bart.training.argument_fields import check_choice, flag
+from recurrent_bart.training.argument_fields import check_choice, check_given, flag
 
 
 @dataclass
@@ -31,6 +31,7 @@ class TrackingArguments:
     tensorboard: bool = flag(False, "write metrics for TensorBoard to RUN/tensorboard; needs the package tensorboardX")
 
     def __post_init__(self) -> None:
+        check_given(self, may_be_empty=("wandb_tags",))
         check_choice(self, "wandb_mode", ("auto", *WANDB_MODES))
 
     def tags(self) -> list[str]:

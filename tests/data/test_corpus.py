@@ -156,6 +156,20 @@ def test_an_unusable_document_is_refused_and_leaves_no_cache_entry(path, tmp_pat
     assert entries(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [{"sections": ["a", "\u200b"], "summaries": ["s", "t"]}, {"sections": ["a", "b"], "summaries": ["s", "\u200b"]}],
+)
+def test_a_section_whose_text_or_target_has_no_tokens_is_refused_or_skipped(tmp_path, bad):
+    good = {"sections": ["\u200b", "b"], "summaries": ["", "t"]}
+    source = find_sources(str(write(tmp_path / "a.jsonl", [good, bad, good])))["train"]
+    source = replace(source, held_out=None)
+    with pytest.raises(ValueError, match=r"a.jsonl:2: a section with a summary has no tokens"):
+        load_corpus(source, "sections", Columns(), SilentTokenizer(), tmp_path)
+    rows, skipped, _ = load_corpus(replace(source, skips_bad=True), "sections", Columns(), SilentTokenizer(), tmp_path)
+    assert (len(rows), len(skipped)) == (2, 1)
+
+
 class SilentTokenizer:
     """Slow tokenizer with an id for each word and no tokens for unprintable characters."""
 

@@ -48,6 +48,59 @@ def test_a_faulty_row_is_refused_with_file_and_line(tmp_path, name):
         read(write(tmp_path, HEAD + rows))
 
 
+LOST_QUOTES = [
+    'id,year,document,summary\n1,2020,"A text,Sum one.\n2,2021,B text",Sum two.\n',
+    'id,year,document,summary\n1,2020,"A text, and more,Sum one.\n2,2021,5 texts, 1,000 words",Sum two.\n',
+    'id,day,n,document,summary\na1,2020-01-02,3,"A text,Sum one.\nb2,,4,B text",Sum two.\n',
+    'id,note,document,summary\n1,,"A text,Sum one.\n2,,B text",Sum two.\n',
+    'id,note,document,summary\n1,,"A text,Sum one.\n2,,B text,Sum two.\n3,see there,C text",Sum three.\n',
+    'document,summary,note\n"A text,Sum one.,\nB text",Sum two.,\n',
+    'document,year,n,summary\n"A text,2020,7,Sum one.\nB text",2021,8,Sum two.\n',
+    'year,n,summary,document\n2020,7,Sum one.,"A text\n2021,8,Sum two.,B text"\n',
+    'document, summary\n"A text, Sum one.\nB text", Sum two.\n',
+    'document, year, summary\n"A text, 2020, Sum one.\nB text", 2021, Sum two.\n',
+    'id, year, document, summary\n"1, 2020, A text, Sum one.\n2", 2021, B text, Sum two.\n',
+]
+
+
+@pytest.mark.parametrize("text", LOST_QUOTES)
+def test_a_lost_quote_beside_numbers_empty_fields_or_spaces_is_refused(tmp_path, text):
+    lines = text.count("\n") - 1
+    with pytest.raises(ValueError, match=f"x.csv:2: a quoted field has {lines} lines, .* a quote seems to be missing"):
+        list(csv_records(write(tmp_path, text)))
+
+
+TEXTS = [
+    "It costs 1,000 yen\n20,000 people paid it",
+    "Rooms 1,2 are open\nRooms 3,4 are not",
+    "2,3 are primes\n4,6 are not",
+    "Buy milk, eggs, bread\nand tea, or coffee, please",
+    "- a, b\n- c, d\n",
+    "first,second\nthird,fourth\n",
+    "Paris, 2020\nRome, 2021",
+    "x = f(a,b)\ny = g(c, d)\n",
+    "yes,\nno, or not\n",
+    "1, 2, 3\n4, 5, 6",
+    ", \n,,",
+    "Dear Sir,\nthank you",
+]
+
+
+@pytest.mark.parametrize(
+    "columns", [["document", "s"], ["id", "document"], ["id", "document", "s"], [*"ab", "document", "c"]]
+)
+@pytest.mark.parametrize("others", [["1", "2020", "3"], ["", "", ""], ["A text.", "B, or C", "Sum."], ["k1", "", "x"]])
+def test_texts_with_commas_numbers_and_lists_beside_any_column_are_read_unchanged(tmp_path, columns, others):
+    path = tmp_path / "x.csv"
+    values = iter(others)
+    fixed = {name: next(values) for name in columns if name != "document"}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(fixed | {"document": text} for text in TEXTS)
+    assert [record for _, record in csv_records(path)] == [fixed | {"document": text} for text in TEXTS]
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_row_between_tabs_is_refused_too(tmp_path, name):
     rows, message = FAULTS[name]
@@ -122,3 +175,10 @@ def test_an_undecodable_byte_is_named_with_its_line_and_may_be_skipped(tmp_path)
     ):
         read(path)
     assert [place for place, *_ in read(path, on_bad=lambda error: None)] == ["x.csv:2", "x.csv:4"]
+
+
+def test_semicolons_instead_of_commas_are_named(tmp_path):
+    path = tmp_path / "f.csv"
+    path.write_text('document;summary\n"A text; with more";A summary\n')
+    with pytest.raises(ValueError, match=r"f\.csv:1: the header is one column 'document;summary'; if its delimiter is"):
+        list(csv_records(path))

@@ -71,6 +71,22 @@ def test_questions_about_one_story_are_in_one_split(tmp_path):
     assert not train & validation
 
 
+def test_sections_with_different_targets_are_in_one_split(tmp_path):
+    numbers = range(5)
+    documents = [
+        {"sections": [f"text {i} {j}" for j in numbers], "summaries": ["s" if j == target else "" for j in numbers]}
+        for i in range(40)
+        for target in numbers
+    ]
+    sources = find_sources(str(write(tmp_path / "a.jsonl", documents)))
+    found = [
+        [row.sections[0].split()[1] for row in sources[split].rows("sections", Columns())]
+        for split in ("train", "validation")
+    ]
+    assert sum(map(len, found)) == 200
+    assert not set(found[0]) & set(found[1])
+
+
 def test_a_group_is_in_one_split(tmp_path):
     path = write(tmp_path / "a.jsonl", [r | {"id": f"d{i}", "day": i // 4} for i, r in enumerate(records(200))])
     groups = [{int(text.split()[1]) // 4 for text in side} for side in sides(path, Columns(group="day"))]
@@ -80,6 +96,21 @@ def test_a_group_is_in_one_split(tmp_path):
     write(tmp_path / "b.jsonl", records(3))
     with pytest.raises(ValueError, match=r"b.jsonl:1: no column 'day'"):
         sides(tmp_path / "b.jsonl", Columns(group="day"))
+
+
+@pytest.mark.parametrize("query", [None, "queries"])
+def test_documents_with_one_id_are_in_one_split_with_a_group_column_too(tmp_path, query):
+    queries = [{"query": "q", "summary": "s"}, {"query": "r", "summary": "t"}]
+    found = [
+        record | {"id": f"story {i // 5}", "topic": f"topic {i}", "queries": queries}
+        for i, record in enumerate(records(200))
+    ]
+    path = write(tmp_path / "a.jsonl", found)
+    stories = [
+        {int(text.split()[1]) // 5 for text in side} for side in sides(path, Columns(group="topic", query=query))
+    ]
+    assert stories[1]
+    assert not stories[0] & stories[1]
 
 
 def test_documents_linked_by_text_or_id_are_in_one_split_in_any_order():

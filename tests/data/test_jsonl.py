@@ -68,3 +68,16 @@ def test_an_element_that_is_no_object_or_cannot_be_decoded_may_be_skipped(tmp_pa
     assert read(path, on_bad=errors.append) == [("x.json:1", {"document": "t"}), ("x.json:4", {"document": "u"})]
     assert [str(error).split("x.json")[1][:3] for error in errors] == [":2:", ":3:"]
     assert "byte 0xe9 is not utf-8; give the encoding of the file with --encoding" in str(errors[1])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("twice", ['{"a": 1, "a": 2}', '{"turns": [{"text": "b", "text": "c"}]}'])
+def test_a_repeated_key_is_refused_with_its_line_and_may_be_skipped(tmp_path, name, twice):
+    path = tmp_path / name
+    lines = ['{"a": 0}', twice, '{"a": 3}']
+    path.write_text("[" + ",\n".join(lines) + "]" if name == "a.json" else "\n".join(lines))
+    with pytest.raises(ValueError, match=rf"{name}:2: unreadable .*the key '(a|text)' is repeated"):
+        list(json_records(path))
+    errors = []
+    assert [record for _, record in json_records(path, errors.append)] == [{"a": 0}, {"a": 3}]
+    assert len(errors) == 1

@@ -127,12 +127,12 @@ def test_a_list_of_questions_gives_a_document_each_and_keeps_them_in_one_split(t
         for split in ("train", "validation")
     }
     assert [(row.id, row.query, row.summaries) for row in found["train"]][:2] == [
-        (f"{found['train'][0].group} (query 1)", "why", ["A"]),
-        (f"{found['train'][0].group} (query 3)", "how", ["B"]),
+        (f"{found['train'][0].record_id} (query 1)", "why", ["A"]),
+        (f"{found['train'][0].record_id} (query 3)", "how", ["B"]),
     ]
     assert {len(rows) % 2 for rows in found.values()} == {0}
     assert sum(map(len, found.values())) == 40
-    assert not {row.group for row in found["train"]} & {row.group for row in found["validation"]}
+    assert not {row.record_id for row in found["train"]} & {row.group for row in found["validation"]}
 
 
 def test_the_question_is_part_of_the_documents_fingerprint_and_cache(tmp_path):

@@ -12,10 +12,10 @@ def test_a_row_has_the_document_and_its_summary():
     assert (row.id, row.sections, row.summaries) == ("7", ["text"], ["s"])
 
 
-@pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}])
+@pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}, {"id": " "}, {"id": float("nan")}])
 def test_a_record_without_an_id_is_named_by_file_and_line(name):
     row = make_row(name | {"document": "text", "summary": "s"}, "document", Columns(), "/some/folder/f.jsonl:1")
-    assert row.id == "f.jsonl:1"
+    assert (row.id, row.is_named, row.record_id) == ("f.jsonl:1", False, None)
 
 
 REFERENCES = Columns(references="more")
@@ -29,8 +29,9 @@ def test_further_references_stand_beside_the_target():
     assert make_row(record | {"more": None}, "document", REFERENCES, "f:1").references == []
 
 
-def test_without_a_summary_the_first_reference_is_the_target():
-    row = make_row({"document": "text", "more": ["t", "u"]}, "document", REFERENCES, "f:1")
+@pytest.mark.parametrize("summary", [{}, {"summary": None}, {"summary": " "}, {"summaries": [""]}, {"summary": []}])
+def test_without_a_summary_the_first_reference_is_the_target(summary):
+    row = make_row({"document": "text", "more": ["t", "u"]} | summary, "document", REFERENCES, "f:1")
     assert (row.summaries, row.references) == (["t"], [["u"]])
 
 
@@ -58,6 +59,14 @@ def test_unusable_references_are_refused(task, change, message):
         make_row({"document": "text", "summary": "s"} | SECTIONS | change, task, REFERENCES, "f:1")
 
 
+@pytest.mark.parametrize("group", [None, "", "  ", float("nan")])
+def test_a_group_without_a_value_is_refused(group):
+    record = {"document": "text", "summary": "s", "day": group}
+    with pytest.raises(ValueError, match="f:3: column 'day' has no value"):
+        make_row(record, "document", Columns(group="day"), "f:3")
+    assert make_row(record | {"day": 0}, "document", Columns(group="day"), "f:3").group == "0"
+
+
 def test_0_is_an_id():
     assert make_row({"id": 0, "document": "text", "summary": "s"}, "document", Columns(), "f:1").id == "0"
 
@@ -73,6 +82,17 @@ def test_neighbouring_sections_without_a_target_are_joined_and_final_ones_droppe
     row = make_row(record, "sections", Columns(), "f:1")
     assert row.sections == ["a\nb", "c", "d", "e"]
     assert row.summaries == ["", "C", "", "E"]
+
+
+def test_the_digest_is_that_of_the_whole_text_whatever_the_targets():
+    texts = ["A caf\u00e9", "b", " ", "c"]
+    summaries = [["S", "", "", ""], ["", "S", None, ""], ["", "", "", "S"], ["S", "T", "", "U"]]
+    rows = [make_row({"sections": texts, "summaries": own}, "sections", Columns(), "f:1") for own in summaries]
+    assert rows[0].sections == [texts[0]]
+    rows += [make_row({"document": "A cafe\u0301  b\nc", "summary": "S"}, "document", Columns(), "f:1")]
+    assert len({row.digest() for row in rows}) == 1
+    other = make_row({"sections": [*texts, "\ud800"], "summaries": [*summaries[0], ""]}, "sections", Columns(), "f:1")
+    assert other.digest() != rows[0].digest()
 
 
 def test_a_document_is_joined_from_its_sections():
@@ -111,6 +131,8 @@ def test_a_document_is_joined_from_its_sections():
         ({"sections": ["t"], "summaries": [3]}, "sections", "f:3: column 'summaries' must be a list of texts"),
         ({"sections": ["t", "u"], "summaries": ["s"]}, "sections", "f:3: 2 sections but 1 summaries"),
         ({"sections": ["t"], "summaries": [""]}, "sections", "f:3: the summary is empty"),
+        ({"sections": ["x", "", "y"], "summaries": ["A", "B", "C"]}, "sections", "f:3: section 2 is empty but has a "),
+        ({"sections": [" "], "summaries": ["A"]}, "sections", "f:3: section 1 is empty but has a summary"),
         ({"document": "t \ud800", "summary": "s"}, "document", "f:3: the text has half a character"),
         ({"sections": ["t"], "summaries": ["\udfff"]}, "sections", "f:3: the text has half a character"),
     ],

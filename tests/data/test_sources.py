@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import struct
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.rows import Columns
-from recurrent_bart.data.sources import Source, find_sources
+from recurrent_bart.data.sources import Source, find_sources, read_records
 
 RECORDS = [{"id": f"d{i}", "document": f"text {i}", "summary": f"sum {i}"} for i in range(3)]
 
@@ -352,3 +353,49 @@ def test_identity_changes_with_the_file(tmp_path):
     assert find_sources(str(path))["train"].identity() == before
     write(path, RECORDS[:2])
     assert find_sources(str(path))["train"].identity() != before
+
+
+def test_a_file_replaces_a_split_of_the_data_set(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("data/train", "data/validation", "v", "t"):
+        write(tmp_path / f"{name}.jsonl", [{"id": name, "document": name, "summary": "s"}])
+    data, v, t = (str(tmp_path / name) for name in ("data", "v.jsonl", "t.jsonl"))
+
+    def ids(**files):
+        return {split: [name for name, *_ in read(source)] for split, source in find_sources(data, **files).items()}
+
+    assert ids(validation_file=v) == {"train": ["data/train"], "validation": ["v"]}
+    assert ids(test_file=t) == {"train": ["data/train"], "validation": ["data/validation"], "test": ["t"]}
+    assert ids(train_file=t, validation_file=v) == {"train": ["t"], "validation": ["v"]}
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    columns = [pa.array(["first"]), pa.array(["second"]), pa.array(["s"])]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_arrays(columns, names=["document", "document", "summary"]), path)
+    with pytest.raises(ValueError, match=r"a.parquet: two columns are named 'document'; rename one"):
+        list(read_records(path, lambda error: None))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "hub"])
+def test_a_row_of_a_table_with_bytes_that_are_not_utf8_is_named_and_may_be_skipped(tmp_path, monkeypatch, kind):
+    ends = pa.py_buffer(struct.pack("<5i", 0, 2, 4, 6, 8))
+    texts = pa.Array.from_buffers(pa.string(), 4, [None, ends, pa.py_buffer(b"okab\xff\xfeyz")])
+    table = pa.table({"document": texts, "summary": ["a", "b", "c", "d"]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path)
+    if kind == "parquet":
+        source = Source("file", str(path), "train", (path,))
+    elif kind == "saved":
+        Dataset(table).save_to_disk(tmp_path / "saved")
+        source = Source("saved", str(tmp_path / "saved"), "train")
+    else:
+        monkeypatch.setattr("recurrent_bart.data.sources.load_dataset", lambda *args, **options: Dataset(table))
+        source = Source("hub", "name", "train", hub_split="train")
+    place = r"a\.parquet:3" if kind == "parquet" else r"(saved|name)\[2\]"
+    with pytest.raises(ValueError, match=rf"{place}: unreadable row \(.*byte 0xff"):
+        read(source)
+    errors = []
+    rows = replace(source, skips_bad=True).rows("document", Columns(), errors.append)
+    assert [row.sections for row in rows] == [["ok"], ["ab"], ["yz"]]
+    assert len(errors) == 1

@@ -85,7 +85,7 @@ def test_a_run_with_questions_resumes_bit_for_bit_and_its_model_is_evaluated_and
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query_column": "query", "segment_size": 5}, "asked/train.jsonl: document 'train-0': the query has "),
+        ({"query_column": "query", "segment_size": 5}, "train.jsonl: document 'train-0': the query has "),
         ({"query_column": "question"}, "train.jsonl:1: no column 'question'; "),
         (
             {"query_column": "specific_query_list", "task": "sections"},

@@ -230,3 +230,18 @@ def test_a_given_length_below_the_models_own_minimum_is_refused():
     with pytest.raises(ValueError, match="--max_new_tokens 10: the model's own minimum is 55 tokens; set --min_new"):
         change_settings(GenerationConfig(**CNN), {"max_new_tokens": 10}, 10)
     change_settings(GenerationConfig(**CNN), {"max_new_tokens": 10, "min_new_tokens": 0}, 10)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_beam": 2}, "num_beam: no setting of generation; did you mean num_beams"),
+        ({"zzzz": 2}, "zzzz: no setting of generation$"),
+        ({"num_beams": 0}, "--num_beams 0: must be at least 1"),
+    ],
+)
+def test_a_wrong_name_or_number_is_refused(given, message):
+    generation = GenerationConfig()
+    with pytest.raises(ValueError, match=message):
+        change_settings(generation, given, 8)
+    assert generation.max_new_tokens is None

@@ -11,6 +11,7 @@ from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.resumed_flags import changed_flags, describe_changes
 from recurrent_bart.training.run_arguments import RunArguments
+from recurrent_bart.training.tracking_arguments import TrackingArguments
 
 GROUPS = (ModelArguments, DataArguments, RunArguments)
 
@@ -116,19 +117,19 @@ def test_evaluations_are_a_tenth_of_the_run_apart_unless_told(argv, max_steps, s
         ("--max_steps 0", "--max_steps 0: must be at least 1"),
         ("--max_steps -2", "--max_steps -2: must be at least 1"),
         ("--num_train_epochs 0", "--num_train_epochs 0.0: must be above 0"),
-        ("--num_train_epochs nan", "--num_train_epochs nan: must be above 0"),
-        ("--num_train_epochs inf", "--num_train_epochs inf: must be above 0"),
+        ("--num_train_epochs nan", "--num_train_epochs nan: must be a finite number"),
+        ("--num_train_epochs inf", "--num_train_epochs inf: must be a finite number"),
         ("--max_steps 9 --num_train_epochs 2", "--max_steps 9 and --num_train_epochs 2.0: give only one"),
         ("--warmup_steps 9 --warmup_ratio 0.5", "--warmup_steps 9 and --warmup_ratio 0.5: give only one"),
         ("--warmup_ratio 1.5", "--warmup_ratio 1.5: must be at most 1"),
-        ("--warmup_ratio nan", "--warmup_ratio nan: must be at least 0"),
+        ("--warmup_ratio nan", "--warmup_ratio nan: must be a finite number"),
         ("--log_every -1", "--log_every -1: must be at least 1"),
         ("--tokens_per_batch 0", "--tokens_per_batch 0: must be at least 1"),
         ("--max_train_documents 0", "--max_train_documents 0: must be at least 1"),
         ("--max_eval_samples -1", "--max_eval_documents -1: must be at least 1"),
         ("--keep_last 1", "--keep_last 1: must be at least 2"),
         ("--learning_rate -1", "--learning_rate -1.0: must be at least 0"),
-        ("--learning_rate nan", "--learning_rate nan: must be at least 0"),
+        ("--learning_rate nan", "--learning_rate nan: must be a finite number"),
         ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1"),
         ("--warmup_steps 11 --max_steps 10", "--warmup_steps 11: must be at most --max_steps 10"),
         ("--dropout 1", "--dropout 1.0: must be below 1"),
@@ -161,6 +162,45 @@ def test_mistakes_are_one_line_that_names_the_flag(argv, message, capsys):
     assert "\n" not in str(caught.value)
     # nothing is printed here: the launch script prints the error once
     assert capsys.readouterr() == ("", "")
+
+
+FLAGS = {item.name: item for group in (*GROUPS, TrackingArguments) for item in fields(group)}
+NUMBERS = [name for name, item in FLAGS.items() if "float" in str(item.type)]
+NAMES = [name for name, item in FLAGS.items() if "str" in str(item.type) and name not in ("wandb_tags", "resume")]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_refused(name, value):
+    assert {"learning_rate", "matrix_gate_init", "hidden_dropout_prob", "curriculum_loss", "top_p"} <= set(NUMBERS)
+    with pytest.raises(ValueError, match=f"^--{name} {value}: must be a finite number$"):
+        parse_arguments([f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_name_is_refused(name, value):
+    assert {"train_file", "dataset", "group_column", "text_column", "output_dir", "wandb_group"} <= set(NAMES)
+    with pytest.raises(ValueError, match=f"^--{name} '{value}': must not be empty$"):
+        parse_arguments([f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("flag", ["--validation_share 0.2", "--group_column day"])
+def test_flags_without_use_beside_held_out_by_line_are_refused(flag):
+    with pytest.raises(ValueError, match=f"^{flag.split()[0]}: has no use with --held_out_by line"):
+        parse_arguments([*flag.split(), "--held_out_by", "line"])
+    assert parse_arguments(["--held_out_by", "line", "--validation_share", "0.1"]).data.held_out_by == "line"
+
+
+@pytest.mark.parametrize(
+    "flag", ["--validation_share 0.2", "--group_column day", "--held_out_by line", "--skip_bad_samples true"]
+)
+def test_a_resumed_run_keeps_the_flags_that_choose_its_documents(tmp_path, flag):
+    run = save_run(tmp_path / "run", [])
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=f"^{flag.replace(' true', ' True')}: the run was started with"):
+        parse_arguments(["--resume", run, *flag.split()])
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 def test_a_resumed_run_has_the_flags_that_it_had(tmp_path):

@@ -272,16 +272,19 @@ def test_documents_without_a_target_in_the_segments_read_are_counted_too(prepare
     assert sum(split["number"] for split in short.documents().values()) == 30
 
 
-@pytest.mark.parametrize("changes", [{}, {"validation_share": "0.4"}])
-def test_a_run_is_not_resumed_with_other_documents(begun, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"--resume .*run: the (train|validation) documents differ .* \(\d+ then, \d+ now\).* start a new run"),
+        ({"validation_share": "0.4"}, r"--validation_share 0.4: the run was started with 0.1, .* start a new run"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_documents(begun, tmp_path, changes, message):
     path = tmp_path / "train.jsonl"
     if not changes:
         path.write_text(json.dumps({"document": "a line on top", "summary": "s"}) + "\n" + path.read_text())
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    with pytest.raises(
-        ValueError,
-        match=r"--resume .*run: the (train|validation) documents differ .* \(\d+ then, \d+ now\).* start a new run",
-    ):
+    with pytest.raises(ValueError, match=message):
         resume(tmp_path, **changes)
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 

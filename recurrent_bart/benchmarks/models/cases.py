@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from recurrent_bart.data.rows import TASKS
+from recurrent_bart.data.rows import SUMMARY_TASKS
 from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
 
 MODELS = {"ours": "ours", "rmt": "RMT on BART", "bart": "BART, full attention", "led": "LED", "longt5": "LongT5"}
@@ -157,7 +157,7 @@ def lengths(numbers: Iterable[int]) -> list[Case]:
     """Build training cases by document length. Models that are not recurrent stop at LED's last position."""
     cases = []
     for n_segments in numbers:
-        cases += [Case("ours", n_segments, bptt_depth=2, task=task) for task in TASKS]
+        cases += [Case("ours", n_segments, bptt_depth=2, task=task) for task in SUMMARY_TASKS]
         cases.append(Case("rmt", n_segments, bptt_depth=2))
         if n_segments <= 32:
             cases += [Case(model, n_segments) for model in ("bart", "led", "longt5")]
@@ -168,7 +168,7 @@ def lengths(numbers: Iterable[int]) -> list[Case]:
 def memory(batch_sizes: Iterable[int], numbers: Iterable[int], schedules: Sequence[str]) -> list[Group]:
     """Build a case for every training setting that changes the memory of the model "ours"."""
     groups = []
-    for batch_size, task, bptt_depth in itertools.product(batch_sizes, TASKS, (0, 2, -1)):
+    for batch_size, task, bptt_depth in itertools.product(batch_sizes, SUMMARY_TASKS, (0, 2, -1)):
         cases = [
             Case("ours", n_segments, "passes", batch_size, task, bptt_depth, grain, schedule)
             for schedule, grain, n_segments in itertools.product(schedules, CHECKPOINTING_GRAINS, numbers)

@@ -208,6 +208,12 @@ class Projection:
         return torch.cat([part(hidden) for part in self.parts], dim=-1)
 
 
+def uses_onednn() -> bool:
+    """Return True if PyTorch has oneDNN's product with a bias and the user has not switched oneDNN off."""
+    is_on = torch.backends.mkldnn.is_available() and getattr(torch.backends.mkldnn, "enabled", True)
+    return is_on and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply a linear map to a few rows.
 
@@ -215,7 +221,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     the times.
     """
     is_on_cpu = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
-    if is_on_cpu and len(rows) > 1 and torch.backends.mkldnn.is_available():
+    if is_on_cpu and len(rows) > 1 and uses_onednn():
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return nn.functional.linear(rows, weight, bias)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartLearnedPositionalEmbedding
@@ -23,8 +24,6 @@ UNREAD_SETTINGS = (
     *("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
     *("cache_implementation", "prefill_chunk_size", "is_assistant", "low_memory", "compile_config"),
 )
-# criteria that end the fast loop
-CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopWhen)
 # module of the hooks that count and time an engine's steps; they change no output without DeepSpeed's own casts
 ENGINE = "deepspeed.runtime.engine"
 LAYERS = (BartDecoderLayer, PreNormDecoderLayer)
@@ -35,7 +34,7 @@ def call_needs_hugging_face(config: GenerationConfig, stopping_criteria: Any, kw
     """Return the first argument of a call that the fast loop does not cover, or None."""
     settings = [name for name in UNREAD_SETTINGS if getattr(config, name, None)]
     given = [name for name, value in kwargs.items() if name not in READ_KWARGS and value is not None]
-    other = [type(part).__name__ for part in stopping_criteria if type(part) not in CRITERIA]
+    other = [type(part).__name__ for part in stopping_criteria if not _is_covered(part, config)]
     if not config.use_cache:
         settings.append("use_cache=False")
     if kwargs.get("synced_gpus"):
@@ -46,6 +45,20 @@ def call_needs_hugging_face(config: GenerationConfig, stopping_criteria: Any, kw
     if not isinstance(encoded, RecurrentEncoderOutput) or encoded.packing is not None:
         given.append("encoder_outputs")
     return next(iter((*settings, *given, *other)), None)
+
+
+def _is_covered(criterion: Any, config: GenerationConfig) -> bool:
+    """Return True if a stopping criterion also ends the fast loop, which reads the settings itself."""
+    if type(criterion) is StopWhen:
+        return True
+    if type(criterion) is MaxLengthCriteria:
+        return criterion.max_length == config.max_length
+    eos = getattr(config, "_eos_token_tensor", None)
+    return (
+        type(criterion) is EosTokenCriteria
+        and eos is not None
+        and torch.equal(criterion.eos_token_id.cpu().flatten(), eos.cpu().flatten())
+    )
 
 
 def model_needs_hugging_face(model: Any, device: torch.device) -> str | None:
@@ -64,8 +77,10 @@ def _reasons(model: Any, device: torch.device) -> Iterator[str]:
     replaced = {"forward", "prepare_inputs_for_generation"} & {*vars(model), *vars(model.model), *vars(decoder)}
     if replaced or any("forward" in vars(part) for part in (*decoder.modules(), model.lm_head)):
         yield "a method of the model is replaced, for example by an offloading hook or by PEFT's prompts"
+    if not _has_own_methods(model):
+        yield "the model's class replaces a method"
     whole = model.model, *decoder.modules(), *model.lm_head.modules()
-    if _has_foreign_hooks(model) or any(has_hooks(part) for part in whole):
+    if _has_foreign_hooks(model) or _has_global_hooks() or any(has_hooks(part) for part in whole):
         yield "the model, its decoder or its head has hooks, for example of DeepSpeed ZeRO-3 or of an offloaded model"
     if not _has_known_layers(decoder):
         yield "the decoder has modules of other types"
@@ -76,6 +91,25 @@ def _has_foreign_hooks(model: nn.Module) -> bool:
     """Return True if a call of the model also calls a hook that is not an engine's."""
     hooks = *model._forward_pre_hooks.values(), *model._forward_hooks.values()
     return any(getattr(hook, "__module__", None) != ENGINE for hook in hooks)
+
+
+def _has_global_hooks() -> bool:
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+def _has_own_methods(model: Any) -> bool:
+    """Return True if a subclass replaces no method that Hugging Face's loop would call."""
+    # import late: these modules import each other
+    from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration, RecurrentBartModel
+
+    of_model, of_inner = type(model), type(model.model)
+    return (
+        of_model.forward is RecurrentBartForConditionalGeneration.forward
+        and of_model.prepare_inputs_for_generation
+        is RecurrentBartForConditionalGeneration.prepare_inputs_for_generation
+        and of_inner.forward is RecurrentBartModel.forward
+        and of_inner.decode is RecurrentBartModel.decode
+    )
 
 
 def _has_known_layers(decoder: Any) -> bool:

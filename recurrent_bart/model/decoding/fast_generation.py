@@ -109,14 +109,15 @@ class Batch:
         is_padded = self.mask is not None
         return CacheShape(n_documents, self.n_texts, n_sharing, n_positions, n_context, is_padded, self.n_memory)
 
-    def captured_shape(self) -> CacheShape:
+    def captured_shape(self, may_round_rows: bool) -> CacheShape:
         """Return sizes that many batches have; attention is faster on lengths that are a multiple of 8."""
         shape = self.shape()
         n_tokens = shape.n_context - shape.n_memory
         n_context = shape.n_memory + (rounded_context(n_tokens) if shape.is_padded else n_tokens)
         n_positions = -(-shape.n_positions // 64) * 64
         # more rows would draw other random numbers
-        n_documents = shape.n_documents if self.settings.is_sampled else rounded_rows(shape.n_documents)
+        may_round_rows = may_round_rows and not self.settings.is_sampled
+        n_documents = rounded_rows(shape.n_documents) if may_round_rows else shape.n_documents
         return replace(shape, n_documents=n_documents, n_context=n_context, n_positions=n_positions)
 
     def repeated(self, n_documents: int) -> "Batch":
@@ -146,7 +147,9 @@ def _write(
         return build_search(batch.settings, process, shape.n_documents * shape.n_texts, shape.n_positions)
 
     if batch.can_capture:
-        store, shape = session_store(model), batch.captured_shape()
+        # a streamer, and processors that run as Hugging Face's own code, must not see additional rows
+        shape = batch.captured_shape(may_round_rows=streamer is None and process.is_capturable)
+        store = session_store(model)
         with store.reserved() as is_free:
             if is_free:
                 session = captured_session(model, store, shape, like, functools.partial(make_search, shape))

@@ -150,6 +150,9 @@ class BeamSearch:
         self.is_first = torch.arange(self.n_candidates, device=device) < n_beams
         lengths = torch.arange(n_positions + 1, dtype=torch.double, device=device).clamp(min=1)
         self.penalties = lengths.pow(settings.length_penalty).float()
+        # penalty of the longest text, which may be longer than the cache
+        longest = torch.tensor(max(1.0, settings.max_length - settings.n_prompt), dtype=torch.double, device=device)
+        self.longest_penalty = longest.pow(settings.length_penalty).float()
 
     @property
     def is_capturable(self) -> bool:
@@ -245,10 +248,9 @@ class BeamSearch:
 
     def _update_end(self, ends_BC: Tensor) -> None:
         settings = self.settings
-        n_generated = self.position + 1 - settings.n_prompt
-        if settings.early_stopping == "never" and settings.length_penalty > 0.0:
-            n_generated = torch.full_like(n_generated, settings.max_length - settings.n_prompt)
-        best_B1 = self.running_scores[:, :1] / self.penalties[n_generated]
+        is_longest = settings.early_stopping == "never" and settings.length_penalty > 0.0
+        penalty = self.longest_penalty if is_longest else self.penalties[self.position + 1 - settings.n_prompt]
+        best_B1 = self.running_scores[:, :1] / penalty
         worst_BG = self.finished_scores.amin(dim=1, keepdim=True).expand_as(self.is_finished)
         worst_BG = worst_BG.masked_fill(~self.is_finished, EXCLUDED)
         self.may_improve &= (best_B1 > worst_BG).any(dim=-1, keepdim=True)

@@ -103,7 +103,8 @@ class StepGraphs:
         logits, graph = self.graphs[n_keys]
         graph.replay()
         if logits is not None:
-            session.search.choose(logits)
+            # a processor may keep the scores, and the next replay writes into `logits`
+            session.search.choose(logits if session.search.process.is_capturable else logits.clone())
 
     def _capture(self, session: DecodeSession, n_keys: int) -> tuple[Tensor | None, Any]:
         """Capture one step. The warm-up runs it, so all changed values are restored; the cache is written again."""

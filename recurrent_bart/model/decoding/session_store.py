@@ -87,7 +87,11 @@ def captured_session(
     settings = settings_of(model.model.decoder, model.lm_head), backend_settings()
     key = shape, like.dtype, like.device, search.key(), str(settings)
     build = functools.partial(_build, model, shape, like, make_search)
-    return store.session(key, build, like.device)
+    session = store.session(key, build, like.device)
+    if not search.process.is_capturable:
+        # no graph holds these processors, which may have a state of their own
+        session.search.process = search.process
+    return session
 
 
 def _build(

@@ -4,6 +4,8 @@ import threading
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from generation_options import count_loops, documents, generate, random_case
 from played_graphs import play_graphs
@@ -137,3 +139,47 @@ def test_unchecked_draws_are_pytorchs():
         expected = torch.multinomial(probabilities, 1).squeeze(1)
         torch.manual_seed(seed)
         assert torch.equal(draw_unchecked(probabilities), expected)
+
+
+class Growing(LogitsProcessor):
+    """Processor with a state: each step adds more to token 7. It asserts that it sees the batch's rows alone."""
+
+    def __init__(self, n_rows):
+        self.n_rows, self.n_calls, self.seen = n_rows, 0, []
+
+    def __call__(self, input_ids, scores):
+        assert len(input_ids) == self.n_rows
+        self.n_calls += 1
+        self.seen.append(scores)
+        scores = scores.clone()
+        scores[:, 7] += 3.0 * self.n_calls
+        return scores
+
+
+def test_processors_with_a_state_are_those_of_the_call_and_see_no_additional_rows(make_model, graphs):
+    model, inputs = make_model().float(), documents(0, 9)
+    for _ in range(2):
+        made = [Growing(9), Growing(9)]
+        how = [{"max_new_tokens": 6, "logits_processor": LogitsProcessorList([part])} for part in made]
+        found, expected = generate(model, inputs, how[0]), generate(model, inputs, how[1], fast=False)
+        assert torch.equal(found, expected)
+        # the scores of each step stay what they were
+        assert all(torch.allclose(*both, atol=1e-4) for both in zip(made[0].seen, made[1].seen, strict=True))
+    assert len(graphs) == 1
+
+
+def test_a_streamer_sees_no_additional_rows(make_model, graphs):
+    class Rows(BaseStreamer):
+        def __init__(self):
+            self.shapes = []
+
+        def put(self, value):
+            self.shapes.append(len(value))
+
+        def end(self):
+            pass
+
+    streamer = Rows()
+    generate(make_model().float(), documents(0, 9), {"max_new_tokens": 4}, streamer=streamer)
+    assert graphs
+    assert {*streamer.shapes} == {9}

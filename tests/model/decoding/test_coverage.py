@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from generation_options import count_loops, documents, generate
@@ -22,6 +23,8 @@ UNCOVERED = {
     "criteria": ({"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(60.0)])}, "MaxTimeCriteria"),
     "attention mask": ({"decoder_attention_mask": torch.ones(3, 1).long()}, "decoder_attention_mask"),
     "synced": ({"synced_gpus": True}, "synced_gpus"),
+    "length": ({"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(3)])}, "MaxLengthCriteria"),
+    "end": ({"stopping_criteria": StoppingCriteriaList([EosTokenCriteria([7, 8])])}, "EosTokenCriteria"),
 }
 
 
@@ -75,6 +78,14 @@ def replace_forward(model):
     model.lm_head.forward = model.lm_head.forward
 
 
+def replace_method(model):
+    class Other(type(model)):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    model.__class__ = Other
+
+
 def add_prompts(model):
     config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2)
     return peft.get_peft_model(model, config).eval()
@@ -89,11 +100,12 @@ def shard(model):
     [
         add_hook,
         replace_forward,
+        replace_method,
         add_prompts,
         torch.nn.Module.train,
         lambda model: setattr(model.lm_head.weight, "ds_numel", 9),
     ],
-    ids=["hook", "method", "prompts", "training", "sharded"],
+    ids=["hook", "method", "class", "prompts", "training", "sharded"],
 )
 def test_changed_models_run_hugging_faces_loop_and_say_so(make_model, messages, calls, change):
     model = make_model(tie_word_embeddings=False)
@@ -247,3 +259,22 @@ def test_a_full_gpu_names_what_to_lower(make_model, monkeypatch):
         generate(make_model(), documents(0, 2), {"max_new_tokens": 4, "num_beams": 3})
     assert "2 documents" in str(error.value)
     assert all(name in str(error.value) for name in ("batch size", "num_beams", "max_new_tokens"))
+
+
+def test_hooks_of_all_modules_run_hugging_faces_loop(make_model, messages, calls):
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *values: None)
+    try:
+        generate(make_model(), documents(0, 2), {"max_new_tokens": 4})
+    finally:
+        hook.remove()
+    assert calls == ["_sample"]
+
+
+def test_a_length_beyond_the_table_may_set_the_penalty(make_model, calls):
+    """The longest text of the settings is longer than the table of positions, and ends before its end."""
+    model = make_model(max_position_embeddings=12).float()
+    how = {"max_new_tokens": 40, "num_beams": 2, "early_stopping": "never", "length_penalty": 0.1}
+    how |= {"eos_token_id": list(range(4, 60)), "forced_eos_token_id": None}
+    found = generate(model, documents(0, 2), how)
+    assert not calls
+    assert torch.equal(found, generate(model, documents(0, 2), how, fast=False))
