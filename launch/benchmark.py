@@ -2,7 +2,7 @@
 
 import sys
 
-from recurrent_bart.commands.benchmark import main
+from recurrent_bart_cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("benchmark", sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from recurrent_bart.commands.preflight import run
+from recurrent_bart_cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command("preflight", sys.argv[1:]))

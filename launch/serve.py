@@ -2,7 +2,7 @@
 
 import sys
 
-from recurrent_bart.commands.serve import main
+from recurrent_bart_cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("serve", sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from recurrent_bart.commands.training_speed import run
+from recurrent_bart_cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command("training_speed", sys.argv[1:]))

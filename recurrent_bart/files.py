@@ -18,6 +18,23 @@ def atomic_write(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
+def replace_and_fsync(draft: Path, path: Path) -> None:
+    """Replace a file by a written draft in the same folder, so that the new content survives a crash of the host."""
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    fsync_directory(path.parent)
+
+
+def fsync_directory(folder: Path) -> None:
+    """Fsync one folder, so that its list of files survives a crash of the host."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
     """Create a temporary folder and rename it to `folder` at the end of the block. `folder` is then complete.

@@ -165,12 +165,21 @@ class RunFolder:
 
 
 def git_commit() -> str | None:
-    """Return the git commit of this package, with `-dirty` if files differ, or None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """Return the git commit of this package, with `-dirty` if files differ, or None outside its checkout."""
+    file = Path(__file__)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        # a package installed inside another repository is no part of that repository
+        if _git(file.parent, "rev-parse", "--show-prefix") != f"{file.parent.name}/":
+            return None
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def versions() -> dict[str, str | None]:

@@ -1,9 +1,11 @@
 """Files and folders are complete or absent."""
 
+import os
+
 import pytest
 
 from recurrent_bart import files
-from recurrent_bart.files import atomic_directory, atomic_write, fingerprint
+from recurrent_bart.files import atomic_directory, atomic_write, fingerprint, replace_and_fsync
 
 
 def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
@@ -61,3 +63,17 @@ def test_a_fingerprint_depends_on_all_values_and_their_order():
     assert len(set(values)) == 4
     # Caches and checkpoints on disk contain this hash.
     assert values[0] == fingerprint("a", 1) == "2657442bb4a48d62"
+
+
+def test_a_replaced_file_is_on_disk_before_its_name_and_its_folder_after(tmp_path, monkeypatch):
+    events, (fsync, replace) = [], (files.os.fsync, files.os.replace)
+    monkeypatch.setattr(
+        files.os, "fsync", lambda number: (events.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    monkeypatch.setattr(files.os, "replace", lambda *names: (events.append("replace"), replace(*names)))
+    draft, path = tmp_path / "draft", tmp_path / "file"
+    draft.write_text("new")
+    path.write_text("old")
+    replace_and_fsync(draft, path)
+    assert events == [str(draft), "replace", str(tmp_path)]
+    assert (path.read_text(), draft.exists()) == ("new", False)

@@ -179,7 +179,8 @@ for script in {list(map(str, SCRIPTS))}:
 
 def test_each_script_only_calls_its_command():
     for file in SCRIPTS:
-        assert set(imports_of(file)) == {"sys", f"recurrent_bart.commands.{file.stem}"}
+        assert set(imports_of(file)) == {"sys", "recurrent_bart_cli"}
+        assert f'run_command("{file.stem}", sys.argv[1:])' in file.read_text(encoding="utf-8")
         assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in syntax_of(file)), file
 
 

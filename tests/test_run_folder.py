@@ -30,13 +30,34 @@ def test_the_configuration_holds_all_that_a_run_followed_from(folder):
     assert [path.name for path in folder.path.iterdir()] == ["config.json"]
 
 
-def test_the_commit_is_that_of_the_code(monkeypatch):
-    def describe(command, **_):
-        assert "describe" in command
-        return SimpleNamespace(stdout="0123abc-dirty\n")
+def git(folder, *arguments):
+    command = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@example", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(module.subprocess, "run", describe)
-    assert module.git_commit() == "0123abc-dirty"
+
+@pytest.mark.parametrize("place", ["recurrent_bart", "deep/recurrent_bart", "venv/site-packages/recurrent_bart"])
+def test_the_commit_is_that_of_the_code_and_never_of_a_repository_around_it(tmp_path, monkeypatch, place):
+    package = tmp_path / place
+    package.mkdir(parents=True)
+    (package / "run_folder.py").write_text("old")
+    (tmp_path / ".gitignore").write_text("venv\n")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--message", "first")
+    monkeypatch.setattr(module, "__file__", str(package / "run_folder.py"))
+    is_checkout = place == "recurrent_bart"
+    assert module.git_commit() == (git(tmp_path, "rev-parse", "HEAD") if is_checkout else None)
+    (package / "run_folder.py").write_text("new")
+    assert module.git_commit() == (git(tmp_path, "rev-parse", "HEAD") + "-dirty" if is_checkout else None)
+
+
+def test_an_untracked_package_has_no_commit(tmp_path, monkeypatch):
+    (tmp_path / "recurrent_bart").mkdir()
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "--message", "first")
+    (tmp_path / "recurrent_bart" / "run_folder.py").write_text("new")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "recurrent_bart" / "run_folder.py"))
+    assert module.git_commit() is None
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.CalledProcessError(128, "git")])

@@ -37,7 +37,10 @@ def required(extra=None):
     return [Requirement(line) for line in lines]
 
 
-EXTRAS = [requirement for extra in ("lora", "tensorboard", "japanese", "serve") for requirement in required(extra)]
+OWN = {"recurrent_bart", "recurrent_bart_cli"}
+EXTRAS = [
+    requirement for extra in ("train", "lora", "tensorboard", "japanese", "serve") for requirement in required(extra)
+]
 
 
 def constraints():
@@ -153,6 +156,15 @@ def test_exact_versions_cover_all_requirements_and_lie_in_their_ranges():
         assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), requirement
 
 
+def test_the_setup_of_developers_has_all_extras():
+    assert {str(requirement) for requirement in EXTRAS} <= {str(requirement) for requirement in required("dev")}
+
+
+def test_using_a_model_needs_no_package_of_training():
+    needed = {requirement.name for requirement in required()}
+    assert not needed & {requirement.name for requirement in required("train")}
+
+
 def test_ranges_admit_what_a_gpu_machine_may_have():
     ranges = {requirement.name: requirement.specifier for requirement in required()}
     assert ranges["torch"].contains("2.11.0")
@@ -164,7 +176,7 @@ def test_ranges_admit_what_a_gpu_machine_may_have():
     [("torch", "2.10.0"), ("transformers", "5.16.9"), ("deepspeed", "0.19.7"), ("regex", "2025.9.1")],
 )
 def test_ranges_refuse_what_is_too_old(name, version):
-    (found,) = [requirement for requirement in required() if requirement.name == name]
+    (found,) = [requirement for requirement in [*required(), *EXTRAS] if requirement.name == name]
     assert not found.specifier.contains(version)
 
 
@@ -199,5 +211,5 @@ def test_all_that_is_imported_is_required():
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"recurrent_bart"}:
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - OWN:
                 assert {canonicalize_name(d) for d in distributions[name]} & known, f"{file}: {name}"

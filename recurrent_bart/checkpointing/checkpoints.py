@@ -19,7 +19,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.checkpointing.checkpoint_files import CheckpointFiles, read_tensors
-from recurrent_bart.checkpointing.manifest import MANIFEST, fsync_directories, has_all_parts, join_parts, problems
+from recurrent_bart.checkpointing.manifest import MANIFEST, has_all_parts, join_parts, problems
 from recurrent_bart.checkpointing.process_state import (
     continue_random_states,
     process_state,
@@ -30,7 +30,7 @@ from recurrent_bart.checkpointing.resumed_settings import keep_given_settings
 from recurrent_bart.checkpointing.retention import checkpoints_to_delete
 from recurrent_bart.checkpointing.universal import reading_universal, write_universal
 from recurrent_bart.distributed import barrier, from_first, gather_objects, is_first, only_first, rank, world_size
-from recurrent_bart.files import fingerprint
+from recurrent_bart.files import fingerprint, fsync_directory
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.run_folder import versions
 
@@ -234,7 +234,7 @@ class Checkpoints:
         if final.exists():
             final.rename(replaced)
         draft.rename(final)
-        fsync_directories(self.folder)
+        fsync_directory(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         for old in checkpoints_to_delete(self._steps(), self.keep_last, self.keep_every, best_step):
             _remove(self._path(old))

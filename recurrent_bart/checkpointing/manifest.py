@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from recurrent_bart.files import fsync_directory
+
 MANIFEST = "manifest.json"
 # number of bytes read at once when a file is hashed, 4 MiB
 CHUNK_BYTES = 1 << 22
@@ -52,15 +54,6 @@ def write_json(path: Path, content: Any) -> dict[str, Any]:
     return write_and_fsync(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
-def fsync_directories(folder: Path) -> None:
-    """Fsync one folder, so that its list of files survives a crash of the host."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_part(folder: Path, rank: int, files: Mapping[str, dict[str, Any]]) -> None:
     """Write the list of all files that one rank has written."""
     draft = folder / f".part-{rank}"
@@ -83,7 +76,7 @@ def join_parts(folder: Path, n_processes: int, **facts: Any) -> None:
     for part in parts:
         part.unlink()
     for directory in {folder, *((folder / name).parent for name in files)}:
-        fsync_directories(directory)
+        fsync_directory(directory)
 
 
 def problems(folder: Path, share: slice = slice(None)) -> list[str]:

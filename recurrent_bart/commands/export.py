@@ -30,7 +30,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="write the BART or MBart without the recurrence, for programs that know only these",
     )
     parser.add_argument(
-        "--push_to_hub", metavar="NAME", help="also upload the folder to the private repository NAME of the hub"
+        "--push_to_hub",
+        metavar="NAME",
+        help="also upload the folder to the repository NAME of the hub; a new one is private",
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="let --push_to_hub upload to a repository that exists and is public"
     )
     return parser.parse_flags(argv)
 
@@ -48,18 +53,22 @@ def export(arguments: argparse.Namespace) -> None:
     if is_reduced:
         print("warning: the plain model lacks the recurrence; its texts differ", file=sys.stderr, flush=True)
     if arguments.push_to_hub:
-        print(f"uploaded to {push_to_hub(arguments.folder, arguments.push_to_hub)}")
+        print(f"uploaded to {push_to_hub(arguments.folder, arguments.push_to_hub, arguments.public)}")
 
 
-def push_to_hub(folder: Path, name: str) -> str:
+def push_to_hub(folder: Path, name: str, may_be_public: bool = False) -> str:
     """Upload a folder to a repository of the Hugging Face hub, which is new and private, or exists. Return its address.
 
     Raises:
-        ValueError: The hub refuses, for example because nobody is logged in. The folder stays.
+        ValueError: The hub refuses, for example because nobody is logged in, or the repository is public. The folder
+            stays.
     """
     hub = HfApi()
     try:
         address = hub.create_repo(name, private=True, exist_ok=True)
+        # a repository that exists keeps its visibility
+        if not may_be_public and not hub.repo_info(address.repo_id).private:
+            raise ValueError("the repository is public: everybody could read the model; add --public to allow it")
         hub.upload_folder(folder_path=folder, repo_id=address.repo_id, commit_message="Add the model")
     except (OSError, HFValidationError, ValueError) as error:
         raise ValueError(f"--push_to_hub {name}: {error}; the model is in {folder}") from error

@@ -1,7 +1,9 @@
 """Serve summaries and sessions over HTTP: `recurrent-bart serve --model RUN/model`."""
 
 import argparse
+import contextlib
 import ipaddress
+import socket
 from pathlib import Path
 
 from transformers.utils import logging
@@ -11,23 +13,35 @@ from recurrent_bart.inference.summarizer import TOKENS_PER_BATCH, Summarizer
 from recurrent_bart.serving.settings import Settings
 from recurrent_bart.training.flags import FlagParser
 
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 LIMITS = {
     "n_sessions": "most sessions on disk",
-    "text_bytes": "most bytes of a text, or of a piece of a session's text",
-    "state_bytes": "most bytes of an uploaded state",
+    "text_bytes": "most bytes of a request with a text",
+    "text_characters": "most characters of a text, or of a piece of a session's text",
+    "session_characters": "most characters of a session's whole text",
+    "state_bytes": "most bytes of a session's state, on disk and uploaded",
     "body_seconds": "most seconds that a client may take to send a body",
     "session_seconds": "seconds without a request after which a session is deleted",
-    "n_waiting": "most requests that wait for the model",
+    "n_waiting": "most requests that wait for the model or are being answered",
+    "step_segments": "most segments of a long text that are read before other requests have their turn",
 }
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the flags of this command."""
-    parser = FlagParser(description="Serve summaries and sessions over HTTP; /docs describes the requests.")
+    parser = FlagParser(description="Serve a page and an API of summaries and sessions; /docs describes the requests.")
     parser.add_argument("--model", required=True, help="folder of the model: RUN/model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0: any; default: %(default)s")
     parser.add_argument("--token_file", type=Path, help="file with the token that requests must carry; default: none")
+    parser.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="more names by which clients may reach the service, as in http://NAME; default: on an address that only "
+        "this machine reaches, localhost and the address",
+    )
     parser.add_argument(
         "--sessions", type=Path, default=Path("sessions"), help="folder of the sessions' states; default: %(default)s"
     )
@@ -63,6 +77,37 @@ def read_token(arguments: argparse.Namespace) -> str | None:
     return token
 
 
+def allowed_hosts(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Return the names by which clients may reach the service; None: all names.
+
+    A page of another site may let its name point to this machine. A token, which other addresses need, keeps it out.
+    """
+    if not is_loopback(arguments.host) and not arguments.allowed_hosts:
+        return None
+    return (*LOOPBACK, arguments.host, *arguments.allowed_hosts)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket with this address.
+
+    Raises:
+        ValueError: The port does not exist, another program uses it, or this machine does not have the address.
+    """
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"--port {port}: must be from 0 to 65535")
+    bound = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        if bound is not None:
+            bound.close()
+        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from error
+    return bound
+
+
 def is_loopback(host: str) -> bool:
     """Return True if only this machine can reach the address."""
     try:
@@ -81,28 +126,28 @@ def serve(arguments: argparse.Namespace) -> None:
     for name, value in limits.items():
         if not value > 0:
             raise ValueError(f"--{name} {value}: must be above 0")
-    settings = Settings(arguments.sessions, read_token(arguments), **limits)
+    settings = Settings(arguments.sessions, read_token(arguments), allowed_hosts(arguments), **limits)
     try:
         import uvicorn
 
         from recurrent_bart.serving.app import build_app
     except ImportError as error:
         raise ValueError(f"{error}: install the package with its extra, recurrent-bart[serve]") from error
-    summarizer = Summarizer.from_pretrained(
-        arguments.model, tokens_per_batch=arguments.tokens_per_batch, trust_remote_code=arguments.trust_remote_code
-    )
-    app = build_app(summarizer, settings)
-    print(f"serving    {arguments.model} at http://{arguments.host}:{arguments.port}", flush=True)
-    # an access log would hold ids of sessions
-    uvicorn.run(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=30,
-        timeout_keep_alive=5,
-    )
+    with bind(arguments.host, arguments.port) as bound:
+        summarizer = Summarizer.from_pretrained(
+            arguments.model, tokens_per_batch=arguments.tokens_per_batch, trust_remote_code=arguments.trust_remote_code
+        )
+        app = build_app(summarizer, settings)
+        # clients that come now wait until the service has started
+        bound.listen()
+        name = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"serving    {arguments.model} at http://{name}:{bound.getsockname()[1]}", flush=True)
+        # an access log would hold ids of sessions
+        config = uvicorn.Config(
+            app, access_log=False, log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=5
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[bound])
 
 
 def main(argv: list[str]) -> int:

@@ -14,6 +14,20 @@ ENCODING = "utf-8-sig"
 UNDECODED = re.compile(r"[\udc80-\udcff]")
 
 
+def with_line_feeds(text: str, is_start: bool = True, follows_return: bool = False) -> str:
+    """Return a text as `read_text` reads it: a line feed ends each line, and no byte order mark begins the text.
+
+    Args:
+        is_start: The text is the beginning of a document, not a later piece.
+        follows_return: The piece before ended with a carriage return, which was already read as a line feed.
+    """
+    if is_start:
+        text = text.removeprefix("\ufeff")
+    if follows_return:
+        text = text.removeprefix("\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def check_encoding(name: str) -> str:
     """Return the codec of an encoding's name (for UTF-8, utf-8-sig). Raise ValueError if Python has none."""
     try:

@@ -4,6 +4,7 @@ Python code reads the constants at each call. A CUDA graph keeps the constants o
 computes several layers at once, so these layers must have equal constants.
 """
 
+import contextlib
 import functools
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -35,6 +36,19 @@ def different_settings(module: nn.Module, other: nn.Module) -> list[str]:
     """Return the names of the attributes in which two modules differ."""
     one, another = (set(_named_settings(part, {})) for part in (module, other))
     return sorted({name.lstrip(".") for name, _ in one ^ another})
+
+
+@contextlib.contextmanager
+def changed_fields(config: PreTrainedConfig, **changes: Any) -> Iterator[None]:
+    """Change fields of a configuration, and restore their values at the end."""
+    before = {name: getattr(config, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def _named_settings(module: nn.Module, configs: dict[int, Hashable]) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,7 @@ def predict_file(
         with draft.open("w", encoding="utf-8") as file:
             while window := list(itertools.islice(rows, WINDOW)):
                 for id, summary in _summaries(summarize, window, query_column is not None, on_bad):
-                    made = asdict(summary)
-                    line = {"id": id, "summary": made.pop("text"), **made}
+                    line = {"id": id, **summary.record()}
                     file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                     n_lines += 1
         os.replace(draft, output)

@@ -1,11 +1,13 @@
 """Check of a saved state, which may come from a stranger: names, types and shapes must fit this model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.inference.shown_tokens import are_rows
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 
 IDS = ("ids", "overlap")
@@ -24,7 +26,7 @@ def check_tensors(tensors: dict[str, Tensor], config: RecurrentBartConfig, path:
     for name in IDS:
         _require(name in tensors and _are_ids(tensors[name], config.vocab_size, most[name]), name, path)
     _require(not state.keys() - RecurrentState.__dataclass_fields__.keys(), "state", path)
-    _require(tensors.keys() == {*IDS, *(PREFIX + name for name in state)}, "names", path)
+    _require(tensors.keys() == {*IDS, "spans", *(PREFIX + name for name in state)}, "names", path)
     if state:
         _require(_are_counts(state.get("position"), (1,)), "position", path)
         memory, shape = state.get("memory"), RecurrentState.memory_shape(config, 1)
@@ -33,6 +35,16 @@ def check_tensors(tensors: dict[str, Tensor], config: RecurrentBartConfig, path:
         _check_outputs(state, ("tokens", "tokens_mask"), torch.bool, config, path)
         needed = {"last": "tokens", "memory": "tokens", "all": "context"}.get(config.decoder_context)
         _require(needed is None or needed in state, f"{needed}", path)
+    n_waiting = sum(len(tensors[name]) for name in IDS)
+    _require(are_rows(tensors["spans"], n_waiting, _n_shown(state, config)), "spans", path)
+
+
+def check_counts(counts: object, names: Sequence[str], path: Path) -> None:
+    """Raise ValueError unless `counts` are whole numbers with these names."""
+    values = list(counts.values()) if isinstance(counts, dict) and counts.keys() == set(names) else [None]
+    # a bool is an int
+    if not all(type(value) is int and 0 <= value < 2**53 for value in values):
+        raise ValueError(f"{path}: not a saved state: its counts must be whole numbers")
 
 
 def _check_outputs(
@@ -47,6 +59,12 @@ def _check_outputs(
     _require(_are_finite(outputs, (1, outputs.shape[1], config.d_model)), names[0], path)
     is_fit = marks is not None and marks.dtype == dtype and tuple(marks.shape) == tuple(outputs.shape[:2])
     _require(is_fit, names[1], path)
+
+
+def _n_shown(state: dict[str, Tensor], config: RecurrentBartConfig) -> int:
+    """Return the number of tokens in the decoder's context."""
+    mark = state.get("tokens_mask" if config.decoder_context in ("last", "memory") else "context_number")
+    return 0 if mark is None else int((mark != 0).sum())
 
 
 def _are_ids(ids: Tensor, vocab_size: int, most: int) -> bool:

@@ -1,22 +1,26 @@
 """Summaries of texts of any length, one by one, in batches, or of a text that arrives in pieces."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.batches import Collator, SegmentSizes, check_query
 from recurrent_bart.data.rows import refuse
-from recurrent_bart.data.text_encoder import TextEncoder, decode_text
+from recurrent_bart.data.text_encoder import TextEncoder, Token, decode_text
 from recurrent_bart.data.token_batches import group_by_segments
 from recurrent_bart.data.tokenizer import special_tokens_around
+from recurrent_bart.inference.citations import Citation, cite
 from recurrent_bart.inference.reading_session import ReadingSession, Summary
+from recurrent_bart.inference.shown_tokens import ShownToken, show_segments
 from recurrent_bart.inference.stream_reader import Bookmark, TextReader, load_model, run_flags, summary_after
 from recurrent_bart.model.generation_settings import MAX_TARGET_LENGTH, change_settings, text_length
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
+from recurrent_bart.recurrence.segmentation import split_into_segments
 
 TOKENS_PER_BATCH = 16_384
 
@@ -31,6 +35,7 @@ class Summarizer:
         model: Model in evaluation mode.
         max_n_segments: Number of segments after which a text is cut; -1 reads all.
         query: Question about each text, for a model of `--query_column`; empty: none. It stands before each segment.
+        citations: True: summaries have citations. Raise ValueError if the tokenizer does not tell its characters.
         generation: Arguments of `generate`.
     """
 
@@ -41,10 +46,14 @@ class Summarizer:
         tokens_per_batch: int = TOKENS_PER_BATCH,
         max_n_segments: int = -1,
         query: str = "",
+        citations: bool = False,
         **generation: Any,
     ):
-        self.model, self.tokenizer, self.generation, self.query = model, tokenizer, generation, query
+        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.query, self.citations = query, citations
         self.encoder = TextEncoder(tokenizer)
+        if citations:
+            self.encoder.require_characters()
         config, special = model.config, special_tokens_around(tokenizer)
         # the configuration fills in both sizes
         assert config.segment_size is not None
@@ -73,6 +82,7 @@ class Summarizer:
         max_n_segments: int = -1,
         trust_remote_code: bool = False,
         query: str = "",
+        citations: bool = False,
         **settings: Any,
     ) -> Self:
         """Load a model and its tokenizer. `settings` change the model's generation settings, for example `num_beams`.
@@ -89,7 +99,7 @@ class Summarizer:
         model, tokenizer = load_model(str(folder), device, dtype, trust_remote_code)
         longest = text_length(model.config, model.generation_config, settings, target_length(str(folder)))
         change_settings(model.generation_config, settings, longest)
-        return cls(model, tokenizer, tokens_per_batch, max_n_segments, query, max_new_tokens=longest)
+        return cls(model, tokenizer, tokens_per_batch, max_n_segments, query, citations, max_new_tokens=longest)
 
     @overload
     def __call__(self, texts: str, queries: str | None = None) -> Summary: ...  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
@@ -115,28 +125,42 @@ class Summarizer:
             ValueError: A text has no tokens, a question leaves no room for text, or the numbers of texts and questions
                 differ.
         """
-        if not texts:
-            return []
+        found: dict[int, Summary] = {}
+        for part in self.summarize_in_steps(texts, queries):
+            found |= part
+        return [found[index] for index in range(len(texts))]
+
+    def summarize_in_steps(
+        self, texts: Sequence[str], queries: Sequence[str] | None = None
+    ) -> Iterator[dict[int, Summary]]:
+        """Yield the summaries of one batch after another, by the index of the text, short texts first.
+
+        While a text that is longer than a batch is read, an empty dictionary is yielded after each encoder call.
+        Arguments and errors are as in `summarize`.
+        """
         queries = [self.query] * len(texts) if queries is None else queries
         asked = self._questions(texts, queries)
-        whole = self.encoder(texts)
+        whole = self._tokens(texts)
         if not all(whole):
             raise ValueError(f"document {whole.index([]) + 1} of {len(whole)} has no tokens")
         rooms = [self.room - len(question) for question in asked]
         most = [None if self.max_n_segments == -1 else self.max_n_segments * room for room in rooms]
-        ids = [document[:limit] for document, limit in zip(whole, most, strict=True)]
-        n_segments = [-(-len(document) // room) for document, room in zip(ids, rooms, strict=True)]
-        found: dict[int, str] = {}
-        for group in group_by_segments(n_segments, self.most_segments):
+        read = [document[:limit] for document, limit in zip(whole, most, strict=True)]
+        n_segments = [-(-len(document) // room) for document, room in zip(read, rooms, strict=True)]
+        for group in reversed(group_by_segments(n_segments, self.most_segments)):
+            found: Iterable[tuple[str, list[Citation] | None]]
             if n_segments[group[0]] > self.most_segments:
-                found[group[0]] = self._summarize_long(ids[group[0]], queries[group[0]])
+                reader = TextReader(self.model, self.tokenizer, query=queries[group[0]])
+                reader.bookmark = Bookmark(tokens=read[group[0]])
+                for context in reader.finish():  # noqa: B007 - the last context counts
+                    yield {}
+                found = [self._write(context, reader.shown)]
             else:
-                documents = [(asked[index], ids[index]) for index in group]
-                found |= zip(group, self._summarize_batch(documents), strict=True)
-        return [
-            Summary(found[index], n_segments[index], len(ids[index]), len(whole[index]) - len(ids[index]))
-            for index in range(len(texts))
-        ]
+                found = self._summarize_batch([(asked[index], read[index]) for index in group])
+            yield {
+                index: Summary(text, n_segments[index], len(read[index]), len(whole[index]) - len(read[index]), cited)
+                for index, (text, cited) in zip(group, found, strict=True)
+            }
 
     def _questions(self, texts: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text's question and separator."""
@@ -171,33 +195,53 @@ class Summarizer:
         `query` replaces the summarizer's question.
         """
         query = self.query if query is None else query
-        return ReadingSession(self.model, self.tokenizer, segments_per_call, query, **self.generation)
+        return ReadingSession(self.model, self.tokenizer, segments_per_call, query, self.citations, **self.generation)
 
-    def stream(self, text: str, query: str | None = None) -> Iterator[str]:
-        """Read a text, and yield its summary word by word; see `stream_text`."""
+    def stream(self, text: str, query: str | None = None) -> Generator[str, None, Summary]:
+        """Read a text, and yield its summary word by word; see `stream_text`. The generator returns the summary."""
         session = self.open(query=query)
         session.add(text)
-        yield from session.stream()
+        return (yield from session.stream())
 
     def summary_after(self, output: BaseModelOutput) -> str:
         """Return the summary of a decoder context that a reader yields."""
         return summary_after(output, self.model, self.tokenizer, **self.generation)
 
-    def _summarize_batch(self, documents: list[tuple[list[int], list[int]]]) -> list[str]:
+    def _tokens(self, texts: Sequence[str]) -> list[list[Token]]:
+        if self.citations:
+            self.encoder.require_characters()
+            return [self.encoder.tokens(text) for text in texts]
+        return [[Token(id) for id in ids] for ids in self.encoder(texts)]
+
+    @torch.no_grad()
+    def _summarize_batch(
+        self, documents: list[tuple[list[int], list[Token]]]
+    ) -> Iterator[tuple[str, list[Citation] | None]]:
+        """Yield the summary of each document, which is given with the ids of its question."""
         rows = [
-            {"index": index, "query": query, "sections": [ids], "summaries": [[]]}
-            for index, (query, ids) in enumerate(documents)
+            {"index": index, "query": query, "sections": [[token.id for token in document]], "summaries": [[]]}
+            for index, (query, document) in enumerate(documents)
         ]
         batch = self.collator(rows)
-        input_ids = batch.input_ids.to(self.model.device)
-        generated = self.model.generate(input_ids, attention_mask=batch.attention_mask, **self.generation)
-        return [decode_text(self.tokenizer, ids).strip() for ids in generated]
+        context = self.model.model.encode(batch.input_ids.to(self.model.device), batch.attention_mask, is_decoded=True)
+        generated = self.model.generate(encoder_outputs=context, **self.generation)
+        for index, ((query, document), ids) in enumerate(zip(documents, generated, strict=True)):
+            shown = show_segments([], self._segments(document, query), self.model.config) if self.citations else []
+            yield self._written(ids, context.rows(torch.tensor([index])) if self.citations else context, shown)
 
-    def _summarize_long(self, ids: list[int], query: str) -> str:
-        reader = TextReader(self.model, self.tokenizer, query=query)
-        reader.bookmark = Bookmark(ids=ids)
-        *_, output = reader.finish()
-        return self.summary_after(output)
+    def _segments(self, document: list[Token], query: Sequence[int] = ()) -> list[list[Token]]:
+        """Cut a document as the collator cuts it; `query` has the ids of its question."""
+        leading, trailing = [*map(Token, (*self.collator.leading, *query))], [*map(Token, self.collator.trailing)]
+        sizes = self.collator.sizes.segment_size, self.collator.sizes.input_size
+        return split_into_segments([*leading, *document, *trailing], *sizes, len(leading), len(trailing))
+
+    def _write(self, context: BaseModelOutput, shown: Sequence[ShownToken]) -> tuple[str, list[Citation] | None]:
+        ids_T = self.model.generate(encoder_outputs=context, **self.generation)[0]
+        return self._written(ids_T, context, shown)
+
+    def _written(self, ids_T: Tensor, context: Any, shown: Sequence[ShownToken]) -> tuple[str, list[Citation] | None]:
+        citations = cite(self.model, self.tokenizer, context, shown, ids_T) if self.citations else None
+        return decode_text(self.tokenizer, ids_T).strip(), citations
 
 
 def target_length(model_folder: str) -> int:

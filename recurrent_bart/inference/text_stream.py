@@ -1,14 +1,16 @@
 """Generated texts word by word."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.text_encoder import decode_text
 from recurrent_bart.data.word_segmenter import join_words, joins_words
+from recurrent_bart.model.decoding.stopping import StopWhen
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
 
@@ -17,18 +19,23 @@ def stream_text(
     tokenizer: PreTrainedTokenizerBase,
     output: BaseModelOutput,
     **generation: Any,
-) -> Iterator[str]:
+) -> Generator[str, None, Tensor]:
     """Generate a text from a decoder context in a thread, and yield its pieces; joined, they are `summary_after`.
 
-    Beam search knows its words only at the end, so it yields one piece.
+    Beam search knows its words only at the end, so it yields one piece. The generator returns the ids `(T,)`. Closing
+    it ends the thread.
     """
+    closed = threading.Event()
+    generation["stopping_criteria"] = [*generation.get("stopping_criteria", ()), StopWhen(closed.is_set)]
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
     uses_beams = (generation.get("num_beams") or model.generation_config.num_beams or 1) > 1
     failures: list[Exception] = []
+    generated: list[Tensor] = []
 
     def generate() -> None:
         try:
             ids = model.generate(encoder_outputs=output, streamer=None if uses_beams else streamer, **generation)
+            generated.append(ids[0])
             if uses_beams:
                 streamer.on_finalized_text(decode_text(tokenizer, ids[0]), stream_end=True)
         except Exception as error:
@@ -38,10 +45,14 @@ def stream_text(
 
     thread = threading.Thread(target=generate)
     thread.start()
-    yield from stripped(joined(streamer) if joins_words(tokenizer) else streamer)
-    thread.join()
+    try:
+        yield from stripped(joined(streamer) if joins_words(tokenizer) else streamer)
+    finally:
+        closed.set()
+        thread.join()
     if failures:
         raise failures[0]
+    return generated[0]
 
 
 def joined(pieces: Iterator[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.models.bart.modeling_bart import BartAttention
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.execution.module_settings import changed_fields
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.recurrence.attention import split_heads
@@ -36,18 +37,9 @@ class Reads:
     size: Tensor
 
 
-@contextlib.contextmanager
-def plain_execution(config: RecurrentBartConfig) -> Iterator[None]:
+def plain_execution(config: RecurrentBartConfig) -> contextlib.AbstractContextManager[None]:
     """Switch to eager attention, the sequential schedule and gradient across all segments."""
-    changed = {"_attn_implementation": "eager", "schedule": "sequential", "bptt_depth": -1}
-    before = {name: getattr(config, name) for name in changed}
-    try:
-        for name, value in changed.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+    return changed_fields(config, _attn_implementation="eager", schedule="sequential", bptt_depth=-1)
 
 
 @torch.no_grad()

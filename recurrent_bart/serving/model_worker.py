@@ -1,53 +1,105 @@
-"""One thread that runs the model. Texts that wait together are read together, in batches of similar length."""
+"""One thread that runs the model. Short texts are read together; long readings give way to other requests."""
 
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from inspect import isgenerator
 from typing import Any
 
 from recurrent_bart.inference.summarizer import Summarizer
+from recurrent_bart.model.decoding.stopping import StopWhen
 from recurrent_bart.serving.settings import Settings
+
+# characters of texts that are read together at most, so that one step does not tokenise for seconds
+TOGETHER_CHARACTERS = 2**18
+# long readings that are read in turn; more would keep more states in memory
+N_IN_TURN = 4
 
 
 class Busy(RuntimeError):  # noqa: N818 - a status, not a fault
     """Notice that too many requests wait for the model."""
 
 
-@dataclass
-class Job:
-    """Work for the model: a function, or a text with its settings of generation."""
+class Stopped(RuntimeError):  # noqa: N818 - a status, not a fault
+    """Notice that the client of a request is gone."""
 
-    work: Callable[[], Any] | None = None
+
+@dataclass(eq=False)
+class Job:
+    """Work for the model: a function, or a text with its settings of generation.
+
+    Attributes:
+        work: Function of the job. It returns the result, or a generator of steps that returns the result.
+        key: Jobs with the same key run one after another, in their order.
+        is_long: The job does not run before short ones.
+    """
+
+    work: Callable[["Job"], Any] | None = None
     text: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+    is_long: bool = False
     result: Future = field(default_factory=Future)
+    is_stopped: bool = False
+
+    def stop(self) -> None:
+        """End the job, because its client is gone: at once, after the current step, or in its generation."""
+        self.is_stopped = True
+        self.result.cancel()
+
+    def begin(self) -> bool:
+        """Mark the result as running. Return False if the job was stopped before."""
+        return self.result.running() or self.result.set_running_or_notify_cancel()
+
+    def criteria(self) -> dict[str, Any]:
+        """Return the argument of `generate` that ends the generation when the job is stopped."""
+        return {"stopping_criteria": [StopWhen(lambda: self.is_stopped)]}
+
+
+@dataclass(eq=False)
+class Task:
+    """Jobs that run together, and the steps that answer them."""
+
+    jobs: list[Job]
+    steps: Iterator[None]
 
 
 class ModelWorker:
-    """Thread that runs the model for all requests, in their order."""
+    """Thread that runs the model for all requests.
+
+    Short jobs run in their order. After each of them, and while there are none, one of the long jobs does one step.
+    """
 
     def __init__(self, summarizer: Summarizer, settings: Settings):
         self.summarizer, self.settings = summarizer, settings
-        self._waiting: deque[Job] = deque()
-        self._has_work, self._is_over = threading.Condition(), False
+        self._pending: list[Job] = []
+        self._short: deque[Job] = deque()
+        self._long: deque[Task] = deque()
+        self._lines: dict[str, deque[Job]] = {}
+        self._has_work, self._is_over, self._was_long = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
     @property
-    def n_waiting(self) -> int:
-        """Number of requests that wait for the model."""
-        return len(self._waiting)
+    def n_pending(self) -> int:
+        """Number of requests that wait for the model or are being answered."""
+        return len(self._pending)
 
-    def call(self, work: Callable[[], Any]) -> Future:
-        """Let the thread call a function. Raise Busy if too many requests wait."""
-        return self._add(Job(work))
-
-    def summarize(self, text: str, options: Mapping[str, Any]) -> Future:
-        """Let the thread summarise a text, together with texts that wait for the same settings."""
-        return self._add(Job(text=text, options=options))
+    def add(self, job: Job, is_limited: bool = True) -> Job:
+        """Let the thread do a job, and return it. Raise Busy if too many requests wait."""
+        with self._has_work:
+            if self._is_over or (is_limited and self.n_pending >= self.settings.n_waiting):
+                raise Busy
+            self._pending.append(job)
+            if job.key is not None:
+                self._lines.setdefault(job.key, deque()).append(job)
+            if job.key is None or self._lines[job.key][0] is job:
+                self._enqueue(job)
+            self._has_work.notify()
+        return job
 
     def close(self) -> None:
         """Finish the waiting work, and end the thread."""
@@ -56,65 +108,121 @@ class ModelWorker:
             self._has_work.notify()
         self._thread.join()
 
-    def _add(self, job: Job) -> Future:
-        with self._has_work:
-            if self._is_over or len(self._waiting) >= self.settings.n_waiting:
-                raise Busy
-            self._waiting.append(job)
-            self._has_work.notify()
-        return job.result
+    def _enqueue(self, job: Job) -> None:
+        if job.is_long:
+            self._long.append(Task([job], self._steps(job)))
+        else:
+            self._short.append(job)
+
+    def _leave(self, job: Job) -> None:
+        """Take a job off the list, and let the next job with its key run."""
+        self._pending.remove(job)
+        line = self._lines.get(job.key or "", deque())
+        was_first = bool(line) and line[0] is job
+        if line:
+            line.remove(job)
+        if line and was_first:
+            self._enqueue(line[0])
+        elif job.key is not None and not line:
+            del self._lines[job.key]
 
     def _run(self) -> None:
-        while found := self._next():
-            # a client that went away has cancelled its job
-            jobs = [job for job in found if job.result.set_running_or_notify_cancel()]
-            if jobs and jobs[0].work is not None:
-                _answer(jobs[0], jobs[0].work)
-            elif jobs:
-                self._summarize(jobs)
+        while task := self._next():
+            is_over = self._do_step(task)
+            with self._has_work:
+                if is_over:
+                    for job in task.jobs:
+                        self._leave(job)
+                else:
+                    self._long.insert(N_IN_TURN - 1, task)
 
-    def _next(self) -> list[Job]:
-        """Wait for work. Return one call, or all texts with equal settings that may be read together."""
+    def _do_step(self, task: Task) -> bool:
+        """Do one step. Return True if no step is left."""
+        if not all(job.is_stopped for job in task.jobs):
+            return next(task.steps, self) is self
+        # a generator that is closed writes nothing
+        task.steps.close()  # type: ignore[attr-defined]
+        for job in task.jobs:
+            if not job.result.done() and job.begin():
+                job.result.set_exception(Stopped())
+        return True
+
+    def _next(self) -> Task | None:
+        """Wait for work. Return a long job, or all texts with equal settings that may be read together."""
         with self._has_work:
-            self._has_work.wait_for(lambda: self._waiting or self._is_over)
-            if not self._waiting:
-                return []
-            jobs = [self._waiting.popleft()]
-            if jobs[0].work is None:
-                fit = [job for job in self._waiting if job.work is None and job.options == jobs[0].options]
-                jobs += fit[: self.settings.n_together - 1]
-                taken = set(map(id, jobs))
-                self._waiting = deque(job for job in self._waiting if id(job) not in taken)
-            return jobs
+            while True:
+                self._has_work.wait_for(lambda: self._short or self._long or self._is_over)
+                self._drop_stopped()
+                if self._long and not (self._short and self._was_long):
+                    self._was_long = True
+                    return self._long.popleft()
+                self._was_long = False
+                if self._short:
+                    return self._take_short()
+                if self._is_over:
+                    return None
 
-    def _summarize(self, jobs: list[Job]) -> None:
-        summarizer = with_options(self.summarizer, jobs[0].options)
+    def _drop_stopped(self) -> None:
+        """Drop the jobs that were stopped before they began."""
+        gone = {id(job) for job in self._pending if job.result.cancelled()}
+        if gone:
+            self._short = deque(job for job in self._short if id(job) not in gone)
+            self._long = deque(task for task in self._long if id(task.jobs[0]) not in gone)
+            # the last one first, so that none enqueues the next one
+            for job in [job for job in reversed(self._pending) if id(job) in gone]:
+                self._leave(job)
+
+    def _take_short(self) -> Task:
+        jobs = [self._short.popleft()]
+        if jobs[0].work is not None:
+            return Task(jobs, self._steps(jobs[0]))
+        n_characters = len(jobs[0].text)
+        for job in list(self._short):
+            fits = len(jobs) < self.settings.n_together and n_characters + len(job.text) <= TOGETHER_CHARACTERS
+            if fits and job.work is None and job.options == jobs[0].options:
+                jobs.append(job)
+                n_characters += len(job.text)
+                self._short.remove(job)
+        return Task(jobs, self._steps_of_texts(jobs))
+
+    def _steps(self, job: Job) -> Iterator[None]:
+        if not job.begin():
+            return
+        assert job.work is not None
         try:
-            summaries = summarizer.summarize([job.text for job in jobs])
-            assert len(summaries) == len(jobs)
-        except ValueError:
-            # one text has no tokens; the other texts get their summaries
-            for job in jobs:
-                _answer(job, lambda text=job.text: summarizer(text))  # type: ignore[misc]
+            result = job.work(job)
+            if isgenerator(result):
+                result = yield from result
         except Exception as error:
-            for job in jobs:
-                job.result.set_exception(error)
+            job.result.set_exception(error)
         else:
-            for job, summary in zip(jobs, summaries, strict=True):
-                job.result.set_result(summary)
+            job.result.set_result(result)
+
+    def _steps_of_texts(self, jobs: list[Job]) -> Iterator[None]:
+        """Answer jobs with texts. If reading them together fails, each is read alone, so one text fails alone."""
+        waiting = {number: job for number, job in enumerate(jobs) if job.begin()}
+        numbers, failure = list(waiting), None
+        criteria = {"stopping_criteria": [StopWhen(lambda: all(job.is_stopped for job in jobs))]}
+        summarizer = with_options(self.summarizer, {**jobs[0].options, **criteria})
+        try:
+            for found in summarizer.summarize_in_steps([jobs[number].text for number in numbers]):
+                for index, summary in found.items():
+                    waiting.pop(numbers[index]).result.set_result(summary)
+                yield
+        except Exception as error:
+            failure = error if len(numbers) == 1 else None
+        for job in waiting.values():
+            if failure is not None:
+                job.result.set_exception(failure)
+            else:
+                yield from self._steps_of_texts([job])
 
 
 def with_options(summarizer: Summarizer, options: Mapping[str, Any]) -> Summarizer:
-    """Return a summarizer of the same model with other settings of generation, and with the question `query`."""
-    changed = copy.copy(summarizer)
-    changed.query = options.get("query", summarizer.query)
-    given = {name: value for name, value in options.items() if name != "query"}
-    changed.generation = {**summarizer.generation, **given}
+    """Return a summarizer of the same model with other settings of generation, of citations, or another `query`."""
+    changed, options = copy.copy(summarizer), dict(options)
+    for name in ("citations", "query"):
+        if name in options:
+            setattr(changed, name, options.pop(name))
+    changed.generation = {**summarizer.generation, **options}
     return changed
-
-
-def _answer(job: Job, work: Callable[[], Any]) -> None:
-    try:
-        job.result.set_result(work())
-    except Exception as error:
-        job.result.set_exception(error)

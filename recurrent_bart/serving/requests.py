@@ -1,23 +1,35 @@
-"""Bodies and options of requests, with their limits."""
+"""Bodies and options of requests, with their limits and their description in OpenAPI."""
 
 import asyncio
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException, Request
 
-# settings of generation that a request may change: type, least and largest value
-OPTIONS: dict[str, tuple[type, float, float]] = {
-    "num_beams": (int, 1, 8),
-    "max_new_tokens": (int, 1, 1024),
-    "min_new_tokens": (int, 0, 1024),
-    "no_repeat_ngram_size": (int, 0, 100),
-    "length_penalty": (float, -10, 10),
-    "repetition_penalty": (float, 0.1, 10),
+from recurrent_bart.serving.settings import Settings
+
+# numbers that a request may give: type, least and largest value, meaning
+NUMBERS: dict[str, tuple[type, float, float, str]] = {
+    "num_beams": (int, 1, 8, "beams of the search; 1: greedy"),
+    "max_new_tokens": (int, 1, 1024, "most tokens of a summary"),
+    "min_new_tokens": (int, 0, 1024, "least tokens of a summary"),
+    "no_repeat_ngram_size": (int, 0, 100, "length of the word groups that do not occur twice; 0: all may"),
+    "length_penalty": (float, -10, 10, "above 0: longer summaries, with beams"),
+    "repetition_penalty": (float, 0.1, 10, "above 1: fewer repetitions"),
+    "position": (int, 0, 2**53, "characters sent before this piece; what the session has already is passed over"),
+    "number": (int, 1, 2**53, "number of the section; the summary of a section that has ended is returned again"),
 }
-OTHERS = ("stream", "position", "query")
+FLAGS = {
+    "stream": "true: the answer is server-sent events: `text` for each piece, at last `end` with the summary",
+    "citations": "true: with the passages of the text that each sentence was read from",
+}
+POSITION, NUMBER, WRITING, QUERY = ("position",), ("number",), tuple(FLAGS), ("query",)
+GENERATION = tuple(name for name in NUMBERS if name not in POSITION + NUMBER)
+QUERY_MEANING = "question about the text, for a model that was trained with questions"
+# longer questions leave no room for text
+QUERY_CHARACTERS = 2**16
 
 
 async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
@@ -38,31 +50,52 @@ async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
     return b"".join(parts)
 
 
-def read_text(request: Request, body: bytes, most_tokens: int) -> tuple[str, dict[str, Any]]:
-    """Return the text and the options of a body: a JSON object with `text`, or the text itself; else 400."""
+async def read_text(
+    request: Request, settings: Settings, allowed: Sequence[str], most_tokens: int
+) -> tuple[str, dict[str, Any]]:
+    """Return the text and the options of a request: a JSON object with `text`, or the text itself; else 400.
+
+    `allowed` and `most_tokens` are as in `read_options`.
+    """
+    body = await read_body(request, settings.text_bytes, settings.body_seconds)
     kind = request.headers.get("content-type", "").split(";")[0].strip()
     if kind.startswith("multipart/"):
         raise HTTPException(415, "send the text itself as the body, not a form with a file")
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise HTTPException(400, f"the body is not UTF-8: byte {error.start}") from error
+    text = _decode(body)
     given: dict[str, Any] = dict(request.query_params)
     if kind == "application/json":
-        content = read_object(body)
+        content = _parse_object(text)
         if not isinstance(content.get("text"), str):
             raise HTTPException(400, "the body must be a JSON object with a text")
         text = content.pop("text")
         given |= content
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise HTTPException(400, "the text has half of a character: a lone surrogate")
-    return text, read_options(given, most_tokens)
+    most = settings.text_characters
+    if len(text) > most:
+        raise HTTPException(413, f"the text has {len(text)} characters; at most {most} are allowed")
+    return text, read_options(given, allowed, most_tokens)
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object of a body; 400 if the body is no JSON object."""
+async def read_query(request: Request, settings: Settings) -> str | None:
+    """Return the question of a new session, from the URL or from a JSON body; None without a question."""
+    options = read_options(request.query_params, QUERY, 0)
+    body = _decode(await read_body(request, settings.text_bytes, settings.body_seconds))
+    if body.strip():
+        options |= read_options(_parse_object(body), QUERY, 0)
+    return options.get("query")
+
+
+def _decode(body: bytes) -> str:
     try:
-        content = json.loads(body)
+        return body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise HTTPException(400, f"the body is not UTF-8: byte {error.start}") from error
+
+
+def _parse_object(body: str) -> dict[str, Any]:
+    try:
+        content = json.loads(body.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, "the body is not JSON") from error
     if not isinstance(content, dict):
@@ -70,41 +103,84 @@ def read_object(body: bytes) -> dict[str, Any]:
     return content
 
 
-def read_options(given: Mapping[str, Any], most_tokens: int) -> dict[str, Any]:
+def read_options(given: Mapping[str, Any], allowed: Sequence[str], most_tokens: int) -> dict[str, Any]:
     """Return the options of a request with their types; 400 if an option is unknown or out of range.
 
-    `most_tokens` is the number of the decoder's positions.
+    Args:
+        allowed: Names of the options that this kind of request has.
+        most_tokens: Number of the decoder's positions.
     """
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if name == "stream":
-            found[name] = _flag(value)
-        elif name == "position":
-            found[name] = _number(name, value, int, 0, 2**53)
-        elif name == "query":
+        if name in QUERY and name not in allowed:
+            raise HTTPException(400, "a session has the query that it began with: POST /v1/sessions?query=...")
+        if name not in allowed:
+            raise HTTPException(400, f"unknown option; the options of this request are {', '.join(allowed) or 'none'}")
+        if name in QUERY:
             found[name] = _query(value)
-        elif name in OPTIONS:
-            kind, least, most = OPTIONS[name]
-            found[name] = _number(name, value, kind, least, min(most, most_tokens) if "new_tokens" in name else most)
         else:
-            allowed = ", ".join((*OPTIONS, *OTHERS))
-            raise HTTPException(400, f"unknown option; the options are {allowed}")
+            found[name] = _flag(name, value) if name in FLAGS else _number(name, value, most_tokens)
     return found
+
+
+def no_options(request: Request) -> None:
+    """Refuse options of a request that has none."""
+    read_options(request.query_params, (), 0)
+
+
+def describe(allowed: Sequence[str], has_text: bool = False, has_object: bool = False) -> dict[str, Any]:
+    """Return the description of a request's options for OpenAPI.
+
+    Args:
+        allowed: Names of the options.
+        has_text: The body is the text, or JSON with the text and options.
+        has_object: The body may be JSON with options.
+    """
+    options = {name: _schema(name) for name in allowed}
+    parameters = [
+        {"name": name, "in": "query", "required": False, "schema": schema, "description": schema["description"]}
+        for name, schema in options.items()
+    ]
+    content: dict[str, Any]
+    if has_object:
+        content = {"application/json": {"schema": {"type": "object", "properties": options}}}
+        return {"parameters": parameters, "requestBody": {"required": False, "content": content}}
+    if not has_text:
+        return {"parameters": parameters}
+    text = {"type": "string", "description": "the text"}
+    fields = {"type": "object", "required": ["text"], "properties": {"text": text, **options}}
+    content = {"text/plain": {"schema": text}, "application/json": {"schema": fields}}
+    return {"parameters": parameters, "requestBody": {"required": True, "content": content}}
+
+
+def _schema(name: str) -> dict[str, Any]:
+    if name in FLAGS:
+        return {"type": "boolean", "description": FLAGS[name]}
+    if name in QUERY:
+        return {"type": "string", "description": QUERY_MEANING}
+    kind, least, most, meaning = NUMBERS[name]
+    number = "integer" if kind is int else "number"
+    return {"type": number, "minimum": least, "maximum": most, "description": meaning}
 
 
 def _query(value: Any) -> str:
     if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
         raise HTTPException(400, "query must be a text")
+    if len(value) > QUERY_CHARACTERS:
+        raise HTTPException(400, f"query must have at most {QUERY_CHARACTERS} characters")
     return value
 
 
-def _flag(value: Any) -> bool:
+def _flag(name: str, value: Any) -> bool:
     if str(value).lower() not in ("true", "false"):
-        raise HTTPException(400, "stream must be true or false")
+        raise HTTPException(400, f"{name} must be true or false")
     return str(value).lower() == "true"
 
 
-def _number(name: str, value: Any, kind: type, least: float, most: float) -> Any:
+def _number(name: str, value: Any, most_tokens: int) -> Any:
+    kind, least, most, _ = NUMBERS[name]
+    if "new_tokens" in name:
+        most = min(most, most_tokens)
     try:
         number = kind(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):

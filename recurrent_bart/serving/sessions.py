@@ -1,20 +1,35 @@
 """Sessions on disk: each is one safetensors file, which is replaced as a whole after each piece of text."""
 
+import contextlib
 import fcntl
 import os
 import re
 import secrets
+import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from recurrent_bart.inference.reading_session import ReadingSession, Summary
+from pydantic import ValidationError
+
+from recurrent_bart.data.text_files import with_line_feeds
+from recurrent_bart.files import replace_and_fsync
+from recurrent_bart.inference.reading_session import ReadingSession, Steps, Summary
 from recurrent_bart.inference.summarizer import Summarizer
+from recurrent_bart.serving.schemas import Notes, Section
 from recurrent_bart.serving.settings import Settings
 
 ID = re.compile(r"[A-Za-z0-9_-]{22}")
 SUFFIX = ".safetensors"
+# endings of files that a killed server may leave
+DRAFTS = ("*.draft", "*.upload")
+# summaries of sections that a client can read again
+N_SECTIONS_KEPT = 16
+# returns a session that writes other summaries of the same text
+Change = Callable[[ReadingSession], ReadingSession]
 
 
 class NoSession(LookupError):  # noqa: N818 - a status, not a fault
@@ -26,38 +41,44 @@ class TooManySessions(RuntimeError):  # noqa: N818 - a status, not a fault
 
 
 class Gap(ValueError):  # noqa: N818 - a status, not a fault
-    """Notice that a piece of text begins after the text that the session has."""
+    """Notice that a piece of text, or a section, does not follow the session's text."""
+
+
+class TooLarge(ValueError):  # noqa: N818 - a status, not a fault
+    """Notice that a text, or a session, would be larger than it may be."""
 
 
 @dataclass
 class Opened:
-    """Session in memory.
-
-    Attributes:
-        n_characters: Characters of text that the session has, on disk too.
-    """
+    """Session in memory. Its notes are on disk too."""
 
     reading: ReadingSession
-    n_characters: int
+    notes: Notes
 
 
 class Sessions:
-    """Sessions of one model. One thread calls all methods, except `count`."""
+    """Sessions of one model. One thread calls all methods, except `count` and `using`."""
 
     def __init__(self, summarizer: Summarizer, settings: Settings):
         self.summarizer, self.settings = summarizer, settings
         self.folder = settings.folder
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = (self.folder / ".lock").open("w")
+        self._opened: OrderedDict[str, Opened] = OrderedDict()
+        self._in_use: Counter[str] = Counter()
+        self._use_lock = threading.Lock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = (self.folder / ".lock").open("w")
+            # another user must not read texts
+            self.folder.chmod(0o700)
+        except OSError as error:
+            raise ValueError(f"--sessions {self.folder}: not a writable folder ({error.strerror})") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"--sessions {self.folder}: another server uses this folder") from error
-        self._opened: OrderedDict[str, Opened] = OrderedDict()
-        # another user must not read texts, and no draft of a killed server may stay
-        self.folder.chmod(0o700)
-        for draft in (*self.folder.glob("*.tmp"), *self.folder.glob("*.upload")):
-            draft.unlink(missing_ok=True)
+        for pattern in DRAFTS:
+            for draft in self.folder.glob(pattern):
+                draft.unlink(missing_ok=True)
         self.delete_old()
 
     def close(self) -> None:
@@ -68,8 +89,30 @@ class Sessions:
         """Return the number of sessions on disk."""
         return sum(1 for _ in self.folder.glob(f"*{SUFFIX}"))
 
+    @contextlib.contextmanager
+    def using(self, id: str) -> Iterator[None]:
+        """Begin a session's time to live anew, and keep the session until the block ends.
+
+        Raises:
+            NoSession: There is no session with this id, or its time to live is over.
+        """
+        path = self._path(id)
+        with self._use_lock:
+            self._in_use[id] += 1
+        try:
+            if self._is_old(path):
+                raise NoSession
+            os.utime(path)
+            yield
+        except FileNotFoundError as error:
+            raise NoSession from error
+        finally:
+            with self._use_lock:
+                self._in_use[id] -= 1
+                self._in_use += Counter()
+
     def create(self, query: str | None = None) -> str:
-        """Begin a session, and return its id. `query` stands before each segment.
+        """Begin a session, and return its id. `query` stands before each segment; None: the summarizer's question.
 
         Raises:
             ValueError: The question leaves no room for text.
@@ -78,118 +121,177 @@ class Sessions:
         if self.count() >= self.settings.n_sessions:
             raise TooManySessions
         id = secrets.token_urlsafe(16)
-        self._keep(id, Opened(self.summarizer.open(query=query), 0))
+        self._keep(id, Opened(self._open(query), Notes()))
         return id
 
-    def add(self, id: str, text: str, position: int | None) -> int:
-        """Add a piece of text, and return the number of characters that the session has then.
+    def add(self, id: str, text: str, position: int | None) -> Steps[Opened]:
+        """Add a piece of text, and return the session.
 
         `position` is the number of characters before the piece. What the session has already is passed over, so a
         client that had no answer may send a piece again.
 
         Raises:
             Gap: The piece begins after the session's text.
+            TooLarge: The session would have too many characters, or its state too many bytes.
         """
         opened = self.find(id)
-        begin = opened.n_characters if position is None else position
-        if begin > opened.n_characters:
-            raise Gap(f"position {begin}: the session has {opened.n_characters} characters")
-        new = text[opened.n_characters - begin :]
+        notes, n_characters = opened.notes, opened.notes.n_characters
+        begin = n_characters if position is None else position
+        if begin > n_characters:
+            raise Gap(f"position {begin}: the session has {n_characters} characters")
+        new, most = text[n_characters - begin :], self.settings.session_characters
+        if n_characters + len(new) > most:
+            raise TooLarge(f"the session would have {n_characters + len(new)} characters; at most {most} are allowed")
         if new:
-            # until the new state is on disk, only the old state counts
-            self._opened.pop(id, None)
-            opened.reading.add(new)
-            opened.n_characters += len(new)
+            self._take(id)
+            plain = with_line_feeds(new, is_start=n_characters == 0, follows_return=notes.ends_with_return)
+            yield from opened.reading.add_in_steps(plain)
+            notes.n_characters += len(new)
+            notes.ends_with_return = new.endswith("\r")
             self._keep(id, opened)
-        return opened.n_characters
+        return opened
 
-    def end_section(self, id: str) -> Summary:
-        """End a section of a session, and return its summary."""
+    def end_section(self, id: str, number: int | None, change: Change) -> Steps[Section]:
+        """End a section of a session, and return its summary, which the session writes that `change` returns.
+
+        `number` is the section's number, from 1. The summary of a section that has ended is returned again, so a client
+        that had no answer may ask again. The last pause is before the section is kept.
+
+        Raises:
+            Gap: The number is not the next one, or the summary is no longer kept.
+        """
+        ended = self._ended_section(id, number)
+        if ended is not None:
+            return ended
+        opened = self._take(id)
+        summary = yield from change(opened.reading).end_section_in_steps()
+        yield
+        return self._keep_section(id, opened, summary)
+
+    def stream_section(self, id: str, number: int | None, change: Change) -> Steps[Generator[str, None, Section]]:
+        """End a section as `end_section` does, and return its summary word by word; the last piece is empty."""
+        ended = self._ended_section(id, number)
+        if ended is not None:
+            return _pieces_of(ended)
+        opened = self._take(id)
+        reading = change(opened.reading)
+        read = yield from reading.read_section()
+
+        def write() -> Generator[str, None, Section]:
+            summary = yield from reading.stream_after(*read)
+            yield ""
+            return self._keep_section(id, opened, summary)
+
+        return write()
+
+    def _ended_section(self, id: str, number: int | None) -> Section | None:
+        """Return the section with this number if it has ended; None: the number is the next one."""
+        notes = self.find(id).notes
+        if number is None or number == notes.n_sections + 1:
+            return None
+        for section in notes.sections:
+            if section.number == number:
+                return section
+        raise Gap(f"number {number}: the session has {notes.n_sections} sections, and keeps the last {N_SECTIONS_KEPT}")
+
+    def _take(self, id: str) -> Opened:
+        """Return a session to change; until its new state is on disk, only the old state counts."""
         opened = self.find(id)
         self._opened.pop(id, None)
-        summary = opened.reading.end_section()
+        return opened
+
+    def _keep_section(self, id: str, opened: Opened, summary: Summary) -> Section:
+        notes = opened.notes
+        notes.n_sections += 1
+        section = Section.of(summary, number=notes.n_sections)
+        notes.sections = [*notes.sections, section][-N_SECTIONS_KEPT:]
         self._keep(id, opened)
-        return summary
+        return section
 
     def find(self, id: str) -> Opened:
-        """Return a session, from memory or from disk, and begin its time to live anew."""
+        """Return a session, from memory or from disk."""
         path = self._path(id)
-        self._check_age(path)
+        if not path.exists():
+            raise NoSession
         opened = self._opened.get(id) or self._read(path)
-        os.utime(path)
         self._remember(id, opened)
         return opened
 
-    def state(self, id: str) -> bytes:
-        """Return the file of a session."""
-        self.find(id)
-        return self._path(id).read_bytes()
+    def state(self, id: str) -> tuple[BinaryIO, int]:
+        """Return the open file of a session, and its size in bytes."""
+        file = self._path(id).open("rb")
+        return file, os.fstat(file.fileno()).st_size
 
-    def replace(self, id: str, content: bytes) -> int:
-        """Replace a session by an uploaded file, and return the number of its characters.
+    def replace(self, id: str, content: bytes) -> Opened:
+        """Replace a session by an uploaded file, and return the new session.
 
         Raises:
             ValueError: The file is no state of this model.
         """
-        self.find(id)
-        draft = self.folder / f"{id}.upload"
+        draft = self._path(id).with_suffix(".upload")
         try:
             draft.write_bytes(content)
             opened = self._read(draft)
         finally:
             draft.unlink(missing_ok=True)
         self._keep(id, opened)
-        return opened.n_characters
+        return opened
 
     def delete(self, id: str) -> None:
         """Delete a session."""
-        path = self._path(id)
-        self._check_age(path)
         self._opened.pop(id, None)
-        path.unlink(missing_ok=True)
+        self._path(id).unlink(missing_ok=True)
 
     def delete_old(self) -> None:
-        """Delete sessions whose time to live is over."""
-        oldest = time.time() - self.settings.session_seconds
+        """Delete sessions whose time to live is over, except sessions in use."""
         for path in self.folder.glob(f"*{SUFFIX}"):
-            if path.stat().st_mtime < oldest:
-                self._opened.pop(path.stem, None)
-                path.unlink(missing_ok=True)
+            with self._use_lock:
+                if self._is_old(path) and not self._in_use[path.stem]:
+                    self.delete(path.stem)
+
+    def _is_old(self, path: Path) -> bool:
+        return time.time() - path.stat().st_mtime > self.settings.session_seconds
 
     def _path(self, id: str) -> Path:
         if not ID.fullmatch(id):
             raise NoSession
         return self.folder / f"{id}{SUFFIX}"
 
-    def _check_age(self, path: Path) -> None:
-        try:
-            age = time.time() - path.stat().st_mtime
-        except FileNotFoundError as error:
-            raise NoSession from error
-        if age > self.settings.session_seconds:
-            self._opened.pop(path.stem, None)
-            path.unlink(missing_ok=True)
-            raise NoSession
+    def _open(self, query: str | None) -> ReadingSession:
+        return self.summarizer.open(self.settings.step_segments, query)
 
     def _read(self, path: Path) -> Opened:
         # the file brings its question, which may differ from the summarizer's
-        reading = self.summarizer.open(query="")
+        reading = self._open("")
         try:
-            n_characters = reading.reader.load(path).get("n_characters", 0)
+            saved = reading.reader.load(path)
         except ValueError as error:
             # clients must not learn paths
             raise ValueError(str(error).replace(str(path), "state")) from error
-        if not isinstance(n_characters, int) or n_characters < 0:
-            raise ValueError("state: the number of characters must be a whole number")
-        return Opened(reading, n_characters)
+        try:
+            # the command line writes no notes
+            return Opened(reading, Notes.model_validate({"n_characters": reading.n_characters, **saved}))
+        except ValidationError:
+            # the error's own text may hold text of a client
+            raise ValueError("state: its notes are not those of a session") from None
 
     def _keep(self, id: str, opened: Opened) -> None:
-        """Write a session, then keep it in memory."""
+        """Write a session, then keep it in memory.
+
+        Raises:
+            TooLarge: The file has too many bytes. The old file stays.
+            OSError: The file cannot be written. A full disk is no mistake of the client.
+        """
+        path = self._path(id)
+        draft, most = path.with_suffix(".draft"), self.settings.state_bytes
         try:
-            opened.reading.reader.save(self._path(id), {"n_characters": opened.n_characters})
-        except ValueError as error:
-            # a full disk is no mistake of the client
-            raise OSError("the session cannot be written") from error
+            opened.reading.reader.write(draft, opened.notes.model_dump())
+            n_bytes = draft.stat().st_size
+            if n_bytes > most:
+                raise TooLarge(f"the session's state would have {n_bytes} bytes; at most {most} are allowed")
+            replace_and_fsync(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
         self._remember(id, opened)
 
     def _remember(self, id: str, opened: Opened) -> None:
@@ -197,3 +299,8 @@ class Sessions:
         self._opened.move_to_end(id)
         while len(self._opened) > self.settings.n_readers:
             self._opened.popitem(last=False)
+
+
+def _pieces_of(section: Section) -> Generator[str, None, Section]:
+    yield section.summary
+    return section

@@ -10,23 +10,31 @@ class Settings:
 
     Attributes:
         token: Token that each request must carry; None: no token.
+        allowed_hosts: Names by which clients may reach the service, without ports; None: all names.
         n_sessions: Most sessions on disk.
         n_readers: Most sessions whose state also stays in memory.
-        text_bytes: Most bytes of a text, or of a piece of a session's text.
-        state_bytes: Most bytes of an uploaded state.
+        text_bytes: Most bytes of a request with a text.
+        text_characters: Most characters of a text, or of a piece of a session's text.
+        session_characters: Most characters of a session's whole text.
+        state_bytes: Most bytes of a session's state, on disk and uploaded.
         body_seconds: Most seconds that a client may take to send a body.
         session_seconds: Seconds without a request after which a session is deleted.
-        n_waiting: Most requests that wait for the model.
+        n_waiting: Most requests that wait for the model or are being answered.
         n_together: Most texts that are read together.
+        step_segments: Most segments of a long text that are read before other requests have their turn.
     """
 
     folder: Path
     token: str | None = None
+    allowed_hosts: tuple[str, ...] | None = None
     n_sessions: int = 1000
     n_readers: int = 64
-    text_bytes: int = 2**22
-    state_bytes: int = 2**26
+    text_bytes: int = 2**23
+    text_characters: int = 1_000_000
+    session_characters: int = 10_000_000
+    state_bytes: int = 2**28
     body_seconds: float = 30.0
     session_seconds: float = 86_400.0
     n_waiting: int = 256
     n_together: int = 64
+    step_segments: int = 8

@@ -65,7 +65,7 @@ def write_model_card(
         "## Training",
         f"{step} optimizer steps on `{data}`. Flags that differ from their defaults:",
         _table(("flag", "value"), [(f"`--{name}`", f"`{value}`") for name, value in flags.items()]),
-        f"Code: commit {config.get('git_commit')}. Packages: {_listed(config.get('versions', {}))}.",
+        _code(config),
         "## Results",
         results(loss, scores),
         "## Limits",
@@ -110,6 +110,12 @@ def changed_flags(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for name, value in arguments.get(group, {}).items()
         if name in known and name not in UNTOLD and value is not None and value != known[name]
     }
+
+
+def _code(config: Mapping[str, Any]) -> str:
+    """Return the commit of the package, if the run knew it, and the versions of packages."""
+    commit = config.get("git_commit")
+    return (f"Code: commit {commit}. " if commit else "") + f"Packages: {_listed(config.get('versions', {}))}."
 
 
 def _public(value: Any) -> Any:

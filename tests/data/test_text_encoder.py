@@ -203,3 +203,48 @@ def test_each_part_of_a_fast_tokenizer_is_part_of_its_identity(make, tmp_path):
     assert len(set(found)) == len(found)
     make().save_pretrained(tmp_path)
     assert tokenizer_identity(load_tokenizer(str(tmp_path))) == found[0]
+
+
+PARTS = [
+    "  \n every",
+    " sentence",
+    ". padding",
+    " 東京",
+    "。次",
+    "\u3000naïve",
+    " 🙂",
+    "\r\nｆｕｌｌ ﬁsh",
+    " 3",
+    ".",
+    "5",
+    "</s>",
+]
+
+
+def test_tokens_have_the_characters_of_their_text(tokenizer):
+    encoder, text = TextEncoder(tokenizer), "".join(PARTS)
+    tokens = encoder.tokens(text)
+    assert [token.id for token in tokens] == encoder([text])[0]
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        assert {token.start for token in tokens} == {-1}
+        with pytest.raises(ValueError, match=f"{type(tokenizer).__name__} does not tell the characters"):
+            encoder.require_characters()
+        return
+    read = {place for token in tokens for place in range(token.start, token.end)}
+    assert [text[place] for place in sorted(read)] == [character for character in text if not character.isspace()]
+    assert [token.start for token in tokens] == sorted(token.start for token in tokens)
+    # some tokenizers read "。次" as one token
+    ends = [text[: token.end][-1] for token in tokens if token.ends_passage]
+    assert ends in ([".", "。", "🙂"], [".", "次", "🙂"])
+
+
+def test_tokens_of_segmented_words_have_the_characters_of_the_text_without_spaces(monkeypatch):
+    encoder = TextEncoder(unigram())
+    encoder.segmenter = lambda texts: [text.replace("京都", "京 都").replace("です。", " です 。") for text in texts]
+    text = f"東京都です。a b{GAP}京都"
+    tokens = encoder.tokens(text)
+    assert [token.id for token in tokens] == encoder([text])[0]
+    read = [text[token.start : token.end] for token in tokens]
+    spans = sorted({(token.start, token.end) for token in tokens})
+    assert "".join(text[start:end] for start, end in spans) == text.replace(" ", "")
+    assert [part for part, token in zip(read, tokens, strict=True) if token.ends_passage] == ["。"]

@@ -178,9 +178,12 @@ def test_text_without_any_end_of_a_sentence_is_cut_where_its_ids_are_settled(kin
             list(reader.feed(piece))
             seen.append(len(reader.bookmark.text))
         mark = reader.bookmark
-        assert [*mark.ids, *reader._ids_behind_context(mark.text)] == TextEncoder(tokenizer)([text])[0]
+        tokens = [*mark.tokens, *reader._tokens_behind_context()]
+        assert [token.id for token in tokens] == TextEncoder(tokenizer)([text])[0]
+        # characters of the tokens count from the beginning of the text
+        assert [token[:3] for token in tokens] == [token[:3] for token in TextEncoder(tokenizer).tokens(text)]
         assert max(seen) <= 2 * 200
-        assert mark.ids
+        assert mark.tokens
     # without settled ids, the text waits for its end
     monkeypatch.setattr(inference, "LONGEST_SENTENCE", 10**6)
     reader = TextReader(model, tokenizer)
@@ -525,7 +528,7 @@ def test_a_file_without_a_state_is_refused(make_reader, tmp_path):
         reader.save(tmp_path / "text" / "state")
 
 
-@pytest.mark.parametrize("name", ["reader", "notes"])
+@pytest.mark.parametrize("name", ["reader", "notes", "counts"])
 @pytest.mark.parametrize("value", ["[" * 200_000, "[]", "{"])
 def test_a_state_with_wrong_metadata_is_refused(make_reader, tmp_path, name, value):
     reader = make_reader()
@@ -572,3 +575,14 @@ def test_a_stream_of_a_million_tokens_takes_constant_memory(make_reader):
 def resident_bytes():
     """Memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("counts", ['{"position": 1}', '{"position": -1, "n_tokens": 0, "n_segments": 0}'])
+def test_a_state_with_wrong_counts_is_refused(make_reader, tmp_path, counts):
+    reader = make_reader()
+    reader.save(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        metadata = file.metadata() | {"counts": counts}
+    save_file(load_file(tmp_path / "state"), tmp_path / "wrong", metadata)
+    with pytest.raises(ValueError, match="wrong: not a saved state: its counts must be whole numbers"):
+        reader.load(tmp_path / "wrong")

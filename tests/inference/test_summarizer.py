@@ -12,6 +12,7 @@ from recurrent_bart.inference.reading_session import Summary
 from recurrent_bart.inference.stream_reader import TextReader, summary_after
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.inference.text_stream import stripped
+from recurrent_bart.model.decoding.stopping import StopWhen
 from summaries import HOW, WORDS, writing_model
 
 # documents of one to many segments, shuffled by length
@@ -90,7 +91,8 @@ def test_a_session_may_be_asked_at_any_time_and_goes_on(model, tokenizer, tmp_pa
         session.save(tmp_path / "state")
         again = summarizer.open()
         again.load(tmp_path / "state")
-        assert again.summary().text == session.summary().text
+        assert again.summary() == session.summary()
+        assert again.n_characters == len(text[: start + 50])
     assert len(seen) == seen[-1][1] > 3
     assert seen == sorted(seen)
 
@@ -114,6 +116,30 @@ def test_a_failure_while_streaming_is_raised(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         list(session.stream())
+
+
+def test_a_text_read_in_steps_may_be_left_and_gives_the_same_summary(model, tokenizer):
+    summarizer = Summarizer(model, tokenizer, **HOW)
+    session = summarizer.open(segments_per_call=1)
+    assert len(list(session.add_in_steps(TEXTS[4]))) > 3
+    left = session.read_to_end()
+    next(left)
+    left.close()
+    assert session.summary() == session.summary() == summarizer(TEXTS[4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [HOW, HOW | {"num_beams": 2}], ids=["greedy", "beam"])
+def test_a_generation_ends_when_a_criterion_of_the_caller_says_so(model, tokenizer, how):
+    texts = TEXTS[:2]
+    alone = Summarizer(model, tokenizer, **how)
+    for is_over in (False, True):
+        criteria = [StopWhen(lambda is_over=is_over: is_over)]
+        stopped = Summarizer(model, tokenizer, **how, stopping_criteria=criteria)
+        found = [*stopped(texts), stopped(TEXTS[4])]
+        expected = [*alone(texts), alone(TEXTS[4])]
+        assert ([s.text for s in found] == [s.text for s in expected]) == (not is_over)
+        assert ("".join(stopped.stream(TEXTS[4])) == expected[2].text) == (not is_over)
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Streamed pieces join to the text that is generated at once."""
 
+import threading
+import time
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -35,6 +38,34 @@ class Broken:
 
     def generate(self, streamer, **_):
         streamer.put(torch.tensor([7]))
+
+
+class Endless(Broken):
+    """Model that generates until a criterion ends it."""
+
+    def __init__(self):
+        self.is_ended = False
+
+    def decode(self, ids, **_):
+        return "a " * len(ids)
+
+    def generate(self, streamer, stopping_criteria, **_):
+        ids = torch.tensor([[7]])
+        while not any(criterion(ids, None).all() for criterion in stopping_criteria):
+            streamer.put(ids[0])
+            time.sleep(0.01)
+        streamer.end()
+        self.is_ended = True
+
+
+@pytest.mark.timeout(20)
+def test_a_closed_stream_ends_the_generation_and_its_thread():
+    model, n_threads = Endless(), threading.active_count()
+    stream = stream_text(model, model, None)
+    assert next(stream) == "a"
+    stream.close()
+    assert model.is_ended
+    assert threading.active_count() == n_threads
 
 
 @pytest.mark.timeout(20)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,11 @@ def test_a_model_is_uploaded_to_a_private_repository(trained, tmp_path, capsys, 
         def upload_folder(self, folder_path, repo_id, **_):
             calls.append((repo_id, {path.name for path in folder_path.iterdir()}))
 
+        def repo_info(self, repo_id):
+            assert repo_id == "me/papers"
+            return SimpleNamespace(private=is_private)
+
+    is_private = True
     script = load_script("export")
     monkeypatch.setattr(script, "HfApi", Hub)
     assert export(trained, tmp_path / "out", "--push_to_hub", "papers") == 0
@@ -117,6 +123,13 @@ def test_a_model_is_uploaded_to_a_private_repository(trained, tmp_path, capsys, 
     assert calls[1][0] == "me/papers"
     assert {"README.md", "config.json", "installed_package.py", "model.safetensors"} <= calls[1][1]
     assert "uploaded to https://huggingface.co/me/papers" in capsys.readouterr().out
+    is_private = False
+    assert export(trained, tmp_path / "public", "--push_to_hub", "papers") == 2
+    assert "--push_to_hub papers: the repository is public" in capsys.readouterr().err
+    assert len(calls) == 3
+    assert export(trained, tmp_path / "allowed", "--push_to_hub", "papers", "--public") == 0
+    assert calls[-1][0] == "me/papers"
+    is_private = True
     monkeypatch.setattr(Hub, "upload_folder", lambda *_, **__: (_ for _ in ()).throw(OSError("not logged in")))
     assert export(trained, tmp_path / "again", "--push_to_hub", "papers") == 2
     assert f"--push_to_hub papers: not logged in; the model is in {tmp_path}/again" in capsys.readouterr().err

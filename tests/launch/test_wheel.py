@@ -1,10 +1,14 @@
 """The wheel in an empty environment: every command comes with it, and only training needs DeepSpeed."""
 
+import json
+import re
 import shutil
+import signal
 import site
 import subprocess
 import sys
 import time
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -53,8 +57,27 @@ def installed(tmp_path_factory):
     return python.parent
 
 
+def assert_serves(command, folder, **variables):
+    """Start a service on a free port, ask for its health and for one summary, and stop it."""
+    given = environment(**variables) | {"PYTHONPATH": variables["PYTHONPATH"], "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(list(map(str, command)), cwd=folder, env=given, **pipes)
+    try:
+        address = re.search(r"http://\S+", server.stdout.readline())[0]
+        with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
+            assert json.load(answer) == {"status": "ok"}
+        asked = urllib.request.Request(f"{address}/v1/summaries", b"ant bee cow", {"content-type": "text/plain"})
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            assert json.load(answer)["n_tokens"] > 0
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, printed = server.communicate(timeout=60)
+    assert server.returncode == 0
+    assert "Traceback" not in printed
+
+
 @pytest.mark.slow
-def test_a_wheel_trains_evaluates_and_summarizes_in_an_empty_environment(installed, documents, tmp_path):
+def test_a_wheel_trains_evaluates_summarizes_and_serves_in_an_empty_environment(installed, documents, tmp_path):
     program = installed / "recurrent-bart"
     before = time.monotonic()
     assert "summarize" in execute(program, "--help", folder=tmp_path)
@@ -67,11 +90,22 @@ def test_a_wheel_trains_evaluates_and_summarizes_in_an_empty_environment(install
     assert "model in" in execute(program, "train", *arguments, folder=tmp_path)
     absent = tmp_path / "absent"
     absent.mkdir()
-    (absent / "deepspeed.py").write_text("raise ImportError('DeepSpeed is not installed')")
+    (absent / "deepspeed.py").write_text("raise ModuleNotFoundError(name='deepspeed')")
     own = {"folder": tmp_path, "PYTHONPATH": str(absent)}
     assert "rouge1" in execute(program, "evaluate", "--model", "run/model", **own)
     (tmp_path / "text.txt").write_text("ant bee cow " * 30)
     assert execute(program, "summarize", "--model", "run/model", "--max_new_tokens", 4, "text.txt", **own)
+    done = subprocess.run(
+        [program, "train", "--max_steps", "1"],
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(absent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    extra = "pip install 'recurrent-bart[train]'"
+    assert (done.returncode, done.stderr) == (2, f"error: this command needs the package deepspeed: {extra}\n")
+    assert_serves([program, "serve", "--model", "run/model", "--port", 0], **own)
 
 
 def test_each_command_has_a_module_and_a_script():
@@ -109,3 +143,14 @@ def test_training_hands_itself_to_torchrun(documents, tmp_path):
     assert code == 0, output
     steps = [record for record in RunFolder(tmp_path / "run").read_metrics() if "rank_seconds" in record]
     assert [len(step["rank_seconds"]) for step in steps] == [2, 2]
+
+
+@pytest.mark.parametrize("script", ["train", "training_speed", "export"])
+def test_a_command_of_training_names_the_extra_that_is_missing(script, tmp_path):
+    (tmp_path / "deepspeed.py").write_text("raise ModuleNotFoundError(name='deepspeed')")
+    paths = f"{tmp_path}:{ROOT}"
+    code, output = run([sys.executable, ROOT / "launch" / f"{script}.py", "--help"], timeout=60, PYTHONPATH=paths)
+    assert code == 2
+    assert output.splitlines()[-1] == (
+        "error: this command needs the package deepspeed: pip install 'recurrent-bart[train]'"
+    )

@@ -10,46 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save
 
-from recurrent_bart.data.tokenizer import train_tokenizer
-from recurrent_bart.inference.reading_session import Summary
+from recurrent_bart.inference.reading_session import ReadingSession, Summary
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.serving.settings import Settings
 from summaries import HOW, WORDS, writing_model
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
-from fastapi.testclient import TestClient
-
 from recurrent_bart.serving.app import build_app
 
 TEXT = " ".join(WORDS[:40])
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(WORDS, vocab_size=400)
-
-
-@pytest.fixture
-def summarizer(tokenizer):
-    return Summarizer(writing_model(tokenizer, decoder_context="all"), tokenizer, **HOW)
-
-
-@pytest.fixture
-def serve(summarizer, tmp_path):
-    """Return a function that starts the service with these limits; the test's end stops the last one."""
-    started = []
-
-    def start(used=summarizer, **limits):
-        while started:
-            started.pop().__exit__(None, None, None)
-        app = build_app(used, Settings(tmp_path / "sessions", **limits))
-        client = TestClient(app, raise_server_exceptions=False, headers={"content-type": "text/plain"})
-        started.append(client.__enter__())
-        return client
-
-    yield start
-    for client in started:
-        client.__exit__(None, None, None)
 
 
 def read_events(response):
@@ -132,16 +101,16 @@ def test_fifty_sessions_at_once_equal_the_whole_text(serve, summarizer):
 
 
 def test_texts_that_wait_are_read_together(serve, summarizer, monkeypatch):
-    client, sizes, summarize = serve(), [], Summarizer.summarize
+    client, sizes, summarize = serve(), [], Summarizer.summarize_in_steps
 
     def note(self, texts):
         sizes.append(len(texts))
         time.sleep(0.3)
-        return summarize(self, texts)
+        yield from summarize(self, texts)
 
     texts = [*(WORDS[:6]), "\u00ad"]
     expected = [summarizer(text).text for text in texts[:-1]]
-    monkeypatch.setattr(Summarizer, "summarize", note)
+    monkeypatch.setattr(Summarizer, "summarize_in_steps", note)
     with concurrent.futures.ThreadPoolExecutor(7) as pool:
         answers = list(pool.map(lambda text: client.post("/v1/summaries", content=text), texts))
     assert [answer.json().get("summary") for answer in answers[:-1]] == expected
@@ -293,7 +262,7 @@ def test_counters_and_no_text_in_logs(serve, capsys, monkeypatch, caplog):
     def fail(self, texts):
         raise RuntimeError(texts[0])
 
-    monkeypatch.setattr(Summarizer, "summarize", fail)
+    monkeypatch.setattr(Summarizer, "summarize_in_steps", fail)
     broken = client.post("/v1/summaries", content=TEXT)
     assert (broken.status_code, broken.json()) == (500, {"detail": "a fault of the service"})
     metrics = client.get("/metrics").text
@@ -313,7 +282,7 @@ def test_a_fault_in_a_stream_is_an_event_and_its_message_stays_out_of_the_log(se
         yield "a piece"
         raise RuntimeError(TEXT)
 
-    monkeypatch.setattr(Summarizer, "stream", fail)
+    monkeypatch.setattr(ReadingSession, "stream_after", fail)
     events = read_events(client.post("/v1/summaries?stream=true", content=TEXT))
     assert events == [("text", {"text": "a piece"}), ("error", {"detail": "a fault of the service"})]
     printed = capsys.readouterr()
@@ -324,7 +293,7 @@ def test_a_fault_in_a_stream_is_an_event_and_its_message_stays_out_of_the_log(se
 def test_drafts_of_a_killed_server_are_deleted_and_others_cannot_read_sessions(serve, tmp_path):
     folder = tmp_path / "sessions"
     folder.mkdir(mode=0o755)
-    drafts = folder / "a.safetensors.tmp", folder / "b.upload"
+    drafts = folder / "a.draft", folder / "b.upload"
     for draft in drafts:
         draft.write_text("text")
     serve()
@@ -334,7 +303,8 @@ def test_drafts_of_a_killed_server_are_deleted_and_others_cannot_read_sessions(s
 
 def test_more_requests_than_may_wait_are_told_to_come_again(serve, monkeypatch):
     client = serve(n_waiting=1)
-    monkeypatch.setattr(Summarizer, "summarize", lambda self, texts: time.sleep(0.5) or [Summary("", 0, 0)])
+    summary = Summary("", 0, 0)
+    monkeypatch.setattr(Summarizer, "summarize_in_steps", lambda *_: time.sleep(0.5) or iter([{0: summary}]))
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
         paths = [f"/v1/summaries?num_beams={number}" for number in range(1, 6)]
         codes = list(pool.map(lambda path: client.post(path, content="a").status_code, paths))
@@ -353,9 +323,7 @@ def test_a_write_that_fails_loses_nothing(serve, summarizer, monkeypatch, tmp_pa
     id = client.post("/v1/sessions").json()["id"]
     client.post(f"/v1/sessions/{id}/text", content=TEXT[:100])
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "recurrent_bart.inference.stream_reader.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full"))
-        )
+        patch.setattr("recurrent_bart.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
         assert client.post(f"/v1/sessions/{id}/text", content=TEXT[100:]).status_code == 500
     assert client.get(f"/v1/sessions/{id}").json()["n_characters"] == 100
     assert client.post(f"/v1/sessions/{id}/text?position=100", content=TEXT[100:]).status_code == 200

@@ -1,70 +1,29 @@
 """Tests of the service as a process: it is killed and goes on; slow and endless clients harm nobody."""
 
 import contextlib
-import json
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 
 import pytest
 
-from launching import TESTS, environment, free_port
 from recurrent_bart.inference.summarizer import Summarizer
 from runs import WORDS, write_run_with_model
+from serving.server import Server
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 TEXT = " ".join(WORDS * 12)
-
-
-class Server:
-    """Process of the service on a free port."""
-
-    def __init__(self, model, folder):
-        self.port = free_port()
-        program = [sys.executable, TESTS.parent / "recurrent_bart_cli.py", "serve", "--model", model]
-        limits = ["--sessions", folder, "--text_bytes", "100000", "--body_seconds", "2"]
-        command = [*program, "--port", str(self.port), *limits]
-        self.process = subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE)
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                if self.ask("GET", "/health"):
-                    return
-            assert self.process.poll() is None
-            time.sleep(0.2)
-        raise AssertionError("the server does not answer")
-
-    def ask(self, method, path, content=None):
-        """Return the JSON of an answer."""
-        address = f"http://127.0.0.1:{self.port}{path}"
-        given = None if content is None else content.encode()
-        request = urllib.request.Request(address, given, {"content-type": "text/plain"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
-
-    def connect(self, length):
-        """Open a connection, and send the head of a request with a body."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        connection.sendall(f"POST /v1/summaries HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n".encode())
-        return connection
-
-    def stop(self, number):
-        self.process.send_signal(number)
-        _, printed = self.process.communicate(timeout=60)
-        return self.process.returncode, printed.decode()
+LIMITS = ("--text_bytes", "100000", "--body_seconds", "2")
 
 
 @pytest.mark.slow
 def test_a_killed_server_goes_on_and_bad_clients_harm_nobody(tmp_path):
     run = write_run_with_model(tmp_path / "run", [TEXT], {"data": {"max_target_length": 6}})
-    server = Server(run.model, tmp_path / "sessions")
+    server = Server(run.model, tmp_path / "sessions", *LIMITS)
     ids = [server.ask("POST", "/v1/sessions")["id"] for _ in range(3)]
     for id in ids:
         server.ask("POST", f"/v1/sessions/{id}/text?position=0", TEXT[:100])
     assert server.stop(signal.SIGKILL)[0] == -signal.SIGKILL
-    server = Server(run.model, tmp_path / "sessions")
+    server = Server(run.model, tmp_path / "sessions", *LIMITS)
     try:
         expected = Summarizer.from_pretrained(run.model)(TEXT).text
         for id in ids:

@@ -12,6 +12,15 @@ def card_of(folder, model=None, scores=()):
     return (folder / FILE_NAME).read_text()
 
 
+@pytest.mark.parametrize("commit", [None, "0123abc"])
+def test_a_commit_is_stated_if_it_is_known(tmp_path, commit):
+    write_model_card(tmp_path, {"git_commit": commit, "versions": {"recurrent-bart": "0.1.0"}}, 3, 1.5, {})
+    card = (tmp_path / FILE_NAME).read_text()
+    assert ("Code: commit 0123abc. Packages: recurrent-bart 0.1.0." in card) == (commit is not None)
+    assert "Packages: recurrent-bart 0.1.0." in card
+    assert "None" not in card
+
+
 @pytest.mark.parametrize(
     ("model", "has_state"),
     [({}, True), ({"pre_seq_len": 4}, True), ({"pre_seq_len": 0}, False), ({"recurrence": "none"}, False)],

@@ -12,6 +12,7 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartLearned
 
 from recurrent_bart.execution.module_settings import has_hooks
 from recurrent_bart.model.decoder_attention import CrossAttention, GatedCrossAttention, SelfAttention
+from recurrent_bart.model.decoding.stopping import StopWhen
 from recurrent_bart.model.modeling_decoder import PreNormDecoderLayer, RecurrentBartDecoder
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.recurrence.segmentation import is_traced
@@ -33,7 +34,7 @@ def call_needs_hugging_face(config: GenerationConfig, stopping_criteria: Any, kw
     """Return the first argument of a call that the fast loop does not cover, or None."""
     settings = [name for name in UNREAD_SETTINGS if getattr(config, name, None)]
     given = [name for name, value in kwargs.items() if name not in READ_KWARGS and value is not None]
-    other = [type(part).__name__ for part in stopping_criteria if not _is_of_config(part, config)]
+    other = [type(part).__name__ for part in stopping_criteria if not _is_covered(part, config)]
     if not config.use_cache:
         settings.append("use_cache=False")
     if kwargs.get("synced_gpus"):
@@ -46,8 +47,10 @@ def call_needs_hugging_face(config: GenerationConfig, stopping_criteria: Any, kw
     return next(iter((*settings, *given, *other)), None)
 
 
-def _is_of_config(criterion: Any, config: GenerationConfig) -> bool:
-    """Return True if Hugging Face made a stopping criterion from the settings, which the fast loop reads itself."""
+def _is_covered(criterion: Any, config: GenerationConfig) -> bool:
+    """Return True if a stopping criterion also ends the fast loop, which reads the settings itself."""
+    if type(criterion) is StopWhen:
+        return True
     if type(criterion) is MaxLengthCriteria:
         return criterion.max_length == config.max_length
     eos = getattr(config, "_eos_token_tensor", None)

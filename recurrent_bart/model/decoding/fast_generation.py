@@ -6,7 +6,7 @@ loop, and this module has the faster one.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from recurrent_bart.model.decoding.session_store import (
     rounded_rows,
     session_store,
 )
+from recurrent_bart.model.decoding.stopping import is_stopped
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +59,7 @@ def generate_fast(
     batch = Batch.of(model, kwargs["encoder_outputs"], input_ids, generation_config)
     streamer = kwargs.get("streamer")
     with _explained_memory_error(batch), device_guard(hidden.device):
-        return _write(model, batch, logits_processor, streamer)
+        return _write(model, batch, logits_processor, streamer, functools.partial(is_stopped, stopping_criteria))
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ class Batch:
         return replace(self, context=context, mask=mask, prompt=prompt)
 
 
-def _write(model: Any, batch: Batch, processors: LogitsProcessorList, streamer: Any) -> Tensor:
+def _write(
+    model: Any, batch: Batch, processors: LogitsProcessorList, streamer: Any, is_stopped: Callable[[], bool]
+) -> Tensor:
     process = DeviceProcessors(processors, model.config.vocab_size, batch.context.device)
     # keys have the dtype of the projection, which an adapter or a quantized layer may change
     like = model.model.decoder.layers[0].encoder_attn.k_proj(batch.context[:1, :1])
@@ -150,18 +153,19 @@ def _write(model: Any, batch: Batch, processors: LogitsProcessorList, streamer: 
         with store.reserved() as is_free:
             if is_free:
                 session = captured_session(model, store, shape, like, functools.partial(make_search, shape))
-                return _run(model, session, batch, streamer)
+                return _run(model, session, batch, streamer, is_stopped)
     shape = batch.shape()
-    return _run(model, DecodeSession(CachedDecoder(model, shape, like), make_search(shape)), batch, streamer)
+    session = DecodeSession(CachedDecoder(model, shape, like), make_search(shape))
+    return _run(model, session, batch, streamer, is_stopped)
 
 
-def _run(model: Any, session: DecodeSession, batch: Batch, streamer: Any) -> Tensor:
+def _run(model: Any, session: DecodeSession, batch: Batch, streamer: Any, is_stopped: Callable[[], bool]) -> Tensor:
     whole = batch.repeated(session.decoder.shape.n_documents)
     refuse = functools.partial(model.model.check_positions, batch.n_table + 1)
     if whole.prompt.shape[1] > batch.n_table:
         refuse()
     session.load(whole.context, whole.mask, whole.prompt)
-    session.run(batch.n_table, streamer, refuse)
+    session.run(batch.n_table, streamer, refuse, is_stopped)
     if streamer is not None:
         streamer.end()
     n_documents, search = len(batch.context), session.search

@@ -40,13 +40,14 @@ class DecodeSession:
             self.decoder.read(*self._inputs(n_ids, is_full=True))
             search.position += 1
 
-    def run(self, n_table: int, streamer: Any, refuse: Callable[[], None]) -> None:
+    def run(self, n_table: int, streamer: Any, refuse: Callable[[], None], is_stopped: Callable[[], bool]) -> None:
         """Write the texts.
 
         Args:
             n_table: Number of positions in the decoder's position table.
             streamer: Receives the tokens of each step; None: nobody.
             refuse: Raises the error for a text that needs more positions.
+            is_stopped: Returns True once the texts are to end where they are.
         """
         settings = self.search.settings
         is_checked = self.graphs is None or streamer is not None or settings.is_sampled
@@ -61,7 +62,7 @@ class DecodeSession:
             n_ids = n_next
             if streamer is not None:
                 streamer.put(self.search.tokens().cpu())
-            if self.search.is_done():
+            if self.search.is_done() or is_stopped():
                 break
 
     def _step(self, n_ids: int) -> None:

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from generation_options import count_loops, documents, generate
 from recurrent_bart.model.decoding import fast_generation, session
+from recurrent_bart.model.decoding.stopping import StopWhen
 from tiny import random_ids
 
 # options, and the name in the message
@@ -51,6 +52,22 @@ def test_uncovered_options_run_hugging_faces_loop_and_say_so(make_model, message
     generate(model, documents(0, 3), how | {"max_new_tokens": 4})
     assert calls == ["_sample"]
     assert [name in message for message in messages] == [True]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_criterion_that_another_thread_decides_ends_the_fast_loop(make_model, messages, calls, num_beams):
+    model, asked = make_model(), []
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": num_beams}
+
+    def is_over():
+        asked.append(True)
+        return len(asked) == 3
+
+    found = generate(model, documents(0, 3), how | {"stopping_criteria": [StopWhen(is_over)]})
+    assert len(asked) == 3
+    if num_beams == 1:
+        assert found.tolist() == generate(model, documents(0, 3), how)[:, :4].tolist()
+    assert calls == messages == []
 
 
 def add_hook(model):
