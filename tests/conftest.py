@@ -37,6 +37,17 @@ def _process_state():
         pytest.fail(lost)
 
 
+@pytest.fixture(scope="session")
+def _browser():
+    """Install a browser; skip the test with the reason where this machine cannot have one."""
+    # import late: it imports matplotlib
+    from browser import install
+
+    reason = install()
+    if reason:
+        pytest.skip(reason)
+
+
 @pytest.fixture
 def make_model():
     """Return a builder of `tiny_model` in float64 and evaluation mode."""

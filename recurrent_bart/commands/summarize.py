@@ -1,14 +1,12 @@
 """Summarise texts of any length: `python launch/summarize.py --model RUN/model FILE`."""
 
 import argparse
-import codecs
-import io
 import itertools
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +16,15 @@ from transformers.utils import logging
 
 from recurrent_bart.commands.exit_codes import print_mistake
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.data.text_files import ENCODING
+from recurrent_bart.inference.input_texts import (
+    STANDARD_INPUT,
+    Text,
+    all_texts,
+    open_file,
+    pass_over,
+    split_sections,
+    text_pieces,
+)
 from recurrent_bart.inference.stream_reader import TextReader, run_flags
 from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.model.generation_settings import describe_settings
@@ -33,9 +39,6 @@ GROWING = (
     "note: each summary attends to all segments so far, so it takes longer than the one before; "
     f"--context_segments {MANY_SEGMENTS} bounds this"
 )
-STANDARD_INPUT = "standard input"
-# Number of bytes that one call of read returns at most.
-BLOCK = 2**16
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -101,67 +104,6 @@ def separator(text: str) -> str:
     if not text.strip() or len(text.splitlines()) > 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be one line that is not blank")
     return text.strip()
-
-
-def split_sections(pieces: Iterator[str], separator: str) -> Iterator[str | None]:
-    """Yield the text without the lines that are equal to `separator`, and None in place of each of them.
-
-    White space around a line is ignored. Text is yielded as soon as it cannot be a part of a separator.
-    """
-    line, is_line_start = "", True
-    for piece in pieces:
-        *lines, line = (line + piece).split("\n")
-        text = ""
-        for ended in lines:
-            if is_line_start and ended.strip() == separator:
-                yield text
-                yield None
-                text = ""
-            else:
-                text += ended + "\n"
-            is_line_start = True
-        if not is_line_start or not separator.startswith(line.strip()):
-            text, line, is_line_start = text + line, "", is_line_start and not line
-        yield text
-    yield None if is_line_start and line.strip() == separator else line
-
-
-def text_pieces(file: BinaryIO, name: str, may_be_blank: bool = False) -> Iterator[str]:
-    """Yield the text of a file in pieces, each as soon as it arrives. All line ends become a newline character.
-
-    Raises:
-        ValueError: The file is not UTF-8, or contains only white space without `may_be_blank`; the message names the
-            file.
-    """
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(ENCODING)(), translate=True)
-    read = getattr(file, "read1", file.read)
-    is_blank, data = True, b" "
-    try:
-        while data:
-            data = read(BLOCK)
-            text = decoder.decode(data, final=not data)
-            is_blank = is_blank and not text.strip()
-            yield text
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{name}: not a UTF-8 text ({error.reason}: byte 0x{byte:02x})") from error
-    except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
-    if is_blank and not may_be_blank:
-        raise ValueError(f"{name}: the text is empty")
-
-
-@dataclass(frozen=True)
-class Text:
-    """One of several texts. `name` is the file or line that messages show."""
-
-    name: str
-    content: str
-
-    @property
-    def is_passed_over(self) -> bool:
-        """True if the text is blank. The warning about a blank text is already printed."""
-        return not self.content.strip()
 
 
 class Progress:
@@ -300,7 +242,7 @@ def summarize_all(arguments: argparse.Namespace) -> None:
         if getattr(arguments, flag):
             raise ValueError(f"--{flag}: needs one text, not several")
     summarizer = load(arguments)
-    texts = all_texts(arguments)
+    texts = all_texts(arguments.files, arguments.each_line, arguments.skip_bad_samples)
     is_shown = False
     while window := list(itertools.islice(texts, WINDOW)):
         if not is_shown:
@@ -339,39 +281,6 @@ def summarize_alone(summarizer: Summarizer, text: Text, skips: bool) -> str:
         return ""
 
 
-def all_texts(arguments: argparse.Namespace) -> Iterator[Text]:
-    """Yield the text of every file or of every line.
-
-    Raises:
-        ValueError: A text is unreadable or empty. The message names the text.
-    """
-    for name in arguments.files or [STANDARD_INPUT]:
-        try:
-            with open_file(name) if arguments.files else sys.stdin.buffer as file:
-                text = "".join(text_pieces(file, name))
-        except ValueError as error:
-            pass_over(error, arguments.skip_bad_samples)
-            yield Text(name, "")
-            continue
-        lines = text.removesuffix("\n").split("\n") if arguments.each_line else [text]
-        for number, line in enumerate(lines, start=1):
-            place = f"{name}:{number}" if arguments.each_line else name
-            if not line.strip():
-                pass_over(ValueError(f"{place}: the text is empty"), arguments.skip_bad_samples)
-            yield Text(place, line)
-
-
-def pass_over(error: ValueError, skips: bool) -> None:
-    """Print a warning about a skipped text.
-
-    Raises:
-        ValueError: `skips` is False.
-    """
-    if not skips:
-        raise ValueError(f"{error}; add --skip_bad_samples to skip this text") from error
-    print(f"warning: {error}; this text is skipped", file=sys.stderr, flush=True)
-
-
 def outputs(reader: TextReader, pieces: Iterator[str], separator: str | None) -> Iterator[BaseModelOutput]:
     """Yield the reader's encoder outputs. The last output covers the whole text, or its last section."""
     if separator is None:
@@ -407,18 +316,6 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def open_file(name: str) -> BinaryIO:
-    """Open a file for reading.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
-    try:
-        return Path(name).open("rb")
-    except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
 
 
 def run(argv: list[str]) -> int:

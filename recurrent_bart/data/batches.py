@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,6 +142,19 @@ class Collator:
             segments += pieces
             targets += [[]] * (len(pieces) - 1) + [self.target(summary)]
         return segments, targets
+
+    def plan(self, rows: Mapping[str, Any]) -> "DocumentPlan":
+        """Plan the documents of `load_corpus`, given by column; see `plan_documents`."""
+        leading, trailing = self.around_targets or (self.leading, self.trailing)
+        return plan_documents(
+            rows["section_lengths"],
+            rows["summary_lengths"],
+            self.sizes,
+            len(self.leading) + len(self.trailing),
+            self.max_target_length,
+            len(leading) + len(trailing),
+            [len(query) for query in rows["query"]],
+        )
 
     def target(self, summary: list[int]) -> list[int]:
         """Return the target's tokens between the special tokens, as in BART's pretraining."""

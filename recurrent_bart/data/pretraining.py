@@ -8,7 +8,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,8 @@ class PretrainingCollator(Collator):
             end = begin + CUE
             yield [*piece, self.mask_token_id, *earlier[begin:end]], earlier[end:]
 
-    def plan(self, lengths: Sequence[int]) -> DocumentPlan:
-        """Plan texts of these lengths in tokens. Raise ValueError if a segment is too short for the task."""
+    def plan(self, rows: Mapping[str, Any]) -> DocumentPlan:
+        """Plan the texts of `load_corpus`, given by column. Raise ValueError if a segment is too short for the task."""
         least = 1 if self.task == "denoise" else CUE + 1
         if self.room < least:
             raise ValueError(
@@ -81,7 +81,7 @@ class PretrainingCollator(Collator):
         first = 1 if self.task == "denoise" else 2
         most = math.inf if self.sizes.max_n_segments == -1 else self.sizes.max_n_segments
         plan = DocumentPlan([], [], [], 0, 0)
-        for index, length in enumerate(lengths):
+        for index, length in enumerate(map(sum, rows["section_lengths"])):
             whole = -(-length // self.room)
             n_read = int(min(whole, most))
             plan.n_targets += max(0, whole - first + 1)

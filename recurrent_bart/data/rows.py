@@ -29,7 +29,6 @@ class Row:
         sections: Texts; exactly one for the document task.
         summaries: Targets, one per section; empty if the section has none.
         group: Group of the record, which is never split between training and validation; None: no group.
-        is_named: True if the record has an id.
         references: Further reference texts of each summary, for scores alone; empty: there are none.
         query: Question that the summaries answer; it stands before every segment. Empty: none.
         ending: End of `id` that names the question, if the record has a list of questions.
@@ -42,7 +41,6 @@ class Row:
     sections: list[str]
     summaries: list[str]
     group: str | None = None
-    is_named: bool = True
     references: list[list[str]] = field(default_factory=list)
     query: str = ""
     ending: str = ""
@@ -62,7 +60,7 @@ class Row:
 
     def key(self) -> str:
         """Return the record's id, or the hash of its text if the record has no id."""
-        return self.record_name() if self.is_named else self.digest()
+        return self.digest() if self.record_id is None else self.record_name()
 
 
 @dataclass(frozen=True)
@@ -92,25 +90,25 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     Raises:
         ValueError: A field is missing, empty or of the wrong type.
     """
-    is_named = _has_value(record, "id")
-    name = str(record["id"]) if is_named else Path(place).name
-    group, own_id = _group(record, columns, place), name if is_named else None
+    own_id = str(record["id"]) if _has_value(record, "id") else None
+    name = Path(place).name if own_id is None else own_id
+    group = _group(record, columns, place)
     query = read_query(record, columns.query, place)
     if task == "sections":
         sections, summaries, lists, unread = _section_texts(record, columns, place)
         lists = lists if columns.references else []
-        row = Row(name, sections, summaries, group, is_named, lists, query, unread=unread, record_id=own_id)
+        row = Row(name, sections, summaries, group, lists, query, unread=unread, record_id=own_id)
         return with_targets(row, place)
     text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
     if task in PRETRAINING_TASKS:
-        return with_text(Row(name, [text], [""], group, is_named, record_id=own_id), place)
+        return with_text(Row(name, [text], [""], group, record_id=own_id), place)
     references = _references(record, columns, place)
     has_none = record.get(columns.summary) is None and record.get(columns.summaries) is None
     summary = "" if references and has_none else _text(record, columns, ("summary", "summaries"), place, joined_by=" ")
     if references and not summary.strip():
         summary, *references = references
     lists = [references] if references else []
-    return with_targets(Row(name, [text], [summary], group, is_named, lists, query, record_id=own_id), place)
+    return with_targets(Row(name, [text], [summary], group, lists, query, record_id=own_id), place)
 
 
 def split_queries(record: dict[str, Any], task: str, columns: Columns, place: str) -> list[tuple[dict[str, Any], str]]:

@@ -14,10 +14,11 @@ from recurrent_bart.data.rows import refuse
 from recurrent_bart.data.text_encoder import TextEncoder, Token, decode_text
 from recurrent_bart.data.token_batches import group_by_segments
 from recurrent_bart.data.tokenizer import special_tokens_around
+from recurrent_bart.inference.bookmark import Bookmark
 from recurrent_bart.inference.citations import Citation, cite
 from recurrent_bart.inference.reading_session import ReadingSession, Summary
 from recurrent_bart.inference.shown_tokens import ShownToken, show_segments
-from recurrent_bart.inference.stream_reader import Bookmark, TextReader, load_model, run_flags, summary_after
+from recurrent_bart.inference.stream_reader import TextReader, load_model, run_flags, summary_after
 from recurrent_bart.model.generation_settings import MAX_TARGET_LENGTH, change_settings, text_length
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.recurrence.segmentation import split_into_segments

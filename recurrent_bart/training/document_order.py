@@ -1,6 +1,6 @@
 """Document order of a run: which documents each step reads, from the flags and the trainer state."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, DocumentOrder, SegmentSizes
@@ -56,7 +56,7 @@ def order_lengths(arguments: Arguments, documents: Documents, state: TrainerStat
     flags = " or ".join(
         f"--{name}" for name, *values in zip(SIZE_FLAGS, state.order_sizes, now, strict=True) if len({*values}) > 1
     )
-    then = documents.plan_for(SegmentSizes(*state.order_sizes))
+    then = replace(documents.collator, sizes=SegmentSizes(*state.order_sizes)).plan(documents.corpus)
     if then.indices != documents.plan.indices:
         stop_all(
             f"{flags}: {len(then.indices)} documents had a target in the part that was read, now "

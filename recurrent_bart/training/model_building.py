@@ -50,16 +50,36 @@ def build_config(
     the model gets none of these fields.
 
     Raises:
-        ValueError: A size is unknown, a field is out of range, LayerDrop is used, or the vocabulary is smaller than the
-            tokenizer's.
+        ValueError: A size is unknown, a field is out of range, LayerDrop is used, the vocabulary is smaller than the
+            tokenizer's, or the model cannot recall as the task does.
     """
     given, new = arguments.config_fields(), IF_NEW[task]
     if task == "recall":
         # also of a trained model: with the tokens of earlier segments, the decoder would copy the target
         given = {"decoder_context": new["decoder_context"]} | given
-        _check_recall(given, arguments.model_name_or_path)
     if given.get("decoder_context", new["decoder_context"]) != new["decoder_context"]:
         new = {}
+    config = _combined(arguments, tokenizer, new, given)
+    if task == "recall":
+        _check_recall(config)
+    return config
+
+
+def _check_recall(config: RecurrentBartConfig) -> None:
+    """Raise ValueError if the model has no state, or if the decoder sees the tokens that it should recall."""
+    if config.decoder_context not in ("last", "memory"):
+        raise ValueError(
+            f"--decoder_context {config.decoder_context}: with --task recall the decoder must not see the tokens of "
+            "earlier segments; give last or memory"
+        )
+    if not config.has_state:
+        raise ValueError("--task recall: the model has no state to recall from; give --recurrence and --pre_seq_len")
+
+
+def _combined(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, new: dict[str, Any], given: dict[str, Any]
+) -> RecurrentBartConfig:
+    """Return the configuration of a new or saved model with the given fields. `new` are fields of a new model."""
     try:
         if arguments.model_name_or_path is None:
             return RecurrentBartConfig(**_from_scratch(arguments, tokenizer) | new | given)
@@ -85,19 +105,6 @@ def build_config(
         # generation begins as the decoder's inputs in training do
         config.decoder_start_token_id = _last_label(arguments, tokenizer)
     return config
-
-
-def _check_recall(given: dict[str, Any], name: str | None) -> None:
-    """Raise ValueError if the model has no state, or if the decoder sees the tokens that it should recall."""
-    if given["decoder_context"] not in ("last", "memory"):
-        raise ValueError(
-            f"--decoder_context {given['decoder_context']}: with --task recall the decoder must not see the tokens of "
-            "earlier segments; give last or memory"
-        )
-    saved = {} if name is None else RecurrentBartConfig.get_config_dict(name)[0]
-    fields = {name: value for name, value in (saved | given).items() if name in ("recurrence", "pre_seq_len")}
-    if not RecurrentBartConfig(**fields).has_state:
-        raise ValueError("--task recall: the model has no state to recall from; give --recurrence and --pre_seq_len")
 
 
 def _last_label(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
-from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, check_query, plan_documents
+from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, check_query
 from recurrent_bart.data.corpus import choose_rows, load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.pretraining import PretrainingCollator
@@ -54,14 +54,12 @@ class Documents:
         plan: Indices and lengths of the documents that are read.
         collator: Function that cuts documents into segments and batches them.
         skipped: One reason per skipped document.
-        plan_for: Function that plans the documents for other sizes of segments.
         fingerprint: Hash of the texts.
     """
 
     corpus: Dataset
     plan: DocumentPlan
     collator: Collator
-    plan_for: Callable[[SegmentSizes], DocumentPlan]
     skipped: list[str] = field(default_factory=list)
     fingerprint: str = ""
 
@@ -251,26 +249,14 @@ def open_documents(
     longest = longest_text(config, n_asked)
     common = data.task, sizes, leading, trailing, config.pad_token_id, longest, around_targets
     if data.task in PRETRAINING_TASKS:
-        making = PretrainingCollator(*common, find_mask(tokenizer, data.task))
-        totals = [sum(lengths) for lengths in corpus["section_lengths"]]
-
-        def plan_texts(sizes: SegmentSizes) -> DocumentPlan:
-            return replace(making, sizes=sizes).plan(totals)
-
-        plan = plan_texts(sizes)
+        collator: Collator = PretrainingCollator(*common, find_mask(tokenizer, data.task))
+    else:
+        collator = Collator(*common)
+    plan = collator.plan(corpus)
+    if not plan.indices:
         remedy = "--segment_size: a text needs two segments" if data.task == "recall" else "--max_n_segments"
-        check_has_targets(plan, source, max_n_segments, remedy)
-        return Documents(corpus, plan, making, plan_texts, skipped, found.fingerprint)
-    n_special_of_target = sum(map(len, around_targets))
-    lengths = corpus["section_lengths"], corpus["summary_lengths"]
-    query_lengths = [len(query) for query in corpus["query"]]
-
-    def plan_summaries(sizes: SegmentSizes) -> DocumentPlan:
-        return plan_documents(*lengths, sizes, n_special, longest, n_special_of_target, query_lengths)
-
-    plan = plan_summaries(sizes)
-    check_has_targets(plan, source, max_n_segments)
-    return Documents(corpus, plan, Collator(*common), plan_summaries, skipped, found.fingerprint)
+        raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments ({remedy})")
+    return Documents(corpus, plan, collator, skipped, found.fingerprint)
 
 
 def check_queries(
@@ -296,14 +282,6 @@ def check_queries(
     if not fitting:
         raise ValueError(f"{source.place}: no document is left; {len(skipped)} are skipped: {skipped[0]}")
     return (rows.select(fitting) if skipped else rows), skipped
-
-
-def check_has_targets(
-    plan: DocumentPlan, source: Source, max_n_segments: int, remedy: str = "--max_n_segments"
-) -> None:
-    """Raise ValueError if no document has a target in the part that is read."""
-    if not plan.indices:
-        raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments ({remedy})")
 
 
 def find_mask(tokenizer: PreTrainedTokenizerBase, task: str) -> int:

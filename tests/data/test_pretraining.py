@@ -23,6 +23,11 @@ def text(n_tokens, index=0, **fields):
     return {"index": index, "sections": [list(range(FIRST, FIRST + n_tokens))], "summaries": [[]], **fields}
 
 
+def rows_of(lengths):
+    """Return the column of a corpus that has the lengths of the texts."""
+    return {"section_lengths": [[length] for length in lengths]}
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2, 4, 5, 8, 20, 100])
 def test_an_infilled_text_keeps_its_order_and_has_a_mask_for_each_gap(n_tokens):
     ids = list(range(FIRST, FIRST + n_tokens))
@@ -100,7 +105,7 @@ def test_each_step_draws_anew_and_a_repeated_step_draws_the_same(task):
 def test_the_plan_counts_the_segments_and_targets_that_are_made(task, most):
     collator = make_collator(task, max_n_segments=most, max_target_length=12)
     lengths = [1, 11, 20, 21, 22, 40, 41, 95]
-    plan = collator.plan(lengths)
+    plan = collator.plan(rows_of(lengths))
     whole = make_collator(task)
     kept, n_targets, n_read, n_long = [], 0, 0, 0
     for index, length in enumerate(lengths):
@@ -122,5 +127,5 @@ def test_the_plan_counts_the_segments_and_targets_that_are_made(task, most):
 
 def test_a_segment_without_room_for_a_cue_is_refused():
     with pytest.raises(ValueError, match="--task recall needs at least 20 tokens"):
-        make_collator("recall", 19).plan([100])
-    assert make_collator("recall", 20).plan([100]).n_targets == 11
+        make_collator("recall", 19).plan(rows_of([100]))
+    assert make_collator("recall", 20).plan(rows_of([100])).n_targets == 11

@@ -15,7 +15,7 @@ def test_a_row_has_the_document_and_its_summary():
 @pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}, {"id": " "}, {"id": float("nan")}])
 def test_a_record_without_an_id_is_named_by_file_and_line(name):
     row = make_row(name | {"document": "text", "summary": "s"}, "document", Columns(), "/some/folder/f.jsonl:1")
-    assert (row.id, row.is_named, row.record_id) == ("f.jsonl:1", False, None)
+    assert (row.id, row.record_id) == ("f.jsonl:1", None)
 
 
 REFERENCES = Columns(references="more")

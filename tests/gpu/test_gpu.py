@@ -182,7 +182,7 @@ def test_batches_of_a_run_are_pinned_and_copied_while_the_host_goes_on(n_process
     corpus = [{"sections": [[7] * n], "summaries": [[8]]} for n in (3, 9, 5, 20)]
     plan = plan_documents([[len(row["sections"][0])] for row in corpus], [[1]] * 4, sizes, n_special=2)
     batches = TrainingBatches(
-        Documents(corpus, plan, Collator("document", sizes, [0], [2], 1, 8), lambda sizes: plan),
+        Documents(corpus, plan, Collator("document", sizes, [0], [2], 1, 8)),
         BatchOrder(plan.n_segments, global_batch=2, seed=0),
         RunArguments(dataloader_num_workers=n_processes),
         Environment(0, 0, 1, torch.device("cuda")),

@@ -15,8 +15,10 @@ from transformers import BertJapaneseTokenizer, PreTrainedTokenizerFast
 from recurrent_bart.data.batches import Collator, SegmentSizes
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around, train_tokenizer
+from recurrent_bart.inference import bookmark
 from recurrent_bart.inference import stream_reader as inference
-from recurrent_bart.inference.stream_reader import LOOKAHEAD, TextReader, summary_after
+from recurrent_bart.inference.bookmark import LOOKAHEAD
+from recurrent_bart.inference.stream_reader import TextReader, summary_after
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.recurrence.segmentation import pad_segments, split_into_segments
 
@@ -156,7 +158,7 @@ def test_text_without_spaces_gives_its_first_segment_when_its_tokens_are_there(k
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_text_without_any_end_of_a_sentence_is_cut_where_its_ids_are_settled(kind, make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "LONGEST_SENTENCE", 200)
+    monkeypatch.setattr(bookmark, "LONGEST_SENTENCE", 200)
     tokenizer, chance = japanese_tokenizer(kind, tmp_path), random.Random(2)
     parts = [
         "東京都の予算案",
@@ -178,14 +180,14 @@ def test_text_without_any_end_of_a_sentence_is_cut_where_its_ids_are_settled(kin
             list(reader.feed(piece))
             seen.append(len(reader.bookmark.text))
         mark = reader.bookmark
-        tokens = [*mark.tokens, *reader._tokens_behind_context()]
+        tokens = [*mark.tokens, *reader.cutter.waiting_tokens(mark)]
         assert [token.id for token in tokens] == TextEncoder(tokenizer)([text])[0]
         # characters of the tokens count from the beginning of the text
         assert [token[:3] for token in tokens] == [token[:3] for token in TextEncoder(tokenizer).tokens(text)]
         assert max(seen) <= 2 * 200
         assert mark.tokens
     # without settled ids, the text waits for its end
-    monkeypatch.setattr(inference, "LONGEST_SENTENCE", 10**6)
+    monkeypatch.setattr(bookmark, "LONGEST_SENTENCE", 10**6)
     reader = TextReader(model, tokenizer)
     list(reader.feed(text))
     assert reader.bookmark.text == text
@@ -547,7 +549,7 @@ def test_an_empty_text_is_refused(make_reader):
 
 
 def test_a_very_long_word_is_cut(make_reader, monkeypatch):
-    monkeypatch.setattr(inference, "LONGEST_WORD", 100)
+    monkeypatch.setattr(bookmark, "LONGEST_WORD", 100)
     reader = make_reader()
     for _ in range(10):
         list(reader.feed("x" * 50))

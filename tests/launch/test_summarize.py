@@ -300,19 +300,6 @@ def test_a_text_of_separators_alone_is_refused(script, run, tmp_path, capsys):
     assert_one_error(capsys.readouterr(), "the text has no tokens")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_separators_are_found_wherever_pieces_end(script, size):
-    text = "***\na\n ***\nb ***\n**\n****\n***\t\n\nc\n***"
-    pieces = [text[start : start + size] for start in range(0, len(text), size)]
-    found = "".join("|" if part is None else part for part in script.split_sections(iter(pieces), "***"))
-    assert found == "|a\n|b ***\n**\n****\n|\nc\n|"
-
-
-def test_a_line_that_is_no_separator_is_not_held_back(script):
-    parts = script.split_sections(iter(["***", "* a b", " c"]), "***")
-    assert [next(parts) for _ in range(3)] == ["", "**** a b", " c"]
-
-
 @pytest.mark.parametrize("value", ["", " ", "a\nb"], ids=repr)
 def test_a_separator_is_one_line(script, run, capsys, value):
     with pytest.raises(SystemExit):
@@ -338,12 +325,6 @@ def test_a_state_without_new_text_gives_the_summary_of_the_earlier_text(summariz
     assert again == whole
     # the last segment is encoded again, but its tokens are not new
     assert progress[-1].startswith("read 0 tokens in 1 segments")
-
-
-def test_pieces_may_end_within_a_character_or_line_end(script, monkeypatch):
-    monkeypatch.setattr(script, "BLOCK", 1)
-    text = "\ufeffé\r\n東京\r🙂"
-    assert "".join(script.text_pieces(io.BytesIO(text.encode()), "name")) == "é\n東京\n🙂"
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,13 @@
 
 import pytest
 
-from browser import install, look_at
+from browser import look_at
 from recurrent_bart.report.drawing import COLORS
 from recurrent_bart.report.page import DARK, write_report
 from recurrent_bart.report.run_record import read_run
 from reported_runs import Page, evaluation_record, sample, step_record, write_run
 
-pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _browser():
-    reason = install()
-    if reason:
-        pytest.skip(reason)
+pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("_browser")]
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one run", "three runs"])

@@ -8,7 +8,7 @@ import time
 import matplotlib.image
 import pytest
 
-from browser import Tab, install
+from browser import Tab
 from cited_documents import SENTENCES, TEXT, citing_summarizer
 from launching import free_port
 from recurrent_bart.data.tokenizer import train_tokenizer
@@ -19,18 +19,11 @@ import uvicorn
 
 from recurrent_bart.serving.app import build_app
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("_browser")]
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\n"
 IDLE = "document.getElementById('stop').hidden"
 # set to a folder to look at the screenshots by eye
 PICTURES = os.environ.get("PAGE_PICTURES")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _browser():
-    reason = install()
-    if reason:
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

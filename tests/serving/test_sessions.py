@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
-from recurrent_bart.commands.summarize import text_pieces
+from recurrent_bart.inference.input_texts import text_pieces
 from recurrent_bart.inference.reading_session import ReadingSession
 from recurrent_bart.serving import service
 from recurrent_bart.serving.sessions import N_SECTIONS_KEPT

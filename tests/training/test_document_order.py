@@ -1,6 +1,6 @@
 """Document order of a run: built from its flags, and continued from a stored position."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +28,18 @@ def plan_of(sizes):
     return SimpleNamespace(indices=indices, n_segments=[min(n_segments[i], sizes.max_n_segments) for i in indices])
 
 
+@dataclass
+class Planner:
+    """Collator of the documents of `plan_of`."""
+
+    sizes: SegmentSizes
+
+    def plan(self, rows):
+        return plan_of(self.sizes)
+
+
 def prepared_with(sizes):
-    documents = SimpleNamespace(plan=plan_of(sizes), plan_for=plan_of, collator=SimpleNamespace(sizes=sizes))
+    documents = SimpleNamespace(plan=plan_of(sizes), corpus=None, collator=Planner(sizes))
     return SimpleNamespace(splits={"train": documents}, config=SimpleNamespace(input_size=10))
 
 

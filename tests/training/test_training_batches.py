@@ -33,7 +33,7 @@ def make_batches(corpus, state=None, rank=0, world_size=1, task="sections", devi
     sizes = SegmentSizes(6, 6, -1)
     lengths = ([[len(part) for part in document[name]] for document in corpus] for name in ("sections", "summaries"))
     plan = plan_documents(*lengths, sizes, n_special=2)
-    documents = Documents(corpus, plan, Collator(task, sizes, [0], [2], 1, 8), lambda sizes: plan)
+    documents = Documents(corpus, plan, Collator(task, sizes, [0], [2], 1, 8))
     flags = {"gradient_accumulation_steps": 2, "dataloader_num_workers": 0, "curriculum": "1,3,6", **changes}
     order = BatchOrder(plan.n_segments, global_batch=8, seed=0)
     environment = Environment(rank, rank, world_size, torch.device(device))
