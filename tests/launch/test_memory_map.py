@@ -42,7 +42,7 @@ def test_tables_summary_and_picture(script, run, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_question_changes_the_map_and_a_model_of_questions_asks_for_one(script, tmp_path, monkeypatch, capsys):
     flags = {"data": {"max_target_length": 6, "query_column": "question"}}
-    asked = write_run_with_model(tmp_path / "run", [TEXT], flags)
+    asked = write_run_with_model(tmp_path / "run", [TEXT], flags, segment_size=32)
     monkeypatch.chdir(tmp_path)
     Path("paper.txt").write_text(TEXT)
     found = []
