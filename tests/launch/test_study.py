@@ -249,9 +249,10 @@ def test_a_mistake_is_one_line(script, capsys, flags, message):
 
 
 def test_a_worker_and_a_summary_load_nothing_that_they_do_not_need():
-    """Load both scripts in one new process: its imports take longer than the scripts."""
-    program = "import sys, runpy\nfor script in sys.argv[1:]: runpy.run_path(script); print(*sys.modules)"
-    code, output = run([sys.executable, "-c", program, SCRIPT, SCRIPT.with_name("summarize.py")], timeout=60)
+    """Load both commands in one new process: its imports take longer than the commands."""
+    program = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name); print(*sys.modules)"
+    names = [f"recurrent_bart.commands.{name}" for name in ("study", "summarize")]
+    code, output = run([sys.executable, "-c", program, *names], timeout=60)
     assert code == 0, output
     of_worker, of_both = map(set, map(str.split, output.splitlines()))
     assert not {"deepspeed", "wandb", "datasets", "rich", "rouge_score"} & of_worker
