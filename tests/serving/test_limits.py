@@ -181,7 +181,7 @@ def test_queued_work_of_a_client_that_goes_away_is_never_done(serve, summarizer,
     client.post(f"/v1/sessions/{ids[0]}/text", content=TEXT)
     seen, summarize = [], Summarizer.summarize_in_steps
     monkeypatch.setattr(Summarizer, "summarize_in_steps", lambda *given: seen.append(given) or summarize(*given))
-    held = worker.add(service.Job(lambda _: go.wait(20)))
+    held = worker.add(service.Job(lambda _: go.wait(120)))
     for method, path, content in (
         ("POST", "/v1/summaries", b"the text"),
         ("POST", f"/v1/sessions/{ids[0]}/text", b"more"),
