@@ -14,6 +14,7 @@ from recurrent_bart.data.batches import Batch, Collator, DocumentPlan
 from recurrent_bart.data.text_encoder import decode_text
 from recurrent_bart.distributed import gather_objects, rank, sum_over_ranks, world_size
 from recurrent_bart.evaluation.predictions import unique_names
+from recurrent_bart.model.decoding.session_store import drop_sessions
 from recurrent_bart.model.loss import IGNORED
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
@@ -91,9 +92,13 @@ class Evaluator:
         """Generate texts for the first documents. Return samples in the same order on every rank."""
         n_documents = len(self.plan.indices) if how.n_documents == -1 else how.n_documents
         samples: list[tuple[int, list[Sample]]] = []
-        for batch in self._batches(self.plan.indices[:n_documents]):
-            pairs = zip(batch.indices, self._generate(model, batch, how), strict=True)
-            samples += [(index, self._samples(index, ids)) for index, ids in pairs]
+        try:
+            for batch in self._batches(self.plan.indices[:n_documents]):
+                pairs = zip(batch.indices, self._generate(model, batch, how), strict=True)
+                samples += [(index, self._samples(index, ids)) for index, ids in pairs]
+        finally:
+            # training needs the memory
+            drop_sessions(model)
         found = dict(pair for part in gather_objects(samples) for pair in part)
         return [sample for index in sorted(found) for sample in found[index]]
 

@@ -99,8 +99,9 @@ class CachedDecoder:
         return (self.head(hidden_RD) + self.bias).float()
 
     def n_bytes(self) -> int:
-        """Return the size of all buffers."""
-        return sum(part.nbytes for layer in self.layers for part in (layer.own_kv, layer.context_kv))
+        """Return the size of all caches and copied weights."""
+        caches = sum(part.nbytes for layer in self.layers for part in (layer.own_kv, layer.context_kv))
+        return caches + sum(layer.query_key_value.n_bytes() for layer in self.layers)
 
 
 class CachedLayer:
@@ -200,6 +201,10 @@ class Projection:
         if self.is_plain and len(self.parts) > 1:
             torch.cat([part.weight for part in self.parts], out=self.weight)
             torch.cat([part.bias for part in self.parts], out=self.bias)
+
+    def n_bytes(self) -> int:
+        """Return the size of the copied weights."""
+        return self.weight.nbytes + self.bias.nbytes if self.is_plain and len(self.parts) > 1 else 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the concatenated outputs."""

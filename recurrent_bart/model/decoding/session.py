@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from recurrent_bart.execution.cuda_graphs import capture, rng_offset, warm_up
 from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
 from recurrent_bart.model.decoding.search import BeamSearch, TokenSearch
+
+logger = logging.get_logger(__name__)
 
 # fewest cached positions that a captured step attends to; each further graph of a session has twice as many
 LEAST_KEYS = 64
@@ -65,6 +68,10 @@ class DecodeSession:
             if self.search.is_done() or is_stopped():
                 break
 
+    def n_bytes(self) -> int:
+        """Return the size of all tensors, apart from memory inside CUDA graphs."""
+        return self.decoder.n_bytes() + sum(part.nbytes for part in self.search.state())
+
     def _step(self, n_ids: int) -> None:
         """Append one token to texts of `n_ids` tokens."""
         if self.graphs is not None:
@@ -85,12 +92,14 @@ class DecodeSession:
 class StepGraphs:
     """CUDA graphs of a session's step, by the number of visible positions.
 
-    A graph holds the choice of the token too, unless the choice waits for the device.
+    A graph holds the choice of the token too, unless the choice waits for the device. After a capture that failed, all
+    steps without a graph run eagerly.
     """
 
     def __init__(self, generator: torch.Generator, stream: Any, pool: Any):
         self.generator, self.stream, self.pool = generator, stream, pool
         self.graphs: dict[int, tuple[Tensor | None, Any]] = {}
+        self.may_capture = True
 
     def step(self, session: DecodeSession, n_ids: int) -> None:
         """Append one token to texts of `n_ids` tokens; capture the graph first if it is new."""
@@ -98,27 +107,38 @@ class StepGraphs:
         while n_keys < n_ids:
             n_keys *= 2
         n_keys = min(n_keys, session.decoder.shape.n_positions)
+        if n_keys not in self.graphs and self.may_capture:
+            self._add(session, n_keys)
         if n_keys not in self.graphs:
-            self.graphs[n_keys] = self._capture(session, n_keys)
+            _whole_step(session, n_keys)
+            return
         logits, graph = self.graphs[n_keys]
         graph.replay()
         if logits is not None:
             # a processor may keep the scores, and the next replay writes into `logits`
             session.search.choose(logits if session.search.process.is_capturable else logits.clone())
 
-    def _capture(self, session: DecodeSession, n_keys: int) -> tuple[Tensor | None, Any]:
+    def _add(self, session: DecodeSession, n_keys: int) -> None:
         """Capture one step. The warm-up runs it, so all changed values are restored; the cache is written again."""
         search = session.search
         work = functools.partial(_whole_step if search.is_capturable else DecodeSession.logits, session, n_keys)
         before = [part.clone() for part in search.state()]
-        with rng_offset(self.generator, self.generator.get_offset()):
-            warm_up([work], self.stream)
+
+        def restore() -> None:
             for part, value in zip(search.state(), before, strict=True):
                 part.copy_(value)
-            logits, graph = capture(work, self.stream, self.pool)
-        for part, value in zip(search.state(), before, strict=True):
-            part.copy_(value)
-        return logits, graph
+
+        try:
+            with rng_offset(self.generator, self.generator.get_offset()):
+                warm_up([work], self.stream)
+                restore()
+                self.graphs[n_keys] = capture(work, self.stream, self.pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.may_capture = False
+            logger.warning_once(f"generate: steps run without CUDA graphs, which is slower; a capture failed: {error}")
+        restore()
 
 
 def _whole_step(session: DecodeSession, n_keys: int) -> None:

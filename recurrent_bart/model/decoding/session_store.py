@@ -17,7 +17,7 @@ from recurrent_bart.model.decoding.session import DecodeSession, StepGraphs
 
 # captured sessions per model, by last use; a capture costs about as much as three uncaptured steps
 MOST_SESSIONS = 8
-# size of all caches that a model keeps between calls
+# size of the caches, copied weights and texts that a model keeps between calls; memory inside graphs comes on top
 MOST_BYTES = 2 * 1024**3
 # captured batches have these multiples of rows and of padded context positions
 ROWS_STEP = 8
@@ -48,19 +48,25 @@ class SessionStore:
     def session(
         self, key: Hashable, build: Callable[[StepGraphs], DecodeSession], device: torch.device
     ) -> DecodeSession:
-        """Return the session for a key, built if it is missing."""
+        """Return the session for a key, built if it is missing; if memory is short, all others are dropped first."""
         if key not in self.sessions:
             generator = torch.cuda.default_generators[device.index or 0]
+            graphs = StepGraphs(generator, self.stream, self.pool)
             # tensors of inference mode could not be used in a later call
             with torch.inference_mode(False), torch.no_grad():
-                self.sessions[key] = build(StepGraphs(generator, self.stream, self.pool))
+                try:
+                    self.sessions[key] = build(graphs)
+                except torch.OutOfMemoryError:
+                    self.sessions.clear()
+                    torch.cuda.empty_cache()
+                    self.sessions[key] = build(graphs)
         self.sessions[key] = self.sessions.pop(key)
         return self.sessions[key]
 
     def _drop_oldest(self) -> None:
-        n_bytes = sum(session.decoder.n_bytes() for session in self.sessions.values())
+        n_bytes = sum(session.n_bytes() for session in self.sessions.values())
         while self.sessions and (len(self.sessions) > MOST_SESSIONS or n_bytes > MOST_BYTES):
-            n_bytes -= self.sessions.pop(next(iter(self.sessions))).decoder.n_bytes()
+            n_bytes -= self.sessions.pop(next(iter(self.sessions))).n_bytes()
 
 
 def session_store(model: nn.Module) -> SessionStore:
@@ -70,6 +76,12 @@ def session_store(model: nn.Module) -> SessionStore:
     if SessionStore not in graphs or graphs[SessionStore][0] != addresses:
         graphs[SessionStore] = addresses, SessionStore()
     return graphs[SessionStore][1]
+
+
+def drop_sessions(model: nn.Module) -> None:
+    """Free the memory of a model's captured sessions. The next call of `generate` captures again."""
+    if graph_store(model).graphs.pop(SessionStore, None) is not None:
+        torch.cuda.empty_cache()
 
 
 def _tensors(model: Any) -> Iterator[Tensor]:

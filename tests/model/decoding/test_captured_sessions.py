@@ -103,6 +103,66 @@ def test_few_sessions_are_kept(make_model, graphs, monkeypatch):
     assert not sessions_of(model)
 
 
+def test_copied_weights_and_texts_count_as_kept_memory(make_model, graphs):
+    model = make_model().float()
+    generate(model, documents(0, 2), {"max_new_tokens": 3})
+    (found,) = sessions_of(model).values()
+    layers, width = model.config.decoder_layers, model.config.d_model
+    weights = layers * 3 * (width * width + width) * 4
+    caches = sum(part.nbytes for layer in found.decoder.layers for part in (layer.own_kv, layer.context_kv))
+    assert found.n_bytes() == caches + weights + sum(part.nbytes for part in found.search.state())
+
+
+def test_sessions_can_be_dropped(make_model, graphs):
+    model, inputs, how = make_model().float(), documents(0, 2), {"max_new_tokens": 3}
+    expected = generate(model, inputs, how)
+    session_store.drop_sessions(model)
+    session_store.drop_sessions(model)
+    assert session_store.SessionStore not in graph_store(model).graphs
+    assert torch.equal(generate(model, inputs, how), expected)
+
+
+@pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("n_captures", [0, 1])
+def test_steps_run_eagerly_after_a_capture_that_failed(make_model, graphs, monkeypatch, caplog, how, n_captures):
+    capture, calls = session.capture, []
+
+    def fail(*given):
+        calls.append(given)
+        if len(calls) > n_captures:
+            given[0]()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return capture(*given)
+
+    monkeypatch.setattr(session, "capture", fail)
+    session.logger.warning_once.cache_clear()
+    model, inputs = make_model(max_position_embeddings=200).float(), documents(0, 2)
+    how = how | {"max_new_tokens": 140, "eos_token_id": None, "forced_eos_token_id": None}
+    found = generate(model, inputs, how)
+    assert len(calls) == n_captures + 1
+    assert caplog.text.count("steps run without CUDA graphs") == 1
+    assert torch.equal(found, generate(model, inputs, how, fast=False))
+
+
+def test_without_memory_other_sessions_are_dropped_first(make_model, graphs, monkeypatch):
+    model, how = make_model().float(), {"max_new_tokens": 5}
+    generate(model, documents(0, 2), how)
+    build, errors = session_store._build, [torch.OutOfMemoryError("full")]
+
+    def fail_once(*given):
+        if errors:
+            raise errors.pop()
+        return build(*given)
+
+    monkeypatch.setattr(session_store, "_build", fail_once)
+    inputs = documents(0, 3)
+    assert torch.equal(generate(model, inputs, how), generate(model, inputs, how, fast=False))
+    assert len(sessions_of(model)) == 1
+    errors += [torch.OutOfMemoryError("full")] * 2
+    with pytest.raises(torch.OutOfMemoryError, match="lower the batch size"):
+        generate(model, documents(0, 4), how)
+
+
 def test_a_second_thread_generates_without_graphs(make_model, graphs):
     model, inputs, how = make_model().float(), documents(0, 2), {"max_new_tokens": 6}
     expected = generate(model, inputs, how)
