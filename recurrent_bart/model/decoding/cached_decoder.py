@@ -6,8 +6,8 @@ H heads, K head width, T target length, A attended length, D model width, V voca
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,14 @@ class CachedDecoder:
             assert mask is not None
             mask.zero_().masked_fill_(~seen[:, None, None], -torch.inf)
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop all documents but those with these indices, with their contexts and texts."""
+        self.shape = replace(self.shape, n_documents=len(rows))
+        for layer in self.layers:
+            layer.keep(rows)
+        masks = [None if mask is None else mask[rows] for mask in self.context_masks]
+        self.context_masks = cast("list[Tensor] | list[None]", masks)
+
     def step(self, token_R: Tensor, position: Tensor, n_keys: int, mask: Tensor | None) -> Tensor:
         """Return the scores `(R, V)` after one more token per text, in float32.
 
@@ -132,6 +140,10 @@ class CachedLayer:
             buffer[:, :, n_context:].zero_()
         self.own_kv.zero_()
         self.query_key_value.load()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all documents but those with these indices. All texts of a document share one cache."""
+        self.own_kv, self.context_kv = self.own_kv[:, rows], self.context_kv[:, rows]
 
     def step(
         self,

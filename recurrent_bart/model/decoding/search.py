@@ -64,6 +64,8 @@ class TokenSearch:
         self.is_unfinished = torch.ones(n_texts, dtype=torch.bool, device=device)
         # number of steps in which a text was unfinished
         self.n_steps = torch.zeros(1, dtype=torch.long, device=device)
+        # texts of all rows, and the rows that are left, once finished texts were dropped
+        self.dropped: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_capturable(self) -> bool:
@@ -84,6 +86,7 @@ class TokenSearch:
         self.position.fill_(prompt.shape[1] - 1)
         self.is_unfinished.fill_(True)
         self.n_steps.zero_()
+        self.dropped = None
 
     def tokens(self) -> Tensor:
         """Return the last token of each text, `(R,)`."""
@@ -118,9 +121,26 @@ class TokenSearch:
         """Return True if all texts are finished; this waits for the device."""
         return not bool(self.is_unfinished.any())
 
+    def goes_on(self) -> Tensor:
+        """Return True for each document whose text is unfinished."""
+        return self.is_unfinished
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all documents but those with these indices, and note the texts of the dropped ones."""
+        whole, left = self.dropped or (self.ids.clone(), torch.arange(len(self.ids), device=rows.device))
+        whole[left] = self.ids
+        if self.settings.pad is not None:
+            whole[left, int(self.position) + 1 :] = self.settings.pad
+        self.dropped = whole, left[rows]
+        self.ids, self.is_unfinished = self.ids[rows], self.is_unfinished[rows]
+
     def texts(self, n_texts: int) -> Tensor:
         """Return the first texts, `(n_texts, longest)`, which end as Hugging Face's do."""
-        return self.ids[:n_texts, : self.settings.n_prompt + int(self.n_steps)].clone()
+        ids = self.ids
+        if self.dropped is not None:
+            ids, left = self.dropped
+            ids[left] = self.ids
+        return ids[:n_texts, : self.settings.n_prompt + int(self.n_steps)].clone()
 
 
 class BeamSearch:
@@ -153,6 +173,8 @@ class BeamSearch:
         # penalty of the longest text, which may be longer than the cache
         longest = torch.tensor(max(1.0, settings.max_length - settings.n_prompt), dtype=torch.double, device=device)
         self.longest_penalty = longest.pow(settings.length_penalty).float()
+        # finished texts of all documents with their lengths, and the documents that are left, once some were dropped
+        self.dropped: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def is_capturable(self) -> bool:
@@ -183,6 +205,7 @@ class BeamSearch:
         self.position.fill_(n_prompt - 1)
         for part in (self.is_finished, self.n_generated, self.is_over):
             part.zero_()
+        self.dropped = None
 
     def tokens(self) -> Tensor:
         """Return the last token of each beam, `(R,)`."""
@@ -262,10 +285,37 @@ class BeamSearch:
         """Return True if the search is over for all documents; this waits for the device."""
         return bool(self.is_over)
 
+    def goes_on(self) -> Tensor:
+        """Return True for each document whose finished texts may still change."""
+        if self.settings.early_stopping is True:
+            return self.may_improve.squeeze(1) & ~self.is_finished.all(dim=1)
+        return self.may_improve.squeeze(1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all documents but those with these indices, and note the texts of the dropped ones."""
+        texts, lengths, left = self._noted()
+        self.dropped = texts, lengths, left[rows]
+        self.running, self.finished, self.ancestor = (
+            part[rows] for part in (self.running, self.finished, self.ancestor)
+        )
+        self.running_scores, self.finished_scores = self.running_scores[rows], self.finished_scores[rows]
+        self.is_finished, self.n_generated = self.is_finished[rows], self.n_generated[rows]
+        self.may_improve = self.may_improve[rows]
+
+    def _noted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the finished texts of all documents, their lengths, and the documents that are left."""
+        if self.dropped is None:
+            everything = torch.arange(len(self.finished), device=self.beams.device)
+            return self.finished.clone(), self.n_generated.clone(), everything
+        texts, lengths, left = self.dropped
+        texts[left], lengths[left] = self.finished, self.n_generated
+        return texts, lengths, left
+
     def texts(self, n_documents: int, n_per_document: int) -> Tensor:
         """Return the best texts of the first documents, `(n_documents * n_per_document, longest)`."""
-        n_generated = int(self.n_generated[:n_documents, :n_per_document].max())
-        texts = self.finished[:n_documents, :n_per_document, : self.settings.n_prompt + n_generated]
+        found, lengths, _ = self._noted()
+        n_generated = int(lengths[:n_documents, :n_per_document].max())
+        texts = found[:n_documents, :n_per_document, : self.settings.n_prompt + n_generated]
         return texts.flatten(0, 1).clone()
 
 

@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 LEAST_KEYS = 64
 # captured steps between two checks for the end; a check waits for the GPU
 CHECK_EVERY = 16
+# share of documents that go on at which the others are dropped from the batch; a drop copies the cache of the rest
+LARGEST_REST = 0.75
 
 
 class DecodeSession:
@@ -55,6 +57,8 @@ class DecodeSession:
         settings = self.search.settings
         is_checked = self.graphs is None or streamer is not None or settings.is_sampled
         check_every = 1 if is_checked or not self.search.is_capturable else CHECK_EVERY
+        # graphs have fixed sizes, a drawn token depends on the rows, and so may Hugging Face's own processors
+        may_drop = not (self.graphs or streamer or settings.is_sampled) and self.search.is_capturable
         n_ids = settings.n_prompt
         while n_ids < settings.max_length:
             if n_ids > n_table:
@@ -67,6 +71,16 @@ class DecodeSession:
                 streamer.put(self.search.tokens().cpu())
             if self.search.is_done() or is_stopped():
                 break
+            if may_drop:
+                self._drop_finished()
+
+    def _drop_finished(self) -> None:
+        """Drop finished documents from the batch once they are many."""
+        goes_on = self.search.goes_on()
+        if 0 < int(goes_on.sum()) <= LARGEST_REST * len(goes_on):
+            rows = goes_on.nonzero().squeeze(1)
+            self.decoder.keep(rows)
+            self.search.keep(rows)
 
     def n_bytes(self) -> int:
         """Return the size of all tensors, apart from memory inside CUDA graphs."""

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from generation_options import count_loops, generate, random_case
+from generation_options import FIELDS, count_loops, documents, generate, random_case
+from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
+from tiny import tiny_model
 
 
 def assert_same_ids(seed, n_documents, calls):
@@ -27,6 +29,34 @@ def test_ids_are_hugging_faces(monkeypatch):
     found = [assert_same_ids(seed, 3, calls) for seed in range(24)]
     # texts differ, and some end early
     assert len({tuple(row.tolist()) for ids in found for row in ids}) > 50
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"eos_token_id": list(range(2, 12))},
+        {"eos_token_id": list(range(2, 30)), "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
+        {"num_beams": 3, "eos_token_id": list(range(2, 14)), "num_return_sequences": 2},
+        {"num_beams": 2, "eos_token_id": list(range(2, 14)), "early_stopping": True, "length_penalty": 2.0},
+        {"num_beams": 2, "eos_token_id": list(range(2, 14)), "early_stopping": "never", "length_penalty": -1.0},
+        {"num_beams": 3, "eos_token_id": list(range(2, 14)), "early_stopping": True, "min_new_tokens": 4},
+    ],
+)
+def test_finished_documents_leave_the_batch_and_change_no_id(monkeypatch, how):
+    calls, n_left = count_loops(monkeypatch), []
+    keep = CachedDecoder.keep
+    monkeypatch.setattr(CachedDecoder, "keep", lambda self, rows: n_left.append(len(rows)) or keep(self, rows))
+    for fields in FIELDS[:4]:
+        torch.manual_seed(0)
+        model = tiny_model(**fields, init_std=0.5, forced_eos_token_id=None).eval()
+        # other beginnings, so that texts end at different lengths
+        inputs = documents(0, 9) | {"decoder_input_ids": torch.randint(4, 60, (9, 3))}
+        found = generate(model, inputs, {"max_new_tokens": 30} | how)
+        assert not calls
+        assert torch.equal(found, generate(model, inputs, {"max_new_tokens": 30} | how, fast=False))
+        calls.clear()
+    assert len(n_left) >= 2
+    assert all(0 < n < 9 for n in n_left)
 
 
 @pytest.mark.slow
