@@ -4,6 +4,8 @@ As on a GPU, graphs of a module share input and output buffers. They also share 
 pass, which a backward pass consumes. A backward pass at a wrong time fails or gives wrong results.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -59,6 +61,8 @@ def play_graphs(monkeypatch, *modules):
         monkeypatch.setattr(module, "capture", capture, raising=False)
         monkeypatch.setattr(module, "warm_up", warm_up, raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", object)
+    memory = SimpleNamespace(total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: memory)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "default_generators", PlayedGenerator())
     return made

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from recurrent_bart.execution.graph_guards import device_guard, graph_store
 from recurrent_bart.execution.module_settings import backend_settings, has_hooks, settings_of
 from recurrent_bart.recurrence.segmentation import is_sharded
 
+# CUDA allows one capture per process at a time
+_one_capture = threading.Lock()
 # number of shapes per module whose graphs are kept, by last use
 MOST_SHAPES = 32
 
@@ -143,13 +146,12 @@ class GraphedCall:
         weights = {f"module.{name}": weight for name, weight in shared.weights.items()}
         compute = functools.partial(self._compute, functools.partial(functional_call, _Held(module, function), weights))
         self.generator = torch.cuda.default_generators[inputs[0].device.index]
-        offset = self.generator.get_offset()
         self._load(inputs)
-        warm_up([compute, self._differentiate], shared.stream)
-        _, self._forward = capture(compute, shared.stream, shared.pool)
-        # freeing the autograd graph returns its activations to the pool, where other captures reuse the memory
-        _, self._backward = capture(self._differentiate, shared.stream, shared.pool)
-        self.generator.set_offset(offset)
+        with rng_offset(self.generator, self.generator.get_offset()):
+            warm_up([compute, self._differentiate], shared.stream)
+            _, self._forward = capture(compute, shared.stream, shared.pool)
+            # freeing the autograd graph returns its activations to the pool, where other captures reuse the memory
+            _, self._backward = capture(self._differentiate, shared.stream, shared.pool)
 
     @torch.enable_grad()
     def _compute(self, function: Callable[..., Tensor]) -> None:
@@ -218,23 +220,37 @@ def warm_up_and_capture(
 def warm_up(works: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> None:
     """Call each function before its capture: kernel compilation and library initialization cannot be captured."""
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for work in works:
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for work in works:
+                work()
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 def capture(work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> tuple[Any, torch.cuda.CUDAGraph]:
     """Capture the function `work` as a CUDA graph without running it. Return its result and the graph.
 
     Each replay overwrites the result. `work` must not synchronize. Graphs on the same stream may share the memory pool
-    `pool` if they are not replayed at the same time; None means a new pool.
+    `pool` if they are not replayed at the same time; None means a new pool. A capture that fails raises a RuntimeError,
+    and leaves the current stream as it was.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     # other threads may copy batches during the capture
     how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-    with garbage_collection_paused(), torch.cuda.graph(graph, **how):
-        result = work()
+    with _one_capture, garbage_collection_paused():
+        # PyTorch frees the workspaces of a stream's matrix products once any graph of the stream is deleted, so a
+        # graph must hold its own workspace, in its pool
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, **how):
+                result = work()
+        except BaseException:
+            # PyTorch does not leave the stream of a capture that cannot end
+            torch.cuda.set_stream(before)
+            raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
     return result, graph
 
 

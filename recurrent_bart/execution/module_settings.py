@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # attributes that hold every module's tensors, submodules and hooks
-BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+BOOKKEEPING = frozenset({*vars(nn.Module()), "graph_store"}) - {"training"}
 # types whose values serve as keys directly
 PLAIN = frozenset({bool, float, str, type(None)})
 

@@ -6,6 +6,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -63,12 +64,34 @@ def without_cudnn() -> Iterator[None]:
         # a compiler chooses kernels itself
         yield
         return
-    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    _cudnn_switch.turn_off()
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+        _cudnn_switch.put_back()
+
+
+class _CudnnSwitch:
+    """Switch of cuDNN attention, which is one for all threads: the last one to leave puts it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._n_inside, self._was_enabled = threading.Lock(), 0, False
+
+    def turn_off(self) -> None:
+        with self._lock:
+            if not self._n_inside:
+                self._was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._n_inside += 1
+
+    def put_back(self) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if not self._n_inside:
+                torch.backends.cuda.enable_cudnn_sdp(self._was_enabled)
+
+
+_cudnn_switch = _CudnnSwitch()
 
 
 def _attend_unpadded(

@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
+import threading
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -143,9 +146,8 @@ def test_a_processor_records_nothing(make_model):
     assert not cuda_graphs.can_capture(model.model.decoder, [torch.zeros(1)])
 
 
-def test_no_garbage_is_collected_while_work_is_recorded(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+def test_no_garbage_is_collected_while_work_is_recorded(monkeypatch, notes):
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture(notes))
     is_collected, _ = cuda_graphs.capture(gc.isenabled, stream=None)
     assert not is_collected
     assert gc.isenabled()
@@ -187,3 +189,72 @@ def test_a_wavefront_of_a_replica_has_no_graphs(monkeypatch, make_model):
     for is_replica in (False, True):
         layer._is_replica = is_replica
         assert graphed_wavefront.can_graph(layer, {}, torch.zeros(1, 8, 16), "none") != is_replica
+
+
+class FakeCapture:
+    """Stand-in for `torch.cuda.graph`, which notes what happens in what order."""
+
+    def __init__(self, notes, fails=False):
+        self.notes, self.fails = notes, fails
+
+    def __call__(self, graph, **how):
+        return self
+
+    def __enter__(self):
+        self.notes.append("begin")
+
+    def __exit__(self, *error):
+        self.notes.append("end")
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream before")
+    monkeypatch.setattr(torch.cuda, "set_stream", found.append)
+    clear = functools.partial(found.append, "clear")
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+    return found
+
+
+def test_a_graph_holds_its_own_workspace(monkeypatch, notes):
+    """PyTorch frees the workspace of a stream with each of its graphs."""
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture(notes))
+    assert cuda_graphs.capture(lambda: notes.append("work") or 5, "stream")[0] == 5
+    assert notes == ["clear", "begin", "work", "end", "clear"]
+
+
+def test_a_failed_capture_leaves_the_current_stream(monkeypatch, notes):
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture(notes, fails=True))
+    with pytest.raises(RuntimeError, match="not permitted"):
+        cuda_graphs.capture(lambda: 5, "stream")
+    assert notes == ["clear", "begin", "end", "stream before", "clear"]
+    assert gc.isenabled()
+
+
+def test_one_thread_captures_at_a_time(monkeypatch, notes):
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture(notes))
+    threads = [
+        threading.Thread(target=cuda_graphs.capture, args=(lambda: time.sleep(0.05), "stream")) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert notes == ["clear", "begin", "end", "clear"] * 3
+
+
+def test_streams_are_joined_after_a_warm_up_that_fails(monkeypatch):
+    waits = []
+    names = "side", "current"
+    stream, current = (
+        SimpleNamespace(wait_stream=lambda other, name=name: waits.append((name, other))) for name in names
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda given: contextlib.nullcontext())
+    with pytest.raises(ZeroDivisionError):
+        cuda_graphs.warm_up([lambda: 1 / 0], stream)
+    assert waits == [("side", current), ("current", stream)]

@@ -115,7 +115,8 @@ def test_the_decoder_behind_a_state_exports_without_the_encoder(document, fields
 def test_other_documents_are_still_right_when_compiled(model, document):
     """Check long and segmented documents, whose code has graph breaks."""
     model.config.segment_size = model.config.input_size = 8
-    for ids in (document["input_ids"], document["input_ids"][:, :16].reshape(2, 2, 8)):
+    flat = document["input_ids"][:, :16]
+    for ids in (flat, flat.reshape(2, 2, 8)):
         inputs = {"input_ids": ids, "decoder_input_ids": random_ids(2, 6)}
         torch._dynamo.reset()
         with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from transformers import modeling_flash_attention_utils as flash
 from transformers import modeling_utils
 
+from recurrent_bart.recurrence.attention import without_cudnn
 from tiny import random_ids
 
 # cuDNN's backward pass gives NaN if there is a mask and the keys fill half of a tile of 128
@@ -204,3 +205,14 @@ def test_the_decoders_is_never_cudnns_which_plans_for_each_shape(make_model, cud
     # the encoder's recomputed calls are not counted
     assert [is_enabled for *_, is_enabled in cudnn_calls][: n_calls // 2] == [False] * (n_calls // 2)
     assert sum(not is_enabled for *_, is_enabled in cudnn_calls) == n_calls
+
+
+def test_two_threads_put_cudnn_back():
+    first, second = without_cudnn(), without_cudnn()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -73,7 +73,7 @@ class CachedDecoder:
             mask.zero_().masked_fill_(~seen[:, None, None], -torch.inf)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all documents but those with these indices, with their contexts and texts."""
+        """Keep the contexts and texts of the documents with these indices alone."""
         self.shape = replace(self.shape, n_documents=len(rows))
         for layer in self.layers:
             layer.keep(rows)
@@ -142,7 +142,7 @@ class CachedLayer:
         self.query_key_value.load()
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all documents but those with these indices. All texts of a document share one cache."""
+        """Keep the documents with these indices alone. All texts of a document share one cache."""
         self.own_kv, self.context_kv = self.own_kv[:, rows], self.context_kv[:, rows]
 
     def step(

@@ -152,8 +152,19 @@ def _write(
         store = session_store(model)
         with store.reserved() as is_free:
             if is_free:
-                session = captured_session(model, store, shape, like, functools.partial(make_search, shape))
-                return _run(model, session, batch, streamer, is_stopped)
+
+                def run_captured() -> Tensor:
+                    session = captured_session(model, store, shape, like, functools.partial(make_search, shape))
+                    return _run(model, session, batch, streamer, is_stopped)
+
+                try:
+                    return run_captured()
+                except torch.OutOfMemoryError:
+                    # a streamer may have tokens already
+                    if streamer is not None:
+                        raise
+                store.clear()
+                return run_captured()
     shape = batch.shape()
     session = DecodeSession(CachedDecoder(model, shape, like), make_search(shape))
     return _run(model, session, batch, streamer, is_stopped)

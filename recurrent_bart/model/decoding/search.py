@@ -126,7 +126,7 @@ class TokenSearch:
         return self.is_unfinished
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all documents but those with these indices, and note the texts of the dropped ones."""
+        """Keep the documents with these indices alone, and note the texts of the dropped documents."""
         whole, left = self.dropped or (self.ids.clone(), torch.arange(len(self.ids), device=rows.device))
         whole[left] = self.ids
         if self.settings.pad is not None:
@@ -292,7 +292,7 @@ class BeamSearch:
         return self.may_improve.squeeze(1)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all documents but those with these indices, and note the texts of the dropped ones."""
+        """Keep the documents with these indices alone, and note the texts of the dropped documents."""
         texts, lengths, left = self._noted()
         self.dropped = texts, lengths, left[rows]
         self.running, self.finished, self.ancestor = (

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 LEAST_KEYS = 64
 # captured steps between two checks for the end; a check waits for the GPU
 CHECK_EVERY = 16
-# share of documents that go on at which the others are dropped from the batch; a drop copies the cache of the rest
+# finished documents leave the batch once at most this share of it is unfinished; the caches of the rest are copied
 LARGEST_REST = 0.75
 
 
@@ -107,13 +107,12 @@ class StepGraphs:
     """CUDA graphs of a session's step, by the number of visible positions.
 
     A graph holds the choice of the token too, unless the choice waits for the device. After a capture that failed, all
-    steps without a graph run eagerly.
+    steps of the model without a graph run eagerly.
     """
 
-    def __init__(self, generator: torch.Generator, stream: Any, pool: Any):
-        self.generator, self.stream, self.pool = generator, stream, pool
+    def __init__(self, generator: torch.Generator, place: "CapturePlace"):
+        self.generator, self.place = generator, place
         self.graphs: dict[int, tuple[Tensor | None, Any]] = {}
-        self.may_capture = True
 
     def step(self, session: DecodeSession, n_ids: int) -> None:
         """Append one token to texts of `n_ids` tokens; capture the graph first if it is new."""
@@ -121,7 +120,7 @@ class StepGraphs:
         while n_keys < n_ids:
             n_keys *= 2
         n_keys = min(n_keys, session.decoder.shape.n_positions)
-        if n_keys not in self.graphs and self.may_capture:
+        if n_keys not in self.graphs and self.place.may_capture:
             self._add(session, n_keys)
         if n_keys not in self.graphs:
             _whole_step(session, n_keys)
@@ -142,17 +141,31 @@ class StepGraphs:
             for part, value in zip(search.state(), before, strict=True):
                 part.copy_(value)
 
-        try:
-            with rng_offset(self.generator, self.generator.get_offset()):
-                warm_up([work], self.stream)
+        with rng_offset(self.generator, self.generator.get_offset()):
+            try:
+                warm_up([work], self.place.stream)
+            finally:
                 restore()
-                self.graphs[n_keys] = capture(work, self.stream, self.pool)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.may_capture = False
-            logger.warning_once(f"generate: steps run without CUDA graphs, which is slower; a capture failed: {error}")
+            try:
+                self.graphs[n_keys] = capture(work, self.place.stream, self.place.pool)
+            except RuntimeError as error:
+                self.place.may_capture = False
+                logger.warning_once(
+                    f"generate: steps run without CUDA graphs, which is slower; a capture failed: {error}"
+                )
         restore()
+
+
+class CapturePlace:
+    """Stream and memory pool in which a model's steps are captured.
+
+    Attributes:
+        may_capture: False after a capture that failed, because PyTorch may not give its memory back.
+    """
+
+    def __init__(self) -> None:
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.may_capture = True
 
 
 def _whole_step(session: DecodeSession, n_keys: int) -> None:

@@ -13,12 +13,13 @@ from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.execution.module_settings import backend_settings, settings_of
 from recurrent_bart.model.decoding.cached_decoder import CachedDecoder, CacheShape
 from recurrent_bart.model.decoding.search import BeamSearch, TokenSearch
-from recurrent_bart.model.decoding.session import DecodeSession, StepGraphs
+from recurrent_bart.model.decoding.session import CapturePlace, DecodeSession, StepGraphs
 
 # captured sessions per model, by last use; a capture costs about as much as three uncaptured steps
 MOST_SESSIONS = 8
-# size of the caches, copied weights and texts that a model keeps between calls; memory inside graphs comes on top
-MOST_BYTES = 2 * 1024**3
+# part of the GPU's memory for caches, copied weights and texts that a model keeps between calls; memory inside graphs
+# comes on top
+LARGEST_PART = 1 / 16
 # captured batches have these multiples of rows and of padded context positions
 ROWS_STEP = 8
 CONTEXT_STEP = 64
@@ -32,7 +33,7 @@ class SessionStore:
     def __init__(self) -> None:
         self.sessions: dict[Hashable, DecodeSession] = {}
         self.lock = threading.Lock()
-        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.place = CapturePlace()
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[bool]:
@@ -48,24 +49,24 @@ class SessionStore:
     def session(
         self, key: Hashable, build: Callable[[StepGraphs], DecodeSession], device: torch.device
     ) -> DecodeSession:
-        """Return the session for a key, built if it is missing; if memory is short, all others are dropped first."""
+        """Return the session for a key, built if it is missing."""
         if key not in self.sessions:
             generator = torch.cuda.default_generators[device.index or 0]
-            graphs = StepGraphs(generator, self.stream, self.pool)
             # tensors of inference mode could not be used in a later call
             with torch.inference_mode(False), torch.no_grad():
-                try:
-                    self.sessions[key] = build(graphs)
-                except torch.OutOfMemoryError:
-                    self.sessions.clear()
-                    torch.cuda.empty_cache()
-                    self.sessions[key] = build(graphs)
+                self.sessions[key] = build(StepGraphs(generator, self.place))
         self.sessions[key] = self.sessions.pop(key)
         return self.sessions[key]
 
+    def clear(self) -> None:
+        """Drop all sessions, and free their memory."""
+        self.sessions.clear()
+        self.place.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
     def _drop_oldest(self) -> None:
         n_bytes = sum(session.n_bytes() for session in self.sessions.values())
-        while self.sessions and (len(self.sessions) > MOST_SESSIONS or n_bytes > MOST_BYTES):
+        while self.sessions and (len(self.sessions) > MOST_SESSIONS or n_bytes > most_bytes()):
             n_bytes -= self.sessions.pop(next(iter(self.sessions))).n_bytes()
 
 
@@ -73,15 +74,26 @@ def session_store(model: nn.Module) -> SessionStore:
     """Return the model's captured sessions; without any if the parameters have moved."""
     graphs = graph_store(model).graphs
     addresses = tuple((part.data_ptr(), part.dtype) for part in _tensors(model))
-    if SessionStore not in graphs or graphs[SessionStore][0] != addresses:
-        graphs[SessionStore] = addresses, SessionStore()
-    return graphs[SessionStore][1]
+    before, store = graphs.get(SessionStore) or (None, SessionStore())
+    if before != addresses:
+        # the stream stays: PyTorch has few, and would give that of other graphs
+        store.clear()
+        graphs[SessionStore] = addresses, store
+    return store
 
 
 def drop_sessions(model: nn.Module) -> None:
     """Free the memory of a model's captured sessions. The next call of `generate` captures again."""
-    if graph_store(model).graphs.pop(SessionStore, None) is not None:
-        torch.cuda.empty_cache()
+    _, store = graph_store(model).graphs.get(SessionStore) or (None, None)
+    if store is not None:
+        with store.reserved() as is_free:
+            if is_free:
+                store.clear()
+
+
+def most_bytes() -> float:
+    """Return the size of what all sessions of a model may keep between calls."""
+    return LARGEST_PART * torch.cuda.get_device_properties().total_memory
 
 
 def _tensors(model: Any) -> Iterator[Tensor]:
