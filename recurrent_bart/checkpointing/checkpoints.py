@@ -58,6 +58,7 @@ class TrainerState:
         order_batch: Documents per step when the run began. The document order is built from this number.
         order_segments: Largest number of segments per batch when the current epoch began, if batches are sized in
             tokens.
+        order_seed: Seed of the document order, which is the run's first seed; None: an older checkpoint.
         order_sizes: Segment size, input size and most segments when the run began. The order sorts by these lengths.
         stage: Stage of the curriculum.
         stage_began: Steps done when the stage began.
@@ -74,6 +75,7 @@ class TrainerState:
     n_documents: int = 0
     order_batch: int = 0
     order_segments: int = 0
+    order_seed: int | None = None
     order_sizes: list[int] = field(default_factory=list)
     stage: int = 0
     stage_began: int = 0
@@ -150,6 +152,11 @@ class Checkpoints:
             return
         error, self.writing = self.writing.exception(), None
         self._raise_on_all_ranks(error, self.writing_step)
+
+    def finish_own(self) -> OSError | None:
+        """Wait until this rank has written its part, without the other ranks. Return the error if writing failed."""
+        error = None if self.writing is None else self.writing.exception()
+        return error if isinstance(error, OSError) else None
 
     @staticmethod
     def read_state(path: Path | None) -> TrainerState:

@@ -76,7 +76,7 @@ def describe(
     n_segments = sum(train.n_segments) / len(train.indices)
     lines = [
         f"run        {prepared.folder.path}",
-        *describe_changes(prepared.changes),
+        *describe_changes(prepared.changes, run.metric_for_best_model),
         f"model      {total / 1e6:.1f} M parameters, {own / 1e6:.1f} M in the recurrence; "
         f"{trained / 1e6:.1f} M trained ({100 * trained / total:.1f} %)",
         f"segments   {config.segment_size} tokens, {config.pre_seq_len} prefix positions, "

@@ -24,6 +24,8 @@ def build_order(arguments: Arguments, prepared: Preparation, world_size: int, st
             resumed run would read other documents.
     """
     run, n_segments = arguments.run, order_lengths(arguments, prepared.splits["train"], state)
+    if state.step == 0:
+        state.order_seed = run.seed
     if run.tokens_per_batch is None:
         return by_documents(run, n_segments, world_size, state)
     if state.order_batch:
@@ -34,7 +36,7 @@ def build_order(arguments: Arguments, prepared: Preparation, world_size: int, st
         n_segments,
         most=run.tokens_per_batch // prepared.config.input_size,
         n_batches=run.gradient_accumulation_steps * world_size,
-        seed=run.seed,
+        seed=order_seed(run, state),
         first_step=state.step,
         first_document=state.n_documents,
         first_most=state.order_segments or None,
@@ -76,11 +78,16 @@ def by_documents(run: RunArguments, n_segments: list[int], world_size: int, stat
     return BatchOrder(
         n_segments,
         run.per_device_train_batch_size * run.gradient_accumulation_steps * world_size,
-        run.seed,
+        order_seed(run, state),
         unit=state.order_batch or None,
         first_step=state.step,
         first_document=state.n_documents,
     )
+
+
+def order_seed(run: RunArguments, state: TrainerState) -> int:
+    """Return the seed of the document order. Another seed would read documents of the current epoch again."""
+    return run.seed if state.order_seed is None else state.order_seed
 
 
 def store_data_position(order: DocumentOrder, state: TrainerState) -> None:

@@ -115,7 +115,7 @@ def _open_locked(arguments: Arguments, environment: Environment, kind: type[AnyS
     # from here on, each rank draws its own dropout masks
     torch.manual_seed(run.seed + 1 + environment.rank)
     model.set_gradient_checkpointing(run.gradient_checkpointing)
-    resumed = Resumed() if newest is None else checkpoints.load(engine, newest)
+    resumed = Resumed(state) if newest is None else checkpoints.load(engine, newest)
     if "seed" in prepared.changes:
         # replace the checkpoint's random states, which come from the seed before the change
         torch.manual_seed(run.seed + 1 + environment.rank)

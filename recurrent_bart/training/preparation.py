@@ -219,7 +219,8 @@ def find_tokenizer(
         texts = texts_of(train.rows(data.task, data.columns()), segmenter)
         with atomic_directory(folder) as draft:
             save_tokenizer(train_tokenizer(texts, model.vocab_size), draft)
-    return load_tokenizer(str(folder), word_segmenter=data.word_segmenter)
+    languages = data.source_lang, data.target_lang
+    return load_tokenizer(str(folder), False, *languages, data.word_segmenter)
 
 
 def open_documents(

@@ -1,9 +1,11 @@
 """Flags of a resumed run: which may change and which must stay."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from recurrent_bart.training.generation_arguments import GenerationArguments
 from recurrent_bart.training.run_arguments import ALTERNATIVES, NOT_GIVEN
 
 # changed flags, each with its value before and its value now
@@ -29,6 +31,8 @@ KEPT_DATA = (
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")
 # flags that change what the validation loss measures
 MEASURED = ("max_target_length", "max_n_segments", "segment_size", "input_size", "decoder_context", "context_segments")
+# flags that change what ROUGE measures, apart from those
+GENERATED = ("eval_documents", *(item.name for item in fields(GenerationArguments)))
 # flags that concern only the current start; they are not compared
 NOT_COMPARED = ("output_dir", "resume", "local_rank", "trust_checkpoint")
 
@@ -64,8 +68,14 @@ def check_resumed(given: Flags, saved: dict[str, Any]) -> None:
         )
 
 
-def describe_changes(changes: Changes) -> list[str]:
-    """Return a line with the changed flags, and a warning if validation losses are no longer comparable."""
+def remeasured(changes: Changes, metric: str) -> list[str]:
+    """Return the changed flags after which values of the metric that chooses the best model are not comparable."""
+    measured = MEASURED if metric == "loss" else (*MEASURED, *GENERATED)
+    return [f"--{name}" for name in changes if name in measured]
+
+
+def describe_changes(changes: Changes, metric: str = "loss") -> list[str]:
+    """Return a line with the changed flags, and a warning if values of `metric` are no longer comparable."""
     replaced = {name for pair in ALTERNATIVES.items() for name in pair if set(pair) <= changes.keys()}
     descriptions = [
         f"--{name} {now} (before: {then})"
@@ -73,10 +83,11 @@ def describe_changes(changes: Changes) -> list[str]:
         if not (name in replaced and now == NOT_GIVEN.get(name))
     ]
     lines = [f"changed    {', '.join(descriptions)}"] if descriptions else []
-    measured = [f"--{name}" for name in changes if name in MEASURED]
+    measured = remeasured(changes, metric)
     if measured:
+        what, values = ("the validation loss", "losses") if metric == "loss" else (metric, "values")
         lines.append(
-            f"warning: {', '.join(measured)} changes what the validation loss measures, so earlier losses are not "
+            f"warning: {', '.join(measured)} changes what {what} measures, so earlier {values} are not "
             "comparable; the best model is still chosen by its earlier value"
         )
     if "metric_for_best_model" in changes:

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Self
 
+import torch
 from deepspeed import DeepSpeedEngine
 
 from recurrent_bart.checkpointing.checkpoints import Checkpoints, Resumed, TrainerState
@@ -29,7 +31,7 @@ from recurrent_bart.evaluation.scoring import score_samples
 from recurrent_bart.files import atomic_directory, atomic_write
 from recurrent_bart.model.flops import peak_flops
 from recurrent_bart.monitoring.best_metric import best_evaluation, describe_best, is_better, logged_value
-from recurrent_bart.monitoring.progress import ProgressDisplay
+from recurrent_bart.monitoring.progress import ProgressDisplay, say
 from recurrent_bart.monitoring.rank_metrics import RankTopology
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.report.curves import draw_curves
@@ -47,6 +49,7 @@ from recurrent_bart.training.lifecycle.stall import StallWatch
 from recurrent_bart.training.model_card import write_model_card
 from recurrent_bart.training.preparation import Documents, Preparation
 from recurrent_bart.training.probing import probe_recurrence
+from recurrent_bart.training.resumed_flags import remeasured
 from recurrent_bart.training.run_length import reason_to_end
 from recurrent_bart.training.step_metrics import StepMetrics
 from recurrent_bart.training.tracking import start_trackers
@@ -99,6 +102,7 @@ class Session:
         self.state = state = resumed.state
         self.order = order
         resolved = resolved_settings(arguments, prepared.config, order)
+        self._forget_later_model()
         # the folder is changed only after the last check that can refuse the run
         only_first(lambda: _open_folder(prepared, resolved, state))
         self.folder = prepared.folder
@@ -151,6 +155,10 @@ class Session:
                 self.display.say(f"stopped    after step {self.state.step}: {reason}")
                 raise
             finally:
+                # other ranks may have ended already
+                error = self.checkpoints.finish_own()
+                if error is not None:
+                    self.display.say(f"warning: the last checkpoint cannot be written: {error}")
                 self._announce_saved_model()
 
     def _trainer(self, batches: Iterator[Batch]) -> Trainer:
@@ -215,14 +223,28 @@ class Session:
     def _announce_stop(self, name: str) -> None:
         self.display.say(f"stopping   {name} received: finishing this step (or batch of an evaluation), then saving")
 
+    def _forget_later_model(self) -> None:
+        """Have the next evaluation replace RUN/model if it was saved after the checkpoint that the run resumes."""
+        state, folder = self.state, self.prepared.folder
+        records = folder.read_metrics() if is_first() and folder.model.is_dir() else []
+        later = [record for record in records if record["step"] > state.evaluated_step]
+        value = logged_value(best_evaluation(later, state.best_metric), state.best_metric)
+        if from_first(is_better(state.best_metric, value, state.best_value)):
+            state.best_value = None
+            if is_first():
+                say(f"warning: {folder.model} is from after step {state.step}; the next evaluation replaces it")
+
     def _choose_metric(self) -> None:
         """Set `--metric_for_best_model`. A resumed run compares with the value that the saved model has in the log."""
         state, metric = self.state, self.arguments.run.metric_for_best_model
+        if remeasured(self.prepared.changes, metric):
+            state.n_worse = 0
         if state.best_metric == metric:
             return
         state.best_metric, state.n_worse = metric, 0
-        # without a saved model, there is no value to compare with
-        records = self.folder.read_metrics() if is_first() and self.folder.model.is_dir() else []
+        # without a value or a saved model, there is nothing to compare with
+        is_known = state.best_value is not None and self.folder.model.is_dir()
+        records = self.folder.read_metrics() if is_first() and is_known else []
         of_saved_model = [record for record in records if record["step"] == state.best_step]
         state.best_value = from_first(logged_value(best_evaluation(of_saved_model, metric), metric))
 
@@ -249,7 +271,8 @@ class Session:
             loss = self.evaluator.loss(model)
             # an untrained model generates only noise; a pretraining task has no reference texts
             if state.step and self.arguments.data.task not in PRETRAINING_TASKS:
-                samples = self.evaluator.summarise(model, self._generation())
+                with self._own_random_numbers():
+                    samples = self.evaluator.summarise(model, self._generation())
             recurrence = probe_recurrence(model, self.evaluator)
         record: dict[str, Any] = {"step": state.step, "validation_loss": loss, **recurrence}
         predictions = score_samples(self.evaluator, samples)
@@ -303,6 +326,15 @@ class Session:
         if is_first() and predictions:
             with explain_write_errors(self.folder.predictions_file):
                 write_predictions(self.folder.predictions_file, predictions)
+
+    @contextlib.contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Draw texts from the seed and the step, so that a repeated evaluation draws the same."""
+        device, seed = self.environment.device, self.arguments.run.seed
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            digest = hashlib.sha256(f"{seed} evaluation {self.state.step} {self.environment.rank}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
+            yield
 
     def _generation(self) -> Generation:
         run = self.arguments.run

@@ -9,7 +9,7 @@ from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.arguments import build_parser, parse_arguments
 from recurrent_bart.training.data_arguments import DataArguments
 from recurrent_bart.training.model_arguments import ModelArguments
-from recurrent_bart.training.resumed_flags import changed_flags, describe_changes
+from recurrent_bart.training.resumed_flags import changed_flags, describe_changes, remeasured
 from recurrent_bart.training.run_arguments import RunArguments
 from recurrent_bart.training.tracking_arguments import TrackingArguments
 
@@ -287,6 +287,14 @@ def test_flags_that_hold_are_told_and_those_that_change_what_is_validated_too(ru
     assert warning.startswith("warning: --max_target_length changes what the validation loss measures")
     assert describe_changes({"max_steps": (50, 80)}) == ["changed    --max_steps 80 (before: 50)"]
     assert describe_changes({}) == []
+
+
+def test_flags_that_change_what_the_metric_of_the_best_model_measures_are_told():
+    changes = {"num_beams": (4, 1), "eval_documents": (32, 200)}
+    assert len(describe_changes(changes)) == 1
+    warning = describe_changes(changes, "rouge2")[1]
+    assert warning.startswith("warning: --num_beams, --eval_documents changes what rouge2 measures, so earlier values")
+    assert remeasured(changes, "loss") == []
 
 
 @pytest.mark.parametrize(

@@ -153,3 +153,15 @@ def test_a_step_and_its_padding_are_told(prepared):
     own = f"{100 * order.padding(20, 2, 1):.1f} %"
     assert padding == (f"padding    {own} of the computed segments hold no text; {share} in batches of 2 documents")
     assert own != share
+
+
+@pytest.mark.parametrize("flags", [TOKENS, TWO], ids=["tokens", "documents"])
+def test_another_seed_reads_no_document_again(prepared, flags):
+    state = TrainerState()
+    order = build_order(parse_arguments(flags), prepared, 2, state)
+    state.step = 5
+    store_data_position(order, state)
+    resumed = build_order(parse_arguments([*flags, "--seed", "7"]), prepared, 2, state)
+    assert [documents_of(resumed, step) for step in range(5, 30)] == [documents_of(order, s) for s in range(5, 30)]
+    other = build_order(parse_arguments([*flags, "--seed", "7"]), prepared, 2, TrainerState())
+    assert documents_of(other, 5) != documents_of(order, 5)
