@@ -39,7 +39,7 @@ def targets(mask_BNL, per_segment):
     return labels if per_segment else random_ids(len(labels), 5)
 
 
-@pytest.mark.pairwise
+@pytest.mark.slow
 @pytest.mark.parametrize("per_segment", [False, True], ids=["document", "sections"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
@@ -73,6 +73,7 @@ class Copied(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_of_documents_without_padding_labels_alone_are_copied(fields):
     # a CUDA graph cannot contain other copies: their source tensors are freed before the replay
@@ -83,6 +84,7 @@ def test_of_documents_without_padding_labels_alone_are_copied(fields):
     assert copied.shapes == [tuple(labels.shape)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grain", ["layer", "segment"])
 def test_nor_does_one_that_recomputes(grain):
     _, input_ids, mask = batch_of(LENGTHS)

@@ -158,6 +158,7 @@ def test_all_files_are_fsynced_before_the_checkpoint_is_renamed(alone, tmp_path,
 
 
 class TestDamage:
+    @pytest.mark.slow
     @pytest.mark.parametrize("how", ["missing", "cut off", "turned"])
     @pytest.mark.parametrize(
         "pattern", ["engine/*model_states.pt", "engine/*optim_states.pt", "process-0.pt", "trainer.json"]
@@ -172,6 +173,7 @@ class TestDamage:
         word = {"missing": "cannot be read", "cut off": "is incomplete", "turned": "is damaged"}[how]
         assert f"step-00000003: {file.relative_to(checkpoints.folder / 'step-00000003')} {word}" in printed
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("content", [None, "", "{", '{"files": 3}', "[]", '{"files": {"a": {}}}'])
     def test_a_damaged_manifest_makes_the_run_load_an_older_checkpoint(self, saved, content, capsys):
         checkpoints, engine = saved

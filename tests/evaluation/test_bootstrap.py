@@ -75,6 +75,7 @@ def test_an_interval_over_seeds_covers_95_percent(random, n_seeds):
     assert_covers_95_percent(intervals, accepted=(0.946, 0.954))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [2, 3, 5])
 @pytest.mark.parametrize("seed_deviation", [0.05, 0.2, 1.0])
 def test_an_interval_over_documents_and_seeds_covers_at_least_95_percent(

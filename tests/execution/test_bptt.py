@@ -53,6 +53,7 @@ def test_gradient_reaches_as_far_as_the_window(make_model, depth, decode_at, fie
         assert reached.tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [*VARIANTS.values(), {"recurrence": "none"}, {"pre_seq_len": 0}], ids=str)
 @pytest.mark.parametrize("depth", [0, 2, -1])
 @pytest.mark.parametrize("context_segments", [-1, 2])

@@ -48,7 +48,7 @@ def check_equal(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
-@pytest.mark.pairwise
+@pytest.mark.slow
 @pytest.mark.parametrize("grain", ["none", "layer", "segment"])
 @pytest.mark.parametrize("decode_at", ["last_segment", "every_segment"])
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
@@ -89,7 +89,7 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.pairwise
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])

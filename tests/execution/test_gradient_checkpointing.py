@@ -35,7 +35,7 @@ def loss_and_gradients(grain, labels_shape, **fields):
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.pairwise
+@pytest.mark.slow
 @pytest.mark.parametrize("labels_shape", [(2, 5), (2, 4, 5)], ids=["document", "sections"])
 @pytest.mark.parametrize("grain", ["layer", "segment"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)

@@ -121,7 +121,7 @@ def targets_of(documents, task):
     return labels, [{t: labels[row, t] for t in sorted(chosen)} for row, chosen in enumerate(has_target)]
 
 
-@pytest.mark.pairwise
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_each_parameter_has_the_gradient_of_the_reference(captured, case):
     fields = {name: value for name, value in case.items() if name not in ("checkpointing", "task")}

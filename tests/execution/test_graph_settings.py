@@ -123,6 +123,7 @@ ALL_CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parts", "change", "fields"), ALL_CHANGES.values(), ids=ALL_CHANGES)
 def test_a_change_has_new_graphs_captured(make_model, graphs, request, parts, change, fields):
     model, inputs = build(make_model, fields, "adapters" in request.node.callspec.id), inputs_of()

@@ -32,7 +32,7 @@ def build(schedule, **fields):
     return tiny_model(schedule=schedule, **fields).double().train()
 
 
-@pytest.mark.pairwise
+@pytest.mark.slow
 @pytest.mark.parametrize("device_bytes", [0, 700_000, 2**40], ids=["none", "some", "all"])
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", DIAGONALS.values(), ids=DIAGONALS)

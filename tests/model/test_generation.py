@@ -44,6 +44,7 @@ def generate(model, documents, **how):
     return model.generate(**documents, **{"max_new_tokens": N_NEW} | how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_the_cache_changes_no_id(make_model, documents, fields, how):
@@ -161,6 +162,7 @@ def test_generate_from_a_state_goes_on_as_the_whole_document(make_model, documen
     assert torch.equal(found, generate(model, {"input_ids": ids}, **how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 def test_after_every_segment_stands_what_reading_so_far_gives(make_model, documents, fields, how):

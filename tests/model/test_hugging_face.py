@@ -109,6 +109,7 @@ def settings(config):
     return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_a_saved_model_loads_with_every_weight(build, documents, tmp_path, kind, fields):

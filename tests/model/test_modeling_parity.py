@@ -192,6 +192,7 @@ MBARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["one file", "shards", "bin"])
 @pytest.mark.parametrize("fields", MBARTS.values(), ids=MBARTS)
 def test_parity_of_the_layouts_of_mbart_on_the_hub(tmp_path, fields, form):

@@ -53,6 +53,7 @@ def test_an_offloaded_model_runs_layer_by_layer_whatever_its_schedule():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_a_model_loaded_by_a_device_map_gives_the_same(tmp_path, fields, place):

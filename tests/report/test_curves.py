@@ -42,6 +42,7 @@ def test_every_series_is_drawn_against_its_steps(figure):
     assert [*speed.values()] == [[(10, 17_500.0), (20, 16_000.0)]]
 
 
+@pytest.mark.slow
 def test_steps_are_whole_numbers_and_all_axes_share_them(figure):
     for axes in figure.axes:
         assert axes.get_xlim() == figure.axes[0].get_xlim()
@@ -58,6 +59,7 @@ def test_throughput_is_shown_in_thousands(figure):
     assert figure.axes[3].yaxis.get_major_formatter()(17_500.0) == "17.5 k"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", [[], RECORDS[:1], RECORDS])
 def test_every_log_can_be_drawn(records, tmp_path):
     draw_curves(records, tmp_path / "curves.png")

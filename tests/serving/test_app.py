@@ -203,6 +203,7 @@ def strangers(state):
     yield save(tensors, {name: value for name, value in metadata.items() if name != "text"}), 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "kind", "query", "status"),
     [

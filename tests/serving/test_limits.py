@@ -149,6 +149,7 @@ def test_a_long_text_does_not_hold_up_short_ones(serve, summarizer, monkeypatch)
     assert client.get(f"/v1/sessions/{id}/summary").json()["summary"] == expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", [b"", b"stream=true", b"num_beams=2", b"num_beams=2&stream=true"])
 def test_generation_ends_when_the_client_goes_away(serve, slow_generation, query):
     client = serve()
@@ -159,6 +160,7 @@ def test_generation_ends_when_the_client_goes_away(serve, slow_generation, query
     assert threading.active_count() == n_threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", [b"", b"stream=true", b"stream=true&citations=true"])
 def test_a_section_whose_client_goes_away_is_not_ended(serve, slow_generation, query):
     client = serve()

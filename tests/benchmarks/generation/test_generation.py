@@ -19,6 +19,7 @@ def script():
     return load_script("benchmark")
 
 
+@pytest.mark.slow
 def test_a_run_measures_each_loop_and_writes_records(script, tmp_path, capsys):
     sizes = ["--batch_sizes", "1", "2", "--contexts", "8", "--new_tokens", "5", "--warmup", "1"]
     assert script.main([*FLAGS, *sizes, "--output_dir", str(tmp_path)]) == 0

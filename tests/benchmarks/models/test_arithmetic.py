@@ -23,6 +23,7 @@ def train(subject, batch):
         loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "least", "most"),
     [

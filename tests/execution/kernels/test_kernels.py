@@ -185,6 +185,7 @@ def test_the_same_numbers_of_a_prefix_are_dropped_in_the_backward_pass(is_gated)
 
 
 # without bfloat16, whose bit patterns the interpreter's matrix product multiplies
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 3, 70, 3, 48), (1, 1, 1, 1, 16), (3, 2, 21, 5, 20)], ids=str)
 def test_add_prefix_read(dtype, sizes):

@@ -63,6 +63,7 @@ def test_losses_are_those_of_launch_train(make_run, documents, tmp_path, train_m
     assert training.curve[-1]["validation_loss"] == pytest.approx(evaluated[-1], rel=closeness)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reads", "task", "changes"),
     [
