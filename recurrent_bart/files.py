@@ -12,10 +12,10 @@ from typing import Any
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file atomically. A reader finds either the old or the new content, never a mixture."""
+    """Write a file atomically. A reader finds the old or the new content, also after a crash of the host."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    replace_and_fsync(draft, path)
 
 
 def replace_and_fsync(draft: Path, path: Path) -> None:
@@ -37,7 +37,9 @@ def fsync_directory(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
-    """Create a temporary folder and rename it to `folder` at the end of the block. `folder` is then complete.
+    """Create a temporary folder and rename it to `folder` at the end of the block.
+
+    `folder` is then complete, also after a crash of the host.
 
     If several processes write the same folder, the folder of the first process to finish stays. With `replaces`, the
     new folder replaces an old folder.
@@ -54,12 +56,23 @@ def atomic_directory(folder: Path, replaces: bool = False) -> Iterator[Path]:
     try:
         yield draft
         _give_usual_modes(draft)
+        _fsync_all(draft)
         if replaces and folder.exists():
             folder.rename(old)
         _rename_unless_there(draft, folder)
+        fsync_directory(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync_all(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            fsync_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _give_usual_modes(draft: Path) -> None:

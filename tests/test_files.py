@@ -1,6 +1,7 @@
 """Files and folders are complete or absent."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +78,23 @@ def test_a_replaced_file_is_on_disk_before_its_name_and_its_folder_after(tmp_pat
     replace_and_fsync(draft, path)
     assert events == [str(draft), "replace", str(tmp_path)]
     assert (path.read_text(), draft.exists()) == ("new", False)
+
+
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_a_new_file_or_folder_survives_a_crash_of_the_host(tmp_path, monkeypatch, how):
+    events, (fsync, rename, replace) = [], (files.os.fsync, Path.rename, files.os.replace)
+    monkeypatch.setattr(
+        files.os, "fsync", lambda number: (events.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    monkeypatch.setattr(Path, "rename", lambda *names: (events.append("rename"), rename(*names)))
+    monkeypatch.setattr(files.os, "replace", lambda *names: (events.append("rename"), replace(*names)))
+    if how == "file":
+        atomic_write(tmp_path / "file", "text")
+    else:
+        with atomic_directory(tmp_path / "folder") as draft:
+            (draft / "inner").mkdir()
+            (draft / "inner" / "weights").write_text("text")
+    before, after = events[: events.index("rename")], events[events.index("rename") :]
+    names = {Path(path).name.split(".")[0] for path in before if Path(path) != tmp_path}
+    assert names == ({"file"} if how == "file" else {"", "inner", "weights"})
+    assert after == ["rename", str(tmp_path)]

@@ -21,6 +21,7 @@ from deepspeed import DeepSpeedEngine
 from recurrent_bart.checkpointing.checkpoint_files import CheckpointFiles, read_tensors
 from recurrent_bart.checkpointing.manifest import MANIFEST, has_all_parts, join_parts, problems
 from recurrent_bart.checkpointing.process_state import (
+    SHARED,
     continue_random_states,
     process_state,
     reseed_random_states,
@@ -236,11 +237,12 @@ class Checkpoints:
         final = self.folder / draft.name.removeprefix(".").removesuffix(".tmp")
         step = int(final.name.removeprefix("step-"))
         join_parts(draft, n_processes, step=step, versions=versions())
-        (draft / ".last").unlink()
         replaced = final.with_name(f".{final.name}.replaced")
         if final.exists():
             final.rename(replaced)
         draft.rename(final)
+        # not before, because another rank could create it again and publish too
+        (final / ".last").unlink()
         fsync_directory(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         for old in checkpoints_to_delete(self._steps(), self.keep_last, self.keep_every, best_step):
@@ -278,8 +280,21 @@ class Checkpoints:
         elif self.trusts and not (path / MANIFEST).exists():
             own = []
         else:
-            own = problems(path, slice(rank(), None, world_size()))
+            return self._damage(path)
         return [problem for share in gather_objects(own) for problem in share]
+
+    @staticmethod
+    def _damage(path: Path) -> list[str]:
+        """Return the damage that all ranks found. Raise OSError on all ranks if one of them cannot read its files."""
+        own, error = [], ""
+        try:
+            own = problems(path, slice(rank(), None, world_size()))
+        except OSError as found:
+            error = f"{path} cannot be read on process {rank()} ({found}); it may be undamaged: start the run again"
+        shares = gather_objects((own, error))
+        if errors := [text for _, text in shares if text]:
+            raise OSError(errors[0])
+        return [problem for share, _ in shares for problem in share]
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Rename damaged checkpoints, so that they do not count among the `keep_last` newest."""
@@ -353,6 +368,6 @@ def _continue_process(path: Path, n_processes: int, step: int) -> dict[str, floa
         continue_random_states(own["random_states"])
         return own["figures"]
     reseed_random_states(step)
-    if not is_first():
-        return {}
-    return sum_metrics([read_tensors(path / f"process-{number}.pt")["figures"] for number in range(n_processes)])
+    counted = sum_metrics([read_tensors(path / f"process-{number}.pt")["figures"] for number in range(n_processes)])
+    # other ranks count only what is the same on all ranks, by which all ranks decide
+    return counted if is_first() else {name: counted[name] for name in SHARED}

@@ -89,7 +89,7 @@ def problems(folder: Path, share: slice = slice(None)) -> list[str]:
         listed = sorted((name, record["bytes"], record["sha256"]) for name, record in files.items())
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{MANIFEST} is unreadable ({error})"]
     return list(_file_problems(folder, listed[share]))
 
@@ -106,8 +106,8 @@ def _file_problems(folder: Path, listed: Iterable[tuple[str, int, str]]) -> Iter
                 yield f"{name} is incomplete ({found} of {n_bytes} bytes)"
             elif _sha256(file) != sha256:
                 yield f"{name} is damaged (its checksum differs from the checksum in {MANIFEST})"
-        except OSError as error:
-            yield f"{name} cannot be read ({error.strerror})"
+        except FileNotFoundError:
+            yield f"{name} is missing"
 
 
 def _sha256(file: Path) -> str:

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+# metrics that are the same on all ranks
+SHARED = ("n_steps", "seconds")
+
 
 def process_state(metrics: dict[str, float]) -> dict[str, Any]:
     """Return the random states of this rank, with its metrics since the last log line (`metrics`)."""
@@ -28,5 +31,4 @@ def reseed_random_states(step: int) -> None:
 
 def sum_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """Sum metrics over ranks, except `n_steps` and `seconds`, which are the same on all ranks."""
-    shared = {"n_steps", "seconds"}
-    return {name: metrics[0][name] if name in shared else sum(one[name] for one in metrics) for name in metrics[0]}
+    return {name: metrics[0][name] if name in SHARED else sum(one[name] for one in metrics) for name in metrics[0]}

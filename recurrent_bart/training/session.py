@@ -35,6 +35,7 @@ from recurrent_bart.monitoring.progress import ProgressDisplay, say
 from recurrent_bart.monitoring.rank_metrics import RankTopology
 from recurrent_bart.monitoring.timing import Stopwatch
 from recurrent_bart.report.curves import draw_curves
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.adapters import merged
 from recurrent_bart.training.arguments import Arguments
 from recurrent_bart.training.description import describe, generated_length, oracle_at, resolved_settings
@@ -61,6 +62,8 @@ from recurrent_bart.training.zero.engine import full_state_dict, gathered_for_ev
 N_SAMPLES = 5
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
+# file in RUN/model with the step of its weights
+STEP_FILE = "training_step.json"
 # a warning is printed after this time without a step or an evaluation
 STALL_SECONDS = 600.0
 
@@ -70,7 +73,10 @@ def _open_folder(prepared: Preparation, resolved: dict[str, Any], state: Trainer
     # files of the previous start are deleted only now, when the run can no longer be refused
     for name in (STOP_FILE, OUTCOME_FILE):
         (folder.path / name).unlink(missing_ok=True)
-    save_tokenizer(prepared.tokenizer, folder.tokenizer)
+    # a resumed run has read it from there
+    if not is_resumed:
+        with atomic_directory(folder.tokenizer, replaces=True) as draft:
+            save_tokenizer(prepared.tokenizer, draft)
     # a folder with config.json can be resumed, so it is written last
     folder.write_config(
         arguments=prepared.flags,
@@ -81,6 +87,12 @@ def _open_folder(prepared: Preparation, resolved: dict[str, Any], state: Trainer
         resumes=[*prepared.resumes, {"step": state.step, "changes": prepared.changes}] if is_resumed else [],
     )
     folder.forget_after(state.step, state.evaluated_step)
+
+
+def _has_model_of(folder: RunFolder, step: int) -> bool:
+    """Return True if RUN/model was saved after a step, or by an older version, which did not note the step."""
+    note = folder.model / STEP_FILE
+    return folder.model.is_dir() and (not note.exists() or json.loads(note.read_text())["step"] == step)
 
 
 class Session:
@@ -156,7 +168,7 @@ class Session:
                 raise
             finally:
                 # other ranks may have ended already
-                error = self.checkpoints.finish_own()
+                error = None if self.lock.is_lost else self.checkpoints.finish_own()
                 if error is not None:
                     self.display.say(f"warning: the last checkpoint cannot be written: {error}")
                 self._announce_saved_model()
@@ -224,15 +236,14 @@ class Session:
         self.display.say(f"stopping   {name} received: finishing this step (or batch of an evaluation), then saving")
 
     def _forget_later_model(self) -> None:
-        """Have the next evaluation replace RUN/model if it was saved after the checkpoint that the run resumes."""
+        """Have the next evaluation write RUN/model if it is missing or not that of the best step in the checkpoint."""
         state, folder = self.state, self.prepared.folder
-        records = folder.read_metrics() if is_first() and folder.model.is_dir() else []
-        later = [record for record in records if record["step"] > state.evaluated_step]
-        value = logged_value(best_evaluation(later, state.best_metric), state.best_metric)
-        if from_first(is_better(state.best_metric, value, state.best_value)):
+        if state.best_value is not None and from_first(is_first() and not _has_model_of(folder, state.best_step)):
             state.best_value = None
             if is_first():
-                say(f"warning: {folder.model} is from after step {state.step}; the next evaluation replaces it")
+                say(
+                    f"warning: {folder.model} is not the model of step {state.best_step}; the next evaluation writes it"
+                )
 
     def _choose_metric(self) -> None:
         """Set `--metric_for_best_model`. A resumed run compares with the value that the saved model has in the log."""
@@ -302,6 +313,7 @@ class Session:
         state = self.state
         if state.step and (state.step, state.evaluated_step) != self.saved:
             self.wait_longer()
+            self.stall_watch.beat()
             store_data_position(self.order, state)
             started = time.perf_counter()
             self.checkpoints.save(self.engine, state, metrics)
@@ -322,6 +334,7 @@ class Session:
             with explain_write_errors(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
                 save_model(self.engine, merged(weights, self.arguments.model), draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
+                (draft / STEP_FILE).write_text(json.dumps({"step": self.state.step}) + "\n")
                 write_model_card(draft, self.folder.read_config(), self.state.step, loss, scores)
         if is_first() and predictions:
             with explain_write_errors(self.folder.predictions_file):
@@ -340,6 +353,10 @@ class Session:
         run = self.arguments.run
         return Generation(generated_length(run, self.prepared), n_documents=run.eval_documents)
 
+    def _continue_evaluation(self) -> None:
+        self.stall_watch.beat()
+        self.interruption.ask(self.environment.device)
+
     def _evaluator(self, documents: Documents) -> Evaluator:
         run = self.arguments.run
         return Evaluator(
@@ -349,5 +366,5 @@ class Session:
             self.prepared.tokenizer,
             run.per_device_eval_batch_size or run.per_device_train_batch_size,
             self.environment.device,
-            on_batch=lambda: self.interruption.ask(self.environment.device),
+            on_batch=self._continue_evaluation,
         )

@@ -62,7 +62,8 @@ def _first_id(folder: RunFolder, requested_id: str | None) -> tuple[str, str]:
     """Return the wandb id and an error text. No error is raised, because all other ranks wait for the id."""
     try:
         identity = run_id(folder.path / "wandb", requested_id)
-    except OSError as error:
+    # a crash of the host may have left a damaged file
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return "", str(error)
     if requested_id not in (None, identity):
         warn(f"WANDB_RUN_ID {requested_id} is not used: the id of this run in wandb is {identity}")

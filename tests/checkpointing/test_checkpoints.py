@@ -8,6 +8,7 @@ import pickle
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ class TestDamage:
         break_file(file, how)
         assert checkpoints.load(make_engine()).state == STATE
         printed = capsys.readouterr().out
-        word = {"missing": "cannot be read", "cut off": "is incomplete", "turned": "is damaged"}[how]
+        word = {"missing": "is missing", "cut off": "is incomplete", "turned": "is damaged"}[how]
         assert f"step-00000003: {file.relative_to(checkpoints.folder / 'step-00000003')} {word}" in printed
 
     @pytest.mark.slow
@@ -389,7 +390,7 @@ def test_a_different_zero_stage_loads_the_same_weights_and_moments(alone, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_one_process_goes_on_for_two_with_their_metrics_and_new_random_states(alone, tmp_path, stage):
+def test_one_process_goes_on_for_two_with_their_metrics_and_new_random_states(alone, tmp_path, stage, monkeypatch):
     checkpoints = Checkpoints(tmp_path, trusts=True)
     engine = train(make_engine(stage))
     checkpoints.save(engine, STATE, FIGURES)
@@ -411,6 +412,21 @@ def test_one_process_goes_on_for_two_with_their_metrics_and_new_random_states(al
     # not the numbers that the run drew at its beginning
     torch.manual_seed(7)
     assert not torch.equal(after, torch.rand(3))
+    # what all ranks share is known to all, because they decide by it
+    monkeypatch.setattr(module, "is_first", lambda: False)
+    assert module._continue_process(path, 2, 2) == {"n_steps": 2, "seconds": 3.5}
+
+
+@pytest.mark.slow
+def test_a_second_rank_cannot_publish_a_draft_again(saved, monkeypatch):
+    checkpoints, engine = saved
+    rename, seen = Path.rename, []
+    monkeypatch.setattr(
+        Path, "rename", lambda draft, final: (seen.append((draft / ".last").exists()), rename(draft, final))[1]
+    )
+    checkpoints.save(engine, replace(STATE, step=3))
+    assert seen[-1]
+    assert not (checkpoints.folder / "step-00000003" / ".last").exists()
 
 
 def as_if_written_by_two(path, figures):

@@ -1,13 +1,16 @@
 """Manifest of a checkpoint: complete only with the files of every rank, and checked by all ranks together."""
 
+import errno
 import hashlib
 import itertools
 import json
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
 from processes import run_in_processes
+from recurrent_bart.checkpointing import manifest
 from recurrent_bart.checkpointing.checkpoints import CheckpointError, Checkpoints
 from recurrent_bart.checkpointing.manifest import has_all_parts, join_parts, problems, write_and_fsync, write_part
 
@@ -116,3 +119,19 @@ def test_an_error_that_one_rank_meets_in_the_background_stops_every_rank(tmp_pat
 
     for message in run_in_processes(wait, 2, tmp_path):
         assert "step-00000004 cannot be written (process 1: no space left; " in message
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "a file of rank 0"])
+def test_a_disk_that_cannot_be_read_is_no_damage(checkpoint, monkeypatch, name):
+    error = OSError(errno.ESTALE, "Stale file handle")
+
+    def fail(*given):
+        raise error
+
+    monkeypatch.setattr(*((Path, "read_text") if name == "manifest.json" else (manifest, "_sha256")), fail)
+    with pytest.raises(OSError, match="Stale"):
+        problems(checkpoint)
+    with pytest.raises(OSError, match="may be undamaged: start the run again"):
+        Checkpoints(checkpoint.parent).find_newest()
+    monkeypatch.undo()
+    assert Checkpoints(checkpoint.parent).find_newest() == checkpoint

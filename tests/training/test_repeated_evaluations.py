@@ -46,7 +46,7 @@ def test_sampled_texts_change_no_step_and_are_the_same_in_a_repeated_evaluation(
 
     monkeypatch.setattr(Evaluator, "summarise", summarise_and_note)
     monkeypatch.setattr(Session, "evaluate", evaluate_twice)
-    for name, sampled in (("greedy", {}), ("sampled", {"do_sample": True, "top_k": 0})):
+    for name, sampled in (("greedy", {}), ("sampled", {"do_sample": True})):
         assert train_main(flags(documents, tmp_path / name, max_steps=4, **sampled)) == 0
     assert losses(tmp_path / "sampled") == losses(tmp_path / "greedy")
     # evaluations after steps 2 and 4, each of them twice
@@ -56,17 +56,22 @@ def test_sampled_texts_change_no_step_and_are_the_same_in_a_repeated_evaluation(
     assert texts[0] == texts[1] != first
 
 
-def test_a_model_from_after_the_checkpoint_is_replaced(documents, tmp_path, train_main, monkeypatch, capsys):
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_a_model_from_after_the_checkpoint_is_replaced(
+    documents, tmp_path, train_main, monkeypatch, capsys, is_missing
+):
     values = iter([9.0, 5.0, 3.0, 4.0, 4.5])
     monkeypatch.setattr(Evaluator, "loss", lambda *_: next(values))
     run = tmp_path / "run"
     assert train_main(flags(documents, run, max_steps=4)) == 0
     # as if the checkpoint of step 4, whose model has the lowest loss, could not be written
     shutil.rmtree(run / "checkpoints" / "step-00000004")
+    if is_missing:
+        shutil.rmtree(run / "model")
     capsys.readouterr()
     assert train_main(["--resume", str(run), "--max_steps", "6", "--learning_rate", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert f"warning: {run}/model is from after step 2; the next evaluation replaces it" in printed
+    assert f"warning: {run}/model is not the model of step 2; the next evaluation writes it" in printed
     assert f"saved      {run}/model, the model after step 4: validation loss 4.0000, the lowest" in printed
 
 
@@ -84,3 +89,13 @@ def test_languages_of_a_tokenizer_without_codes_are_refused_at_once(documents, t
     assert train_main([*flags(documents, tmp_path / "run"), "--source_lang", "en_XX"]) == 2
     assert "--source_lang en_XX" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_resumed_run_leaves_its_tokenizer_as_it_is(documents, tmp_path, train_main, monkeypatch):
+    run = tmp_path / "run"
+    assert train_main(flags(documents, run, max_steps=2)) == 0
+    monkeypatch.setattr("recurrent_bart.training.session.save_tokenizer", lambda tokenizer, folder: None)
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "tokenizer").iterdir()}
+    assert before
+    assert train_main(["--resume", str(run), "--max_steps", "4"]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (run / "tokenizer").iterdir()} == before
