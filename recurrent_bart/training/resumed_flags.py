@@ -31,7 +31,7 @@ KEPT_DATA = (
 PATHS = ("model_name_or_path", "tokenizer_name", "dataset", "train_file", "validation_file")
 # flags that change what the validation loss measures
 MEASURED = ("max_target_length", "max_n_segments", "segment_size", "input_size", "decoder_context", "context_segments")
-# flags that change what ROUGE measures, apart from those
+# flags that change what ROUGE measures, besides MEASURED
 GENERATED = ("eval_documents", *(item.name for item in fields(GenerationArguments)))
 # flags that concern only the current start; they are not compared
 NOT_COMPARED = ("output_dir", "resume", "local_rank", "trust_checkpoint")

@@ -1,4 +1,4 @@
-"""What a run leaves if it ends in an error or goes back to an earlier checkpoint, and draws that do not change it."""
+"""Runs that end in an error or go back to an earlier checkpoint, and evaluations that are repeated."""
 
 import json
 import shutil
