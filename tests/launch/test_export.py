@@ -69,6 +69,7 @@ def test_the_card_has_data_flags_results_and_use_but_no_path_of_the_machine(docu
     assert f"| rouge1 | {scores['rouge1']:.2f} |" in body
     assert "| `--learning_rate` | `0.02` |" in body
     assert "| `--train_file` | `train.jsonl` |" in body
+    assert "stdlib" not in card
     assert "trust_remote_code=True" in body
     assert str(tmp_path) not in card
     assert str(documents) not in card
@@ -76,7 +77,7 @@ def test_the_card_has_data_flags_results_and_use_but_no_path_of_the_machine(docu
 
 @pytest.mark.slow
 def test_a_card_has_the_scores_of_its_own_step_or_none(trained, tmp_path):
-    """Each model was the best at its time, and the run keeps the texts of the last one."""
+    """The run keeps the texts of its last best model only; the first model was the best at its time."""
     run = RunFolder(trained)
     predictions = [
         replace(prediction, scores=prediction.scores | {"rouge1": 30.0 + number})
