@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +65,12 @@ class Corpus(NamedTuple):
     fingerprint: str
 
 
-def choose_rows(rows: Dataset, most: int | None) -> Dataset:
-    """Return at most `most` rows in their order, drawn with a fixed seed; None: all. A larger number adds rows."""
-    if most is None or most >= len(rows):
-        return rows
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]
-    return rows.select(drawn.sort().values.tolist())
+def draw_documents(n_documents: int, most: int | None) -> Sequence[int]:
+    """Return the indices of at most `most` documents, drawn with a fixed seed; None: all. A larger number adds some."""
+    if most is None or most >= n_documents:
+        return range(n_documents)
+    drawn = torch.randperm(n_documents, generator=torch.Generator().manual_seed(0))[:most]
+    return drawn.sort().values.tolist()
 
 
 def load_corpus(
