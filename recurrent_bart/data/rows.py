@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from recurrent_bart.data.text_layouts import LayoutError, read_layout
 
@@ -68,7 +68,8 @@ class Row:
         return self.digest() if self.record_id is None else self.record_name()
 
 
-class Section(NamedTuple):
+@dataclass(frozen=True)
+class Section:
     """Section of a record, or neighbouring sections without a summary as one.
 
     Attributes:
@@ -326,7 +327,7 @@ def _join_untargeted(sections: list[Section]) -> Iterator[Section]:
             continue
         yield from _joined(waiting)
         waiting = []
-        yield section._replace(summary=section.summary.strip())
+        yield replace(section, summary=section.summary.strip())
     yield from _joined(waiting)
 
 
