@@ -27,6 +27,8 @@ def make_row(name, section_lengths, summary_lengths):
         "reference_texts": [[] for _ in summaries],
         "section_lengths": section_lengths,
         "summary_lengths": summary_lengths,
+        "section_indices": list(range(len(sections))),
+        "n_sections": len(sections),
     }
 
 

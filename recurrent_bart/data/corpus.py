@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from recurrent_bart.data.word_segmenter import (
 from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.
-CACHE_VERSION = 7
+CACHE_VERSION = 8
 # JSON file with the fields of `Corpus` except `rows`.
 ABOUT = "about.json"
 # Documents per tokenizer call; a fast tokenizer processes them in parallel threads.
@@ -44,6 +44,8 @@ SCHEMA = pa.schema(
         "reference_texts": pa.list_(pa.list_(pa.string())),
         "section_lengths": pa.list_(pa.int32()),
         "summary_lengths": pa.list_(pa.int32()),
+        "section_indices": pa.list_(pa.int32()),
+        "n_sections": pa.int32(),
     }
 )
 
@@ -52,7 +54,8 @@ class Corpus(NamedTuple):
     """Tokenised documents of a source.
 
     The rows have `id`, `query` (ids of the question and its separator), `sections` and `summaries` (ids without special
-    tokens), `summary_texts`, `reference_texts` (further references), `section_lengths` and `summary_lengths` (tokens).
+    tokens), `summary_texts`, `reference_texts` (further references), `section_lengths` and `summary_lengths` (tokens),
+    `section_indices` (index of each section in the record) and `n_sections` (number of sections of the record).
     `skipped` has the reason for each skipped document. `fingerprint` is a hash of the texts and their order,
     independent of the tokenizer and of references.
     """
@@ -62,12 +65,12 @@ class Corpus(NamedTuple):
     fingerprint: str
 
 
-def choose_rows(rows: Dataset, most: int | None) -> Dataset:
-    """Return at most `most` rows in their order, drawn with a fixed seed; None: all. A larger number adds rows."""
-    if most is None or most >= len(rows):
-        return rows
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]
-    return rows.select(drawn.sort().values.tolist())
+def draw_documents(n_documents: int, most: int | None) -> Sequence[int]:
+    """Return the indices of at most `most` documents, drawn with a fixed seed; None: all. A larger number adds some."""
+    if most is None or most >= n_documents:
+        return range(n_documents)
+    drawn = torch.randperm(n_documents, generator=torch.Generator().manual_seed(0))[:most]
+    return drawn.sort().values.tolist()
 
 
 def load_corpus(
@@ -170,6 +173,8 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
                 "reference_texts": row.references or [[] for _ in row.summaries],
                 "section_lengths": [len(section) for section in sections],
                 "summary_lengths": [len(summary) for summary in summaries],
+                "section_indices": row.section_indices or list(range(len(sections))),
+                "n_sections": row.n_sections or len(sections),
             }
         )
     return records

@@ -35,6 +35,9 @@ class Row:
         is_first: True for the first row of a record.
         unread: Text of the sections after the last target. No segment has it, but it is part of the document.
         record_id: The record's id. Rows with the same id are never split between training and validation.
+        section_indices: Index of each section in the record, from 0. Joined sections have the index of their first
+            section. Empty: `sections` are all sections of the record.
+        n_sections: Number of sections of the record; 0: `sections` are all sections of the record.
     """
 
     id: str
@@ -47,6 +50,8 @@ class Row:
     is_first: bool = True
     unread: str = ""
     record_id: str | None = None
+    section_indices: list[int] = field(default_factory=list)
+    n_sections: int = 0
 
     def digest(self) -> str:
         """Return a hash of the whole text that ignores differences in white space and in Unicode normalisation."""
@@ -61,6 +66,22 @@ class Row:
     def key(self) -> str:
         """Return the record's id, or the hash of its text if the record has no id."""
         return self.digest() if self.record_id is None else self.record_name()
+
+
+@dataclass(frozen=True)
+class Section:
+    """Section of a record, or neighbouring sections without a summary as one.
+
+    Attributes:
+        index: Index of the section, or of the first joined section, in the record.
+        summary: Target; empty if the section has none.
+        references: Further reference texts of the summary.
+    """
+
+    index: int
+    text: str
+    summary: str
+    references: list[str]
 
 
 @dataclass(frozen=True)
@@ -95,10 +116,8 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     group = _group(record, columns, place)
     query = read_query(record, columns.query, place)
     if task == "sections":
-        sections, summaries, lists, unread = _section_texts(record, columns, place)
-        lists = lists if columns.references else []
-        row = Row(name, sections, summaries, group, lists, query, unread=unread, record_id=own_id)
-        return with_targets(row, place)
+        parts = _section_fields(record, columns, place)
+        return with_targets(Row(name, group=group, query=query, record_id=own_id, **parts), place)
     text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
     if task in PRETRAINING_TASKS:
         return with_text(Row(name, [text], [""], group, record_id=own_id), place)
@@ -237,27 +256,45 @@ def _references(record: dict[str, Any], columns: Columns, place: str) -> list[st
     return [text for text in _texts(record, columns, "references", place) if text.strip()]
 
 
-def _section_texts(
-    record: dict[str, Any], columns: Columns, place: str
-) -> tuple[list[str], list[str], list[list[str]], str]:
-    """Return the sections up to the last target, their summaries and references, and the text of the rest."""
+def _section_fields(record: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
+    """Return the fields of a row that depend on the record's sections. Sections after the last target are not read."""
+    sections = _read_sections(record, columns, place)
+    joined = list(_join_untargeted(sections))
+    unread = joined.pop().text if joined and not joined[-1].summary else ""
+    return {
+        "sections": [section.text for section in joined],
+        "summaries": [section.summary for section in joined],
+        "references": [section.references for section in joined] if columns.references else [],
+        "unread": unread,
+        "section_indices": [section.index for section in joined],
+        "n_sections": len(sections),
+    }
+
+
+def _read_sections(record: dict[str, Any], columns: Columns, place: str) -> list[Section]:
+    """Return all sections of a record."""
     sections, summaries = (_texts(record, columns, name, place) for name in ("sections", "summaries"))
     if len(sections) != len(summaries):
         raise ValueError(f"{place}: {len(sections)} {columns.sections} but {len(summaries)} {columns.summaries}")
     for number, (section, summary) in enumerate(zip(sections, summaries, strict=True), start=1):
         if summary.strip() and not section.strip():
             raise ValueError(f"{place}: section {number} is empty but has a summary")
-    references: list[list[str]] = [[] for _ in sections]
-    if columns.references:
-        has_none = columns.references in record and record[columns.references] is None
-        lists = [None] * len(sections) if has_none else _field(record, columns, "references", place)
-        if not isinstance(lists, list) or len(lists) != len(sections):
-            raise ValueError(
-                f"{place}: column {columns.references!r} must be a list with one list of texts for each of the "
-                f"{len(sections)} sections (--references_column)"
-            )
-        references = [_references({columns.references: own}, columns, place) for own in lists]
-    return _join_untargeted(sections, summaries, references)
+    references = _section_references(record, columns, place, len(sections))
+    return [Section(index, *parts) for index, parts in enumerate(zip(sections, summaries, references, strict=True))]
+
+
+def _section_references(record: dict[str, Any], columns: Columns, place: str, n_sections: int) -> list[list[str]]:
+    """Return the further references of each section. Without a column or a value, there are none."""
+    column = columns.references
+    if column is None or (column in record and record[column] is None):
+        return [[] for _ in range(n_sections)]
+    lists = _field(record, columns, "references", place)
+    if not isinstance(lists, list) or len(lists) != n_sections:
+        raise ValueError(
+            f"{place}: column {column!r} must be a list with one list of texts for each of the {n_sections} sections "
+            "(--references_column)"
+        )
+    return [_references({column: own}, columns, place) for own in lists]
 
 
 def _text(record: dict[str, Any], columns: Columns, names: tuple[str, str], place: str, joined_by: str) -> str:
@@ -281,27 +318,19 @@ def _field(record: dict[str, Any], columns: Columns, name: str, place: str) -> A
     return record[column]
 
 
-def _join_untargeted(
-    sections: list[str], summaries: list[str], references: list[list[str]]
-) -> tuple[list[str], list[str], list[list[str]], str]:
-    """Join neighbouring sections without a target. Return the text after the last target apart: it is not read."""
-    joined = list(_runs(sections, summaries, references))
-    unread = joined.pop()[0] if joined and not joined[-1][1] else ""
-    texts, targets = [section for section, *_ in joined], [summary for _, summary, _ in joined]
-    return texts, targets, [own for *_, own in joined], unread
-
-
-def _runs(
-    sections: list[str], summaries: list[str], references: list[list[str]]
-) -> Iterator[tuple[str, str, list[str]]]:
-    waiting: list[str] = []
-    for section, summary, own in zip(sections, summaries, references, strict=True):
-        if not summary.strip():
-            waiting += [section] if section.strip() else []
+def _join_untargeted(sections: list[Section]) -> Iterator[Section]:
+    """Yield the sections with neighbouring sections without a target joined. Blank sections are left out."""
+    waiting: list[Section] = []
+    for section in sections:
+        if not section.summary.strip():
+            waiting += [section] if section.text.strip() else []
             continue
-        if waiting:
-            yield "\n".join(waiting), "", []
-            waiting = []
-        yield section, summary.strip(), own
-    if waiting:
-        yield "\n".join(waiting), "", []
+        yield from _joined(waiting)
+        waiting = []
+        yield replace(section, summary=section.summary.strip())
+    yield from _joined(waiting)
+
+
+def _joined(sections: list[Section]) -> Iterator[Section]:
+    if sections:
+        yield Section(sections[0].index, "\n".join(section.text for section in sections), "", [])

@@ -27,7 +27,7 @@ class Sample:
     """Generated text and its target; `source` is the question, if there is one, and the beginning of the source text.
 
     Attributes:
-        id: Unique name of the document. For the section task, the number of the target follows in brackets.
+        id: Unique name of the document. For the section task, the section's index in the record follows in brackets.
         document: Index of the corpus row.
         section: Index of the section in the corpus row.
     """
@@ -142,8 +142,8 @@ class Evaluator:
         with_target = [section for section, (source, summary) in parts if source and summary]
         # Sections after the cut have a text but no generated ids.
         return [
-            self._sample(f"{name}[{number}]", row, index, section, generated[place])
-            for number, (place, section) in enumerate(zip(places, with_target, strict=False))
+            self._sample(f"{name}[{row['section_indices'][section]}]", row, index, section, generated[place])
+            for place, section in zip(places, with_target, strict=False)
         ]
 
     def _sample(self, name: str, row: dict[str, Any], index: int, section: int, generated: Tensor) -> Sample:

@@ -66,8 +66,8 @@ def _prediction(evaluator: Evaluator, sample: Sample, scores: dict[str, Any], ha
     return Prediction(
         id=sample.id,
         document=evaluator.names[sample.document],
-        section=sample.section if evaluator.collator.task == "sections" else None,
-        n_sections=len(row["sections"]),
+        section=row["section_indices"][sample.section] if evaluator.collator.task == "sections" else None,
+        n_sections=row["n_sections"],
         n_source_tokens=row["section_lengths"][sample.section],
         n_document_tokens=sum(row["section_lengths"]),
         targets=_targets(evaluator, sample),

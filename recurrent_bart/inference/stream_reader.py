@@ -114,12 +114,14 @@ class TextReader:
             self.cutter.take_settled_text(self.bookmark)
             yield from self._full_segments(self.bookmark)
 
-    def finish(self) -> Iterator[BaseModelOutput]:
+    def finish(self, is_section: bool = False) -> Iterator[BaseModelOutput]:
         """Encode the rest as the end of the text; the bookmark stays the same, so `feed` can add more text later.
+
+        With `is_section`, the rest ends as a section does: white space at its end is not read.
 
         Yields decoder contexts as `feed` does; the last one covers the whole text. Raises ValueError without any text.
         """
-        end = replace(self.bookmark, tokens=self.bookmark.tokens + self.cutter.waiting_tokens(self.bookmark))
+        end = replace(self.bookmark, tokens=self.bookmark.tokens + self._rest(is_section))
         if not end.tokens:
             raise ValueError("the text has no tokens")
         n_kept = len(end.tokens)
@@ -134,8 +136,7 @@ class TextReader:
         Yields decoder contexts as `feed` does; the last one belongs to the section. Yields nothing without new text.
         """
         mark = self.bookmark
-        # sections of training documents end without a line end
-        mark.tokens += self.cutter.waiting_tokens(mark, len(mark.text.rstrip()))
+        mark.tokens += self._rest(is_section=True)
         mark.position += len(mark.text)
         mark.text = mark.context = ""
         if not mark.tokens:
@@ -145,6 +146,12 @@ class TextReader:
         output = self._read(mark, 1, ends_section=True)
         mark.overlap = []
         yield output
+
+    def _rest(self, is_section: bool) -> list[Token]:
+        """Return the tokens of the text that is not tokenized yet."""
+        mark = self.bookmark
+        # sections of training documents end without a line end
+        return self.cutter.waiting_tokens(mark, len(mark.text.rstrip()) if is_section else None)
 
     def skip(self, n_characters: int) -> None:
         """Count characters in front of the next text that are not read, so that citations keep their positions."""

@@ -1,6 +1,8 @@
 """Export of a checkpoint to a folder for `from_pretrained`, like RUN/model."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -77,14 +79,24 @@ def export_checkpoint(
 
 
 def _results(run: RunFolder, checkpoint: Path) -> tuple[int, float | None, dict[str, Interval]]:
-    """Return a checkpoint's step, validation loss and scores; the run stores the texts of its best model only."""
-    state = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))["state"]
-    step = state["step"]
-    evaluations = [record for record in run.read_metrics() if "validation_loss" in record]
-    losses = [record["validation_loss"] for record in evaluations if record["step"] == step]
-    is_best = state["best_step"] == step and run.predictions_file.is_file()
-    scores = mean_scores(read_predictions(run.predictions_file)) if is_best else {}
-    return step, losses[-1] if losses else None, scores
+    """Return a checkpoint's step, and the validation loss and scores of this step; None and empty: not known."""
+    step = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))["state"]["step"]
+    evaluations = [record for record in run.read_metrics() if "validation_loss" in record and record["step"] == step]
+    if not evaluations:
+        return step, None, {}
+    return step, evaluations[-1]["validation_loss"], _scores(run, evaluations[-1])
+
+
+def _scores(run: RunFolder, evaluation: Mapping[str, Any]) -> dict[str, Interval]:
+    """Return the scores of the run's stored texts if an evaluation generated them; otherwise empty.
+
+    The run stores the texts of its newest best model only. Their mean scores are in the log of their evaluation.
+    """
+    if not run.predictions_file.is_file():
+        return {}
+    scores = mean_scores(read_predictions(run.predictions_file))
+    is_own = all(math.isclose(score.mean, evaluation.get(name, math.nan)) for name, score in scores.items())
+    return scores if is_own else {}
 
 
 def plain_bart(model: RecurrentBartForConditionalGeneration) -> PreTrainedModel:

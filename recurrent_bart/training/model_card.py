@@ -54,9 +54,9 @@ def write_model_card(
     flags = changed_flags(arguments)
     model = arguments.get("model", {})
     has_state = model.get("pre_seq_len") != 0 and model.get("recurrence") != "none"
-    data = _public(arguments.get("data", {}).get("dataset")) or "documents of a file"
+    data, validation_data = data_names(arguments.get("data", {}))
     parts = [
-        f"---\n{front_matter(data, scores)}\n---",
+        f"---\n{front_matter(validation_data, scores)}\n---",
         f"# Recurrent BART, trained on {data}",
         "A BART that reads documents of any length, segment by segment."
         + (" A state is carried from segment to segment." if has_state else ""),
@@ -74,13 +74,23 @@ def write_model_card(
     (folder / FILE_NAME).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def front_matter(data: str, scores: Mapping[str, Interval]) -> str:
-    """Return the card's YAML. JSON is YAML too, and needs no rules of quoting."""
+def data_names(flags: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the names of the training and of the validation documents, without the folders of a path.
+
+    As in `find_sources`, a training file replaces the data set, and a validation file its validation split.
+    """
+    train = _public(flags.get("train_file") or flags.get("dataset")) or "documents of a file"
+    return train, _public(flags.get("validation_file")) or train
+
+
+def front_matter(validation_data: str, scores: Mapping[str, Interval]) -> str:
+    """Return the card's YAML with the scores on the validation documents. JSON is YAML too, and quotes all texts."""
     metrics = [
         {"type": "rouge", "name": name, "value": round(scores[name].mean, 4)} for name in HUB_SCORES if name in scores
     ]
     task = {"type": "summarization", "name": "Summarization"}
-    result = {"task": task, "dataset": {"type": "text", "name": data, "split": "validation"}, "metrics": metrics}
+    data = {"type": "text", "name": validation_data, "split": "validation"}
+    result = {"task": task, "dataset": data, "metrics": metrics}
     content = {
         "license": "unknown",
         "library_name": "transformers",

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Collator, DocumentPlan, SegmentSizes, check_query
-from recurrent_bart.data.corpus import choose_rows, load_corpus, texts_of
+from recurrent_bart.data.corpus import draw_documents, load_corpus, texts_of
 from recurrent_bart.data.held_out import HeldOut
 from recurrent_bart.data.pretraining import PretrainingCollator
 from recurrent_bart.data.rows import PRETRAINING_TASKS
@@ -239,8 +239,10 @@ def open_documents(
     found = load_corpus(source, data.task, data.columns(), tokenizer, Path(data.cache_dir).expanduser(), say)
     leading, trailing = special_tokens_around(tokenizer)
     n_special = len(leading) + len(trailing)
-    fitting, too_long = check_queries(found.rows, source, config, n_special)
-    corpus, skipped = choose_rows(fitting, most), [*found.skipped, *too_long]
+    # the draw must not depend on --segment_size, by which questions are too long
+    drawn = draw_documents(len(found.rows), most)
+    fitting, too_long = check_queries(found.rows, drawn, source, config, n_special)
+    corpus, skipped = found.rows.select(fitting), [*found.skipped, *too_long]
     if skipped:
         say(f"warning: {len(skipped)} documents of {source.place} are skipped: {'; '.join(skipped[:N_SHOWN])}")
     sizes = SegmentSizes(config.segment_size, config.input_size, max_n_segments)
@@ -257,20 +259,25 @@ def open_documents(
     if not plan.indices:
         remedy = "--segment_size: a text needs two segments" if data.task == "recall" else "--max_n_segments"
         raise ValueError(f"{source.place}: no document has a target in its first {max_n_segments} segments ({remedy})")
-    return Documents(corpus, plan, collator, skipped, found.fingerprint)
+    texts = found.fingerprint
+    if data.query_column and data.skip_bad_samples and len(drawn) < len(found.rows):
+        # earlier versions drew another document in place of a document with a too long question
+        texts = fingerprint(texts, fitting)
+    return Documents(corpus, plan, collator, skipped, texts)
 
 
 def check_queries(
-    rows: Dataset, source: Source, config: RecurrentBartConfig, n_special: int
-) -> tuple[Dataset, list[str]]:
-    """Return the documents whose question leaves room for text, and the error of each skipped document.
+    rows: Dataset, indices: Sequence[int], source: Source, config: RecurrentBartConfig, n_special: int
+) -> tuple[list[int], list[str]]:
+    """Return the indices of documents whose question leaves room for text, and the error of each skipped document.
 
     Raises:
         ValueError: A question leaves no room and `source` skips no documents, or all documents are skipped.
     """
     assert config.segment_size is not None
     fitting, skipped = list[int](), list[str]()
-    for index, (name, query) in enumerate(zip(rows["id"], rows["query"], strict=True)):
+    chosen = rows.select(indices)
+    for index, name, query in zip(indices, chosen["id"], chosen["query"], strict=True):
         place = f"{source.place}: document {name!r}"
         try:
             if query:
@@ -282,7 +289,7 @@ def check_queries(
             skipped.append(str(error))
     if not fitting:
         raise ValueError(f"{source.place}: no document is left; {len(skipped)} are skipped: {skipped[0]}")
-    return (rows.select(fitting) if skipped else rows), skipped
+    return fitting, skipped
 
 
 def find_mask(tokenizer: PreTrainedTokenizerBase, task: str) -> int:

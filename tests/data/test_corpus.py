@@ -69,6 +69,16 @@ def test_sections_keep_their_targets(tokenizer, tmp_path):
     assert [tokenizer.decode(ids) for ids in row["sections"]] == record["sections"]
     assert row["summary_texts"] == ["first", "", "last"]
     assert row["summary_lengths"][1] == 0
+    assert (row["section_indices"], row["n_sections"]) == ([0, 1, 2], 3)
+
+
+def test_sections_keep_their_position_in_the_record(tokenizer, tmp_path):
+    record = {"sections": ["one", "two", "three", "four", "five"], "summaries": ["", "", "", "last", ""]}
+    path = write(tmp_path / "s.jsonl", [RECORDS[0] | record])
+    row = load(path, tokenizer, tmp_path, task="sections")[0]
+    assert (row["summary_texts"], row["section_indices"], row["n_sections"]) == (["", "last"], [0, 3], 5)
+    row = load(path, tokenizer, tmp_path)[0]
+    assert (row["section_indices"], row["n_sections"]) == ([0], 1)
 
 
 def test_cached_documents_are_not_tokenised_again(path, tokenizer, tmp_path, monkeypatch):

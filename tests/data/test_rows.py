@@ -82,6 +82,14 @@ def test_neighbouring_sections_without_a_target_are_joined_and_final_ones_droppe
     row = make_row(record, "sections", Columns(), "f:1")
     assert row.sections == ["a\nb", "c", "d", "e"]
     assert row.summaries == ["", "C", "", "E"]
+    assert (row.section_indices, row.n_sections) == ([0, 2, 3, 4], 6)
+
+
+def test_sections_keep_their_index_in_the_record():
+    record = {"sections": ["a", " ", "c", "d", "", "f"], "summaries": ["", "", "C", "", "", "F"]}
+    row = make_row(record, "sections", Columns(), "f:1")
+    assert (row.sections, row.summaries) == (["a", "c", "d", "f"], ["", "C", "", "F"])
+    assert (row.section_indices, row.n_sections) == ([0, 2, 3, 5], 6)
 
 
 def test_the_digest_is_that_of_the_whole_text_whatever_the_targets():

@@ -83,9 +83,16 @@ def test_a_generated_text_belongs_to_its_section(model):
     assert [sample.target for sample in samples] == [by_name[name]["summary_texts"][place] for name, place in told]
     sources = [Words().decode(by_name[name]["sections"][place], True) for name, place in told]
     assert [sample.source for sample in samples] == sources
-    assert [sample.id for sample in samples] == ["a[0]", "b[0]", "c[0]", "c[1]", "d[0]", "d[1]"]
+    assert [sample.id for sample in samples] == ["a[0]", "b[0]", "c[1]", "c[2]", "d[0]", "d[1]"]
     alone = make_evaluator([by_name["c"]], "sections", max_n_segments=3).summarise(model, Generation(max_new_tokens=5))
     assert [sample.generated for sample in alone] == [s.generated for s in samples if s.id.startswith("c")]
+
+
+def test_the_name_of_a_text_has_the_index_of_its_section_in_the_record(model):
+    """Sections without a target are joined in the corpus, so their indices there are smaller."""
+    row = make_row("a", [9, 3, 5], [0, 2, 3]) | {"section_indices": [0, 8, 9], "n_sections": 12}
+    samples = make_evaluator([row], "sections").summarise(model, Generation(max_new_tokens=2))
+    assert [(sample.id, sample.section) for sample in samples] == [("a[8]", 1), ("a[9]", 2)]
 
 
 def test_no_text_is_generated_after_segments_without_a_target(model, monkeypatch):

@@ -2,9 +2,10 @@
 
 import pytest
 
-from evaluated_documents import document_rows, make_evaluator, section_rows
+from evaluated_documents import document_rows, make_evaluator, make_row, section_rows
 from processes import run_in_processes
 from recurrent_bart.evaluation.evaluator import Sample
+from recurrent_bart.evaluation.mean_scores import by_section_position
 from recurrent_bart.evaluation.scoring import score_samples, score_text
 from recurrent_bart.monitoring.fields import SCORES
 
@@ -27,12 +28,22 @@ def test_a_prediction_describes_its_document():
 def test_a_prediction_of_a_section_describes_the_section():
     evaluator = make_evaluator(section_rows(), "sections")
     prediction, _ = score_samples(
-        evaluator, [sample_of(evaluator, "a[1]", 0, 2), sample_of(evaluator, "c[0]", 2, 1)], with_source=True
+        evaluator, [sample_of(evaluator, "a[2]", 0, 2), sample_of(evaluator, "c[1]", 2, 1)], with_source=True
     )
-    assert (prediction.id, prediction.document, prediction.section, prediction.n_sections) == ("a[1]", "a", 2, 3)
+    assert (prediction.id, prediction.document, prediction.section, prediction.n_sections) == ("a[2]", "a", 2, 3)
     assert (prediction.n_source_tokens, prediction.n_document_tokens) == (5, 17)
     assert prediction.source == " ".join(map(str, evaluator.corpus[0]["sections"][2]))
     assert prediction.scores["rouge1"] == pytest.approx(100)
+
+
+def test_a_prediction_has_the_position_of_its_section_in_the_record():
+    """The record has 10 sections, and only its last two have a summary: quarter 4, not 2 and 3."""
+    row = make_row("a", [8, 1, 1], [0, 2, 3]) | {"section_indices": [0, 8, 9], "n_sections": 10}
+    evaluator = make_evaluator([row], "sections")
+    samples = [sample_of(evaluator, f"a[{section}]", 0, section) for section in (1, 2)]
+    predictions = score_samples(evaluator, samples)
+    assert [(prediction.section, prediction.n_sections) for prediction in predictions] == [(8, 10), (9, 10)]
+    assert [group.name for group in by_section_position(predictions)] == ["quarter 4 of the sections"]
 
 
 def test_every_score_is_described():
@@ -44,7 +55,7 @@ def test_the_source_of_a_section_is_the_section():
     evaluator = make_evaluator(section_rows(), "sections")
     section, earlier = (evaluator.corpus[0]["sections"][number] for number in (2, 0))
     copied, foreign = (" ".join(map(str, ids)) for ids in (section, earlier))
-    samples = [sample_of(evaluator, "a[1]", 0, 2, text) for text in (copied, foreign)]
+    samples = [sample_of(evaluator, "a[2]", 0, 2, text) for text in (copied, foreign)]
     first, second = score_samples(evaluator, samples)
     assert (first.scores["coverage"], first.scores["density"]) == (100, 5)
     assert first.shares_by_tenth["text"] == pytest.approx([25, 0, 25, 0, 0, 25, 0, 25, 0, 0])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertJapaneseTokenizer, PreTrainedTokenizerFast
 
+from recurrent_bart.commands.summarize import outputs
 from recurrent_bart.data.batches import Collator, SegmentSizes
 from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around, train_tokenizer
@@ -430,6 +431,35 @@ def test_a_section_can_be_continued_from_a_state_file(make_reader, tmp_path):
     list(second.feed(SECTIONS[1][40:]))
     *_, output = second.finish()
     torch.testing.assert_close(output.last_hidden_state[0], expected[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \n", "\n" * 9, "\n***", "\n***\n\n"], ids=repr)
+def test_the_last_section_is_read_as_in_training(end, make_model):
+    """A byte-level tokenizer has a token for a line end."""
+    tokenizer = byte_tokenizer(add_prefix_space=False)
+    model = make_model(vocab_size=len(tokenizer), decoder_context="section")
+    expected, _ = contexts_of_sections(TextReader(model, tokenizer), SECTIONS[:2])
+    reader = TextReader(model, tokenizer)
+    *_, last = outputs(reader, iter(["\n***\n".join(SECTIONS[:2]) + end]), "***")
+    torch.testing.assert_close(last.last_hidden_state[0, last.context_mask[0].bool()], expected[1])
+    assert reader.n_tokens == sum(map(len, TextEncoder(tokenizer)(SECTIONS[:2])))
+
+
+def test_the_line_end_of_an_unfinished_section_stays_in_the_bookmark(make_model):
+    tokenizer = byte_tokenizer(add_prefix_space=False)
+    model = make_model(vocab_size=len(tokenizer), decoder_context="section")
+    (expected,), _ = contexts_of_sections(TextReader(model, tokenizer), ["\n".join(SECTIONS[:2])])
+    reader = TextReader(model, tokenizer)
+    for text in (f"{SECTIONS[0]}\n", SECTIONS[1]):
+        *_, last = outputs(reader, iter([text]), "***")
+    torch.testing.assert_close(last.last_hidden_state[0, last.context_mask[0].bool()], expected)
+    # a text that is no section keeps its line end
+    n_tokens = []
+    for separator in (None, "***"):
+        reader = TextReader(model, tokenizer)
+        list(outputs(reader, iter([f"{SECTIONS[0]}\n"]), separator))
+        n_tokens.append(reader.n_tokens)
+    assert n_tokens[0] == n_tokens[1] + 1
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,8 @@ from transformers import AutoModelForSeq2SeqLM, BartForConditionalGeneration, Ge
 
 from launching import assert_one_error, load_script
 from recurrent_bart.evaluation.mean_scores import mean_scores
-from recurrent_bart.evaluation.predictions import read_predictions
+from recurrent_bart.evaluation.predictions import read_predictions, write_predictions
+from recurrent_bart.run_folder import RunFolder
 from runs import flags
 
 CASES = {
@@ -66,9 +69,32 @@ def test_the_card_has_data_flags_results_and_use_but_no_path_of_the_machine(docu
     assert f"| rouge1 | {scores['rouge1']:.2f} |" in body
     assert "| `--learning_rate` | `0.02` |" in body
     assert "| `--train_file` | `train.jsonl` |" in body
+    assert "stdlib" not in card
     assert "trust_remote_code=True" in body
     assert str(tmp_path) not in card
     assert str(documents) not in card
+
+
+@pytest.mark.slow
+def test_a_card_has_the_scores_of_its_own_step_or_none(trained, tmp_path):
+    """The run keeps the texts of its last best model only; the first model was the best at its time."""
+    run = RunFolder(trained)
+    predictions = [
+        replace(prediction, scores=prediction.scores | {"rouge1": 30.0 + number})
+        for number, prediction in enumerate(read_predictions(run.predictions_file))
+    ]
+    write_predictions(run.predictions_file, predictions)
+    logged = {record["step"]: record for record in run.read_metrics() if "rouge1" in record}
+    run.append_metrics(logged[4] | {name: score.mean for name, score in mean_scores(predictions).items()})
+    scores = {}
+    for step in (2, 4):
+        checkpoint = run.checkpoints / f"step-{step:08d}"
+        assert json.loads((checkpoint / "trainer.json").read_text())["state"]["best_step"] == step
+        assert export(checkpoint, tmp_path / f"{step}") == 0
+        card = (tmp_path / f"{step}" / "README.md").read_text()
+        assert f"| loss | {logged[step]['validation_loss']:.4f} |" in card
+        scores[step] = re.findall(r"^\| rouge1 \| ([\d.]+)", card, flags=re.MULTILINE)
+    assert scores == {2: [], 4: ["31.00"]}
 
 
 @pytest.mark.slow

@@ -79,6 +79,28 @@ def test_a_part_of_the_documents_is_the_same_for_every_seed_and_grows(prepare_ru
     assert names("validation", max_train_documents=1) == names("validation")
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_documents_drawn_do_not_depend_on_the_segment_size(prepare_run, tmp_path, split):
+    """A shorter segment has no room for some questions. Their documents are missing, and no document replaces them."""
+    records = [record | {"query": "text number " * (1 + 9 * (i % 3 == 0))} for i, record in enumerate(RECORDS)]
+    path = write(tmp_path / "asked.jsonl", records)
+    flag = {"train": "max_train_documents", "validation": "max_eval_documents"}[split]
+    flags = {"train_file": path, "validation_file": path, "query_column": "query", flag: 8}
+
+    def drawn(**changes):
+        prepared = prepare_run(**flags, **changes)
+        return list(prepared.splits[split].corpus["id"]), prepared.documents()[split]["fingerprint"]
+
+    (whole, first), (short, second) = (drawn(segment_size=size, skip_bad_samples=True) for size in (64, 24))
+    asked_much = {record["id"] for record in records[::3]}
+    assert 0 < len(asked_much & {*whole}) < len(whole) == 8
+    assert short == [name for name in whole if name not in asked_much]
+    again, of_file = drawn(segment_size=64)
+    assert again == whole
+    # without --skip_bad_samples, the hash is that of the file, as in earlier versions
+    assert len({first, second, of_file}) == 3
+
+
 def test_a_batch_without_room_for_a_segment_is_refused(prepare_run):
     with pytest.raises(ValueError, match="--tokens_per_batch 39: must be at least 40, the tokens of a segment"):
         prepare_run(segment_size=32, input_size=40, tokens_per_batch=39)
