@@ -228,7 +228,8 @@ class RunLock:
             raise self._refusal(seen)
         if is_gone:
             return
-        left = STALE_SECONDS - (self._now() - seen.renewed)
+        # hosts' clocks may differ, so the file is watched for two renewals at least
+        left = max(2 * RENEWAL_SECONDS, STALE_SECONDS - (self._now() - seen.renewed))
         if left > 0:
             self.say(f"waiting    up to {left:.0f} s, to see whether {seen.holder or self.file} is still active")
         end = time.monotonic() + left

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -142,12 +143,21 @@ ELSEWHERE = {"host": "node7", "machine": "node7", "pid": 1}
 
 @pytest.mark.usefixtures("_fast")
 class TestAnotherHost:
-    def test_a_lock_that_was_not_renewed_for_long_is_taken_over_at_once(self, lock, tmp_path):
+    def test_a_lock_that_was_not_renewed_for_long_is_taken_over_after_two_renewals(self, lock, tmp_path):
         write_lock(tmp_path, holder(**ELSEWHERE), age=100)
         began = time.monotonic()
         lock.acquire()
         assert time.monotonic() - began < 0.5
         assert json.loads((tmp_path / "lock").read_text())["host"] == lock.holder.host
+
+    def test_a_lock_that_a_host_with_a_slow_clock_renews_is_refused(self, lock, tmp_path):
+        other = holder(**ELSEWHERE)
+        write_lock(tmp_path, other, age=100)
+        renewal = threading.Timer(0.05, lambda: write_lock(tmp_path, other, age=99))
+        renewal.start()
+        with pytest.raises(ValueError, match="process 1 on node7"):
+            lock.acquire()
+        renewal.join()
 
     def test_a_lock_that_stands_still_is_taken_over_after_a_while(self, tmp_path):
         write_lock(tmp_path, holder(**ELSEWHERE))
@@ -189,6 +199,7 @@ def test_a_job_that_comes_back_on_other_nodes_takes_its_own_lock_at_once(
     waited = []
     monkeypatch.setattr(RunLock, "_now", lambda own: waited.append(own) or time.time())
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
+    monkeypatch.setattr(run_lock, "RENEWAL_SECONDS", 0.05)
     write_lock(tmp_path, holder(job="40", machine="node7"))
     own = RunLock(tmp_path, holder(job, n_restarts))
     own.acquire()
