@@ -131,9 +131,24 @@ goes_on() {
     esac
 }
 
+# Note the newest checkpoint at each requeue. Return 1 once it was the same at four requeues in a row.
+advances() {
+    local newest before n_same=0 note=$folder/caches/requeued-at
+    newest=$(find "$folder/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1)
+    read -r before n_same <<<"$(cat "$note" 2>/dev/null || true)" || true
+    [[ $before == "${newest##*/}." ]] && ((n_same += 1)) || n_same=0
+    echo "${newest##*/}. $n_same" > "$note"
+    ((n_same < 3))
+}
+
 if goes_on; then
-    echo "job $job is requeued; the run continues in $folder"
-    # Requeue last: SLURM ends everything that the job still runs.
-    scontrol requeue "$job"
+    if advances; then
+        echo "job $job is requeued; the run continues in $folder"
+        # Requeue last: SLURM ends everything that the job still runs.
+        scontrol requeue "$job"
+    else
+        echo "error: job $job was requeued three times without a new checkpoint, and is not requeued again: allow more" \
+            "--time, or lower --eval_documents or --save_every"
+    fi
 fi
 exit "$code"

@@ -168,3 +168,23 @@ def test_the_new_outcome_decides_about_a_requeue(submit, finished, code, reason,
     # srun returns another exit code.
     job = submit("--resume", finished[0], task=None, CODE="143", WRITES=written)
     assert (job.code, job.is_requeued) == (code, is_requeued)
+
+
+def test_a_job_without_a_new_checkpoint_is_requeued_three_times(submit, finished, tmp_path):
+    folder, _ = finished
+
+    def is_requeued():
+        (tmp_path / "scontrol").unlink(missing_ok=True)
+        return submit("--resume", folder, task=None, CODE="75").is_requeued
+
+    def save(step):
+        (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+    assert [is_requeued() for _ in range(4)] == [True] * 3 + [False]
+    save(2)
+    assert is_requeued()
+    save(11)
+    assert [is_requeued() for _ in range(4)] == [True] * 3 + [False]
+    (tmp_path / "scontrol").unlink(missing_ok=True)
+    job = submit("--resume", folder, task=None, CODE="75")
+    assert "job 42 was requeued three times without a new checkpoint, and is not requeued again" in job.printed
