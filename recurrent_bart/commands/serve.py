@@ -20,6 +20,9 @@ LIMITS = {
     "text_characters": "most characters of a text, or of a piece of a session's text",
     "session_characters": "most characters of a session's whole text",
     "state_bytes": "most bytes of a session's state, on disk and uploaded",
+    "bodies_bytes": "most bytes of the bodies of all requests in progress",
+    "connection_seconds": "most seconds that a client may take to send the head of a request, or to read a part of its "
+    "answer",
     "body_seconds": "most seconds that a client may take to send a body",
     "session_seconds": "seconds without a request after which a session is deleted",
     "n_waiting": "most requests that wait for the model or are being answered",
@@ -126,11 +129,15 @@ def serve(arguments: argparse.Namespace) -> None:
     for name, value in limits.items():
         if not value > 0:
             raise ValueError(f"--{name} {value}: must be above 0")
+    for name in ("text_bytes", "state_bytes"):
+        if limits["bodies_bytes"] < limits[name]:
+            raise ValueError(f"--bodies_bytes {limits['bodies_bytes']}: must be at least --{name} {limits[name]}")
     settings = Settings(arguments.sessions, read_token(arguments), allowed_hosts(arguments), **limits)
     try:
         import uvicorn
 
         from recurrent_bart.serving.app import build_app
+        from recurrent_bart.serving.connections import Connections
     except ImportError as error:
         raise ValueError(f"{error}: install the package with its extra, recurrent-bart[serve]") from error
     with bind(arguments.host, arguments.port) as bound:
@@ -142,9 +149,17 @@ def serve(arguments: argparse.Namespace) -> None:
         bound.listen()
         name = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"serving    {arguments.model} at http://{name}:{bound.getsockname()[1]}", flush=True)
-        # an access log would hold ids of sessions
+        connections = Connections(settings.connection_seconds)
+        # an access log would hold ids of sessions, and a client could fill a log of warnings
         config = uvicorn.Config(
-            app, access_log=False, log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=5
+            app,
+            http=connections.protocol,  # type: ignore[arg-type]
+            ws="none",
+            backlog=connections.backlog,
+            access_log=False,
+            log_level="error",
+            timeout_graceful_shutdown=30,
+            timeout_keep_alive=5,
         )
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[bound])

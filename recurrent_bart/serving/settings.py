@@ -18,6 +18,7 @@ class Settings:
         session_characters: Most characters of a session's whole text.
         state_bytes: Most bytes of a session's state, on disk and uploaded.
         bodies_bytes: Most bytes of the bodies of all requests in progress.
+        connection_seconds: Most seconds to send the head of a request, or to read a part of its answer.
         body_seconds: Most seconds that a client may take to send a body.
         session_seconds: Seconds without a request after which a session is deleted.
         n_waiting: Most requests that wait for the model or are being answered.
@@ -35,6 +36,7 @@ class Settings:
     session_characters: int = 10_000_000
     state_bytes: int = 2**28
     bodies_bytes: int = 2**29
+    connection_seconds: float = 20.0
     body_seconds: float = 30.0
     session_seconds: float = 86_400.0
     n_waiting: int = 256
