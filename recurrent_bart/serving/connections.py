@@ -2,14 +2,18 @@
 
 import asyncio
 import resource
+import socket
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # most connections; fewer if the process may open few files
 MOST_CONNECTIONS = 4096
 # bytes after which the head of a request, or the fields after its body, must have ended
 HEAD_BYTES = 2**16
+# connections that the system holds until they are accepted
+N_QUEUED = 1024
 # requests that a client may send before the first one is answered
 N_PIPELINED = 8
 
@@ -33,6 +37,17 @@ class Connections:
     def protocol(self, **given: Any) -> "Connection":
         """Return the protocol of a new connection."""
         return Connection(self, **given)
+
+
+class Server(uvicorn.Server):
+    """Server that accepts few connections at once, while many wait in the system's queue."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections."""
+        await super().startup(sockets=sockets)
+        for listening in sockets or []:
+            # the event loop took the number of connections that it accepts at once for the queue too
+            listening.listen(N_QUEUED)
 
 
 class Connection(HttpToolsProtocol):
