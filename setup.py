@@ -35,7 +35,7 @@ setup(
     extras_require={
         # a minor version may rename private functions that recurrent_bart/training/zero/deepspeed_patches.py needs
         "train": ["deepspeed>=0.19.8,<0.20", "wandb>=0.28,<1"],
-        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
+        "serve": ["fastapi>=0.115,<1", "httptools>=0.6.3,<1", "uvicorn>=0.30,<1"],
         "lora": ["peft>=0.18,<1"],
         # the word segmenters mecab and sudachi with a dictionary each
         "japanese": [
@@ -49,6 +49,7 @@ setup(
         "dev": [
             "deepspeed>=0.19.8,<0.20",
             "fastapi>=0.115,<1",
+            "httptools>=0.6.3,<1",
             "mypy>=1.15",
             "peft>=0.18,<1",
             "pre-commit>=4",

@@ -16,15 +16,22 @@ from recurrent_bart.training.flags import FlagParser
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 LIMITS = {
     "n_sessions": "most sessions on disk",
+    "n_readers": "most sessions whose state also stays in memory",
     "text_bytes": "most bytes of a request with a text",
     "text_characters": "most characters of a text, or of a piece of a session's text",
     "session_characters": "most characters of a session's whole text",
     "state_bytes": "most bytes of a session's state, on disk and uploaded",
+    "bodies_bytes": "most bytes of the bodies of all requests in progress",
+    "connection_seconds": "most seconds that a client may take to send the head of a request, or to read a part of its "
+    "answer",
     "body_seconds": "most seconds that a client may take to send a body",
     "session_seconds": "seconds without a request after which a session is deleted",
     "n_waiting": "most requests that wait for the model or are being answered",
     "step_segments": "most segments of a long text that are read before other requests have their turn",
 }
+
+# flags that have another name than their setting
+FLAGS = {"n_readers": "n_cached_sessions"}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -53,7 +60,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     for name, text in LIMITS.items():
         default = getattr(Settings, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text}; default: %(default)s")
+        flag = f"--{FLAGS.get(name, name)}"
+        parser.add_argument(flag, dest=name, type=type(default), default=default, help=f"{text}; default: %(default)s")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code from the tokenizer's folder")
     return parser.parse_flags(argv)
 
@@ -125,12 +133,16 @@ def serve(arguments: argparse.Namespace) -> None:
     limits = {name: getattr(arguments, name) for name in LIMITS}
     for name, value in limits.items():
         if not value > 0:
-            raise ValueError(f"--{name} {value}: must be above 0")
+            raise ValueError(f"--{FLAGS.get(name, name)} {value}: must be above 0")
+    for name in ("text_bytes", "state_bytes"):
+        if limits["bodies_bytes"] < limits[name]:
+            raise ValueError(f"--bodies_bytes {limits['bodies_bytes']}: must be at least --{name} {limits[name]}")
     settings = Settings(arguments.sessions, read_token(arguments), allowed_hosts(arguments), **limits)
     try:
         import uvicorn
 
         from recurrent_bart.serving.app import build_app
+        from recurrent_bart.serving.connections import Connections, Server
     except ImportError as error:
         raise ValueError(f"{error}: install the package with its extra, recurrent-bart[serve]") from error
     with bind(arguments.host, arguments.port) as bound:
@@ -142,12 +154,20 @@ def serve(arguments: argparse.Namespace) -> None:
         bound.listen()
         name = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"serving    {arguments.model} at http://{name}:{bound.getsockname()[1]}", flush=True)
-        # an access log would hold ids of sessions
+        connections = Connections(settings.connection_seconds)
+        # an access log would hold ids of sessions, and a client could fill a log of warnings
         config = uvicorn.Config(
-            app, access_log=False, log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=5
+            app,
+            http=connections.protocol,  # type: ignore[arg-type]
+            ws="none",
+            backlog=connections.backlog,
+            access_log=False,
+            log_level="error",
+            timeout_graceful_shutdown=30,
+            timeout_keep_alive=5,
         )
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[bound])
+            Server(config).run(sockets=[bound])
 
 
 def main(argv: list[str]) -> int:

@@ -29,7 +29,7 @@ def build_app(summarizer: Summarizer, settings: Settings) -> FastAPI:
     # the usual pages load programs from the network
     app = FastAPI(title="Recurrent BART", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_middleware(ServiceMiddleware, metrics=service.metrics, allowed_hosts=settings.allowed_hosts)
+    app.add_middleware(ServiceMiddleware, service=service)
     add_errors(app)
     add_page(app)
     add_monitoring(app, service)

@@ -1,9 +1,11 @@
 """Bodies and options of requests, with their limits and their description in OpenAPI."""
 
 import asyncio
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -30,10 +32,36 @@ GENERATION = tuple(name for name in NUMBERS if name not in POSITION + NUMBER)
 QUERY_MEANING = "question about the text, for a model that was trained with questions"
 # longer questions leave no room for text
 QUERY_CHARACTERS = 2**16
+# half of a character outside the first 65,536
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class BodyMemory:
+    """Bytes of the bodies of all requests in progress."""
+
+    def __init__(self, most_bytes: int):
+        self.most_bytes, self.n_bytes = most_bytes, 0
+
+    @contextlib.contextmanager
+    def of_request(self) -> Iterator[Callable[[int], None]]:
+        """Return a function that counts bytes of a request's body, or raises 503; the block's end frees the bytes."""
+        n_own = 0
+
+        def count(n_bytes: int) -> None:
+            nonlocal n_own
+            if self.n_bytes + n_bytes > self.most_bytes:
+                raise HTTPException(503, "too many requests have large bodies; come again later", {"Retry-After": "5"})
+            n_own += n_bytes
+            self.n_bytes += n_bytes
+
+        try:
+            yield count
+        finally:
+            self.n_bytes -= n_own
 
 
 async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
-    """Return the body of a request: 413 if it is too large, 408 if it takes too long."""
+    """Return the body: 413 if it is too large, 408 if it takes too long, 503 if all bodies take too much memory."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > most_bytes:
         raise HTTPException(413, f"the body has {length} bytes; at most {most_bytes} are allowed")
@@ -44,6 +72,7 @@ async def read_body(request: Request, most_bytes: int, seconds: float) -> bytes:
                 n_bytes += len(part)
                 if n_bytes > most_bytes:
                     raise HTTPException(413, f"the body is too large; at most {most_bytes} bytes are allowed")
+                request.state.count_body(len(part))
                 parts.append(part)
     except TimeoutError as error:
         raise HTTPException(408, f"the body did not arrive within {seconds:g} seconds") from error
@@ -61,29 +90,53 @@ async def read_text(
     kind = request.headers.get("content-type", "").split(";")[0].strip()
     if kind.startswith("multipart/"):
         raise HTTPException(415, "send the text itself as the body, not a form with a file")
-    text = _decode(body)
-    given: dict[str, Any] = dict(request.query_params)
-    if kind == "application/json":
-        content = _parse_object(text)
-        if not isinstance(content.get("text"), str):
-            raise HTTPException(400, "the body must be a JSON object with a text")
-        text = content.pop("text")
-        given |= content
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise HTTPException(400, "the text has half of a character: a lone surrogate")
-    most = settings.text_characters
-    if len(text) > most:
-        raise HTTPException(413, f"the text has {len(text)} characters; at most {most} are allowed")
-    return text, read_options(given, allowed, most_tokens)
+    # large bodies take a while, in which other requests are answered
+    read = _text_of_object if kind == "application/json" else _text_alone
+    text, content = await asyncio.to_thread(read, body, settings.text_characters)
+    return text, read_options(dict(request.query_params) | content, allowed, most_tokens)
 
 
 async def read_query(request: Request, settings: Settings) -> str | None:
     """Return the question of a new session, from the URL or from a JSON body; None without a question."""
     options = read_options(request.query_params, QUERY, 0)
-    body = _decode(await read_body(request, settings.text_bytes, settings.body_seconds))
+    body = await read_body(request, settings.text_bytes, settings.body_seconds)
     if body.strip():
-        options |= read_options(_parse_object(body), QUERY, 0)
+        options |= read_options(await asyncio.to_thread(_parse_object, body), QUERY, 0)
     return options.get("query")
+
+
+def _text_alone(body: bytes, most_characters: int) -> tuple[str, dict[str, Any]]:
+    return _check_length(_decode(body), most_characters), {}
+
+
+def _text_of_object(body: bytes, most_characters: int) -> tuple[str, dict[str, Any]]:
+    content = _parse_object(body)
+    text = content.pop("text", None)
+    if not isinstance(text, str):
+        raise HTTPException(400, "the body must be a JSON object with a text")
+    # UTF-8 cannot have surrogates, but JSON can
+    if SURROGATE.search(_check_length(text, most_characters)):
+        raise HTTPException(400, "the text has half of a character: a lone surrogate")
+    return text, content
+
+
+def _check_length(text: str, most: int) -> str:
+    if len(text) > most:
+        raise HTTPException(413, f"the text has {len(text)} characters; at most {most} are allowed")
+    return text
+
+
+class ObjectDecoder(json.JSONDecoder):
+    """Decoder of JSON without lists. Other threads run meanwhile; the usual decoder would hold them up for seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parse_array = _refuse_list
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+
+def _refuse_list(*_: Any) -> None:
+    raise HTTPException(400, "the body must be a JSON object without lists")
 
 
 def _decode(body: bytes) -> str:
@@ -93,9 +146,10 @@ def _decode(body: bytes) -> str:
         raise HTTPException(400, f"the body is not UTF-8: byte {error.start}") from error
 
 
-def _parse_object(body: str) -> dict[str, Any]:
+def _parse_object(body: bytes) -> dict[str, Any]:
+    text = _decode(body).removeprefix("\ufeff")
     try:
-        content = json.loads(body.removeprefix("\ufeff"))
+        content = ObjectDecoder().decode(text)
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, "the body is not JSON") from error
     if not isinstance(content, dict):
@@ -164,10 +218,10 @@ def _schema(name: str) -> dict[str, Any]:
 
 
 def _query(value: Any) -> str:
-    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
-        raise HTTPException(400, "query must be a text")
-    if len(value) > QUERY_CHARACTERS:
+    if isinstance(value, str) and len(value) > QUERY_CHARACTERS:
         raise HTTPException(400, f"query must have at most {QUERY_CHARACTERS} characters")
+    if not isinstance(value, str) or SURROGATE.search(value):
+        raise HTTPException(400, "query must be a text")
     return value
 
 

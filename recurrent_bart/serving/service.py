@@ -18,7 +18,7 @@ from recurrent_bart.inference.summarizer import Summarizer
 from recurrent_bart.serving.errors import detail_of
 from recurrent_bart.serving.metrics import Metrics
 from recurrent_bart.serving.model_worker import Job, ModelWorker, Stopped, with_options
-from recurrent_bart.serving.requests import read_text
+from recurrent_bart.serving.requests import BodyMemory, read_text
 from recurrent_bart.serving.schemas import Section, SummaryAnswer
 from recurrent_bart.serving.sessions import Change, Sessions
 from recurrent_bart.serving.settings import Settings
@@ -36,6 +36,7 @@ class Service:
 
     def __init__(self, summarizer: Summarizer, settings: Settings):
         self.settings, self.summarizer, self.metrics = settings, summarizer, Metrics()
+        self.bodies = BodyMemory(settings.bodies_bytes)
         self.sessions = Sessions(summarizer, settings)
         self.worker = ModelWorker(summarizer, settings)
         self.most_tokens = summarizer.model.config.max_position_embeddings
@@ -116,14 +117,13 @@ class Service:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
         def generate(job: Job) -> Steps[SummaryAnswer]:
-            try:
-                pieces = yield from work(job)
-                found = put_pieces(pieces, job, lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece))
-                return SummaryAnswer.of(found) if isinstance(found, Summary) else found
-            finally:
-                loop.call_soon_threadsafe(queue.put_nowait, None)
+            pieces = yield from work(job)
+            found = put_pieces(pieces, job, lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece))
+            return SummaryAnswer.of(found) if isinstance(found, Summary) else found
 
         job = self.worker.add(Job(generate, key=id, is_long=is_long))
+        # a job that never begins ends the events too
+        job.result.add_done_callback(lambda _: loop.call_soon_threadsafe(queue.put_nowait, None))
         return EventStream(job, self._relay(queue, job))
 
     async def _relay(self, queue: "asyncio.Queue[str | None]", job: Job) -> AsyncIterator[str]:

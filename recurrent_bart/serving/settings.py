@@ -17,6 +17,8 @@ class Settings:
         text_characters: Most characters of a text, or of a piece of a session's text.
         session_characters: Most characters of a session's whole text.
         state_bytes: Most bytes of a session's state, on disk and uploaded.
+        bodies_bytes: Most bytes of the bodies of all requests in progress.
+        connection_seconds: Most seconds to send the head of a request, or to read a part of its answer.
         body_seconds: Most seconds that a client may take to send a body.
         session_seconds: Seconds without a request after which a session is deleted.
         n_waiting: Most requests that wait for the model or are being answered.
@@ -33,6 +35,8 @@ class Settings:
     text_characters: int = 1_000_000
     session_characters: int = 10_000_000
     state_bytes: int = 2**28
+    bodies_bytes: int = 2**29
+    connection_seconds: float = 20.0
     body_seconds: float = 30.0
     session_seconds: float = 86_400.0
     n_waiting: int = 256

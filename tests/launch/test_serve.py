@@ -32,6 +32,9 @@ def model(tmp_path_factory):
         (["--host", "198.51.100.1"], "other machines can reach this address; give --token_file too"),
         (["--host", "no such host", "--token_file", "file"], "cannot listen there"),
         (["--text_characters", "0"], "--text_characters 0: must be above 0"),
+        (["--n_cached_sessions", "0"], "--n_cached_sessions 0: must be above 0"),
+        (["--bodies_bytes", "1000"], "--bodies_bytes 1000: must be at least --text_bytes 8388608"),
+        (["--state_bytes", "1000000000"], "--bodies_bytes 536870912: must be at least --state_bytes 1000000000"),
         (["--token_file", "missing"], "--token_file missing: cannot be read"),
     ],
 )

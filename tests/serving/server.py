@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 import socket
 import subprocess
 import sys
@@ -12,13 +13,18 @@ from launching import TESTS, environment, free_port
 
 
 class Server:
-    """Process of the service on a free port."""
+    """Process of the service on a free port, with at most `n_files` open files."""
 
-    def __init__(self, model, folder, *flags):
+    def __init__(self, model, folder, *flags, n_files=1024):
         self.port = free_port()
         program = [sys.executable, TESTS.parent / "recurrent_bart_cli.py", "serve", "--model", model]
         command = [*program, "--port", self.port, "--sessions", folder, *flags]
-        self.process = subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            env=environment(),
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, n_files)),
+        )
         for _ in range(600):
             with contextlib.suppress(OSError):
                 if self.ask("GET", "/health"):

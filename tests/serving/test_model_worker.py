@@ -85,6 +85,43 @@ def test_a_short_job_with_many_steps_gives_way_too(held):
     assert seen.index("one") < 3
 
 
+def test_clients_wait_equally_long_and_long_readings_go_on(held):
+    (worker, go), seen, waits, over = held, [], [], threading.Event()
+
+    def ask(client, n_more):
+        """Add a job of three steps, whose end adds the client's next job."""
+        begin = len(seen)
+
+        def work(job):
+            yield from steps(client, 3, seen)(job)
+            waits.append(len(seen) - begin)
+            if n_more:
+                ask(client, n_more - 1)
+            if len(waits) == 400:
+                over.set()
+
+        worker.add(Job(work))
+
+    for client in range(20):
+        ask(client, 19)
+    long = [worker.add(Job(steps(f"long {number}", 10, seen), is_long=True)) for number in range(2)]
+    go.set()
+    assert [job.result.result(20) for job in long] == ["long 0", "long 1"]
+    assert over.wait(20)
+    # every second step begins one of the 20 jobs; then each of 3 steps waits for 20 clients and 2 readings
+    assert max(waits) <= 2 * 20 + 3 * 22
+    last = len(seen) - 1 - seen[::-1].index("long 1")
+    assert last < 600 < len(seen)
+
+
+def test_few_long_readings_have_begun_at_a_time(held):
+    (worker, go), seen = held, []
+    jobs = [worker.add(Job(steps(number, 3, seen), is_long=True)) for number in range(6)]
+    go.set()
+    assert [job.result.result(20) for job in jobs] == list(range(6))
+    assert seen == [0, 1, 2, 3] * 3 + [4, 5] * 3
+
+
 def test_jobs_of_one_session_keep_their_order_and_never_mix(held):
     (worker, go), seen = held, []
     work = [("a", 3, True), ("b", 1, False), ("c", 2, True), ("d", 1, False)]
@@ -168,3 +205,56 @@ def test_a_worker_that_ends_answers_what_waits(make_worker):
     assert [job.result.result(0) for job in jobs] == ["long", "b"]
     with pytest.raises(Busy):
         worker.add(Job(text="a"))
+
+
+class Leaving(dict):
+    """Options that are equal to all options. A client leaves while they are compared, as it may at any moment."""
+
+    def __init__(self, leave):
+        self.leave = leave
+
+    def __eq__(self, other):
+        self.leave()
+        return True
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_client_that_leaves_while_its_batch_is_collected_harms_nobody(held, number):
+    worker, go = held
+    jobs = [worker.add(Job(text=text, options=Leaving(lambda: jobs[number].stop()))) for text in "abc"]
+    go.set()
+    stayed = [job for job in jobs if job is not jobs[number]]
+    assert [job.result.result(20).text for job in stayed] == [job.text for job in stayed]
+    assert worker.add(Job(text="later")).result.result(20).text == "later"
+    assert jobs[number].result.cancelled()
+    assert (worker.is_alive, worker.n_pending) == (True, 0)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyError])
+@pytest.mark.parametrize("n_steps", [0, 1])
+def test_an_error_of_any_kind_fails_its_job_alone(make_worker, error, n_steps):
+    worker = make_worker()
+
+    def work(_):
+        yield from range(n_steps)
+        raise error
+
+    with pytest.raises(KeyError if error is KeyError else RuntimeError):
+        worker.add(Job(work)).result.result(20)
+    assert worker.add(Job(text="later")).result.result(20).text == "later"
+
+
+def test_no_request_waits_for_a_thread_that_has_ended(held, monkeypatch):
+    worker, go = held
+    jobs = [worker.add(Job(text="a")), worker.add(Job(text="b", key="session"))]
+    # a fault of the thread itself
+    monkeypatch.setattr(worker, "_drop_stopped", lambda: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    go.set()
+    for job in jobs:
+        with pytest.raises(RuntimeError, match="has ended"):
+            job.result.result(20)
+    with pytest.raises(Busy):
+        worker.add(Job(text="c"))
+    worker._thread.join(20)
+    assert not worker.is_alive
