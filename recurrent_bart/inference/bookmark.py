@@ -17,9 +17,10 @@ LONGEST_WORD = 2**20
 BEFORE_SPACE = re.compile(r"(?s).*(?<=\S)(?= \s*[^\s▁])")
 BEFORE_WHITE_SPACE = re.compile(r"(?s).*(?<=\S)(?=[ \t\n\r]\s*[^\s▁])")
 # Ends of sentences without white space behind them, and places before an ideographic space. The ids of a sentence may
-# still depend on the next characters, so each place is checked before a text is cut there.
+# still depend on the next characters, so each place is checked before a text is cut there. The lookbehind that repeats
+# comes last, so that a run of brackets is searched once.
 SENTENCE_CUT = regex.compile(
-    r"(?<=\p{Sentence_Terminal}[\p{Pe}\p{Pf}]*)(?=[^\s\p{Sentence_Terminal}\p{Pe}\p{Pf}])|(?<=\S)(?=\u3000+\S)"
+    r"(?=[^\s\p{Sentence_Terminal}\p{Pe}\p{Pf}])(?<=\p{Sentence_Terminal}[\p{Pe}\p{Pf}]*)|(?<=\S)(?=\u3000+\S)"
 )
 # characters behind a cut that are known before the text is cut there, more than a token has
 LOOKAHEAD = 32
