@@ -120,7 +120,7 @@ class Sessions:
                 self._in_use[id] -= 1
                 self._in_use += Counter()
 
-    def with_memory(self, work: Callable[[], Any]) -> Steps[Any]:
+    def with_memory(self, work: Callable[[], Any]) -> Generator[Any, None, Any]:
         """Do work; if memory is short, drop the idle sessions from memory, and do the work once more.
 
         `work` returns its result, or a generator that returns it. Work that has yielded a piece of text is not done
@@ -339,10 +339,11 @@ def _noted(result: Any, pieces: list[str]) -> Generator[Any, None, Any]:
     """Yield what a generator yields, add its pieces of text to a list, and return its result."""
     if not isgenerator(result):
         return result
-    with contextlib.closing(result):
+    steps: Any = result
+    with contextlib.closing(steps):
         while True:
             try:
-                piece = next(result)
+                piece = next(steps)
             except StopIteration as end:
                 return end.value
             if piece:
