@@ -32,7 +32,8 @@ PIECE_WORDS = (220, 300)
 # Width in columns of the longest line of a paragraph from which its lines may be hard-wrapped.
 LEAST_LINE_WIDTH = 45
 PARAGRAPH_END = re.compile(r"(\n[ \t]*\n\s*)")
-FINAL_MARK = regex.compile(r"[\p{Sentence_Terminal}:]\p{P}*\s*$")
+# The search begins at the end, so that a run of marks inside a line is not searched again and again.
+FINAL_MARK = regex.compile(r"[\p{Sentence_Terminal}:]\p{P}*\s*$", regex.REVERSE)
 BULLET = regex.compile(r"\s*([-*•・○●◆◎※]|\(?\w{1,3}[.)．）]\s)")
 # Line end inside a sentence.
 WRAP = re.compile(r"(?<=\S)[ \t]*\n[ \t]*(?=\S)")

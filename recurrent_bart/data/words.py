@@ -31,12 +31,13 @@ QUOTE_OR_LINE_END = regex.compile(rf"[\n{''.join(CLOSED_BY)}{''.join(CLOSED_BY.v
 EAST_ASIAN = regex.compile(r"[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Bopomofo}\p{Yi}\p{Tangut}\p{Nushu}]")
 ALL_UNSPACED = regex.compile(UNSPACED, regex.VERSION1)
 EAST_ASIAN_WORD, SOUTHEAST_ASIAN_WORD = 2, 3
-# Scripts without spaces have no white space after a sentence.
+# Scripts without spaces have no white space after a sentence. The lookbehind that repeats comes last, so that a run of
+# marks is searched once.
 SENTENCE_END = regex.compile(
     rf"""
       (?<=\p{{Sentence_Terminal}}) \s+
     | (?<=[。｡！？]) (?![。｡！？])
-    | (?<={UNSPACED}\p{{M}}*[!?]+) (?![!?\s])
+    | (?<=[!?]) (?![!?\s]) (?<={UNSPACED}\p{{M}}*[!?]+)
     | (?<=[!?]) (?={UNSPACED})
     | (?<={UNSPACED}\p{{M}}*\.) (?={UNSPACED})
     | (?<={UNSPACED}\p{{M}}*．) (?=[\p{{L}}\p{{N}}\p{{Ps}}])
@@ -93,16 +94,22 @@ def _quotes(text: str) -> list[tuple[int, int]]:
     """Return start and end of the outermost quotes that open and close in one line."""
     found: list[tuple[int, int]] = []
     opened: list[int] = []
+    # closing signs of the opened brackets
+    awaited: Counter[str] = Counter()
     for sign in QUOTE_OR_LINE_END.finditer(text):
         if sign[0] == "\n":
             opened = []
+            awaited.clear()
         elif sign[0] in CLOSED_BY:
             opened.append(sign.start())
-        elif any(CLOSED_BY[text[place]] == sign[0] for place in opened):
+            awaited[CLOSED_BY[sign[0]]] += 1
+        elif awaited[sign[0]]:
+            closing = ""
             # a bracket that nothing closes ends with the quote around it
-            start = opened.pop()
-            while CLOSED_BY[text[start]] != sign[0]:
+            while closing != sign[0]:
                 start = opened.pop()
+                closing = CLOSED_BY[text[start]]
+                awaited[closing] -= 1
             while found and found[-1][0] > start:
                 found.pop()
             found.append((start, sign.start()))

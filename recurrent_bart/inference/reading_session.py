@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.text_encoder import decode_text
 from recurrent_bart.inference.citations import Citation, cite
-from recurrent_bart.inference.stream_reader import BLOCK, SEGMENTS_PER_CALL, TextReader
+from recurrent_bart.inference.stream_reader import SEGMENTS_PER_CALL, TextReader
 from recurrent_bart.inference.text_stream import stream_text
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 
@@ -88,7 +88,7 @@ class ReadingSession:
                 on_progress(self.reader.n_tokens, n_segments)
 
     def add_in_steps(self, text: str) -> Steps[None]:
-        """Add text, and pause after each encoder call and each block of characters.
+        """Add text, and pause after each encoder call and each piece of characters that is tokenized.
 
         A session whose steps are not all done has a part of the text.
         """
@@ -96,9 +96,7 @@ class ReadingSession:
         if self.reader.is_between_sections and self.reader.bookmark.state is not None:
             self.reader.skip(len(text) - len(text.lstrip()))
             text = text.lstrip()
-        for start in range(0, len(text), BLOCK):
-            for _ in self.reader.feed(text[start : start + BLOCK]):
-                yield
+        for _ in self.reader.feed_in_steps(text):
             yield
 
     def summary(self) -> Summary:

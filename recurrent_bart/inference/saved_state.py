@@ -1,12 +1,13 @@
 """Check of a saved state, which may come from a stranger: names, types and shapes must fit this model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
+from recurrent_bart.inference.bookmark import LONGEST_WORD, PIECE
 from recurrent_bart.inference.shown_tokens import are_rows
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
 
@@ -14,19 +15,49 @@ IDS = ("ids", "overlap")
 PREFIX = "state."
 # types of the numbers of a state
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# longest question; longer questions leave no room for text
+QUERY_CHARACTERS = 2**16
+# Most characters of each entry of the metadata, not less than a reader writes. A context is at most a text and a few
+# hundred characters. The notes of the service hold 16 summaries with their citations.
+MOST_CHARACTERS = {
+    "text": LONGEST_WORD + 2 * PIECE,
+    "context": LONGEST_WORD + 2 * PIECE,
+    "query": QUERY_CHARACTERS,
+    "reader": 2**16,
+    "counts": 2**10,
+    "notes": 2**24,
+}
+
+
+def check_names(names: Collection[str], path: Path) -> None:
+    """Raise ValueError if a tensor of a saved state is missing, or another one is there."""
+    needed = {*IDS, "spans"}
+    known = needed | {PREFIX + name for name in RecurrentState.__dataclass_fields__}
+    _require(needed <= {*names} <= known, "a tensor", path)
+
+
+def check_sizes(metadata: Mapping[str, str], path: Path) -> None:
+    """Raise ValueError if an entry of the metadata is longer than a reader writes."""
+    for name, most in MOST_CHARACTERS.items():
+        n_characters = len(metadata.get(name, ""))
+        if n_characters > most:
+            raise ValueError(
+                f"{path}: not a saved state: its {name} has {n_characters} characters; at most {most} are allowed"
+            )
 
 
 def check_tensors(tensors: dict[str, Tensor], config: RecurrentBartConfig, path: Path) -> None:
-    """Raise ValueError that names the first tensor that cannot belong to a state of a model with this configuration."""
+    """Raise ValueError that names the first tensor that cannot belong to a state of a model with this configuration.
+
+    `check_names` has accepted the names.
+    """
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     # the configuration fills in both sizes
     assert config.segment_size is not None
     assert config.input_size is not None
     most = {"ids": config.segment_size, "overlap": config.input_size - config.segment_size}
     for name in IDS:
-        _require(name in tensors and _are_ids(tensors[name], config.vocab_size, most[name]), name, path)
-    _require(not state.keys() - RecurrentState.__dataclass_fields__.keys(), "state", path)
-    _require(tensors.keys() == {*IDS, "spans", *(PREFIX + name for name in state)}, "names", path)
+        _require(_are_ids(tensors[name], config.vocab_size, most[name]), name, path)
     if state:
         _require(_are_counts(state.get("position"), (1,)), "position", path)
         memory, shape = state.get("memory"), RecurrentState.memory_shape(config, 1)

@@ -20,8 +20,15 @@ from recurrent_bart.data.tokenizer import load_tokenizer, special_tokens_around
 from recurrent_bart.data.tokenizer_identity import tokenizer_identity
 from recurrent_bart.distributed import is_first
 from recurrent_bart.files import replace_and_fsync
-from recurrent_bart.inference.bookmark import Bookmark, TextCutter
-from recurrent_bart.inference.saved_state import check_counts, check_tensors
+from recurrent_bart.inference.bookmark import PIECE, Bookmark, TextCutter
+from recurrent_bart.inference.saved_state import (
+    PREFIX,
+    QUERY_CHARACTERS,
+    check_counts,
+    check_names,
+    check_sizes,
+    check_tensors,
+)
 from recurrent_bart.inference.shown_tokens import ShownToken, after_section, as_tensor, from_tensor, show_segments
 from recurrent_bart.model.loading import load_pretrained
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
@@ -52,7 +59,7 @@ STATE_FIELDS = (
 )
 # counts of a bookmark that are saved
 COUNTS = ("position", "n_tokens", "n_segments")
-# characters tokenized in one call
+# characters tokenized before their segments are read, enough for the wavefront schedule
 BLOCK = 2**16
 # segments read in one call, enough for the wavefront schedule
 SEGMENTS_PER_CALL = 32
@@ -97,6 +104,8 @@ class TextReader:
         segment_size = self.model.config.segment_size
         # the configuration fills in the size
         assert segment_size is not None
+        if len(query) > QUERY_CHARACTERS:
+            raise ValueError(f"--query: it has {len(query)} characters; at most {QUERY_CHARACTERS} are allowed")
         leading, self.trailing = special_tokens_around(self.tokenizer)
         (ids,) = self.encoder.queries([query])
         room = segment_size - len(leading) - len(self.trailing)
@@ -106,13 +115,20 @@ class TextReader:
     def feed(self, text: str) -> Iterator[BaseModelOutput]:
         """Add `text` to the document, and encode all complete segments except the last.
 
-        Yields:
-            Decoder context after each encoder call, for `generate(encoder_outputs=...)`.
+        Returns an iterator, which does the work, over the decoder context after each encoder call, for
+        `generate(encoder_outputs=...)`.
         """
-        for start in range(0, len(text), BLOCK):
-            self.bookmark.text += text[start : start + BLOCK]
+        return (output for output in self.feed_in_steps(text) if output is not None)
+
+    def feed_in_steps(self, text: str) -> Iterator[BaseModelOutput | None]:
+        """Add `text` as `feed` does, and yield None after each piece of characters that is tokenized."""
+        for start in range(0, len(text), PIECE):
+            end = start + PIECE
+            self.bookmark.text += text[start:end]
             self.cutter.take_settled_text(self.bookmark)
-            yield from self._full_segments(self.bookmark)
+            yield None
+            if end % BLOCK == 0 or end >= len(text):
+                yield from self._full_segments(self.bookmark)
 
     def finish(self, is_section: bool = False) -> Iterator[BaseModelOutput]:
         """Encode the rest as the end of the text; the bookmark stays the same, so `feed` can add more text later.
@@ -183,7 +199,7 @@ class TextReader:
             "spans": as_tensor(mark.shown, [*mark.overlap, *mark.tokens]),
         }
         if mark.state is not None:
-            tensors |= {f"state.{name}": tensor.cpu().clone() for name, tensor in mark.state.tensors().items()}
+            tensors |= {f"{PREFIX}{name}": tensor.cpu().clone() for name, tensor in mark.state.tensors().items()}
         metadata = {
             "format": FORMAT,
             "text": mark.text,
@@ -206,12 +222,14 @@ class TextReader:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata, names = file.metadata() or {}, file.keys()
+                # a stranger's file may have many names and long texts
+                _check_format(metadata.get("format"), path)
+                check_names(names, path)
+                check_sizes(metadata, path)
+                tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: the saved state cannot be read ({error})") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a saved state: format {metadata.get('format')!r} found, {FORMAT!r} required")
         try:
             reader, notes = json.loads(metadata["reader"]), json.loads(metadata.get("notes", "{}"))
             text, context, query = metadata["text"], metadata["context"], metadata["query"].strip()
@@ -226,7 +244,7 @@ class TextReader:
             raise ValueError(f"{path}: the state was saved with the query {query!r}, not with {self.query!r}")
         check_tensors(tensors, self.model.config, path)
         self._ask(query)
-        state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
         overlap = tensors["overlap"].tolist()
         shown, waiting = from_tensor(tensors["spans"], [*overlap, *tensors["ids"].tolist()])
         self.bookmark = Bookmark(
@@ -238,7 +256,7 @@ class TextReader:
             **counts,
             shown=shown,
         )
-        self.n_counted = len(self.bookmark.tokens) + len(self.cutter.waiting_tokens(self.bookmark))
+        self.n_counted = len(self.bookmark.tokens) + self.cutter.n_waiting_tokens(self.bookmark)
         return notes
 
     def _full_segments(self, mark: Bookmark) -> Iterator[BaseModelOutput]:
@@ -286,6 +304,12 @@ class TextReader:
                     f"{path}: the state was saved with a different model: {name} is {saved.get(name)!r} in the file, "
                     f"{here!r} in this model"
                 )
+
+
+def _check_format(found: str | None, path: Path) -> None:
+    if found != FORMAT:
+        shown = repr(found if found is None else found[: 2 * len(FORMAT)])
+        raise ValueError(f"{path}: not a saved state: format {shown} found, {FORMAT!r} required")
 
 
 def weights_identity(model: torch.nn.Module) -> str:

@@ -17,6 +17,19 @@ code, pre { font-size: 0.9em } pre { overflow-x: auto; border-left: 3px solid gr
 <p>For programs: <a href="openapi.json">openapi.json</a>.</p>"""
 
 
+def without_validation_errors(openapi: dict[str, Any]) -> dict[str, Any]:
+    """Remove status 422, which FastAPI lists for all parameters, from an OpenAPI description, and return it.
+
+    The service answers wrong parameters with 400.
+    """
+    for operations in openapi["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        openapi.get("components", {}).get("schemas", {}).pop(name, None)
+    return openapi
+
+
 def docs_page(openapi: Mapping[str, Any]) -> str:
     """Return the page for an OpenAPI description."""
     schemas = openapi.get("components", {}).get("schemas", {})

@@ -2,13 +2,12 @@
 
 import sys
 
-import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from recurrent_bart.serving.model_worker import Busy
-from recurrent_bart.serving.sessions import Gap, NoSession, TooLarge, TooManySessions
+from recurrent_bart.serving.sessions import OUT_OF_MEMORY, Gap, NoMemory, NoSession, TooLarge, TooManySessions
 
 NO_MEMORY = "the text needs more memory than the service has"
 # status and text of each expected error, the first that fits; None: the error's own text
@@ -18,8 +17,8 @@ STATUSES: dict[type[Exception], tuple[int, str | None]] = {
     Busy: (503, "too many requests are waiting; come again later"),
     Gap: (409, None),
     TooLarge: (413, None),
-    torch.OutOfMemoryError: (413, NO_MEMORY),
-    MemoryError: (413, NO_MEMORY),
+    NoMemory: (503, "other texts hold the memory that this text needs; come again later"),
+    **dict.fromkeys(OUT_OF_MEMORY, (413, NO_MEMORY)),
     ValueError: (400, None),
 }
 # status in the metrics of a request whose client is gone

@@ -52,6 +52,10 @@ class SessionAnswer(BaseModel):
 
     id: str
     n_characters: NonNegativeInt = Field(description="characters of the text so far: the `position` of the next piece")
+    n_read: NonNegativeInt = Field(
+        description="characters of the text as it was read, without a byte order mark and carriage returns; citations "
+        "count these characters"
+    )
     n_sections: NonNegativeInt = Field(description="sections that have ended")
 
 

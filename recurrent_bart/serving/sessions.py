@@ -10,9 +10,11 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from inspect import isgenerator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import torch
 from pydantic import ValidationError
 
 from recurrent_bart.data.text_files import with_line_feeds
@@ -28,6 +30,8 @@ SUFFIX = ".safetensors"
 DRAFTS = ("*.draft", "*.upload")
 # summaries of sections that a client can read again
 N_SECTIONS_KEPT = 16
+# lack of memory on the device or on the host
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 # returns a session that writes other summaries of the same text
 Change = Callable[[ReadingSession], ReadingSession]
 
@@ -48,6 +52,10 @@ class TooLarge(ValueError):  # noqa: N818 - a status, not a fault
     """Notice that a text, or a session, would be larger than it may be."""
 
 
+class NoMemory(RuntimeError):  # noqa: N818 - a status, not a fault
+    """Notice that other readings hold the memory that a text needs."""
+
+
 @dataclass
 class Opened:
     """Session in memory. Its notes are on disk too."""
@@ -64,6 +72,7 @@ class Sessions:
         self.folder = settings.folder
         self._opened: OrderedDict[str, Opened] = OrderedDict()
         self._in_use: Counter[str] = Counter()
+        self._n_readings = 0
         self._use_lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -110,6 +119,31 @@ class Sessions:
             with self._use_lock:
                 self._in_use[id] -= 1
                 self._in_use += Counter()
+
+    def with_memory(self, work: Callable[[], Any]) -> Generator[Any, None, Any]:
+        """Do work; if memory is short, drop the idle sessions from memory, and do the work once more.
+
+        `work` returns its result, or a generator that returns it. Work that has yielded a piece of text is not done
+        again. Sessions that are dropped stay on disk.
+
+        Raises:
+            NoMemory: Memory is still short, and other readings hold memory.
+        """
+        self._n_readings += 1
+        try:
+            for is_last in (False, True):
+                pieces: list[str] = []
+                try:
+                    return (yield from _noted(work(), pieces))
+                except OUT_OF_MEMORY as error:
+                    if is_last and self._n_readings > 1:
+                        raise NoMemory from error
+                    if is_last or pieces:
+                        raise
+                # the error, which holds tensors of the work, is gone here
+                self._opened.clear()
+        finally:
+            self._n_readings -= 1
 
     def create(self, query: str | None = None) -> str:
         """Begin a session, and return its id. `query` stands before each segment; None: the summarizer's question.
@@ -178,7 +212,7 @@ class Sessions:
         read = yield from reading.read_section()
 
         def write() -> Generator[str, None, Section]:
-            summary = yield from reading.stream_after(*read)
+            summary = yield from self.with_memory(lambda: reading.stream_after(*read))
             yield ""
             return self._keep_section(id, opened, summary)
 
@@ -299,6 +333,22 @@ class Sessions:
         self._opened.move_to_end(id)
         while len(self._opened) > self.settings.n_readers:
             self._opened.popitem(last=False)
+
+
+def _noted(result: Any, pieces: list[str]) -> Generator[Any, None, Any]:
+    """Yield what a generator yields, add its pieces of text to a list, and return its result."""
+    if not isgenerator(result):
+        return result
+    steps: Any = result
+    with contextlib.closing(steps):
+        while True:
+            try:
+                piece = next(steps)
+            except StopIteration as end:
+                return end.value
+            if piece:
+                pieces.append(piece)
+            yield piece
 
 
 def _pieces_of(section: Section) -> Generator[str, None, Section]:

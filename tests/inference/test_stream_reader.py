@@ -194,6 +194,64 @@ def test_text_without_any_end_of_a_sentence_is_cut_where_its_ids_are_settled(kin
     assert reader.bookmark.text == text
 
 
+class CountingEncoder:
+    """Encoder that counts the characters it is given."""
+
+    def __init__(self, encoder):
+        self.encoder, self.tokenizer, self.n_characters = encoder, encoder.tokenizer, 0
+
+    def __call__(self, texts):
+        self.n_characters += sum(map(len, texts))
+        return self.encoder(texts)
+
+    def tokens(self, text, behind=""):
+        self.n_characters += len(text)
+        return self.encoder.tokens(text, behind)
+
+
+def long_words(n_characters):
+    """Return texts without white space and ends of sentences, by name."""
+    letters = "".join(random.Random(5).choices("abcdeABCDE0123456789+/", k=n_characters))
+    repeated = {name: (name * n_characters)[:n_characters] for name in ("a", "!", "=", "the", "a.b", "東京都の予算")}
+    return {"base64": letters, **repeated}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("name", long_words(1))
+def test_a_text_without_spaces_is_tokenized_a_limited_number_of_times(kind, name, unigram):
+    encoder = TextEncoder(unigram if kind == "unigram" else byte_tokenizer(False))
+    text = long_words(3 * bookmark.LONGEST_SENTENCE)[name]
+    # a text in small pieces costs about the same as a text at once
+    for size in (100, len(text)):
+        counting, mark = CountingEncoder(encoder), bookmark.Bookmark()
+        cutter = bookmark.TextCutter(counting)
+        for piece in in_pieces(text, size):
+            mark.text += piece
+            cutter.take_settled_text(mark)
+        assert counting.n_characters < 60 * len(text), size
+        assert [token.id for token in [*mark.tokens, *cutter.waiting_tokens(mark)]] == encoder([text])[0]
+
+
+def test_a_text_whose_ids_never_settle_is_searched_a_limited_number_of_times(unigram, monkeypatch):
+    encoder = CountingEncoder(TextEncoder(unigram))
+    cutter, mark = bookmark.TextCutter(encoder), bookmark.Bookmark()
+    monkeypatch.setattr(bookmark, "LONGEST_SENTENCE", 200)
+    monkeypatch.setattr(cutter, "_settled", lambda text: ([], encoder([text] * LOOKAHEAD)[0]))
+    for letter in "a" * 2000:
+        mark.text += letter
+        cutter.take_settled_text(mark)
+    assert len(mark.text) == 2000
+    assert encoder.n_characters < 200 * 2000
+
+
+def test_a_long_text_without_spaces_is_tokenized_in_steps(make_reader):
+    reader, n_waiting = make_reader(), []
+    for _ in reader.feed_in_steps("a" * 3 * inference.PIECE):
+        n_waiting.append(reader.bookmark.n_characters)
+    assert n_waiting[:3] == [inference.PIECE, 2 * inference.PIECE, 3 * inference.PIECE]
+
+
 @pytest.mark.slow
 def test_a_state_file_inside_japanese_text_continues_it(make_model, tmp_path):
     tokenizer = japanese_tokenizer("unigram", tmp_path)

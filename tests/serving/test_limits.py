@@ -199,7 +199,12 @@ def test_queued_work_of_a_client_that_goes_away_is_never_done(serve, summarizer,
     assert held.result.result(20)
     wait_until(lambda: not worker.n_pending)
     assert seen == []
-    assert client.get(f"/v1/sessions/{ids[0]}").json() == {"id": ids[0], "n_characters": len(TEXT), "n_sections": 0}
+    assert client.get(f"/v1/sessions/{ids[0]}").json() == {
+        "id": ids[0],
+        "n_characters": len(TEXT),
+        "n_read": len(TEXT),
+        "n_sections": 0,
+    }
     assert client.get(f"/v1/sessions/{ids[1]}").status_code == 200
     assert client.app.state.service.sessions.count() == 2
 

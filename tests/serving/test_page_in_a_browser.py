@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+import urllib.request
 
 import matplotlib.image
 import pytest
@@ -186,3 +187,79 @@ def test_errors_are_sentences_and_a_token_is_asked_for(start, tab, tmp_path):
     assert tab.ask("document.getElementById('text').value") == f"{TEXT * 20}\n"
     tab.choose_file("#state", __file__)
     tab.wait("document.getElementById('error').textContent === 'The file is not a saved session.'")
+
+
+def lose_answer(tab, part):
+    """Let the page lose the next answer to an address that contains a text; the service does its work."""
+    tab.ask(
+        "(() => { const real = window.fetch; window.fetch = async (...given) => { const answer = await real(...given); "
+        f"if (!String(given[0]).includes({json.dumps(part)})) return answer; "
+        "await answer.text(); window.fetch = real; throw new TypeError('lost') } })()"
+    )
+
+
+def ask(address, path, content=None, method=None):
+    request = urllib.request.Request(address + path, content, {"content-type": "text/plain"}, method=method)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read()
+
+
+def test_a_piece_whose_answer_was_lost_is_shown_as_read_and_another_text_follows_it(start, tab):
+    address = start()
+    tab.visit(address)
+    lose_answer(tab, "/text")
+    tab.write("#text", SENTENCES[0].strip())
+    tab.click("#add")
+    tab.wait(f"{IDLE} && !document.getElementById('error').hidden")
+    assert texts(tab, "#source p:not(.quiet)") == []
+    # another text in the box
+    tab.ask("document.getElementById('text').value = ''")
+    tab.write("#text", SENTENCES[2].strip())
+    tab.click("#add")
+    tab.wait(f"{IDLE} && document.querySelectorAll('#source p:not(.quiet)').length > 1")
+    expected = [SENTENCES[0].strip(), SENTENCES[2].strip()]
+    assert texts(tab, "#source p:not(.quiet)") == expected
+    id = tab.ask("session.id")
+    assert json.loads(ask(address, f"v1/sessions/{id}"))["n_characters"] == sum(map(len, expected)) + 2
+    # the same text in the box is not sent twice
+    lose_answer(tab, "/text")
+    tab.write("#text", SENTENCES[3].strip())
+    for _ in range(2):
+        tab.click("#add")
+        tab.wait(IDLE)
+    assert texts(tab, "#source p:not(.quiet)") == [*expected, SENTENCES[3].strip()]
+    assert tab.ask("document.getElementById('text').value") == ""
+    tab.click("#summarise")
+    tab.wait(f"{IDLE} && document.querySelector('.sentence') !== null")
+
+
+def test_a_section_whose_answer_was_lost_is_ended_once(start, tab):
+    address = start()
+    tab.visit(address)
+    tab.write("#text", SENTENCES[0].strip())
+    lose_answer(tab, "/sections")
+    tab.click("#end")
+    tab.wait(f"{IDLE} && !document.getElementById('error').hidden")
+    tab.write("#text", SENTENCES[2].strip())
+    tab.click("#add")
+    tab.wait(f"{IDLE} && document.querySelectorAll('#source p:not(.quiet)').length > 1")
+    assert texts(tab, "h3") == ["Section 1"]
+    assert tab.ask("document.querySelector('#source hr').previousSibling.textContent") == SENTENCES[0].strip()
+    (section,) = json.loads(ask(address, f"v1/sessions/{tab.ask('session.id')}/sections"))["sections"]
+    assert texts(tab, ".text") == [section["summary"]]
+
+
+def test_citations_of_a_session_that_another_program_saved_count_characters_as_they_were_read(start, tab, tmp_path):
+    address = start()
+    id = json.loads(ask(address, "v1/sessions", b""))["id"]
+    ask(address, f"v1/sessions/{id}/text", f"\ufeff{SENTENCES[0].strip()}\r\n{SENTENCES[1].strip()}\r\n".encode())
+    ask(address, f"v1/sessions/{id}/sections", b"")
+    (tmp_path / "state.safetensors").write_bytes(ask(address, f"v1/sessions/{id}/state"))
+    tab.visit(address)
+    tab.choose_file("#state", tmp_path / "state.safetensors")
+    tab.wait(f"{IDLE} && session.id !== null")
+    tab.write("#text", SENTENCES[2].strip())
+    tab.click("#summarise")
+    tab.wait(f"{IDLE} && document.querySelector('.sentence') !== null")
+    tab.point(".sentence")
+    assert texts(tab, "mark") == [SENTENCES[2].strip()]

@@ -93,7 +93,7 @@ def test_a_state_of_the_command_line_goes_on_at_its_number_of_characters(serve, 
     client = serve()
     id = new(client)
     put = client.put(f"/v1/sessions/{id}/state", content=(tmp_path / "state").read_bytes())
-    assert put.json() == {"id": id, "n_characters": 200, "n_sections": 0}
+    assert put.json() == {"id": id, "n_characters": 200, "n_read": 200, "n_sections": 0}
     assert client.post(f"/v1/sessions/{id}/text?position=190", content=TEXT[190:]).json()["n_characters"] == len(TEXT)
     assert client.get(f"/v1/sessions/{id}/summary").json()["summary"] == summarizer(TEXT).text
 
@@ -119,7 +119,8 @@ def test_line_ends_and_a_byte_order_mark_are_read_as_the_command_line_reads_them
             client.post(f"/v1/sessions/{id}/text?position={start}", content=LINES[start : start + size].encode())
             if size == 7:
                 client = serve()
-        assert client.get(f"/v1/sessions/{id}").json()["n_characters"] == len(LINES)
+        shown = client.get(f"/v1/sessions/{id}").json()
+        assert (shown["n_characters"], shown["n_read"]) == (len(LINES), len(plain))
         answers.append(client.get(f"/v1/sessions/{id}/summary").json())
     assert [(it["summary"], it["n_tokens"]) for it in answers] == [(expected.text, expected.n_tokens)] * 5
 

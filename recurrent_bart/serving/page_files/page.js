@@ -7,7 +7,7 @@ const TOKEN = "recurrent-bart-token", THEME = "recurrent-bart-theme";
 const length = (text) => [...text].length;
 const part = (text, start, end) => [...text].slice(start, end).join("");
 
-const empty = () => ({ id: null, sent: 0, blocks: [], cards: [], isNewSection: true, lost: 0 });
+const empty = () => ({ id: null, sent: 0, nSections: 0, pending: null, blocks: [], cards: [], isNewSection: true, lost: 0 });
 let session = empty();
 let stopper = null;
 
@@ -134,9 +134,29 @@ async function open() {
 async function send(text) {
   await open();
   const path = `v1/sessions/${session.id}/text?position=${session.sent}`;
-  session.sent = (await (await call("POST", path, text)).json()).n_characters;
+  session.pending = text;
+  keep(text, (await (await call("POST", path, text)).json()).n_characters);
+}
+
+function keep(text, sent) {
+  session.pending = null;
+  session.sent = sent;
   addSource(text);
   session.isNewSection = session.isNewSection && !text.trim();
+}
+
+// An answer may be lost after the service has done its work, so the service tells what it has.
+async function settle() {
+  if (session.pending === null) return;
+  const has = await (await call("GET", `v1/sessions/${session.id}`)).json();
+  const text = session.pending, box = pieceOf(at("text").value);
+  session.pending = null;
+  if (text && has.n_characters > session.sent) {
+    if (box.startsWith(text)) at("text").value = box.slice(text.length);
+    keep(text, has.n_characters);
+  }
+  // the number of the section gives its summary again
+  if (has.n_sections > session.nSections) await endSection();
 }
 
 // the last line of a piece is whole: the next piece begins a new line
@@ -163,6 +183,7 @@ async function sendSections(text) {
 }
 
 async function takeText() {
+  await settle();
   const text = at("text").value;
   if (!text.trim()) return;
   await sendSections(text);
@@ -178,8 +199,10 @@ async function summarise() {
 }
 
 async function endSection() {
-  const card = openCard();
-  await write(card, "POST", `v1/sessions/${session.id}/sections?stream=true&citations=true`);
+  const card = openCard(), number = session.nSections + 1;
+  session.pending = "";
+  await write(card, "POST", `v1/sessions/${session.id}/sections?number=${number}&stream=true&citations=true`);
+  Object.assign(session, { pending: null, nSections: number });
   card.isEnded = true;
   titles();
   session.isNewSection = true;
@@ -342,6 +365,7 @@ function header(bytes) {
 }
 
 async function save() {
+  await settle();
   const bytes = new Uint8Array(await (await call("GET", `v1/sessions/${session.id}/state`)).arrayBuffer());
   const { size, content } = header(bytes);
   const cards = session.cards.map(({ text, citations, isEnded }) => ({ text, citations, isEnded }));
@@ -368,15 +392,17 @@ async function load(file) {
     throw new Refusal("The file is not a saved session.");
   }
   const { id } = await (await call("POST", "v1/sessions")).json();
-  let sent;
+  let has;
   try {
-    sent = (await (await call("PUT", `v1/sessions/${id}/state`, bytes, "application/octet-stream")).json()).n_characters;
+    has = await (await call("PUT", `v1/sessions/${id}/state`, bytes, "application/octet-stream")).json();
   } catch (error) {
     await call("DELETE", `v1/sessions/${id}`).catch(() => null);
     throw error;
   }
   await forget();
-  Object.assign(session, { id, sent, lost: kept ? kept.lost : sent, isNewSection: kept ? kept.isNewSection : false });
+  // citations count the characters as they were read
+  Object.assign(session, { id, sent: has.n_characters, nSections: has.n_sections, lost: kept ? kept.lost : has.n_read });
+  session.isNewSection = kept ? kept.isNewSection : false;
   if (session.lost) at("source").append(make("p", "quiet", `${session.lost} characters were read before; their text is not in the file.`));
   for (const block of kept?.blocks ?? []) {
     addSource(block.text);
