@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 
+from recurrent_bart.inference.saved_state import QUERY_CHARACTERS
 from recurrent_bart.serving.settings import Settings
 
 # numbers that a request may give: type, least and largest value, meaning
@@ -30,8 +31,6 @@ FLAGS = {
 POSITION, NUMBER, WRITING, QUERY = ("position",), ("number",), tuple(FLAGS), ("query",)
 GENERATION = tuple(name for name in NUMBERS if name not in POSITION + NUMBER)
 QUERY_MEANING = "question about the text, for a model that was trained with questions"
-# longer questions leave no room for text
-QUERY_CHARACTERS = 2**16
 # half of a character outside the first 65,536
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -238,6 +237,9 @@ def _number(name: str, value: Any, most_tokens: int) -> Any:
     try:
         number = kind(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
+        number = math.nan
+    # 0.9 is no position
+    if isinstance(value, float) and number != value:
         number = math.nan
     if not least <= number <= most:
         raise HTTPException(400, f"{name} must be a number from {least:g} to {most:g}")

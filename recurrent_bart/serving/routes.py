@@ -45,13 +45,16 @@ def add_monitoring(app: FastAPI, service: Service) -> None:
 
     app.openapi = openapi  # type: ignore[method-assign]
 
-    @app.get("/health", responses=_errors(403))
+    @app.get("/health", responses=_errors(403, 503))
     def health() -> dict[str, str]:
-        """Return `ok`."""
+        """Return `ok`, or 503 once the thread that runs the model has ended."""
         return {"status": "ok"}
 
     @app.get(
-        "/metrics", dependencies=_guards(service), response_class=PlainTextResponse, responses=_errors(401, 403, 500)
+        "/metrics",
+        dependencies=_guards(service),
+        response_class=PlainTextResponse,
+        responses=_errors(401, 403, 500, 503),
     )
     def metrics() -> PlainTextResponse:
         """Return counters in Prometheus' text format. They begin at 0 when the service starts."""

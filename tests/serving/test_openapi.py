@@ -102,3 +102,10 @@ def test_metrics_have_types_and_honest_names(serve):
     described = {line.split()[2] for line in lines if line.startswith("# TYPE")}
     values = {re.split(r"[ {]", line)[0] for line in lines if not line.startswith("#")}
     assert {name.removesuffix("_sum").removesuffix("_count") for name in values} == described
+
+
+@pytest.mark.parametrize(("value", "status"), [(0, 200), (0.0, 200), (0.9, 400)])
+def test_a_position_is_a_whole_number(serve, value, status):
+    client = serve()
+    id = client.post("/v1/sessions").json()["id"]
+    assert client.post(f"/v1/sessions/{id}/text", json={"text": WORDS[0], "position": value}).status_code == status

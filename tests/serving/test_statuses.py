@@ -13,8 +13,8 @@ from summaries import WORDS
 SESSION = "/v1/sessions/{id}"
 # errors of each route
 STATUSES = {
-    ("GET", "/health"): {403},
-    ("GET", "/metrics"): {401, 403, 500},
+    ("GET", "/health"): {403, 503},
+    ("GET", "/metrics"): {401, 403, 500, 503},
     ("POST", "/v1/summaries"): {400, 401, 403, 408, 413, 415, 500, 503},
     ("POST", "/v1/sessions"): {400, 401, 403, 408, 413, 429, 500, 503},
     ("GET", SESSION): {400, 401, 403, 404, 413, 500, 503},
@@ -69,6 +69,8 @@ def provoke(serve, monkeypatch):
                 patch.setattr("recurrent_bart.serving.requests.asyncio.timeout", fail(TimeoutError()))
             if status == 413 and path not in WITH_BODY:
                 patch.setattr(Sessions, "find", fail(torch.OutOfMemoryError()))
+            if status == 503 and path in ("/health", "/metrics"):
+                patch.setattr(ModelWorker, "is_alive", False)
             client = serve(**settings)
             address = f"{path.format(id=given.get('id', id))}?{query}"
             headers = {"content-type": given.get("kind", "text/plain")}
