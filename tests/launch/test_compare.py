@@ -122,6 +122,18 @@ def test_the_page_shows_the_texts_that_differ_most_first(compare, write, tmp_pat
     assert "default-src 'none'" in html
 
 
+def test_the_chart_shows_names_as_they_are_written(compare, write, tmp_path):
+    write("a.jsonl")
+    for name in ("b.jsonl", "c.jsonl"):
+        write(name, 1.0)
+    names = ["1 $x^2$ <b>", "_hidden $\\frac$", "lr $0.1"]
+    code, _, error = compare(*(f"{name}={file}.jsonl" for name, file in zip(names, "abc", strict=True)))
+    assert code == 0, error
+    html = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    drawn = [text.strip() for text in Page(html[html.index("<svg") : html.index("</svg>") + 6]).texts]
+    assert {f"rouge1: difference to {names[0]}", *names[1:]} <= set(drawn)
+
+
 def test_pages_show_the_question(compare, write, tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         write(name, query="What was <decided>?")
