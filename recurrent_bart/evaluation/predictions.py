@@ -14,7 +14,10 @@ FILE_NAME = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Generated text with its targets and scores: one line of `predictions.jsonl`. README.md describes the fields."""
+    """Generated text with its targets and scores: one line of `predictions.jsonl`. README.md describes the fields.
+
+    Several predictions may have the same `document`, the unit that confidence intervals resample.
+    """
 
     id: str
     document: str
