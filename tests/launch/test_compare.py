@@ -95,6 +95,31 @@ def test_a_score_counts_where_every_file_has_it(compare, write, tmp_path):
     assert rows(printed)["rouge1", "b"] == ["6.00", "+1.00 [+1.00, +1.00]"]
 
 
+def test_a_score_that_a_later_line_lacks_is_left_out(compare, write):
+    first, second = write("a.predictions.jsonl"), write("b.predictions.jsonl", 1.0)
+    texts = read_predictions(second)
+    texts[5] = replace(texts[5], scores={"rouge1": 9.0})
+    write_predictions(second, texts)
+    code, printed, error = compare(first, second)
+    assert code == 0, error
+    assert {score for score, _ in rows(printed)} == {"rouge1"}
+    code, _, error = compare(first, second, "--sort_by", "rouge2")
+    assert code == 2
+    assert "error: --sort_by rouge2: the files have the scores rouge1" in error
+
+
+def test_systems_agree_about_the_document_of_each_text(compare, write):
+    """The first file alone must not decide which texts are resampled together."""
+    first, second = write("a.predictions.jsonl"), write("b.predictions.jsonl", 1.0)
+    texts = [replace(item, document="d0") for item in read_predictions(second)]
+    write_predictions(second, texts)
+    code, _, error = compare(first, second)
+    assert code == 2
+    assert "error: b.predictions.jsonl: the document of d1 is 'd0', but 'd1' in a.predictions.jsonl; " in error.replace(
+        f"{first.parent}/", ""
+    )
+
+
 def test_the_page_shows_the_texts_that_differ_most_first(compare, write, tmp_path):
     first, second = write("bart.predictions.jsonl"), write("ours.predictions.jsonl")
     texts = read_predictions(second)
