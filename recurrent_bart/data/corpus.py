@@ -153,7 +153,7 @@ def _hashed(row: Row) -> list[Any]:
 
 def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueError], None]) -> list[dict[str, Any]]:
     ids = iter(encoder([text for row in rows for text in (*row.sections, *row.summaries)]))
-    records = []
+    records: list[dict[str, Any]] = []
     for row, query in zip(rows, encoder.queries([row.query for row in rows]), strict=True):
         sections = [next(ids) for _ in row.sections]
         summaries = [next(ids) for _ in row.summaries]

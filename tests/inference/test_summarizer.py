@@ -6,6 +6,8 @@ import json
 import pandas
 import pytest
 
+from recurrent_bart.data.rows import Columns, refuse
+from recurrent_bart.data.sources import Source
 from recurrent_bart.data.tokenizer import train_tokenizer
 from recurrent_bart.inference.prediction_file import predict_file
 from recurrent_bart.inference.reading_session import Summary
@@ -197,11 +199,33 @@ def test_a_row_whose_text_has_no_tokens_is_found(tmp_path):
     assert predict_file(summarize, tmp_path / "a.jsonl", tmp_path / "out", ("document", "id"), bad.append) == 2
     assert [str(error) for error in bad] == [f"{tmp_path}/a.jsonl:2: no tokens"]
     ids = [json.loads(line)["id"] for line in (tmp_path / "out").read_text().splitlines()]
-    assert ids == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"]
+    assert ids == ["a.jsonl:1", "a.jsonl:3"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_rows_without_a_usable_id_have_the_names_that_an_evaluation_gives_them(tmp_path, suffix):
+    source, ids = tmp_path / f"a{suffix}", [None, "", " ", 0, 2.5]
+    if suffix == ".jsonl":
+        ids.append(float("nan"))
+        source.write_text("".join(json.dumps({"document": "a", "summary": "s", "id": id}) + "\n" for id in ids))
+    else:
+        ids = ids[:3] if suffix == ".csv" else [float("nan"), 0.0, 2.5]
+        frame = pandas.DataFrame({"document": "a", "summary": "s", "id": ids})
+        frame.to_csv(source, index=False) if suffix == ".csv" else frame.to_parquet(source)
+    names = [row.id for row in Source("file", "a", "train", (source,)).rows("document", Columns())]
+    assert len(names) == len(ids)
+
+    def summarize(texts):
+        return [Summary(text, 1, 1) for text in texts]
+
+    predict_file(summarize, source, tmp_path / "out", ("document", "id"), refuse)
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert [str(json.loads(line, parse_constant=pytest.fail)["id"]) for line in lines] == names
 
 
 def test_half_characters_are_bad_rows_and_ids_may_be_dates(tmp_path):
-    rows = [{"document": "a", "id": "x"}, {"document": "\ud800"}, {"document": "b", "id": "\ud800"}]
+    rows = [{"document": "a", "id": "x"}, {"document": "\ud800"}]
+    rows += [{"document": "b", "id": id} for id in ("\ud800", ["\ud800"], {"\udfff": 1})]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     bad = []
 
@@ -209,8 +233,8 @@ def test_half_characters_are_bad_rows_and_ids_may_be_dates(tmp_path):
         return [Summary(text, 1, 1) for text in texts]
 
     assert predict_file(summarize, tmp_path / "a.jsonl", tmp_path / "out", ("document", "id"), bad.append) == 1
-    assert len(bad) == 2
-    assert all("half a character" in str(error) for error in bad)
+    places = [f"{tmp_path}/a.jsonl:{line}: the text, the id or the query has half a character" for line in (2, 3, 4, 5)]
+    assert [str(error).partition(" (")[0] for error in bad] == places
     frame = pandas.DataFrame({"document": ["a"], "id": [pandas.Timestamp("2026-11-30")]})
     frame.to_parquet(tmp_path / "b.parquet")
     assert predict_file(summarize, tmp_path / "b.parquet", tmp_path / "out", ("document", "id"), bad.append) == 1
