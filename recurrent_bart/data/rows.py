@@ -117,7 +117,8 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     if task == "sections":
         parts = _section_fields(record, columns, place)
         return with_targets(Row(name, group=group, query=query, record_id=own_id, **parts), place)
-    text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
+    # A line end at the end of a file would be a token, or even a segment.
+    text = _text(record, columns, ("text", "sections"), place, joined_by="\n").rstrip()
     if task in PRETRAINING_TASKS:
         return with_text(Row(name, [text], [""], group, record_id=own_id), place)
     references = _references(record, columns, place)

@@ -12,6 +12,12 @@ def test_a_row_has_the_document_and_its_summary():
     assert (row.id, row.sections, row.summaries) == ("7", ["text"], ["s"])
 
 
+@pytest.mark.parametrize("task", ["document", "denoise"])
+@pytest.mark.parametrize("document", ["text", "text\n", "text \t\n\n"])
+def test_a_document_ends_without_white_space(document, task):
+    assert make_row({"document": document, "summary": "s"}, task, Columns(), "f:1").sections == ["text"]
+
+
 @pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}, {"id": " "}, {"id": float("nan")}])
 def test_a_record_without_an_id_is_named_by_file_and_line(name):
     row = make_row(name | {"document": "text", "summary": "s"}, "document", Columns(), "/some/folder/f.jsonl:1")

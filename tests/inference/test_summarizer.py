@@ -5,9 +5,12 @@ import json
 
 import pandas
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
-from recurrent_bart.data.rows import Columns, refuse
+from recurrent_bart.data.rows import Columns, make_row, refuse
 from recurrent_bart.data.sources import Source
+from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import train_tokenizer
 from recurrent_bart.inference.prediction_file import predict_file
 from recurrent_bart.inference.reading_session import Summary
@@ -248,3 +251,28 @@ def test_white_space_before_a_text_is_read_by_sessions_too(model, tokenizer):
         session.add(piece)
     assert session.summary().n_tokens == summarizer(whole).n_tokens
     assert session.summary().text == summarizer(whole).text
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """Return a byte-level BPE tokenizer, in which a line end is a token, as BART's is."""
+    backend, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<m>"}
+    names = list(special.values())
+    backend.train_from_iterator(WORDS, trainers.BpeTrainer(special_tokens=names, initial_alphabet=alphabet))
+    around = [("<s>", 0), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.mark.parametrize("citations", [False, True])
+def test_white_space_at_the_end_of_a_text_is_not_read(byte_level, citations):
+    """The text fills its segment, so a token more would begin another segment."""
+    text, encoder = " list of" * 3, TextEncoder(byte_level)
+    assert [len(ids) for ids in encoder([text, f"{text}\n"])] == [6, 7]
+    document = make_row({"document": f"{text}\n", "summary": "s"}, "document", Columns(), "f:1").sections[0]
+    summarizer = Summarizer(writing_model(byte_level), byte_level, citations=citations, **HOW)
+    expected, *others = summarizer([document, text, f"{text}\n", f"{text} \n\n"])
+    assert expected.n_segments == 1
+    assert others == [expected] * 3
