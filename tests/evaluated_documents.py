@@ -21,6 +21,8 @@ def make_row(name, section_lengths, summary_lengths):
     summaries = [torch.randint(4, 60, (length,)).tolist() for length in summary_lengths]
     return {
         "id": name,
+        "record_id": name,
+        "digest": str(sections),
         "sections": sections,
         "summaries": summaries,
         "summary_texts": [" ".join(map(str, summary)) for summary in summaries],

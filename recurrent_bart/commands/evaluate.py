@@ -184,7 +184,7 @@ def evaluate(
     torch.manual_seed(arguments.seed + environment.rank)
     samples = evaluator.summarise(model, Generation(longest))
     predictions = score_samples(evaluator, samples, scorers, arguments.with_source, arguments.rouge_segmenter)
-    return summarize_predictions(len(plan.indices), loss, predictions), predictions
+    return summarize_predictions(evaluator.n_documents, loss, predictions), predictions
 
 
 def check_languages(data: DataArguments, tokenizer: Any) -> None:

@@ -27,7 +27,7 @@ from recurrent_bart.data.word_segmenter import (
 from recurrent_bart.files import atomic_directory, fingerprint
 
 # Increase the version when the format of the cache changes.
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 # JSON file with the fields of `Corpus` except `rows`.
 ABOUT = "about.json"
 # Documents per tokenizer call; a fast tokenizer processes them in parallel threads.
@@ -37,6 +37,8 @@ SEGMENTED_BATCH = 512
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
+        "record_id": pa.string(),
+        "digest": pa.string(),
         "query": pa.list_(pa.int32()),
         "sections": pa.list_(pa.list_(pa.int32())),
         "summaries": pa.list_(pa.list_(pa.int32())),
@@ -53,9 +55,10 @@ SCHEMA = pa.schema(
 class Corpus(NamedTuple):
     """Tokenised documents of a source.
 
-    The rows have `id`, `query` (ids of the question and its separator), `sections` and `summaries` (ids without special
-    tokens), `summary_texts`, `reference_texts` (further references), `section_lengths` and `summary_lengths` (tokens),
-    `section_indices` (index of each section in the record) and `n_sections` (number of sections of the record).
+    The rows have `id`, `record_id` (None: the record has no id), `digest` (hash of the whole text), `query` (ids of the
+    question and its separator), `sections` and `summaries` (ids without special tokens), `summary_texts`,
+    `reference_texts` (further references), `section_lengths` and `summary_lengths` (tokens), `section_indices` (index
+    of each section in the record) and `n_sections` (number of sections of the record).
     `skipped` has the reason for each skipped document. `fingerprint` is a hash of the texts and their order,
     independent of the tokenizer and of references.
     """
@@ -150,7 +153,7 @@ def _hashed(row: Row) -> list[Any]:
 
 def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueError], None]) -> list[dict[str, Any]]:
     ids = iter(encoder([text for row in rows for text in (*row.sections, *row.summaries)]))
-    records = []
+    records: list[dict[str, Any]] = []
     for row, query in zip(rows, encoder.queries([row.query for row in rows]), strict=True):
         sections = [next(ids) for _ in row.sections]
         summaries = [next(ids) for _ in row.summaries]
@@ -166,6 +169,8 @@ def _tokenise(rows: list[Row], encoder: TextEncoder, on_bad: Callable[[ValueErro
         records.append(
             {
                 "id": row.id,
+                "record_id": row.record_id,
+                "digest": row.digest(),
                 "query": query,
                 "sections": sections,
                 "summaries": summaries,

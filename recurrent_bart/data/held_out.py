@@ -36,9 +36,9 @@ def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[s
     id or group go to the same split. The split of a document does not depend on other documents, unless there are very
     few. Raises ValueError if all documents belong to one group.
     """
-    groups = _Groups()
+    groups = RelatedRows()
     for row in rows:
-        groups.add(row)
+        groups.add(row.digest(), row.record_id, row.group)
     positions = {root: _position(root[1]) for root in groups.roots()}
     if len(positions) == 1:
         raise ValueError(
@@ -51,30 +51,34 @@ def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[s
     return frozenset(text for text in groups.texts() if groups.root(("text", text)) in chosen)
 
 
-class _Groups:
-    """Groups of related documents: a union-find structure (Tarjan 1975)."""
+class RelatedRows:
+    """Groups of rows with the same text, record id or group: a union-find structure (Tarjan 1975)."""
 
     def __init__(self) -> None:
         self.parent: dict[Node, Node] = {}
 
-    def add(self, row: Row) -> None:
-        text = ("text", row.digest())
-        for kind, name in (("group", row.group), ("id", row.record_id)):
+    def add(self, digest: str, record_id: str | None, group: str | None = None) -> None:
+        """Add a row by the hash of its text, its record's id and its group."""
+        text = ("text", digest)
+        for kind, name in (("group", group), ("id", record_id)):
             first, second = self.root(text), self.root(text if name is None else (kind, name))
             # The smaller name becomes the root, so the order of documents has no effect. A group sorts before an id,
             # and an id before a text.
             self.parent[max(first, second)] = min(first, second)
 
     def root(self, node: Node) -> Node:
+        """Return the node that stands for all nodes of a group."""
         while self.parent.setdefault(node, node) != node:
             self.parent[node] = self.parent[self.parent[node]]
             node = self.parent[node]
         return node
 
     def roots(self) -> set[Node]:
+        """Return one node for each group."""
         return {self.root(node) for node in list(self.parent)}
 
     def texts(self) -> list[str]:
+        """Return the hashes of all texts."""
         return [name for kind, name in self.parent if kind == "text"]
 
 

@@ -111,14 +111,15 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
     Raises:
         ValueError: A field is missing, empty or of the wrong type.
     """
-    own_id = str(record["id"]) if _has_value(record, "id") else None
-    name = Path(place).name if own_id is None else own_id
+    name = str(id_of(record, "id", place))
+    own_id = name if _has_value(record, "id") else None
     group = _group(record, columns, place)
     query = read_query(record, columns.query, place)
     if task == "sections":
         parts = _section_fields(record, columns, place)
         return with_targets(Row(name, group=group, query=query, record_id=own_id, **parts), place)
-    text = _text(record, columns, ("text", "sections"), place, joined_by="\n")
+    # A line end at the end of a file would be a token, or even a segment.
+    text = _text(record, columns, ("text", "sections"), place, joined_by="\n").rstrip()
     if task in PRETRAINING_TASKS:
         return with_text(Row(name, [text], [""], group, record_id=own_id), place)
     references = _references(record, columns, place)
@@ -128,6 +129,11 @@ def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) ->
         summary, *references = references
     lists = [references] if references else []
     return with_targets(Row(name, [text], [summary], group, lists, query, record_id=own_id), place)
+
+
+def id_of(record: dict[str, Any], column: str, place: str) -> Any:
+    """Return the value of the id column, or the name of the file with the line if the column has no value."""
+    return record[column] if _has_value(record, column) else Path(place).name
 
 
 def split_queries(record: dict[str, Any], task: str, columns: Columns, place: str) -> list[tuple[dict[str, Any], str]]:
@@ -195,7 +201,7 @@ def refuse(error: ValueError) -> None:
 
 
 def with_targets(row: Row, place: str) -> Row:
-    """Return the row. Raise ValueError if all texts or summaries are blank, or a text has a lone surrogate."""
+    """Return the row. Raise ValueError if all texts or summaries are blank, or `with_text` does."""
     # Check the summaries first: sections without a following target are already dropped from the row.
     if not any(summary.strip() for summary in row.summaries):
         raise ValueError(f"{place}: the summary is empty")
@@ -203,9 +209,12 @@ def with_targets(row: Row, place: str) -> Row:
 
 
 def with_text(row: Row, place: str) -> Row:
-    """Return the row. Raise ValueError if all texts are blank, or a text has a lone surrogate."""
+    """Return the row. Raise ValueError if all texts are blank, or a text, the id or group has a lone surrogate."""
     if not any(section.strip() for section in row.sections):
         raise ValueError(f"{place}: the document is empty")
+    for name, value in (("id", row.id), ("group", row.group)):
+        if value is not None and HALF_CHARACTER.search(value):
+            raise ValueError(f"{place}: the {name} has half a character (a lone surrogate)")
     for text in (row.query, *row.sections, *row.summaries, *itertools.chain.from_iterable(row.references)):
         if HALF_CHARACTER.search(text):
             raise ValueError(f"{place}: the text has half a character (a lone surrogate)")

@@ -128,6 +128,11 @@ def _check_same_targets(found: Predictions, file: Path, expected: Predictions, f
     for id, prediction in found.items():
         if prediction.targets != expected[id].targets:
             raise ValueError(f"{file}: the target of {id} differs from the one in {first}")
+        if prediction.document != expected[id].document:
+            raise ValueError(
+                f"{file}: the document of {id} is {prediction.document!r}, but {expected[id].document!r} in {first}; "
+                "write both files with the same version of evaluate.py"
+            )
 
 
 def compare_scores(systems: Sequence[System]) -> list[ScoreRow]:
@@ -149,9 +154,9 @@ def compare_scores(systems: Sequence[System]) -> list[ScoreRow]:
 
 
 def common_scores(systems: Sequence[System]) -> list[str]:
-    """Return the names of the scores that all files have."""
-    names = [next(iter(seed.values())).scores for system in systems for seed in system.seeds]
-    return [name for name in names[0] if all(name in other for other in names)]
+    """Return the names of the scores that all lines of all files have."""
+    first, *others = [item.scores for system in systems for seed in system.seeds for item in seed.values()]
+    return [name for name in first if all(name in other for other in others)]
 
 
 def _texts(systems: Sequence[System]) -> tuple[list[str], list[str]]:

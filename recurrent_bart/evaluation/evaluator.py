@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recurrent_bart.data.batches import Batch, Collator, DocumentPlan
+from recurrent_bart.data.held_out import Node, RelatedRows
 from recurrent_bart.data.text_encoder import decode_text
 from recurrent_bart.distributed import gather_objects, rank, sum_over_ranks, world_size
 from recurrent_bart.evaluation.predictions import unique_names
@@ -106,6 +107,23 @@ class Evaluator:
     def names(self) -> list[str]:
         """Unique names of the corpus rows."""
         return unique_names(list(self.corpus["id"]))
+
+    @cached_property
+    def documents(self) -> list[str]:
+        """Name of each corpus row's document. Rows with the same record id or the same text are one document."""
+        both, related = list(zip(self.corpus["digest"], self.corpus["record_id"], strict=True)), RelatedRows()
+        for digest, record_id in both:
+            related.add(digest, record_id)
+        roots = [related.root(("text", digest)) for digest, _ in both]
+        first_name: dict[Node, str] = {}
+        for root, name in zip(roots, self.names, strict=True):
+            first_name.setdefault(root, root[1] if root[0] == "id" else name)
+        return [first_name[root] for root in roots]
+
+    @property
+    def n_documents(self) -> int:
+        """Number of different documents that are evaluated. Several questions about one text count once."""
+        return len({self.documents[index] for index in self.plan.indices})
 
     def source_text(self, document: int, section: int) -> str:
         """Return the decoded text of a section. A document with one target has one section."""

@@ -30,18 +30,20 @@ def mean_scores(predictions: Sequence[Prediction]) -> dict[str, Interval]:
 
 
 def by_document_length(predictions: Sequence[Prediction]) -> list[Group]:
-    """Return the mean scores of each quarter of the documents, the shortest documents first."""
-    lengths = {prediction.document: prediction.n_document_tokens for prediction in predictions}
-    names = sorted(lengths, key=lambda name: lengths[name])
+    """Return the mean scores of each quarter of the documents, the shortest documents first.
+
+    The texts of one record may differ in length. Each text counts with its own length.
+    """
+    documents = sorted({_length_and_document(prediction) for prediction in predictions})
     # Fewer documents have no quarters.
-    if len(names) < N_QUARTERS:
+    if len(documents) < N_QUARTERS:
         return []
-    ends = [quarter * len(names) // N_QUARTERS for quarter in range(N_QUARTERS + 1)]
+    ends = [quarter * len(documents) // N_QUARTERS for quarter in range(N_QUARTERS + 1)]
     groups = []
     for start, stop in itertools.pairwise(ends):
-        name = f"documents of {lengths[names[start]]:,} to {lengths[names[stop - 1]]:,} tokens"
-        own = set(names[start:stop])
-        groups.append(_group(name, [prediction for prediction in predictions if prediction.document in own]))
+        name = f"documents of {documents[start][0]:,} to {documents[stop - 1][0]:,} tokens"
+        own = set(documents[start:stop])
+        groups.append(_group(name, [it for it in predictions if _length_and_document(it) in own]))
     return groups
 
 
@@ -63,6 +65,10 @@ def mean_shares_by_tenth(predictions: Sequence[Prediction]) -> dict[str, list[In
             tenths = {str(tenth): [shares[tenth] for shares, _ in known] for tenth in range(N_PARTS)}
             found[kind] = list(intervals(tenths, [document for _, document in known]).values())
     return found
+
+
+def _length_and_document(prediction: Prediction) -> tuple[int, str]:
+    return prediction.n_document_tokens, prediction.document
 
 
 def _group(name: str, predictions: Sequence[Prediction]) -> Group:

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from recurrent_bart.files import atomic_write
 
@@ -14,7 +15,10 @@ FILE_NAME = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Generated text with its targets and scores: one line of `predictions.jsonl`. README.md describes the fields."""
+    """Generated text with its targets and scores: one line of `predictions.jsonl`. README.md describes the fields.
+
+    Several predictions may have the same `document`, the unit that confidence intervals resample.
+    """
 
     id: str
     document: str
@@ -75,6 +79,28 @@ def _parse(line: str, place: str) -> Prediction:
     try:
         record: Any = json.loads(line)
         known = {item.name for item in fields(Prediction)}
-        return Prediction(**{name: value for name, value in record.items() if name in known})
+        prediction = Prediction(**{name: value for name, value in record.items() if name in known})
+        _check_types(prediction)
+        return prediction
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{place}: not a line of {FILE_NAME} ({error})") from error
+
+
+def _check_types(prediction: Prediction) -> None:
+    """Raise ValueError if a field has a value of another type than a prediction has."""
+    for name, type_ in get_type_hints(Prediction).items():
+        if not _is_of_type(getattr(prediction, name), type_):
+            raise ValueError(f"the value of {name!r} is of the wrong type")
+
+
+def _is_of_type(value: Any, type_: Any) -> bool:
+    """Return True if a value read from JSON is of a type: a class, a union, or a list or dictionary of them."""
+    outer, inner = get_origin(type_), get_args(type_)
+    if outer is UnionType:
+        return any(_is_of_type(value, option) for option in inner)
+    if outer is list:
+        return isinstance(value, list) and all(_is_of_type(item, inner[0]) for item in value)
+    if outer is dict:
+        return isinstance(value, dict) and all(_is_of_type(item, inner[1]) for item in value.values())
+    # JSON writes whole numbers without a point, and bool is a subclass of int
+    return isinstance(value, (int, float) if type_ is float else type_) and not isinstance(value, bool)

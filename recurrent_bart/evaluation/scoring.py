@@ -65,7 +65,7 @@ def _prediction(evaluator: Evaluator, sample: Sample, scores: dict[str, Any], ha
     row = evaluator.corpus[sample.document]
     return Prediction(
         id=sample.id,
-        document=evaluator.names[sample.document],
+        document=evaluator.documents[sample.document],
         section=row["section_indices"][sample.section] if evaluator.collator.task == "sections" else None,
         n_sections=row["n_sections"],
         n_source_tokens=row["section_lengths"][sample.section],

@@ -44,12 +44,16 @@ def text_pieces(file: BinaryIO, name: str, may_be_blank: bool = False) -> Iterat
             is_blank = is_blank and not text.strip()
             yield text
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{name}: not a UTF-8 text ({error.reason}: byte 0x{byte:02x})") from error
+        raise _undecodable(error, name) from error
     except OSError as error:
         raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
     if is_blank and not may_be_blank:
         raise ValueError(f"{name}: the text is empty")
+
+
+def _undecodable(error: UnicodeDecodeError, name: str) -> ValueError:
+    byte = error.object[error.start]
+    return ValueError(f"{name}: not a UTF-8 text ({error.reason}: byte 0x{byte:02x})")
 
 
 def split_sections(pieces: Iterator[str], separator: str) -> Iterator[str | None]:
@@ -91,23 +95,48 @@ class Text:
 def all_texts(files: Sequence[str], each_line: bool, skips: bool) -> Iterator[Text]:
     """Yield the text of every file or of every line; without files, of standard input.
 
+    An unusable text is yielded as an empty text, so that texts match files or lines.
+
     Raises:
         ValueError: A text is unreadable or empty. The message names the text.
     """
     for name in files or [STANDARD_INPUT]:
         try:
             with open_file(name) if files else sys.stdin.buffer as file:
-                text = "".join(text_pieces(file, name))
+                data = _read(file, name)
         except ValueError as error:
             pass_over(error, skips)
             yield Text(name, "")
             continue
-        lines = text.removesuffix("\n").split("\n") if each_line else [text]
+        # A byte that is not UTF-8 makes only its own line unusable.
+        lines = data.removesuffix(b"\n").split(b"\n") if each_line else [data]
         for number, line in enumerate(lines, start=1):
             place = f"{name}:{number}" if each_line else name
-            if not line.strip():
-                pass_over(ValueError(f"{place}: the text is empty"), skips)
-            yield Text(place, line)
+            try:
+                content = _decode(line, place)
+            except ValueError as error:
+                pass_over(error, skips)
+                content = ""
+            yield Text(place, content)
+
+
+def _read(file: BinaryIO, name: str) -> bytes:
+    """Return the bytes of a file without a byte order mark, with a newline character for each line end."""
+    try:
+        data = file.read()
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
+    return data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise _undecodable(error, name) from error
+    if not text.strip():
+        raise ValueError(f"{name}: the text is empty")
+    return text
 
 
 def pass_over(error: ValueError, skips: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from recurrent_bart.data.rows import HALF_CHARACTER, read_query
+from recurrent_bart.data.rows import HALF_CHARACTER, id_of, read_query
 from recurrent_bart.data.sources import read_records
 from recurrent_bart.data.text_layouts import LayoutError, read_layout
 from recurrent_bart.inference.reading_session import Summary
@@ -33,7 +33,8 @@ def predict_file(
             column of questions, its second argument is the question about each text.
         source: JSON Lines, JSON, CSV, TSV or Parquet file.
         output: JSON Lines file; it appears when all rows are done.
-        columns: Names of the columns of texts and ids. Without an id column, a row's `file:line` is its id.
+        columns: Names of the columns of texts and ids. Without a value in the id column, a row's id is the name of its
+            file with the line.
         on_bad: Function that takes the error of a row without a usable text. If it returns, the row is skipped.
         query_column: Name of the column of questions; None: no questions.
 
@@ -48,7 +49,7 @@ def predict_file(
             while window := list(itertools.islice(rows, WINDOW)):
                 for id, summary in _summaries(summarize, window, query_column is not None, on_bad):
                     line = {"id": id, **summary.record()}
-                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                    file.write(_as_json(line) + "\n")
                     n_lines += 1
         os.replace(draft, output)
     except OSError as error:
@@ -64,16 +65,21 @@ def _readable(
     """Yield the place, id, text and question of each row with a text."""
     text_column, id_column, query_column = columns
     for place, record in read_records(source, on_bad):
-        id = record.get(id_column, place)
+        id = id_of(record, id_column, place)
         try:
             query = read_query(record, query_column, place)
             text = _text(record, text_column, place)
-            if any(isinstance(value, str) and HALF_CHARACTER.search(value) for value in (text, id, query)):
+            # an id may be a list or an object with texts
+            if any(HALF_CHARACTER.search(value) for value in (text, query, _as_json(id))):
                 raise ValueError(f"{place}: the text, the id or the query has half a character (a lone surrogate)")
         except ValueError as error:
             on_bad(error)
             continue
         yield place, id, text, query
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _text(record: dict[str, Any], column: str, place: str) -> str:

@@ -209,6 +209,8 @@ class Summarizer:
         return summary_after(output, self.model, self.tokenizer, **self.generation)
 
     def _tokens(self, texts: Sequence[str]) -> list[list[Token]]:
+        # documents of training and evaluation have no white space at their end
+        texts = [text.rstrip() for text in texts]
         if self.citations:
             self.encoder.require_characters()
             return [self.encoder.tokens(text) for text in texts]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recurrent_bart.files import atomic_write
-from recurrent_bart.report.drawing import legend, lines, new_figure, to_svg
+from recurrent_bart.report.drawing import legend, lines, new_figure, plain_label, to_svg
 from recurrent_bart.report.page import render_template
 
 TEMPLATE = "comparison.html.jinja"
@@ -51,8 +51,8 @@ def draw_differences(differences: Mapping[str, Sequence[float]], score: str, fir
     for number, (name, values) in enumerate(differences.items(), start=1):
         points = [(float(place), value) for place, value in enumerate(sorted(values), start=1)]
         if points:
-            series.append((name, points, number, 0))
-    text = f"{score}: difference to {first}"
+            series.append((plain_label(name), points, number, 0))
+    text = plain_label(f"{score}: difference to {first}")
     lines(axes, series, text, x_label="texts, in ascending order of the difference", starts_at_0=False)
     legend(figure)
     return to_svg(figure, "differences")

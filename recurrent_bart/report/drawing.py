@@ -65,6 +65,11 @@ def dress(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def plain_label(name: str) -> str:
+    """Return a name as a Matplotlib label. `$` would start a formula, and a leading `_` would hide the label."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
 def title(axes: Axes, text: str) -> None:
     """Set the title of the axes to `text`, which includes the unit."""
     axes.set_title(text, fontsize=9, loc="left", color=COLORS["ink"])

@@ -82,11 +82,15 @@ def with_unique_names(runs: Sequence[Run]) -> list[Run]:
 
 
 def samples_together(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return one entry per sample id: the texts of all runs, and source and target from the first run with that id."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return one entry per sample id and target: the texts of all runs, and the source from the first run with both.
+
+    Documents of different data sets may have the same id.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for number, run in enumerate(runs):
         for name, sample in run.samples.items():
-            entry = found.setdefault(name, {"id": name, "generated": [], **_source_and_target(sample)})
+            both = _source_and_target(sample)
+            entry = found.setdefault((name, both["target"]), {"id": name, "generated": [], **both})
             entry["generated"].append((number, run.name, sample["step"], sample.get("generated", "")))
     return list(found.values())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from recurrent_bart.monitoring.best_metric import ROUGE, best_evaluation
 from recurrent_bart.monitoring.progress import clock
+from recurrent_bart.report.drawing import plain_label
 from recurrent_bart.run_folder import RunFolder
 
 GIB = 2**30
@@ -52,8 +53,8 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Name as a Matplotlib label. `$` would start a formula, and a leading `_` would hide the label."""
-        return " " * self.name.startswith("_") + self.name.replace("$", r"\$")
+        """Name as a Matplotlib label."""
+        return plain_label(self.name)
 
     @cached_property
     def flags(self) -> Record:

@@ -81,6 +81,15 @@ def test_sections_keep_their_position_in_the_record(tokenizer, tmp_path):
     assert (row["section_indices"], row["n_sections"]) == ([0], 1)
 
 
+def test_rows_keep_their_record_and_the_hash_of_the_whole_text(tokenizer, tmp_path):
+    """The second record has the text of the first, with more white space, and no id."""
+    records = [RECORDS[0], {"document": " one  two\nthree", "summary": "numbers"}, RECORDS[1]]
+    corpus = load(write(tmp_path / "documents.jsonl", records), tokenizer, tmp_path)
+    assert corpus["record_id"] == ["a", None, "b"]
+    first, second, third = corpus["digest"]
+    assert first == second != third
+
+
 def test_cached_documents_are_not_tokenised_again(path, tokenizer, tmp_path, monkeypatch):
     first = load(path, tokenizer, tmp_path).to_list()
     monkeypatch.setattr(module, "write_corpus", lambda *_: pytest.fail("tokenised again"))

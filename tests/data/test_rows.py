@@ -12,6 +12,12 @@ def test_a_row_has_the_document_and_its_summary():
     assert (row.id, row.sections, row.summaries) == ("7", ["text"], ["s"])
 
 
+@pytest.mark.parametrize("task", ["document", "denoise"])
+@pytest.mark.parametrize("document", ["text", "text\n", "text \t\n\n"])
+def test_a_document_ends_without_white_space(document, task):
+    assert make_row({"document": document, "summary": "s"}, task, Columns(), "f:1").sections == ["text"]
+
+
 @pytest.mark.parametrize("name", [{}, {"id": None}, {"id": ""}, {"id": " "}, {"id": float("nan")}])
 def test_a_record_without_an_id_is_named_by_file_and_line(name):
     row = make_row(name | {"document": "text", "summary": "s"}, "document", Columns(), "/some/folder/f.jsonl:1")
@@ -143,11 +149,20 @@ def test_a_document_is_joined_from_its_sections():
         ({"sections": [" "], "summaries": ["A"]}, "sections", "f:3: section 1 is empty but has a summary"),
         ({"document": "t \ud800", "summary": "s"}, "document", "f:3: the text has half a character"),
         ({"sections": ["t"], "summaries": ["\udfff"]}, "sections", "f:3: the text has half a character"),
+        ({"id": "a\ud800", "document": "t", "summary": "s"}, "document", "f:3: the id has half a character"),
+        ({"id": "\udfff", "sections": ["t"], "summaries": ["s"]}, "sections", "f:3: the id has half a character"),
+        ({"id": "\udfff", "document": "t"}, "denoise", "f:3: the id has half a character"),
     ],
 )
 def test_unusable_records_are_refused_with_their_place(record, task, message):
     with pytest.raises(ValueError, match=message):
         make_row(record, task, Columns(), "f:3")
+
+
+def test_a_group_with_half_a_character_is_refused():
+    record = {"document": "t", "summary": "s", "book": "\ud800"}
+    with pytest.raises(ValueError, match="f:3: the group has half a character"):
+        make_row(record, "document", Columns(group="book"), "f:3")
 
 
 def test_sentences_and_turns_are_joined_in_both_tasks():

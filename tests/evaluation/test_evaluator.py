@@ -143,6 +143,28 @@ def test_documents_with_the_same_id_get_different_names(model):
     assert places == [("a (row 0)[0]", 0, 0), ("a (row 0)[1]", 0, 1), ("a (row 1)[0]", 1, 0), ("b[0]", 2, 0)]
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        # a list of questions
+        ([("a", "x"), ("a", "x"), ("b", "y")], ["a", "a", "b"]),
+        ([(None, "x"), (None, "x"), (None, "y")], ["row 0", "row 0", "row 2"]),
+        # one record per question
+        ([("q1", "x"), ("q2", "y"), ("q3", "x")], ["q1", "q2", "q1"]),
+        # parts of one record
+        ([("a", "x"), ("b", "y"), ("a", "z")], ["a", "b", "a"]),
+        # the last row relates the first two
+        ([("a", "x"), ("b", "y"), ("b", "x"), (None, "y")], ["a", "a", "a", "a"]),
+    ],
+)
+def test_rows_with_the_same_text_or_record_are_one_document(keys, expected):
+    same = [make_row(f"row {n}", [4], [2]) | {"record_id": own, "digest": text} for n, (own, text) in enumerate(keys)]
+    evaluator = make_evaluator(same)
+    assert evaluator.documents == expected
+    assert evaluator.n_documents == len(set(expected))
+    assert evaluator.names == [row["id"] for row in same]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("task", ["document", "sections"])
 def test_two_ranks_give_the_metrics_of_one(model, task, tmp_path):

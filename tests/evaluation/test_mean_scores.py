@@ -58,6 +58,15 @@ def test_quarters_of_the_documents_by_length():
     assert means == pytest.approx([700 / 3, 350, 550, 3400 / 3])
 
 
+def test_texts_of_one_record_are_in_the_quarters_of_their_own_lengths():
+    predictions = [predict("a", float(n), n_document_tokens=n) for n in (400, 100, 300, 200)]
+    groups = by_document_length(predictions)
+    assert [(group.name, group.n_documents) for group in groups] == [
+        (f"documents of {n} to {n} tokens", 1) for n in (100, 200, 300, 400)
+    ]
+    assert [group.scores["rouge1"].mean for group in groups] == [100, 200, 300, 400]
+
+
 def test_three_documents_have_no_quarters():
     assert by_document_length([predict(str(n), 0.0) for n in range(3)]) == []
 

@@ -1,7 +1,7 @@
 """Predictions are written as JSON Lines and read again; errors give file and line."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -47,6 +47,32 @@ def test_an_unreadable_file_is_named(file, content, message):
     file.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_predictions(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"scores": value} for value in ([], {"rouge1": "50"}, {"rouge1": True}, None)),
+        *({"targets": value} for value in ("a target", [1], None)),
+        *({name: value} for name in ("id", "document", "text") for value in (None, 1, ["a"])),
+        *({"section": value} for value in ("0", 1.5, True)),
+        *({name: value} for name in ("n_sections", "n_document_tokens") for value in (None, "1", 2.5)),
+        *({"shares_by_tenth": value} for value in ([1.0], {"text": 1.0}, {"text": ["a"]})),
+        *({name: 1} for name in ("source", "query")),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named_with_its_line(file, change):
+    write_predictions(file, [PREDICTION])
+    with file.open("a") as lines:
+        lines.write(json.dumps(asdict(PREDICTION) | {"id": "b"} | change) + "\n")
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"predictions\.jsonl:2: not a line of .* \(the value of '{name}' is of the "):
+        read_predictions(file)
+
+
+def test_scores_may_be_whole_numbers(file):
+    write_predictions(file, [replace(PREDICTION, scores={"rouge1": 50, "rouge2": 0}, section=None)])
+    assert read_predictions(file)[0].scores == {"rouge1": 50, "rouge2": 0}
 
 
 def test_a_missing_file_is_named(file):

@@ -5,7 +5,7 @@ import pytest
 from evaluated_documents import document_rows, make_evaluator, make_row, section_rows
 from processes import run_in_processes
 from recurrent_bart.evaluation.evaluator import Sample
-from recurrent_bart.evaluation.mean_scores import by_section_position
+from recurrent_bart.evaluation.mean_scores import by_section_position, mean_scores
 from recurrent_bart.evaluation.scoring import score_samples, score_text
 from recurrent_bart.monitoring.fields import SCORES
 
@@ -44,6 +44,23 @@ def test_a_prediction_has_the_position_of_its_section_in_the_record():
     predictions = score_samples(evaluator, samples)
     assert [(prediction.section, prediction.n_sections) for prediction in predictions] == [(8, 10), (9, 10)]
     assert [group.name for group in by_section_position(predictions)] == ["quarter 4 of the sections"]
+
+
+def test_the_answers_about_one_text_have_the_interval_of_the_texts():
+    """Answers about one text have the same score, so a second answer per text carries no new information."""
+    rows = [make_row(f"m{n}", [9], [4]) for n in range(8)]
+    asked = [row | {"id": f"{row['id']} (query {n})"} for row in rows for n in range(1, 6)]
+    found = []
+    for own in (rows, asked):
+        evaluator, n_same = make_evaluator(own), len(own) // len(rows)
+        words = [" ".join(row["summary_texts"][0].split()[: 1 + index // n_same % 4]) for index, row in enumerate(own)]
+        samples = [sample_of(evaluator, row["id"], index, text=words[index]) for index, row in enumerate(own)]
+        predictions = score_samples(evaluator, samples)
+        assert [prediction.id for prediction in predictions] == [row["id"] for row in own]
+        found.append(mean_scores(predictions)["rouge1"])
+    once, five_times = found
+    assert (five_times.low, five_times.mean, five_times.high) == pytest.approx((once.low, once.mean, once.high))
+    assert once.low < once.mean
 
 
 def test_every_score_is_described():

@@ -24,3 +24,25 @@ def test_pieces_may_end_within_a_character_or_line_end(monkeypatch):
     monkeypatch.setattr(input_texts, "BLOCK", 1)
     text = "\ufeffé\r\n東京\r🙂"
     assert "".join(input_texts.text_pieces(io.BytesIO(text.encode()), "name")) == "é\n東京\n🙂"
+
+
+LINES = b"\xef\xbb\xbfone\r\ntwo \xff\rthree\n \n\xe6\x9d\xb1\n\n"
+
+
+def texts_of(tmp_path, data, **how):
+    (tmp_path / "lines").write_bytes(data)
+    return [text.content for text in input_texts.all_texts([str(tmp_path / "lines")], each_line=True, **how)]
+
+
+def test_a_byte_that_is_not_utf8_makes_only_its_own_line_unusable(tmp_path, capsys):
+    assert texts_of(tmp_path, LINES, skips=True) == ["one", "", "three", "", "東", ""]
+    warnings = capsys.readouterr().err.splitlines()
+    reasons = ["2: not a UTF-8 text (invalid start byte: byte 0xff)", "4: the text is empty", "6: the text is empty"]
+    assert warnings == [f"warning: {tmp_path}/lines:{reason}; this text is skipped" for reason in reasons]
+    with pytest.raises(ValueError, match=r"lines:2: not a UTF-8 text .*0xff\); add --skip_bad_samples"):
+        texts_of(tmp_path, LINES, skips=False)
+
+
+def test_a_blank_file_has_a_text_for_each_line(tmp_path, capsys):
+    assert texts_of(tmp_path, b"\n\r\n \n", skips=True) == ["", "", ""]
+    assert "lines:3: the text is empty" in capsys.readouterr().err

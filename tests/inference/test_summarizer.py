@@ -5,7 +5,12 @@ import json
 
 import pandas
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
+from recurrent_bart.data.rows import Columns, make_row, refuse
+from recurrent_bart.data.sources import Source
+from recurrent_bart.data.text_encoder import TextEncoder
 from recurrent_bart.data.tokenizer import train_tokenizer
 from recurrent_bart.inference.prediction_file import predict_file
 from recurrent_bart.inference.reading_session import Summary
@@ -197,11 +202,33 @@ def test_a_row_whose_text_has_no_tokens_is_found(tmp_path):
     assert predict_file(summarize, tmp_path / "a.jsonl", tmp_path / "out", ("document", "id"), bad.append) == 2
     assert [str(error) for error in bad] == [f"{tmp_path}/a.jsonl:2: no tokens"]
     ids = [json.loads(line)["id"] for line in (tmp_path / "out").read_text().splitlines()]
-    assert ids == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"]
+    assert ids == ["a.jsonl:1", "a.jsonl:3"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_rows_without_a_usable_id_have_the_names_that_an_evaluation_gives_them(tmp_path, suffix):
+    source, ids = tmp_path / f"a{suffix}", [None, "", " ", 0, 2.5]
+    if suffix == ".jsonl":
+        ids.append(float("nan"))
+        source.write_text("".join(json.dumps({"document": "a", "summary": "s", "id": id}) + "\n" for id in ids))
+    else:
+        ids = ids[:3] if suffix == ".csv" else [float("nan"), 0.0, 2.5]
+        frame = pandas.DataFrame({"document": "a", "summary": "s", "id": ids})
+        frame.to_csv(source, index=False) if suffix == ".csv" else frame.to_parquet(source)
+    names = [row.id for row in Source("file", "a", "train", (source,)).rows("document", Columns())]
+    assert len(names) == len(ids)
+
+    def summarize(texts):
+        return [Summary(text, 1, 1) for text in texts]
+
+    predict_file(summarize, source, tmp_path / "out", ("document", "id"), refuse)
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert [str(json.loads(line, parse_constant=pytest.fail)["id"]) for line in lines] == names
 
 
 def test_half_characters_are_bad_rows_and_ids_may_be_dates(tmp_path):
-    rows = [{"document": "a", "id": "x"}, {"document": "\ud800"}, {"document": "b", "id": "\ud800"}]
+    rows = [{"document": "a", "id": "x"}, {"document": "\ud800"}]
+    rows += [{"document": "b", "id": id} for id in ("\ud800", ["\ud800"], {"\udfff": 1})]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     bad = []
 
@@ -209,8 +236,8 @@ def test_half_characters_are_bad_rows_and_ids_may_be_dates(tmp_path):
         return [Summary(text, 1, 1) for text in texts]
 
     assert predict_file(summarize, tmp_path / "a.jsonl", tmp_path / "out", ("document", "id"), bad.append) == 1
-    assert len(bad) == 2
-    assert all("half a character" in str(error) for error in bad)
+    places = [f"{tmp_path}/a.jsonl:{line}: the text, the id or the query has half a character" for line in (2, 3, 4, 5)]
+    assert [str(error).partition(" (")[0] for error in bad] == places
     frame = pandas.DataFrame({"document": ["a"], "id": [pandas.Timestamp("2026-11-30")]})
     frame.to_parquet(tmp_path / "b.parquet")
     assert predict_file(summarize, tmp_path / "b.parquet", tmp_path / "out", ("document", "id"), bad.append) == 1
@@ -224,3 +251,28 @@ def test_white_space_before_a_text_is_read_by_sessions_too(model, tokenizer):
         session.add(piece)
     assert session.summary().n_tokens == summarizer(whole).n_tokens
     assert session.summary().text == summarizer(whole).text
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """Return a byte-level BPE tokenizer, in which a line end is a token, as BART's is."""
+    backend, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<m>"}
+    names = list(special.values())
+    backend.train_from_iterator(WORDS, trainers.BpeTrainer(special_tokens=names, initial_alphabet=alphabet))
+    around = [("<s>", 0), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.mark.parametrize("citations", [False, True])
+def test_white_space_at_the_end_of_a_text_is_not_read(byte_level, citations):
+    """The text fills its segment, so a token more would begin another segment."""
+    text, encoder = " list of" * 3, TextEncoder(byte_level)
+    assert [len(ids) for ids in encoder([text, f"{text}\n"])] == [6, 7]
+    document = make_row({"document": f"{text}\n", "summary": "s"}, "document", Columns(), "f:1").sections[0]
+    summarizer = Summarizer(writing_model(byte_level), byte_level, citations=citations, **HOW)
+    expected, *others = summarizer([document, text, f"{text}\n", f"{text} \n\n"])
+    assert expected.n_segments == 1
+    assert others == [expected] * 3

@@ -95,6 +95,31 @@ def test_a_score_counts_where_every_file_has_it(compare, write, tmp_path):
     assert rows(printed)["rouge1", "b"] == ["6.00", "+1.00 [+1.00, +1.00]"]
 
 
+def test_a_score_that_a_later_line_lacks_is_left_out(compare, write):
+    first, second = write("a.predictions.jsonl"), write("b.predictions.jsonl", 1.0)
+    texts = read_predictions(second)
+    texts[5] = replace(texts[5], scores={"rouge1": 9.0})
+    write_predictions(second, texts)
+    code, printed, error = compare(first, second)
+    assert code == 0, error
+    assert {score for score, _ in rows(printed)} == {"rouge1"}
+    code, _, error = compare(first, second, "--sort_by", "rouge2")
+    assert code == 2
+    assert "error: --sort_by rouge2: the files have the scores rouge1" in error
+
+
+def test_systems_agree_about_the_document_of_each_text(compare, write):
+    """The first file alone must not decide which texts are resampled together."""
+    first, second = write("a.predictions.jsonl"), write("b.predictions.jsonl", 1.0)
+    texts = [replace(item, document="d0") for item in read_predictions(second)]
+    write_predictions(second, texts)
+    code, _, error = compare(first, second)
+    assert code == 2
+    assert "error: b.predictions.jsonl: the document of d1 is 'd0', but 'd1' in a.predictions.jsonl; " in error.replace(
+        f"{first.parent}/", ""
+    )
+
+
 def test_the_page_shows_the_texts_that_differ_most_first(compare, write, tmp_path):
     first, second = write("bart.predictions.jsonl"), write("ours.predictions.jsonl")
     texts = read_predictions(second)
@@ -120,6 +145,18 @@ def test_the_page_shows_the_texts_that_differ_most_first(compare, write, tmp_pat
     # The page loads nothing.
     assert {link[:5] for link in re.findall(r'(?:src|href)="(?!#)([^"]*)"', html)} == {"data:"}
     assert "default-src 'none'" in html
+
+
+def test_the_chart_shows_names_as_they_are_written(compare, write, tmp_path):
+    write("a.jsonl")
+    for name in ("b.jsonl", "c.jsonl"):
+        write(name, 1.0)
+    names = ["1 $x^2$ <b>", "_hidden $\\frac$", "lr $0.1"]
+    code, _, error = compare(*(f"{name}={file}.jsonl" for name, file in zip(names, "abc", strict=True)))
+    assert code == 0, error
+    html = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    drawn = [text.strip() for text in Page(html[html.index("<svg") : html.index("</svg>") + 6]).texts]
+    assert {f"rouge1: difference to {names[0]}", *names[1:]} <= set(drawn)
 
 
 def test_pages_show_the_question(compare, write, tmp_path):

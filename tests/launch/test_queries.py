@@ -59,7 +59,15 @@ def test_a_run_with_questions_resumes_bit_for_bit_and_its_model_is_evaluated_and
 
     json_file = tmp_path / "scores.json"
     assert load_script("evaluate").main(["--model", str(whole / "model"), "--json", str(json_file)]) == 0
-    assert json.loads(json_file.read_text())["n_documents"] == (3 if task == "sections" else 6)
+    # two questions about one text are one document
+    results = json.loads(json_file.read_text())
+    assert results["n_documents"] == 3
+    assert results["scores"]["n_words"]["low"] is not None
+    predictions = [
+        json.loads(line) for line in json_file.with_name("scores.predictions.jsonl").read_text().splitlines()
+    ]
+    assert len(predictions) == 6
+    assert {prediction["document"] for prediction in predictions} == {f"validation-{number}" for number in range(3)}
     samples = (whole / "samples.md").read_text()
     assert "ant and" in samples
     lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]

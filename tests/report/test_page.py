@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 
 from recurrent_bart.report.drawing import COLORS, SERIES
-from recurrent_bart.report.page import DARK, DARK_SERIES, write_report
+from recurrent_bart.report.page import DARK, DARK_SERIES, samples_together, write_report
 from recurrent_bart.report.run_record import read_run
 from reported_runs import DEFAULTS, Page, evaluation_record, sample, step_record, write_run
 
@@ -190,6 +190,20 @@ def test_runs_are_compared(tmp_path, make_page):
     assert {"run (1)", "run (2)", "run (2), after step 10"} <= set(page.texts)
     assert page.texts.count("a long source") == 1
     assert {"a generated text", "another text"} <= set(page.texts)
+
+
+def test_texts_of_different_documents_with_the_same_id_are_apart(tmp_path):
+    made = [("a.jsonl:1", "target one", "text one"), ("a.jsonl:1", "target two", "text two")]
+    made.append(("a.jsonl:1", "target one", "text three"))
+    runs = []
+    for number, (name, target, text) in enumerate(made):
+        folder = write_run(tmp_path / str(number), RECORDS, [sample(name, f"source {number}", target, text)])
+        runs.append(read_run(folder, DEFAULTS))
+    first, second = samples_together(runs)
+    assert (first["source"], first["target"]) == ("source 0", "target one")
+    assert [(number, text) for number, _, _, text in first["generated"]] == [(0, "text one"), (2, "text three")]
+    assert (second["source"], second["target"]) == ("source 1", "target two")
+    assert [(number, text) for number, _, _, text in second["generated"]] == [(1, "text two")]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -220,11 +221,16 @@ def parse_run(run: TextRun) -> Arguments:
 
 
 def list_targets(evaluator: Evaluator) -> list[dict[str, Any]]:
-    """Return for every target, in order: document, index in the document, end position and length in tokens."""
+    """Return for every target, in order: document, index in the document, end position and length in tokens.
+
+    Indices run on over the corpus rows of one document.
+    """
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
     return [
-        {"document": evaluator.names[index], "target": number, "position": position, "n_tokens": n_tokens}
+        {"document": name, "target": next(numbers[name]), "position": position, "n_tokens": n_tokens}
         for index in sorted(evaluator.plan.indices)
-        for number, (position, n_tokens) in enumerate(_targets_of(evaluator.corpus[index], evaluator.collator))
+        for name in [evaluator.documents[index]]
+        for position, n_tokens in _targets_of(evaluator.corpus[index], evaluator.collator)
     ]
 
 

@@ -194,25 +194,27 @@ def test_accumulated_batches_make_the_step_of_one(make_run):
     assert whole.n_tokens == parts.n_tokens
 
 
-def test_documents_with_one_id_have_names_of_their_own():
+def test_targets_of_one_record_are_of_one_document():
     """List targets in the order of the corpus; the plan leaves out the second row."""
+    parts = {"sections": [[5] * 3, [5] * 4], "summaries": [[6] * 2, [6]], "summary_texts": ["x", "y"]}
     rows = [
-        {"id": name, "sections": [[5] * 3, [5] * 4], "summaries": [[6] * 2, [6]], "summary_texts": ["x", "y"]}
-        for name in ("a", "b", "a")
+        {"id": name, "record_id": name, "digest": f"text {number}", **parts}
+        for number, name in enumerate(("a", "b", "a"))
     ]
     sizes = SegmentSizes(8, 8, -1)
     plan = plan_documents([[3, 4]] * 3, [[2, 1]] * 3, sizes, 2)
     collator = Collator("sections", sizes, [0], [2], 1, 12)
     evaluator = Evaluator(Dataset.from_list(rows), replace(plan, indices=[0, 2]), collator, None, 1, CPU)
     found = [(target["document"], target["target"]) for target in list_targets(evaluator)]
-    assert found == [("a (row 0)", 0), ("a (row 0)", 1), ("a (row 2)", 0), ("a (row 2)", 1)]
-    found = [target["document"] for target in list_targets(replace(evaluator, plan=plan))]
-    assert found[::2] == ["a (row 0)", "b", "a (row 2)"]
+    assert found == [("a", 0), ("a", 1), ("a", 2), ("a", 3)]
+    found = [(target["document"], target["target"]) for target in list_targets(replace(evaluator, plan=plan))]
+    assert found == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3)]
 
 
 def test_targets_are_listed_with_position_and_length_without_those_of_empty_and_cut_sections():
     sections, summaries = [[5] * 3, [], [5] * 4, [5] * 5, [5] * 9], [[6] * 2, [6], [], [6] * 3, [6] * 4]
-    row = {"id": "a", "sections": sections, "summaries": summaries, "summary_texts": ["x"] * 5}
+    row = {"id": "a", "record_id": "a", "digest": "", "sections": sections, "summaries": summaries}
+    row["summary_texts"] = ["x"] * 5
     # a segment has room for 4 tokens of one section, so the limit of 4 segments cuts the last section
     sizes = SegmentSizes(6, 6, 4)
     lengths = ([len(part) for part in parts] for parts in (sections, summaries))
