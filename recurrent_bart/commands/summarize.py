@@ -294,7 +294,7 @@ def outputs(reader: TextReader, pieces: Iterator[str], separator: str | None) ->
                 # a section begins without the blank lines behind a separator
                 yield from reader.feed(part.lstrip() if reader.is_between_sections else part)
     if not reader.is_between_sections or reader.bookmark.state is None:
-        yield from reader.finish(is_section=separator is not None)
+        yield from reader.finish()
 
 
 def main(argv: list[str]) -> int:

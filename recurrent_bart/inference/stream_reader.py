@@ -130,14 +130,14 @@ class TextReader:
             if end % BLOCK == 0 or end >= len(text):
                 yield from self._full_segments(self.bookmark)
 
-    def finish(self, is_section: bool = False) -> Iterator[BaseModelOutput]:
+    def finish(self) -> Iterator[BaseModelOutput]:
         """Encode the rest as the end of the text; the bookmark stays the same, so `feed` can add more text later.
 
-        With `is_section`, the rest ends as a section does: white space at its end is not read.
+        As in documents of training, white space at the end is not read.
 
         Yields decoder contexts as `feed` does; the last one covers the whole text. Raises ValueError without any text.
         """
-        end = replace(self.bookmark, tokens=self.bookmark.tokens + self._rest(is_section))
+        end = replace(self.bookmark, tokens=self.bookmark.tokens + self._rest())
         if not end.tokens:
             raise ValueError("the text has no tokens")
         n_kept = len(end.tokens)
@@ -152,7 +152,7 @@ class TextReader:
         Yields decoder contexts as `feed` does; the last one belongs to the section. Yields nothing without new text.
         """
         mark = self.bookmark
-        mark.tokens += self._rest(is_section=True)
+        mark.tokens += self._rest()
         mark.position += len(mark.text)
         mark.text = mark.context = ""
         if not mark.tokens:
@@ -163,11 +163,9 @@ class TextReader:
         mark.overlap = []
         yield output
 
-    def _rest(self, is_section: bool) -> list[Token]:
-        """Return the tokens of the text that is not tokenized yet."""
-        mark = self.bookmark
-        # sections of training documents end without a line end
-        return self.cutter.waiting_tokens(mark, len(mark.text.rstrip()) if is_section else None)
+    def _rest(self) -> list[Token]:
+        """Return the tokens of the text that is not tokenized yet, without white space at its end."""
+        return self.cutter.waiting_tokens(self.bookmark, len(self.bookmark.text.rstrip()))
 
     def skip(self, n_characters: int) -> None:
         """Count characters in front of the next text that are not read, so that citations keep their positions."""

@@ -108,4 +108,5 @@ def test_metrics_have_types_and_honest_names(serve):
 def test_a_position_is_a_whole_number(serve, value, status):
     client = serve()
     id = client.post("/v1/sessions").json()["id"]
-    assert client.post(f"/v1/sessions/{id}/text", json={"text": WORDS[0], "position": value}).status_code == status
+    given, kind = {"text": WORDS[0], "position": value}, {"content-type": "application/json"}
+    assert client.post(f"/v1/sessions/{id}/text", json=given, headers=kind).status_code == status
