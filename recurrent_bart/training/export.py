@@ -33,7 +33,7 @@ from recurrent_bart.training.adapters import merged
 from recurrent_bart.training.environment import refuse_pickled_code
 from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.model_building import force_target_language
-from recurrent_bart.training.model_card import write_model_card
+from recurrent_bart.training.model_card import note_step, write_model_card
 
 
 def export_checkpoint(
@@ -74,7 +74,9 @@ def export_checkpoint(
         save_tokenizer(tokenizer, draft)
         if not is_plain:
             # the run measured the whole model
-            write_model_card(draft, config, *_results(run, checkpoint))
+            step, *results = _results(run, checkpoint)
+            note_step(draft, step)
+            write_model_card(draft, config, step, *results)
     return checkpoint, is_plain and model.config.pre_seq_len > 0
 
 

@@ -13,6 +13,8 @@ from recurrent_bart.training.model_arguments import ModelArguments
 from recurrent_bart.training.run_arguments import RunArguments
 
 FILE_NAME = "README.md"
+# file of a saved model with the optimizer steps of its weights
+STEP_FILE = "training_step.json"
 # scores in the front matter, which the Hugging Face hub shows
 HUB_SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 KINDS = {"model": ModelArguments, "data": DataArguments, "run": RunArguments}
@@ -36,6 +38,17 @@ The package `recurrent-bart` must be installed. Then `recurrent-bart summarize -
 `AutoModelForSeq2SeqLM.from_pretrained("FOLDER", trust_remote_code=True)` work too."""
 LIMITS = """The model was trained and measured only on the documents above. Other languages and kinds of text were not
 measured. A summary may state what the document does not say: check it before you rely on it."""
+
+
+def note_step(folder: Path, step: int) -> None:
+    """Write the number of optimizer steps of the weights in a model's folder."""
+    (folder / STEP_FILE).write_text(json.dumps({"step": step}) + "\n")
+
+
+def noted_step(folder: Path) -> int | None:
+    """Return the number of `note_step`; None: an older version saved the model."""
+    note = folder / STEP_FILE
+    return json.loads(note.read_text())["step"] if note.exists() else None
 
 
 def write_model_card(

@@ -47,7 +47,7 @@ from recurrent_bart.training.lifecycle.interruption import Interrupted, Interrup
 from recurrent_bart.training.lifecycle.run_lock import RunLock
 from recurrent_bart.training.lifecycle.spikes import SpikeWatch
 from recurrent_bart.training.lifecycle.stall import StallWatch
-from recurrent_bart.training.model_card import write_model_card
+from recurrent_bart.training.model_card import note_step, noted_step, write_model_card
 from recurrent_bart.training.preparation import Documents, Preparation
 from recurrent_bart.training.probing import probe_recurrence
 from recurrent_bart.training.resumed_flags import remeasured
@@ -62,8 +62,6 @@ from recurrent_bart.training.zero.engine import full_state_dict, gathered_for_ev
 N_SAMPLES = 5
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
-# file in RUN/model with the step of its weights
-STEP_FILE = "training_step.json"
 # a warning is printed after this time without a step or an evaluation
 STALL_SECONDS = 600.0
 
@@ -91,8 +89,7 @@ def _open_folder(prepared: Preparation, resolved: dict[str, Any], state: Trainer
 
 def _has_model_of(folder: RunFolder, step: int) -> bool:
     """Return True if RUN/model was saved after a step, or by an older version, which did not note the step."""
-    note = folder.model / STEP_FILE
-    return folder.model.is_dir() and (not note.exists() or json.loads(note.read_text())["step"] == step)
+    return folder.model.is_dir() and noted_step(folder.model) in (None, step)
 
 
 class Session:
@@ -334,7 +331,7 @@ class Session:
             with explain_write_errors(self.folder.model), atomic_directory(self.folder.model, replaces=True) as draft:
                 save_model(self.engine, merged(weights, self.arguments.model), draft)
                 save_tokenizer(self.prepared.tokenizer, draft)
-                (draft / STEP_FILE).write_text(json.dumps({"step": self.state.step}) + "\n")
+                note_step(draft, self.state.step)
                 write_model_card(draft, self.folder.read_config(), self.state.step, loss, scores)
         if is_first() and predictions:
             with explain_write_errors(self.folder.predictions_file):
