@@ -74,9 +74,9 @@ def export_checkpoint(
         save_tokenizer(tokenizer, draft)
         if not is_plain:
             # the run measured the whole model
-            step, *results = _results(run, checkpoint)
+            step, loss, scores = _results(run, checkpoint)
             note_step(draft, step)
-            write_model_card(draft, config, step, *results)
+            write_model_card(draft, config, step, loss, scores)
     return checkpoint, is_plain and model.config.pre_seq_len > 0
 
 
