@@ -275,22 +275,15 @@ class Checkpoints:
                 replaced.rename(final)
 
     def _problems(self, path: Path) -> list[str]:
+        """Return the problems that all ranks found. Raise OSError on all ranks if one of them cannot read its files."""
+        own, error = [], ""
         if not path.resolve().is_relative_to(self.folder.resolve()) and not self.trusts:
             own = ["the checkpoint is outside the run's folder; add --trust_checkpoint to read it"]
-        elif self.trusts and not (path / MANIFEST).exists():
-            own = []
-        else:
-            return self._damage(path)
-        return [problem for share in gather_objects(own) for problem in share]
-
-    @staticmethod
-    def _damage(path: Path) -> list[str]:
-        """Return the damage that all ranks found. Raise OSError on all ranks if one of them cannot read its files."""
-        own, error = [], ""
-        try:
-            own = problems(path, slice(rank(), None, world_size()))
-        except OSError as found:
-            error = f"{path} cannot be read on process {rank()} ({found}); it may be undamaged: start the run again"
+        elif not self.trusts or (path / MANIFEST).exists():
+            try:
+                own = problems(path, slice(rank(), None, world_size()))
+            except OSError as found:
+                error = f"{path} cannot be read on process {rank()} ({found}); it may be undamaged: start the run again"
         shares = gather_objects((own, error))
         if errors := [text for _, text in shares if text]:
             raise OSError(errors[0])

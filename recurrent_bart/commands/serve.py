@@ -16,7 +16,7 @@ from recurrent_bart.training.flags import FlagParser
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 LIMITS = {
     "n_sessions": "most sessions on disk",
-    "n_readers": "most sessions whose state also stays in memory",
+    "n_cached_sessions": "most sessions whose state also stays in memory",
     "text_bytes": "most bytes of a request with a text",
     "text_characters": "most characters of a text, or of a piece of a session's text",
     "session_characters": "most characters of a session's whole text",
@@ -29,9 +29,6 @@ LIMITS = {
     "n_waiting": "most requests that wait for the model or are being answered",
     "step_segments": "most segments of a long text that are read before other requests have their turn",
 }
-
-# flags that have another name than their setting
-FLAGS = {"n_readers": "n_cached_sessions"}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -60,8 +57,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     for name, text in LIMITS.items():
         default = getattr(Settings, name)
-        flag = f"--{FLAGS.get(name, name)}"
-        parser.add_argument(flag, dest=name, type=type(default), default=default, help=f"{text}; default: %(default)s")
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text}; default: %(default)s")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code from the tokenizer's folder")
     return parser.parse_flags(argv)
 
@@ -133,7 +129,7 @@ def serve(arguments: argparse.Namespace) -> None:
     limits = {name: getattr(arguments, name) for name in LIMITS}
     for name, value in limits.items():
         if not value > 0:
-            raise ValueError(f"--{FLAGS.get(name, name)} {value}: must be above 0")
+            raise ValueError(f"--{name} {value}: must be above 0")
     for name in ("text_bytes", "state_bytes"):
         if limits["bodies_bytes"] < limits[name]:
             raise ValueError(f"--bodies_bytes {limits['bodies_bytes']}: must be at least --{name} {limits[name]}")

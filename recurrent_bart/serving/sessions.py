@@ -331,7 +331,7 @@ class Sessions:
     def _remember(self, id: str, opened: Opened) -> None:
         self._opened[id] = opened
         self._opened.move_to_end(id)
-        while len(self._opened) > self.settings.n_readers:
+        while len(self._opened) > self.settings.n_cached_sessions:
             self._opened.popitem(last=False)
 
 

@@ -12,7 +12,7 @@ class Settings:
         token: Token that each request must carry; None: no token.
         allowed_hosts: Names by which clients may reach the service, without ports; None: all names.
         n_sessions: Most sessions on disk.
-        n_readers: Most sessions whose state also stays in memory.
+        n_cached_sessions: Most sessions whose state also stays in memory.
         text_bytes: Most bytes of a request with a text.
         text_characters: Most characters of a text, or of a piece of a session's text.
         session_characters: Most characters of a session's whole text.
@@ -30,7 +30,7 @@ class Settings:
     token: str | None = None
     allowed_hosts: tuple[str, ...] | None = None
     n_sessions: int = 1000
-    n_readers: int = 64
+    n_cached_sessions: int = 64
     text_bytes: int = 2**23
     text_characters: int = 1_000_000
     session_characters: int = 10_000_000

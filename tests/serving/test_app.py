@@ -85,7 +85,7 @@ def test_a_session_takes_its_question_from_a_json_body_and_keeps_it(serve, token
 
 @pytest.mark.slow
 def test_fifty_sessions_at_once_equal_the_whole_text(serve, summarizer):
-    client = serve(n_readers=7)
+    client = serve(n_cached_sessions=7)
     texts = [" ".join(WORDS[start : start + 4 + start % 9]) for start in range(50)]
 
     def read(text):

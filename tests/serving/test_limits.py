@@ -110,7 +110,7 @@ def test_a_state_that_get_gives_is_never_larger_than_put_takes(serve):
 
 
 def test_a_state_replaces_an_unreadable_one(serve, tmp_path):
-    client = serve(n_readers=1)
+    client = serve(n_cached_sessions=1)
     first, second = (client.post("/v1/sessions").json()["id"] for _ in range(2))
     client.post(f"/v1/sessions/{first}/text", content=TEXT)
     state = client.get(f"/v1/sessions/{first}/state").content

@@ -65,7 +65,7 @@ def test_settings_of_generation_change_the_summary_of_a_section(serve):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"n_readers": 1}], ids=["restart", "eviction"])
+@pytest.mark.parametrize("settings", [{}, {"n_cached_sessions": 1}], ids=["restart", "eviction"])
 def test_counts_are_of_the_whole_text_after_a_restart_and_an_eviction(serve, summarizer, settings):
     client = serve(**settings)
     id = new(client)

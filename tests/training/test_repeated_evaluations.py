@@ -8,6 +8,8 @@ import pytest
 
 from recurrent_bart.checkpointing.checkpoints import Checkpoints
 from recurrent_bart.evaluation.evaluator import Evaluator
+from recurrent_bart.training.lifecycle.interruption import Interruption
+from recurrent_bart.training.lifecycle.stall import StallWatch
 from recurrent_bart.training.session import Session
 from runs import flags
 
@@ -91,11 +93,35 @@ def test_languages_of_a_tokenizer_without_codes_are_refused_at_once(documents, t
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_resumed_run_leaves_its_tokenizer_as_it_is(documents, tmp_path, train_main, monkeypatch):
+def test_a_resumed_run_leaves_its_tokenizer_as_it_is(documents, tmp_path, train_main):
     run = tmp_path / "run"
     assert train_main(flags(documents, run, max_steps=2)) == 0
-    monkeypatch.setattr("recurrent_bart.training.session.save_tokenizer", lambda tokenizer, folder: None)
     before = {path.name: path.stat().st_mtime_ns for path in (run / "tokenizer").iterdir()}
     assert before
     assert train_main(["--resume", str(run), "--max_steps", "4"]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in (run / "tokenizer").iterdir()} == before
+
+
+def test_patience_counts_anew_after_a_change_of_what_is_measured(documents, tmp_path, train_main, monkeypatch):
+    values = iter([9.0, 3.0, 4.0, 4.0])
+    monkeypatch.setattr(Evaluator, "loss", lambda *_: next(values))
+    run = tmp_path / "run"
+
+    def n_worse(step):
+        return json.loads((run / "checkpoints" / f"step-{step:08d}" / "trainer.json").read_text())["state"]["n_worse"]
+
+    assert train_main(flags(documents, run, max_steps=4)) == 0
+    assert train_main(["--resume", str(run), "--max_steps", "6", "--max_target_length", "7"]) == 0
+    assert [n_worse(step) for step in (2, 4, 6)] == [0, 1, 1]
+
+
+def test_each_batch_of_an_evaluation_is_a_sign_of_life(documents, tmp_path, train_main, monkeypatch):
+    events, ask = [], Interruption.ask
+    monkeypatch.setattr(StallWatch, "beat", lambda watch: events.append("beat"))
+    monkeypatch.setattr(Interruption, "ask", lambda *given: events.append("ask") or ask(*given))
+    # the end of the watch waits for a sign of life
+    monkeypatch.setattr(StallWatch, "__exit__", lambda *_: None)
+    assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
+    asked = [number for number, event in enumerate(events) if event == "ask"]
+    assert len(asked) > 2
+    assert all(events[number - 1] == "beat" for number in asked)

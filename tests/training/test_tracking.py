@@ -20,7 +20,9 @@ from monitoring.event_files import tensorboard_points, wandb_records, wandb_rows
 from recurrent_bart.monitoring import wandb_tracker
 from recurrent_bart.monitoring.fields import CHECKPOINTS, EVALUATIONS, FIELDS, SCORES, SKIPS, STEPS
 from recurrent_bart.monitoring.tracker import curves_of
+from recurrent_bart.run_folder import RunFolder
 from recurrent_bart.training.probing import probe_recurrence
+from recurrent_bart.training.tracking import _first_id
 from recurrent_bart.training.trainer import Trainer
 from runs import flags
 
@@ -340,3 +342,14 @@ def test_a_recurrence_that_cannot_be_looked_at_stops_nothing(documents, tmp_path
     monkeypatch.setattr("recurrent_bart.training.session.probe_recurrence", probe_recurrence)
     assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
     assert "warning: the metrics of the recurrence could not be computed: out of memory" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_a_damaged_file_of_the_run_is_no_fault(tmp_path, content):
+    """Other ranks wait for the id, so no error is raised."""
+    folder = RunFolder(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run.json").write_text(content)
+    identity, problem = _first_id(folder, None)
+    assert identity == ""
+    assert problem

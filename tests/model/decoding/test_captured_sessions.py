@@ -93,6 +93,14 @@ def test_moved_weights_and_other_settings_are_captured_anew(make_model, graphs):
     assert torch.equal(found, generate(model, inputs, {"max_new_tokens": 5}, fast=False))
 
 
+def test_graphs_of_training_change_no_key(make_model, graphs):
+    model, inputs = make_model().float(), documents(0, 2)
+    generate(model, inputs, {"max_new_tokens": 5})
+    graph_store(model.model.decoder)
+    generate(model, inputs, {"max_new_tokens": 5})
+    assert len(graphs) == 1
+
+
 def test_few_sessions_are_kept(make_model, graphs, monkeypatch):
     model = make_model().float()
     for n_documents in range(1, 6):
