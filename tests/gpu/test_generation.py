@@ -36,7 +36,9 @@ def test_ids_are_hugging_faces(monkeypatch, first):
         model, inputs, how = model.cuda(), on_gpu(inputs), on_gpu(how)
         found = generate(model, inputs, how)
         assert not calls, how
-        assert graph_store(model).graphs[session_store.SessionStore][1].sessions
+        sessions = graph_store(model).graphs[session_store.SessionStore][1].sessions
+        assert sessions
+        assert all(session.decoder.is_fused for session in sessions.values())
         expected = generate(model, inputs, how, fast=False)
         assert found.shape == expected.shape, how
         assert torch.equal(found, expected), how
@@ -104,9 +106,9 @@ def test_bfloat16_differs_only_where_the_best_scores_are_within_rounding():
         if first is None:
             continue
         # the same text so far: the score of both next tokens in float32
-        context = torch.randn(16, 512, 768, generator=torch.Generator().manual_seed(1))[found.tolist().index(row)]
+        context = models.context(case)[found.tolist().index(row)]
         model = models.ours.float()
-        encoded = (context.to(torch.bfloat16).float().cuda().unsqueeze(0),)
+        encoded = (context.float().unsqueeze(0),)
         logits = model(encoder_outputs=encoded, decoder_input_ids=torch.tensor([row[:first]]).cuda()).logits[0, -1]
         assert (logits[row[first]] - logits[other[first]]).abs() < 0.02 * logits.abs().max()
         models.ours.to(torch.bfloat16)

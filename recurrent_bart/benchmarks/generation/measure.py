@@ -69,14 +69,18 @@ class GenerationModels:
         """Return a function that generates the texts of a case."""
         # Any: `generate` accepts any encoder's output
         model: Any = self.ours if case.loop == "ours" else self.theirs
-        shape = case.batch_size, case.n_context, self.d_model
-        context_BAD = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        context_BAD = context_BAD.to(self.setting.device, self.setting.dtype)
+        context_BAD = self.context(case)
 
         def generate() -> Tensor:
             return model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=context_BAD), **case.options())
 
         return torch.inference_mode()(generate)
+
+    def context(self, case: GenerationCase) -> Tensor:
+        """Return the random contexts of a case, `(B, A, D)`."""
+        device, shape = self.setting.device, (case.batch_size, case.n_context, self.d_model)
+        generator = torch.Generator(device).manual_seed(1)
+        return torch.randn(shape, generator=generator, device=device, dtype=self.setting.dtype)
 
     def limit_seconds(self, case: GenerationCase, bytes_per_second: float) -> float:
         """Return the time to read weights and caches once per step and to project the contexts' keys and values once.

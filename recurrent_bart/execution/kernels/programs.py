@@ -7,6 +7,12 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    # an older Triton, without programmatic dependent launch
+    gdc_launch_dependents = gdc_wait = None
+
 # programs per streaming multiprocessor, for kernels that sum over rows
 PROGRAMS_PER_PROCESSOR = 4
 # size of a program's tile in `add_up`
@@ -17,6 +23,20 @@ def n_chunks(n_layers: int, n_rows: int, device: torch.device) -> int:
     """Return the number of Triton programs for the rows of one layer; all layers' programs together fill the GPU."""
     n_processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, min(n_rows, PROGRAMS_PER_PROCESSOR * n_processors // n_layers))
+
+
+def starts_early(device: torch.device) -> bool:
+    """Return True if a kernel may start before the previous kernel ends; it must wait before it reads results.
+
+    This is CUDA's programmatic dependent launch, from compute capability 9 on.
+    """
+    is_possible = device.type == "cuda" and torch.version.cuda is not None and gdc_wait is not None
+    return is_possible and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Return the launch options of a kernel that starts early if the device can; see `starts_early`."""
+    return {"launch_pdl": True} if starts_early(device) else {}
 
 
 def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:

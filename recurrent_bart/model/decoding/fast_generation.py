@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from recurrent_bart.execution.graph_guards import device_guard
 from recurrent_bart.model.decoder_attention import GatedCrossAttention
-from recurrent_bart.model.decoding.cached_decoder import CachedDecoder, CacheShape
+from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
+from recurrent_bart.model.decoding.cached_layer import CacheShape
 from recurrent_bart.model.decoding.coverage import call_needs_hugging_face, model_needs_hugging_face
 from recurrent_bart.model.decoding.processors import DeviceProcessors
 from recurrent_bart.model.decoding.search import BeamSearch, SearchSettings, TokenSearch, build_search

@@ -136,8 +136,9 @@ class _Suppressed:
     def __call__(self, ids_RT: Tensor, position: Tensor, scores_RV: Tensor) -> Tensor:
         if self.before is None:
             return scores_RV.index_fill_(1, self.tokens, -torch.inf)
-        length = position + 1
-        is_active = (length >= self.start) & (length < self.before)
+        is_active = position < self.before - 1
+        if self.start:
+            is_active &= position >= self.start - 1
         chosen = scores_RV.index_select(1, self.tokens).masked_fill(is_active, -torch.inf)
         return scores_RV.index_copy_(1, self.tokens, chosen)
 

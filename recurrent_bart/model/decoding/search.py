@@ -53,7 +53,12 @@ class TokenSearch:
     Attributes:
         ids: `(R, T)`, texts so far.
         position: `(1,)`, index of the last token of each text.
+        ancestor: None; see BeamSearch.
+        uses_kernels: True if fused kernels choose the best tokens.
     """
+
+    ancestor = None
+    uses_kernels = False
 
     def __init__(self, settings: SearchSettings, process: DeviceProcessors, n_texts: int, n_positions: int):
         self.settings, self.process = settings, process
@@ -108,6 +113,13 @@ class TokenSearch:
     def choose(self, logits_RV: Tensor) -> None:
         """Append a token to each text, the pad token to finished texts, and advance the position."""
         scores_RV = self.process(self.ids, self.position, logits_RV)
+        if self.uses_kernels and not self.settings.is_sampled:
+            from recurrent_bart.execution.kernels.step_tokens import MOST_TEXTS, append_best
+
+            if len(self.ids) <= MOST_TEXTS:
+                changed = self.ids, self.position, self.is_unfinished, self.n_steps
+                append_best(scores_RV, *changed, self.eos, self.settings.pad or 0)
+                return
         token_R = draw(scores_RV) if self.settings.is_sampled else scores_RV.argmax(dim=-1)
         self.n_steps += self.is_unfinished.any()
         if self.settings.eos:

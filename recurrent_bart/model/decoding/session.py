@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from recurrent_bart.execution.cuda_graphs import capture, rng_offset, warm_up
 from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
+from recurrent_bart.model.decoding.cached_layer import Visible
 from recurrent_bart.model.decoding.search import BeamSearch, TokenSearch
 
 logger = logging.get_logger(__name__)
@@ -28,12 +29,15 @@ LARGEST_REST = 0.75
 class DecodeSession:
     """Buffers for one batch size and context length, and the loop that writes texts with them.
 
-    A captured session holds one CUDA graph for each power of two of visible positions. It holds the cache and the
-    search's tensors at fixed addresses, and any number of batches can use it one after the other.
+    A captured session holds one CUDA graph for each power of two of visible positions, or one in all if kernels run. It
+    holds the cache and the search's tensors at fixed addresses, and any number of batches can use it one after the
+    other.
     """
 
     def __init__(self, decoder: CachedDecoder, search: TokenSearch | BeamSearch, graphs: "StepGraphs | None" = None):
         self.decoder, self.search, self.graphs = decoder, search, graphs
+        if isinstance(search, TokenSearch):
+            search.uses_kernels = decoder.is_fused
 
     def load(self, context_BAD: Tensor, mask_BA: Tensor | None, prompt: Tensor) -> None:
         """Start with other contexts; read all tokens of the prompt but the last."""
@@ -42,7 +46,7 @@ class DecodeSession:
         search.begin(prompt)
         search.position.zero_()
         for n_ids in range(1, prompt.shape[1]):
-            self.decoder.read(*self._inputs(n_ids, is_full=True))
+            self.decoder.read(search.tokens(), self._visible(n_ids, is_full=True))
             search.position += 1
 
     def run(self, n_table: int, streamer: Any, refuse: Callable[[], None], is_stopped: Callable[[], bool]) -> None:
@@ -91,16 +95,16 @@ class DecodeSession:
         if self.graphs is not None:
             self.graphs.step(self, n_ids)
         else:
-            self.search.choose(self.decoder.step(*self._inputs(n_ids, is_full=True)))
+            self.search.choose(self.decoder.step(self.search.tokens(), self._visible(n_ids, is_full=True)))
 
-    def _inputs(self, n_keys: int, is_full: bool) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    def _visible(self, n_keys: int, is_full: bool) -> Visible:
         search = self.search
-        mask = search.mask(n_keys, is_full, self.decoder.layers[0].own_kv)
-        return search.tokens(), search.position, n_keys, mask
+        mask = None if self.decoder.is_fused else search.mask(n_keys, is_full, self.decoder.layers[0].own_kv)
+        return Visible(search.position, n_keys, mask, search.ancestor)
 
     def logits(self, n_keys: int) -> Tensor:
         """Return the next tokens' scores, with a mask over `n_keys` cached positions."""
-        return self.decoder.step(*self._inputs(n_keys, is_full=False))
+        return self.decoder.step(self.search.tokens(), self._visible(n_keys, is_full=False))
 
 
 class StepGraphs:
@@ -116,7 +120,8 @@ class StepGraphs:
 
     def step(self, session: DecodeSession, n_ids: int) -> None:
         """Append one token to texts of `n_ids` tokens; capture the graph first if it is new."""
-        n_keys = LEAST_KEYS
+        # kernels read the number of positions on the device, so one graph is enough
+        n_keys = session.decoder.shape.n_positions if session.decoder.is_fused else LEAST_KEYS
         while n_keys < n_ids:
             n_keys *= 2
         n_keys = min(n_keys, session.decoder.shape.n_positions)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.execution.module_settings import backend_settings, settings_of
-from recurrent_bart.model.decoding.cached_decoder import CachedDecoder, CacheShape
+from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
+from recurrent_bart.model.decoding.cached_layer import CacheShape
 from recurrent_bart.model.decoding.search import BeamSearch, TokenSearch
 from recurrent_bart.model.decoding.session import CapturePlace, DecodeSession, StepGraphs
 
