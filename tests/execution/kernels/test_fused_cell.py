@@ -1,5 +1,6 @@
 """Fused cells equal plain cells; the kernels run in Triton's interpreter on a CPU."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -186,3 +187,27 @@ def test_gradients_of_maps_are_computed_where_they_are_added_up(interpreted, fie
     with OperationsCalled({n_layers * size for n_layers in (1, 2, 3) for size in sizes}) as operations:
         loss.backward()
     assert operations.found.count("baddbmm_.default") == 4 * n_maps
+
+
+def test_layers_of_both_norm_orders_need_as_many_operations_and_bytes(interpreted):
+    """Count operations between matrix products on tensors of a diagonal's size, and bytes for the backward pass."""
+    operations, saved = [], []
+    for norms in NORM_ORDERS.values():
+        model, storages = build("wavefront", dropout=0.1, **FIELDS["gated"], **norms), {}
+        inputs = documents("document", 3, 2, n_tokens=8)
+        inputs.pop("labels")
+
+        def keep(tensor, storages=storages):
+            # holds the storage, so that no other tensor gets its address
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        sizes = {n_layers * 3 * 10 * 48 for n_layers in (1, 2, 3)}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), OperationsCalled(sizes) as called:
+            model.model.encode(**inputs).last_hidden_state.sum().backward()
+        is_free = "empty", "new_empty", "bmm", "baddbmm", "set_"
+        operations.append(Counter(name for name in called.found if not name.startswith(is_free)))
+        saved.append(sum(storage.nbytes() for storage in storages.values()))
+    assert interpreted
+    assert operations[0] == operations[1]
+    assert saved[1] == pytest.approx(saved[0], rel=0.03)
