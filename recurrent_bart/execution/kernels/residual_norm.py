@@ -142,8 +142,8 @@ class _ResidualNorm(torch.autograd.Function):
             BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         grad_bias, grad_weight, *grad_hidden_bias = add_up(sums, weight.dtype)
-        grad_hidden = (grad_hidden, *grad_hidden_bias) if ctx.has_hidden else (None, None)
-        return (grad_stream, *grad_hidden, grad_weight, grad_bias, *[None] * 4, grad_memory, None, None, None)
+        of_hidden = (grad_hidden, *grad_hidden_bias) if ctx.has_hidden else (None, None)
+        return (grad_stream, *of_hidden, grad_weight, grad_bias, *[None] * 4, grad_memory, None, None, None)
 
 
 @triton.jit
