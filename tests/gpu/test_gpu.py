@@ -31,6 +31,7 @@ VARIANTS = {
     "concat": {"prefix_attention": "concat"},
     "own projection": {"prefix_projection": False},
     "windows": {"bptt_depth": 1},
+    "pre-norm": {"normalize_before": True, "prefix_attention": "gated"},
     "top": {"recurrence": "top"},
     "memory": {"decoder_context": "memory"},
     "section": {"decoder_context": "section", "context_segments": 2},
