@@ -124,6 +124,19 @@ def test_environment_variables_are_read_in_one_module():
     assert users == [ENVIRONMENT]
 
 
+@pytest.mark.slow
+def test_training_steps_copy_to_a_gpu_through_pinned_memory():
+    # `to_device` pins; torch.tensor(..., device=...) would wait for the GPU
+    folders = {"recurrence", "execution", "model"}
+    files = [file for file in MODULES if kind_of(name_of(file)) in folders and "decoding" not in file.parts]
+    for file in files:
+        for node in syntax_of(file):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                is_copy = node.func.attr in {"tensor", "as_tensor"} and any(it.arg == "device" for it in node.keywords)
+                assert not is_copy, f"{file}:{node.lineno}"
+    assert [file.name for file in files if uses_of(file, "pin_memory")] == ["segmentation.py"]
+
+
 def test_no_script_hides_a_module():
     # Python puts a script's folder first on the path
     path = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT / "launch", ROOT / "tests")]

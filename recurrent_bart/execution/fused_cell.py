@@ -14,7 +14,7 @@ from transformers.models.bart.modeling_bart import BartAttention, BartEncoderLay
 
 from recurrent_bart.execution.stacked_layers import StackedLayers
 from recurrent_bart.recurrence.attention import attend, gated_read
-from recurrent_bart.recurrence.cell import AttentionMasks, normalizes_before, within_range
+from recurrent_bart.recurrence.cell import AttentionMasks, normalizes_before
 from recurrent_bart.recurrence.grouped_linear import linear, linear_with_input
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, Weights
 
@@ -47,65 +47,80 @@ def fused_cell(
     is_read_EB: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `diagonal_step` with fused kernels; results differ by rounding only. Arguments are the same.
-
-    MBart's layers have two parts that are not fused: the norm before attention, and the residual sum at the end.
-    """
-    # imported here, because a CPU installation may lack Triton
-    from recurrent_bart.execution.kernels.residual_norm import residual_norm, residual_norm_and_slots
-
-    shared, weights = layers.shared, layers.weights
+    """Compute `diagonal_step` with fused kernels; results differ by rounding only. Arguments are the same."""
+    weights = layers.weights
     n_layers, n_documents, _, width = stream_EBSD.shape
     prefix, prefix_bias, state_EMD = _project(recurrence, weights, state_EBPD.reshape(n_layers, -1, width))
-    memory_out = None if into is None else into[1]
-    if normalizes_before(shared):
-        attended_EMD = layers.self_attn_layer_norm(stream_EBSD.flatten(0, 1)).view(n_layers, -1, width)
-        qkv = linear(attended_EMD, weights["query_key_value"])
-        read = _attention(layers, recurrence, qkv, n_documents, visible, prefix, prefix_bias)
-        stream_EBSD = _pre_norm_feed_forward(layers, stream_EBSD, read)
-        slots_EBPD = layers.state_of(stream_EBSD[:, :, : visible.n_slots])
-        slots = slots_EBPD
-        if recurrence.has_update_gate:
-            slots = torch.cat([state_EMD, slots_EBPD.flatten(1, 2)], dim=-1)
-        stream_EBSD = stream_EBSD if into is None else into[0].copy_(stream_EBSD)
-        state_EBPD = state_EMD.view_as(state_EBPD)
-        return stream_EBSD, _next_memory(recurrence, weights, state_EBPD, slots, is_read_EB, memory_out)
-    qkv, stream_EMD = linear_with_input(stream_EBSD.flatten(1, 2), weights["query_key_value"])
+    qkv, stream_EMD = _query_key_value(layers, stream_EBSD.flatten(1, 2))
     read = _attention(layers, recurrence, qkv, n_documents, visible, prefix, prefix_bias)
-    stream_EMD = residual_norm(stream_EMD, read, *_norm_of(layers, "out_proj", "self_attn_layer_norm"))
-    hidden, stream_EMD = linear_with_input(stream_EMD, weights["fc1"])
-    hidden, affine = _activated(layers, hidden), _norm_of(layers, "fc2", "final_layer_norm")
-    stream_out = None if into is None else into[0].flatten(1, 2)
+    stream_EMD, hidden = _feed_forward(layers, stream_EMD, read)
     memory_beside = state_EMD if recurrence.has_update_gate else None
-    stream_EMD, slots = residual_norm_and_slots(
-        stream_EMD, hidden, *affine, n_documents, visible.n_slots, memory_beside, stream_out
-    )
+    stream_out, memory_out = (None, None) if into is None else (into[0].flatten(1, 2), into[1])
+    sizes = n_documents, visible.n_slots
+    stream_EMD, slots = _last_sum(layers, stream_EMD, hidden, *sizes, memory_beside, stream_out)
     state_EBPD = state_EMD.view_as(state_EBPD)
     state_EBPD = _next_memory(recurrence, weights, state_EBPD, slots, is_read_EB, memory_out)
     return stream_EMD.view_as(stream_EBSD), state_EBPD
 
 
-def _pre_norm_feed_forward(layers: StackedLayers, stream_EBSD: Tensor, read_EMD: Tensor) -> Tensor:
-    """Return the hidden states that leave MBart's layers.
+def _query_key_value(layers: StackedLayers, stream_EMD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return queries, keys and values without bias, and the unchanged stream."""
+    # kernels are imported in functions, because a CPU installation may lack Triton
+    from recurrent_bart.execution.kernels.residual_norm import norm_with_input
 
-    `stream_EBSD` enters the layers, and `read_EMD` is the output of attention without bias.
+    weights, name = layers.weights, "self_attn_layer_norm"
+    if not normalizes_before(layers.shared):
+        return linear_with_input(stream_EMD, weights["query_key_value"])
+    norm = weights[name], weights[f"{name}_bias"], layers.epsilon(name)
+    attended_EMD, stream_EMD = norm_with_input(stream_EMD, *norm)
+    return linear(attended_EMD, weights["query_key_value"]), stream_EMD
+
+
+def _feed_forward(layers: StackedLayers, stream_EMD: Tensor, read_EMD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hidden states after attention, and the feed-forward block's output without bias.
+
+    `read_EMD` is the output of attention without bias.
     """
-    from recurrent_bart.execution.kernels.residual_norm import residual_norm_and_sum
+    from recurrent_bart.execution.kernels.residual_norm import residual_norm, residual_norm_and_sum
 
-    shared, weights = layers.shared, layers.weights
-    affine = _norm_of(layers, "out_proj", "final_layer_norm")
-    normed, stream_EMD = residual_norm_and_sum(stream_EBSD.flatten(1, 2), read_EMD, *affine)
-    hidden = _activated(layers, linear(normed, weights["fc1"])) + weights["fc2_bias"]
-    hidden = nn.functional.dropout(hidden, p=shared.dropout, training=shared.training)
-    return within_range(stream_EMD + hidden).view_as(stream_EBSD)
+    weights = layers.weights
+    if normalizes_before(layers.shared):
+        affine = _norm_of(layers, "out_proj", "final_layer_norm")
+        normed_EMD, stream_EMD = residual_norm_and_sum(stream_EMD, read_EMD, *affine)
+        hidden = linear(normed_EMD, weights["fc1"])
+    else:
+        stream_EMD = residual_norm(stream_EMD, read_EMD, *_norm_of(layers, "out_proj", "self_attn_layer_norm"))
+        hidden, stream_EMD = linear_with_input(stream_EMD, weights["fc1"])
+    return stream_EMD, _activated(layers, hidden)
+
+
+def _last_sum(
+    layers: StackedLayers,
+    stream_EMD: Tensor,
+    hidden_EMD: Tensor,
+    n_documents: int,
+    n_slots: int,
+    memory: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the hidden states that leave the layers, and the slots as the second output of `residual_norm_and_slots`.
+
+    `stream_EMD` and `hidden_EMD` are the outputs of `_feed_forward`.
+    """
+    from recurrent_bart.execution.kernels.residual_norm import residual_norm_and_slots
+    from recurrent_bart.execution.kernels.residual_sum import residual_sum_and_slots
+
+    given = n_documents, n_slots, memory, out
+    if normalizes_before(layers.shared):
+        return residual_sum_and_slots(stream_EMD, hidden_EMD, *_norm_of(layers, "fc2", "state_norm"), *given)
+    return residual_norm_and_slots(stream_EMD, hidden_EMD, *_norm_of(layers, "fc2", "final_layer_norm"), *given)
 
 
 def _norm_of(layers: StackedLayers, hidden: str, name: str) -> tuple[Tensor, Tensor, Tensor, float, float]:
     """Return the arguments of `residual_norm` after the map `hidden`: biases, weight, epsilon and dropout rate."""
     shared, weights = layers.shared, layers.weights
     biases = weights[f"{hidden}_bias"], weights[f"{name}_bias"]
-    dropout = shared.dropout if shared.training else 0.0
-    return biases[0], weights[name], biases[1], getattr(shared, name).eps, dropout
+    return biases[0], weights[name], biases[1], layers.epsilon(name), shared.dropout if shared.training else 0.0
 
 
 def _activated(layers: StackedLayers, hidden: Tensor) -> Tensor:

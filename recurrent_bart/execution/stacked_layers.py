@@ -124,16 +124,18 @@ class StackedLayers:
         """Return slots that leave the layers as the layers above read them: normed with `normalize_before`."""
         if "state_norm" not in self.weights:
             return slots_EBPD
-        epsilon = self.shared.self_attn_layer_norm.eps
-        return self._norm("state_norm", slots_EBPD.flatten(0, 1), epsilon).view_as(slots_EBPD)
+        return self._norm("state_norm", slots_EBPD.flatten(0, 1)).view_as(slots_EBPD)
+
+    def epsilon(self, name: str) -> float:
+        """Return the epsilon of a norm; `state_norm` has that of the norm before attention, see `why_not_stacked`."""
+        return getattr(self.shared, "self_attn_layer_norm" if name == "state_norm" else name).eps
 
     def _map(self, name: str, rows: Tensor) -> Tensor:
         weight, bias = self.weights[name], self.weights[f"{name}_bias"]
         return per_layer(rows.unflatten(0, (len(bias), -1)), weight, bias).flatten(0, 1)
 
-    def _norm(self, name: str, rows_RLD: Tensor, epsilon: float | None = None) -> Tensor:
+    def _norm(self, name: str, rows_RLD: Tensor) -> Tensor:
         weight, bias = self.weights[name], self.weights[f"{name}_bias"]
-        epsilon = getattr(self.shared, name).eps if epsilon is None else epsilon
-        normed = nn.functional.layer_norm(rows_RLD, rows_RLD.shape[-1:], eps=epsilon)
+        normed = nn.functional.layer_norm(rows_RLD, rows_RLD.shape[-1:], eps=self.epsilon(name))
         by_layer = normed.unflatten(0, (len(weight), -1)).flatten(1, 2)
         return torch.addcmul(bias, by_layer, weight).view_as(rows_RLD)

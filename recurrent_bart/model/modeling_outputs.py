@@ -197,7 +197,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
             # a context after each segment; without sections, it does not depend on the targets
             is_same = config.decoder_context != "section" or bool((given_BN | ~is_read_BN).all())
         self._check_same(is_same, f"the {int(given_BN.sum())} segments of decode_at and target_segments")
-        return given_BN.to(self.is_read.device)
+        return to_device(given_BN, self.is_read.device)
 
     def _check_same(self, is_same: bool, needed: str) -> None:
         if is_same:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from recurrent_bart.model.loss import IGNORED
+from recurrent_bart.recurrence.segmentation import to_device
 
 ORACLES = ("none", "word", "sentence")
 # longest compared n-gram, as in BLEU
@@ -205,4 +206,4 @@ def caching(decoder: Any) -> Iterator[None]:
 
 
 def _without(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
-    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -math.inf)
+    return logits.index_fill(-1, to_device(torch.tensor(ids), logits.device), -math.inf)

@@ -159,11 +159,14 @@ def encoder_cell(
 
 
 def within_range(stream: Tensor) -> Tensor:
-    """Return hidden states clamped to the finite numbers of float16, as MBartEncoderLayer does; no norm bounds them."""
-    if stream.dtype != torch.float16:
-        return stream
-    most = torch.finfo(stream.dtype).max - 1000
-    return stream.clamp(min=-most, max=most)
+    """Return hidden states clamped to `largest_stream`, as MBartEncoderLayer does; no norm bounds them."""
+    most = largest_stream(stream.dtype)
+    return stream if most is None else stream.clamp(min=-most, max=most)
+
+
+def largest_stream(dtype: torch.dtype) -> float | None:
+    """Return the largest number that MBart's layers give as a hidden state, near float16's largest; None: no limit."""
+    return torch.finfo(dtype).max - 1000 if dtype == torch.float16 else None
 
 
 def cell_attention(

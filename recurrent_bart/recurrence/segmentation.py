@@ -252,4 +252,5 @@ def to_device(known: Tensor, device: torch.device) -> Tensor:
     synchronization behavior" of the CUDA runtime).
     """
     is_pinned_first = device.type == "cuda" and known.device.type == "cpu"
-    return (known.pin_memory() if is_pinned_first else known).to(device, non_blocking=True)
+    # contiguous, because PyTorch gathers other tensors into pageable memory before it copies them
+    return (known.contiguous().pin_memory() if is_pinned_first else known).to(device, non_blocking=True)

@@ -13,7 +13,10 @@ from tiny import DIAGONALS, random_ids, tiny_model
 
 pytestmark = pytest.mark.gpu
 
-FIELDS = DIAGONALS | {"all": {"decoder_context": "all"}}
+FIELDS = DIAGONALS | {
+    "all": {"decoder_context": "all"},
+    "pre-norm without gate": {"normalize_before": True, "update_gate": False, "bptt_depth": 1},
+}
 SHAPE = {"d_model": 48, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_layers": 3}
 # TINY's larger weights would raise the float32 rounding error of this wider model to the tolerance of the checks
 SHAPE |= {"init_std": 0.15}

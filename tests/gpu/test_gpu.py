@@ -14,6 +14,7 @@ from recurrent_bart.benchmarks.models.measure import Measurement, measure
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
 from recurrent_bart.model import decoder_context
+from recurrent_bart.model.scheduled_sampling import Oracle
 from recurrent_bart.recurrence.attention import attend
 from recurrent_bart.training.environment import Environment
 from recurrent_bart.training.preparation import Documents
@@ -30,6 +31,7 @@ VARIANTS = {
     "concat": {"prefix_attention": "concat"},
     "own projection": {"prefix_projection": False},
     "windows": {"bptt_depth": 1},
+    "pre-norm": {"normalize_before": True, "prefix_attention": "gated"},
     "top": {"recurrence": "top"},
     "memory": {"decoder_context": "memory"},
     "section": {"decoder_context": "section", "context_segments": 2},
@@ -162,14 +164,16 @@ def test_a_training_step_waits_for_nothing(schedule, task):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("oracle", [None, Oracle("word", gold_probability=0.5)], ids=["no oracle", "oracle"])
+@pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_what_the_host_knows_is_copied_from_pinned_memory(fields):
+def test_what_the_host_knows_is_copied_from_pinned_memory(fields, task, oracle):
     """A copy from pageable memory may wait, and PyTorch's sync debug mode does not detect it."""
-    inputs = ragged("sections")
+    inputs = ragged(task)
     inputs["input_ids"] = inputs["input_ids"].to("cuda")
     model = tiny_model(**fields).to("cuda").train()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        model(**inputs).loss.backward()
+        model(**inputs, oracle=oracle).loss.backward()
         torch.cuda.synchronize()
     copies = {event.name for event in profile.events() if "HtoD" in event.name}
     assert any("Pinned" in name for name in copies)

@@ -10,6 +10,7 @@ from recurrent_bart.recurrence.segmentation import (
     segment_positions,
     shift_segments,
     split_into_segments,
+    to_device,
 )
 
 
@@ -89,3 +90,17 @@ def test_a_row_without_segments_is_named_or_left_where_it_is():
         align_at_end(mask, mask)
     *_, n_empty = align_at_end(mask, mask, may_be_empty=True)
     assert n_empty.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "known", [torch.eye(4)[:, 1], torch.eye(4).mT, torch.ones(1).expand(4)], ids=["column", "transposed", "expanded"]
+)
+def test_what_goes_to_a_gpu_is_contiguous_before_it_is_pinned(known, monkeypatch):
+    """PyTorch would gather a pinned column of a matrix into pageable memory before the copy."""
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: copied.append(tensor) or tensor)
+    found = to_device(known, torch.device("cuda"))
+    assert copied == pinned == [found]
+    assert found.is_contiguous()
+    assert torch.equal(found, known)

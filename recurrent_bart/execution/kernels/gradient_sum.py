@@ -12,6 +12,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from recurrent_bart.recurrence.segmentation import to_device
+
 # elements of one program
 BLOCK = 4096
 # bytes to which the addresses of all tensors are aligned, so that a thread moves several elements at once
@@ -39,9 +41,7 @@ def add_to_sums(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """
     device = sums[0].device
     tensor, first, sizes = _blocks(tuple(total.numel() for total in sums), device)
-    addresses = torch.tensor([[part.data_ptr() for part in parts] for parts in (sums, gradients)])
-    if device.type == "cuda":
-        addresses = addresses.pin_memory().to(device, non_blocking=True)
+    addresses = to_device(torch.tensor([[part.data_ptr() for part in parts] for parts in (sums, gradients)]), device)
     _add[(len(tensor),)](*addresses, tensor, first, sizes, TYPE=TYPES[gradients[0].dtype], BLOCK=BLOCK)
 
 
@@ -51,7 +51,7 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
     counts = [triton.cdiv(size, BLOCK) for size in sizes]
     tensor = torch.repeat_interleave(torch.tensor(counts))
     block = torch.cat([torch.arange(count) for count in counts])
-    return tensor.int().to(device), block.int().to(device), torch.tensor(sizes, device=device)
+    return to_device(tensor.int(), device), to_device(block.int(), device), to_device(torch.tensor(sizes), device)
 
 
 @triton.jit

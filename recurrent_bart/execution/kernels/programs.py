@@ -1,4 +1,4 @@
-"""Functions that several kernels use: division of rows into programs, sums over programs, and dropout."""
+"""Functions that several kernels use: division of rows into programs, sums over programs, dropout, and layer norm."""
 
 # Shape suffixes: E encoder layers (of a diagonal), W width of a row.
 
@@ -70,3 +70,19 @@ def drop(values, seed_pointer, row, p, BLOCK: tl.constexpr):
     first, second, third, fourth = tl.rand4x(tl.load(seed_pointer), quarter)
     uniform = tl.reshape(tl.join(tl.join(first, second), tl.join(third, fourth)), [BLOCK])
     return tl.where(uniform >= p, values / (1.0 - p), 0.0)
+
+
+@triton.jit
+def standardize(values, inside, width, epsilon):
+    """Return a row with mean 0 and variance 1, its former mean, and the factor that divided by the deviation."""
+    average = tl.sum(values, axis=0) / width
+    centred = tl.where(inside, values - average, 0.0)
+    factor = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + epsilon)
+    return centred * factor, average, factor
+
+
+@triton.jit
+def standardize_gradient(gradient, standardized, factor, width):
+    """Return the gradient of a row from the gradient of the standardized row."""
+    along = tl.sum(gradient * standardized, axis=0) / width
+    return (gradient - tl.sum(gradient, axis=0) / width - standardized * along) * factor

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-from recurrent_bart.execution.kernels.programs import add_up, draw_seed, drop, n_chunks
+from recurrent_bart.execution.kernels.programs import (
+    add_up,
+    draw_seed,
+    drop,
+    n_chunks,
+    standardize,
+    standardize_gradient,
+)
 
 
 def residual_norm(
@@ -33,6 +40,13 @@ def residual_norm_and_sum(
     is_kept = torch.is_grad_enabled()
     place = 1, 0, None, None
     return _ResidualNorm.apply(stream_EMD, hidden_EMD, hidden_bias, weight, bias, epsilon, p, *place, is_kept, True)
+
+
+def norm_with_input(stream_EMD: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return `LayerNorm(stream)` and the unchanged stream; the backward pass adds both gradients in one kernel."""
+    is_kept = torch.is_grad_enabled()
+    place = 1, 0, None, None
+    return _ResidualNorm.apply(stream_EMD, None, None, weight, bias, epsilon, 0.0, *place, is_kept, True)
 
 
 def residual_norm_and_slots(
@@ -63,8 +77,8 @@ class _ResidualNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         stream: Tensor,
-        hidden: Tensor,
-        hidden_bias: Tensor,
+        hidden: Tensor | None,
+        hidden_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         epsilon: float,
@@ -77,23 +91,26 @@ class _ResidualNorm(torch.autograd.Function):
         gives_sum: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         n_layers, n_rows, width = stream.shape
-        stream, hidden = stream.contiguous(), hidden.contiguous()
+        stream, has_hidden = stream.contiguous(), hidden is not None
         out = torch.empty_like(stream) if out is None else out
-        # saved for the backward pass
-        total = torch.empty_like(stream) if is_kept or gives_sum else out
+        # sum, saved for the backward pass
+        total = stream
+        if has_hidden:
+            total = torch.empty_like(stream) if is_kept or gives_sum else out
         mean, scale = stream.new_empty(2, n_layers * n_rows if is_kept else 0, dtype=torch.float32)
         seed = draw_seed(stream.device) if p else mean
         has_memory, n_positions = memory is not None, n_rows // n_documents
         both = stream.new_empty(n_layers, n_documents * n_slots, 2 * width) if has_memory else out
         _forward[(n_layers * n_rows,)](
-            stream, hidden, hidden_bias, weight, bias, seed, memory.contiguous() if has_memory else out,
+            stream, hidden.contiguous() if has_hidden else stream, hidden_bias if has_hidden else bias,
+            weight, bias, seed, memory.contiguous() if has_memory else out,
             total, out, both, mean, scale, n_rows, n_positions, n_slots, width, epsilon, p,
-            IS_KEPT=is_kept, GIVES_SUM=gives_sum, HAS_MEMORY=has_memory, HAS_DROPOUT=p > 0,
+            IS_KEPT=is_kept, GIVES_SUM=gives_sum, HAS_HIDDEN=has_hidden, HAS_MEMORY=has_memory, HAS_DROPOUT=p > 0,
             BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         ctx.save_for_backward(total, weight, mean, scale, seed)
         ctx.p, ctx.n_documents, ctx.n_slots, ctx.has_memory = p, n_documents, n_slots, has_memory
-        ctx.gives_sum = gives_sum
+        ctx.gives_sum, ctx.has_hidden = gives_sum, has_hidden
         if gives_sum:
             return out, total
         if not n_slots:
@@ -108,8 +125,8 @@ class _ResidualNorm(torch.autograd.Function):
         chunks = n_chunks(n_layers, n_rows, total.device)
         grad_stream = torch.empty_like(total)
         grad_hidden = torch.empty_like(total) if ctx.p else grad_stream
-        # gradients of the bias, the weight and the hidden bias
-        sums = total.new_empty(chunks, 3, n_layers, 1, width, dtype=torch.float32)
+        # gradients of the bias, the weight and, if there is one, the hidden bias
+        sums = total.new_empty(chunks, 2 + ctx.has_hidden, n_layers, 1, width, dtype=torch.float32)
         # `beside` is the gradient of the sum or of the slots
         grad_sum = beside.contiguous() if ctx.gives_sum else total
         grad_memory, slots = None, total.unsqueeze(1) if beside is None or ctx.gives_sum else beside
@@ -121,53 +138,41 @@ class _ResidualNorm(torch.autograd.Function):
             gradient.contiguous(), grad_sum, slots, *slots.stride()[:3], total, weight, mean, scale, seed,
             grad_stream, grad_hidden, sums,
             n_layers, n_rows, chunks, n_rows // ctx.n_documents, ctx.n_slots, width, ctx.p,
-            GIVES_SUM=ctx.gives_sum, HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0,
+            GIVES_SUM=ctx.gives_sum, HAS_HIDDEN=ctx.has_hidden, HAS_SLOTS=ctx.n_slots > 0, HAS_DROPOUT=ctx.p > 0,
             BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        grad_bias, grad_weight, grad_hidden_bias = add_up(sums, weight.dtype)
-        return (
-            grad_stream,
-            grad_hidden,
-            grad_hidden_bias,
-            grad_weight,
-            grad_bias,
-            None,
-            None,
-            None,
-            None,
-            grad_memory,
-            None,
-            None,
-            None,
-        )
+        grad_bias, grad_weight, *grad_hidden_bias = add_up(sums, weight.dtype)
+        of_hidden = (grad_hidden, *grad_hidden_bias) if ctx.has_hidden else (None, None)
+        return (grad_stream, *of_hidden, grad_weight, grad_bias, *[None] * 4, grad_memory, None, None, None)
 
 
 @triton.jit
 def _forward(
     stream, hidden, hidden_bias, weight, bias, seed, memory, total, out, both, mean, scale,
     n_rows, n_positions, n_slots, width, epsilon, p,
-    IS_KEPT: tl.constexpr, GIVES_SUM: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    IS_KEPT: tl.constexpr, GIVES_SUM: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_MEMORY: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     place, own = row * width + column, (row // n_rows) * width + column
-    added = tl.load(hidden + place, inside, 0.0).to(tl.float32) + tl.load(hidden_bias + own, inside, 0.0).to(tl.float32)
-    if HAS_DROPOUT:
-        added = drop(added, seed, row, p, BLOCK)
-    # rounded as the backward pass will read it
-    summed = (tl.load(stream + place, inside, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
-    if IS_KEPT or GIVES_SUM:
-        tl.store(total + place, summed, inside)
-    summed = summed.to(tl.float32)
-    average = tl.sum(summed, axis=0) / width
-    centred = tl.where(inside, summed - average, 0.0)
-    factor = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + epsilon)
+    summed = tl.load(stream + place, inside, 0.0).to(tl.float32)
+    if HAS_HIDDEN:
+        added = tl.load(hidden + place, inside, 0.0).to(tl.float32)
+        added += tl.load(hidden_bias + own, inside, 0.0).to(tl.float32)
+        if HAS_DROPOUT:
+            added = drop(added, seed, row, p, BLOCK)
+        # rounded as the backward pass will read it
+        rounded = (summed + added).to(total.dtype.element_ty)
+        if IS_KEPT or GIVES_SUM:
+            tl.store(total + place, rounded, inside)
+        summed = rounded.to(tl.float32)
+    standardized, average, factor = standardize(summed, inside, width, epsilon)
     if IS_KEPT:
         tl.store(mean + row, average)
         tl.store(scale + row, factor)
-    normed = centred * factor * tl.load(weight + own, inside, 0.0).to(tl.float32)
+    normed = standardized * tl.load(weight + own, inside, 0.0).to(tl.float32)
     normed += tl.load(bias + own, inside, 0.0).to(tl.float32)
     tl.store(out + place, normed.to(out.dtype.element_ty), inside)
     if HAS_MEMORY:
@@ -181,7 +186,8 @@ def _forward(
 def _backward(
     gradient, grad_sum, slots, slots_layer, slots_document, slots_position, total, weight, mean, scale, seed,
     grad_stream, grad_hidden, sums, n_layers, n_rows, n_chunks, n_positions, n_slots, width, p,
-    GIVES_SUM: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    GIVES_SUM: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, chunk = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     column = tl.arange(0, BLOCK)
@@ -203,9 +209,7 @@ def _backward(
         normed = tl.where(inside, normed, 0.0)
         bias_sum += arriving
         weight_sum += arriving * normed
-        scaled = arriving * own_weight
-        along = tl.sum(scaled * normed, axis=0) / width
-        leaving = (scaled - tl.sum(scaled, axis=0) / width - normed * along) * factor
+        leaving = standardize_gradient(arriving * own_weight, normed, factor, width)
         if GIVES_SUM:
             leaving += tl.load(grad_sum + place, inside, 0.0).to(tl.float32)
         tl.store(grad_stream + place, leaving.to(grad_stream.dtype.element_ty), inside)
@@ -213,8 +217,9 @@ def _backward(
             leaving = drop(leaving, seed, row, p, BLOCK)
             tl.store(grad_hidden + place, leaving.to(grad_hidden.dtype.element_ty), inside)
         hidden_sum += leaving
-    place = (chunk * 3 * n_layers + layer) * width + column
     stride = n_layers * width
+    place = chunk * (2 + HAS_HIDDEN) * stride + layer * width + column
     tl.store(sums + place, bias_sum, inside)
     tl.store(sums + stride + place, weight_sum, inside)
-    tl.store(sums + 2 * stride + place, hidden_sum, inside)
+    if HAS_HIDDEN:
+        tl.store(sums + 2 * stride + place, hidden_sum, inside)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
+from recurrent_bart.recurrence.cell import within_range
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # layers, documents, positions, slots, width: not powers of two, minimal sizes, and more rows than a tile
 SIZES = [(2, 3, 11, 3, 48), (1, 1, 2, 1, 16), (3, 2, 21, 5, 20)]
@@ -95,22 +97,97 @@ def test_residual_norm(dtype, sizes, gives):
     check(fused, plain, [stream, hidden, memory, *own])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_without_a_graph_results_are_left_in_their_places(p):
-    """Output buffers get the same values; the stream's buffer may be the input."""
-    from recurrent_bart.execution.kernels.gated_update import gated_update
-    from recurrent_bart.execution.kernels.residual_norm import residual_norm_and_slots
+@pytest.mark.parametrize(("dtype", "sizes"), [*zip(TOLERANCE, SIZES, strict=True)], ids=str)
+def test_norm_with_input(dtype, sizes):
+    from recurrent_bart.execution.kernels.residual_norm import norm_with_input
 
+    n_layers, n_documents, n_positions, _, width = sizes
+
+    def plain(stream, weight, bias):
+        return [layer_norm(stream, (width,), eps=1e-5) * weight + bias, stream]
+
+    affine = n_layers, 1, width
+    stream, *own = randoms(dtype, (n_layers, n_documents * n_positions, width), affine, affine)
+    own = [part.detach().contiguous().requires_grad_() for part in own]
+    check(lambda *inputs: norm_with_input(*inputs, 1e-5), plain, [stream, *own])
+
+
+@pytest.mark.slow
+@every_pair("has_memory", False, True)
+def test_residual_sum(dtype, sizes, has_memory):
+    from recurrent_bart.execution.kernels.residual_sum import residual_sum_and_slots
+
+    n_layers, n_documents, n_positions, n_slots, width = sizes
+    rows, affine = (n_layers, n_documents * n_positions, width), (n_layers, 1, width)
+
+    def plain(stream, hidden, memory, hidden_bias, weight, bias):
+        summed = stream + hidden + hidden_bias
+        slots = layer_norm(summed.unflatten(1, (n_documents, -1))[:, :, :n_slots], (width,), eps=1e-5)
+        slots = slots * weight.unsqueeze(1) + bias.unsqueeze(1)
+        if has_memory:
+            return [summed, torch.cat([memory, slots.flatten(1, 2)], dim=-1)]
+        return [summed + 0 * memory.sum(), slots]
+
+    def fused(stream, hidden, memory, *affine):
+        sizes = n_documents, n_slots
+        if has_memory:
+            return residual_sum_and_slots(stream, hidden, *affine, 1e-5, 0.0, *sizes, memory)
+        return residual_sum_and_slots(stream + 0 * memory.sum(), hidden, *affine, 1e-5, 0.0, *sizes)
+
+    memory = n_layers, n_documents * n_slots, width
+    stream, hidden, memory, *own = randoms(dtype, rows, rows, memory, affine, affine, affine)
+    own = [part.detach().contiguous().requires_grad_() for part in own]
+    check(fused, plain, [stream, hidden, memory, *own])
+
+
+@pytest.mark.parametrize("added", [0.0, 65_000.0, float("inf"), float("-inf"), float("nan")])
+def test_float16_sums_are_clamped_as_in_mbarts_layers(added):
+    """Clamped numbers get no gradient; NaN stays, so that the training step is skipped."""
+    from recurrent_bart.execution.kernels.residual_sum import residual_sum_and_slots
+
+    stream, hidden = (it.detach().contiguous() for it in randoms(torch.float16, (1, 6, 16), (1, 6, 16)))
+    hidden[0, 2, 3] = hidden[0, 4, 5] = added
+    inputs = [stream.requires_grad_(), hidden.requires_grad_()]
+    bias, weight = torch.zeros(1, 1, 16, dtype=torch.float16), torch.ones(1, 1, 16, dtype=torch.float16)
+    found, _ = residual_sum_and_slots(*inputs, bias, weight, bias, 1e-5, 0.0, 2, 1)
+    # the first position of both documents is a slot; here its norm gets no gradient
+    expected = within_range(stream + hidden)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    arriving = torch.randn_like(found)
+    for one, other in zip(*(torch.autograd.grad(out, inputs, arriving) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_dropout_of_a_residual_sum_is_the_same_again_in_the_backward_pass():
+    """A gradient is zero where the output is zero, and scaled like the output elsewhere."""
+    from recurrent_bart.execution.kernels.residual_sum import residual_sum_and_slots
+
+    torch.manual_seed(0)
+    ones, nothing = torch.ones(2, 24, 48, requires_grad=True), torch.zeros(2, 1, 48)
+    out, _ = residual_sum_and_slots(torch.zeros(2, 24, 48), ones, nothing, nothing + 1, nothing, 1e-5, 0.3, 2, 3)
+    assert (out == 0).float().mean() == pytest.approx(0.3, abs=0.03)
+    out.sum().backward()
+    torch.testing.assert_close(ones.grad, out.detach())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last_sum", ["residual_norm_and_slots", "residual_sum_and_slots"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_without_a_graph_results_are_left_in_their_places(p, last_sum):
+    """Output buffers get the same values; the stream's buffer may be the input."""
+    from recurrent_bart.execution.kernels import residual_norm, residual_sum
+    from recurrent_bart.execution.kernels.gated_update import gated_update
+
+    last_sum = getattr(residual_sum if "sum" in last_sum else residual_norm, last_sum)
     stream, hidden = randoms(torch.float32, (2, 33, 48), (2, 33, 48))
     affine = [part.contiguous() for part in randoms(torch.float32, *[(2, 1, 48)] * 3)]
     memory = torch.randn(2, 12, 48)
     torch.manual_seed(1)
-    expected = residual_norm_and_slots(stream, hidden, *affine, 1e-5, p, 3, 4, memory)
+    expected = last_sum(stream, hidden, *affine, 1e-5, p, 3, 4, memory)
     place = stream.detach().contiguous()
     torch.manual_seed(1)
     with torch.no_grad():
-        found = residual_norm_and_slots(place, hidden, *affine, 1e-5, p, 3, 4, memory, place)
+        found = last_sum(place, hidden, *affine, 1e-5, p, 3, 4, memory, place)
     assert found[0].data_ptr() == place.data_ptr()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
