@@ -12,7 +12,7 @@ from rich.console import Console
 
 from recurrent_bart.benchmarks.generation import measure as generation
 from recurrent_bart.benchmarks.generation import report as generation_report
-from recurrent_bart.benchmarks.generation.cases import build_cases
+from recurrent_bart.benchmarks.generation.cases import LOOPS, build_cases
 from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting
 from recurrent_bart.benchmarks.models.cases import MODELS, SCHEDULES, SUITES, Group, build_suite
 from recurrent_bart.benchmarks.models.checks import find_wrong_results
@@ -63,6 +63,14 @@ def build_parser() -> FlagParser:
     )
     parser.add_argument(
         "--num_beams", type=int, nargs="+", default=[1, 4], help="beams in the suite generation; default: 1 4"
+    )
+    parser.add_argument(
+        "--loops",
+        nargs="+",
+        choices=LOOPS,
+        default=list(LOOPS),
+        help="loops over tokens in the suite generation: this package's, Hugging Face's, and Hugging Face's compiled "
+        "with a static cache; default: all",
     )
     parser.add_argument(
         "--new_tokens", type=int, default=64, help="tokens per text in the suite generation; default: %(default)s"
@@ -163,6 +171,7 @@ def compare_loops(arguments: argparse.Namespace, argv: list[str]) -> int:
     about = describe(setting)
     sizes = arguments.num_beams, arguments.batch_sizes, arguments.contexts, arguments.new_tokens
     cases = build_cases(*sizes, is_gpu=setting.device.type == "cuda")
+    cases = [case for case in cases if case.loop in arguments.loops]
     effort = Effort(arguments.rounds, arguments.warmup, arguments.passes, arguments.budget_seconds)
 
     def keep(found: generation.Results) -> None:

@@ -38,6 +38,13 @@ def test_a_run_measures_each_loop_and_writes_records(script, tmp_path, capsys):
     assert "Hugging Face, eager" in capsys.readouterr().out
 
 
+def test_one_loop_is_measured_alone(script, tmp_path):
+    flags = [*FLAGS, "--loops", "ours", "--num_beams", "1", "--contexts", "8", "--new_tokens", "2", "--warmup", "0"]
+    assert script.main([*flags, "--output_dir", str(tmp_path)]) == 0
+    (record,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert (record["loop"], record["outcome"]) == ("ours", "measured")
+
+
 def test_wrong_ids_are_not_timed(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "find_wrong_ids", lambda setting: ["ids differ"])
     assert script.main([*FLAGS, "--output_dir", str(tmp_path)]) == 1
