@@ -23,7 +23,7 @@ class CapturedFunction:
     returned tensors.
     """
 
-    def __init__(self, function: Callable[[Batch], Sequence[Tensor | None]], batch: Batch, device: torch.device):
+    def __init__(self, function: Callable[[Batch], Sequence[Any]], batch: Batch, device: torch.device):
         self.batch = batch
         ids, labels = (part.to(device, copy=True) for part in (batch.input_ids, batch.labels))
         self._inputs = replace(batch, input_ids=ids, labels=labels)
@@ -32,14 +32,14 @@ class CapturedFunction:
             warm_up([self._run(function)], stream)
             self._outputs, self._graph = capture(self._run(function), stream)
 
-    def __call__(self) -> Sequence[Tensor | None]:
+    def __call__(self) -> Sequence[Any]:
         """Return the function's result for `batch`."""
         self._inputs.input_ids.copy_(self.batch.input_ids)
         self._inputs.labels.copy_(self.batch.labels)
         self._graph.replay()
         return self._outputs
 
-    def _run(self, function: Callable[[Batch], Sequence[Tensor | None]]) -> Callable[[], Sequence[Tensor | None]]:
+    def _run(self, function: Callable[[Batch], Sequence[Any]]) -> Callable[[], Sequence[Any]]:
         return lambda: function(self._inputs)
 
 

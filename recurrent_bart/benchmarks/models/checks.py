@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from recurrent_bart.benchmarks.models.benchmark_models import FusedBart, Recurrent
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkModel, FusedBart, Recurrent
 from recurrent_bart.benchmarks.models.captured import CapturedStep, captured_reading
 from recurrent_bart.benchmarks.models.cases import SCHEDULES
 from recurrent_bart.benchmarks.models.fused_decoder import decoder_loss, encode_segments
@@ -110,7 +110,7 @@ def find_wrong_graphs(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) 
     with device:
         rmt = RecurrentMemoryBart(BartConfig(**SHAPE), n_memory=3).double().train()
         bart = BartForConditionalGeneration(BartConfig(**SHAPE)).double().train()
-    subjects = {
+    subjects: dict[str, BenchmarkModel] = {
         "RMT": Recurrent(rmt, device),
         "SegEnc": FusedBart(bart, device, is_whole=False),
         "BART": FusedBart(bart, device, is_whole=True),
@@ -120,17 +120,19 @@ def find_wrong_graphs(device: torch.device, ids_BNL: Tensor, labels_BT: Tensor) 
     )
     faults = []
     for name, subject in subjects.items():
-        step, reading = (
-            CapturedStep(subject, captured_for, with_optimizer=False),
-            captured_reading(subject, captured_for),
-        )
+        step = CapturedStep(subject, captured_for, with_optimizer=False)
+        reading = captured_reading(subject, captured_for)
         step.passes.batch = reading.batch = replayed_for
         with torch.no_grad():
-            faults += _difference(f"{name}: the encoder output", reading()[0], subject.encode(replayed_for), "no graph")
+            faults += _difference(
+                f"{name}, CUDA graph: encoder outputs", reading()[0], subject.encode(replayed_for), "no graph"
+            )
         (loss,) = subject.losses(replayed_for)
-        found = [step().view(1), *(part.grad.flatten() for _, part in _in_order(subject.model))]
         reference = _loss_and_gradients(subject.model, loss)
-        faults += _difference(f"{name}, CUDA graph: loss or gradients", torch.cat(found), reference, "no graph")
+        replayed = step().view(1)
+        gradients = [torch.zeros_like(it) if it.grad is None else it.grad for _, it in _in_order(subject.model)]
+        found = torch.cat([replayed, *(gradient.flatten() for gradient in gradients)])
+        faults += _difference(f"{name}, CUDA graph: loss or gradients", found, reference, "no graph")
     return faults
 
 
