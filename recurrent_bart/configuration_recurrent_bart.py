@@ -89,7 +89,9 @@ class RecurrentBartConfig(BartConfig):
         schedule: Order in which the cells (segment, layer) are computed; results are the same. `"sequential"`: segment
             after segment, layer after layer. `"wavefront"`: all independent cells at once; not with `recurrence="top"`.
             `"auto"`: wavefront where it is possible and faster (on a GPU, with several segments and few documents per
-            batch), otherwise sequential. Without a state, both compute several segments as one batch instead.
+            batch), otherwise sequential. Without a state, "wavefront", and "auto" on a GPU, compute all segments as one
+            batch without the padding segments. With gradient checkpointing, and without gradients, the batches are
+            smaller.
 
     Raises:
         ValueError: A field is outside its range, or a segment does not fit the position table.

@@ -14,7 +14,7 @@ from recurrent_bart.benchmarks.generation import measure as generation
 from recurrent_bart.benchmarks.generation import report as generation_report
 from recurrent_bart.benchmarks.generation.cases import LOOPS, build_cases
 from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting
-from recurrent_bart.benchmarks.models.cases import MODELS, SCHEDULES, SUITES, Group, build_suite
+from recurrent_bart.benchmarks.models.cases import MODELS, SCHEDULES, SUITES, Case, Group, build_suite
 from recurrent_bart.benchmarks.models.checks import find_wrong_results
 from recurrent_bart.benchmarks.models.session import Effort, run_groups, write_results
 from recurrent_bart.benchmarks.models.tables import LEGEND, draw, group_table
@@ -198,7 +198,7 @@ def check_sizes(arguments: argparse.Namespace) -> None:
 
 
 def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
-    """Return the requested groups of the suite with only the cases of the requested models.
+    """Return the requested groups of the suite with only the cases that `is_chosen` accepts.
 
     Raises:
         ValueError: A group is unknown, or no case is left.
@@ -209,13 +209,19 @@ def chosen_groups(arguments: argparse.Namespace) -> list[Group]:
     if unknown := set(wanted) - set(names):
         raise ValueError(f"--groups {' '.join(sorted(unknown))}: unknown; the suite has the groups {', '.join(names)}")
     chosen = [
-        Group(group.name, tuple(case for case in group.cases if case.model in arguments.models))
+        Group(group.name, tuple(case for case in group.cases if is_chosen(case, arguments)))
         for group in suite
         if group.name in wanted
     ]
     if not any(group.cases for group in chosen):
         raise ValueError(f"--models {' '.join(arguments.models)}: no case in the groups {', '.join(wanted)}")
     return [group for group in chosen if group.cases]
+
+
+def is_chosen(case: Case, arguments: argparse.Namespace) -> bool:
+    """Return True if the case's model is requested; cases with a CUDA graph also need a GPU."""
+    can_run = not case.graphed or torch.device(arguments.device).type == "cuda"
+    return case.model in arguments.models and can_run
 
 
 def setting_of(arguments: argparse.Namespace) -> BenchmarkSetting:

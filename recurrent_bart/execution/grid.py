@@ -22,11 +22,11 @@ from recurrent_bart.execution.wavefront import Wavefront
 from recurrent_bart.recurrence.bptt import cuts_state, n_segments_with_graph, state_windows
 from recurrent_bart.recurrence.cell import AttentionMasks
 from recurrent_bart.recurrence.prefix_recurrence import PrefixRecurrence, RecurrentState, Weights
-from recurrent_bart.recurrence.segmentation import Segment, on_device
+from recurrent_bart.recurrence.segmentation import Segment, on_device, to_device
 
-# `schedule="auto"` computes several segments at once up to this number of tokens of one segment over all documents. At
-# 8,192, the wavefront was 1.5 to 1.9 times as fast on an H100 (benchmarks/LOG.md). Larger sizes are not measured; they
-# need more memory, because the wavefront holds hidden states of all layers
+# `schedule="auto"` uses the wavefront up to this number of tokens of one segment over all documents. At 8,192, the
+# wavefront was 1.5 to 1.9 times as fast on an H100 (benchmarks/LOG.md). Larger sizes are not measured; they need more
+# memory, because the wavefront holds hidden states of all layers. Without a state, see `Grid._n_together`
 MOST_TOKENS = 16_384
 logger = logging.get_logger(__name__)
 
@@ -171,10 +171,14 @@ class Grid:
 
     def _fastest(self, segments_BNLD: Tensor, selection: OutputSelection) -> Schedule:
         schedule = self.config.schedule
-        if schedule == "sequential" or (schedule == "auto" and not is_wavefront_faster(segments_BNLD)):
+        if schedule == "sequential":
             return self._sequential
         if not self.config.has_state:
-            return self._parallel
+            # the segments of a document already saturate a CPU one by one
+            is_faster = schedule == "wavefront" or segments_BNLD.device.type != "cpu"
+            return self._parallel if is_faster else self._sequential
+        if schedule == "auto" and not is_wavefront_faster(segments_BNLD):
+            return self._sequential
         # only the sequential schedule returns hidden states and attention weights of every layer
         if selection.hidden_states or selection.attentions or self.config.recurrence == "top":
             return self._sequential
@@ -259,15 +263,49 @@ class Grid:
     def _parallel(
         self, segments: list[Segment], mask_BNL: Tensor, state_EBPD: Tensor | None, selection: OutputSelection
     ) -> Iterator[SegmentOutput]:
-        """Run segments that no state connects as one batch, up to `MOST_TOKENS` tokens at a time."""
-        n_documents, n_segments, n_tokens = mask_BNL.shape
-        n_together = max(1, MOST_TOKENS // (n_documents * n_tokens))
-        for start in range(0, n_segments, n_together):
+        """Run segments that no state connects as one batch, or as several batches where that needs less memory."""
+        n_together = self._n_together(mask_BNL)
+        for start in range(0, len(segments), n_together):
             part = segments[start : start + n_together]
             tokens_BLD = torch.cat([read() for read in part])
             mask_BL = mask_BNL[:, start : start + n_together].transpose(0, 1).flatten(0, 1)
-            prefix = None if state_EBPD is None else state_EBPD.repeat(1, len(part), 1, 1)
-            yield from self._checkpointed(tokens_BLD, mask_BL, prefix, selection).split(len(part))
+            rows = None
+            if not (selection.hidden_states or selection.attentions):
+                rows = _rows_with_text(mask_BL, n_documents=len(mask_BNL))
+            yield from self._read_rows(tokens_BLD, mask_BL, rows, state_EBPD, selection).split(len(part))
+
+    def _n_together(self, mask_BNL: Tensor) -> int:
+        """Return the number of segments that run as one batch without a state: all, or up to `MOST_TOKENS` tokens.
+
+        The limit saves memory where activations are not kept. Without checkpointing, the backward pass needs the
+        activations of all segments anyway.
+        """
+        n_documents, n_segments, n_tokens = mask_BNL.shape
+        is_recomputed = any(layer.gradient_checkpointing and layer.training for layer in self.layers)
+        if torch.is_grad_enabled() and not (is_recomputed or self.checkpoints_segments):
+            return n_segments
+        return max(1, MOST_TOKENS // (n_documents * n_tokens))
+
+    def _read_rows(
+        self,
+        tokens_BLD: Tensor,
+        mask_BL: Tensor,
+        rows: Tensor | None,
+        state_EBPD: Tensor | None,
+        selection: OutputSelection,
+    ) -> SegmentOutput:
+        """Run segments that no state connects as a batch of rows; only `rows` are computed, and other rows are zero."""
+        shape = tokens_BLD.shape
+        if rows is not None:
+            mask_BL, rows = mask_BL[rows], to_device(rows, tokens_BLD.device)
+            tokens_BLD = tokens_BLD.index_select(0, rows)
+        # all documents share one learned prefix
+        prefix = None if state_EBPD is None else state_EBPD[:, :1].expand(-1, len(tokens_BLD), -1, -1)
+        segment = self._checkpointed(tokens_BLD, mask_BL, prefix, selection)
+        if rows is not None:
+            assert segment.tokens is not None
+            segment.tokens = segment.tokens.new_zeros(shape).index_copy(0, rows, segment.tokens)
+        return segment
 
     def _segment(
         self, tokens_BLD: Tensor, mask_BL: Tensor, state_EBPD: Tensor | None, selection: OutputSelection
@@ -282,7 +320,7 @@ class Grid:
         gate_EH = recurrence.prefix_gate if recurrence and config.prefix_attention == "gated" else None
         shared = recurrence.by_layer() if recurrence else {}
         slots: list[Tensor] = []
-        matrices, hidden_states, attentions = [], [stream[:, n_slots:]], []
+        matrices, hidden_states, attentions = [], [stream[:, n_slots:]] * selection.hidden_states, []
         for layer_idx, layer in enumerate(self.layers):
             prefix = functools.partial(read_prefix, layer_idx) if read_prefix else None
             own, matrix = slice(layer_idx, layer_idx + 1), None
@@ -311,6 +349,17 @@ class Grid:
             written = torch.cat(matrices) if recurrence.n_matrix_rows else None
             memory = recurrence.next_state(state_EBPD, slots_EBPD, is_read_1B, shared, written)
         return SegmentOutput(stream[:, n_slots:].to(tokens_BLD.device), memory, hidden_states, attentions)
+
+
+def _rows_with_text(mask_BL: Tensor, n_documents: int) -> Tensor | None:
+    """Return the indices of the rows to compute, rows with text first, or None if no row can be left out.
+
+    The number of rows is a multiple of `n_documents`, so that batches have few shapes: an attention kernel may build a
+    plan for each new shape, which takes longer than a training step.
+    """
+    is_read_B = mask_BL.bool().any(dim=-1)
+    n_rows = n_documents * max(1, -(-int(is_read_B.sum()) // n_documents))
+    return None if n_rows == len(mask_BL) else (~is_read_B).int().argsort(stable=True)[:n_rows]
 
 
 def _constant_segment(tokens_BLD: Tensor) -> Segment:

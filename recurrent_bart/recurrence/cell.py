@@ -179,9 +179,11 @@ def cell_attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return attention output, the tokens' attention weights and the new matrix. Tokens never attend to slots."""
     attention, n_slots = layer.shared.self_attn, visible.n_slots
-    # split instead of slices: the backward pass of each slice would write the whole tensor
-    parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in layer.query_key_value(attended_BLD)]
-    (slots_query, *slots), (token_query, *tokens) = zip(*parts, strict=True)
+    token_query, *tokens = query_key_value = layer.query_key_value(attended_BLD)
+    if n_slots:
+        # split instead of slices: the backward pass of each slice would write the whole tensor
+        parts = [part.split((n_slots, part.shape[2] - n_slots), dim=2) for part in query_key_value]
+        (slots_query, *slots), (token_query, *tokens) = zip(*parts, strict=True)
     tokens_see = concat_keys(prefix, tokens) if prefix is not None and gate_BH is None else tokens
     read, weights = attend(attention, token_query, tokens_see, visible.tokens)
     if gate_BH is not None:

@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
+from recurrent_bart.data.batches import Batch
 from recurrent_bart.execution import grid
+from recurrent_bart.training.windows import count_windows, window_losses
 from reference import context, encode
 from tiny import NORM_ORDERS, batch_of, random_ids
 
@@ -126,14 +128,19 @@ def test_top_without_projection_is_barts_attention_over_memory_and_tokens(make_m
     torch.testing.assert_close(encoder(ids).last_hidden_state, stream, rtol=0, atol=1e-12)
 
 
+WITHOUT_A_STATE = [{"pre_seq_len": 0}, {"recurrence": "none"}, {"recurrence": "none", "normalize_before": True}]
+
+
 @pytest.mark.pairwise
-@pytest.mark.parametrize(
-    "fields", [{"pre_seq_len": 0}, {"recurrence": "none"}, {"recurrence": "none", "normalize_before": True}], ids=str
-)
+@pytest.mark.parametrize("fields", WITHOUT_A_STATE, ids=str)
 @pytest.mark.parametrize("checkpointing", ["none", "layer", "segment"])
 @pytest.mark.parametrize(("most_tokens", "n_calls"), [(10_000, 1), (48, 3), (1, 5)])
 def test_segments_without_a_state_run_as_batches(make_model, monkeypatch, fields, checkpointing, most_tokens, n_calls):
-    """Three documents of 5 segments of 8 tokens: two segments have 48 tokens."""
+    """Three documents of 5 segments of 8 tokens: two segments have 48 tokens.
+
+    Without checkpointing, the limit of tokens does not apply: all activations stay for the backward pass anyway.
+    """
+    n_calls = n_calls if checkpointing != "none" else 1
     _, input_ids, mask = batch_of([[8, 8, 3, 8, 7], [8, 5], [8, 8, 8]])
     monkeypatch.setattr(grid, "MOST_TOKENS", most_tokens)
     found = []
@@ -152,6 +159,83 @@ def test_segments_without_a_state_run_as_batches(make_model, monkeypatch, fields
         found.append([output.last_hidden_state, *output.hidden_states, *output.attentions, *gradients])
     for expected, parallel in zip(*found, strict=True):
         torch.testing.assert_close(parallel, expected, rtol=0, atol=1e-10)
+
+
+TARGETS = {
+    "document": {"decoder_context": "all"},
+    "last segments": {"decoder_context": "all", "context_segments": 2},
+    "sections": {"decoder_context": "section", "bptt_depth": -1},
+    "windows": {"decoder_context": "section", "bptt_depth": 1},
+}
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("fields", WITHOUT_A_STATE, ids=str)
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "segment"])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("most_tokens", [10_000, 48])
+def test_padding_segments_without_a_state_are_left_out(
+    make_model, monkeypatch, fields, checkpointing, targets, most_tokens
+):
+    """Losses and gradients equal the sequential schedule's, which computes padding segments too."""
+    monkeypatch.setattr(grid, "MOST_TOKENS", most_tokens)
+    _, input_ids, mask = batch_of([[8, 8, 3, 8, 7], [8, 5], [8, 8, 8]])
+    labels = random_ids(3, 5, 4).masked_fill(~mask.bool()[:, :, :1], -100)
+    labels[0, 2] = -100
+    labels = labels if targets in ("sections", "windows") else labels[:, 0]
+    batch, found, n_rows = Batch(input_ids, mask, labels, [0, 1, 2]), [], []
+    for schedule in ("sequential", "wavefront"):
+        torch.manual_seed(0)
+        model = make_model(schedule=schedule, **fields, **TARGETS[targets]).train()
+        model.set_gradient_checkpointing(checkpointing)
+        rows = []
+        model.model.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))  # noqa: B023
+        losses, n_windows = [], count_windows(batch, model.config)
+        for loss in window_losses(model, model.config, batch, torch.device("cpu"), n_windows, 10.0):
+            # without the calls that checkpointing repeats
+            n_rows.append((schedule, sum(rows)))
+            loss.backward()
+            losses.append(loss.detach())
+            rows.clear()
+        found.append([*losses, *(parameter.grad for parameter in model.parameters())])
+    for expected, parallel in zip(*found, strict=True):
+        torch.testing.assert_close(parallel, expected, rtol=0, atol=1e-10)
+    sequential, parallel = (sum(n for name, n in n_rows if name == kind) for kind in ("sequential", "wavefront"))
+    assert parallel < sequential
+    assert all(n % 3 == 0 for _, n in n_rows)
+
+
+@pytest.mark.parametrize("fields", WITHOUT_A_STATE, ids=str)
+def test_the_layers_see_each_segment_with_text_once(make_model, fields):
+    """Ten segments have text, and the number of rows is the next multiple of three documents."""
+    _, input_ids, mask = batch_of([[8, 8, 3, 8, 7], [8, 5], [8, 8, 8]])
+    model, seen = make_model(schedule="wavefront", decoder_context="all", **fields), []
+    model.model.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    whole = model.model.encoder(input_ids, attention_mask=mask)
+    assert [tuple(stream.shape[:2]) for stream in seen] == [(12, 8)]
+    with torch.no_grad():
+        read = model.model.encoder(input_ids, attention_mask=mask)
+        alone = [model.model.encoder(input_ids[row : row + 1], attention_mask=mask[row : row + 1]) for row in range(3)]
+    for row in range(3):
+        expected = alone[row].last_hidden_state[0, alone[row].context_mask[0].bool()]
+        for output in (whole, read):
+            found = output.last_hidden_state[row, output.context_mask[row].bool()]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fields", WITHOUT_A_STATE, ids=str)
+def test_documents_without_text_are_read_without_a_state(make_model, fields):
+    """A batch in which no document has text in this call still runs, as the sequential schedule does."""
+    contexts = []
+    for schedule in ("sequential", "wavefront"):
+        torch.manual_seed(0)
+        model = make_model(schedule=schedule, decoder_context="all", **fields)
+        state = model.model.encoder(random_ids(2, 2, 8)).state
+        nothing = torch.ones(2, 3, 8, dtype=torch.long), torch.zeros(2, 3, 8, dtype=torch.long)
+        output = model.model.encoder(nothing[0], attention_mask=nothing[1], state=state)
+        contexts.append(output.last_hidden_state[output.context_mask.bool()])
+        assert output.state.position.tolist() == [2, 2]
+    torch.testing.assert_close(*contexts, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("context_segments", [2, -1])

@@ -13,6 +13,7 @@ from recurrent_bart.benchmarks.models.cases import Case
 from recurrent_bart.benchmarks.models.measure import Measurement, measure
 from recurrent_bart.checkpointing.checkpoints import TrainerState
 from recurrent_bart.data.batches import BatchOrder, Collator, SegmentSizes, plan_documents
+from recurrent_bart.execution import grid
 from recurrent_bart.model import decoder_context
 from recurrent_bart.model.scheduled_sampling import Oracle
 from recurrent_bart.recurrence.attention import attend
@@ -38,6 +39,7 @@ VARIANTS = {
     "packed section": {"decoder_context": "section"},
     "packed, all": {"decoder_context": "all"},
     "packed, all static": {"decoder_context": "all", "recurrence": "none"},
+    "no state": {"decoder_context": "all", "pre_seq_len": 0},
 }
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -150,11 +152,22 @@ def test_the_missions_command_trains_in_bfloat16(tmp_path, documents, config):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]["bf16"]["enabled"]
 
 
+@pytest.mark.parametrize("most_tokens", [1, 10_000])
+def test_segments_without_a_state_are_one_batch_of_any_size(monkeypatch, most_tokens):
+    """Eight of twelve segments have text, and the number of rows is the next multiple of three documents."""
+    monkeypatch.setattr(grid, "MOST_TOKENS", most_tokens)
+    model, seen = tiny_model(**VARIANTS["no state"]).to("cuda").train(), []
+    model.model.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(**{name: value.to("cuda") for name, value in ragged("document").items()})
+    assert [tuple(stream.shape[:2]) for stream in seen] == [(9, 8)]
+
+
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
-def test_a_training_step_waits_for_nothing(schedule, task):
+@pytest.mark.parametrize("fields", [{}, VARIANTS["no state"], VARIANTS["packed, all static"]], ids=str)
+def test_a_training_step_waits_for_nothing(fields, schedule, task):
     inputs = ragged(task)
-    model = tiny_model(schedule=schedule).to("cuda").train()
+    model = tiny_model(schedule=schedule, **fields).to("cuda").train()
     inputs["input_ids"] = inputs["input_ids"].to("cuda")
     model(**inputs).loss.backward()
     torch.cuda.set_sync_debug_mode("error")

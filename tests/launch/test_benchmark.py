@@ -71,6 +71,18 @@ def test_a_group_that_is_not_there_is_an_error(script, capsys):
     assert "no case" in capsys.readouterr().err
 
 
+def test_cases_with_a_cuda_graph_run_on_a_gpu_only(script):
+    def peers(*flags):
+        flags = "--suite", "headline", "--groups", "peers", *flags
+        (group,) = script.chosen_groups(script.build_parser().parse_args(list(flags)))
+        return group.cases
+
+    on_gpu, on_cpu = peers("--device", "cuda:0"), peers("--device", "cpu")
+    assert {case.model for case in on_gpu if case.graphed} == {"rmt", "segenc", "bart"}
+    assert on_cpu == tuple(case for case in on_gpu if not case.graphed)
+    assert {case.model for case in peers("--device", "cuda", "--models", "segenc")} == {"segenc"}
+
+
 def test_the_headline_is_of_large_models_and_others_of_tiny_ones(script):
     def setting(*flags):
         return script.setting_of(script.build_parser().parse_args(list(flags)))

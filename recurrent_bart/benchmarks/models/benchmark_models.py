@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from recurrent_bart.benchmarks.models.arithmetic import Attention, PeerArithmetic
-from recurrent_bart.benchmarks.models.cases import Case
+from recurrent_bart.benchmarks.models.cases import GRAPHED_MODELS, Case
+from recurrent_bart.benchmarks.models.fused_decoder import decoder_loss, encode_segments
 from recurrent_bart.benchmarks.models.rmt import RecurrentMemoryBart
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.data.batches import Batch
@@ -78,14 +79,29 @@ def build_benchmark_model(case: Case, setting: BenchmarkSetting) -> BenchmarkMod
     """Build the model of a case.
 
     Raises:
-        ValueError: The model does not support the case's checkpointing or target.
+        ValueError: The model does not support a setting of the case.
     """
-    if case.model != "ours" and (case.checkpointing == "segment" or case.task != "document"):
+    is_of_ours = case.checkpointing == "segment" or case.task != "document"
+    if case.model != "ours" and (is_of_ours or case.decoder_context != "last" or not case.has_state):
         raise ValueError(f"{case.label()}: only the model ours supports this setting")
+    if case.graphed:
+        check_graphed(case, setting.device)
     with setting.device:
         subject = BUILDERS[case.model](case, setting)
     subject.model.to(setting.dtype).train(case.work in ("training", "passes"))
     return subject
+
+
+def check_graphed(case: Case, device: torch.device) -> None:
+    """Raise a ValueError if the steps of a case cannot be captured as one CUDA graph."""
+    if case.model not in GRAPHED_MODELS or case.work == "generation":
+        allowed = ", ".join(GRAPHED_MODELS)
+        raise ValueError(f"{case.label()}: graphed is allowed for training and inference of {allowed}")
+    if case.checkpointing != "none":
+        # checkpointing saves the state of the random number generator, which a capture does not allow
+        raise ValueError(f"{case.label()}: graphed needs checkpointing='none'")
+    if device.type != "cuda":
+        raise ValueError(f"{case.label()}: CUDA graphs need a GPU, but the device is {device}")
 
 
 @dataclass
@@ -150,6 +166,42 @@ class Recurrent:
 
 
 @dataclass
+class FusedBart:
+    """Hugging Face's BART, whose decoder attends to all tokens.
+
+    With `is_whole`, the encoder reads each document as one sequence. Otherwise it reads segments as a batch (SegEnc).
+    """
+
+    model: BartForConditionalGeneration
+    device: torch.device
+    is_whole: bool
+
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """Yield the loss of one target per document."""
+        yield decoder_loss(self.model, self.encode(batch), batch.labels.to(self.device))
+
+    def encode(self, batch: Batch) -> Any:
+        """Return the encoder output of all tokens."""
+        return encode_segments(self.model, self._rows(batch).to(self.device))
+
+    def training_flops(self, batch: Batch) -> float:
+        """Return the FLOPs. The backward pass costs twice the forward pass."""
+        decoder = self._arithmetic().decoder(batch.labels.shape[-1], batch.input_ids[0].numel())
+        return 3 * (self.encoder_flops(batch) + len(batch.labels) * decoder)
+
+    def encoder_flops(self, batch: Batch) -> float:
+        """Return the encoder's FLOPs for all rows."""
+        n_documents, n_rows, n_tokens = self._rows(batch).shape
+        return n_documents * n_rows * self._arithmetic().encoder(n_tokens)
+
+    def _rows(self, batch: Batch) -> Tensor:
+        return batch.input_ids.flatten(1).unsqueeze(1) if self.is_whole else batch.input_ids
+
+    def _arithmetic(self) -> PeerArithmetic:
+        return PeerArithmetic(self.model.config, Attention())
+
+
+@dataclass
 class WholeDocument:
     """Model that reads a document as one sequence."""
 
@@ -188,7 +240,12 @@ class WholeDocument:
 
 def _ours(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     config = RecurrentBartConfig(
-        **setting.shape(), segment_size=setting.segment_size, bptt_depth=case.bptt_depth, schedule=case.schedule
+        **setting.shape(),
+        **({} if case.has_state else {"pre_seq_len": 0}),
+        segment_size=setting.segment_size,
+        bptt_depth=case.bptt_depth,
+        schedule=case.schedule,
+        decoder_context=case.decoder_context,
     )
     model = RecurrentBartForConditionalGeneration(config)
     model.set_gradient_checkpointing(case.checkpointing)
@@ -203,13 +260,21 @@ def _rmt(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     return Recurrent(model, setting.device)
 
 
+def _segenc(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
+    """Build BART with its own position table, which needs room for one segment."""
+    return _fused(case, setting, max(1024, setting.segment_size), is_whole=False)
+
+
 def _bart(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
     """Build BART. Documents longer than 1,024 tokens get a longer position table."""
-    n_positions = max(1024, case.n_segments * setting.segment_size)
+    return _fused(case, setting, max(1024, case.n_segments * setting.segment_size), is_whole=True)
+
+
+def _fused(case: Case, setting: BenchmarkSetting, n_positions: int, is_whole: bool) -> BenchmarkModel:
     model = BartForConditionalGeneration(BartConfig(**setting.shape(), max_position_embeddings=n_positions))
     if case.checkpointing == "layer":
         recompute_layers(model)
-    return WholeDocument(model, setting.device, PeerArithmetic(RecurrentBartConfig(**setting.shape()), Attention()))
+    return FusedBart(model, setting.device, is_whole)
 
 
 def _led(case: Case, setting: BenchmarkSetting) -> BenchmarkModel:
@@ -263,6 +328,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
 BUILDERS: dict[str, Callable[[Case, BenchmarkSetting], BenchmarkModel]] = {
     "ours": _ours,
     "rmt": _rmt,
+    "segenc": _segenc,
     "bart": _bart,
     "led": _led,
     "longt5": _longt5,

@@ -3,11 +3,21 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from recurrent_bart.data.rows import SUMMARY_TASKS
 from recurrent_bart.model.modeling_pretrained import CHECKPOINTING_GRAINS
 
-MODELS = {"ours": "ours", "rmt": "RMT on BART", "bart": "BART, full attention", "led": "LED", "longt5": "LongT5"}
+MODELS = {
+    "ours": "ours",
+    "rmt": "RMT on BART",
+    "segenc": "SegEnc on BART",
+    "bart": "BART, full attention",
+    "led": "LED",
+    "longt5": "LongT5",
+}
+# models whose steps can be captured as one CUDA graph
+GRAPHED_MODELS = ("rmt", "segenc", "bart")
 # "training": forward and backward pass, and optimizer step. "passes": forward and backward pass alone. "inference": the
 # encoder alone. "generation": the decoder alone.
 WORKS = ("training", "passes", "inference", "generation")
@@ -28,6 +38,10 @@ class Case:
         bptt_depth: Number of segment boundaries that the gradient crosses in recurrent models. -1: all.
         checkpointing: One of `CHECKPOINTING_GRAINS`. Models other than "ours" support only `"none"` and `"layer"`.
         schedule: Order in which the model "ours" computes the grid of layers and segments.
+        decoder_context: Positions that the decoder of "ours" attends to; see `RecurrentBartConfig`.
+        has_state: False: the model "ours" carries no state (`pre_seq_len=0`).
+        graphed: True: forward and backward pass are one CUDA graph. For models in `GRAPHED_MODELS`, on a GPU, without
+            checkpointing. The model "ours" captures its graphs itself.
     """
 
     model: str
@@ -38,12 +52,17 @@ class Case:
     bptt_depth: int = -1
     checkpointing: str = "none"
     schedule: str = "auto"
+    decoder_context: str = "last"
+    has_state: bool = True
+    graphed: bool = False
 
     def label(self) -> str:
         """Return the name and the settings of the model, without number and size of documents."""
         parts = [MODELS[self.model]]
         if self.model == "ours" and self.work != "generation":
             parts.append(self.schedule)
+            parts += [f"decoder_context {self.decoder_context}"] * (self.decoder_context != "last")
+            parts += ["no state"] * (not self.has_state)
         if self.work in ("training", "passes"):
             if self.task != "document":
                 parts.append("target per segment")
@@ -51,6 +70,8 @@ class Case:
                 parts.append(f"bptt_depth {self.bptt_depth}")
             if self.checkpointing != "none":
                 parts.append(f"{self.checkpointing} checkpointing")
+        if self.graphed:
+            parts.append("CUDA graph")
         return ", ".join(parts)
 
 
@@ -123,12 +144,14 @@ def readers(n_segments: int, schedules: Sequence[str], batch_size: int = 1) -> l
 
 
 def headline() -> list[Group]:
-    """Build groups for the project's goals: one long document, full batches, inference, length and generation."""
+    """Build groups for the project's goals: one document, batches, inference, length, generation, peers."""
     one = [
         Case("ours", 32, schedule="sequential"),
         *(Case("ours", 32, checkpointing=grain) for grain in CHECKPOINTING_GRAINS),
         Case("rmt", 32),
         Case("rmt", 32, checkpointing="layer"),
+        Case("segenc", 32),
+        Case("segenc", 32, checkpointing="layer"),
         Case("led", 32),
         Case("led", 32, checkpointing="layer"),
         Case("longt5", 32),
@@ -150,7 +173,45 @@ def headline() -> list[Group]:
         Group("inference", tuple(readers(128, SCHEDULES))),
         Group("length", tuple(lengths([2, 8, 32, 64, 128, 256, 512]))),
         generation(),
+        *peers(),
     ]
+
+
+def peers() -> list[Group]:
+    """Build groups that compare "ours" with the strongest form of each model: as `launch/train.py` trains, and graphed.
+
+    `launch/train.py` trains with `decoder_context="all"` and `bptt_depth=-1` by default, for one target per document.
+    """
+    one = [
+        *(fusion(32, checkpointing=grain) for grain in CHECKPOINTING_GRAINS),
+        fusion(32, has_state=False),
+        Case("ours", 32),
+        *strongest("segenc", 32),
+        Case("segenc", 32, checkpointing="layer"),
+        Case("rmt", 32, graphed=True),
+        *strongest("bart", 32),
+        Case("bart", 32, checkpointing="layer"),
+        Case("led", 32),
+        Case("led", 32, checkpointing="layer"),
+    ]
+    batches = [fusion(8, batch_size=16), fusion(8, batch_size=16, has_state=False)]
+    reading = [fusion(128, work="inference"), fusion(128, work="inference", has_state=False)]
+    reading += [Case("ours", 128, "inference"), Case("rmt", 128, "inference", graphed=True)]
+    return [
+        Group("peers", tuple(one)),
+        Group("peers-batch", (*batches, *strongest("segenc", 8, batch_size=16))),
+        Group("peers-reading", (*reading, *strongest("segenc", 128, work="inference"))),
+    ]
+
+
+def fusion(n_segments: int, **fields: Any) -> Case:
+    """Build a case of "ours" whose decoder attends to all segments."""
+    return Case("ours", n_segments, decoder_context="all", **fields)
+
+
+def strongest(model: str, n_segments: int, **fields: Any) -> list[Case]:
+    """Build a model's case without and with a CUDA graph."""
+    return [Case(model, n_segments, graphed=graphed, **fields) for graphed in (False, True)]
 
 
 def lengths(numbers: Iterable[int]) -> list[Case]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkModel, BenchmarkSetting, build_benchmark_model
+from recurrent_bart.benchmarks.models.captured import CapturedStep, captured_reading
 from recurrent_bart.benchmarks.models.cases import Case
 from recurrent_bart.benchmarks.models.generation import NEW_TOKENS, generation_flops, generator
 from recurrent_bart.data.batches import Batch
@@ -132,9 +133,14 @@ def work_of(case: Case, subject: BenchmarkModel, batch: Batch, setting: Benchmar
     """Return the function that does the work of the case, for timing."""
     if case.work == "generation":
         return generator(case, subject, batch, setting)
+    is_trained = case.work == "training"
+    if case.graphed and case.work == "inference":
+        return captured_reading(subject, batch)
+    if case.graphed:
+        return CapturedStep(subject, batch, is_trained)
     if case.work == "inference":
         return torch.inference_mode()(lambda: subject.encode(batch))
-    return Step(subject, batch, with_optimizer=case.work == "training")
+    return Step(subject, batch, is_trained)
 
 
 def _resident_bytes(subject: BenchmarkModel, step: Callable[[], object], device: torch.device) -> int:

@@ -9,7 +9,8 @@ Shape suffixes: B documents, N segments, L tokens in a segment, T target length,
 import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
+
+from recurrent_bart.benchmarks.models.fused_decoder import decoder_loss
 
 
 class RecurrentMemoryBart(nn.Module):
@@ -27,8 +28,7 @@ class RecurrentMemoryBart(nn.Module):
 
     def forward(self, input_ids_BNL: Tensor, labels_BT: Tensor) -> Tensor:
         """Return the loss of one target per document."""
-        read = BaseModelOutput(last_hidden_state=self.encode(input_ids_BNL))
-        return self.bart(encoder_outputs=read, labels=labels_BT, use_cache=False).loss
+        return decoder_loss(self.bart, self.encode(input_ids_BNL), labels_BT)
 
     def encode(self, input_ids_BNL: Tensor) -> Tensor:
         """Return the encoder output of the last segment, memory positions first, `(B, P + L, D)`."""

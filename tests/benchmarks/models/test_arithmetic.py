@@ -31,6 +31,7 @@ def train(subject, batch):
         (Case("ours", 4, schedule="sequential", batch_size=2), 0.93, 1.0),
         (Case("rmt", 4, batch_size=2), 0.98, 1.0),
         (Case("rmt", 4, bptt_depth=1), 0.98, 1.0),
+        (Case("segenc", 4, batch_size=2), 0.99, 1.0),
         (Case("bart", 4, batch_size=2), 0.99, 1.0),
         # queries attend to a part of each key block, and windows are truncated at the first positions
         (Case("led", 16), 0.7, 1.0),
@@ -56,8 +57,9 @@ def test_windows_grow_with_the_document_and_squares_with_its_square():
             build_benchmark_model(Case(model, n), SETTING).encoder_flops(random_batch(Case(model, n), SETTING))
             for n in (64, 128)
         ]
-        for model in ("led", "bart", "rmt")
+        for model in ("led", "bart", "rmt", "segenc")
     }
     assert flops["led"][1] == pytest.approx(2 * flops["led"][0], rel=0.01)
     assert flops["rmt"][1] == pytest.approx(2 * flops["rmt"][0])
+    assert flops["segenc"][1] == pytest.approx(2 * flops["segenc"][0])
     assert flops["bart"][1] > 3 * flops["bart"][0]

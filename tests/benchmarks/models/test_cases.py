@@ -2,7 +2,7 @@
 
 import pytest
 
-from recurrent_bart.benchmarks.models.cases import MODELS, SCHEDULES, SUITES, Case, build_suite
+from recurrent_bart.benchmarks.models.cases import GRAPHED_MODELS, MODELS, SCHEDULES, SUITES, Case, build_suite
 
 
 def groups_of(name):
@@ -20,6 +20,9 @@ def test_no_case_is_there_twice_and_none_asks_for_what_a_model_has_not(name):
         assert len({(case.label(), case.batch_size, case.n_segments) for case in group.cases}) == len(group.cases)
         others = [case for case in group.cases if case.model != "ours"]
         assert all(case.task == "document" and case.checkpointing in ("none", "layer") for case in others)
+        assert all(case.has_state and case.decoder_context == "last" for case in others)
+        graphed = [case for case in group.cases if case.graphed]
+        assert all(case.model in GRAPHED_MODELS and case.checkpointing == "none" for case in graphed)
 
 
 def test_the_headline_has_every_alternative_at_the_lengths_of_the_goals():
@@ -40,6 +43,22 @@ def test_the_headline_has_every_alternative_at_the_lengths_of_the_goals():
         assert numbers[0] <= 8
         assert {32, 512} <= set(numbers)
     assert all(case.bptt_depth == 2 for case in groups["length"] if case.model in ("ours", "rmt"))
+
+
+def test_peers_are_measured_in_their_strongest_form_beside_the_default_of_training():
+    groups = groups_of("headline")
+    default = {"decoder_context": "all", "bptt_depth": -1}
+    for name, n_segments, batch_size in (("peers", 32, 1), ("peers-batch", 8, 16), ("peers-reading", 128, 1)):
+        cases, work = groups[name], groups[name][0].work
+        assert {(case.n_segments, case.batch_size) for case in cases} == {(n_segments, batch_size)}
+        assert Case("ours", n_segments, work, batch_size, **default) in cases
+        assert Case("ours", n_segments, work, batch_size, **default, has_state=False) in cases
+        assert {case.graphed for case in cases if case.model == "segenc"} == {False, True}
+    one = groups["peers"]
+    assert {case.checkpointing for case in one if case.decoder_context == "all"} == {"none", "layer", "segment"}
+    assert Case("rmt", 32, graphed=True) in one
+    for model in ("segenc", "bart", "led"):
+        assert {Case(model, 32), Case(model, 32, checkpointing="layer")} <= set(one)
 
 
 def test_a_grid_is_by_documents_and_segments():
@@ -69,3 +88,7 @@ def test_labels_say_what_is_not_as_usual():
     assert Case("ours", 4, task="sections", schedule="sequential").label() == "ours, sequential, target per segment"
     assert Case("led", 4, "inference").label() == "LED"
     assert Case("ours", 4, "generation").label() == "ours"
+    assert (
+        Case("ours", 4, decoder_context="all", has_state=False).label() == "ours, auto, decoder_context all, no state"
+    )
+    assert Case("rmt", 4, "inference", graphed=True).label() == "RMT on BART, CUDA graph"

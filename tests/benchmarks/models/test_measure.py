@@ -138,7 +138,7 @@ def test_a_training_step_changes_weights_under_dropout(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["rmt", "bart", "led", "longt5"])
+@pytest.mark.parametrize("model", ["rmt", "segenc", "bart", "led", "longt5"])
 def test_other_models_keep_less_when_layers_are_recomputed(model):
     all_kept, recomputed = (measured(Case(model, 24, checkpointing=grain)).step_bytes for grain in ("none", "layer"))
     assert recomputed < 0.95 * all_kept
@@ -149,6 +149,40 @@ def test_what_only_ours_has_is_refused_of_others():
         build_benchmark_model(Case("led", 2, checkpointing="segment"), SETTING)
     with pytest.raises(ValueError, match="only the model ours"):
         build_benchmark_model(Case("rmt", 2, task="sections"), SETTING)
+    with pytest.raises(ValueError, match="only the model ours"):
+        build_benchmark_model(Case("bart", 2, decoder_context="all"), SETTING)
+    with pytest.raises(ValueError, match="only the model ours"):
+        build_benchmark_model(Case("rmt", 2, has_state=False), SETTING)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("rmt", 2, graphed=True), "CUDA graph: CUDA graphs need a GPU, but the device is cpu"),
+        (Case("segenc", 2, checkpointing="layer", graphed=True), "needs checkpointing='none'"),
+        (Case("led", 2, graphed=True), "training and inference of rmt, segenc, bart"),
+        (Case("bart", 1, "generation", graphed=True), "training and inference of rmt, segenc, bart"),
+    ],
+)
+def test_graphs_that_cannot_be_captured_are_refused(case, reason):
+    with pytest.raises(ValueError, match=reason):
+        build_benchmark_model(case, SETTING)
+
+
+def test_the_context_and_the_state_of_a_case_are_the_models():
+    case = Case("ours", 2, decoder_context="all", has_state=False)
+    config = build_benchmark_model(case, SETTING).model.config
+    assert (config.decoder_context, config.pre_seq_len, config.bptt_depth) == ("all", 0, -1)
+    config = build_benchmark_model(Case("ours", 2), SETTING).model.config
+    assert (config.decoder_context, config.pre_seq_len) == ("last", 20)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_attention_is_what_the_legend_says(model):
+    subject = build_benchmark_model(Case(model, 2), SETTING).model
+    config = getattr(subject, "config", None) or subject.bart.config
+    eager = ("led", "longt5")
+    assert config._attn_implementation == ("eager" if model in eager else "sdpa")
 
 
 @pytest.mark.slow

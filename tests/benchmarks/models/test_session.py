@@ -100,6 +100,17 @@ def test_a_table_compares_with_our_fastest_of_the_same_documents():
     assert "not measured" in lines["BART, full attention"]
 
 
+def test_a_table_compares_with_our_default_of_training_if_the_group_has_it():
+    group = {
+        Case("ours", 4): found(400),
+        Case("ours", 4, decoder_context="all"): found(200),
+        Case("ours", 4, decoder_context="all", has_state=False): found(300),
+        Case("segenc", 4): found(100),
+    }
+    (line,) = (line for line in text_of(group_table("one", group)).splitlines() if "SegEnc" in line)
+    assert "2.00 x" in line
+
+
 def test_lines_of_memory_alone_have_no_speed():
     measured = found(100)
     measured.step_seconds = []

@@ -1,0 +1,79 @@
+"""Training steps and reading of other models as one CUDA graph, for batches of one shape.
+
+A model that launches many small kernels waits for the CPU. A CUDA graph replays all kernels by one launch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkModel
+from recurrent_bart.data.batches import Batch
+from recurrent_bart.execution.cuda_graphs import capture, warm_up
+from recurrent_bart.execution.graph_guards import device_guard
+
+
+class CapturedFunction:
+    """CUDA graph of a function of a batch.
+
+    A call copies `batch` to the buffers that the graph reads, and replays the graph. The next call overwrites the
+    returned tensors.
+    """
+
+    def __init__(self, function: Callable[[Batch], Sequence[Any]], batch: Batch, device: torch.device):
+        self.batch = batch
+        ids, labels = (part.to(device, copy=True) for part in (batch.input_ids, batch.labels))
+        self._inputs = replace(batch, input_ids=ids, labels=labels)
+        with device_guard(device):
+            stream = torch.cuda.Stream()
+            warm_up([self._run(function)], stream)
+            self._outputs, self._graph = capture(self._run(function), stream)
+
+    def __call__(self) -> Sequence[Any]:
+        """Return the function's result for `batch`."""
+        self._inputs.input_ids.copy_(self.batch.input_ids)
+        self._inputs.labels.copy_(self.batch.labels)
+        self._graph.replay()
+        return self._outputs
+
+    def _run(self, function: Callable[[Batch], Sequence[Any]]) -> Callable[[], Sequence[Any]]:
+        return lambda: function(self._inputs)
+
+
+class CapturedStep:
+    """Training step whose forward and backward pass are one CUDA graph.
+
+    The optimizer step is not captured. Gradients stay allocated, and each step overwrites the gradients.
+    """
+
+    def __init__(self, subject: BenchmarkModel, batch: Batch, with_optimizer: bool):
+        self.parameters = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True) if with_optimizer else None
+
+        def passes(batch: Batch) -> list[Tensor | None]:
+            (loss,) = subject.losses(batch)
+            return [loss.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)]
+
+        self.passes = CapturedFunction(passes, batch, batch_device(subject))
+
+    def __call__(self) -> Any:
+        """Run one training step, and return the loss."""
+        loss, *gradients = self.passes()
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss
+
+
+def captured_reading(subject: BenchmarkModel, batch: Batch) -> CapturedFunction:
+    """Return a function that encodes a batch by one CUDA graph."""
+    return CapturedFunction(torch.no_grad()(lambda batch: [subject.encode(batch)]), batch, batch_device(subject))
+
+
+def batch_device(subject: BenchmarkModel) -> torch.device:
+    """Return the device of a model's parameters."""
+    return next(subject.model.parameters()).device
