@@ -144,7 +144,9 @@ class GraphedCall:
         # gradient buffers of inputs and weights that require a gradient, and True for each one that gets a gradient
         self.gradients, self.is_used = [*input_gradients, *shared.weight_gradients], [True]
         weights = {f"module.{name}": weight for name, weight in shared.weights.items()}
-        compute = functools.partial(self._compute, functools.partial(functional_call, _Held(module, function), weights))
+        compute = functools.partial(
+            self._compute, functools.partial(functional_call, HeldFunction(module, function), weights)
+        )
         self.generator = torch.cuda.default_generators[inputs[0].device.index]
         self._load(inputs)
         with rng_offset(self.generator, self.generator.get_offset()):
@@ -196,7 +198,7 @@ class GraphedCall:
         return [next(rest) if is_used else None for is_used in self.is_used]
 
 
-class _Held(nn.Module):
+class HeldFunction(nn.Module):
     """Module that holds a function and the module whose parameters the function uses, for `functional_call`."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Tensor]):
@@ -205,7 +207,8 @@ class _Held(nn.Module):
         # wrapped, so that it does not become a submodule if it is the module itself
         self.function = functools.partial(function)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return the function's result."""
         return self.function(*inputs)
 
 

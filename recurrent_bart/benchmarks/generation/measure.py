@@ -59,8 +59,9 @@ class GenerationModels:
         torch.manual_seed(0)
         # a short encoder: contexts are random, and no document is read
         fields = setting.shape() | {"encoder_layers": 1, "forced_eos_token_id": None} | changes
-        ours = RecurrentBartForConditionalGeneration(RecurrentBartConfig(pre_seq_len=0, **fields))
-        theirs = BartForConditionalGeneration(BartConfig(**fields))
+        with setting.device:
+            ours = RecurrentBartForConditionalGeneration(RecurrentBartConfig(pre_seq_len=0, **fields))
+            theirs = BartForConditionalGeneration(BartConfig(**fields))
         theirs.load_state_dict(ours.state_dict())
         self.ours, self.theirs = (model.to(setting.device, setting.dtype).eval() for model in (ours, theirs))
         self.setting, self.d_model = setting, ours.config.d_model

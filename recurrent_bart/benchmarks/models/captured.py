@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkModel
 from recurrent_bart.data.batches import Batch
-from recurrent_bart.execution.cuda_graphs import capture, warm_up
+from recurrent_bart.execution.cuda_graphs import HeldFunction, capture, warm_up
 from recurrent_bart.execution.graph_guards import device_guard
 
 
@@ -50,12 +51,17 @@ class CapturedStep:
     """
 
     def __init__(self, subject: BenchmarkModel, batch: Batch, with_optimizer: bool):
-        self.parameters = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+        self.parameters = [it for it in subject.model.parameters() if it.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True) if with_optimizer else None
 
         def passes(batch: Batch) -> list[Tensor | None]:
-            (loss,) = subject.losses(batch)
-            return [loss.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)]
+            # new leaves on the memory of the parameters: a leaf that the default stream has used would make that stream
+            # wait for the capture
+            leaves = {name: it.detach().requires_grad_() for name, it in subject.model.named_parameters()}
+            held = {f"module.{name}": leaf for name, leaf in leaves.items()}
+            (loss,) = functional_call(HeldFunction(subject.model, lambda: [*subject.losses(batch)]), held, ())
+            sources = [leaves[name] for name, it in subject.model.named_parameters() if it.requires_grad]
+            return [loss.detach(), *torch.autograd.grad(loss, sources, allow_unused=True)]
 
         self.passes = CapturedFunction(passes, batch, batch_device(subject))
 
