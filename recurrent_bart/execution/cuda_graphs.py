@@ -201,7 +201,7 @@ class GraphedCall:
 class HeldFunction(nn.Module):
     """Module that holds a function and the module whose parameters the function uses, for `functional_call`."""
 
-    def __init__(self, module: nn.Module, function: Callable[..., Tensor]):
+    def __init__(self, module: nn.Module, function: Callable[..., Any]):
         super().__init__()
         self.module = module
         # wrapped, so that it does not become a submodule if it is the module itself

@@ -6,7 +6,7 @@ computes several layers at once, so these layers must have equal constants.
 
 import contextlib
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -73,6 +73,14 @@ def backend_settings() -> tuple:
         cuda.math_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def own_parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    """Yield the parameters that each module itself holds; several times faster than `Module.parameters`."""
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield parameter
 
 
 def has_hooks(module: nn.Module) -> bool:

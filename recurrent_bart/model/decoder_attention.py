@@ -51,12 +51,17 @@ class CrossAttention(BartAttention):
         attention_mask: Tensor | None = None,
         n_memory: int = 0,
         packed: tuple[Packing, Sequence[Tensor]] | None = None,
+        has_padding: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute cross-attention; see BartAttention. The first `n_memory` positions of each context hold the state.
 
         `packed` is the layout of packed `key_value_states` and one mask per group; attention weights are then None.
+        With `has_padding=False` the mask is not used: during a capture, transformers before 5.18 builds one that hides
+        nothing, and attention with a mask is slower.
         """
+        if not has_padding:
+            attention_mask = None
         query = split_heads(self, self.q_proj(hidden_states))
         key_value = self._cached_key_value(key_value_states, past_key_values)
         with without_cudnn():

@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
 from recurrent_bart.model.decoding.fast_generation import generate_fast
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.recurrence.segmented_batch import read_selection
+
+# kinds of search that the own loop has
+OWN_MODES = (
+    *(GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
+    *(GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE),
+)
 
 
 class SegmentGeneration(GenerationMixin):
@@ -87,12 +94,28 @@ class SegmentGeneration(GenerationMixin):
             prepared.fast = fast
         return prepared, model_kwargs
 
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, generation_mode: GenerationMode, *sizes: int
+    ) -> Any:
+        """Build Hugging Face's cache once its loop runs: the own loop has buffers of its own."""
+        has_cache = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation
+        prepare = super()._prepare_cache_for_generation
+        if has_cache or generation_mode not in OWN_MODES:
+            return prepare(generation_config, model_kwargs, generation_mode, *sizes)
+        # `_sample` and `_beam_search` get it
+        model_kwargs["make_cache"] = lambda kwargs: prepare(generation_config, kwargs, generation_mode, *sizes)
+        return None
+
+    def _sample(self, *args: Any, make_cache: Any = None, **kwargs: Any) -> Any:
         ids = generate_fast(self, *args, **kwargs)
+        if ids is None and make_cache is not None:
+            make_cache(kwargs)
         return super()._sample(*args, **kwargs) if ids is None else ids
 
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+    def _beam_search(self, *args: Any, make_cache: Any = None, **kwargs: Any) -> Any:
         ids = generate_fast(self, *args, **kwargs)
+        if ids is None and make_cache is not None:
+            make_cache(kwargs)
         return super()._beam_search(*args, **kwargs) if ids is None else ids
 
     def _read_to_generate(

@@ -122,7 +122,8 @@ class RecurrentBartDecoder(RecurrentBartPreTrainedModel, BartDecoder):
 
     def _plain(self, n_memory: int | None, embeds: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         # without gradient checkpointing: CUDA graphs keep only the last call's activations anyway
-        settings = {"use_cache": False} | ({} if n_memory is None else {"n_memory": n_memory})
+        settings: dict[str, Any] = {"use_cache": False, "has_padding": mask is not None}
+        settings |= {} if n_memory is None else {"n_memory": n_memory}
         # do not set the attribute on other layers: a CUDA graph's key contains the layers' attributes
         checkpointed = [layer for layer in self.layers if layer.gradient_checkpointing]
         try:

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.bart import modeling_bart
 
 from counted_calls import count_calls
 from played_graphs import ORDERS, PlayedGraph, call_graphed, call_in_order, call_plain, play_graphs
 from recurrent_bart.execution import cuda_graphs, graphed_wavefront
 from recurrent_bart.execution.graph_guards import graph_store
 from recurrent_bart.model import modeling_decoder
+from recurrent_bart.model.decoder_attention import CrossAttention
 from tiny import random_ids, tiny_model, two_steps
 
 
@@ -258,3 +260,20 @@ def test_streams_are_joined_after_a_warm_up_that_fails(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         cuda_graphs.warm_up([lambda: 1 / 0], stream)
     assert waits == [("side", current), ("current", stream)]
+
+
+def test_a_decoder_without_padding_uses_no_mask_of_its_context(monkeypatch):
+    """During a capture, transformers before 5.18 builds a mask that hides nothing."""
+    model, seen = tiny_model(decoder_context="all").eval(), []
+    monkeypatch.setattr(modeling_bart, "create_bidirectional_mask", lambda *args, **kwargs: torch.zeros(1, 1, 1, 1))
+    read = CrossAttention._read
+    monkeypatch.setattr(
+        CrossAttention, "_read", lambda self, q, kv, mask, n: seen.append(mask) or read(self, q, kv, mask, n)
+    )
+    embeds, hidden = torch.randn(2, 5, 16), torch.randn(2, 9, 16)
+    model.model.decoder._plain(None, embeds, hidden)
+    assert seen
+    assert all(mask is None for mask in seen)
+    seen.clear()
+    model.model.decoder._plain(None, embeds, hidden, torch.zeros(2, 1, 1, 9))
+    assert all(mask is not None for mask in seen)

@@ -3,18 +3,34 @@
 A model that launches many small kernels waits for the CPU. A CUDA graph replays all kernels by one launch.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from transformers import masking_utils
 
 from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkModel
 from recurrent_bart.data.batches import Batch
 from recurrent_bart.execution.cuda_graphs import HeldFunction, capture, warm_up
 from recurrent_bart.execution.graph_guards import device_guard
+
+
+@contextlib.contextmanager
+def masks_left_out() -> Iterator[None]:
+    """Leave out masks that hide nothing, as without a capture: transformers before 5.18 builds them during a capture.
+
+    Attention with a mask is slower, and the models get no padding here.
+    """
+    is_tracing = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = is_tracing
 
 
 class CapturedFunction:
@@ -28,7 +44,7 @@ class CapturedFunction:
         self.batch = batch
         ids, labels = (part.to(device, copy=True) for part in (batch.input_ids, batch.labels))
         self._inputs = replace(batch, input_ids=ids, labels=labels)
-        with device_guard(device):
+        with device_guard(device), masks_left_out():
             stream = torch.cuda.Stream()
             warm_up([self._run(function)], stream)
             self._outputs, self._graph = capture(self._run(function), stream)

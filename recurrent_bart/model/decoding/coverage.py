@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartLearnedPositionalEmbedding
 
-from recurrent_bart.execution.module_settings import has_hooks
+from recurrent_bart.execution.module_settings import has_hooks, own_parameters
 from recurrent_bart.model.decoder_attention import CrossAttention, GatedCrossAttention, SelfAttention
 from recurrent_bart.model.decoding.stopping import StopWhen
 from recurrent_bart.model.modeling_decoder import PreNormDecoderLayer, RecurrentBartDecoder
@@ -68,23 +68,26 @@ def model_needs_hugging_face(model: Any, device: torch.device) -> str | None:
 
 def _reasons(model: Any, device: torch.device) -> Iterator[str]:
     decoder = model.model.decoder
+    # a walk over all modules takes a tenth of a millisecond, so there is only one
+    parts = list(decoder.modules())
+    head_parts = list(model.lm_head.modules())
     if is_traced():
         yield "a compiler traces the model"
-    if model.training or any(part.training for part in decoder.modules()):
+    if model.training or any(part.training for part in parts):
         yield "the model is in training mode"
     if torch.is_autocast_enabled(device.type):
         yield "autocast is on"
     replaced = {"forward", "prepare_inputs_for_generation"} & {*vars(model), *vars(model.model), *vars(decoder)}
-    if replaced or any("forward" in vars(part) for part in (*decoder.modules(), model.lm_head)):
+    if replaced or any("forward" in vars(part) for part in (*parts, model.lm_head)):
         yield "a method of the model is replaced, for example by an offloading hook or by PEFT's prompts"
     if not _has_own_methods(model):
         yield "the model's class replaces a method"
-    whole = model.model, *decoder.modules(), *model.lm_head.modules()
+    whole = model.model, *parts, *head_parts
     if _has_foreign_hooks(model) or _has_global_hooks() or any(has_hooks(part) for part in whole):
         yield "the model, its decoder or its head has hooks, for example of DeepSpeed ZeRO-3 or of an offloaded model"
     if not _has_known_layers(decoder):
         yield "the decoder has modules of other types"
-    yield from _weight_reasons([*decoder.parameters(), *model.lm_head.parameters()], device)
+    yield from _weight_reasons(list(own_parameters([*parts, *head_parts])), device)
 
 
 def _has_foreign_hooks(model: nn.Module) -> bool:

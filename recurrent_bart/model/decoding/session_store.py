@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recurrent_bart.execution.graph_guards import graph_store
-from recurrent_bart.execution.module_settings import backend_settings, settings_of
+from recurrent_bart.execution.module_settings import backend_settings, own_parameters, settings_of
 from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
 from recurrent_bart.model.decoding.cached_layer import CacheShape
 from recurrent_bart.model.decoding.search import BeamSearch, TokenSearch
@@ -98,8 +98,7 @@ def most_bytes() -> float:
 
 
 def _tensors(model: Any) -> Iterator[Tensor]:
-    yield from model.model.decoder.parameters()
-    yield from model.lm_head.parameters()
+    yield from own_parameters([*model.model.decoder.modules(), *model.lm_head.modules()])
     yield model.final_logits_bias
 
 
@@ -109,8 +108,8 @@ def captured_session(
     """Return the captured session for these sizes and the settings of search, model and PyTorch."""
     # cheap beside the cache: the key needs the constants
     search = make_search()
-    settings = settings_of(model.model.decoder, model.lm_head), backend_settings()
-    key = shape, like.dtype, like.device, search.key(), str(settings)
+    settings = *settings_of(model.model.decoder, model.lm_head), backend_settings()
+    key = shape, like.dtype, like.device, search.key(), settings
     build = functools.partial(_build, model, shape, like, make_search)
     session = store.session(key, build, like.device)
     if not search.process.is_capturable:

@@ -36,7 +36,8 @@ def weights_after(case, device, n_steps, dropout):
 
 def check_training(model, device):
     trained = [weights_after(Case(model, 3, graphed=graphed), device, 3, 0.0) for graphed in (False, True)]
-    torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
+    # on a GPU, sums of embeddings' gradients differ from call to call
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-5 if device == GPU else 1e-6)
     assert not torch.equal(trained[1], weights_after(Case(model, 3, graphed=True), device, 2, 0.0))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from generation_options import FIELDS, count_loops, documents, generate, random_case
 from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
@@ -65,3 +66,19 @@ def test_ids_are_hugging_faces_for_many_documents_and_options(monkeypatch):
     calls = count_loops(monkeypatch)
     for seed in range(1000, 1200):
         assert_same_ids(seed, 1 + seed % 5, calls)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True}])
+def test_hugging_faces_cache_is_built_for_its_own_loop_alone(monkeypatch, how):
+    prepare, prepared = GenerationMixin._prepare_cache_for_generation, []
+
+    def counted(self, config, kwargs, *rest):
+        prepare(self, config, kwargs, *rest)
+        prepared.append(type(kwargs["past_key_values"]).__name__)
+
+    monkeypatch.setattr(GenerationMixin, "_prepare_cache_for_generation", counted)
+    model, inputs = tiny_model().eval(), documents(0, 2)
+    found = generate(model, inputs, how | {"max_new_tokens": 6})
+    assert not prepared
+    assert torch.equal(found, generate(model, inputs, how | {"max_new_tokens": 6}, fast=False))
+    assert prepared == ["EncoderDecoderCache"]
