@@ -17,7 +17,7 @@ from recurrent_bart.model.decoding.fast_generation import generate_fast
 from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.recurrence.segmented_batch import read_selection
 
-# kinds of search that the own loop has
+# kinds of search that the fast loop has
 OWN_MODES = (
     *(GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
     *(GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE),
@@ -97,7 +97,7 @@ class SegmentGeneration(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, generation_mode: GenerationMode, *sizes: int
     ) -> Any:
-        """Build Hugging Face's cache once its loop runs: the own loop has buffers of its own."""
+        """Leave Hugging Face's cache to its own loop: the fast loop has other buffers."""
         has_cache = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation
         prepare = super()._prepare_cache_for_generation
         if has_cache or generation_mode not in OWN_MODES:
