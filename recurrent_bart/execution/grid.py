@@ -264,7 +264,7 @@ class Grid:
         self, segments: list[Segment], mask_BNL: Tensor, state_EBPD: Tensor | None, selection: OutputSelection
     ) -> Iterator[SegmentOutput]:
         """Run segments that no state connects as one batch, or as several batches where that needs less memory."""
-        n_together = self._n_together(mask_BNL)
+        n_together = self._n_together(mask_BNL, needs_gradient=segments[-1]().requires_grad)
         for start in range(0, len(segments), n_together):
             part = segments[start : start + n_together]
             tokens_BLD = torch.cat([read() for read in part])
@@ -274,15 +274,16 @@ class Grid:
                 rows = _rows_with_text(mask_BL, n_documents=len(mask_BNL))
             yield from self._read_rows(tokens_BLD, mask_BL, rows, state_EBPD, selection).split(len(part))
 
-    def _n_together(self, mask_BNL: Tensor) -> int:
+    def _n_together(self, mask_BNL: Tensor, needs_gradient: bool) -> int:
         """Return the number of segments that run as one batch without a state: all, or up to `MOST_TOKENS` tokens.
 
-        The limit saves memory where activations are not kept. Without checkpointing, the backward pass needs the
-        activations of all segments anyway.
+        The limit saves memory where activations are not kept. In training without checkpointing, the backward pass
+        needs the activations of all segments anyway.
         """
         n_documents, n_segments, n_tokens = mask_BNL.shape
         is_recomputed = any(layer.gradient_checkpointing and layer.training for layer in self.layers)
-        if torch.is_grad_enabled() and not (is_recomputed or self.checkpoints_segments):
+        is_trained = needs_gradient or any(part.requires_grad for part in self.layers.parameters())
+        if torch.is_grad_enabled() and is_trained and not (is_recomputed or self.checkpoints_segments):
             return n_segments
         return max(1, MOST_TOKENS // (n_documents * n_tokens))
 

@@ -63,6 +63,8 @@ class SegmentGeneration(GenerationMixin):
                 computed for other segments.
         """
         decode_at, target_segments = read_selection(kwargs, decode_at, target_segments)
+        if callable(kwargs.get("custom_generate")):
+            fast = False
         if fast is not None:
             kwargs["fast"] = fast
         input_ids = kwargs.pop("input_ids", inputs)
@@ -100,7 +102,8 @@ class SegmentGeneration(GenerationMixin):
         """Leave Hugging Face's cache to its own loop: the fast loop has other buffers."""
         has_cache = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation
         prepare = super()._prepare_cache_for_generation
-        if has_cache or generation_mode not in OWN_MODES:
+        is_slow = getattr(generation_config, "fast", None) is False
+        if has_cache or is_slow or generation_mode not in OWN_MODES:
             return prepare(generation_config, model_kwargs, generation_mode, *sizes)
         # `_sample` and `_beam_search` get it
         model_kwargs["make_cache"] = lambda kwargs: prepare(generation_config, kwargs, generation_mode, *sizes)

@@ -253,3 +253,17 @@ def test_segments_without_a_state_keep_a_graph_only_if_the_decoder_sees_them(mak
     for expected, parallel in zip(*results, strict=True):
         torch.testing.assert_close(parallel, expected, rtol=0, atol=1e-12)
     assert (results[1][1].abs().amax(dim=(0, 2, 3)) > 0).sum() == (5 if context_segments == -1 else 2)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "encoder", "everything"])
+def test_the_limit_of_tokens_applies_where_no_activations_are_kept(make_model, monkeypatch, frozen):
+    """Embeddings that require a gradient keep the activations of a frozen encoder."""
+    monkeypatch.setattr(grid, "MOST_TOKENS", 48)
+    _, input_ids, mask = batch_of([[8, 8, 3, 8], [8, 5], [8, 8, 8]])
+    model, n_rows = make_model(schedule="wavefront", decoder_context="all", pre_seq_len=0), []
+    if frozen != "nothing":
+        model.requires_grad_(False)
+    embeds = model.model.shared(input_ids).detach().requires_grad_(frozen == "encoder")
+    model.model.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: n_rows.append(len(inputs[0])))
+    model.model.encoder(inputs_embeds=embeds, attention_mask=mask)
+    assert sorted(n_rows) == ([3, 6] if frozen == "everything" else [9])

@@ -78,7 +78,8 @@ def tile(rows: int, part_width: int, is_wide: bool, is_parted: bool, n_bytes: in
     elif is_wide:
         found = (64, 128, 4, 4) if rows <= 32 else (64, 64, 4, 4)
     else:
-        found = (32, 128, 4, 4) if is_parted or rows > 32 else (16, 256, 2, 4)
+        # 128 rows of 128 numbers in four stages do not fit on every GPU
+        found = (32, 128 if rows <= 64 else 64, 4, 4) if is_parted or rows > 32 else (16, 256, 2, 4)
     columns, inner, n_warps, n_stages = found
     return (columns, inner, n_warps, n_stages) if n_bytes <= 2 else (columns, max(16, inner // 4), n_warps, 2)
 

@@ -16,8 +16,10 @@ from recurrent_bart.execution.kernels.programs import (
     starts_early,
 )
 
-# keys of a program's tile
-OWN_KEYS, SHARED_KEYS, CONTEXT_KEYS = 64, 32, 64
+# keys of a program's tile for the cache of one text, and of several texts
+OWN_KEYS, SHARED_KEYS = 64, 32
+# bytes of a program's tile of context keys. A program holds four of these tiles, and GPUs have from 99 KiB
+MOST_TILE_BYTES = 16_384
 # programs that fill a GPU
 MANY_PROGRAMS = 132
 # programs per streaming multiprocessor, and fewest keys of a part; fewer keys cost less than the sum of two parts
@@ -67,9 +69,7 @@ def attend_to_context(
     n_documents, n_heads, n_keys, head_width = key_BHAK.shape
     n_texts = len(query_RD) // n_documents
     n_parts = count_parts(n_documents * n_heads, n_keys, query_RD.device)
-    tile_keys, n_warps = (
-        (CONTEXT_KEYS, 2) if n_documents * n_heads * n_parts >= MANY_PROGRAMS else (2 * CONTEXT_KEYS, 4)
-    )
+    tile_keys, n_warps = context_tile(n_documents * n_heads * n_parts, tile_size(head_width) * query_RD.element_size())
     part_keys = triton.cdiv(triton.cdiv(n_keys, n_parts), tile_keys) * tile_keys
     out = torch.empty_like(query_RD)
     sizes = n_documents * n_heads, n_parts, n_texts
@@ -79,10 +79,10 @@ def attend_to_context(
     has_mask = mask_BA is not None
     _attend_to_context[(n_documents * n_heads, n_parts)](
         query_RD, key_BHAK, value_BHAK, mask_BA if has_mask else out, end_B if has_mask else out,
-        out, partial, largest, total, n_heads, n_keys, part_keys, *key_BHAK.stride()[:3],
+        out, partial, largest, total, n_heads, n_keys, n_parts, part_keys, *key_BHAK.stride()[:3],
         mask_BA.stride(0) if has_mask else 0, scale,
         TEXTS=n_texts, ROWS=tile_size(n_texts), HEAD=head_width, WIDTH=tile_size(head_width), KEYS=tile_keys,
-        PARTS=n_parts, HAS_MASK=has_mask, AHEAD=starts_early(out.device),
+        HAS_PARTS=n_parts > 1, HAS_MASK=has_mask, AHEAD=starts_early(out.device),
         num_warps=n_warps, **launch_options(out.device),
     )  # fmt: skip
     if n_parts > 1:
@@ -97,6 +97,12 @@ def attend_to_context(
 def tile_size(length: int) -> int:
     """Return the size of a tile's dimension: a power of two, and no less than a matrix product needs."""
     return max(LEAST_TILE, triton.next_power_of_2(length))
+
+
+def context_tile(n_programs: int, row_bytes: int) -> tuple[int, int]:
+    """Return keys of a tile and warps of a program: larger tiles if programs are few, as far as memory allows."""
+    n_keys, n_warps = (128, 4) if n_programs < MANY_PROGRAMS else (64, 2)
+    return max(LEAST_TILE, min(n_keys, MOST_TILE_BYTES // row_bytes)), n_warps
 
 
 def count_parts(n_rows: int, n_keys: int, device: torch.device) -> int:
@@ -186,10 +192,10 @@ def _attend_to_text(
 
 @triton.jit
 def _attend_to_context(
-    query, keys, values, mask, end, out, partial, largest_out, total_out, n_heads, n_keys, part_keys,
+    query, keys, values, mask, end, out, partial, largest_out, total_out, n_heads, n_keys, n_parts, part_keys,
     document_stride, head_stride, key_stride, mask_stride, scale,
     TEXTS: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, HAS_MASK: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_PARTS: tl.constexpr, HAS_MASK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     if AHEAD:
         gdc_wait()
@@ -227,11 +233,11 @@ def _attend_to_context(
         largest = larger
     if AHEAD:
         gdc_launch_dependents()
-    if PARTS == 1:
+    if not HAS_PARTS:
         found = tl.where(total[:, None] > 0.0, read / total[:, None], 0.0)
         tl.store(out + there, found.to(out.dtype.element_ty), is_here)
     else:
-        place = (both.to(tl.int64) * PARTS + part) * TEXTS + text
+        place = (both.to(tl.int64) * n_parts + part) * TEXTS + text
         tl.store(partial + place[:, None] * HEAD + column[None, :], read, is_here)
         tl.store(largest_out + place, largest, is_text)
         tl.store(total_out + place, total, is_text)

@@ -66,6 +66,8 @@ def append_best(
         eos: End tokens.
         pad: Token of finished texts.
     """
+    # a user's processor may return a view
+    scores_RV = scores_RV.contiguous()
     n_texts, n_tokens = scores_RV.shape
     n_parts = triton.cdiv(n_tokens, SCORES)
     best = scores_RV.new_empty(n_texts, n_parts)
@@ -111,6 +113,8 @@ def _find_best(scores, best, token, n_tokens, n_parts, SCORES: tl.constexpr, AHE
     text, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * SCORES + tl.arange(0, SCORES)
     score = tl.load(scores + text * n_tokens + column, column < n_tokens, float("-inf"))
+    # a score that is not a number is the best, as in PyTorch's argmax
+    score = tl.where(score == score, score, float("inf"))
     largest = tl.max(score, axis=0)
     first = tl.min(tl.where((score == largest) & (column < n_tokens), column, n_tokens - 1), axis=0)
     tl.store(best + text * n_parts + part, largest)

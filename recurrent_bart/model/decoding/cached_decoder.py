@@ -27,7 +27,7 @@ class CachedDecoder:
         """Allocate buffers of the dtype and on the device of `like`."""
         self.decoder, self.head, self.bias = model.model.decoder, model.lm_head, model.final_logits_bias
         self.shape = shape
-        self.is_fused = can_fuse(self.decoder, like)
+        self.is_fused = can_fuse(self.decoder, shape, like)
         layer_class = FusedLayer if self.is_fused else CachedLayer
         self.layers = [layer_class(layer, shape, like) for layer in self.decoder.layers]
         # masks of state and tokens, apart: attention kernels need masks that begin at an aligned address
@@ -88,10 +88,11 @@ class CachedDecoder:
     def _embed(self, token_R: Tensor, position: Tensor) -> Tensor:
         decoder = self.decoder
         tokens, positions, norm = decoder.embed_tokens, decoder.embed_positions, decoder.layernorm_embedding
-        if self.is_fused and is_plain(tokens, BartScaledWordEmbedding) and type(norm) is nn.LayerNorm:
+        is_plain_norm = type(norm) is nn.LayerNorm and norm.bias is not None
+        if self.is_fused and is_plain(tokens, BartScaledWordEmbedding) and is_plain_norm:
             from recurrent_bart.execution.kernels.step_tokens import embed_tokens
 
-            weights = tokens.weight, positions.weight[positions.offset :]
+            weights = tokens.weight.contiguous(), positions.weight[positions.offset :].contiguous()
             return embed_tokens(token_R, position, *weights, tokens.embed_scale, norm.weight, norm.bias, norm.eps)
         return norm(tokens(token_R) + positions(None, position_ids=position).squeeze(0))
 
@@ -99,7 +100,7 @@ class CachedDecoder:
         if not self._is_plain_head:
             return (self.head(hidden_RD) + self.bias).float()
         bias_V = self.bias[0].to(hidden_RD)
-        if self.is_fused:
+        if self.is_fused and self.head.weight.is_contiguous():
             from recurrent_bart.execution.kernels.row_linear import linear_scores
 
             return linear_scores(hidden_RD, self.head.weight, bias_V)

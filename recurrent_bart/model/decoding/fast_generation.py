@@ -20,11 +20,13 @@ from recurrent_bart.model.decoder_attention import GatedCrossAttention
 from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
 from recurrent_bart.model.decoding.cached_layer import CacheShape
 from recurrent_bart.model.decoding.coverage import call_needs_hugging_face, model_needs_hugging_face
+from recurrent_bart.model.decoding.fused_layer import has_failed
 from recurrent_bart.model.decoding.processors import DeviceProcessors
 from recurrent_bart.model.decoding.search import BeamSearch, SearchSettings, TokenSearch, build_search
 from recurrent_bart.model.decoding.session import DecodeSession
 from recurrent_bart.model.decoding.session_store import (
     captured_session,
+    drop_sessions,
     rounded_context,
     rounded_rows,
     session_store,
@@ -144,6 +146,23 @@ def _write(
     # keys have the dtype of the projection, which an adapter or a quantized layer may change
     like = model.model.decoder.layers[0].encoder_attn.k_proj(batch.context[:1, :1])
 
+    def run() -> Tensor:
+        return _run_captured_or_eagerly(model, batch, process, like, streamer, is_stopped)
+
+    try:
+        return run()
+    except Exception as error:
+        # kernels are compiled by the first step, before a streamer has tokens
+        if not has_failed(model.model.decoder, error):
+            raise
+    if batch.can_capture:
+        drop_sessions(model)
+    return run()
+
+
+def _run_captured_or_eagerly(
+    model: Any, batch: Batch, process: DeviceProcessors, like: Tensor, streamer: Any, is_stopped: Callable[[], bool]
+) -> Tensor:
     def make_search(shape: CacheShape) -> TokenSearch | BeamSearch:
         return build_search(batch.settings, process, shape.n_documents * shape.n_texts, shape.n_positions)
 

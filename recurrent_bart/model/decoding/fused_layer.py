@@ -3,27 +3,40 @@
 # Shape suffixes: R texts of all documents, D model width.
 
 import importlib.util
+import traceback
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
+from transformers.utils import logging
 
 from recurrent_bart.model.decoder_attention import GatedCrossAttention
 from recurrent_bart.model.decoding.cached_layer import CachedLayer, CacheShape, Projection, Visible, is_plain
 from recurrent_bart.recurrence.attention import gated_read
 
+logger = logging.get_logger(__name__)
+
 # most rows of the kernels' products, whole and in parts; the products that PyTorch chooses are as fast for more rows
 MOST_ROWS, MOST_PARTED_ROWS = 64, 128
 # fewest input columns of a part of a product, and most parts
 LEAST_PART, MOST_PARTS = 256, 8
+# most texts of a document, and of a cache
+MOST_TEXTS = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def can_fuse(decoder: Any, like: Tensor) -> bool:
+# decoders whose kernels could not be compiled or launched
+_failed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def can_fuse(decoder: Any, shape: CacheShape, like: Tensor) -> bool:
     """Return True if the kernels support the decoder: on a GPU, with plain weights and norms of one of `DTYPES`."""
     return (
         like.is_cuda
+        and decoder not in _failed
+        and max(shape.n_texts, shape.n_sharing) <= MOST_TEXTS
         and importlib.util.find_spec("triton") is not None
         and like.dtype in DTYPES
         and all(part.dtype == like.dtype for part in decoder.layers.parameters())
@@ -31,13 +44,28 @@ def can_fuse(decoder: Any, like: Tensor) -> bool:
     )
 
 
+def has_failed(decoder: nn.Module, error: Exception) -> bool:
+    """Return True if an error comes from Triton, and use no kernels for the decoder from now on."""
+    modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    may_fall_back = decoder not in _failed and not isinstance(error, torch.OutOfMemoryError)
+    is_of_triton = may_fall_back and any(name.partition(".")[0] == "triton" for name in modules)
+    if is_of_triton:
+        _failed.add(decoder)
+        logger.warning_once(f"generate: steps run without fused kernels, which is slower; Triton failed: {error}")
+    return is_of_triton
+
+
 def _is_plain_layer(layer: Any) -> bool:
     own, cross = layer.self_attn, layer.encoder_attn
     projections = own.q_proj, own.k_proj, own.v_proj, own.out_proj, cross.q_proj, cross.out_proj, layer.fc1, layer.fc2
     norms = layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm
-    return all(is_plain(part, nn.Linear) and part.bias is not None for part in projections) and all(
+    return all(_is_plain_linear(part) for part in projections) and all(
         type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None for norm in norms
     )
+
+
+def _is_plain_linear(part: Any) -> bool:
+    return is_plain(part, nn.Linear) and part.bias is not None and part.weight.is_contiguous()
 
 
 class FusedLayer(CachedLayer):
@@ -53,7 +81,7 @@ class FusedLayer(CachedLayer):
         kept = like.new_zeros(2, shape.n_documents, shape.n_context, n_heads, head_width)
         self.context_kv = kept.transpose(2, 3)
         own = layer.encoder_attn
-        self.has_plain_context = all(is_plain(part, nn.Linear) for part in (own.k_proj, own.v_proj))
+        self.has_plain_context = all(_is_plain_linear(part) for part in (own.k_proj, own.v_proj))
 
     def _project_context(self, context_BAD: Tensor) -> None:
         """Project into the cache without a copy if the context has the cache's length."""

@@ -31,10 +31,10 @@ Search = TokenSearch | BeamSearch
 class SessionStore:
     """Sessions by key; only one thread may use them at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.sessions: dict[Hashable, DecodeSession] = {}
         self.lock = threading.Lock()
-        self.place = CapturePlace()
+        self.device, self.place = device, CapturePlace()
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[bool]:
@@ -71,11 +71,15 @@ class SessionStore:
             n_bytes -= self.sessions.pop(next(iter(self.sessions))).n_bytes()
 
 
-def session_store(model: nn.Module) -> SessionStore:
+def session_store(model: Any) -> SessionStore:
     """Return the model's captured sessions; without any if the parameters have moved."""
     graphs = graph_store(model).graphs
     addresses = tuple((part.data_ptr(), part.dtype) for part in _tensors(model))
-    before, store = graphs.get(SessionStore) or (None, SessionStore())
+    device = model.lm_head.weight.device
+    before, store = graphs.get(SessionStore) or (None, None)
+    if store is None or store.device != device:
+        # the stream and the pool belong to a device
+        before, store = None, SessionStore(device)
     if before != addresses:
         # the stream stays: PyTorch has few, and would give that of other graphs
         store.clear()

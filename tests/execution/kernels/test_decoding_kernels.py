@@ -1,6 +1,9 @@
 """Kernels of a decoding step equal plain formulas in double precision, up to rounding; on a GPU if there is one."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +198,38 @@ def test_the_best_tokens_are_appended(n_texts, eos):
     append_best(scores, ids, position, is_unfinished, n_steps, torch.tensor([2]), 3)
     assert (ids[:, 4] == 3).all()
     assert (position.item(), n_steps.item()) == (4, 8)
+
+
+@pytest.mark.parametrize("n_tokens", [4096, 5000])
+def test_scores_that_are_not_numbers_and_views_give_the_token_of_argmax(n_tokens):
+    from recurrent_bart.execution.kernels.step_tokens import append_best
+
+    scores = torch.randn(n_tokens, 3).t()
+    scores[0], scores[1, 70] = torch.nan, torch.nan
+    for case in (scores, scores[2:].expand(3, -1)):
+        ids, is_unfinished = torch.zeros(3, 2, dtype=torch.long), torch.ones(3, dtype=torch.bool)
+        counts = torch.tensor([0]), is_unfinished, torch.tensor([0])
+        append_best(case, ids, *counts, torch.tensor([], dtype=torch.long), 1)
+        assert torch.equal(ids[:, 1], case.argmax(dim=1))
+
+
+def test_tiles_of_context_keys_fit_every_gpu():
+    from recurrent_bart.execution.kernels.step_attention import context_tile, tile_size
+
+    found = [
+        context_tile(n_programs, tile_size(head_width) * n_bytes)[0] * tile_size(head_width) * n_bytes
+        for n_programs in (8, 1000)
+        for head_width in (8, 64, 80, 128)
+        for n_bytes in (2, 4)
+    ]
+    # four tiles of 16 KiB, of 99 KiB on the smallest GPUs
+    assert max(found) == 16_384
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus_and_fit_their_shared_memory(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = Path(__file__).with_name("compile_for_gpus.py")
+    ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=280)
+    assert (ended.returncode, ended.stdout) == (0, "40 compiled\n"), ended.stdout + ended.stderr

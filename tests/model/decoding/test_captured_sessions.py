@@ -253,3 +253,11 @@ def test_a_streamer_sees_no_additional_rows(make_model, graphs):
     generate(make_model().float(), documents(0, 9), {"max_new_tokens": 4}, streamer=streamer)
     assert graphs
     assert {*streamer.shapes} == {9}
+
+
+def test_a_model_on_another_device_gets_a_new_store(make_model, graphs):
+    model = make_model()
+    store = session_store.session_store(model)
+    assert session_store.session_store(model) is store
+    store.device = torch.device("cuda", 1)
+    assert session_store.session_store(model) is not store

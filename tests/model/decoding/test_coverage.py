@@ -278,3 +278,15 @@ def test_a_length_beyond_the_table_may_set_the_penalty(make_model, calls):
     found = generate(model, documents(0, 2), how)
     assert not calls
     assert torch.equal(found, generate(model, documents(0, 2), how, fast=False))
+
+
+def test_a_loop_of_the_user_gets_hugging_faces_cache(make_model):
+    seen = []
+
+    def loop(model, input_ids, **kwargs):
+        seen.append(set(kwargs))
+        return input_ids
+
+    make_model().generate(**documents(0, 2), custom_generate=loop, max_new_tokens=3)
+    assert "past_key_values" in seen[0]
+    assert "make_cache" not in seen[0]

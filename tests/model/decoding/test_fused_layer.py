@@ -1,12 +1,15 @@
 """A step by kernels gives Hugging Face's ids, in Triton's interpreter."""
 
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from generation_options import count_loops, generate, random_case
-from recurrent_bart.model.decoding import cached_decoder
+from generation_options import count_loops, documents, generate, random_case
+from recurrent_bart.model.decoding import cached_decoder, fused_layer
+from recurrent_bart.model.decoding.cached_layer import CacheShape
 from recurrent_bart.model.decoding.fused_layer import FusedLayer, can_fuse
 from tiny import tiny_model
 
@@ -33,6 +36,44 @@ def test_ids_are_hugging_faces(monkeypatch, seed):
     assert torch.equal(found, generate(model, inputs, how, fast=False)), how
 
 
+def fail_as_without_a_gpu(self, hidden_RD, visible):
+    """Raise an error of Triton."""
+    import triton
+
+    return triton.runtime.driver.active.get_current_device()
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
+def test_without_working_kernels_the_step_runs_without_them(monkeypatch, caplog, how):
+    monkeypatch.setattr(cached_decoder, "can_fuse", lambda decoder, *_: decoder not in fused_layer._failed)
+    monkeypatch.setattr(FusedLayer, "step", fail_as_without_a_gpu)
+    calls = count_loops(monkeypatch)
+    model, inputs, how = tiny_model().eval(), documents(0, 2), how | {"max_new_tokens": 6}
+    found = generate(model, inputs, how)
+    assert not calls
+    assert model.model.decoder in fused_layer._failed
+    assert torch.equal(found, generate(model, inputs, how, fast=False))
+
+
+def test_other_errors_of_a_step_are_raised(monkeypatch):
+    def fail(*args):
+        raise ValueError("wrong")
+
+    monkeypatch.setattr(cached_decoder, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(FusedLayer, "step", fail)
+    model = tiny_model().eval()
+    with pytest.raises(ValueError, match="wrong"):
+        generate(model, documents(0, 2), {"max_new_tokens": 6})
+    assert model.model.decoder not in fused_layer._failed
+
+
 def test_kernels_are_for_gpus_and_plain_layers():
     decoder = tiny_model().model.decoder
-    assert not can_fuse(decoder, torch.zeros(1))
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    shape = CacheShape(2, 1, 1, 8, 8, False, 0)
+    assert can_fuse(decoder, shape, on_gpu)
+    assert not can_fuse(decoder, shape, torch.zeros(1))
+    assert not can_fuse(decoder, replace(shape, n_texts=17), on_gpu)
+    assert not can_fuse(decoder, shape, SimpleNamespace(is_cuda=True, dtype=torch.float64))
+    decoder.layers[1].fc1.weight = torch.nn.Parameter(decoder.layers[1].fc1.weight.detach().t().contiguous().t())
+    assert not can_fuse(decoder, shape, on_gpu)
