@@ -5,6 +5,7 @@ is generated after each), m target segments that are decoded in one call, S sequ
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,17 +110,20 @@ class SegmentGeneration(GenerationMixin):
         model_kwargs["make_cache"] = lambda kwargs: prepare(generation_config, kwargs, generation_mode, *sizes)
         return None
 
-    def _sample(self, *args: Any, make_cache: Any = None, **kwargs: Any) -> Any:
-        ids = generate_fast(self, *args, **kwargs)
-        if ids is None and make_cache is not None:
-            make_cache(kwargs)
-        return super()._sample(*args, **kwargs) if ids is None else ids
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        return self._search(super()._sample, *args, **kwargs)
 
-    def _beam_search(self, *args: Any, make_cache: Any = None, **kwargs: Any) -> Any:
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        return self._search(super()._beam_search, *args, **kwargs)
+
+    def _search(self, slow: Callable[..., Any], *args: Any, make_cache: Any = None, **kwargs: Any) -> Any:
+        """Run the fast loop, or Hugging Face's loop `slow` with its cache."""
         ids = generate_fast(self, *args, **kwargs)
-        if ids is None and make_cache is not None:
+        if ids is not None:
+            return ids
+        if make_cache is not None:
             make_cache(kwargs)
-        return super()._beam_search(*args, **kwargs) if ids is None else ids
+        return slow(*args, **kwargs)
 
     def _read_to_generate(
         self,

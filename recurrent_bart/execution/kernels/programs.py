@@ -25,18 +25,16 @@ def n_chunks(n_layers: int, n_rows: int, device: torch.device) -> int:
     return max(1, min(n_rows, PROGRAMS_PER_PROCESSOR * n_processors // n_layers))
 
 
-def starts_early(device: torch.device) -> bool:
-    """Return True if a kernel may start before the previous kernel ends; it must wait before it reads results.
+def early_start(device: torch.device) -> dict[str, bool]:
+    """Return the arguments of a kernel that may start before the previous kernel ends: its constant `AHEAD`, and how.
 
-    This is CUDA's programmatic dependent launch, from compute capability 9 on.
+    This is CUDA's programmatic dependent launch, from compute capability 9 on. With `AHEAD`, a kernel must call
+    `gdc_wait` before it reads results, and before it writes.
     """
     is_possible = device.type == "cuda" and torch.version.cuda is not None and gdc_wait is not None
-    return is_possible and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def launch_options(device: torch.device) -> dict[str, bool]:
-    """Return the launch options of a kernel that starts early if the device can; see `starts_early`."""
-    return {"launch_pdl": True} if starts_early(device) else {}
+    if is_possible and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"AHEAD": True, "launch_pdl": True}
+    return {"AHEAD": False}
 
 
 def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:

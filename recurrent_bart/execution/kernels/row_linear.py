@@ -10,12 +10,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from recurrent_bart.execution.kernels.programs import (
-    gdc_launch_dependents,
-    gdc_wait,
-    launch_options,
-    starts_early,
-)
+from recurrent_bart.execution.kernels.programs import early_start, gdc_launch_dependents, gdc_wait
 
 # rows of the smallest tile of a matrix product, and the most rows that a program multiplies
 LEAST_ROWS, MOST_ROWS = 16, 128
@@ -58,7 +53,7 @@ def _launch(
     _linear[(triton.cdiv(n_out, columns), n_parts, triton.cdiv(n_rows, rows))](
         rows_RI, weight_FI, out if bias_F is None else bias_F, out, n_rows, n_out, width, part_width, rows_RI.stride(0),
         ROWS=rows, COLUMNS=columns, INNER=inner, HAS_BIAS=bias_F is not None, HAS_GELU=has_gelu,
-        AHEAD=starts_early(out.device), num_warps=n_warps, num_stages=n_stages, **launch_options(out.device),
+        num_warps=n_warps, num_stages=n_stages, **early_start(out.device),
     )  # fmt: skip
 
 
@@ -67,19 +62,17 @@ def tile(rows: int, part_width: int, is_wide: bool, is_parted: bool, n_bytes: in
 
     These were the fastest on an H200 for BART-large in bfloat16. Numbers of more bytes get smaller tiles, which fit.
     """
-    if rows == 1:
-        found = (
-            (16, 256, 4, 3)
-            if is_wide
-            else ((32, 256, 4, 3) if part_width <= 256 else (16, 512, 4, 2))
-            if is_parted
-            else (8, 1024, 4, 1)
-        )
-    elif is_wide:
-        found = (64, 128, 4, 4) if rows <= 32 else (64, 64, 4, 4)
-    else:
+    if is_wide:
+        found = (16, 256, 4, 3) if rows == 1 else (64, 128, 4, 4) if rows <= 32 else (64, 64, 4, 4)
+    elif rows == 1 and is_parted:
+        found = (32, 256, 4, 3) if part_width <= 256 else (16, 512, 4, 2)
+    elif rows == 1:
+        found = 8, 1024, 4, 1
+    elif is_parted or rows > 32:
         # 128 rows of 128 numbers in four stages do not fit on every GPU
-        found = (32, 128 if rows <= 64 else 64, 4, 4) if is_parted or rows > 32 else (16, 256, 2, 4)
+        found = 32, 128 if rows <= 64 else 64, 4, 4
+    else:
+        found = 16, 256, 2, 4
     columns, inner, n_warps, n_stages = found
     return (columns, inner, n_warps, n_stages) if n_bytes <= 2 else (columns, max(16, inner // 4), n_warps, 2)
 
@@ -100,7 +93,7 @@ def add_and_norm(
     _add_and_norm[(n_rows,)](
         parts_NRD, bias_D, residual_RD, weight_D, norm_bias_D, normed, summed, n_parts, n_rows, width, epsilon,
         GIVES_SUM=gives_sum, PARTS=triton.next_power_of_2(n_parts), BLOCK=triton.next_power_of_2(width),
-        AHEAD=starts_early(normed.device), **launch_options(normed.device),
+        **early_start(normed.device),
     )  # fmt: skip
     return normed, summed
 

@@ -9,12 +9,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from recurrent_bart.execution.kernels.programs import (
-    gdc_launch_dependents,
-    gdc_wait,
-    launch_options,
-    starts_early,
-)
+from recurrent_bart.execution.kernels.programs import early_start, gdc_launch_dependents, gdc_wait
 
 # keys of a program's tile for the cache of one text, and of several texts
 OWN_KEYS, SHARED_KEYS = 64, 32
@@ -48,7 +43,7 @@ def attend_to_text(
         query_key_value, cache[0], cache[1], position, cache if ancestor is None else ancestor, out,
         n_heads, n_positions, 0 if ancestor is None else ancestor.shape[2], scale,
         SHARING=n_sharing, ROWS=tile_size(n_sharing), HEAD=head_width, WIDTH=tile_size(head_width), KEYS=n_keys,
-        AHEAD=starts_early(out.device), num_warps=n_warps, **launch_options(out.device),
+        num_warps=n_warps, **early_start(out.device),
     )  # fmt: skip
     return out
 
@@ -82,14 +77,13 @@ def attend_to_context(
         out, partial, largest, total, n_heads, n_keys, n_parts, part_keys, *key_BHAK.stride()[:3],
         mask_BA.stride(0) if has_mask else 0, scale,
         TEXTS=n_texts, ROWS=tile_size(n_texts), HEAD=head_width, WIDTH=tile_size(head_width), KEYS=tile_keys,
-        HAS_PARTS=n_parts > 1, HAS_MASK=has_mask, AHEAD=starts_early(out.device),
-        num_warps=n_warps, **launch_options(out.device),
+        HAS_PARTS=n_parts > 1, HAS_MASK=has_mask, num_warps=n_warps, **early_start(out.device),
     )  # fmt: skip
     if n_parts > 1:
         _merge_parts[(n_documents * n_heads, n_texts)](
             partial, largest, total, out, n_heads, n_parts,
             TEXTS=n_texts, HEAD=head_width, WIDTH=tile_size(head_width), PARTS=triton.next_power_of_2(n_parts),
-            AHEAD=starts_early(out.device), **launch_options(out.device),
+            **early_start(out.device),
         )  # fmt: skip
     return out
 
@@ -111,6 +105,15 @@ def count_parts(n_rows: int, n_keys: int, device: torch.device) -> int:
         return max(1, n_keys // LEAST_PART)
     n_processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(PROGRAMS_PER_PROCESSOR * n_processors // n_rows, n_keys // LEAST_PART))
+
+
+@triton.jit
+def _fold(score, value, read, largest, total):
+    """Add the keys of a tile to the weighted sum of values, their largest score and the sum of their exponentials."""
+    larger = tl.maximum(largest, tl.max(score, axis=1))
+    weight, faded = tl.exp(score - larger[:, None]), tl.exp(largest - larger)
+    read = read * faded[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+    return read, larger, total * faded + tl.sum(weight, axis=1)
 
 
 @triton.jit
@@ -179,11 +182,7 @@ def _attend_to_text(
             owner = tl.load(ancestor + row[:, None] * ancestor_row + (key // SHARING)[None, :], seen, -1)
             score = tl.where(owner == (key % SHARING)[None, :], score, float("-inf"))
             value = tl.load(values + there, is_kept, 0.0)
-            larger = tl.maximum(largest, tl.max(score, axis=1))
-            weight, faded = tl.exp(score - larger[:, None]), tl.exp(largest - larger)
-            total = total * faded + tl.sum(weight, axis=1)
-            read = read * faded[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-            largest = larger
+            read, largest, total = _fold(score, value, read, largest, total)
         if AHEAD:
             gdc_launch_dependents()
         there = out + row[:, None] * d_model + head * HEAD + column[None, :]
@@ -226,11 +225,7 @@ def _attend_to_context(
             score += tl.load(mask + document * mask_stride + key, inside, 0.0).to(tl.float32)[None, :]
         score = tl.where(inside[None, :], score, float("-inf"))
         value = tl.load(values + kept, is_kept, 0.0)
-        larger = tl.maximum(largest, tl.max(score, axis=1))
-        weight, faded = tl.exp(score - larger[:, None]), tl.exp(largest - larger)
-        total = total * faded + tl.sum(weight, axis=1)
-        read = read * faded[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        largest = larger
+        read, largest, total = _fold(score, value, read, largest, total)
     if AHEAD:
         gdc_launch_dependents()
     if not HAS_PARTS:

@@ -8,12 +8,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from recurrent_bart.execution.kernels.programs import (
-    gdc_launch_dependents,
-    gdc_wait,
-    launch_options,
-    starts_early,
-)
+from recurrent_bart.execution.kernels.programs import early_start, gdc_launch_dependents, gdc_wait
 
 # scores of a program's tile
 SCORES = 4096
@@ -47,7 +42,7 @@ def embed_tokens(
     out = token_VD.new_empty(n_texts, width)
     _embed_tokens[(n_texts,)](
         token_R, position, token_VD, position_TD, weight_D, bias_D, out, width, scale, epsilon,
-        BLOCK=triton.next_power_of_2(width), AHEAD=starts_early(out.device), **launch_options(out.device),
+        BLOCK=triton.next_power_of_2(width), **early_start(out.device),
     )  # fmt: skip
     return out
 
@@ -72,12 +67,12 @@ def append_best(
     n_parts = triton.cdiv(n_tokens, SCORES)
     best = scores_RV.new_empty(n_texts, n_parts)
     token = scores_RV.new_empty(n_texts, n_parts, dtype=torch.int32)
-    ahead, options = starts_early(scores_RV.device), launch_options(scores_RV.device)
-    _find_best[(n_texts, n_parts)](scores_RV, best, token, n_tokens, n_parts, SCORES=SCORES, AHEAD=ahead, **options)
+    early = early_start(scores_RV.device)
+    _find_best[(n_texts, n_parts)](scores_RV, best, token, n_tokens, n_parts, SCORES=SCORES, **early)
     _append_best[(1,)](
         best, token, ids_RT, position, is_unfinished_R.view(torch.uint8), n_steps, eos, n_texts, ids_RT.shape[1],
         n_parts, len(eos), pad,
-        TEXTS=triton.next_power_of_2(n_texts), PARTS=triton.next_power_of_2(n_parts), AHEAD=ahead, **options,
+        TEXTS=triton.next_power_of_2(n_texts), PARTS=triton.next_power_of_2(n_parts), **early,
     )  # fmt: skip
 
 

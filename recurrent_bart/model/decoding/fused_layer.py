@@ -24,9 +24,8 @@ MOST_ROWS, MOST_PARTED_ROWS = 64, 128
 LEAST_PART, MOST_PARTS = 256, 8
 # most texts of a document, and of a cache
 MOST_TEXTS = 16
+# types of weights that the kernels multiply
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 # decoders whose kernels could not be compiled or launched
 _failed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 

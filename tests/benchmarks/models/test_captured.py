@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import masking_utils
 
 from played_graphs import play_graphs
 from recurrent_bart.benchmarks.models import captured
@@ -81,3 +82,11 @@ def test_a_captured_case_is_measured_on_a_gpu(work):
     measure(Case("rmt", 3, work, graphed=True), setting_on(GPU), found, n_warmup=1, n_passes=2)
     assert found.outcome == "measured"
     assert len(found.step_seconds) == 2
+
+
+def test_masks_that_hide_nothing_are_not_built_during_a_capture(monkeypatch):
+    traced = masking_utils.is_tracing
+    with captured.masks_left_out():
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not masking_utils.is_tracing(torch.ones(1))
+    assert masking_utils.is_tracing is traced

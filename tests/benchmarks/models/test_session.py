@@ -111,6 +111,13 @@ def test_a_table_compares_with_our_default_of_training_if_the_group_has_it():
     assert "2.00 x" in line
 
 
+def test_a_table_compares_with_no_cheaper_context_if_our_default_was_not_measured():
+    fused = Case("ours", 4, decoder_context="all")
+    group = {Case("ours", 4): found(400), fused: Measurement(OUT_OF_MEMORY), Case("segenc", 4): found(100)}
+    (line,) = (line for line in text_of(group_table("one", group)).splitlines() if "SegEnc" in line)
+    assert " x" not in line
+
+
 def test_lines_of_memory_alone_have_no_speed():
     measured = found(100)
     measured.step_seconds = []

@@ -36,17 +36,17 @@ def test_ids_are_hugging_faces(monkeypatch, seed):
     assert torch.equal(found, generate(model, inputs, how, fast=False)), how
 
 
-def fail_as_without_a_gpu(self, hidden_RD, visible):
+def fail_in_triton(self, hidden_RD, visible):
     """Raise an error of Triton."""
     import triton
 
-    return triton.runtime.driver.active.get_current_device()
+    return triton.cdiv(None, 1)
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
-def test_without_working_kernels_the_step_runs_without_them(monkeypatch, caplog, how):
+def test_without_working_kernels_the_step_runs_without_them(monkeypatch, how):
     monkeypatch.setattr(cached_decoder, "can_fuse", lambda decoder, *_: decoder not in fused_layer._failed)
-    monkeypatch.setattr(FusedLayer, "step", fail_as_without_a_gpu)
+    monkeypatch.setattr(FusedLayer, "step", fail_in_triton)
     calls = count_loops(monkeypatch)
     model, inputs, how = tiny_model().eval(), documents(0, 2), how | {"max_new_tokens": 6}
     found = generate(model, inputs, how)
