@@ -43,7 +43,9 @@ def main(argv: list[str]) -> ExitCode:
         print(f"fault on rank {rank}: {describe_fault(error)}", file=sys.stderr, flush=True)
         return ExitCode.FAULT
     if rank == 0:
-        print(f"\nmodel in {folder}/model; samples in {folder}/samples.md; curves in {folder}/curves.png")
+        # pretraining tasks write no samples
+        samples = f"; samples in {folder}/samples.md" if (folder / "samples.md").exists() else ""
+        print(f"\nmodel in {folder}/model{samples}; curves in {folder}/curves.png")
     return ExitCode.DONE
 
 
