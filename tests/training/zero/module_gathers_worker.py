@@ -51,13 +51,18 @@ def build(case):
     return build_engine(model, optimizer, None, config)
 
 
+def make_batch(engine, n_documents, n_segments):
+    ids, labels = random_ids(n_documents, n_segments, 8), random_ids(n_documents, 4)
+    return {"input_ids": ids.to(engine.device), "labels": labels.to(engine.device)}
+
+
 def is_sharded(engine):
     return all(it.ds_status is ZeroParamStatus.NOT_AVAILABLE for it in engine.module.parameters())
 
 
 def evaluate(engine, losses):
     with gathered_for_evaluation(engine) as model, torch.no_grad():
-        losses.append(float(model(random_ids(1, 2, 8), labels=random_ids(1, 4)).loss))
+        losses.append(float(model(**make_batch(engine, 1, 2)).loss))
 
 
 def run_steps(case, folder):
@@ -69,12 +74,12 @@ def run_steps(case, folder):
         gathers.append(0)
         with counted_gathers(gathers), reducing_once(engine) if case["n_passes"] > 1 else contextlib.nullcontext():
             for _ in range(case["n_passes"]):
-                loss = engine(random_ids(2, 3, 8), labels=random_ids(2, 4), return_logits=False).loss
+                loss = engine(**make_batch(engine, 2, 3), return_logits=False).loss
                 losses.append(float(loss.detach()))
                 engine.backward(loss)
                 is_sharded_between.append(is_sharded(engine))
         trained = [it for it in engine.module.parameters() if it.requires_grad]
-        gradients.append([safe_get_full_grad(parameter).clone() for parameter in trained])
+        gradients.append([safe_get_full_grad(parameter).cpu().clone() for parameter in trained])
         engine.step()
         is_sharded_between.append(is_sharded(engine))
         if case["evaluates"]:
