@@ -26,8 +26,20 @@ from torch import Tensor
 
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.training.zero.accelerator_calls import on_stream
-from recurrent_bart.training.zero.gradient_buckets import PRIVATE, average_and_scatter, keep_partitions
+from recurrent_bart.training.zero.gradient_buckets import (
+    PRIVATE,
+    add_to_bucket,
+    finish_reduction,
+    point_to_weights,
+    prepare_gradient,
+    reduce_bucket,
+)
 from recurrent_bart.training.zero.gradients_together import has_infinite, norm_of_all
+from recurrent_bart.training.zero.module_gathers import (
+    ModuleGathers,
+    can_gather_by_module,
+    read_parameters_directly,
+)
 
 # DeepSpeed versions with which the tests of this package pass
 TESTED_VERSIONS = ("0.19.8",)
@@ -193,12 +205,32 @@ def shorten_accelerator_calls(engine: DeepSpeedEngine | None = None) -> None:
         accelerator.handles_memory_backpressure = lambda: True
 
 
+def _reduces_whole_buckets(optimizer: Any) -> bool:
+    # these patches support neither gradients in CPU memory (offload) nor other kinds of reduction
+    return not (_has_offload(optimizer) or optimizer.zenflow or optimizer.all2all_process_group is not None)
+
+
 def _reduce_whole_buckets(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
-    # this patch supports neither gradients in CPU memory (offload) nor other kinds of reduction
-    if not (_has_offload(optimizer) or optimizer.zenflow or optimizer.all2all_process_group is not None):
-        setattr(optimizer, f"{PRIVATE}avg_scatter_grads", functools.partial(average_and_scatter, optimizer))
-        optimizer.partition_grads = functools.partial(keep_partitions, optimizer)
+    if _reduces_whole_buckets(optimizer):
+        optimizer.reduce_independent_p_g_buckets_and_remove_grads = functools.partial(add_to_bucket, optimizer)
+        optimizer.independent_gradient_partition_epilogue = functools.partial(finish_reduction, optimizer)
+        setattr(optimizer, f"{PRIVATE}reduce_and_partition_ipg_grads", functools.partial(reduce_bucket, optimizer))
+
+
+def _update_whole_groups(engine: DeepSpeedEngine) -> None:
+    optimizer = engine.optimizer
+    if _reduces_whole_buckets(optimizer):
+        optimizer._prepare_fp32_grad_for_sub_group = functools.partial(prepare_gradient, optimizer)
+        optimizer._unflatten_partitioned_parameters = functools.partial(point_to_weights, optimizer)
+
+
+def _gather_by_module(engine: DeepSpeedEngine) -> None:
+    if can_gather_by_module(engine):
+        gathers = ModuleGathers(engine)
+        gathers.replace_methods(engine.optimizer.parameter_offload.param_coordinator)
+        engine.optimizer._partition_all_parameters = gathers.release_all
+        read_parameters_directly(engine.module)
 
 
 def _take_one_norm(engine: DeepSpeedEngine) -> None:
@@ -238,13 +270,53 @@ PATCHES = (
         apply=shorten_accelerator_calls,
     ),
     Patch(
+        "gather parameters by module",
+        (
+            *_names("optimizer", "_partition_all_parameters"),
+            *_names(
+                "optimizer.parameter_offload",
+                "offload_device",
+                "zenflow",
+                "zero_param_parallel_group",
+                "zero_quantized_weights",
+                "zero_quantized_nontrainable_weights",
+                "fast_sharding_for_leaf_module",
+                "_max_reuse_distance_in_numel",
+                "_max_available_parameters_in_numel",
+                "_prefetch_bucket_sz",
+            ),
+            *_names(
+                "optimizer.parameter_offload.param_coordinator",
+                "fetch_sub_module",
+                "release_sub_module",
+                "release_and_reset_all",
+                "release_backward_leftovers",
+                "reset_step",
+                "trace_prologue",
+                "is_record_trace",
+            ),
+            *_names("engine", "torch_autocast_enabled", "_config.zero_config.allgather_sequential"),
+            "engine._config.zero_config.use_all_reduce_for_fetch_params",
+        ),
+        stages=(3,),
+        apply=_gather_by_module,
+    ),
+    Patch(
         "reduce gradients by bucket",
         _names(
             "optimizer",
-            f"{PRIVATE}avg_scatter_grads",
+            f"{PRIVATE}reduce_and_partition_ipg_grads",
             f"{PRIVATE}param_id_to_grad_partition",
-            "partition_grads",
+            "reduce_independent_p_g_buckets_and_remove_grads",
+            "independent_gradient_partition_epilogue",
+            "reduce_and_partition_stream",
+            "reduce_bucket_size",
+            "ipg_buckets",
+            "fp16_groups",
+            "get_param_comm_dtype",
             "_get_param_partition_group",
+            "_epilogue_ran_this_backward",
+            "averaged_gradients",
             "micro_step_id",
             "gradient_accumulation_dtype",
             "offload_optimizer",
@@ -253,6 +325,23 @@ PATCHES = (
         ),
         stages=(3,),
         apply=_reduce_whole_buckets,
+    ),
+    Patch(
+        "update parameter groups as a whole",
+        _names(
+            "optimizer",
+            "_prepare_fp32_grad_for_sub_group",
+            "_unflatten_partitioned_parameters",
+            "fp16_partitioned_groups_flat",
+            "fp16_partitioned_groups",
+            "fp32_partitioned_groups_flat",
+            "flatten",
+            "averaged_gradients",
+            "zenflow",
+            "all2all_process_group",
+        ),
+        stages=(3,),
+        apply=_update_whole_groups,
     ),
     Patch("compute one norm of all gradients", ("optimizer.get_grad_norm_direct",), apply=_take_one_norm),
     Patch(

@@ -1,68 +1,138 @@
 """Reduction of ZeRO-3 gradients per bucket, bitwise equal to DeepSpeed's reduction.
 
-DeepSpeed slices, averages, converts and copies each of BART-large's 532 gradients separately, while the GPU waits
+DeepSpeed slices, averages, converts and copies each of BART-large's 519 gradients separately, while the GPU waits
 (benchmarks/LOG.md).
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed.comm
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from torch.nn.functional import pad
 
 # prefix of private names in DeepSpeed's ZeRO-3 optimizer
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
 
 
+def add_to_bucket(optimizer: Any, parameter: Any) -> None:
+    """Add a gradient to the bucket of its data type. Reduce the bucket first if the gradient does not fit into it."""
+    dtype = optimizer.get_param_comm_dtype(parameter)
+    bucket = optimizer.ipg_buckets[dtype]
+    if bucket.elements and bucket.elements + parameter.ds_numel > optimizer.reduce_bucket_size:
+        reduce_bucket(optimizer, dtype)
+    if getattr(parameter, "ds_grad_is_ready", True):
+        bucket.params.append(parameter)
+        bucket.elements += parameter.ds_numel
+
+
 @torch.no_grad()
-def average_and_scatter(optimizer: Any, parameters: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
-    """Return this rank's partition of each parameter's mean gradient, as `__avg_scatter_grads` of DeepSpeed does.
+def reduce_bucket(optimizer: Any, dtype: torch.dtype) -> None:
+    """Average the gradients of a bucket over ranks. Add this rank's partitions to the sums, and free the gradients.
 
     Args:
         optimizer: DeepSpeed's ZeRO-3 optimizer.
-        parameters: Parameters of one bucket, with unsharded gradients.
-        dtype: Data type in which gradients are exchanged and returned.
+        dtype: Data type in which the gradients of the bucket are exchanged.
 
-    Returns:
-        One tensor `(ceil(n / n_processes),)` for each parameter of n elements, padded with 0.
+    Raises:
+        RuntimeError: A gradient has another number of elements than its parameter.
     """
+    bucket = optimizer.ipg_buckets[dtype]
+    parameters = sorted(bucket.params, key=lambda parameter: parameter.ds_id)
+    bucket.clear_params()
+    bucket.elements = 0
+    if not parameters:
+        return
     group = optimizer._get_param_partition_group(parameters[0])
-    n_processes, rank = deepspeed.comm.get_world_size(group), deepspeed.comm.get_rank(group)
-    lengths = [-(-parameter.ds_numel // n_processes) for parameter in parameters]
-    # one row per rank
-    parts = [
-        _fill(parameter.grad.to(dtype).reshape(-1), n_processes * length).view(n_processes, length)
-        for parameter, length in zip(parameters, lengths, strict=True)
-    ]
-    rows = torch.cat(parts, dim=1).div_(n_processes)
-    deepspeed.comm.reduce_scatter_fn(rows[rank], rows.view(-1), group=group, async_op=False)
-    return list(rows[rank].split(lengths))
-
-
-@torch.no_grad()
-def keep_partitions(optimizer: Any, parameters: Sequence[Any], partitions: Sequence[Tensor]) -> list[Tensor]:
-    """Add partitions to the sums of earlier passes, and free the unsharded gradients, as `partition_grads` does."""
-    sums = getattr(optimizer, f"{PRIVATE}param_id_to_grad_partition")
-    own = [
-        sums[parameter.ds_id][: partition.numel()] for parameter, partition in zip(parameters, partitions, strict=True)
-    ]
-    if optimizer.micro_step_id == 0:
-        torch._foreach_copy_(own, list(partitions))
-    else:
-        torch._foreach_add_(own, [partition.to(optimizer.gradient_accumulation_dtype) for partition in partitions])
-    accelerator = get_accelerator()
-    stream = None if accelerator.is_synchronized_device() else accelerator.current_stream()
+    # packed by the stream that has computed the gradients: their memory is then free without waiting for another stream
+    rows = packed_gradients(parameters, deepspeed.comm.get_world_size(group), dtype)
     for parameter in parameters:
-        if stream is not None:
-            # the gradient was allocated on another CUDA stream, which must not reuse the memory before this stream has
-            # read it
-            parameter.grad.record_stream(stream)
         parameter.grad = None
-    return own
+    with _after_current_stream(optimizer.reduce_and_partition_stream, rows):
+        rows.div_(len(rows))
+        own = rows[deepspeed.comm.get_rank(group)]
+        deepspeed.comm.reduce_scatter_fn(own, rows.view(-1), group=group, async_op=False)
+        _keep(optimizer, parameters, own)
 
 
-def _fill(entries: Tensor, length: int) -> Tensor:
-    return entries if len(entries) == length else pad(entries, (0, length - len(entries)))
+def packed_gradients(parameters: Sequence[Any], n_processes: int, dtype: torch.dtype) -> Tensor:
+    """Return the gradients `(n_processes, elements)`: one row per rank with its partition of each gradient.
+
+    The partition of a gradient of n elements has ceil(n / n_processes) elements; the last partition is padded with 0.
+    """
+    for parameter in parameters:
+        if parameter.grad.numel() != parameter.ds_numel:
+            raise RuntimeError(
+                f"a gradient has {parameter.grad.numel()} elements, but its parameter has {parameter.ds_numel}"
+            )
+    gradients = [parameter.grad for parameter in parameters]
+    converted = [gradient if gradient.dtype == dtype else gradient.to(dtype) for gradient in gradients]
+    return torch._chunk_cat([gradient.reshape(-1) for gradient in converted], 0, n_processes)
+
+
+def finish_reduction(optimizer: Any) -> None:
+    """Reduce the buckets that are not full, as `independent_gradient_partition_epilogue` does.
+
+    DeepSpeed waits for the GPU here. This function only makes the GPU's current stream wait for the reduction, so the
+    CPU launches the update while the GPU computes the backward pass.
+    """
+    for dtype in sorted(optimizer.ipg_buckets, key=str):
+        reduce_bucket(optimizer, dtype)
+    accelerator = get_accelerator()
+    if not accelerator.is_synchronized_device():
+        accelerator.current_stream().wait_stream(optimizer.reduce_and_partition_stream)
+    sums = getattr(optimizer, f"{PRIVATE}param_id_to_grad_partition")
+    optimizer.averaged_gradients.update(
+        {
+            number: [sums[it.ds_id] if it.requires_grad else torch.zeros_like(it.ds_tensor) for it in parameters]
+            for number, parameters in enumerate(optimizer.fp16_groups)
+        }
+    )
+    # DeepSpeed counts the passes of a step by this attribute
+    optimizer._epilogue_ran_this_backward = True
+
+
+def prepare_gradient(optimizer: Any, number: int) -> None:
+    """Join the gradients of a parameter group for the update, as `_prepare_fp32_grad_for_sub_group` does.
+
+    DeepSpeed also notes for each gradient that the current stream reads it. The gradients are never freed.
+    """
+    weights = optimizer.fp32_partitioned_groups_flat[number]
+    weights.grad = optimizer.flatten(optimizer.averaged_gradients[number]).to(weights.dtype)
+    optimizer.averaged_gradients[number] = None
+
+
+def point_to_weights(optimizer: Any, number: int) -> None:
+    """Let partitions of parameters share the memory of the updated weights, as `_unflatten_partitioned_parameters`."""
+    weights, partitions = optimizer.fp16_partitioned_groups_flat[number], optimizer.fp16_partitioned_groups[number]
+    address = weights.data_ptr()
+    for partition in partitions:
+        if partition.data_ptr() != address:
+            type(optimizer)._unflatten_partitioned_parameters(optimizer, number)
+            return
+        address += partition.nbytes
+
+
+def _keep(optimizer: Any, parameters: Sequence[Any], own: Tensor) -> None:
+    sums = getattr(optimizer, f"{PRIVATE}param_id_to_grad_partition")
+    places = [sums[parameter.ds_id] for parameter in parameters]
+    partitions = own.split([len(place) for place in places])
+    if optimizer.micro_step_id == 0:
+        torch._foreach_copy_(places, partitions)
+    else:
+        torch._foreach_add_(places, own.to(optimizer.gradient_accumulation_dtype).split(list(map(len, places))))
+
+
+@contextlib.contextmanager
+def _after_current_stream(stream: Any, used: Tensor) -> Iterator[None]:
+    """Use another stream in this block, after the work of the current stream."""
+    accelerator = get_accelerator()
+    if accelerator.is_synchronized_device():
+        yield
+        return
+    stream.wait_stream(accelerator.current_stream())
+    with accelerator.stream(stream):
+        yield
+    used.record_stream(stream)

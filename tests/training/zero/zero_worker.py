@@ -14,8 +14,9 @@ from recurrent_bart.model import decoder_context
 from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.run_arguments import RunArguments
 from recurrent_bart.training.trainer import Trainer
+from recurrent_bart.training.zero import gradient_buckets
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict
-from recurrent_bart.training.zero.gradient_buckets import average_and_scatter, keep_partitions
+from recurrent_bart.training.zero.gradient_buckets import PRIVATE, reduce_bucket
 from tiny import tiny_model
 
 N_STEPS, N_DOCUMENTS, N_SEGMENTS, LENGTH = 3, 4, 5, 8
@@ -76,19 +77,27 @@ def trained_parameters(model):
 
 def reduce_as_deepspeed_too(optimizer, have_same_bits):
     """Record for each bucket that ZeRO-3 reduces whether DeepSpeed's code gives the same bits."""
-    name = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
-    ours, theirs = getattr(optimizer, name), getattr(type(optimizer), name)
-    assert (ours.func, optimizer.partition_grads.func) == (average_and_scatter, keep_partitions)
+    name = f"{PRIVATE}reduce_and_partition_ipg_grads"
+    ours, theirs = getattr(optimizer, name), getattr(type(optimizer), f"{PRIVATE}avg_scatter_grads")
+    assert ours.func is reduce_bucket
+    sums = getattr(optimizer, f"{PRIVATE}param_id_to_grad_partition")
 
-    def reduce(parameters, dtype):
-        found = ours(parameters, dtype)
-        for part, expected in zip(found, theirs(optimizer, parameters, dtype), strict=True):
+    def reduce(optimizer, dtype):
+        parameters = list(optimizer.ipg_buckets[dtype].params)
+        before = [sums[parameter.ds_id].clone() for parameter in parameters]
+        gradients = [parameter.grad.clone() for parameter in parameters]
+        # copied, because DeepSpeed reduces the gradient of a bucket with one parameter in place
+        partitions = [part.clone() for part in theirs(optimizer, parameters, dtype)] if parameters else []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad.copy_(gradient)
+        reduce_bucket(optimizer, dtype)
+        for parameter, partition, total in zip(parameters, partitions, before, strict=True):
+            expected = partition if optimizer.micro_step_id == 0 else total[: len(partition)] + partition
             # compared as integers, because a spoilt step has NaN, which never equals itself
-            whole, rest = part.view(torch.int32).split([len(expected), len(part) - len(expected)])
-            have_same_bits.append(torch.equal(whole, expected.view(torch.int32)) and not rest.any())
-        return found
+            found, rest = sums[parameter.ds_id].view(torch.int32).split([len(expected), len(total) - len(expected)])
+            have_same_bits.append(torch.equal(found, expected.view(torch.int32)) and not rest.any())
 
-    setattr(optimizer, name, reduce)
+    return reduce
 
 
 def run_case(case, environment):
@@ -109,7 +118,8 @@ def run_case(case, environment):
     engine = build_engine(model, optimizer, None, config)
     have_same_bits = []
     if case["stage"] == 3:
-        reduce_as_deepspeed_too(engine.optimizer, have_same_bits)
+        # `add_to_bucket` and `finish_reduction` call it by this name
+        gradient_buckets.reduce_bucket = reduce_as_deepspeed_too(engine.optimizer, have_same_bits)
     run = RunArguments(gradient_accumulation_steps=case["accumulation"]).of_length(50)
     parts = [
         part
