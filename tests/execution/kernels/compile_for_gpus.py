@@ -40,7 +40,7 @@ def latent_cases(kind, shared_kib):
     names = ("n_rows", "n_keys", "n_parts", "part_keys", "mask_stride")
     pointers = dict.fromkeys(("query", "context", "mask"), f"*{kind}") | {"end": "*i32"}
     pointers |= dict.fromkeys(("partial", "largest_out", "total_out"), "*fp32")
-    for width, n_rows in ((512, 8), (512, 32), (768, 12), (1024, 16), (1024, 64)):
+    for width, n_rows in ((512, 32), (1024, 16), (1024, 64)):
         tile = latent_attention.latent_tile(n_rows, width, shared_kib)
         fixed = {"WIDTH": width, "ROWS": tile.rows, "KEYS": tile.keys, "CHUNKS": tile.n_chunks, "CHUNK": tile.chunk}
         fixed |= {"STAGES": tile.n_stages, "HAS_MASK": True, "AHEAD": False}

@@ -204,4 +204,4 @@ def test_kernels_compile_for_gpus_and_fit_their_shared_memory(tmp_path):
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     script = Path(__file__).with_name("compile_for_gpus.py")
     ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=280)
-    assert (ended.returncode, ended.stdout) == (0, "54 compiled\n"), ended.stdout + ended.stderr
+    assert (ended.returncode, ended.stdout) == (0, "50 compiled\n"), ended.stdout + ended.stderr
