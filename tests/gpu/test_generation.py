@@ -1,5 +1,6 @@
 """Generation by CUDA graphs: ids, synchronization, memory and speed on a GPU; run with `pytest -m gpu -s`."""
 
+import math
 import time
 
 import pytest
@@ -10,7 +11,9 @@ from recurrent_bart.benchmarks.generation.cases import GenerationCase
 from recurrent_bart.benchmarks.generation.measure import GenerationModels
 from recurrent_bart.benchmarks.models.benchmark_models import BenchmarkSetting
 from recurrent_bart.execution.graph_guards import graph_store
-from recurrent_bart.model.decoding import session, session_store
+from recurrent_bart.model.decoding import latent_layer, session, session_store
+from recurrent_bart.model.decoding.cached_decoder import CachedDecoder
+from recurrent_bart.model.decoding.cached_layer import CacheShape, Visible
 from recurrent_bart.model.decoding.search import draw_unchecked
 from tiny import tiny_model
 
@@ -95,6 +98,30 @@ def test_unchecked_draws_are_pytorchs():
         expected = torch.multinomial(probabilities, 1).squeeze(1)
         torch.manual_seed(seed)
         assert torch.equal(draw_unchecked(probabilities), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("d_model", "n_heads", "n_texts"), [(512, 8, 1), (768, 12, 2), (1024, 16, 1)])
+@torch.no_grad()
+def test_encoder_outputs_give_the_scores_of_keys_and_values(monkeypatch, dtype, d_model, n_heads, n_texts):
+    heads = {"encoder_attention_heads": n_heads, "decoder_attention_heads": n_heads}
+    model = tiny_model(d_model=d_model, prefix_attention="gated", init_std=0.05, **heads).eval().cuda().to(dtype)
+    context = torch.randn(3, 900, d_model, device="cuda", dtype=dtype)
+    mask = torch.arange(900, device="cuda") < torch.tensor([[900], [20], [431]], device="cuda")
+    # three positions are state
+    shape, scores = CacheShape(3, n_texts, 1, 8, 960, True, 3), []
+    for least in (math.inf, 1):
+        monkeypatch.setattr(latent_layer, "LEAST_POSITIONS", least)
+        decoder = CachedDecoder(model, shape, context[:1, :1])
+        assert decoder.is_fused
+        assert decoder.reads_latents == (least == 1)
+        decoder.load(context, mask)
+        for here in range(2):
+            tokens, position = torch.arange(3 * n_texts, device="cuda") + here, torch.tensor([here], device="cuda")
+            scores.append(decoder.step(tokens, Visible(position, 8, None, None)))
+    for expected, found in zip(scores[:2], scores[2:], strict=True):
+        tolerance = {torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
 
 
 def test_bfloat16_differs_only_where_the_best_scores_are_within_rounding():

@@ -13,6 +13,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 from recurrent_bart.model.decoding.cached_layer import CachedLayer, CacheShape, Visible, is_plain, linear
 from recurrent_bart.model.decoding.fused_layer import FusedLayer, can_fuse
+from recurrent_bart.model.decoding.latent_layer import LatentLayer, can_read_latents
 from recurrent_bart.model.token_head import TokenHead
 from recurrent_bart.recurrence.attention import without_cudnn
 
@@ -28,10 +29,16 @@ class CachedDecoder:
         self.decoder, self.head, self.bias = model.model.decoder, model.lm_head, model.final_logits_bias
         self.shape = shape
         self.is_fused = can_fuse(self.decoder, shape, like)
-        layer_class = FusedLayer if self.is_fused else CachedLayer
+        self.reads_latents = self.is_fused and can_read_latents(self.decoder, shape, like)
+        layer_class = LatentLayer if self.reads_latents else FusedLayer if self.is_fused else CachedLayer
         self.layers = [layer_class(layer, shape, like) for layer in self.decoder.layers]
+        n_tokens = shape.n_context - shape.n_memory
+        # encoder outputs of the tokens, which all layers read
+        self.context_BAD: Tensor | None = None
+        if self.reads_latents:
+            self.context_BAD = like.new_zeros(shape.n_documents, n_tokens, model.config.d_model)
         # masks of state and tokens, apart: attention kernels need masks that begin at an aligned address
-        lengths = shape.n_memory, shape.n_context - shape.n_memory
+        lengths = shape.n_memory, n_tokens
         masks = [like.new_zeros(shape.n_documents, 1, 1, length) for length in lengths]
         self.context_masks: list[Tensor] | list[None] = masks if shape.is_padded else [None, None]
         # number of positions up to the last visible one
@@ -45,6 +52,10 @@ class CachedDecoder:
         n_context = context_BAD.shape[1]
         for layer in self.layers:
             layer.load(context_BAD)
+        if self.context_BAD is not None:
+            n_tokens = n_context - self.shape.n_memory
+            self.context_BAD[:, :n_tokens].copy_(context_BAD[:, self.shape.n_memory :])
+            self.context_BAD[:, n_tokens:].zero_()
         if not self.shape.is_padded:
             return
         seen_BA = torch.ones_like(context_BAD[..., 0], dtype=torch.bool) if mask_BA is None else mask_BA.bool()
@@ -62,6 +73,7 @@ class CachedDecoder:
         self.shape = replace(self.shape, n_documents=len(rows))
         for layer in self.layers:
             layer.keep(rows)
+        self.context_BAD = None if self.context_BAD is None else self.context_BAD[rows]
         for name in ("context_masks", "context_ends"):
             parts = [None if part is None else part[rows] for part in getattr(self, name)]
             setattr(self, name, cast("list[Tensor] | list[None]", parts))
@@ -80,6 +92,7 @@ class CachedDecoder:
         """Return the last layer's output `(R, D)`; see `step`."""
         decoder = self.decoder
         visible = replace(visible, context_masks=self.context_masks, context_ends=self.context_ends)
+        visible = replace(visible, context=self.context_BAD)
         hidden_RD = self._embed(token_R, visible.position)
         for layer in self.layers:
             hidden_RD = layer.step(hidden_RD, visible)
@@ -109,4 +122,5 @@ class CachedDecoder:
     def n_bytes(self) -> int:
         """Return the size of all caches and copied weights."""
         caches = sum(part.nbytes for layer in self.layers for part in (layer.own_kv, layer.context_kv))
-        return caches + sum(layer.query_key_value.n_bytes() for layer in self.layers)
+        n_shared = 0 if self.context_BAD is None else self.context_BAD.nbytes
+        return caches + n_shared + sum(layer.query_key_value.n_bytes() for layer in self.layers)

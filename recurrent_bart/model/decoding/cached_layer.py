@@ -51,6 +51,7 @@ class Visible:
         ancestor: `(B, G, T)`, the text whose keys and values belong to a beam and a position; None without beams.
         context_masks: Additive masks of state and tokens, `(B, 1, 1, length)` each; None without padding.
         context_ends: Number of positions up to the last visible one of state and of tokens, `(B,)` each.
+        context: Encoder outputs of the tokens, `(B, A, D)`, for layers without keys and values of them.
     """
 
     position: Tensor
@@ -59,6 +60,7 @@ class Visible:
     ancestor: Tensor | None
     context_masks: Sequence[Tensor | None] = (None, None)
     context_ends: Sequence[Tensor | None] = (None, None)
+    context: Tensor | None = None
 
 
 class CachedLayer:

@@ -58,13 +58,20 @@ def _is_plain_layer(layer: Any) -> bool:
     own, cross = layer.self_attn, layer.encoder_attn
     projections = own.q_proj, own.k_proj, own.v_proj, own.out_proj, cross.q_proj, cross.out_proj, layer.fc1, layer.fc2
     norms = layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm
-    return all(_is_plain_linear(part) for part in projections) and all(
+    return all(is_plain_linear(part) for part in projections) and all(
         type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None for norm in norms
     )
 
 
-def _is_plain_linear(part: Any) -> bool:
+def is_plain_linear(part: Any) -> bool:
+    """Return True if a module is a linear map with a plain contiguous weight and a bias."""
     return is_plain(part, nn.Linear) and part.bias is not None and part.weight.is_contiguous()
+
+
+def context_mask(visible: Visible, number: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return mask `(B, A)` and end of the state (0) or of the tokens (1)."""
+    mask = visible.context_masks[number]
+    return None if mask is None else mask[:, 0, 0], visible.context_ends[number]
 
 
 class FusedLayer(CachedLayer):
@@ -80,7 +87,7 @@ class FusedLayer(CachedLayer):
         kept = like.new_zeros(2, shape.n_documents, shape.n_context, n_heads, head_width)
         self.context_kv = kept.transpose(2, 3)
         own = layer.encoder_attn
-        self.has_plain_context = all(_is_plain_linear(part) for part in (own.k_proj, own.v_proj))
+        self.has_plain_context = all(is_plain_linear(part) for part in (own.k_proj, own.v_proj))
 
     def _project_context(self, context_BAD: Tensor) -> None:
         """Project into the cache without a copy if the context has the cache's length."""
@@ -117,24 +124,26 @@ class FusedLayer(CachedLayer):
         return attend_to_text(query_key_value, self.own_kv, visible.position, visible.ancestor, scale)
 
     def _read_context(self, hidden_RD: Tensor, visible: Visible) -> Tensor:
-        from recurrent_bart.execution.kernels.step_attention import attend_to_context
-
         cross, n_memory = self.layer.encoder_attn, self.shape.n_memory
         query_RD = self._multiply(self.cross_query, hidden_RD)
-
-        def read(places: slice, number: int) -> Tensor:
-            mask, end = visible.context_masks[number], visible.context_ends[number]
-            mask = None if mask is None else mask[:, 0, 0]
-            key, value = self.context_kv[:, :, :, places]
-            return attend_to_context(query_RD, key, value, mask, end, cross.scaling)
-
-        tokens_RD = read(slice(n_memory, None), 1)
+        tokens_RD = self._read_tokens(query_RD, visible)
         if not n_memory:
             return tokens_RD
         assert isinstance(cross, GatedCrossAttention)
         heads = 1, -1, cross.num_heads, cross.head_dim
-        parts = (tokens_RD.view(heads), None), (read(slice(n_memory), 0).view(heads), None)
+        memory_RD = self._read_keys(query_RD, slice(n_memory), *context_mask(visible, 0))
+        parts = (tokens_RD.view(heads), None), (memory_RD.view(heads), None)
         return gated_read(*parts, cross.memory_gate.unsqueeze(0))[0].reshape(query_RD.shape)
+
+    def _read_tokens(self, query_RD: Tensor, visible: Visible) -> Tensor:
+        """Return the attention output `(R, D)` of the context without the state."""
+        return self._read_keys(query_RD, slice(self.shape.n_memory, None), *context_mask(visible, 1))
+
+    def _read_keys(self, query_RD: Tensor, places: slice, mask: Tensor | None, end: Tensor | None) -> Tensor:
+        from recurrent_bart.execution.kernels.step_attention import attend_to_context
+
+        key, value = self.context_kv[:, :, :, places]
+        return attend_to_context(query_RD, key, value, mask, end, self.layer.encoder_attn.scaling)
 
     def _multiply(self, projection: Projection, rows: Tensor, has_gelu: bool = False) -> Tensor:
         """Return the product with the weights plus the bias, through GELU if asked."""

@@ -4,7 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from recurrent_bart.execution.kernels import row_linear, step_attention
+from recurrent_bart.execution.kernels import latent_attention, row_linear, step_attention
 
 # compute capability, and shared memory of a program in KiB: the cards with the least of it, and H100
 GPUS = {89: 99, 90: 227}
@@ -35,6 +35,27 @@ def context_cases(kind, n_bytes):
             yield step_attention._attend_to_context, pointers | sizes | fixed, n_warps, 3
 
 
+def latent_cases(kind, shared_kib):
+    """Yield kernels of attention to encoder outputs, with the tile of a GPU, and of the products around it."""
+    names = ("n_rows", "n_keys", "n_parts", "part_keys", "mask_stride")
+    pointers = dict.fromkeys(("query", "context", "mask"), f"*{kind}") | {"end": "*i32"}
+    pointers |= dict.fromkeys(("partial", "largest_out", "total_out"), "*fp32")
+    for width, n_rows in ((512, 32), (1024, 16), (1024, 64)):
+        tile = latent_attention.latent_tile(n_rows, width, shared_kib)
+        fixed = {"WIDTH": width, "ROWS": tile.rows, "KEYS": tile.keys, "CHUNKS": tile.n_chunks, "CHUNK": tile.chunk}
+        fixed |= {"STAGES": tile.n_stages, "HAS_MASK": True, "AHEAD": False}
+        yield latent_attention._read_latents, pointers | dict.fromkeys(names, "i32") | fixed, tile.n_chunks, 3
+    names = ("n_rows", "width", "n_out", "row_stride", "head_stride", "weight_head_stride", "inner_stride")
+    sizes = dict.fromkeys((*names, "column_stride", "out_row_stride", "out_head_stride", "n_texts"), "i32")
+    pointers = dict.fromkeys(("rows", "weight", "bias", "out"), f"*{kind}") | {"end": "*i32", "scale": "fp32"}
+    query = latent_attention.QUERY_COLUMNS, 64, latent_attention.QUERY_WARPS, 3
+    value = latent_attention.VALUE_COLUMNS, latent_attention.VALUE_INNER, latent_attention.VALUE_WARPS, 4
+    for columns, inner, n_warps, n_stages in (query, value):
+        fixed = {"ROWS": latent_attention.MOST_ROWS, "COLUMNS": columns, "INNER": inner, "AHEAD": False}
+        fixed |= {"HAS_BIAS": True, "HAS_END": True}
+        yield latent_attention._multiply_heads, pointers | sizes | fixed, n_warps, n_stages
+
+
 def linear_cases(kind, n_bytes):
     """Yield kernels of products of rows."""
     for rows in (16, 128):
@@ -46,12 +67,19 @@ def linear_cases(kind, n_bytes):
             yield row_linear._linear, pointers | sizes | fixed | {"AHEAD": False}, n_warps, n_stages
 
 
+def cases(capability):
+    """Yield the kernels that run on a GPU."""
+    for kind, n_bytes in TYPES.items():
+        yield from context_cases(kind, n_bytes)
+        yield from linear_cases(kind, n_bytes)
+    yield from latent_cases("bf16", GPUS[capability])
+
+
 if __name__ == "__main__":
     n_compiled = 0
-    for kind, n_bytes in TYPES.items():
-        for kernel, arguments, *settings in (*context_cases(kind, n_bytes), *linear_cases(kind, n_bytes)):
-            for capability, most in GPUS.items():
-                found, n_compiled = compiled_kib(kernel, arguments, *settings, capability), n_compiled + 1
-                if found > most:
-                    print(f"does not fit: {kernel.__name__} {arguments} needs {found} KiB of {most} on {capability}")
+    for capability, most in GPUS.items():
+        for kernel, arguments, *settings in cases(capability):
+            found, n_compiled = compiled_kib(kernel, arguments, *settings, capability), n_compiled + 1
+            if found > most:
+                print(f"does not fit: {kernel.__name__} {arguments} needs {found} KiB of {most} on {capability}")
     print(f"{n_compiled} compiled")
