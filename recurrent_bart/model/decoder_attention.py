@@ -13,6 +13,7 @@ from transformers.models.bart.modeling_bart import BartAttention
 
 from recurrent_bart.configuration_recurrent_bart import RecurrentBartConfig
 from recurrent_bart.model.modeling_outputs import Packing
+from recurrent_bart.model.ragged_attention import RaggedContexts
 from recurrent_bart.recurrence.attention import Read, attend, gated_read, split_heads, without_cudnn
 from recurrent_bart.recurrence.prefix_recurrence import KeyValue
 
@@ -52,11 +53,13 @@ class CrossAttention(BartAttention):
         n_memory: int = 0,
         packed: tuple[Packing, Sequence[Tensor]] | None = None,
         has_padding: bool = True,
+        ragged: RaggedContexts | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute cross-attention; see BartAttention. The first `n_memory` positions of each context hold the state.
 
         `packed` is the layout of packed `key_value_states` and one mask per group; attention weights are then None.
+        `ragged` is the layout of contexts `(1, A, D)` without padding; it replaces `packed` and the mask.
         With `has_padding=False` the mask is not used: during a capture, transformers before 5.18 builds one that hides
         nothing, and attention with a mask is slower.
         """
@@ -65,7 +68,9 @@ class CrossAttention(BartAttention):
         query = split_heads(self, self.q_proj(hidden_states))
         key_value = self._cached_key_value(key_value_states, past_key_values)
         with without_cudnn():
-            if packed is None:
+            if ragged is not None:
+                values, weights = ragged.attend(query, key_value, self.dropout if self.training else 0.0), None
+            elif packed is None:
                 values, weights = self._read(query, key_value, attention_mask, n_memory)
             else:
                 values, weights = self._read_groups(query, key_value, *packed, n_memory), None

@@ -77,19 +77,21 @@ def encoder_output(
         hidden, mask, packing = _pack([_join(parts) for parts in contexts], groups_BN, selected_BN)
     elif batch.decodes_every_segment and target_segments_BN is None:
         hidden, mask = (part.unflatten(0, selected_BN.shape) for part in (hidden, mask))
+    has_padding = not mask.all()
     is_read_BN, is_seen = (on_device(known, hidden.device) for known in (is_read_BN, mask))
     position_B = is_read_BN.sum(dim=1) + (0 if state is None else state.position)
     memory = None if grid.memory is None else grid.memory.transpose(0, 1)
     return RecurrentEncoderOutput(
         last_hidden_state=hidden,
         context_mask=is_seen.to(mask_BNL.dtype),
-        has_padding=not mask.all(),
+        has_padding=has_padding,
         hidden_states=_by_layer(grid.hidden_states),
         attentions=_by_layer(grid.attentions),
         is_read=is_read_BN,
         n_memory=contexts[0][0][0].shape[1] if grid.states else 0,
         state=RecurrentState(position_B, memory, *(several.past if several else (None, None)), *(last or ())),
         packing=packing,
+        host_mask=mask if has_padding and mask.device.type == "cpu" else None,
     )
 
 

@@ -97,6 +97,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
         packing: Layout of packed contexts; None: not packed.
         target_segments: `(B, N)` booleans on the CPU, True at segments with a context; None: the context is the one
             after each document's last segment.
+        host_mask: Booleans of the shape of `context_mask` on the CPU; None: unknown, or without padding.
     """
 
     context_mask: Tensor | None = None
@@ -106,19 +107,20 @@ class RecurrentEncoderOutput(BaseModelOutput):
     state: RecurrentState | None = None
     packing: Packing | None = None
     target_segments: Tensor | None = None
+    host_mask: Tensor | None = None
 
     def as_tuple(self) -> tuple:
         """Return all fields as nested plain tuples, because hooks on modules find tensors only in tuples."""
         state = self.state and tuple(getattr(self.state, item.name) for item in fields(RecurrentState))
         plain = self.last_hidden_state, self.hidden_states, self.attentions, self.context_mask, self.is_read
         packing = self.packing and tuple(getattr(self.packing, item.name) for item in fields(Packing))
-        return *plain, self.n_memory, self.has_padding, state, packing, self.target_segments
+        return *plain, self.n_memory, self.has_padding, state, packing, self.target_segments, self.host_mask
 
     @classmethod
     def from_tuple(cls, values: Sequence) -> "RecurrentEncoderOutput":
         """Build the output from the result of `as_tuple`."""
-        *plain, state, packing, targets = values
-        return cls(*plain, state and RecurrentState(*state), packing and Packing(*packing), targets)
+        *plain, state, packing, targets, host_mask = values
+        return cls(*plain, state and RecurrentState(*state), packing and Packing(*packing), targets, host_mask)
 
     @classmethod
     def of(
@@ -223,10 +225,12 @@ class RecurrentEncoderOutput(BaseModelOutput):
         """Return the outputs in the order of segments that `batch` had before its documents were aligned."""
         hidden, mask, packing, shift = self.last_hidden_state, self.context_mask, self.packing, batch.unalign
         order_M = torch.empty(0) if batch.target_segments is None else batch.target_order()
+        host_mask = self.host_mask
         if hidden.dim() == 4:
-            hidden, mask = shift(hidden), shift(mask)
+            hidden, mask, host_mask = shift(hidden), shift(mask), None
         elif (order_M.diff() < 0).any() and packing is None:
             hidden, mask = (take(part, to_device(order_M, part.device)) for part in (hidden, mask))
+            host_mask = None if host_mask is None else host_mask[order_M]
         elif packing is not None:
             packing = Packing(packing.sizes, order_M.argsort()[packing.order])
         is_target = torch.ones_like(batch.is_read) if batch.decodes_every_segment else None
@@ -242,6 +246,7 @@ class RecurrentEncoderOutput(BaseModelOutput):
             target_segments=targets,
             state=self.state,
             packing=packing,
+            host_mask=host_mask,
         )
 
     def groups(self) -> list[tuple["RecurrentEncoderOutput", Tensor]]:

@@ -44,6 +44,7 @@ from recurrent_bart.model.modeling_outputs import (
 )
 from recurrent_bart.model.modeling_pretrained import RecurrentBartPreTrainedModel
 from recurrent_bart.model.oracle_inputs import OracleInputs
+from recurrent_bart.model.ragged_attention import ragged_contexts
 from recurrent_bart.model.scheduled_sampling import Oracle
 from recurrent_bart.model.token_head import TokenHead
 from recurrent_bart.recurrence.prefix_recurrence import RecurrentState
@@ -111,8 +112,13 @@ class RecurrentBartModel(RecurrentBartPreTrainedModel, BartModel):
         """Run the decoder on embeddings, with a plain tuple as its output; `encode` explains why ZeRO-3 needs this."""
         self._check_positions(input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
         hidden, packing, mask = encoder_outputs.last_hidden_state, encoder_outputs.packing, None
-        # BartDecoder passes unknown arguments to its attention modules, which read `packed` and `n_memory`
-        if packing is None:
+        # a cache holds padded keys and values
+        has_cache = past_key_values is not None or kwargs.get("use_cache") is not False
+        ragged = None if has_cache else ragged_contexts(self.config, encoder_outputs)
+        # BartDecoder passes unknown arguments to its attention modules, which read `ragged`, `packed` and `n_memory`
+        if ragged is not None:
+            hidden, kwargs["ragged"] = ragged
+        elif packing is None:
             mask = self.decoder.context_mask(encoder_outputs)
         else:
             kwargs["packed"] = packing, self.decoder.packed_masks(encoder_outputs)

@@ -207,7 +207,8 @@ def shorten_accelerator_calls(engine: DeepSpeedEngine | None = None) -> None:
 
 def _reduces_whole_buckets(optimizer: Any) -> bool:
     # these patches support neither gradients in CPU memory (offload) nor other kinds of reduction
-    return not (_has_offload(optimizer) or optimizer.zenflow or optimizer.all2all_process_group is not None)
+    is_other = optimizer.zenflow or optimizer.all2all_process_group is not None or optimizer.enable_sanity_checks
+    return optimizer.reduce_scatter and not (_has_offload(optimizer) or is_other)
 
 
 def _reduce_whole_buckets(engine: DeepSpeedEngine) -> None:
@@ -322,6 +323,8 @@ PATCHES = (
             "offload_optimizer",
             "zenflow",
             "all2all_process_group",
+            "reduce_scatter",
+            "enable_sanity_checks",
         ),
         stages=(3,),
         apply=_reduce_whole_buckets,
@@ -339,6 +342,8 @@ PATCHES = (
             "averaged_gradients",
             "zenflow",
             "all2all_process_group",
+            "reduce_scatter",
+            "enable_sanity_checks",
         ),
         stages=(3,),
         apply=_update_whole_groups,

@@ -92,6 +92,7 @@ class ModuleGathers:
                 self.in_backward[module] = None
             if any(it.ds_status is not ZeroParamStatus.AVAILABLE for it in parameters):
                 self._gather(parameters, forward)
+                assert all(it.ds_status is ZeroParamStatus.AVAILABLE for it in parameters)
             for parameter in parameters:
                 parameter.ds_active_sub_modules.add(module.ds_id)
 
@@ -223,13 +224,13 @@ class Gather:
         self.plan, self.parameters = plan, parameters
         group = parameters[0].ds_process_group
         self.n_processes = deepspeed.comm.get_world_size(group)
-        for parameter in parameters:
-            parameter.ds_status = ZeroParamStatus.INFLIGHT
         if self.n_processes > 1:
             rank, length = deepspeed.comm.get_rank(group), sum(plan.lengths)
             self.rows = torch.empty(self.n_processes, length, dtype=parameters[0].ds_tensor.dtype, device=device)
             torch.cat([parameter.ds_tensor for parameter in parameters], out=self.rows[rank])
             self.handle = deepspeed.comm.allgather_fn(self.rows.view(-1), self.rows[rank], group=group, async_op=True)
+        for parameter in parameters:
+            parameter.ds_status = ZeroParamStatus.INFLIGHT
 
     def holds(self, parameters: Sequence[Any]) -> bool:
         """Return True if this gather brings exactly the missing ones of `parameters`."""
@@ -238,6 +239,16 @@ class Gather:
 
     def finish(self) -> None:
         """Make the current stream wait for the parameters, and give each parameter its data."""
+        try:
+            self._finish()
+        except BaseException:
+            # for example out of memory; the next gather gathers them again
+            for parameter in self.parameters:
+                if parameter.ds_status is ZeroParamStatus.INFLIGHT:
+                    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            raise
+
+    def _finish(self) -> None:
         plan = self.plan
         if self.n_processes == 1:
             for parameter in self.parameters:
@@ -252,7 +263,9 @@ class Gather:
         ]
         torch.split_with_sizes_copy(self.rows, plan.lengths, dim=1, out=places)
         for parameter, start, stride in zip(self.parameters, plan.starts, plan.strides, strict=True):
-            parameter.data = memory.as_strided(parameter.ds_shape, stride, start)
+            data = memory.as_strided(parameter.ds_shape, stride, start)
+            # a view that stays would keep the memory of all parameters
+            parameter.data = data.clone() if parameter.ds_persist else data
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         del self.rows
 
