@@ -16,6 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # attributes that hold every module's tensors, submodules and hooks
 BOOKKEEPING = frozenset({*vars(nn.Module()), "graph_store"}) - {"training"}
+# attributes that ZeRO-3 adds to modules, beside names with the prefix. They say where parameters are, and the methods
+# among them are new functions for each module
+SHARDING = frozenset(
+    {"all_parameters", "_external_params", "_original_parameters", "_z3_leaf", "pre_bwd_fn", "post_bwd_fn"}
+)
+SHARDING_PREFIX = "ds_"
 # types whose values serve as keys directly
 PLAIN = frozenset({bool, float, str, type(None)})
 
@@ -56,8 +62,12 @@ def _named_settings(module: nn.Module, configs: dict[int, Hashable]) -> Iterator
         yield prefix, type(part)
         for attributes in (vars(part), part._buffers):
             for name, value in attributes.items():
-                if name not in BOOKKEEPING and type(value) is not int:
+                if _is_setting(name) and type(value) is not int:
                     yield f"{prefix}.{name}", value if type(value) in PLAIN else _constant(configs, value)
+
+
+def _is_setting(name: str) -> bool:
+    return name not in BOOKKEEPING and name not in SHARDING and not name.startswith(SHARDING_PREFIX)
 
 
 def backend_settings() -> tuple:

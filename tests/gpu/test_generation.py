@@ -1,6 +1,5 @@
 """Generation by CUDA graphs: ids, synchronization, memory and speed on a GPU; run with `pytest -m gpu -s`."""
 
-import math
 import time
 
 import pytest
@@ -110,11 +109,11 @@ def test_encoder_outputs_give_the_scores_of_keys_and_values(monkeypatch, dtype, 
     mask = torch.arange(900, device="cuda") < torch.tensor([[900], [20], [431]], device="cuda")
     # three positions are state
     shape, scores = CacheShape(3, n_texts, 1, 8, 960, True, 3), []
-    for least in (math.inf, 1):
-        monkeypatch.setattr(latent_layer, "LEAST_POSITIONS", least)
+    for share in (1.0, 0.0):
+        monkeypatch.setattr(latent_layer, "MEMORY_SHARE", share)
         decoder = CachedDecoder(model, shape, context[:1, :1])
         assert decoder.is_fused
-        assert decoder.reads_latents == (least == 1)
+        assert decoder.reads_latents == (share == 0.0)
         decoder.load(context, mask)
         for here in range(2):
             tokens, position = torch.arange(3 * n_texts, device="cuda") + here, torch.tensor([here], device="cuda")

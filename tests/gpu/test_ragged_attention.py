@@ -36,13 +36,18 @@ def test_values_and_gradients_of_each_sequence(width):
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=2e-2)
     expected.sin().sum().backward()
     for got, wanted in zip(gradients, exact, strict=True):
-        torch.testing.assert_close(got, wanted.grad, rtol=0, atol=3e-2)
+        torch.testing.assert_close(got, wanted.grad, rtol=2e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("task", ["documents", "sections"])
 def test_a_training_pass_gives_the_numbers_of_padded_contexts(monkeypatch, task):
     torch.manual_seed(0)
-    fields = {"decoder_context": "section" if task == "sections" else "all", "d_model": 64, "segment_size": 32, "init_std": 0.05}
+    fields = {
+        "decoder_context": "section" if task == "sections" else "all",
+        "d_model": 64,
+        "segment_size": 32,
+        "init_std": 0.05,
+    }
     model = tiny_model(**fields).cuda().to(torch.bfloat16).train()
     mask = torch.ones(3, 4, 32, dtype=torch.long)
     mask[1, 3], mask[1, 2, 5:], mask[2, 1:] = 0, 0, 0
@@ -50,6 +55,7 @@ def test_a_training_pass_gives_the_numbers_of_padded_contexts(monkeypatch, task)
     labels[~mask.bool().any(-1)] = -100
     inputs = {"input_ids": random_ids(3, 4, 32), "attention_mask": mask}
     inputs["labels"] = labels if task == "sections" else random_ids(3, 6)
+    inputs = {name: value.cuda() for name, value in inputs.items()}
     runs, calls, attend = [], [], ragged_attention.flash_attention
     monkeypatch.setattr(ragged_attention, "flash_attention", lambda *parts: calls.append(len(runs)) or attend(*parts))
     for least in (1, 10**9):

@@ -315,10 +315,11 @@ def _merge_latents(
     whole = tl.sum(totals * tl.exp(own_largest - most), axis=0)
     read = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, n_parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        place = first_place + part * n_rows
-        factor = tl.exp(tl.load(largest + place, part < n_parts, -1.0e30) - most)
-        inside = (part < n_parts)[:, None] & (column < width)[None, :]
+        # Triton 3.6 refuses a variable of one length before the loop and of another length inside
+        some = first + tl.arange(0, PARTS)
+        place = first_place + some * n_rows
+        factor = tl.exp(tl.load(largest + place, some < n_parts, -1.0e30) - most)
+        inside = (some < n_parts)[:, None] & (column < width)[None, :]
         read += tl.sum(tl.load(partial + place[:, None] * width + column[None, :], inside, 0.0) * factor[:, None], 0)
     found = tl.where(whole > 0.0, read / whole, 0.0)
     tl.store(out + row * width + column, found.to(out.dtype.element_ty), column < width)

@@ -2,7 +2,6 @@
 
 # Shape suffixes: R texts of all documents, B documents, A attended length, D model width.
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from recurrent_bart.model.decoding.cached_layer import CacheShape, Visible
 from recurrent_bart.model.decoding.fused_layer import FusedLayer, context_mask, is_plain_linear
 
-# fewest encoder outputs of a batch; with fewer, the two additional products of a layer cost more than they save.
-# No batch reaches it until the times on a GPU are measured
-LEAST_POSITIONS: float = math.inf
+# share of the GPU's memory from which keys and values of all layers are not stored. Below it, layers keep them,
+# because the speed of this layer was not measured
+MEMORY_SHARE = 1 / 8
 # most queries of a document, texts times heads; each 32 of them read the encoder outputs once more
 MOST_QUERIES = 64
 # model widths and types of weights that the kernel's tiles have room for
@@ -23,18 +22,24 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def can_read_latents(decoder: Any, shape: CacheShape, like: Tensor) -> bool:
-    """Return True if the layers of a fused decoder attend to encoder outputs faster than to keys and values."""
+    """Return True if a fused decoder attends to encoder outputs: keys and values would fill the GPU's memory."""
     from recurrent_bart.execution.kernels.latent_attention import LEAST_SHARED_KIB, shared_kib
 
     cross = [layer.encoder_attn for layer in decoder.layers]
     n_positions = shape.n_documents * (shape.n_context - shape.n_memory)
+    n_bytes = 2 * len(cross) * n_positions * decoder.config.d_model * like.element_size()
     return (
-        n_positions >= LEAST_POSITIONS
+        n_bytes >= MEMORY_SHARE * memory_bytes(like.device)
         and like.dtype in DTYPES
         and shared_kib(like.device) >= LEAST_SHARED_KIB
         and all(part.embed_dim in WIDTHS and shape.n_texts * part.num_heads <= MOST_QUERIES for part in cross)
         and all(is_plain_linear(projection) for part in cross for projection in (part.k_proj, part.v_proj))
     )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the size of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 class LatentLayer(FusedLayer):

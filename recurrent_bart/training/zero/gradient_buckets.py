@@ -5,7 +5,6 @@ DeepSpeed slices, averages, converts and copies each of BART-large's 519 gradien
 """
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch import Tensor
 
 # prefix of private names in DeepSpeed's ZeRO-3 optimizer
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
-# packed buckets that exist at once. The CPU runs ahead of the GPU, and without a limit all buckets would
-MOST_IN_FLIGHT = 2
 
 
 def add_to_bucket(optimizer: Any, parameter: Any) -> None:
@@ -51,12 +48,11 @@ def reduce_bucket(optimizer: Any, dtype: torch.dtype) -> None:
     if len({parameter.ds_id for parameter in parameters}) < len(parameters):
         raise RuntimeError("a gradient was added twice to a bucket: it has changed before it was reduced")
     group = optimizer._get_param_partition_group(parameters[0])
-    _wait_for_early_buckets(optimizer)
     # packed by the stream that has computed the gradients: their memory is then free without waiting for another stream
     rows = packed_gradients(parameters, deepspeed.comm.get_world_size(group), dtype)
     for parameter in parameters:
         parameter.grad = None
-    with _after_current_stream(optimizer, rows):
+    with _after_current_stream(optimizer.reduce_and_partition_stream, rows):
         rows.div_(len(rows))
         own = rows[deepspeed.comm.get_rank(group)]
         deepspeed.comm.reduce_scatter_fn(own, rows.view(-1), group=group, async_op=False)
@@ -89,7 +85,6 @@ def finish_reduction(optimizer: Any) -> None:
     accelerator = get_accelerator()
     if not accelerator.is_synchronized_device():
         accelerator.current_stream().wait_stream(optimizer.reduce_and_partition_stream)
-        _in_flight(optimizer).clear()
     sums = getattr(optimizer, f"{PRIVATE}param_id_to_grad_partition")
     optimizer.averaged_gradients.update(
         {
@@ -132,29 +127,16 @@ def _keep(optimizer: Any, parameters: Sequence[Any], own: Tensor) -> None:
         torch._foreach_add_(places, own.to(optimizer.gradient_accumulation_dtype).split(list(map(len, places))))
 
 
-def _in_flight(optimizer: Any) -> deque[tuple[Tensor, Any]]:
-    return vars(optimizer).setdefault("buckets_in_flight", deque())
-
-
-def _wait_for_early_buckets(optimizer: Any) -> None:
-    """Let the GPU compute only after all but the latest packed bucket are reduced, and free their memory."""
-    buckets = _in_flight(optimizer)
-    while len(buckets) >= MOST_IN_FLIGHT:
-        _, reduced = buckets.popleft()
-        get_accelerator().current_stream().wait_event(reduced)
-
-
 @contextlib.contextmanager
-def _after_current_stream(optimizer: Any, used: Tensor) -> Iterator[None]:
-    """Reduce in this block on the optimizer's stream, after the work of the current stream; keep `used` until then."""
-    accelerator, stream = get_accelerator(), optimizer.reduce_and_partition_stream
+def _after_current_stream(stream: Any, used: Tensor) -> Iterator[None]:
+    """Use another stream in this block, after the work of the current stream."""
+    accelerator = get_accelerator()
     if accelerator.is_synchronized_device():
         yield
         return
     stream.wait_stream(accelerator.current_stream())
     with accelerator.stream(stream):
         yield
-        reduced = accelerator.Event()
-        reduced.record(stream)
-    # the current stream allocated the memory, and reuses it after it has waited for the event
-    _in_flight(optimizer).append((used, reduced))
+    # the memory is not used again before this stream has read it. An event would not do: `torch.Stream.wait_event`
+    # returns without waiting if it is given a `torch.cuda.Event`
+    used.record_stream(stream)

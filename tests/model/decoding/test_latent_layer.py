@@ -76,20 +76,26 @@ def test_no_keys_and_values_of_tokens_are_kept(monkeypatch, latents):
     session_store.drop_sessions(model)
 
 
+def replace_type(like, dtype):
+    return SimpleNamespace(device=like.device, dtype=dtype, element_size=lambda: dtype.itemsize)
+
+
 def test_long_contexts_of_plain_layers_on_a_gpu_are_read_directly(monkeypatch):
     from recurrent_bart.execution.kernels import latent_attention
 
-    monkeypatch.setattr(latent_layer, "LEAST_POSITIONS", 64)
-    monkeypatch.setattr(latent_layer, "WIDTHS", (tiny_model().config.d_model,))
+    width = tiny_model().config.d_model
+    # keys and values of 64 positions in two layers fill an eighth of it
+    monkeypatch.setattr(latent_layer, "memory_bytes", lambda device: 8 * 2 * 2 * 64 * width * 2)
+    monkeypatch.setattr(latent_layer, "WIDTHS", (width,))
     kib = {"cuda": 99}
     monkeypatch.setattr(latent_attention, "shared_kib", lambda device: kib[device.type])
     decoder = tiny_model().model.decoder
-    like = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    like = replace_type(SimpleNamespace(device=torch.device("cuda")), torch.bfloat16)
     shape = CacheShape(2, 1, 1, 8, 40, False, 8)
     assert can_read_latents(decoder, shape, like)
     assert not can_read_latents(decoder, replace(shape, n_memory=9), like)
     assert not can_read_latents(decoder, replace(shape, n_texts=33), like)
-    assert not can_read_latents(decoder, shape, SimpleNamespace(device=like.device, dtype=torch.float32))
+    assert not can_read_latents(decoder, shape, replace_type(like, torch.float32))
     kib["cuda"] = 64
     assert not can_read_latents(decoder, shape, like)
     kib["cuda"] = 99

@@ -10,6 +10,8 @@ from deepspeed.utils import nvtx, z3_leaf_module
 
 from played_graphs import play_graphs
 from recurrent_bart.execution import cuda_graphs as recorded_call
+from recurrent_bart.execution.stacked_layers import why_not_stacked
+from recurrent_bart.execution.wavefront import Wavefront
 from recurrent_bart.model import modeling_decoder
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict, gathered_for_evaluation
 from tiny import BUCKET, random_ids, tiny_model
@@ -52,6 +54,18 @@ def test_the_whole_state_is_the_models_own(alone, stage, is_frozen, is_tied):
     # tied weights under all of their names
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@STAGES
+def test_encoder_layers_of_an_engine_are_computed_together(alone, monkeypatch, stage):
+    """Check that attributes that DeepSpeed adds to modules do not make layers look different."""
+    model = tiny_model(schedule="wavefront")
+    run, n_runs = Wavefront.run, []
+    monkeypatch.setattr(Wavefront, "run", lambda *parts: n_runs.append(1) or run(*parts))
+    engine = build(model, stage)
+    assert why_not_stacked(model.model.encoder.layers) == ""
+    engine.backward(engine(**inputs()).loss)
+    assert n_runs == [1]
 
 
 @pytest.mark.slow
