@@ -146,13 +146,13 @@ class Summarizer:
             raise ValueError(f"document {whole.index([]) + 1} of {len(whole)} has no tokens")
         rooms = [self.room - len(question) for question in asked]
         most = [None if self.max_n_segments == -1 else self.max_n_segments * room for room in rooms]
-        read = [document[:limit] for document, limit in zip(whole, most, strict=True)]
+        read: list[list[int] | list[Token]] = [document[:limit] for document, limit in zip(whole, most, strict=True)]
         n_segments = [-(-len(document) // room) for document, room in zip(read, rooms, strict=True)]
         for group in reversed(group_by_segments(n_segments, self.most_segments)):
             found: Iterable[tuple[str, list[Citation] | None]]
             if n_segments[group[0]] > self.most_segments:
                 reader = TextReader(self.model, self.tokenizer, query=queries[group[0]])
-                reader.bookmark = Bookmark(tokens=read[group[0]])
+                reader.bookmark = Bookmark(tokens=_as_tokens(read[group[0]]))
                 for context in reader.finish():  # noqa: B007 - the last context counts
                     yield {}
                 found = [self._write(context, reader.shown)]
@@ -208,28 +208,31 @@ class Summarizer:
         """Return the summary of a decoder context that a reader yields."""
         return summary_after(output, self.model, self.tokenizer, **self.generation)
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[Token]]:
+    def _tokens(self, texts: Sequence[str]) -> Sequence[list[int] | list[Token]]:
+        """Return the tokens of each text with their characters if summaries have citations, or else their ids."""
         # documents of training and evaluation have no white space at their end
         texts = [text.rstrip() for text in texts]
         if self.citations:
             self.encoder.require_characters()
             return [self.encoder.tokens(text) for text in texts]
-        return [[Token(id) for id in ids] for ids in self.encoder(texts)]
+        return self.encoder(texts)
 
     @torch.no_grad()
     def _summarize_batch(
-        self, documents: list[tuple[list[int], list[Token]]]
+        self, documents: list[tuple[list[int], list[int] | list[Token]]]
     ) -> Iterator[tuple[str, list[Citation] | None]]:
         """Yield the summary of each document, which is given with the ids of its question."""
         rows = [
-            {"index": index, "query": query, "sections": [[token.id for token in document]], "summaries": [[]]}
+            {"index": index, "query": query, "sections": [_as_ids(document)], "summaries": [[]]}
             for index, (query, document) in enumerate(documents)
         ]
         batch = self.collator(rows)
         context = self.model.model.encode(batch.input_ids.to(self.model.device), batch.attention_mask, is_decoded=True)
         generated = self.model.generate(encoder_outputs=context, **self.generation)
         for index, ((query, document), ids) in enumerate(zip(documents, generated, strict=True)):
-            shown = show_segments([], self._segments(document, query), self.model.config) if self.citations else []
+            shown = []
+            if self.citations:
+                shown = show_segments([], self._segments(_as_tokens(document), query), self.model.config)
             yield self._written(ids, context.rows(torch.tensor([index])) if self.citations else context, shown)
 
     def _segments(self, document: list[Token], query: Sequence[int] = ()) -> list[list[Token]]:
@@ -245,6 +248,14 @@ class Summarizer:
     def _written(self, ids_T: Tensor, context: Any, shown: Sequence[ShownToken]) -> tuple[str, list[Citation] | None]:
         citations = cite(self.model, self.tokenizer, context, shown, ids_T) if self.citations else None
         return decode_text(self.tokenizer, ids_T).strip(), citations
+
+
+def _as_tokens(document: Sequence[int | Token]) -> list[Token]:
+    return [Token(token) if isinstance(token, int) else token for token in document]
+
+
+def _as_ids(document: Sequence[int | Token]) -> list[int]:
+    return [token if isinstance(token, int) else token.id for token in document]
 
 
 def target_length(model_folder: str) -> int:
