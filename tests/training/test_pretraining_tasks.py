@@ -58,6 +58,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(texts, tmp_path, trai
     printed = capsys.readouterr().out
     assert f"task {task}" in printed
     assert "generation" not in printed
+    assert "samples" not in printed
     assert train_main(argv_of(texts, resumed, task, max_steps=2, lr_scheduler_type="constant")) == 0
     assert train_main(argv_of(texts, tmp_path / "same", task, max_steps=4, lr_scheduler_type="constant")) == 0
     assert train_main(["--resume", str(resumed), "--max_steps", "4"]) == 0
