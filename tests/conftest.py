@@ -1,5 +1,6 @@
 """Fixtures of all tests: models, documents and one seed."""
 
+import gc
 import os
 
 # no test may use the network; Hugging Face reads this variable when it is imported
@@ -20,6 +21,12 @@ from tiny import PLAIN, tiny_model
 def pytest_collection_modifyitems(items):
     # before pytest selects tests by their marks
     mark_other_cases_slow(items)
+
+
+def pytest_collection_finish():
+    # modules live until the end: each full collection by DeepSpeed or a test would take half a second for them
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -53,9 +53,7 @@ def slow(tmp_path):
     )
 
 
-@pytest.fixture(
-    scope="module", params=["unigram", "bpe", "bpe ignoring merges", "words", "slow", "slow, by character"]
-)
+@pytest.fixture(scope="module", params=["unigram", "bpe", "bpe ignoring merges", "words", "slow", "slow, by character"])
 def tokenizer(request, tmp_path_factory):
     """Return a tokenizer that no test changes."""
     makers = {

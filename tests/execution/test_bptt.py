@@ -176,6 +176,7 @@ def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monk
             assert torch.equal(*pair)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("depth", [0, 2, -1])
 def test_modules_are_called_as_often_however_many_segments_there_are(make_model, shard, depth, task):

@@ -129,6 +129,7 @@ def test_what_layers_give_is_handed_out(make_model, norms):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
 @pytest.mark.parametrize(
     "rates",

@@ -12,14 +12,18 @@ SIZES = [(2, 3, 11, 3, 48), (1, 1, 2, 1, 16), (3, 2, 21, 5, 20)]
 
 
 def every_pair(name, *variants):
-    """Parametrize a test so that each pair of a type, a size and a variant occurs, because the interpreter is slow."""
+    """Parametrize a test so that each pair of a type, a size and a variant occurs, because the interpreter is slow.
+
+    `make test` runs cases that together hold each value.
+    """
     cases = [
         (dtype, sizes, variants[(row + column) % len(variants)])
         for row, dtype in enumerate(TOLERANCE)
         for column, sizes in enumerate(SIZES)
     ]
     # the text of a function holds its address, which differs between processes
-    return pytest.mark.parametrize(("dtype", "sizes", name), cases, ids=lambda it: getattr(it, "__name__", str(it)))
+    cases = pytest.mark.parametrize(("dtype", "sizes", name), cases, ids=lambda it: getattr(it, "__name__", str(it)))
+    return lambda test: pytest.mark.each_value(cases(test))
 
 
 def randoms(dtype, *shapes):
