@@ -31,7 +31,11 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        # without a GPU, `torch.manual_seed` formats and keeps a stack trace for each kind of device
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

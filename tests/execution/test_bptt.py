@@ -31,7 +31,7 @@ def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(m
     assert (reaches, is_zero) == ((True, False) if depth == -1 or k <= depth else (False, True))
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("decode_at", ["last_segment", "every_segment"])
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])

@@ -38,8 +38,13 @@ def test_ids_are_hugging_faces(monkeypatch, seeds):
     [
         {"eos_token_id": list(range(2, 12))},
         {"eos_token_id": list(range(2, 30)), "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
-        {"num_beams": 3, "eos_token_id": list(range(2, 14)), "num_return_sequences": 2},
-        {"num_beams": 2, "eos_token_id": list(range(2, 14)), "early_stopping": True, "length_penalty": 2.0},
+        pytest.param(
+            {"num_beams": 3, "eos_token_id": list(range(2, 14)), "num_return_sequences": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"num_beams": 2, "eos_token_id": list(range(2, 14)), "early_stopping": True, "length_penalty": 2.0},
+            marks=pytest.mark.slow,
+        ),
         {"num_beams": 2, "eos_token_id": list(range(2, 14)), "early_stopping": "never", "length_penalty": -1.0},
         {"num_beams": 3, "eos_token_id": list(range(2, 14)), "early_stopping": True, "min_new_tokens": 4},
     ],
