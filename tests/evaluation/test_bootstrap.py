@@ -67,7 +67,7 @@ def test_a_document_is_drawn_with_all_its_items(random):
     assert_covers_95_percent(intervals)
 
 
-@pytest.mark.parametrize("n_seeds", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_seeds", [3, 10])
 def test_an_interval_over_seeds_covers_95_percent(random, n_seeds):
     """A bootstrap of three seeds covers 0.75. Student's t has long tails, so the accepted range is narrow."""
     means = random.normal(size=(5 * N_SIMULATIONS, 1, n_seeds))
