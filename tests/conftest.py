@@ -1,5 +1,6 @@
 """Fixtures of all tests: models, documents and one seed."""
 
+import gc
 import os
 
 # no test may use the network; Hugging Face reads this variable when it is imported
@@ -22,9 +23,19 @@ def pytest_collection_modifyitems(items):
     mark_other_cases_slow(items)
 
 
+def pytest_collection_finish():
+    # modules live until the end: each full collection by DeepSpeed or a test would take half a second for them
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        # without a GPU, `torch.manual_seed` formats and keeps a stack trace for each kind of device
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

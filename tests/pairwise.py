@@ -1,22 +1,26 @@
-"""Selection of few cases of a parametrized test that together contain every pair of values: pairwise testing.
+"""Selection of few cases of a parametrized test that together contain every value or every pair of values.
 
-`make test` runs these cases of tests marked `pairwise`, and `make test-all` runs all cases.
+`make test` runs the selected cases of tests marked `each_value` or `pairwise`, and `make test-all` runs all cases.
 """
 
 import itertools
 
 import pytest
 
+# number of values that each selected case has to combine, by mark
+COMBINED = {"each_value": 1, "pairwise": 2}
+
 
 def mark_other_cases_slow(items):
-    """Mark the cases of pairwise tests as slow, except cases that cover every pair of values."""
-    marked = [item for item in items if item.get_closest_marker("pairwise") and hasattr(item, "callspec")]
-    for _, cases in itertools.groupby(marked, key=lambda item: (item.path, item.originalname)):
-        cases = list(cases)
-        chosen = covering([values_of(case.callspec.params) for case in cases])
-        for number, case in enumerate(cases):
-            if number not in chosen:
-                case.add_marker(pytest.mark.slow)
+    """Mark cases of tests with a mark of `COMBINED` as slow, except cases that cover every value or pair of values."""
+    for mark, n_combined in COMBINED.items():
+        marked = [item for item in items if item.get_closest_marker(mark) and hasattr(item, "callspec")]
+        for _, cases in itertools.groupby(marked, key=lambda item: (item.path, item.originalname)):
+            cases = list(cases)
+            chosen = covering([values_of(case.callspec.params) for case in cases], n_combined)
+            for number, case in enumerate(cases):
+                if number not in chosen:
+                    case.add_marker(pytest.mark.slow)
 
 
 def values_of(parameters):
@@ -28,9 +32,9 @@ def values_of(parameters):
     return found
 
 
-def covering(cases):
-    """Return the numbers of cases whose pairs of values are all pairs of all cases, chosen greedily."""
-    pairs = [set(itertools.combinations(sorted(case), 2)) or {(value,) for value in case} for case in cases]
+def covering(cases, n_combined=2):
+    """Return the numbers of cases that contain all combinations of `n_combined` values, chosen greedily."""
+    pairs = [set(itertools.combinations(sorted(case), n_combined)) or {(value,) for value in case} for case in cases]
     missing, chosen = set().union(*pairs), []
     while missing:
         best = max(range(len(cases)), key=lambda number: len(pairs[number] & missing))

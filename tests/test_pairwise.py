@@ -1,4 +1,4 @@
-"""Pairwise tests: the chosen cases hold every pair of values, and few of them are needed."""
+"""Selected cases hold every value or every pair of values, and few of them are needed."""
 
 import itertools
 
@@ -32,21 +32,29 @@ def test_each_key_of_a_dictionary_is_a_parameter():
     }
 
 
+def test_each_value_needs_as_many_cases_as_the_longest_parameter_has_values():
+    axes = itertools.product(DEPTHS, CONTEXTS, GRAINS)
+    cases = [values_of(dict(zip(("depth", "context", "grain"), values, strict=True))) for values in axes]
+    chosen = covering(cases, n_combined=1)
+    assert len(chosen) == len(DEPTHS)
+    assert set().union(*(cases[number] for number in chosen)) == set().union(*cases)
+
+
 def test_values_of_one_parameter_are_all_chosen():
     assert covering([values_of({"n": n}) for n in range(5)]) == list(range(5))
 
 
-@pytest.mark.parametrize("is_marked", [True, False])
-def test_cases_that_are_not_chosen_are_slow(pytester_items, is_marked):
-    items = pytester_items(is_marked)
+@pytest.mark.parametrize(("marks", "n_expected"), [(["pairwise"], 4), (["each_value"], 6), ([], 0)])
+def test_cases_that_are_not_chosen_are_slow(pytester_items, marks, n_expected):
+    items = pytester_items(marks)
     mark_other_cases_slow(items)
     n_slow = sum(item.get_closest_marker("slow") is not None for item in items)
-    assert n_slow == (4 if is_marked else 0)
+    assert n_slow == n_expected
 
 
 @pytest.fixture
 def pytester_items(request, tmp_path):
-    """Return a function that collects the eight cases of a test of three switches, marked as pairwise or not."""
+    """Return a function that collects the eight cases of a test of three switches, with marks."""
 
     class Case:
         path, originalname = tmp_path, "test_switches"
@@ -61,7 +69,7 @@ def pytester_items(request, tmp_path):
         def add_marker(self, mark):
             self.marks.append(mark)
 
-    def collect(is_marked):
-        return [Case(values, ["pairwise"] if is_marked else []) for values in itertools.product((0, 1), repeat=3)]
+    def collect(marks):
+        return [Case(values, [*marks]) for values in itertools.product((0, 1), repeat=3)]
 
     return collect

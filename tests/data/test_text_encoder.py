@@ -53,14 +53,15 @@ def slow(tmp_path):
     )
 
 
-@pytest.fixture(params=["unigram", "bpe", "bpe ignoring merges", "words", "slow", "slow, by character"])
-def tokenizer(request, tmp_path):
+@pytest.fixture(scope="module", params=["unigram", "bpe", "bpe ignoring merges", "words", "slow", "slow, by character"])
+def tokenizer(request, tmp_path_factory):
+    """Return a tokenizer that no test changes."""
     makers = {
         "unigram": unigram,
         "bpe": byte_pairs,
         "bpe ignoring merges": lambda: byte_pairs(ignore_merges=True),
         "words": words,
-        "slow": lambda: slow(tmp_path),
+        "slow": lambda: slow(tmp_path_factory.mktemp("slow")),
         "slow, by character": CanineTokenizer,
     }
     return makers[request.param]()

@@ -31,6 +31,7 @@ def loss_by_hand(model, evaluator):
     return sum(losses) / len(losses)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 @pytest.mark.parametrize(("task", "rows"), [("document", document_rows), ("sections", section_rows)])
 def test_the_loss_is_the_mean_over_all_target_tokens(model, task, rows, batch_size):
@@ -38,6 +39,7 @@ def test_the_loss_is_the_mean_over_all_target_tokens(model, task, rows, batch_si
     assert evaluator.loss(model) == pytest.approx(loss_by_hand(model, evaluator), rel=1e-5)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize(("task", "rows"), [("document", document_rows), ("sections", section_rows)])
 def test_losses_of_targets_add_up_to_the_total_loss(model, task, rows, batch_size):

@@ -31,7 +31,7 @@ def test_gradient_to_the_state_k_segments_back_is_zero_beyond_the_window_alone(m
     assert (reaches, is_zero) == ((True, False) if depth == -1 or k <= depth else (False, True))
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("decode_at", ["last_segment", "every_segment"])
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
@@ -176,6 +176,7 @@ def test_rows_of_a_sharded_table_are_the_embeddings_bit_for_bit(make_model, monk
             assert torch.equal(*pair)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("depth", [0, 2, -1])
 def test_modules_are_called_as_often_however_many_segments_there_are(make_model, shard, depth, task):

@@ -131,7 +131,7 @@ def test_top_without_projection_is_barts_attention_over_memory_and_tokens(make_m
 WITHOUT_A_STATE = [{"pre_seq_len": 0}, {"recurrence": "none"}, {"recurrence": "none", "normalize_before": True}]
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", WITHOUT_A_STATE, ids=str)
 @pytest.mark.parametrize("checkpointing", ["none", "layer", "segment"])
 @pytest.mark.parametrize(("most_tokens", "n_calls"), [(10_000, 1), (48, 3), (1, 5)])
@@ -169,7 +169,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", WITHOUT_A_STATE, ids=str)
 @pytest.mark.parametrize("checkpointing", ["none", "layer", "segment"])
 @pytest.mark.parametrize("targets", TARGETS)

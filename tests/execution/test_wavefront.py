@@ -64,7 +64,7 @@ def check_equal(found, expected, tolerance=1e-10):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
@@ -129,6 +129,7 @@ def test_what_layers_give_is_handed_out(make_model, norms):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("norms", NORM_ORDERS.values(), ids=NORM_ORDERS)
 @pytest.mark.parametrize(
     "rates",

@@ -48,7 +48,7 @@ def test_a_state_with_longer_metadata_than_a_reader_writes_is_refused(make_reade
     assert time.thread_time() - begin < 1
 
 
-@pytest.mark.parametrize("given", ["x", FORMAT])
+@pytest.mark.parametrize("given", [pytest.param("x", marks=pytest.mark.slow), FORMAT])
 def test_many_tensors_are_refused_before_they_are_loaded(make_reader, tmp_path, given):
     head = {f"t{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(100_000)}
     content = json.dumps({"__metadata__": {"format": given}, **head}).encode()

@@ -54,7 +54,9 @@ def test_a_question_changes_ids_summary_and_segments_as_by_hand(model, tokenizer
     assert found[1] == without[1]
 
 
-@pytest.mark.parametrize("size", [3, 40, 10_000])
+@pytest.mark.parametrize(
+    "size", [pytest.param(3, marks=pytest.mark.slow), 40, pytest.param(10_000, marks=pytest.mark.slow)]
+)
 def test_batches_sessions_and_streams_answer_alike(model, tokenizer, size, tmp_path):
     asking = Summarizer(model, tokenizer, 40, query="the list", **HOW)
     plain = Summarizer(model, tokenizer, **HOW)

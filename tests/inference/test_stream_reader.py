@@ -238,14 +238,16 @@ def test_a_text_whose_ids_never_settle_is_searched_a_limited_number_of_times(uni
     cutter, mark = bookmark.TextCutter(encoder), bookmark.Bookmark()
     monkeypatch.setattr(bookmark, "LONGEST_SENTENCE", 200)
     monkeypatch.setattr(cutter, "_settled", lambda text: ([], encoder([text] * LOOKAHEAD)[0]))
-    for letter in "a" * 2000:
+    for letter in "a" * 1000:
         mark.text += letter
         cutter.take_settled_text(mark)
-    assert len(mark.text) == 2000
-    assert encoder.n_characters < 200 * 2000
+    assert len(mark.text) == 1000
+    assert encoder.n_characters < 200 * 1000
 
 
-def test_a_long_text_without_spaces_is_tokenized_in_steps(make_reader):
+def test_a_long_text_without_spaces_is_tokenized_in_steps(make_reader, monkeypatch):
+    monkeypatch.setattr(inference, "PIECE", 512)
+    monkeypatch.setattr(bookmark, "LONGEST_SENTENCE", 256)
     reader, n_waiting = make_reader(), []
     for _ in reader.feed_in_steps("a" * 3 * inference.PIECE):
         n_waiting.append(reader.bookmark.n_characters)
@@ -341,8 +343,14 @@ def test_streamed_text_gives_the_same_output_as_the_whole_text(changes, make_rea
     assert reader.n_tokens == n_tokens
 
 
-@pytest.mark.parametrize("segments_per_call", [1, 2, 5, 32])
-@pytest.mark.parametrize("changes", [{}, {"input_size": 11}, {"decoder_context": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "segments_per_call", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow), 32]
+)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), {"input_size": 11}, {"decoder_context": "all"}],
+    ids=str,
+)
 def test_segments_read_in_one_call_give_the_same_output_as_the_whole_text(
     changes, segments_per_call, make_reader, monkeypatch
 ):

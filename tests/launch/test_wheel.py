@@ -16,7 +16,7 @@ import pytest
 
 from launching import TESTS, environment, load_script, run
 from recurrent_bart.run_folder import RunFolder
-from recurrent_bart_cli import COMMANDS, take_number
+from recurrent_bart_cli import COMMANDS, run_command, take_number
 from runs import flags
 
 ROOT = TESTS.parent
@@ -145,6 +145,29 @@ def test_training_hands_itself_to_torchrun(documents, tmp_path):
     assert [len(step["rank_seconds"]) for step in steps] == [2, 2]
 
 
+@pytest.mark.parametrize("missing", ["deepspeed", "deepspeed.ops"])
+def test_a_missing_package_is_named_with_its_extra(missing, monkeypatch, capsys):
+    def fail(name):
+        raise ModuleNotFoundError(name=missing)
+
+    monkeypatch.setattr("recurrent_bart_cli.importlib.import_module", fail)
+    assert run_command("train", ["--help"]) == 2
+    assert capsys.readouterr().err == (
+        "error: this command needs the package deepspeed: pip install 'recurrent-bart[train]'\n"
+    )
+
+
+def test_a_missing_package_that_no_extra_installs_is_raised(monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError(name="torch")
+
+    monkeypatch.setattr("recurrent_bart_cli.importlib.import_module", fail)
+    with pytest.raises(ModuleNotFoundError):
+        run_command("train", [])
+
+
+# each new process imports PyTorch and Transformers before it misses DeepSpeed
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "training_speed", "export"])
 def test_a_command_of_training_names_the_extra_that_is_missing(script, tmp_path):
     (tmp_path / "deepspeed.py").write_text("raise ModuleNotFoundError(name='deepspeed')")

@@ -46,6 +46,7 @@ def test_reference_values_and_gradients(make_model, fields):
         torch.testing.assert_close(got[name], parameter.grad, rtol=0, atol=1e-9, msg=name)
 
 
+@pytest.mark.each_value
 @of_every_context
 def test_reference_after_every_segment(make_model, fields):
     model = make_model(**fields)
@@ -111,6 +112,7 @@ def test_a_section_is_trained_and_told_as_it_is_from_its_own_context(make_model)
         assert torch.equal(told[row, t, : len(single)], single)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("most", [-1, 2])
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 def test_a_section_goes_on_in_the_next_window(make_model, cut, most):
@@ -190,6 +192,7 @@ PACKED = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("back_end", ["sdpa", "eager"])
 @pytest.mark.parametrize("fields", PACKED.values(), ids=PACKED)
 def test_packed_contexts_give_the_numbers_and_gradients_of_rows(make_model, monkeypatch, fields, back_end):
@@ -274,6 +277,7 @@ def test_marks_of_other_segments_are_refused(make_model):
         make_model().model.encode(random_ids(1, 3, 8), target_segments=torch.ones(1, 2).bool())
 
 
+@pytest.mark.each_value
 @of_every_context
 def test_ragged_documents_are_decoded_as_alone(make_model, fields):
     model, labels = make_model(**fields), random_ids(3, 4)
@@ -286,6 +290,7 @@ def test_ragged_documents_are_decoded_as_alone(make_model, fields):
         torch.testing.assert_close(logits[row : row + 1], alone, rtol=0, atol=1e-12)
 
 
+@pytest.mark.each_value
 @of_every_context
 def test_a_state_continues_to_the_same_numbers(make_model, fields):
     """Check that the state carries the context of earlier segments."""
@@ -303,6 +308,7 @@ def test_a_state_continues_to_the_same_numbers(make_model, fields):
     )
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("depth", [0, 1, 2, -1])
 @pytest.mark.parametrize("fields", [CONTEXTS["memory"], CONTEXTS["all"]], ids=["memory", "all"])
 def test_bptt_gradient_through_the_context_reaches_as_far_as_through_the_state(make_model, fields, depth):
@@ -363,6 +369,7 @@ GAPS = [{}, {"context_segments": 2}, {"recurrence": "none"}]
 GAPS += [{"decoder_context": "memory"}, {"decoder_context": "section"}]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("task", ["document", "sections"])
 @pytest.mark.parametrize("fields", GAPS, ids=str)
 def test_an_empty_segment_inside_a_document_changes_nothing(make_model, fields, task):

@@ -42,7 +42,7 @@ def check_same_state(found, expected):
         assert torch.equal(found.memory, expected.memory)
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @of_every_context
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_call_that_reads_nothing_changes_neither_state_nor_context(make_model, fields, schedule):
@@ -64,7 +64,7 @@ def test_a_call_that_reads_nothing_changes_neither_state_nor_context(make_model,
     check_same_state(found.state, expected.state)
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @of_every_context
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_ended_document_is_decoded_as_before_while_others_go_on(make_model, fields, schedule):
@@ -92,7 +92,7 @@ def test_an_ended_document_is_decoded_as_before_while_others_go_on(make_model, f
         assert torch.equal(found[row, : len(single)], single)
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @of_every_context
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("grain", "depth"), [("none", 0), ("layer", 1), ("segment", -1)])

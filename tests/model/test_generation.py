@@ -70,6 +70,7 @@ def test_greedy_ids_are_those_of_the_logits(make_model, documents, fields):
     assert torch.equal(found, ids)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 def test_a_ragged_batch_gives_what_its_documents_give_alone(make_model, documents, fields, how):
@@ -153,6 +154,7 @@ def test_scores_are_those_of_forward_on_what_was_generated(make_model, documents
     torch.testing.assert_close(beam.sequences_scores, chosen.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beam"])
 def test_generate_from_a_state_goes_on_as_the_whole_document(make_model, documents, fields, how):
@@ -195,6 +197,7 @@ def test_after_chosen_segments_stands_what_stands_there_after_every_one(make_mod
         generate(model, documents, target_segments=torch.zeros(3, 3).bool())
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", [{}, {"prefix_attention": "gated"}, {"recurrence": "none"}], ids=str)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beam"])
 def test_sections_of_similar_length_together_give_the_same_ids(make_model, monkeypatch, how, fields):

@@ -189,6 +189,7 @@ def test_every_parameter_gets_a_gradient(build, documents, fields):
     assert all(name.endswith("k_proj.bias") for name in still)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_built_on_the_meta_device_nothing_is_left_uninitialised(kind, fields):
@@ -224,6 +225,7 @@ def test_forward_takes_barts_arguments_in_barts_order(ours, theirs):
     assert [name for name in found if name in expected] == expected
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_in_half_precision_all_stays_in_it_and_close(build, documents, tmp_path, fields):
     model = build(RecurrentBartForConditionalGeneration, init_std=0.1, **fields)
@@ -282,6 +284,7 @@ def test_encoder_and_decoder_can_be_had_alone(build, documents):
     assert model.get_decoder() is model.model.decoder
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", [{}, {"decoder_context": "all"}, {"prefix_attention": "gated"}], ids=str)
 @pytest.mark.parametrize("form", ["plain tuple", "object", "tuple of one"])
 def test_encoder_outputs_are_taken_in_every_form(build, documents, fields, form):
@@ -506,6 +509,7 @@ def prenorm_weights(bart):
     return bart.state_dict() | {f"model.{name}.{part}": norm[part].clone() for name in names for part in norm}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
 @pytest.mark.parametrize("form", ["one file", "shards", "bin"])
 def test_weights_of_mbart_under_the_name_of_bart_are_refused(bart, tmp_path, kind, form):

@@ -65,6 +65,7 @@ def assert_same_numbers(ours, bart, inputs):
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("lengths", PADDING.values(), ids=PADDING)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_parity_without_recurrence_logits_loss_and_all_gradients(bart, bart_folder, lengths, attention):
@@ -84,6 +85,7 @@ def test_parity_of_a_checkpoint_whose_stacks_have_embeddings_of_their_own(family
     assert ours.model.shared.weight.grad is None
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "fields", [{"pre_seq_len": 0}, {"pre_seq_len": 3, "prefix_attention": "gated"}], ids=["no recurrence", "gated"]
 )
@@ -96,6 +98,7 @@ def test_parity_of_generate(bart, bart_folder, fields, how):
     )
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "fields",
     [{}, {"prefix_projection": False}, {"update_gate": False}, {"associative_memory": True}],

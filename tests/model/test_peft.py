@@ -108,7 +108,7 @@ def trained(model, inputs):
     "config",
     [
         LoraConfig(r=2),
-        LoraConfig(r=2, task_type="SEQ_2_SEQ_LM"),
+        pytest.param(LoraConfig(r=2, task_type="SEQ_2_SEQ_LM"), marks=pytest.mark.slow),
         LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["layernorm_embedding"]),
         IA3Config(task_type="SEQ_2_SEQ_LM"),
     ],

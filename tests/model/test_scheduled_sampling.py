@@ -234,6 +234,7 @@ def test_the_length_of_a_target_is_that_up_to_its_last_word():
     assert target_lengths(labels).tolist() == [2, 3, 0]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_nothing_but_the_targets_words_it_is_plain_training_to_the_bit(kind, shape):
@@ -246,6 +247,7 @@ def test_with_nothing_but_the_targets_words_it_is_plain_training_to_the_bit(kind
     assert all(torch.equal(gradient, same[name]) for name, gradient in gradients.items())
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_is_that_of_the_last_decoder_pass_alone(kind, shape):
@@ -340,6 +342,7 @@ def test_a_sentence_oracles_cache_gives_what_reading_all_again_gives(fields):
             parents = (torch.randint(n_beams, (3, n_beams)) + n_beams * torch.arange(3).unsqueeze(1)).flatten()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("grain", ["layer", "segment"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_nothing(kind, grain):
@@ -369,6 +372,7 @@ def test_a_decoder_is_as_it_was_after_an_error_in_the_search():
     assert [layer.gradient_checkpointing for layer in decoder.layers] == [True, False]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_decides_what_is_read(kind, shape):

@@ -31,6 +31,7 @@ def documents():
     return {"input_ids": random_ids(2, 20), "attention_mask": mask, "labels": random_ids(2, 5)}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_an_offloaded_model_gives_the_same(fields):
     model, inputs = tiny_model(**fields).eval(), documents()

@@ -82,7 +82,7 @@ CHOSEN = {
 }
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @of_every_context
 @pytest.mark.parametrize("read_at", [*CHOSEN, "last_segment", "every_segment"])
 @pytest.mark.parametrize("told_at", [*CHOSEN, "last_segment", "every_segment"])

@@ -41,6 +41,7 @@ def loss_and_gradients(model, inputs, **options):
     return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("per_segment", [False, True], ids=["document", "sections"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_loss_and_gradients_are_those_with_logits(monkeypatch, fields, per_segment):

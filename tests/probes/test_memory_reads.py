@@ -18,6 +18,7 @@ def norms(read_LHK):
     return read_LHK.flatten(1).norm(dim=1)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("order", NORM_ORDERS.values(), ids=NORM_ORDERS)
 @pytest.mark.parametrize(("recurrence", "prefix_attention_kind", "prefix_projection"), VARIANTS)
 @torch.no_grad()

@@ -106,6 +106,7 @@ def check_equal(found, expected, tolerance):
     assert not wrong
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("labels_shape", [(3, 5), (3, 3, 5)], ids=["per document", "per segment"])
 def test_eager_and_sdpa_give_the_same_values_and_gradients(make_model, documents, fields, labels_shape):
@@ -115,6 +116,7 @@ def test_eager_and_sdpa_give_the_same_values_and_gradients(make_model, documents
     check_equal(results(model, inputs, "sdpa"), results(model, inputs, "eager"), tolerance=1e-5)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("labels_shape", [(3, 5), (3, 3, 5)], ids=["per document", "per segment"])
 def test_flash_attention_gives_the_values_and_gradients_of_eager(

@@ -18,7 +18,7 @@ from summaries import HOW, WORDS, writing_model
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 from recurrent_bart.serving.app import build_app
 
-TEXT = " ".join(WORDS[:40])
+TEXT = " ".join(WORDS[:24])
 
 
 def read_events(response):

@@ -82,8 +82,8 @@ def test_the_page_of_requests_needs_no_network(serve):
         ("POST", "/v1/sessions", "num_beams=2", "query"),
     ],
 )
-def test_an_option_that_a_request_does_not_have_is_refused(serve, method, path, query, allowed):
-    client = serve()
+def test_an_option_that_a_request_does_not_have_is_refused(shared_service, method, path, query, allowed):
+    client = shared_service()
     id = client.post("/v1/sessions").json()["id"]
     answer = client.request(method, f"{path.replace('ID', id)}?{query}", content=WORDS[0])
     assert answer.status_code == 400
@@ -105,8 +105,8 @@ def test_metrics_have_types_and_honest_names(serve):
 
 
 @pytest.mark.parametrize(("value", "status"), [(0, 200), (0.0, 200), (0.9, 400)])
-def test_a_position_is_a_whole_number(serve, value, status):
-    client = serve()
+def test_a_position_is_a_whole_number(shared_service, value, status):
+    client = shared_service()
     id = client.post("/v1/sessions").json()["id"]
     given, kind = {"text": WORDS[0], "position": value}, {"content-type": "application/json"}
     assert client.post(f"/v1/sessions/{id}/text", json=given, headers=kind).status_code == status

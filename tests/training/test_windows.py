@@ -38,7 +38,7 @@ def test_no_logits_are_made(make_model, batch, monkeypatch, depth):
     assert model.lm_head.weight.grad.any()
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_value
 @pytest.mark.parametrize("extra", [0, 2], ids=["", "waiting for others"])
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("recurrence", ["layerwise", "top"])

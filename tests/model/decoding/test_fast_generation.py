@@ -24,12 +24,13 @@ def assert_same_ids(seed, n_documents, calls):
     return found
 
 
+@pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 24), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.filterwarnings("ignore:Unfeasible length")
-def test_ids_are_hugging_faces(monkeypatch):
+def test_ids_are_hugging_faces(monkeypatch, seeds):
     calls = count_loops(monkeypatch)
-    found = [assert_same_ids(seed, 3, calls) for seed in range(24)]
+    found = [assert_same_ids(seed, 3, calls) for seed in seeds]
     # texts differ, and some end early
-    assert len({tuple(row.tolist()) for ids in found for row in ids}) > 50
+    assert len({tuple(row.tolist()) for ids in found for row in ids}) > 25
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,13 @@ def test_ids_are_hugging_faces(monkeypatch):
     [
         {"eos_token_id": list(range(2, 12))},
         {"eos_token_id": list(range(2, 30)), "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
-        {"num_beams": 3, "eos_token_id": list(range(2, 14)), "num_return_sequences": 2},
-        {"num_beams": 2, "eos_token_id": list(range(2, 14)), "early_stopping": True, "length_penalty": 2.0},
+        pytest.param(
+            {"num_beams": 3, "eos_token_id": list(range(2, 14)), "num_return_sequences": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"num_beams": 2, "eos_token_id": list(range(2, 14)), "early_stopping": True, "length_penalty": 2.0},
+            marks=pytest.mark.slow,
+        ),
         {"num_beams": 2, "eos_token_id": list(range(2, 14)), "early_stopping": "never", "length_penalty": -1.0},
         {"num_beams": 3, "eos_token_id": list(range(2, 14)), "early_stopping": True, "min_new_tokens": 4},
     ],
@@ -47,7 +53,8 @@ def test_finished_documents_leave_the_batch_and_change_no_id(monkeypatch, how):
     calls, n_left = count_loops(monkeypatch), []
     keep = CachedDecoder.keep
     monkeypatch.setattr(CachedDecoder, "keep", lambda self, rows: n_left.append(len(rows)) or keep(self, rows))
-    for fields in FIELDS[:4]:
+    # reads of the state and contexts of both kinds
+    for fields in FIELDS[1:3]:
         torch.manual_seed(0)
         model = tiny_model(**fields, init_std=0.5, forced_eos_token_id=None).eval()
         # other beginnings, so that texts end at different lengths

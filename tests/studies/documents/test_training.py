@@ -263,10 +263,10 @@ def pretrained(documents, tmp_path_factory):
 @pytest.mark.parametrize(
     ("reads", "model", "changes"),
     [
-        ("heads", "recurrent", {"pre_seq_len": 0}),
+        pytest.param("heads", "recurrent", {"pre_seq_len": 0}, marks=pytest.mark.slow),
         ("whole", "recurrent", {"pre_seq_len": 0}),
         ("whole", "led", {}),
-        ("segments", "recurrent", {"pre_seq_len": 0, "decoder_context": "all"}),
+        pytest.param("segments", "recurrent", {"pre_seq_len": 0, "decoder_context": "all"}, marks=pytest.mark.slow),
         ("segments", "numbered", {"pre_seq_len": 0, "decoder_context": "all"}),
     ],
 )

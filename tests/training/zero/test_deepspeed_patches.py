@@ -66,8 +66,8 @@ def test_the_installed_deepspeed_has_every_name(alone, stage, capsys):
         (DeepSpeedZeroOptimizer, "get_grad_norm_direct", 2),
         (DeepSpeedZeroOptimizer, "has_overflow_partitioned_grads_serial", 2),
         (DeepSpeedZeroOptimizer_Stage3, REDUCE, 3),
-        (DeepSpeedZeroOptimizer_Stage3, "_prepare_fp32_grad_for_sub_group", 3),
-        (DeepSpeedZeroOptimizer_Stage3, "_partition_all_parameters", 3),
+        pytest.param(DeepSpeedZeroOptimizer_Stage3, "_prepare_fp32_grad_for_sub_group", 3, marks=pytest.mark.slow),
+        pytest.param(DeepSpeedZeroOptimizer_Stage3, "_partition_all_parameters", 3, marks=pytest.mark.slow),
     ],
 )
 def test_what_saves_time_is_left_out_where_a_name_is_absent(alone, owner, name, stage, monkeypatch, capsys):

@@ -91,7 +91,16 @@ def float64_sum(each, counts):
     return {name: sum(n * one[name].double() for one, n in zip(each, counts, strict=True)) for name in each[0]}
 
 
-@pytest.fixture(scope="module", params=SHARDINGS.values(), ids=SHARDINGS)
+# shardings that `make test` covers by a similar one
+SLOW = ("zero2-overlap", "zero3-persistent")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(zero, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, zero in SHARDINGS.items()
+    ],
+)
 def engine(request):
     """Return an engine of each sharding, which several tests use: building it takes longer than some passes."""
     state = ProcessState()
