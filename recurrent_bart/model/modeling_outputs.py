@@ -97,7 +97,8 @@ class RecurrentEncoderOutput(BaseModelOutput):
         packing: Layout of packed contexts; None: not packed.
         target_segments: `(B, N)` booleans on the CPU, True at segments with a context; None: the context is the one
             after each document's last segment.
-        host_mask: Booleans of the shape of `context_mask` on the CPU; None: unknown, or without padding.
+        host_mask: Booleans of the shape of `context_mask` on the CPU; None: unknown, or without padding. If you change
+            `context_mask`, set it to None.
     """
 
     context_mask: Tensor | None = None

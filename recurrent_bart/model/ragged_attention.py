@@ -19,8 +19,9 @@ from recurrent_bart.model.modeling_outputs import RecurrentEncoderOutput
 from recurrent_bart.recurrence.segmentation import is_traced, to_device
 
 # positions of all contexts, padding included. Below it, the decoder's CUDA graphs save more than the mask costs: the
-# mask costs about 0.1 ms a layer for 1,024 positions, launching the kernels of a layer about 2 ms
-LEAST_POSITIONS = 16_384
+# mask costs about 0.1 ms a layer for 1,024 positions, launching the kernels of a layer about 2 ms. Between 8,192 and
+# 65,536 positions nothing was measured
+LEAST_POSITIONS = 20_480
 # flash attention's backward pass supports wider heads on a few GPUs only
 MOST_HEAD_WIDTH = 128
 
@@ -49,7 +50,9 @@ class RaggedContexts:
         query = query_MHTK.transpose(1, 2).flatten(0, 1)
         key, value = (part.squeeze(0).transpose(0, 1) for part in key_value_1HAK)
         first = n_queries * torch.arange(n_rows + 1, dtype=torch.int32, device=query.device)
-        read = flash_attention(query, key, value, first, self.starts, n_queries, self.longest, dropout)
+        # layers may be on several devices
+        starts = self.starts.to(query.device)
+        read = flash_attention(query, key, value, first, starts, n_queries, self.longest, dropout)
         return read.unflatten(0, (n_rows, n_queries))
 
 
@@ -81,6 +84,13 @@ def ragged_contexts(
     hidden, mask = outputs.last_hidden_state, outputs.host_mask
     if mask is None or mask.numel() < LEAST_POSITIONS or not has_flash_attention(config, hidden):
         return None
+    if (
+        hidden.dim() != 3
+        or outputs.context_mask is None
+        or not mask.shape == hidden.shape[:2] == outputs.context_mask.shape
+    ):
+        # a caller has changed the outputs
+        return None
     if outputs.packing is None:
         lengths_M = mask.sum(dim=1)
     else:
@@ -105,10 +115,17 @@ def has_flash_attention(config: RecurrentBartConfig, hidden: Tensor) -> bool:
         and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
         and torch.backends.cuda.is_flash_attention_available()
         and torch.backends.cuda.flash_sdp_enabled()
+        and (config.attention_dropout == 0 or not _is_flash_replaced())
         and not torch.is_autocast_enabled("cuda")
         and not is_traced()
         and not torch.cuda.is_current_stream_capturing()
     )
+
+
+def _is_flash_replaced() -> bool:
+    """Return True if `torch.nn.attention` runs another flash attention; versions 3 and 4 have no dropout."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return current is not None and current() is not None
 
 
 class _Select(torch.autograd.Function):

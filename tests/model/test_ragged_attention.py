@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,3 +107,24 @@ def test_a_cache_keeps_padded_keys_and_values(make_model, read_ragged):
 def test_gated_attention_keeps_its_two_softmaxes(make_model):
     model = make_model(decoder_context="all", prefix_attention="gated")
     assert not ragged_attention.has_flash_attention(model.config, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("changed", ["rows", "mask"])
+def test_outputs_that_a_caller_has_cut_are_read_with_their_mask(make_model, read_ragged, changed):
+    model = make_model(decoder_context="all")
+    _, input_ids, mask = batch_of(RAGGED)
+    encoded = model.model.encode(input_ids, attention_mask=mask)
+    calls = read_ragged()
+    cut = replace(encoded, last_hidden_state=encoded.last_hidden_state[:2], context_mask=encoded.context_mask[:2])
+    if changed == "mask":
+        cut = replace(encoded, context_mask=encoded.context_mask.clone(), host_mask=None)
+    n_rows = len(cut.last_hidden_state)
+    model.model.decode(cut, input_ids=random_ids(n_rows, 3), use_cache=False)
+    assert not calls
+
+
+def test_another_flash_attention_reads_without_dropout_only(monkeypatch):
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
+    assert ragged_attention._is_flash_replaced()
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    assert not ragged_attention._is_flash_replaced()

@@ -13,7 +13,7 @@ from recurrent_bart.model.decoding.fused_layer import FusedLayer, context_mask, 
 
 # share of the GPU's memory from which keys and values of all layers are not stored. Below it, layers keep them,
 # because the speed of this layer was not measured
-MEMORY_SHARE = 1 / 8
+MEMORY_SHARE = 1 / 3
 # most queries of a document, texts times heads; each 32 of them read the encoder outputs once more
 MOST_QUERIES = 64
 # model widths and types of weights that the kernel's tiles have room for
@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def can_read_latents(decoder: Any, shape: CacheShape, like: Tensor) -> bool:
-    """Return True if a fused decoder attends to encoder outputs: keys and values would fill the GPU's memory."""
+    """Return True if a fused decoder attends to encoder outputs: keys and values would need much memory."""
     from recurrent_bart.execution.kernels.latent_attention import LEAST_SHARED_KIB, shared_kib
 
     cross = [layer.encoder_attn for layer in decoder.layers]
