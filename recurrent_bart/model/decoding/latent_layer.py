@@ -2,6 +2,7 @@
 
 # Shape suffixes: R texts of all documents, B documents, A attended length, D model width.
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -37,9 +38,9 @@ def can_read_latents(decoder: Any, shape: CacheShape, like: Tensor) -> bool:
     )
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Return the size of a GPU's memory."""
-    return torch.cuda.get_device_properties(device).total_memory
+def memory_bytes(device: torch.device) -> float:
+    """Return the size of a GPU's memory; no limit on other devices, where Triton's interpreter runs the kernels."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 class LatentLayer(FusedLayer):
