@@ -57,7 +57,7 @@ def build_parser() -> FlagParser:
         nargs="+",
         default=[""],
         metavar="TEXT",
-        help="do only runs whose file name contains one of these texts; default: all runs",
+        help="do only runs whose name or file name contains one of these texts; default: all runs",
     )
     parser.add_argument("--facts", help="folder with train.jsonl and validation.jsonl of bAbI; default: none")
     parser.add_argument(
@@ -159,12 +159,14 @@ def find_runs(arguments: argparse.Namespace) -> Sequence[Run]:
     else:
         runs = build_study(arguments.name, Texts(arguments.facts, arguments.filler), seeds)
         runs = [dataclasses.replace(run, max_steps=arguments.max_steps or run.max_steps) for run in runs]
-    runs = [run for run in runs if any(text in run.file_name() for text in arguments.only)]
-    if not runs:
+    chosen = [run for run in runs if any(text in run.file_name() or text in run.name for text in arguments.only)]
+    if not chosen:
+        names = ", ".join(repr(name) for name in dict.fromkeys(run.name for run in runs))
         raise ValueError(
-            f"--only {' '.join(arguments.only)}: no run of the study {arguments.name} has this text in its file name"
+            f"--only {' '.join(map(repr, arguments.only))}: no run of the study {arguments.name} has this text in its "
+            f"name or its file name; the names are {names}"
         )
-    return runs
+    return chosen
 
 
 def changed_flags(arguments: argparse.Namespace) -> dict[str, Any]:

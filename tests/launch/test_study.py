@@ -10,6 +10,7 @@ import pytest
 
 from forked import run_script
 from launching import load_script, run
+from recurrent_bart.commands.study import build_parser, find_runs
 from recurrent_bart.studies.definitions import Texts
 from recurrent_bart.studies.memory import single_run
 from recurrent_bart.studies.pool import Ended
@@ -233,7 +234,10 @@ def test_documents_are_made_ready_before_runs_that_start_together(script, monkey
         (["quik"], "study quik: allowed are quick"),
         ([], "study None: allowed are quick"),
         (["babi"], "--facts and --filler"),
-        (["quick", "--only", "rmt", "led"], "--only rmt led: no run of the study quick has this text in its file name"),
+        (
+            ["quick", "--only", "rmt", "led"],
+            "--only 'rmt' 'led': no run of the study quick has this text in its name or its file name; the names are",
+        ),
         (["quick", "--report_only", "--output_dir", "nowhere"], "nowhere: no run has finished"),
         (["--run", "nowhere.json"], "nowhere.json: unreadable"),
         (["document", "--set", "seed"], "--set seed: must be NAME=VALUE"),
@@ -258,3 +262,9 @@ def test_a_worker_and_a_summary_load_nothing_that_they_do_not_need():
     assert not {"deepspeed", "wandb", "datasets", "rich", "rouge_score"} & of_worker
     assert "recurrent_bart.inference.summarizer" in of_both
     assert not {"deepspeed", "wandb", "datasets", "pandas", "pyarrow", "rouge_score"} & of_both
+
+
+def test_a_model_is_picked_by_its_name_in_the_tables():
+    flags = ["documents-pretrained", "--only", "BART, full attention", "LED", "--seeds", "1"]
+    arguments = build_parser().parse_args([*flags, "--set", "model_name_or_path=m"])
+    assert {run.name for run in find_runs(arguments)} == {"LED", "BART, full attention"}
