@@ -40,6 +40,7 @@ from recurrent_bart.training.zero.module_gathers import (
     can_gather_by_module,
     read_parameters_directly,
 )
+from recurrent_bart.training.zero.partition_buckets import PartitionBuckets
 
 # DeepSpeed versions with which the tests of this package pass
 TESTED_VERSIONS = ("0.19.8",)
@@ -219,6 +220,25 @@ def _reduce_whole_buckets(engine: DeepSpeedEngine) -> None:
         setattr(optimizer, f"{PRIVATE}reduce_and_partition_ipg_grads", functools.partial(reduce_bucket, optimizer))
 
 
+def _sums_partitions(optimizer: Any) -> bool:
+    # float32 sums of this rank's partitions, from one all-reduce of each bucket; no experts, which have other groups
+    is_other = optimizer.zenflow or optimizer.overlap_comm or optimizer.has_moe_layers or optimizer.autoep_folding_spec
+    is_usual = optimizer.contiguous_gradients and optimizer.reduce_scatter and optimizer.gradient_average
+    reduces_all = optimizer.use_multi_rank_bucket_allreduce and optimizer.sequence_parallel_size == 1
+    groups = range(len(optimizer.bit16_groups))
+    has_sums = all(map(optimizer._use_compact_grad_partition_buffer, groups))
+    return is_usual and reduces_all and has_sums and not (is_other or _has_offload(optimizer))
+
+
+def _sum_whole_buckets(engine: DeepSpeedEngine) -> None:
+    optimizer = engine.optimizer
+    if _sums_partitions(optimizer):
+        buckets = PartitionBuckets(optimizer)
+        optimizer.setup_buckets = buckets.begin
+        optimizer.reduce_independent_p_g_buckets_and_remove_grads = buckets.add
+        optimizer.reduce_ipg_grads = buckets.reduce
+
+
 def _update_whole_groups(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
     if _reduces_whole_buckets(optimizer):
@@ -328,6 +348,44 @@ PATCHES = (
         ),
         stages=(3,),
         apply=_reduce_whole_buckets,
+    ),
+    Patch(
+        "reduce gradients by bucket",
+        _names(
+            "optimizer",
+            "_get_compact_grad_partition_buffer",
+            "_gradient_reduction_buffer_dtype",
+            "_use_compact_grad_partition_buffer",
+            "autoep_folding_spec",
+            "bit16_groups",
+            "clear_grad_attribute",
+            "contiguous_gradients",
+            "dp_process_group",
+            "get_gradient_for_reduction",
+            "get_param_comm_dtype",
+            "get_param_id",
+            "grad_partition_insertion_offset",
+            "grad_start_offset",
+            "gradient_average",
+            "has_moe_layers",
+            "ipg_buckets",
+            "micro_step_id",
+            "overlap_comm",
+            "params_already_reduced",
+            "partition_size",
+            "ready_for_gradients",
+            "real_dp_process_group",
+            "reduce_bucket_size",
+            "reduce_independent_p_g_buckets_and_remove_grads",
+            "reduce_ipg_grads",
+            "reduce_scatter",
+            "sequence_parallel_size",
+            "setup_buckets",
+            "use_multi_rank_bucket_allreduce",
+            "zenflow",
+        ),
+        stages=(2,),
+        apply=_sum_whole_buckets,
     ),
     Patch(
         "update parameter groups as a whole",

@@ -1,9 +1,10 @@
-"""Worker of test_module_gathers.py, one process per rank: steps under ZeRO-3, with and without our patches."""
+"""Worker of test_module_gathers.py and test_partition_buckets.py: steps with and without our patches."""
 
 import contextlib
 import json
 import sys
 from pathlib import Path
+from types import MethodType
 
 import deepspeed.comm
 import torch
@@ -19,6 +20,7 @@ from recurrent_bart.training.zero.engine import (
     gathered_for_evaluation,
     reducing_once,
 )
+from recurrent_bart.training.zero.partition_buckets import PartitionBuckets
 from tiny import BUCKET, random_ids, tiny_model
 
 PATCHES = deepspeed_patches.PATCHES
@@ -57,7 +59,8 @@ def make_batch(engine, n_documents, n_segments):
 
 
 def is_sharded(engine):
-    return all(it.ds_status is ZeroParamStatus.NOT_AVAILABLE for it in engine.module.parameters())
+    statuses = {getattr(it, "ds_status", None) for it in engine.module.parameters()}
+    return statuses == {ZeroParamStatus.NOT_AVAILABLE}
 
 
 def evaluate(engine, losses):
@@ -78,7 +81,9 @@ def run_steps(case, folder):
                 losses.append(float(loss.detach()))
                 engine.backward(loss)
                 is_sharded_between.append(is_sharded(engine))
-        trained = [it for it in engine.module.parameters() if it.requires_grad]
+        # DeepSpeed does not find the gradients of round-robin partitions that have padding
+        is_readable = not case["zero"].get("round_robin_gradients")
+        trained = [it for it in engine.module.parameters() if it.requires_grad and is_readable]
         gradients.append([safe_get_full_grad(parameter).cpu().clone() for parameter in trained])
         engine.step()
         is_sharded_between.append(is_sharded(engine))
@@ -98,6 +103,8 @@ def run_steps(case, folder):
         "weights": full_state_dict(engine),
         "gathers": gathers,
         "is_sharded": is_sharded_between,
+        "has_partition_buckets": isinstance(getattr(engine.optimizer, "setup_buckets", object()), MethodType)
+        and isinstance(engine.optimizer.setup_buckets.__self__, PartitionBuckets),
     }
 
 
