@@ -82,7 +82,7 @@ def random_ids(*shape, vocab_size=60):
 def batch_of(lengths):
     """Return ids of documents with segments of these lengths, as lists and as one padded batch with its mask."""
     documents = [[random_ids(n).tolist() for n in segments] for segments in lengths]
-    input_ids = torch.tensor(pad_segments(documents, padding=-1))
+    input_ids = pad_segments(documents, padding=-1)
     return documents, input_ids.clamp(min=1), (input_ids >= 0).long()
 
 

@@ -1,6 +1,7 @@
 """Summarise texts of any length: `python launch/summarize.py --model RUN/model FILE`."""
 
 import argparse
+import contextlib
 import itertools
 import signal
 import sys
@@ -25,8 +26,9 @@ from recurrent_bart.inference.input_texts import (
     split_sections,
     text_pieces,
 )
+from recurrent_bart.inference.one_ahead import one_ahead
 from recurrent_bart.inference.stream_reader import TextReader, run_flags
-from recurrent_bart.inference.summarizer import Summarizer
+from recurrent_bart.inference.summarizer import EncodedTexts, Summarizer
 from recurrent_bart.model.generation_settings import describe_settings
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.generation_arguments import GenerationArguments, add_generation_flags
@@ -244,26 +246,40 @@ def summarize_all(arguments: argparse.Namespace) -> None:
     summarizer = load(arguments)
     texts = all_texts(arguments.files, arguments.each_line, arguments.skip_bad_samples)
     is_shown = False
-    while window := list(itertools.islice(texts, WINDOW)):
+    # a thread reads and encodes the next texts while the GPU works
+    for window, encoded in one_ahead(encoded_windows(summarizer, texts)):
         if not is_shown:
             show_settings(summarizer)
             is_shown = True
-        for summary in summarize_window(summarizer, window, arguments.skip_bad_samples):
+        for summary in summarize_window(summarizer, window, encoded, arguments.skip_bad_samples):
             print(" ".join(summary.split()), flush=True)
 
 
-def summarize_window(summarizer: Summarizer, window: list[Text], skips: bool) -> Iterator[str]:
+def encoded_windows(summarizer: Summarizer, texts: Iterator[Text]) -> Iterator[tuple[list[Text], EncodedTexts | None]]:
+    """Yield the texts in parts of `WINDOW`, with the tokens of the readable ones; None: they cannot be encoded."""
+    while window := list(itertools.islice(texts, WINDOW)):
+        encoded = None
+        with contextlib.suppress(ValueError):
+            encoded = summarizer.encode([text.content for text in window if not text.is_passed_over])
+        yield window, encoded
+
+
+def summarize_window(
+    summarizer: Summarizer, window: list[Text], encoded: EncodedTexts | None, skips: bool
+) -> Iterator[str]:
     """Yield the summary of each text. A skipped text has an empty summary.
+
+    `encoded` has the tokens of the readable texts. With None, each text is summarised by itself.
 
     Raises:
         ValueError: A text has no tokens. The message names the text.
     """
     readable = [text for text in window if not text.is_passed_over]
-    try:
-        summaries = iter([str(summary) for summary in summarizer.summarize([text.content for text in readable])])
-    except ValueError:
-        # Summarise each text by itself to find the unusable text.
-        summaries = (summarize_alone(summarizer, text, skips) for text in readable)
+    # summarise each text by itself to find an unusable text
+    summaries = (summarize_alone(summarizer, text, skips) for text in readable)
+    if encoded is not None:
+        with contextlib.suppress(ValueError):
+            summaries = (str(summary) for summary in summarizer.summarize(encoded))
     for text in window:
         yield "" if text.is_passed_over else next(summaries)
 

@@ -100,8 +100,8 @@ class Collator:
         labels: list[Any] = [targets for _, targets in documents]
         if self.task == "document":
             labels = [[targets[-1] for targets in labels]]
-        input_ids = torch.tensor(pad_segments([segments for segments, _ in documents], padding=-1))
-        targets = torch.tensor(pad_segments(labels, padding=IGNORED))
+        input_ids = pad_segments([segments for segments, _ in documents], padding=-1)
+        targets = pad_segments(labels, padding=IGNORED)
         is_padding = input_ids < 0
         return Batch(
             input_ids=input_ids.masked_fill(is_padding, self.pad_token_id),

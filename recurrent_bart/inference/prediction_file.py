@@ -1,5 +1,6 @@
 """Summaries of a file's rows, written with the rows' ids."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ from typing import Any
 from recurrent_bart.data.rows import HALF_CHARACTER, id_of, read_query
 from recurrent_bart.data.sources import read_records
 from recurrent_bart.data.text_layouts import LayoutError, read_layout
+from recurrent_bart.inference.one_ahead import one_ahead
 from recurrent_bart.inference.reading_session import Summary
 
 # Number of rows in memory at a time. Texts of similar length share a batch.
@@ -25,6 +27,7 @@ def predict_file(
     columns: tuple[str, str],
     on_bad: Callable[[ValueError], None],
     query_column: str | None = None,
+    encode: Callable[..., Any] | None = None,
 ) -> int:
     """Write a JSON line per row: the row's id, the summary, and what it was made from. Return the number of lines.
 
@@ -37,6 +40,8 @@ def predict_file(
             file with the line.
         on_bad: Function that takes the error of a row without a usable text. If it returns, the row is skipped.
         query_column: Name of the column of questions; None: no questions.
+        encode: Function of the arguments of `summarize`, which takes its result in their place. A thread encodes the
+            next rows while the summaries of these are written.
 
     Raises:
         ValueError: The file is unreadable, or `on_bad` raises.
@@ -46,8 +51,8 @@ def predict_file(
     n_lines = 0
     try:
         with draft.open("w", encoding="utf-8") as file:
-            while window := list(itertools.islice(rows, WINDOW)):
-                for id, summary in _summaries(summarize, window, query_column is not None, on_bad):
+            for window, encoded in one_ahead(_windows(rows, query_column is not None, encode)):
+                for id, summary in _summaries(summarize, window, query_column is not None, on_bad, encoded):
                     line = {"id": id, **summary.record()}
                     file.write(_as_json(line) + "\n")
                     n_lines += 1
@@ -57,6 +62,23 @@ def predict_file(
     finally:
         draft.unlink(missing_ok=True)
     return n_lines
+
+
+def _windows(
+    rows: Iterator[tuple[str, Any, str, str]], asks: bool, encode: Callable[..., Any] | None
+) -> Iterator[tuple[Rows, Any]]:
+    """Yield the rows in parts of `WINDOW`, each with its encoded texts; None: these are not encoded."""
+    while window := list(itertools.islice(rows, WINDOW)):
+        encoded = None
+        if encode is not None:
+            with contextlib.suppress(ValueError):
+                encoded = encode(*_arguments(window, asks))
+        yield window, encoded
+
+
+def _arguments(rows: Rows, asks: bool) -> list[list[str]]:
+    """Return the texts of rows, and their questions if there is a column of questions."""
+    return [[text for _, _, text, _ in rows], *([[query for *_, query in rows]] if asks else [])]
 
 
 def _readable(
@@ -95,11 +117,14 @@ def _text(record: dict[str, Any], column: str, place: str) -> str:
 
 
 def _summaries(
-    summarize: Callable[..., list[Summary]], rows: Rows, asks: bool, on_bad: Callable[[ValueError], None]
+    summarize: Callable[..., list[Summary]],
+    rows: Rows,
+    asks: bool,
+    on_bad: Callable[[ValueError], None],
+    encoded: Any = None,
 ) -> Iterator[tuple[Any, Summary]]:
     try:
-        queries = [[query for *_, query in rows]] if asks else []
-        found = summarize([text for _, _, text, _ in rows], *queries)
+        found = summarize(*_arguments(rows, asks)) if encoded is None else summarize(encoded)
     except ValueError as error:
         if len(rows) == 1:
             on_bad(ValueError(f"{rows[0][0]}: {error}"))

@@ -266,7 +266,7 @@ class TextReader:
     def _read(self, mark: Bookmark, n_segments: int, ends_section: bool = False) -> BaseModelOutput:
         """Encode the next segments, cut as `split_into_segments` cuts a document, and advance the bookmark."""
         segments = [self._take_segment(mark) for _ in range(n_segments)]
-        ids = torch.tensor(pad_segments([[[token.id for token in segment] for segment in segments]], padding=-1))
+        ids = pad_segments([[[token.id for token in segment] for segment in segments]], padding=-1)
         is_token = ids >= 0
         input_ids = ids.masked_fill(~is_token, self.model.config.pad_token_id).to(self.model.device)
         targets = torch.arange(n_segments).eq(n_segments - 1).unsqueeze(0) if ends_section else None

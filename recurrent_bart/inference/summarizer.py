@@ -1,6 +1,7 @@
 """Summaries of texts of any length, one by one, in batches, or of a text that arrives in pieces."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -24,6 +25,24 @@ from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditi
 from recurrent_bart.recurrence.segmentation import split_into_segments
 
 TOKENS_PER_BATCH = 16_384
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Texts and their questions as tokens.
+
+    Attributes:
+        queries: Question about each text, empty for none.
+        questions: Ids of each question and its separator.
+        tokens: Tokens of each text: with their characters if summaries have citations, or else their ids.
+    """
+
+    queries: Sequence[str]
+    questions: list[list[int]]
+    tokens: Sequence[list[int] | list[Token]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class Summarizer:
@@ -115,12 +134,22 @@ class Summarizer:
         asked = [] if queries is None else [[queries] if isinstance(queries, str) else queries]
         return self.summarize([texts], *asked)[0] if isinstance(texts, str) else self.summarize(texts, *asked)
 
-    def summarize(self, texts: Sequence[str], queries: Sequence[str] | None = None) -> list[Summary]:
+    def encode(self, texts: Sequence[str], queries: Sequence[str] | None = None) -> EncodedTexts:
+        """Return the tokens of texts and questions, for `summarize`. A thread may do this while the model runs.
+
+        Raises:
+            ValueError: A question leaves no room for text, or the numbers of texts and questions differ.
+        """
+        queries = [self.query] * len(texts) if queries is None else queries
+        return EncodedTexts(queries, self._questions(texts, queries), self._tokens(texts))
+
+    def summarize(self, texts: Sequence[str] | EncodedTexts, queries: Sequence[str] | None = None) -> list[Summary]:
         """Return one summary per text; batching does not change it.
 
         Args:
-            texts: Texts of any length.
-            queries: Question about each text, empty for none; None: the summarizer's own about all texts.
+            texts: Texts of any length, or what `encode` returned.
+            queries: Question about each text, empty for none; None: the summarizer's own about all texts. Ignored for
+                encoded texts, which have their questions.
 
         Raises:
             ValueError: A text has no tokens, a question leaves no room for text, or the numbers of texts and questions
@@ -132,16 +161,15 @@ class Summarizer:
         return [found[index] for index in range(len(texts))]
 
     def summarize_in_steps(
-        self, texts: Sequence[str], queries: Sequence[str] | None = None
+        self, texts: Sequence[str] | EncodedTexts, queries: Sequence[str] | None = None
     ) -> Iterator[dict[int, Summary]]:
         """Yield the summaries of one batch after another, by the index of the text, short texts first.
 
         While a text that is longer than a batch is read, an empty dictionary is yielded after each encoder call.
         Arguments and errors are as in `summarize`.
         """
-        queries = [self.query] * len(texts) if queries is None else queries
-        asked = self._questions(texts, queries)
-        whole = self._tokens(texts)
+        encoded = texts if isinstance(texts, EncodedTexts) else self.encode(texts, queries)
+        queries, asked, whole = encoded.queries, encoded.questions, encoded.tokens
         if not all(whole):
             raise ValueError(f"document {whole.index([]) + 1} of {len(whole)} has no tokens")
         rooms = [self.room - len(question) for question in asked]
@@ -188,7 +216,7 @@ class Summarizer:
         from recurrent_bart.inference.prediction_file import predict_file
 
         columns = text_column, id_column
-        return predict_file(self.summarize, Path(source), Path(output), columns, on_bad, query_column)
+        return predict_file(self.summarize, Path(source), Path(output), columns, on_bad, query_column, self.encode)
 
     def open(self, segments_per_call: int | None = None, query: str | None = None) -> ReadingSession:
         """Return a session, to which a text is added in pieces; see `ReadingSession`.

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -93,18 +94,19 @@ def segment_positions(
         if may_end_with_language and not n_trailing and len(positions) > 1:
             n_trailing = 2 * int(input_ids[row, positions[-2]] == special[1])
         rows.append(split_into_segments(positions, segment_size, input_size, n_leading, n_trailing))
-    return torch.tensor(pad_segments(rows, padding=-1))
+    return pad_segments(rows, padding=-1)
 
 
-def pad_segments(rows: list[list[list[int]]], padding: int) -> list[list[list[int]]]:
+def pad_segments(rows: list[list[list[int]]], padding: int) -> Tensor:
     """Pad documents to one shape `(B, N, L)`: add padding tokens to segments, and empty segments to documents."""
     n_segments = max(len(row) for row in rows)
     length = max(len(segment) for row in rows for segment in row)
-    empty = [padding] * length
-    return [
-        [segment + [padding] * (length - len(segment)) for segment in row] + [empty] * (n_segments - len(row))
-        for row in rows
-    ]
+    # `torch.tensor` takes five times as long for a batch of lists
+    padded = numpy.full((len(rows), n_segments, length), padding, dtype=numpy.int64)
+    for document, row in zip(padded, rows, strict=True):
+        for place, segment in zip(document, row, strict=False):
+            place[: len(segment)] = segment
+    return torch.from_numpy(padded)
 
 
 def gather_segments(flat: Tensor, positions_BNL: Tensor, fill: float) -> Tensor:

@@ -458,7 +458,7 @@ def test_each_section_has_the_text_of_its_target_segment(make_reader):
     leading, trailing = special_tokens_around(reader.tokenizer)
     ids = [[*leading, *section, *trailing] for section in TextEncoder(reader.tokenizer)(SECTIONS[:3])]
     segments = [split_into_segments(section, segment_size=8, input_size=8) for section in ids]
-    input_ids = torch.tensor(pad_segments([list(itertools.chain(*segments))], padding=1))
+    input_ids = pad_segments([list(itertools.chain(*segments))], padding=1)
     ends = torch.tensor([list(itertools.chain(*([False] * (len(own) - 1) + [True] for own in segments)))])
     texts = reader.model.generate(
         input_ids, attention_mask=(input_ids != 1).long(), target_segments=ends, max_new_tokens=9

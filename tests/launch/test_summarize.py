@@ -89,6 +89,7 @@ def test_many_texts_have_a_line_each_in_their_order(script, run, tmp_path, capsy
         asked.append((len(texts), summarizer.most_segments, summarizer.generation))
         return [f"of {text}\n  {len(text)}" for text in texts]
 
+    monkeypatch.setattr(script.Summarizer, "encode", lambda summarizer, texts: texts)
     monkeypatch.setattr(script.Summarizer, "summarize", summarize)
     monkeypatch.setattr(script, "WINDOW", 2)
     texts = ["the list", "of", "numbers é", "is", "long"]
@@ -168,6 +169,7 @@ def test_a_text_without_tokens_is_named_and_may_be_passed_over(script, run, tmp_
             raise ValueError("document 1 of 1 has no tokens")
         return [f"of {text}" for text in texts]
 
+    monkeypatch.setattr(script.Summarizer, "encode", lambda summarizer, texts: texts)
     monkeypatch.setattr(script.Summarizer, "summarize", summarize)
     (tmp_path / "lines").write_text("the list\nsoft hyphens\nof numbers\n")
     flags = ["--model", str(run.model), "--each_line", str(tmp_path / "lines")]

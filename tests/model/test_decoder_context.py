@@ -285,7 +285,7 @@ def test_ragged_documents_are_decoded_as_alone(make_model, fields):
     logits = model(input_ids=input_ids, attention_mask=mask, labels=labels).logits
     for row, document in enumerate(documents):
         _, own_ids, own_mask = batch_of([[len(segment) for segment in document]])
-        own_ids = torch.tensor(pad_segments([document], padding=1))
+        own_ids = pad_segments([document], padding=1)
         alone = model(input_ids=own_ids, attention_mask=own_mask, labels=labels[row : row + 1]).logits
         torch.testing.assert_close(logits[row : row + 1], alone, rtol=0, atol=1e-12)
 

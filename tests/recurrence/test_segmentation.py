@@ -71,7 +71,8 @@ def test_positions_without_special_tokens_are_plain_pieces():
 
 
 def test_padding_fills_behind_tokens_and_behind_segments():
-    assert pad_segments([[[1, 2], [3]], [[4]]], padding=-1) == [[[1, 2], [3, -1]], [[4, -1], [-1, -1]]]
+    padded = pad_segments([[[1, 2], [3]], [[4]]], padding=-1)
+    assert padded.tolist() == [[[1, 2], [3, -1]], [[4, -1], [-1, -1]]]
 
 
 def test_documents_are_aligned_at_their_end_and_moved_back():
