@@ -25,6 +25,7 @@ from deepspeed.utils import nvtx
 from torch import Tensor
 
 from recurrent_bart.monitoring.progress import say
+from recurrent_bart.training.zero import partition_buckets
 from recurrent_bart.training.zero.accelerator_calls import on_stream
 from recurrent_bart.training.zero.gradient_buckets import (
     PRIVATE,
@@ -40,7 +41,6 @@ from recurrent_bart.training.zero.module_gathers import (
     can_gather_by_module,
     read_parameters_directly,
 )
-from recurrent_bart.training.zero.partition_buckets import PartitionBuckets
 
 # DeepSpeed versions with which the tests of this package pass
 TESTED_VERSIONS = ("0.19.8",)
@@ -233,7 +233,7 @@ def _sums_partitions(optimizer: Any) -> bool:
 def _sum_whole_buckets(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
     if _sums_partitions(optimizer):
-        buckets = PartitionBuckets(optimizer)
+        buckets = partition_buckets.PartitionBuckets(optimizer)
         optimizer.setup_buckets = buckets.begin
         optimizer.reduce_independent_p_g_buckets_and_remove_grads = buckets.add
         optimizer.reduce_ipg_grads = buckets.reduce
@@ -252,6 +252,11 @@ def _gather_by_module(engine: DeepSpeedEngine) -> None:
         gathers.replace_methods(engine.optimizer.parameter_offload.param_coordinator)
         engine.optimizer._partition_all_parameters = gathers.release_all
         read_parameters_directly(engine.module)
+
+
+def _point_to_weights(engine: DeepSpeedEngine) -> None:
+    optimizer = engine.optimizer
+    optimizer._update_model_bit16_weights = functools.partial(partition_buckets.point_to_weights, optimizer)
 
 
 def _take_one_norm(engine: DeepSpeedEngine) -> None:
@@ -405,6 +410,18 @@ PATCHES = (
         ),
         stages=(3,),
         apply=_update_whole_groups,
+    ),
+    Patch(
+        "leave parameters at their weights",
+        _names(
+            "optimizer",
+            "_update_model_bit16_weights",
+            "bit16_groups_flat",
+            "round_robin_bit16_groups",
+            "round_robin_bit16_offsets",
+        ),
+        stages=(1, 2),
+        apply=_point_to_weights,
     ),
     Patch("compute one norm of all gradients", ("optimizer.get_grad_norm_direct",), apply=_take_one_norm),
     Patch(

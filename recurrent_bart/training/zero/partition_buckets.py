@@ -14,6 +14,19 @@ from torch import Tensor
 from recurrent_bart.training.zero.float32_sums import add_pairs
 
 
+def point_to_weights(optimizer: Any, number: int) -> None:
+    """Let parameters share the memory of the updated weights, as `_update_model_bit16_weights` does.
+
+    DeepSpeed makes a view of each parameter after each update, while the GPU waits. They share that memory already,
+    unless something has moved them.
+    """
+    flat = optimizer.bit16_groups_flat[number]
+    first, size = flat.data_ptr(), flat.element_size()
+    members = zip(optimizer.round_robin_bit16_groups[number], optimizer.round_robin_bit16_offsets[number], strict=True)
+    if any(parameter.data_ptr() != first + offset * size for parameter, offset in members):
+        type(optimizer)._update_model_bit16_weights(optimizer, number)
+
+
 class PartitionBuckets:
     """Buckets of gradients whose float32 sums are partitioned over ranks.
 

@@ -25,7 +25,12 @@ from tiny import BUCKET, random_ids, tiny_model
 
 PATCHES = deepspeed_patches.PATCHES
 # purposes of the patches that are compared with DeepSpeed's code
-COMPARED = ("gather parameters by module", "reduce gradients by bucket", "update parameter groups as a whole")
+COMPARED = (
+    "gather parameters by module",
+    "reduce gradients by bucket",
+    "update parameter groups as a whole",
+    "leave parameters at their weights",
+)
 N_STEPS = 3
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from forked import launched, run_script
+from recurrent_bart.training.zero.partition_buckets import point_to_weights
 
 WORKER = Path(__file__).with_name("module_gathers_worker.py")
 DEFAULT = {
@@ -66,3 +67,23 @@ def test_steps_equal_deepspeeds_bit_for_bit(results):
         assert all(torch.equal(found["weights"][key], expected["weights"][key]) for key in expected["weights"]), name
         assert found["has_partition_buckets"] == (name not in BY_DEEPSPEED), name
         assert not expected["has_partition_buckets"], name
+
+
+def test_a_parameter_that_was_moved_gets_its_weights_again():
+    """Two parameters of four and two elements; the second one does not share the weights' memory."""
+    weights = torch.arange(6.0)
+    moved = torch.zeros(2)
+    parameters = [weights[:4].view(2, 2), moved]
+    calls = []
+
+    class Optimizer:
+        bit16_groups_flat, round_robin_bit16_groups, round_robin_bit16_offsets = [weights], [parameters], [[0, 4]]
+
+        def _update_model_bit16_weights(self, number):
+            calls.append(number)
+            moved.data = weights[4:]
+
+    for _ in range(2):
+        point_to_weights(Optimizer(), 0)
+    assert calls == [0]
+    assert moved.tolist() == [4.0, 5.0]
