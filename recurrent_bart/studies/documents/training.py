@@ -51,32 +51,29 @@ class TextTraining(Trainer):
         self.deadline = time.perf_counter() + budget_seconds
         self.text_run, self.ended = text_run, ""
         self.arguments = arguments = parse_run(text_run)
+        run, state = arguments.run, TrainerState()
         tokenizer, config, splits = open_splits(arguments.model, arguments.data)
         by_segments = splits["train"].collator
         collator = collate_as(text_run.reads, by_segments)
         train, validation = (replace(splits[name], collator=collator) for name in ("train", "validation"))
-        self.is_bf16 = use_bf16(arguments.run.precision, device)
+        self.is_bf16 = use_bf16(run.precision, device)
         built = build_reader(text_run, arguments, config, by_segments.sizes).to(device)
-        rates = learning_rates(arguments, config)
-        optimizer = build_optimizer(built, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
-        scheduler = build_scheduler(optimizer, arguments.run)
-        engine = SingleProcessEngine(built, scheduler, arguments.run.max_grad_norm, self.is_bf16)
-        sees_several = config.has_state or config.decoder_context in ("section", "all")
-        self.reader = Reader(
-            engine.module, text_run.reads == "whole" or sees_several, device, may_plan=config.has_state
-        )
-        state = TrainerState()
+        optimizer = build_optimizer(built, learning_rates(arguments, config), run.weight_decay, run.adam_beta2)
+        engine = SingleProcessEngine(built, build_scheduler(optimizer, run), run.max_grad_norm, self.is_bf16)
         # models with another value of `reads` use the document order of `reads="segments"`
-        order = by_documents(arguments.run, train.plan.n_segments, world_size=1, state=state)
-        batches = TrainingBatches(train, order, arguments.run, Environment(0, 0, 1, device), state)
-        super().__init__(engine, batches, arguments.run, state, lambda record: None, on_evaluation=self.validate)
+        order = by_documents(run, train.plan.n_segments, world_size=1, state=state)
+        batches = TrainingBatches(train, order, run, Environment(0, 0, 1, device), state)
+        super().__init__(engine, batches, run, state, on_log=lambda record: None, on_evaluation=self.validate)
+        sees_several = config.has_state or config.decoder_context in ("section", "all")
+        reads_all = text_run.reads == "whole" or sees_several
+        self.reader = Reader(engine.module, reads_all, device, may_plan=config.has_state)
         self.evaluator = Evaluator(
             validation.corpus,
             validation.plan,
             collator,
             tokenizer,
             # Evaluation keeps the logits of all targets of a batch in memory, so batches are as small as in training.
-            arguments.run.per_device_train_batch_size,
+            run.per_device_train_batch_size,
             device,
         )
         self.targets = list_targets(self.evaluator)
@@ -86,7 +83,7 @@ class TextTraining(Trainer):
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         # the seed of launch/train.py, for the same dropout
-        torch.manual_seed(arguments.run.seed + 1)
+        torch.manual_seed(run.seed + 1)
 
     def train_step(self) -> None:
         """Run one optimizer step. Set `ended` if the run ends after it."""
