@@ -34,7 +34,7 @@ class Trainer:
     """Training loop of an engine.
 
     Attributes:
-        engine: DeepSpeed engine with the sharded model.
+        engine: DeepSpeed engine with the sharded model, or an engine with the same methods.
         batches: Micro-batches of this rank, endless.
         run: Arguments of the run.
         state: Trainer state, changed in place.
@@ -126,7 +126,6 @@ class Trainer:
         """Run one optimizer step over `--gradient_accumulation_steps` micro-batches of every rank.
 
         Each loss is divided by the number of targets in the whole step, so that every target token has the same weight.
-        Gradients of all passes are summed first, then reduced over ranks once.
 
         Raises:
             Interrupted: The run is asked to stop. The step has then not begun.
@@ -139,15 +138,10 @@ class Trainer:
             sum(batch.n_targets() for batch in batches), *self.interruption.votes(), device=self.engine.device
         )
         self.interruption.obey(votes)
-        has_several = len(batches) > 1 or has_windows(batches[0], self.config)
-        reduces_once = reducing_once(self.engine) if has_several else contextlib.nullcontext()
-        with reduces_once:
-            for batch in batches:
-                with explain_out_of_memory(batch, self.state.step + 1):
-                    self.forward_backward(batch, n_targets)
-        # read before the step, which advances the learning rate scheduler
-        self.step_metrics.learning_rate = self.engine.get_lr()[0]
+        self.accumulate_gradients(batches, n_targets)
         if self.is_logged_at(self.state.step + 1):
+            # read before the step, which advances the learning rate scheduler
+            self.step_metrics.learning_rate = self.engine.get_lr()[0]
             self.step_metrics.backbone_square, self.step_metrics.recurrence_square = self.norms.squares()
         # DeepSpeed checks the gradient norm over all ranks, so a step is applied on all ranks or on none
         with self.watch.measure("optimizer"):
@@ -159,6 +153,15 @@ class Trainer:
         else:
             self.skip()
             self.step_metrics.loss, self.step_metrics.n_targets = loss_before, n_targets_before
+
+    def accumulate_gradients(self, batches: list[Batch], n_targets: float) -> None:
+        """Run the passes of all micro-batches, and reduce the sums of their gradients over ranks once."""
+        has_several = len(batches) > 1 or has_windows(batches[0], self.config)
+        reduces_once = reducing_once(self.engine) if has_several else contextlib.nullcontext()
+        with reduces_once:
+            for batch in batches:
+                with explain_out_of_memory(batch, self.state.step + 1):
+                    self.forward_backward(batch, n_targets)
 
     def advance_curriculum(self, is_reached: bool) -> None:
         """Begin the next stage of the curriculum if the current stage is over. All ranks decide the same."""

@@ -112,7 +112,7 @@ class Reader:
         """Return the part of the batch that the model reads."""
         return batch if self.has_memory else without_memory(batch)
 
-    def loss(self, batch: Batch, n_targets: int) -> Tensor:
+    def loss(self, batch: Batch, n_targets: float) -> Tensor:
         """Return the loss of a batch that `needed` returned: the sum over target tokens, divided by `n_targets`."""
         inputs = batch.model_inputs(self.device)
         with self._attention():

@@ -1,25 +1,26 @@
-"""Training loop of studies on documents. All models use this loop, in plain PyTorch and one process."""
+"""Training of any model of a study on documents, in one process."""
 
+import contextlib
 import copy
 import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recurrent_bart.checkpointing.checkpoints import TrainerState
-from recurrent_bart.data.batches import Collator
+from recurrent_bart.data.batches import Batch, Collator
 from recurrent_bart.evaluation.evaluator import Evaluator, Generation
 from recurrent_bart.evaluation.rouge import rouge_per_sample
 from recurrent_bart.model.generation_settings import change_settings
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from recurrent_bart.run_folder import git_commit, versions
-from recurrent_bart.studies.documents.master_weights import MasterWeights
+from recurrent_bart.studies.documents.engine import SingleProcessEngine
 from recurrent_bart.studies.documents.models import Reader, build_reader, collate_as
 from recurrent_bart.studies.documents.text_run import TextRun
 from recurrent_bart.studies.study_run import RunFile, describe_device
@@ -29,88 +30,96 @@ from recurrent_bart.training.document_order import by_documents
 from recurrent_bart.training.environment import Environment, use_bf16
 from recurrent_bart.training.optimization import build_optimizer, build_scheduler
 from recurrent_bart.training.preparation import open_splits
+from recurrent_bart.training.trainer import Trainer
 from recurrent_bart.training.training_batches import TrainingBatches
 
 # the step number grows by this factor from one evaluation to the next, in every run alike
 GROWTH = 1.25
 
 
-class TextTraining:
-    """Trainer of one model of a study on documents."""
+class TextTraining(Trainer):
+    """Trainer of one model of a study on documents. No step starts after `budget_seconds`, evaluations included.
 
-    def __init__(self, run: TextRun, device: torch.device):
-        self.run, self.device = run, device
-        self.arguments = arguments = parse_run(run)
+    Attributes:
+        ended: Reason why the run ends: `"time"` (`TextRun.seconds`), `"steps"`, `"budget"` or `"diverged"`.
+        seconds: Training time, evaluations excluded.
+    """
+
+    batches: TrainingBatches
+
+    def __init__(self, text_run: TextRun, device: torch.device, budget_seconds: float = math.inf):
+        self.deadline = time.perf_counter() + budget_seconds
+        self.text_run, self.ended = text_run, ""
+        self.arguments = arguments = parse_run(text_run)
+        run, state = arguments.run, TrainerState()
         tokenizer, config, splits = open_splits(arguments.model, arguments.data)
         by_segments = splits["train"].collator
-        collator = collate_as(run.reads, by_segments)
+        collator = collate_as(text_run.reads, by_segments)
         train, validation = (replace(splits[name], collator=collator) for name in ("train", "validation"))
-        self.is_bf16 = use_bf16(arguments.run.precision, device)
-        built = build_reader(run, arguments, config, by_segments.sizes).to(device)
-        self.weights = MasterWeights(built, self.is_bf16)
-        sees_several = config.has_state or config.decoder_context in ("section", "all")
-        self.reader = Reader(
-            self.weights.model, run.reads == "whole" or sees_several, device, may_plan=config.has_state
-        )
-        rates = learning_rates(arguments, config)
-        self.optimizer = build_optimizer(built, rates, arguments.run.weight_decay, arguments.run.adam_beta2)
-        self.scheduler = build_scheduler(self.optimizer, arguments.run)
-        self.state = TrainerState()
+        self.is_bf16 = use_bf16(run.precision, device)
+        built = build_reader(text_run, arguments, config, by_segments.sizes).to(device)
+        optimizer = build_optimizer(built, learning_rates(arguments, config), run.weight_decay, run.adam_beta2)
+        engine = SingleProcessEngine(built, build_scheduler(optimizer, run), run.max_grad_norm, self.is_bf16)
         # models with another value of `reads` use the document order of `reads="segments"`
-        order = by_documents(arguments.run, train.plan.n_segments, world_size=1, state=self.state)
-        self.batches = TrainingBatches(train, order, arguments.run, Environment(0, 0, 1, device), self.state)
+        order = by_documents(run, train.plan.n_segments, world_size=1, state=state)
+        batches = TrainingBatches(train, order, run, Environment(0, 0, 1, device), state)
+        super().__init__(engine, batches, run, state, on_log=lambda record: None, on_evaluation=self.validate)
+        sees_several = config.has_state or config.decoder_context in ("section", "all")
+        reads_all = text_run.reads == "whole" or sees_several
+        self.reader = Reader(engine.module, reads_all, device, may_plan=config.has_state)
         self.evaluator = Evaluator(
             validation.corpus,
             validation.plan,
             collator,
             tokenizer,
             # Evaluation keeps the logits of all targets of a batch in memory, so batches are as small as in training.
-            arguments.run.per_device_train_batch_size,
+            run.per_device_train_batch_size,
             device,
         )
         self.targets = list_targets(self.evaluator)
         self.seconds, self.n_tokens = 0.0, 0
+        # sum of the losses of the steps since the last evaluation
+        self.loss: Any = 0.0
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         # the seed of launch/train.py, for the same dropout
-        torch.manual_seed(arguments.run.seed + 1)
+        torch.manual_seed(run.seed + 1)
 
-    def train(self, budget_seconds: float = math.inf, on_evaluation: Callable[[], None] = lambda: None) -> str:
-        """Train until the run ends. Return the reason: `"time"` (`seconds`), `"steps"`, `"diverged"` or `"budget"`.
+    def train_step(self) -> None:
+        """Run one optimizer step. Set `ended` if the run ends after it."""
+        started = time.perf_counter()
+        super().train_step()
+        now = time.perf_counter()
+        self.seconds += now - started
+        if self.text_run.seconds is not None and self.seconds >= self.text_run.seconds:
+            self.ended = "time"
+        elif self.state.step >= self.run.max_steps:
+            self.ended = "steps"
+        elif now > self.deadline:
+            self.ended = "budget"
 
-        No step starts after `budget_seconds` of wall time, evaluations included.
-        """
-        deadline = time.perf_counter() + budget_seconds
-        ended = None
-        while ended is None:
-            ended = self._train_to_evaluation(deadline)
-            on_evaluation()
-        self.batches.close()
-        return ended
-
-    def train_step(self) -> Tensor:
-        """Run one optimizer step. Return the loss per target token."""
-        run = self.arguments.run
-        batches = [self.reader.needed(next(self.batches)) for _ in range(run.gradient_accumulation_steps)]
-        n_targets = sum(batch.n_targets() for batch in batches)
-        losses = []
-        for batch in batches:
+    def accumulate_gradients(self, batches: list[Batch], n_targets: float) -> None:
+        """Run one forward and one backward pass over the part of each batch that the model reads."""
+        for batch in map(self.reader.needed, batches):
             loss = self.reader.loss(batch, n_targets)
-            loss.backward()
-            self.weights.collect_gradients()
-            losses.append(loss.detach())
+            self.engine.backward(loss)
+            self.loss += loss.detach()
             self.n_tokens += batch.n_tokens()
-        if run.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.weights.master.parameters(), run.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.weights.round()
-        self.scheduler.step()
-        self.state.step += 1
-        return torch.stack(losses).sum()
 
-    def evaluate(self, loss: float) -> None:
-        """Append a point to the curve. Keep a copy of the weights if the validation loss is the lowest so far."""
+    def is_evaluated_after(self, step: int) -> bool:
+        """Return True if the run ends, or if step `step` is followed by an evaluation in every run."""
+        return bool(self.ended) or step == next_evaluation(step - 1, self.run.eval_every)
+
+    def is_logged_at(self, step: int) -> bool:
+        """Return False, because a log line would wait for the device."""
+        return False
+
+    def validate(self) -> bool:
+        """Append a point to the curve. Keep the weights of the lowest validation loss. Return True if the run ends."""
+        started = time.perf_counter()
+        # float() waits for the device, so `seconds` includes all kernels of the steps
+        loss, self.loss = float(self.loss) / self.step_metrics.n_steps, 0.0
+        self.seconds += time.perf_counter() - started
         self.reader.model.eval()
         found = self.evaluator.target_losses(self.reader.target_losses)
         self.reader.model.train()
@@ -120,17 +129,19 @@ class TextTraining:
         if all(validation_loss < other["validation_loss"] for other in self.curve):
             self.best = copy.deepcopy(self.reader.model.state_dict())
         self.curve.append(point | {"validation_loss": validation_loss, "target_losses": by_target})
+        if not math.isfinite(loss):
+            self.ended = "diverged"
+        return bool(self.ended)
 
     def texts(self) -> list[dict[str, Any]]:
         """Return texts of the best weights for the first `--eval_documents` documents, with their ROUGE scores."""
         self.reader.model.load_state_dict(self.best)
         self.reader.model.eval()
-        run = self.arguments.run
         length = self.evaluator.collator.max_target_length
         generation = self.reader.model.generation_config
-        change_settings(generation, run.generation_settings(), run.max_new_tokens or length)
-        how = Generation(generation.max_new_tokens, n_documents=run.eval_documents)
-        writer = replace(self.evaluator, batch_size=run.per_device_eval_batch_size or self.evaluator.batch_size)
+        change_settings(generation, self.run.generation_settings(), self.run.max_new_tokens or length)
+        how = Generation(generation.max_new_tokens, n_documents=self.run.eval_documents)
+        writer = replace(self.evaluator, batch_size=self.run.per_device_eval_batch_size or self.evaluator.batch_size)
         samples = writer.summarise(self.reader.model, how)
         scores = rouge_per_sample([sample.generated for sample in samples], [sample.target for sample in samples])
         figures = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
@@ -162,37 +173,16 @@ class TextTraining:
 
     def result(self) -> dict[str, Any]:
         """Return the results of the run so far, for its JSON file."""
-        is_cuda = self.device.type == "cuda"
+        device = self.engine.device
         return {
-            "run": asdict(self.run),
-            "device": describe_device(str(self.device)),
+            "run": asdict(self.text_run),
+            "device": describe_device(str(device)),
             "precision": "bf16" if self.is_bf16 else "fp32",
             "n_parameters": sum(parameter.numel() for parameter in self.reader.model.parameters()),
-            "peak_bytes": torch.cuda.max_memory_allocated(self.device) if is_cuda else None,
+            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             "targets": self.targets,
             "curve": self.curve,
         }
-
-    def _train_to_evaluation(self, deadline: float) -> str | None:
-        """Train up to the next evaluation, and evaluate. Return the reason if the run ends, else None."""
-        last = self.arguments.run.max_steps
-        until, ended = next_evaluation(self.state.step, self.arguments.run.eval_every), None
-        losses: list[Tensor] = []
-        started = time.perf_counter()
-        while ended is None and self.state.step < until:
-            losses.append(self.train_step())
-            now = time.perf_counter()
-            if self.run.seconds is not None and self.seconds + now - started >= self.run.seconds:
-                ended = "time"
-            elif self.state.step >= last:
-                ended = "steps"
-            elif now > deadline:
-                ended = "budget"
-        # float() waits for the device, so `seconds` includes all kernels of the steps
-        loss = float(torch.stack(losses).mean())
-        self.seconds += time.perf_counter() - started
-        self.evaluate(loss)
-        return ended if math.isfinite(loss) else "diverged"
 
 
 def execute_text(file: RunFile, device: torch.device, budget_seconds: float) -> None:
@@ -201,11 +191,13 @@ def execute_text(file: RunFile, device: torch.device, budget_seconds: float) -> 
     Raises:
         ValueError: The run's flags or the documents are invalid.
     """
-    training = TextTraining(TextRun(**file.read()["run"]), device)
+    training = TextTraining(TextRun(**file.read()["run"]), device, budget_seconds)
     origin = {"date": time.strftime("%Y-%m-%d"), "git_commit": git_commit(), "versions": versions()}
-    stopped = training.train(budget_seconds, on_evaluation=lambda: file.write(origin | training.result()))
+    training.on_save = lambda metrics: file.write(origin | training.result())
+    with contextlib.closing(training.batches):
+        training.train()
     results = {"texts": training.texts(), "foreign_state_losses": training.foreign_state_losses()}
-    file.write(origin | training.result() | results | {"stopped": stopped})
+    file.write(origin | training.result() | results | {"stopped": training.ended})
 
 
 def prepare_documents(run: TextRun) -> None:

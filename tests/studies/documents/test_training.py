@@ -51,9 +51,9 @@ def test_losses_are_those_of_launch_train(make_run, documents, tmp_path, train_m
     same |= {"bptt_depth": -1, "max_n_segments": 4, "dropout": 0.0, "hidden_dropout_prob": 0.0}
     assert train_main(flags(documents, tmp_path / "run", seed=5, **same)) == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    training = TextTraining(make_run(**same), CPU)
-    losses = [float(training.train_step()) for _ in range(3)]
-    training.evaluate(losses[-1])
+    training = TextTraining(make_run(**same | {"eval_every": 1}), CPU)
+    training.train()
+    losses = [point["loss"] for point in training.curve]
     expected = [record["loss"] for record in records if "loss" in record]
     assert losses[:2] == pytest.approx(expected[:2], rel=1e-6)
     # after two steps, a weight near the middle of two bf16 numbers may round to either
@@ -135,7 +135,7 @@ def test_the_weights_of_the_lowest_loss_are_kept(make_run, monkeypatch):
     kept = []
     for _ in range(3):
         training.train_step()
-        training.evaluate(0.0)
+        training.validate()
         kept.append({name: value.clone() for name, value in training.best.items()})
     differs = [any(not now[name].equal(then[name]) for name in now) for then, now in itertools.pairwise(kept)]
     assert differs == [True, False]
@@ -156,42 +156,47 @@ def test_a_run_ends_when_its_training_time_is_over(make_run, monkeypatch):
     """Exclude evaluations, which take 100 s each, from the training time."""
     training, clock = TextTraining(make_run(seconds=10.0, max_steps=100, eval_every=4), CPU), [0.0]
     monkeypatch.setattr("recurrent_bart.studies.documents.training.time.perf_counter", lambda: clock[0])
-    train_step, evaluate = training.train_step, training.evaluate
+    step, target_losses = training.engine.step, training.evaluator.target_losses
 
     def slow_step():
         clock[0] += 1.5
-        return train_step()
+        step()
 
-    def slow_evaluation(loss):
+    def slow_losses(losses):
         clock[0] += 100.0
-        evaluate(loss)
+        return target_losses(losses)
 
-    monkeypatch.setattr(training, "train_step", slow_step)
-    monkeypatch.setattr(training, "evaluate", slow_evaluation)
-    assert training.train() == "time"
+    monkeypatch.setattr(training.engine, "step", slow_step)
+    monkeypatch.setattr(training.evaluator, "target_losses", slow_losses)
+    training.train()
+    assert training.ended == "time"
     assert [(point["step"], point["seconds"]) for point in training.curve] == [(4, 6.0), (5, 7.5), (6, 9.0), (7, 10.5)]
 
 
 def test_out_of_its_budget_it_stops_with_what_there_is(make_run):
-    training, evaluated = TextTraining(make_run(max_steps=100, eval_every=50), CPU), []
-    assert training.train(0.0, on_evaluation=lambda: evaluated.append(len(training.curve))) == "budget"
-    assert ([point["step"] for point in training.curve], evaluated) == ([1], [1])
+    training, evaluated = TextTraining(make_run(max_steps=100, eval_every=50), CPU, budget_seconds=0.0), []
+    training.on_save = lambda metrics: evaluated.append(len(training.curve))
+    training.train()
+    assert ([point["step"] for point in training.curve], evaluated, training.ended) == ([1], [1], "budget")
 
 
 def test_it_stops_where_the_loss_is_no_number(make_run):
     training = TextTraining(make_run(max_steps=100, eval_every=1, learning_rate=1e30, warmup_steps=0), CPU)
-    assert training.train() == "diverged"
+    training.train()
+    assert training.ended == "diverged"
     assert training.state.step < 100
 
 
 def test_accumulated_batches_make_the_step_of_one(make_run):
     """Compare one batch of four documents with two batches of two: every target has the same weight."""
-    same = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "max_steps": 2}
+    same = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "max_steps": 2, "eval_every": 1}
     whole = TextTraining(make_run(per_device_train_batch_size=4, **same), CPU)
     parts = TextTraining(make_run(gradient_accumulation_steps=2, **same), CPU)
-    losses = [[float(training.train_step()) for _ in range(2)] for training in (whole, parts)]
+    for training in (whole, parts):
+        training.train()
+    losses, n_tokens = ([[p[key] for p in each.curve] for each in (whole, parts)] for key in ("loss", "n_tokens"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert whole.n_tokens == parts.n_tokens
+    assert n_tokens[0] == n_tokens[1]
 
 
 def test_targets_of_one_record_are_of_one_document():

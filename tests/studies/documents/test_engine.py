@@ -8,7 +8,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
-from recurrent_bart.studies.documents.master_weights import MasterWeights
+from recurrent_bart.studies.documents.engine import SingleProcessEngine
 from recurrent_bart.training.optimization import LearningRates, build_optimizer
 from recurrent_bart.training.zero.deepspeed_config import load_deepspeed_config
 from recurrent_bart.training.zero.engine import build_engine, reducing_once
@@ -17,33 +17,38 @@ from tiny import BUCKET, random_ids, tiny_model
 CONFIGS = Path(__file__).parents[3] / "ds_configs"
 
 
+def make_engine(model, is_bf16, rate=0.0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return SingleProcessEngine(model, scheduler, max_grad_norm=0.0, is_bf16=is_bf16)
+
+
 def test_in_float32_there_is_one_model():
-    model = tiny_model().float()
-    weights = MasterWeights(model, is_bf16=False)
-    assert weights.model is weights.master is model
-    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-    weights.collect_gradients()
-    assert model.lm_head.weight.grad.equal(torch.ones_like(model.lm_head.weight))
-    weights.round()
+    model = nn.Linear(1, 1, bias=False)
+    engine = make_engine(model, is_bf16=False, rate=1.0)
+    assert engine.module is engine.master is model
+    expected = model.weight.detach() - 2.0
+    engine.backward(2.0 * model.weight.sum())
+    engine.step()
+    assert (model.weight.equal(expected), model.weight.grad) == (True, None)
 
 
 def test_weights_are_rounded_before_the_first_step_and_tied_ones_stay_tied():
-    weights = MasterWeights(tiny_model().float(), is_bf16=True)
-    assert {p.dtype for p in weights.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in weights.master.parameters()} == {torch.float32}
-    for own, precise in zip(weights.model.parameters(), weights.master.parameters(), strict=True):
+    engine = make_engine(tiny_model().float(), is_bf16=True)
+    assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in engine.master.parameters()} == {torch.float32}
+    for own, precise in zip(engine.module.parameters(), engine.master.parameters(), strict=True):
         assert own.float().equal(precise)
-    assert weights.model.lm_head.weight is weights.model.model.shared.weight
+    assert engine.module.lm_head.weight is engine.module.model.shared.weight
 
 
 def test_gradients_of_several_passes_are_added_in_float32():
-    weights = MasterWeights(nn.Linear(1, 1, bias=False), is_bf16=True)
+    engine = make_engine(nn.Linear(1, 1, bias=False), is_bf16=True)
     # in bfloat16, 256 + 1 is 256
     for value in (256.0, 1.0):
-        (value * weights.model.weight.sum()).backward()
-        weights.collect_gradients()
-        assert weights.model.weight.grad is None
-    assert weights.master.weight.grad.item() == 257.0
+        engine.backward(value * engine.module.weight.sum())
+        assert engine.module.weight.grad is None
+    assert engine.master.weight.grad.item() == 257.0
 
 
 @pytest.mark.slow
@@ -57,27 +62,25 @@ def test_gradients_are_those_of_the_trainers_own_loop(alone, stage, n_passes):
     for _ in range(2):
         torch.manual_seed(0)
         models.append(tiny_model(init_std=0.1).float().train())
-    weights = MasterWeights(models[0], is_bf16=True)
+    single = make_engine(models[0], is_bf16=True)
     engine = build_engine(models[1], build_optimizer(models[1], LearningRates(0.0, 0.0), 0.0), None, config)
     batches = [(random_ids(2, 3, 8), random_ids(2, 5)) for _ in range(n_passes)]
     for ids, labels in batches:
-        weights.model(ids, labels=labels, num_items_in_batch=60, return_logits=False).loss.backward()
-        weights.collect_gradients()
+        single.backward(single.module(ids, labels=labels, num_items_in_batch=60, return_logits=False).loss)
     with reducing_once(engine) if n_passes > 1 else contextlib.nullcontext():
         for ids, labels in batches:
             engine.backward(engine(ids, labels=labels, num_items_in_batch=60, return_logits=False).loss)
-    expected = {name: parameter.grad for name, parameter in weights.master.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in single.master.named_parameters()}
     for name, parameter in engine.module.named_parameters():
         assert torch.equal(safe_get_full_grad(parameter).float(), expected[name]), name
     engine.step()
 
 
 def test_steps_too_small_for_bfloat16_add_up():
-    weights = MasterWeights(nn.Linear(1, 1, bias=False), is_bf16=True)
+    engine = make_engine(nn.Linear(1, 1, bias=False), is_bf16=True, rate=2**-10)
     with torch.no_grad():
-        weights.master.weight.fill_(1.0)
+        engine.master.weight.fill_(1.0)
     for _ in range(8):
-        with torch.no_grad():
-            weights.master.weight += 2**-10
-        weights.round()
-    assert weights.model.weight.item() == 1.0 + 2**-7
+        engine.backward(-engine.module.weight.sum())
+        engine.step()
+    assert engine.module.weight.item() == 1.0 + 2**-7
