@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from recurrent_bart.training.zero.gradient_sums import add_gradients
+from recurrent_bart.training.zero.float32_sums import add_gradients
 
 
 class SingleProcessEngine:

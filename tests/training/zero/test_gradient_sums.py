@@ -14,7 +14,7 @@ from forked import launched, run_script
 from process_state import ProcessState
 from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict, reducing_once
-from recurrent_bart.training.zero.gradient_sums import add_gradients
+from recurrent_bart.training.zero.float32_sums import add_gradients
 from tiny import BUCKET, random_ids, tiny_model
 
 WORKER = Path(__file__).with_name("gradient_sums_worker.py")
