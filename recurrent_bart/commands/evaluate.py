@@ -76,8 +76,8 @@ class EvaluationArguments(GenerationArguments):
     )
     factuality_model: str | None = flag(
         None,
-        "folder or name of a classifier of (source, sentence) pairs, for example MiniCheck or a model of entailment: "
-        "probability that the source supports a sentence; if not given: no factuality",
+        "folder or name of a classifier of (source, sentence) pairs, for example MiniCheck or an entailment model; "
+        "the factuality score is its probability that the source supports a sentence; if not given: not measured",
     )
     rouge_segmenter: str | None = flag(
         None,

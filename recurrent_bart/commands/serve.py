@@ -15,19 +15,19 @@ from recurrent_bart.training.flags import FlagParser
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 LIMITS = {
-    "n_sessions": "most sessions on disk",
-    "n_cached_sessions": "most sessions whose state also stays in memory",
-    "text_bytes": "most bytes of a request with a text",
-    "text_characters": "most characters of a text, or of a piece of a session's text",
-    "session_characters": "most characters of a session's whole text",
-    "state_bytes": "most bytes of a session's state, on disk and uploaded",
-    "bodies_bytes": "most bytes of the bodies of all requests in progress",
-    "connection_seconds": "most seconds that a client may take to send the head of a request, or to read a part of its "
-    "answer",
-    "body_seconds": "most seconds that a client may take to send a body",
+    "n_sessions": "maximum number of sessions on disk",
+    "n_cached_sessions": "maximum number of sessions whose state also stays in memory",
+    "text_bytes": "maximum number of bytes of a request with a text",
+    "text_characters": "maximum number of characters of a text, or of a piece of a session's text",
+    "session_characters": "maximum number of characters of a session's whole text",
+    "state_bytes": "maximum number of bytes of a session's state, on disk and uploaded",
+    "bodies_bytes": "maximum number of bytes of the bodies of all requests in progress",
+    "connection_seconds": "maximum time in seconds that a client may take to send the head of a request, or to read a "
+    "part of its answer",
+    "body_seconds": "maximum time in seconds that a client may take to send a body",
     "session_seconds": "seconds without a request after which a session is deleted",
-    "n_waiting": "most requests that wait for the model or are being answered",
-    "step_segments": "most segments of a long text that are read before other requests have their turn",
+    "n_waiting": "maximum number of requests that wait for the model or are being answered",
+    "step_segments": "maximum number of segments of a long text that are read before other requests have their turn",
 }
 
 

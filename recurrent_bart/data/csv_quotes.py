@@ -37,7 +37,10 @@ def lines_are_rows(lines: Sequence[str], row: Sequence[str], delimiter: str) -> 
 
 
 class _Line:
-    """Line whose commas may separate the fields of a row. Fields around the quoted field show the kinds of columns."""
+    """Line whose commas either separate fields or belong to a text.
+
+    Fields around the quoted field show the kinds of columns.
+    """
 
     def __init__(self, line: str, row: Sequence[str]):
         self.parts = line.strip("\r\n").split(",")

@@ -154,7 +154,10 @@ def _pieces(sentences: Sequence[Sentence], n_words: int) -> Iterator[list[Senten
 
 
 def _ask(sentences: Sequence[Sentence], draw: random.Random, is_kept: bool) -> tuple[str, str] | None:
-    """Return a text and its target. Return None if no sentence is usable or the target has over half of the words."""
+    """Return a text and its target.
+
+    Return None if no sentence can be a target, or if the target would have more than half of the document's words.
+    """
     order = sorted(
         (number for number, it in enumerate(sentences) if it.value),
         key=lambda number: -sentences[number].value * draw.uniform(LEAST_WEIGHT, 1.0),

@@ -30,7 +30,7 @@ def split_by_line(row: Row) -> str:
 
 
 def held_out_texts(rows: Iterable[Row], share: float, place: str) -> frozenset[str]:
-    """Return the text digests of the validation documents.
+    """Return the hashes of the texts of the validation documents.
 
     About `share` (0 to 1) of all groups is selected: at least one group, and never all. Documents with the same text,
     id or group go to the same split. The split of a document does not depend on other documents, unless there are very

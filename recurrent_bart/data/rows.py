@@ -104,9 +104,9 @@ class Columns:
 def make_row(record: dict[str, Any], task: str, columns: Columns, place: str) -> Row:
     """Build a document from one record (a JSON object or table row). Error messages name `place`, the file and line.
 
-    A text may have each layout of `read_layout`. For the document task, a list of sections or summaries is joined if
-    the text column is missing. Without a summary, the first reference is the target. Pretraining tasks read the text
-    alone.
+    A text may have each layout of `read_layout`. For the document task, if the text column is missing, the row's list
+    of sections or summaries is joined to one text. Without a summary, the first reference is the target. Pretraining
+    tasks read the text alone.
 
     Raises:
         ValueError: A field is missing, empty or of the wrong type.

@@ -36,7 +36,7 @@ class Source:
         hub_split: Name of the split in the data set.
         held_out: Rule that selects validation documents if there is no validation split.
         skips_bad: True if unusable documents are skipped.
-        n_made: Maximum number of additional rows made of each document's own sentences.
+        n_made: Maximum number of additional rows per document, which are made from its own sentences.
         needs_summary: True if a text in a folder needs a file with its summary.
         notes: One line for each file or split that is not read.
     """

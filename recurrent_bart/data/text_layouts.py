@@ -15,7 +15,7 @@ class LayoutError(ValueError):
 
 
 def read_layout(value: Any) -> str:
-    """Return the text of a record's value.
+    """Return the value of a record's text column as one text.
 
     Sentences are joined by `join_sentences`. A turn `{"speaker": ..., "text": ...}` becomes a line `speaker: text`.
     None is an empty text, in a list too.

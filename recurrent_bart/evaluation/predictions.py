@@ -87,7 +87,7 @@ def _parse(line: str, place: str) -> Prediction:
 
 
 def _check_types(prediction: Prediction) -> None:
-    """Raise ValueError if a field has a value of another type than a prediction has."""
+    """Raise ValueError if a field's value does not have the type that a prediction needs."""
     for name, type_ in get_type_hints(Prediction).items():
         if not _is_of_type(getattr(prediction, name), type_):
             raise ValueError(f"the value of {name!r} is of the wrong type")

@@ -122,8 +122,10 @@ class Grid:
         graph if no selected output needs their gradient.
 
         Args:
-            segments_BNLD: Token embeddings of the last segments; all documents end at the last one.
-            mask_BNL: 1 at tokens, on the host. A segment without tokens leaves its document's state unchanged.
+            segments_BNLD: Token embeddings of the last segments. Each document ends in the last
+                segment.
+            mask_BNL: Mask in CPU memory, 1 at tokens and 0 at padding. A segment without tokens leaves its
+                document's state unchanged.
             state: State after earlier calls; None at the start of the documents.
             selection: Outputs that the caller needs.
             earlier: Segments before `segments_BNLD`; they get no gradient.

@@ -68,7 +68,7 @@ def _earlier_segments(shown: Sequence[ShownToken], last: int) -> list[ShownToken
 
 
 def as_tensor(shown: Sequence[ShownToken], waiting: Sequence[Token]) -> Tensor:
-    """Return a row of four numbers per token, to be saved; `waiting` are tokens that the context does not show yet."""
+    """Return a row of four numbers per token, for a file. `waiting` has the tokens that are not yet in the context."""
     rows = [*map(tuple, shown), *((token.start, token.end, token.ends_passage, 0) for token in waiting)]
     return torch.tensor(rows, dtype=torch.long).view(-1, 4)
 

@@ -58,7 +58,8 @@ class CrossAttention(BartAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Compute cross-attention; see BartAttention. The first `n_memory` positions of each context hold the state.
 
-        `packed` is the layout of packed `key_value_states` and one mask per group; attention weights are then None.
+        `packed` has the layout of the packed `key_value_states`, and one mask per group. With it, the
+        returned attention weights are None.
         `ragged` is the layout of contexts `(1, A, D)` without padding; it replaces `packed` and the mask.
         With `has_padding=False` the mask is not used: during a capture, transformers before 5.18 builds one that hides
         nothing, and attention with a mask is slower.

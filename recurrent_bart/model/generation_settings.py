@@ -55,7 +55,7 @@ def describe_limit(config: PreTrainedConfig, asked: int) -> list[str]:
 
 
 def text_length(config: PreTrainedConfig, generation: GenerationConfig, given: Mapping[str, Any], usual: int) -> int:
-    """Return the most tokens of a generated text: the given setting, else the model's, else `usual`.
+    """Return the maximum number of tokens of a generated text: the given setting, else the model's, else `usual`.
 
     Raises:
         ValueError: The given `max_new_tokens` exceeds the decoder's positions.

@@ -64,7 +64,8 @@ class RecurrentBartEncoder(RecurrentBartPreTrainedModel, BartEncoder):
             input_ids: `(B, n)`, which this method cuts into segments, or `(B, N, L)`.
             attention_mask: 1 at tokens. A segment without tokens does not exist. None: all positions are tokens.
             inputs_embeds: `(B, n, D)` or `(B, N, L, D)` instead of ids.
-            state: State of the text read before. With a state, a document may have nothing more to read.
+            state: State after the segments that were read before these. With a state, a document may
+                have nothing more to read.
             decode_at: `"last_segment"`: return the decoder's context after the last segment. `"every_segment"`: after
                 each segment.
             target_segments: `(B, N)` booleans: return one context per True segment (one context if all are False)

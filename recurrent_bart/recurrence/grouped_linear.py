@@ -73,7 +73,10 @@ def _linear(
 
 
 def _is_map(stack: Tensor) -> bool:
-    """Return True if a stack holds linear maps. Under autocast False: products and weights have different dtypes."""
+    """Return True if a stack holds linear maps.
+
+    Return False under autocast, because products and weights then have different dtypes.
+    """
     device = stack.device.type
     is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return stack.dim() == 3 and stack.shape[1] > 1 and not is_cast

@@ -128,7 +128,7 @@ def check_selection(decode_at: str, target_segments: Tensor | None) -> None:
 
 
 def check_targets(target_segments_BN: Tensor, is_read_BN: Tensor) -> None:
-    """Raise ValueError if a target segment is one that its document does not have."""
+    """Raise ValueError if a target segment is behind the last segment of its document."""
     is_missing_BN = target_segments_BN & ~is_read_BN
     if is_missing_BN.any():
         row, segment = is_missing_BN.nonzero()[0].tolist()

@@ -16,7 +16,7 @@ from recurrent_bart.serving.settings import Settings
 # numbers that a request may give: type, least and largest value, meaning
 NUMBERS: dict[str, tuple[type, float, float, str]] = {
     "num_beams": (int, 1, 8, "beams of the search; 1: greedy"),
-    "max_new_tokens": (int, 1, 1024, "most tokens of a summary"),
+    "max_new_tokens": (int, 1, 1024, "maximum number of tokens of a summary"),
     "min_new_tokens": (int, 0, 1024, "least tokens of a summary"),
     "no_repeat_ngram_size": (int, 0, 100, "length of the word groups that do not occur twice; 0: all may"),
     "length_penalty": (float, -10, 10, "above 0: longer summaries, with beams"),
@@ -186,7 +186,7 @@ def describe(allowed: Sequence[str], has_text: bool = False, has_object: bool = 
 
     Args:
         allowed: Names of the options.
-        has_text: The body is the text, or JSON with the text and options.
+        has_text: The body is either plain text, or a JSON object with the text and the options.
         has_object: The body may be JSON with options.
     """
     options = {name: _schema(name) for name in allowed}

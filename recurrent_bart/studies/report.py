@@ -73,7 +73,7 @@ def cost_table(groups: Groups) -> str:
 
 
 def origin(groups: Groups) -> str:
-    """Return a text with device, versions, commits and dates of all runs, and the number that ran out of time."""
+    """Return a text with the devices, versions, commits and dates of all runs, and the number of runs without time."""
     records = [record for group in groups.values() for record in group]
     facts = {
         "Device": {record["device"] for record in records},

@@ -27,7 +27,7 @@ def learning_rates(arguments: Arguments, config: RecurrentBartConfig) -> Learnin
 
 
 def generated_length(run: RunArguments, prepared: Preparation) -> int:
-    """Return the most tokens of a generated text: `--max_new_tokens`, else the length of targets.
+    """Return the maximum number of tokens of a generated text: `--max_new_tokens`, else the length of targets.
 
     The setting of a pretrained model does not count, because this run's targets may be longer.
     """

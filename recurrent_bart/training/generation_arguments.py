@@ -25,8 +25,8 @@ class GenerationArguments:
     )
     max_new_tokens: int | None = flag(
         None,
-        "most tokens of a generated text; if not given: in training --max_target_length, later the model's "
-        "generation_config.json",
+        "maximum number of tokens of a generated text; if not given: in training --max_target_length, later the "
+        "model's generation_config.json",
     )
     min_new_tokens: int | None = flag(None, f"fewest tokens of a generated text; 0: no minimum; {OF_MODEL}")
     no_repeat_ngram_size: int | None = flag(

@@ -53,8 +53,8 @@ class RunArguments(GenerationArguments):
     )
     tokens_per_batch: int | None = flag(
         None,
-        "most tokens per device in a forward pass, padding included, instead of --per_device_train_batch_size; if not "
-        "given: not used",
+        "maximum number of tokens per device in a forward pass, padding included, instead of "
+        "--per_device_train_batch_size; if not given: not used",
     )
     gradient_accumulation_steps: int = flag(1, "forward and backward passes per optimizer step")
     learning_rate: float | None = flag(
@@ -114,8 +114,8 @@ class RunArguments(GenerationArguments):
     oracle_beams: int = flag(3, "beams of the search with --oracle sentence")
     curriculum: str | None = flag(
         None,
-        "most segments of a document in each training stage, for example 1,2,4,8; each step draws a number from 1 to "
-        "this limit; if not given: no stages",
+        "maximum number of segments of a document in each training stage, for example 1,2,4,8; each step draws a "
+        "number from 1 to this limit; if not given: no stages",
     )
     curriculum_steps: int | None = flag(
         None,
@@ -139,12 +139,13 @@ class RunArguments(GenerationArguments):
     )
     max_train_documents: int | None = flag(
         None,
-        "most training documents, drawn with a fixed seed that does not depend on --seed; if not given: all",
+        "maximum number of training documents, drawn with a fixed seed that does not depend on --seed; if not given: "
+        "all",
         aliases=["--max_train_samples"],
     )
     max_eval_documents: int | None = flag(
         None,
-        "most validation documents, drawn with a fixed seed; if not given: all",
+        "maximum number of validation documents, drawn with a fixed seed; if not given: all",
         aliases=["--max_eval_samples"],
     )
     eval_documents: int = flag(

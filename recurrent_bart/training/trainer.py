@@ -97,7 +97,7 @@ class Trainer:
                 self.save()
 
     def is_evaluation_step(self) -> bool:
-        """Return True if the last step is followed by an evaluation."""
+        """Return True if an evaluation follows the step that was made last."""
         return self.is_evaluated_after(self.state.step)
 
     def is_evaluated_after(self, step: int) -> bool:

@@ -21,7 +21,7 @@ from recurrent_bart.recurrence.attention import without_cudnn
 class CachedDecoder:
     """Decoder of a model with buffers for keys and values; `step` returns the scores of the next tokens.
 
-    Trained weights are never stale: the only copies of weights are made anew by each `load`.
+    The decoder never uses outdated weights: each `load` copies again what is copied at all.
     """
 
     def __init__(self, model: Any, shape: CacheShape, like: Tensor):

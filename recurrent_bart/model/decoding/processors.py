@@ -50,7 +50,7 @@ class DeviceProcessors:
         return scores_RV
 
     def key(self) -> Hashable:
-        """Return a key of all constants, for the CUDA graphs that hold them; other processors are in no graph."""
+        """Return a key of all constants that a CUDA graph holds. A graph is used again only with equal constants."""
         if not self.is_capturable:
             return "not captured"
         return tuple((type(part).__name__, _constants(part)) for part in self.processors)

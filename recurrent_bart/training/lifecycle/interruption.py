@@ -87,7 +87,7 @@ class Interruption:
 
 @contextlib.contextmanager
 def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call a handler for each signal that asks to stop, within this block."""
+    """Set the handler of all signals that ask to stop, within the `with` block."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

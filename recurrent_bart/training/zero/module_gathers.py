@@ -47,10 +47,10 @@ def can_gather_by_module(engine: DeepSpeedEngine) -> bool:
 class ModuleGathers:
     """Gathers and releases of an engine's parameters, with the methods of DeepSpeed's coordinator.
 
-    A forward pass keeps all parameters for the backward pass. The backward pass of a leaf module (a module that ZeRO-3
-    gathers as a whole) releases the module's parameters, and its end releases the rest. The GPU exchanges the
-    parameters that the last forward pass gathered next while it computes, unless `stage3_prefetch_bucket_size` is 0.
-    """
+    After a forward pass, all gathered parameters stay gathered for the backward pass. The backward pass of a leaf
+    module (a module that ZeRO-3 gathers as a whole) releases the module's parameters, and its end releases the rest.
+    The GPU exchanges the parameters that the last forward pass gathered next while it computes, unless
+    `stage3_prefetch_bucket_size` is 0."""
 
     def __init__(self, engine: DeepSpeedEngine):
         self.module, self.device = engine.module, engine.device
