@@ -50,7 +50,8 @@ class ModuleGathers:
     After a forward pass, all gathered parameters stay gathered for the backward pass. The backward pass of a leaf
     module (a module that ZeRO-3 gathers as a whole) releases the module's parameters, and its end releases the rest.
     The GPU exchanges the parameters that the last forward pass gathered next while it computes, unless
-    `stage3_prefetch_bucket_size` is 0."""
+    `stage3_prefetch_bucket_size` is 0.
+    """
 
     def __init__(self, engine: DeepSpeedEngine):
         self.module, self.device = engine.module, engine.device
