@@ -25,6 +25,7 @@ setup(
         "transformers>=5.17,<6",
         "accelerate>=1.0,<2",
         "datasets>=4.0,<6",
+        "numpy>=2,<3",
         "sentencepiece>=0.2,<1",
         "regex>=2025.10.22,<2027",
         "rouge-score>=0.1.2,<1",

@@ -26,14 +26,13 @@ from recurrent_bart.inference.input_texts import (
     split_sections,
     text_pieces,
 )
-from recurrent_bart.inference.one_ahead import one_ahead
 from recurrent_bart.inference.stream_reader import TextReader, run_flags
 from recurrent_bart.inference.summarizer import EncodedTexts, Summarizer
 from recurrent_bart.model.generation_settings import describe_settings
 from recurrent_bart.training.flags import FlagParser
 from recurrent_bart.training.generation_arguments import GenerationArguments, add_generation_flags
 
-# Number of texts in memory at a time. Texts of similar length share a batch.
+# Number of texts that are summarised together, texts of similar length in a batch. As many again are encoded meanwhile.
 WINDOW = 256
 # Number of segments in the decoder's context from which the growing context costs noticeable time.
 MANY_SEGMENTS = 16
@@ -246,8 +245,10 @@ def summarize_all(arguments: argparse.Namespace) -> None:
     summarizer = load(arguments)
     texts = all_texts(arguments.files, arguments.each_line, arguments.skip_bad_samples)
     is_shown = False
-    # a thread reads and encodes the next texts while the GPU works
-    for window, encoded in one_ahead(encoded_windows(summarizer, texts)):
+    encoded_windows = summarizer.encode_ahead(
+        windows_of(texts), lambda window: [[text.content for text in readable(window)]]
+    )
+    for window, encoded in encoded_windows:
         if not is_shown:
             show_settings(summarizer)
             is_shown = True
@@ -255,13 +256,15 @@ def summarize_all(arguments: argparse.Namespace) -> None:
             print(" ".join(summary.split()), flush=True)
 
 
-def encoded_windows(summarizer: Summarizer, texts: Iterator[Text]) -> Iterator[tuple[list[Text], EncodedTexts | None]]:
-    """Yield the texts in parts of `WINDOW`, with the tokens of the readable ones; None: they cannot be encoded."""
+def windows_of(texts: Iterator[Text]) -> Iterator[list[Text]]:
+    """Yield the texts in parts of `WINDOW`."""
     while window := list(itertools.islice(texts, WINDOW)):
-        encoded = None
-        with contextlib.suppress(ValueError):
-            encoded = summarizer.encode([text.content for text in window if not text.is_passed_over])
-        yield window, encoded
+        yield window
+
+
+def readable(window: list[Text]) -> list[Text]:
+    """Return the texts that are not passed over."""
+    return [text for text in window if not text.is_passed_over]
 
 
 def summarize_window(
@@ -274,9 +277,8 @@ def summarize_window(
     Raises:
         ValueError: A text has no tokens. The message names the text.
     """
-    readable = [text for text in window if not text.is_passed_over]
     # summarise each text by itself to find an unusable text
-    summaries = (summarize_alone(summarizer, text, skips) for text in readable)
+    summaries = (summarize_alone(summarizer, text, skips) for text in readable(window))
     if encoded is not None:
         with contextlib.suppress(ValueError):
             summaries = (str(summary) for summary in summarizer.summarize(encoded))

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +43,7 @@ END = rf"{SIGN}{{1,8}}[」』）〉》】］]{{0,8}}"
 PART = regex.compile(rf"(?:(?!{SIGN})\S){{1,1000}}(?:{END})?|{END}", regex.VERSION1)
 # Characters that are worth the start of a process.
 PROCESS_CHARACTERS = 200_000
+SEGMENTING = threading.Lock()
 
 
 class WordSegmenter:
@@ -157,7 +159,9 @@ def _put_spaces(text: str, spaced: dict[str, str]) -> str:
 
 def _segment_parts(name: str, parts: Sequence[str]) -> list[str]:
     """Return the parts with spaces between words. A part that the segmenter changes otherwise stays as it is."""
-    lines = (" ".join(line.split()) for line in (_segmenter_of(name)(parts) if parts else []))
+    # a segmenter serves one thread at a time
+    with SEGMENTING:
+        lines = [" ".join(line.split()) for line in (_segmenter_of(name)(parts) if parts else [])]
     return [
         NO_BOUNDARY.sub("", line) if line.replace(" ", "") == part else part
         for part, line in zip(parts, lines, strict=True)

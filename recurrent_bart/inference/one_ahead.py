@@ -1,21 +1,36 @@
-"""Computation of the next item in a thread, while the caller works with the current item."""
+"""Computation of the next result in a thread, while the caller works with the current result."""
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items. A thread computes the next item while the caller works with the current one.
+def one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with its result. A thread computes the next result while the caller works with the current one.
 
-    An error in the computation of an item is raised in place of the item. No item is computed after it.
+    The items are taken in the caller's thread, one ahead. An error of `items` or `function` is raised in place of its
+    item; no item is taken after an error of `items`.
     """
-    iterator, end = iter(items), object()
-    following: tuple[Any, ...] = (next, iterator, end)
+    source = iter(items)
+
+    def begin() -> tuple[Any, Future[Result]] | None:
+        try:
+            item = next(source)
+        except StopIteration:
+            return None
+        except Exception as error:
+            failed: Future[Result] = Future()
+            failed.set_exception(error)
+            return None, failed
+        return item, pool.submit(function, item)
+
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = pool.submit(*following)
-        while (item := pending.result()) is not end:
-            pending = pool.submit(*following)
-            yield item
+        following = begin()
+        while following is not None:
+            item, pending = following
+            result = pending.result()
+            following = begin()
+            yield item, result

@@ -1,20 +1,18 @@
 """Summaries of a file's rows, written with the rows' ids."""
 
-import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from recurrent_bart.data.rows import HALF_CHARACTER, id_of, read_query
 from recurrent_bart.data.sources import read_records
 from recurrent_bart.data.text_layouts import LayoutError, read_layout
-from recurrent_bart.inference.one_ahead import one_ahead
 from recurrent_bart.inference.reading_session import Summary
 
-# Number of rows in memory at a time. Texts of similar length share a batch.
+# Number of rows that are summarised together, texts of similar length in a batch. As many again are encoded meanwhile.
 WINDOW = 256
 # place, id, text and question of each row
 Rows = Sequence[tuple[str, Any, str, str]]
@@ -27,7 +25,7 @@ def predict_file(
     columns: tuple[str, str],
     on_bad: Callable[[ValueError], None],
     query_column: str | None = None,
-    encode: Callable[..., Any] | None = None,
+    encode_ahead: Callable[..., Iterator[tuple[Any, Any]]] | None = None,
 ) -> int:
     """Write a JSON line per row: the row's id, the summary, and what it was made from. Return the number of lines.
 
@@ -40,19 +38,19 @@ def predict_file(
             file with the line.
         on_bad: Function that takes the error of a row without a usable text. If it returns, the row is skipped.
         query_column: Name of the column of questions; None: no questions.
-        encode: Function of the arguments of `summarize`, which takes its result in their place. A thread encodes the
-            next rows while the summaries of these are written.
+        encode_ahead: `Summarizer.encode_ahead`, whose encoded texts `summarize` then takes; None: it takes texts.
 
     Raises:
         ValueError: The file is unreadable, or `on_bad` raises.
     """
     rows = _readable(source, (*columns, query_column), on_bad)
+    encoded_windows, asks = encode_ahead or _without_encoding, query_column is not None
     draft = output.with_name(output.name + ".tmp")
     n_lines = 0
     try:
         with draft.open("w", encoding="utf-8") as file:
-            for window, encoded in one_ahead(_windows(rows, query_column is not None, encode)):
-                for id, summary in _summaries(summarize, window, query_column is not None, on_bad, encoded):
+            for window, encoded in encoded_windows(_windows(rows), lambda window: _arguments(window, asks)):
+                for id, summary in _summaries(summarize, window, asks, on_bad, encoded):
                     line = {"id": id, **summary.record()}
                     file.write(_as_json(line) + "\n")
                     n_lines += 1
@@ -64,16 +62,14 @@ def predict_file(
     return n_lines
 
 
-def _windows(
-    rows: Iterator[tuple[str, Any, str, str]], asks: bool, encode: Callable[..., Any] | None
-) -> Iterator[tuple[Rows, Any]]:
-    """Yield the rows in parts of `WINDOW`, each with its encoded texts; None: these are not encoded."""
+def _windows(rows: Iterator[tuple[str, Any, str, str]]) -> Iterator[Rows]:
+    """Yield the rows in parts of `WINDOW`."""
     while window := list(itertools.islice(rows, WINDOW)):
-        encoded = None
-        if encode is not None:
-            with contextlib.suppress(ValueError):
-                encoded = encode(*_arguments(window, asks))
-        yield window, encoded
+        yield window
+
+
+def _without_encoding(items: Iterable[Any], arguments: Any) -> Iterator[tuple[Any, None]]:
+    return ((item, None) for item in items)
 
 
 def _arguments(rows: Rows, asks: bool) -> list[list[str]]:

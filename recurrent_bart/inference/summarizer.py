@@ -3,11 +3,11 @@
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
 from recurrent_bart.data.batches import Collator, SegmentSizes, check_query
@@ -17,6 +17,7 @@ from recurrent_bart.data.token_batches import group_by_segments
 from recurrent_bart.data.tokenizer import special_tokens_around
 from recurrent_bart.inference.bookmark import Bookmark
 from recurrent_bart.inference.citations import Citation, cite
+from recurrent_bart.inference.one_ahead import one_ahead
 from recurrent_bart.inference.reading_session import ReadingSession, Summary
 from recurrent_bart.inference.shown_tokens import ShownToken, show_segments
 from recurrent_bart.inference.stream_reader import TextReader, load_model, run_flags, summary_after
@@ -25,6 +26,7 @@ from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditi
 from recurrent_bart.recurrence.segmentation import split_into_segments
 
 TOKENS_PER_BATCH = 16_384
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,37 @@ class Summarizer:
         return self.summarize([texts], *asked)[0] if isinstance(texts, str) else self.summarize(texts, *asked)
 
     def encode(self, texts: Sequence[str], queries: Sequence[str] | None = None) -> EncodedTexts:
-        """Return the tokens of texts and questions, for `summarize`. A thread may do this while the model runs.
+        """Return the tokens of texts and questions, for `summarize`.
 
         Raises:
             ValueError: A question leaves no room for text, or the numbers of texts and questions differ.
         """
         queries = [self.query] * len(texts) if queries is None else queries
         return EncodedTexts(queries, self._questions(texts, queries), self._tokens(texts))
+
+    def encode_ahead(
+        self, items: Iterable[Item], arguments: Callable[[Item], Sequence[Sequence[str]]]
+    ) -> Iterator[tuple[Item, EncodedTexts | None]]:
+        """Yield each item with its encoded texts; with None if `encode` refuses them.
+
+        A thread encodes the texts of the next item while the caller works with the current item. Slow tokenizers serve
+        one thread only, so they encode without a thread.
+
+        Args:
+            items: Groups of texts.
+            arguments: Function that returns the arguments of `encode` for an item.
+        """
+
+        def encode(item: Item) -> EncodedTexts | None:
+            try:
+                return self.encode(*arguments(item))
+            except ValueError:
+                return None
+
+        if isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            yield from one_ahead(encode, items)
+        else:
+            yield from ((item, encode(item)) for item in items)
 
     def summarize(self, texts: Sequence[str] | EncodedTexts, queries: Sequence[str] | None = None) -> list[Summary]:
         """Return one summary per text; batching does not change it.
@@ -216,7 +242,9 @@ class Summarizer:
         from recurrent_bart.inference.prediction_file import predict_file
 
         columns = text_column, id_column
-        return predict_file(self.summarize, Path(source), Path(output), columns, on_bad, query_column, self.encode)
+        return predict_file(
+            self.summarize, Path(source), Path(output), columns, on_bad, query_column, self.encode_ahead
+        )
 
     def open(self, segments_per_call: int | None = None, query: str | None = None) -> ReadingSession:
         """Return a session, to which a text is added in pieces; see `ReadingSession`.

@@ -45,7 +45,8 @@ def add_to_sums(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     _add[(len(tensor),)](*addresses, tensor, first, sizes, TYPE=TYPES[gradients[0].dtype], BLOCK=BLOCK)
 
 
-@functools.lru_cache(maxsize=8)
+# a step has a key for each bucket of gradients
+@functools.lru_cache(maxsize=64)
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tensor index and the block index of each program, and the sizes of all tensors."""
     counts = [triton.cdiv(size, BLOCK) for size in sizes]

@@ -38,7 +38,9 @@ GROWTH = 1.25
 
 
 class TextTraining(Trainer):
-    """Trainer of one model of a study on documents. No step starts after `budget_seconds`, evaluations included.
+    """Trainer of one model of a study on documents.
+
+    After `budget_seconds`, evaluations included, no step starts but the first.
 
     Attributes:
         ended: Reason why the run ends: `"time"` (`TextRun.seconds`), `"steps"`, `"budget"` or `"diverged"`.
@@ -131,6 +133,8 @@ class TextTraining(Trainer):
         self.curve.append(point | {"validation_loss": validation_loss, "target_losses": by_target})
         if not math.isfinite(loss):
             self.ended = "diverged"
+        elif not self.ended and time.perf_counter() > self.deadline:
+            self.ended = "budget"
         return bool(self.ended)
 
     def texts(self) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Reduction of ZeRO-2 gradients per bucket, bitwise equal to DeepSpeed's reduction.
 
-DeepSpeed copies each gradient into the bucket, converts it, adds it to its sum and copies it back: more than half of
-the kernel launches of a training step of a small model (benchmarks/LOG.md).
+DeepSpeed copies each gradient into the bucket, converts it, adds it to its sum and copies it back: half of the kernel
+launches and copies of a training step of a small model (benchmarks/LOG.md). On three or more processes, a gradient that
+is larger than a bucket may differ in the last bit: DeepSpeed exchanges it in parts, this module as a whole.
 """
 
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ class PartitionBuckets:
         if self.n_processes == 1:
             return [gradient.to(dtype) for gradient in flat]
         # DeepSpeed divides before it converts
-        joined = torch.cat(flat).div_(self.n_processes).to(dtype)
+        joined = (flat[0] if len(flat) == 1 else torch.cat(flat)).div_(self.n_processes).to(dtype)
         deepspeed.comm.all_reduce(joined, group=self.optimizer.dp_process_group)
         return joined.split([gradient.numel() for gradient in gradients])
 
