@@ -188,7 +188,7 @@ class RecurrentBartConfig(BartConfig):
             )
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the configuration, and a module that finds the classes in the installed package; see PreTrainedConfig.
+        """Save the configuration, and a module that imports the classes of the installed package; see PreTrainedConfig.
 
         With the module, `from_pretrained(..., trust_remote_code=True)` works where nobody has imported the package.
         """

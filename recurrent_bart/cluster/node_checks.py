@@ -137,7 +137,10 @@ def neighbours(n_nodes: int) -> list[tuple[int, int]]:
 
 
 def measure_network(report: Report, meeting: Rendezvous, store: dist.Store, n_per_node: int, seconds: float) -> None:
-    """Measure all-reduce rates on the node and with neighbours, then the clock. All ranks must call this function."""
+    """Measure all-reduce rates on the node and with neighbours, then read the clock.
+
+    All ranks must call this function.
+    """
     device = torch.device("cuda", meeting.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

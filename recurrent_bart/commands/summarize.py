@@ -229,7 +229,7 @@ def summarize(arguments: argparse.Namespace, file: BinaryIO, name: str) -> None:
 
 
 def grows(config: RecurrentBartConfig, reader: TextReader) -> bool:
-    """Return True if each summary attends to many segments, and to more than the summary before."""
+    """Return True if each summary attends to many segments, and to more segments than the previous summary."""
     return config.decoder_context == "all" and config.context_segments == -1 and reader.n_segments >= MANY_SEGMENTS
 
 

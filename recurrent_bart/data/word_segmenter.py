@@ -64,7 +64,7 @@ class WordSegmenter:
         return [_put_spaces(text, spaced) for text in texts]
 
     def remember(self, texts: Sequence[str]) -> None:
-        """Segment texts at once, in one start of the program, so that later calls need not segment their sentences."""
+        """Segment texts with one start of the segmenter, and keep the results for later calls."""
         self._known |= self._spaced(texts)
 
     def _spaced(self, texts: Sequence[str]) -> dict[str, str]:

@@ -222,7 +222,7 @@ class DiagonalGraphs:
 
     @torch.enable_grad()
     def with_graph(self, diagonal: Diagonal, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Run a diagonal with autograd. Return its inputs (stream, state, weights) and the output for each input."""
+        """Run a diagonal with autograd. Return the inputs (stream, state, weights), and the new value of each."""
         stacks = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
         given_on = dict(stacks)
         outputs = self._step(diagonal, given_on, inputs[0], inputs[1])

@@ -42,7 +42,9 @@ class SegmentGeneration(GenerationMixin):
         fast: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate texts from documents `(B, N, L)` or `(B, n)`; see GenerationMixin for the other arguments.
+        """Generate texts from documents that are cut into segments `(B, N, L)`, or from uncut documents `(B, n)`.
+
+        See GenerationMixin for the other arguments.
 
         Args:
             decode_at: `"last_segment"`: generate a text after the last segment. `"every_segment"`: after each segment.

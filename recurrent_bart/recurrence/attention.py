@@ -128,7 +128,8 @@ def concat_keys(*parts: Sequence[Tensor]) -> KeyValue:
 def gated_read(read: Read, memory_read: Read, gate_BH: Tensor) -> Read:
     """Add the attention output `memory_read`, scaled by each head's gate, to the attention output `read`.
 
-    Attention weights of `memory_read` come first. Gates are `(B, H)`, or `(1, H)` for all rows.
+    The returned attention weights begin with the weights of `memory_read`. Gates are `(B, H)`, or `(1, H)` for all
+    rows.
     """
     gate_BH1 = torch.tanh(gate_BH).unsqueeze(-1)
     values = read[0] + gate_BH1.unsqueeze(1) * memory_read[0]

@@ -25,7 +25,9 @@ class StackedWeightSlice:
 
 
 def slice_weights(stacks: dict[str, Tensor], first: int, stop: int) -> dict[str, Tensor | StackedWeightSlice]:
-    """Return the weights of layers `first` to `stop - 1`: a `StackedWeightSlice` per trained linear map, else a view.
+    """Return the weights of layers `first` to `stop - 1`.
+
+    A trained linear map has a `StackedWeightSlice`, a frozen one has a view.
 
     `stacks` holds weights stacked by layer. Its entries are replaced by the stacks that the next slice must use.
     """

@@ -162,7 +162,7 @@ class RunArguments(GenerationArguments):
         "rouge1, rouge2, rougeL or rougeLsum (the highest)",
     )
     patience: int = flag(
-        0, "evaluations in a row without a better --metric_for_best_model after which the run stops; 0: never"
+        0, "stop the run after this many evaluations in a row without a better --metric_for_best_model; 0: never"
     )
     async_save: bool = flag(
         False, "write checkpoints in the background from a copy in CPU memory, while training goes on"

@@ -139,7 +139,7 @@ class Recurrent:
     device: torch.device
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Yield the loss of one target per document."""
+        """Yield losses, each of one target of every document."""
         yield self.model(batch.input_ids.to(self.device), batch.labels.to(self.device))
 
     def encode(self, batch: Batch) -> Any:

@@ -156,7 +156,10 @@ def _resident_bytes(subject: BenchmarkModel, step: Callable[[], object], device:
 
 
 def _device_bytes(device: torch.device) -> int:
-    """Return the bytes of tensors and of CUDA graph memory pools. Tensors outside the graph cannot use a pool."""
+    """Return the bytes of tensors and of the memory pools of CUDA graphs.
+
+    A pool counts as a whole, because tensors outside the graph cannot use its free part.
+    """
     segments = torch.cuda.memory_snapshot()
     number = torch.cuda.current_device() if device.index is None else device.index
     recorded = [it for it in segments if it["device"] == number and tuple(it["segment_pool_id"]) != (0, 0)]

@@ -1,4 +1,6 @@
-"""Fused linear maps of few rows: with GELU, in float32 parts, and with the residual sum and the norm after them.
+"""Fused linear maps for few input rows.
+
+Variants: followed by GELU; with partial sums in float32; followed by the residual sum and the norm.
 
 The products that PyTorch chooses for few rows wait for memory. These read each weight once, by all of the GPU, and
 begin before the previous kernel ends.

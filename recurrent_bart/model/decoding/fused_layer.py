@@ -44,7 +44,7 @@ def can_fuse(decoder: Any, shape: CacheShape, like: Tensor) -> bool:
 
 
 def has_failed(decoder: nn.Module, error: Exception) -> bool:
-    """Return True if an error comes from Triton, and use no kernels for the decoder from now on."""
+    """Return True if an error comes from Triton. In that case, use no kernels for the decoder from now on."""
     modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
     may_fall_back = decoder not in _failed and not isinstance(error, torch.OutOfMemoryError)
     is_of_triton = may_fall_back and any(name.partition(".")[0] == "triton" for name in modules)

@@ -175,7 +175,7 @@ def build_text_study(
 
     `dataset` is the value of `launch/train.py --dataset`. `seconds` limits the training time of a run; None means the
     study's limit. `changes` are `launch/train.py` flags that override the study's flags in all runs. The flags of a
-    variant override both.
+    variant override `changes` and the study's flags.
 
     Raises:
         ValueError: The study needs a pretrained model, or takes none.

@@ -60,7 +60,7 @@ def reduce_bucket(optimizer: Any, dtype: torch.dtype) -> None:
 
 
 def packed_gradients(parameters: Sequence[Any], n_processes: int, dtype: torch.dtype) -> Tensor:
-    """Return the gradients `(n_processes, elements)`: one row per rank with its partition of each gradient.
+    """Return the packed gradients `(n_processes, elements)`: each row has one rank's partition of every gradient.
 
     The partition of a gradient of n elements has ceil(n / n_processes) elements; the last partition is padded with 0.
     """
