@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from launching import TESTS, environment, load_script, run
-from recurrent_bart.run_folder import RunFolder
 from recurrent_bart_cli import COMMANDS, run_command, take_number
 from runs import flags
 
@@ -133,16 +132,6 @@ def test_a_mistake_is_one_line_before_anything_is_imported(argv, message):
 def test_the_number_of_processes_is_no_flag_of_the_command():
     assert take_number(["--seed", "1", "--num_gpus", "2", "--x"]) == ("2", ["--seed", "1", "--x"])
     assert take_number(["--num-gpus=4"]) == ("4", [])
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_training_hands_itself_to_torchrun(documents, tmp_path):
-    arguments = flags(documents, tmp_path / "run", max_steps=2)
-    code, output = run([sys.executable, ROOT / "recurrent_bart_cli.py", "train", "--num_gpus", 2, *arguments], 200)
-    assert code == 0, output
-    steps = [record for record in RunFolder(tmp_path / "run").read_metrics() if "rank_seconds" in record]
-    assert [len(step["rank_seconds"]) for step in steps] == [2, 2]
 
 
 @pytest.mark.parametrize("missing", ["deepspeed", "deepspeed.ops"])
