@@ -7,7 +7,7 @@ export PATH := $(VENV)/bin:$(PATH)
 
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: train test test-all test-slurm test-browser check bench chaos clean
+.PHONY: train test test-all test-every-case test-slurm test-browser check bench chaos clean
 
 # trains on the embedded corpus, on the GPUs of this host or its CPU
 train: $(INSTALLED)
@@ -24,6 +24,10 @@ test: $(INSTALLED)
 # also runs launchers, several processes and every command of the pages
 test-all: $(INSTALLED)
 	$(TEST)
+
+# the cases of large tests that test-all leaves out: its cases hold every pair or triple of values
+test-every-case: $(INSTALLED)
+	$(TEST) -m 'rare and not gpu'
 
 # root starts a SLURM cluster; other users skip these tests with the reason
 test-slurm: $(INSTALLED)

@@ -11,7 +11,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 from launching import load_script
-from pairwise import mark_other_cases_slow
+from pairwise import mark_other_cases
 from process_state import ProcessState
 from runs import write_documents
 from tiny import PLAIN, tiny_model
@@ -20,7 +20,7 @@ from tiny import PLAIN, tiny_model
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     # before pytest selects tests by their marks
-    mark_other_cases_slow(items)
+    mark_other_cases(items)
 
 
 def pytest_collection_finish():

@@ -51,12 +51,6 @@ def run(command, timeout, **changes):
     return started.returncode, output
 
 
-def torchrun(n_processes, script, *arguments, timeout=270, **changes):
-    """Run a script in several processes by torchrun, which finds a free port; see `run`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-    return run([*command, script, *arguments], timeout, **changes)
-
-
 def deepspeed(script, *arguments, timeout=270, **changes):
     """Run a script by the deepspeed launcher on a free port; see `run`."""
     return run(["deepspeed", "--master_port", free_port(), script, *arguments], timeout, **changes)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import torch
 
@@ -49,6 +50,12 @@ def flags(documents, output_dir, **changes):
         **changes,
     }
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def cut_off(run, copy):
+    """Copy a run that saved its last model after step 4, as if it had been cut off after the checkpoint of step 2."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-00000004")
 
 
 def write_run_with_model(path, texts, arguments, **changes):

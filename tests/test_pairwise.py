@@ -1,10 +1,10 @@
-"""Selected cases hold every value or every pair of values, and few of them are needed."""
+"""Selected cases hold every value, pair or triple of values, and few of them are needed."""
 
 import itertools
 
 import pytest
 
-from pairwise import covering, mark_other_cases_slow, values_of
+from pairwise import covering, mark_other_cases, values_of
 
 DEPTHS, CONTEXTS, GRAINS = (0, 1, 2, -1), ("last", "memory", "all"), ("none", "layer", "segment")
 
@@ -44,12 +44,32 @@ def test_values_of_one_parameter_are_all_chosen():
     assert covering([values_of({"n": n}) for n in range(5)]) == list(range(5))
 
 
-@pytest.mark.parametrize(("marks", "n_expected"), [(["pairwise"], 4), (["each_value"], 6), ([], 0)])
-def test_cases_that_are_not_chosen_are_slow(pytester_items, marks, n_expected):
+def test_every_triple_of_values_is_in_a_chosen_case():
+    axes = itertools.product(DEPTHS, CONTEXTS, GRAINS, (True, False))
+    cases = [values_of(dict(zip(("depth", "context", "grain", "gate"), values, strict=True))) for values in axes]
+    pairs = covering(cases)
+    chosen = covering(cases, 3, pairs)
+    triples = [set(itertools.combinations(sorted(case), 3)) for case in cases]
+    assert set().union(*(triples[number] for number in chosen)) == set().union(*triples)
+    # at least the product of the three longest axes, and fewer than all 72
+    assert 36 <= len(chosen) <= 50
+    # cases that are chosen already stay chosen
+    assert set(pairs) <= set(chosen)
+
+
+def test_a_case_with_few_values_is_a_combination():
+    cases = [values_of({"n": n, "m": m}) for n in range(2) for m in range(2)]
+    assert sorted(covering(cases, 3)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("marks", "n_slow", "n_rare"), [(["pairwise"], 4, 0), (["each_value"], 6, 3), ([], 0, 0)], ids=str
+)
+def test_cases_that_are_not_chosen_are_slow_or_rare(pytester_items, marks, n_slow, n_rare):
     items = pytester_items(marks)
-    mark_other_cases_slow(items)
-    n_slow = sum(item.get_closest_marker("slow") is not None for item in items)
-    assert n_slow == n_expected
+    mark_other_cases(items)
+    for name, n_expected in (("slow", n_slow), ("rare", n_rare)):
+        assert sum(item.get_closest_marker(name) is not None for item in items) == n_expected
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from faults.processes_of_a_run import train
 from recurrent_bart.checkpointing.manifest import problems
 from runs import flags
 
+# each rank evaluates and generates one short text
+SHORT_EVALUATIONS = {"eval_documents": 2, "max_target_length": 4}
+
 
 class RunUnderTest:
     """Short run in a separate folder."""
@@ -18,7 +21,7 @@ class RunUnderTest:
 
     def train(self, n_processes=2, fault=None, changes=None, **options):
         """Start the run; see `processes_of_a_run.train`."""
-        arguments = flags(self.documents, self.folder, **(changes or {}))
+        arguments = flags(self.documents, self.folder, **SHORT_EVALUATIONS | (changes or {}))
         return train(arguments, n_processes, fault, **options)
 
     def resume(self, n_processes=2, fault=None, changes=None, **options):

@@ -24,13 +24,6 @@ MOMENTS = {
 }
 
 
-def shorten(fault):
-    """Disable the probes of evaluations, which take a third of an evaluation's time, and inject a fault if any."""
-    session.probe_recurrence = lambda model, evaluator: {}
-    if fault:
-        fault()
-
-
 def before(moment, act, at=1):
     """Call `act` before the `at`-th call of a function in `MOMENTS`."""
     owner, name = MOMENTS[moment]
@@ -196,8 +189,6 @@ def disk_full(from_checkpoint):
 
 def writing_fails(what, at):
     """Fail the `at`-th write of another file with a full disk."""
-    from recurrent_bart.training import session
-
     write, times = getattr(session, what), [0]
 
     def patched(*args, **options):

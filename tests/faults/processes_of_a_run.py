@@ -22,7 +22,7 @@ def train(flags, n_processes=2, fault=None, ranks=(1,), timeout=100, ends_when=N
         settings: Arguments of the fault.
     """
     goes_wrong = functools.partial(getattr(injected, fault), **settings) if fault else None
-    firsts = [functools.partial(injected.shorten, goes_wrong if rank in ranks else None) for rank in range(n_processes)]
+    firsts = [goes_wrong if rank in ranks else None for rank in range(n_processes)]
     environments = launched(n_processes)
     return run_script(
         "launch/train.py", *flags, environments=environments, firsts=firsts, timeout=timeout, ends_when=ends_when

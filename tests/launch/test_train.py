@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from forked import launched, run_script
-from launching import deepspeed, run, torchrun
+from launching import deepspeed, run
 from recurrent_bart.data.tokenizer import save_tokenizer, train_tokenizer
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartForConditionalGeneration
 from runs import WORDS, flags
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
+COMMAND = ROOT / "recurrent_bart_cli.py"
 FOLDERS = [
     "checkpoints",
     "config.json",
@@ -216,12 +217,16 @@ def test_so_it_is_where_one_of_two_processes_cannot_read_them(documents, pretrai
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_torchrun_trains_a_pretrained_bart_on_sections(documents, pretrained, tmp_path):
+def test_the_command_hands_itself_to_torchrun_and_trains_a_pretrained_bart_on_sections(documents, pretrained, tmp_path):
     folder = tmp_path / "run"
     # The learning rate moves no weight by more than 1e-5, so the final weights reveal the initial weights.
     changes = {"model_name_or_path": pretrained, "task": "sections", "learning_rate": 1e-7, "weight_decay": 0}
-    code, printed = torchrun(2, TRAIN, *flags(documents, folder, deepspeed="ds_configs/zero2.json", **changes))
+    arguments = flags(documents, folder, deepspeed="ds_configs/zero2.json", max_steps=2, **changes)
+    # the command hands itself to torchrun
+    code, printed = run([sys.executable, COMMAND, "train", "--num_gpus", 2, *arguments], timeout=270)
     assert code == 0, printed
+    steps = [record for record in read_metrics(folder) if "rank_seconds" in record]
+    assert [len(step["rank_seconds"]) for step in steps] == [2, 2]
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
     found, expected = model.state_dict(), BartForConditionalGeneration.from_pretrained(pretrained).state_dict()
     assert expected.keys() < found.keys()
@@ -233,10 +238,10 @@ def test_torchrun_trains_a_pretrained_bart_on_sections(documents, pretrained, tm
 
 
 @pytest.mark.slow
-def test_plain_python_trains_on_sections(documents, tmp_path):
+def test_one_process_trains_on_sections(documents, tmp_path, train_main, capsys):
     folder = tmp_path / "run"
-    code, printed = run([sys.executable, TRAIN, *flags(documents, folder, task="sections")], timeout=150)
-    assert code == 0, printed
+    assert train_main(flags(documents, folder, task="sections")) == 0
+    printed = capsys.readouterr().out
     assert "x 1 processes" in printed
     assert "ZeRO-2" in printed
     losses = [record["validation_loss"] for record in read_metrics(folder) if "validation_loss" in record]
@@ -363,7 +368,7 @@ def test_an_unknown_deepspeed_key_ends_two_processes(documents, tmp_path, bad_co
 @pytest.mark.parametrize("bad_file", ["unreadable line"], indirect=True)
 def test_an_unreadable_line_ends_two_processes(documents, tmp_path, bad_file):
     changes = {"train_file": bad_file, "cache_dir": tmp_path / "cache"}
-    code, printed = deepspeed(TRAIN, *flags(documents, tmp_path / "run", **changes), timeout=150, LOCAL_SIZE="2")
-    assert code != 0
-    assert_one_error(printed, f"{bad_file}:2")
+    ended = run_script(TRAIN, *flags(documents, tmp_path / "run", **changes), environments=launched(2), timeout=150)
+    assert ended.codes == [2, 2], ended.text()
+    assert_one_error(ended.text(), f"{bad_file}:2")
     assert_nothing_is_left(tmp_path)

@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from launching import TESTS, load_script, torchrun
+from forked import launched, run_script
+from launching import load_script
 from recurrent_bart.data.tokenizer import train_tokenizer
 from recurrent_bart.data.word_segmenter import WordSegmenter
-from runs import WORDS, flags
+from runs import WORDS, cut_off, flags
+from saved_tensors import differing, saved_tensors
 from tiny import plain_model
 
-LAUNCH = TESTS.parent / "launch"
 SENTENCES = {
     "English": [f"The {word} is here." for word in WORDS],
     "Japanese": [f"{word}の予算を増額します。" for word in ("学校", "道路", "病院", "公園", "防災", "観光")] * 2,
@@ -48,8 +48,12 @@ def written(language, tmp_path):
     return tmp_path
 
 
-# starts two ranks four times
-@pytest.mark.timeout(900)
+def start(script, *arguments):
+    """Run a script on two ranks."""
+    ended = run_script(f"launch/{script}.py", *arguments, environments=launched(2))
+    assert ended.codes == [0, 0], ended.text()
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_it_trains_resumes_bit_for_bit_evaluates_and_summarises(language, written, tmp_path, capsys):
@@ -63,18 +67,14 @@ def test_it_trains_resumes_bit_for_bit_evaluates_and_summarises(language, writte
         "max_steps": 4,
     }
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder in (whole, cut):
-        code, printed = torchrun(2, LAUNCH / "train.py", *flags(written, folder, **given))
-        assert code == 0, printed
-    (cut / "checkpoints" / "step-00000004").rename(tmp_path / "taken away")
-    code, printed = torchrun(2, LAUNCH / "train.py", "--resume", cut)
-    assert code == 0, printed
-    expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (whole, cut))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    start("train", *flags(written, whole, **given))
+    cut_off(whole, cut)
+    start("train", "--resume", cut)
+    found, expected = (saved_tensors(run / "checkpoints" / "step-00000004") for run in (cut, whole))
+    assert not differing(found, expected)
+    assert any("exp_avg" in name for name in expected)
     model = ["--model", str(whole / "model")]
-    code, printed = torchrun(2, LAUNCH / "evaluate.py", *model, "--json", tmp_path / "scores.json")
-    assert code == 0, printed
+    start("evaluate", *model, "--json", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert ("rouge1_words" in scores) == (language == "Japanese")
     (tmp_path / "text.txt").write_text("\n====\n".join(SENTENCES[language][:3]))

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from launching import TESTS, environment, load_script, run
-from recurrent_bart.run_folder import RunFolder
 from recurrent_bart_cli import COMMANDS, run_command, take_number
 from runs import flags
 
@@ -135,16 +134,6 @@ def test_the_number_of_processes_is_no_flag_of_the_command():
     assert take_number(["--num-gpus=4"]) == ("4", [])
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_training_hands_itself_to_torchrun(documents, tmp_path):
-    arguments = flags(documents, tmp_path / "run", max_steps=2)
-    code, output = run([sys.executable, ROOT / "recurrent_bart_cli.py", "train", "--num_gpus", 2, *arguments], 200)
-    assert code == 0, output
-    steps = [record for record in RunFolder(tmp_path / "run").read_metrics() if "rank_seconds" in record]
-    assert [len(step["rank_seconds"]) for step in steps] == [2, 2]
-
-
 @pytest.mark.parametrize("missing", ["deepspeed", "deepspeed.ops"])
 def test_a_missing_package_is_named_with_its_extra(missing, monkeypatch, capsys):
     def fail(name):
@@ -166,14 +155,23 @@ def test_a_missing_package_that_no_extra_installs_is_raised(monkeypatch):
         run_command("train", [])
 
 
-# each new process imports PyTorch and Transformers before it misses DeepSpeed
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train", "training_speed", "export"])
-def test_a_command_of_training_names_the_extra_that_is_missing(script, tmp_path):
+def test_a_command_of_training_names_the_extra_that_is_missing(tmp_path):
+    """Run scripts in forks of a new process that has imported PyTorch and Transformers, which they need first."""
     (tmp_path / "deepspeed.py").write_text("raise ModuleNotFoundError(name='deepspeed')")
-    paths = f"{tmp_path}:{ROOT}"
-    code, output = run([sys.executable, ROOT / "launch" / f"{script}.py", "--help"], timeout=60, PYTHONPATH=paths)
-    assert code == 2
-    assert output.splitlines()[-1] == (
-        "error: this command needs the package deepspeed: pip install 'recurrent-bart[train]'"
-    )
+    scripts = ("train", "training_speed", "export")
+    program = f"""
+import os, runpy, sys
+import datasets, matplotlib.axes, transformers.models.bart.modeling_bart
+for script in {scripts}:
+    process = os.fork()
+    if not process:
+        sys.argv = [f"launch/{{script}}.py", "--help"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 2, script
+"""
+    code, output = run([sys.executable, "-c", program], timeout=100, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert code == 0, output
+    error = "error: this command needs the package deepspeed: pip install 'recurrent-bart[train]'"
+    assert output.splitlines() == [error] * len(scripts)

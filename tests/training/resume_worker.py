@@ -7,9 +7,11 @@ from pathlib import Path
 
 import deepspeed.comm
 
+from recurrent_bart.training import session
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.experiment import run_experiment
+from recurrent_bart.training.probing import probe_recurrence
 from recurrent_bart.training.session import Session
 from recurrent_bart.training.trainer import Trainer
 from runs import flags
@@ -106,8 +108,10 @@ def begin_resized(environment, documents, output, stage):
 
 if __name__ == "__main__":
     documents, output = map(Path, sys.argv[1:])
-    environment = start_processes(timeout_minutes=2)
+    environment, no_probes = start_processes(timeout_minutes=2), session.probe_recurrence
     for stage, precision in CASES:
+        # probes of one case; processes of tests leave them out
+        session.probe_recurrence = probe_recurrence if (stage, precision) == CASES[0] else no_probes
         run_all(environment, documents, output / f"zero{stage}-{precision}", stage, precision)
     with noting_documents(output / f"read-{environment.rank}.jsonl"):
         for stage in (2, 3):

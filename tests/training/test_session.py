@@ -1,7 +1,9 @@
 """Whole run: early stopping, best model, skipped steps, and several runs in one process."""
 
+import functools
 import json
 import math
+import shutil
 import subprocess
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launching import load_script
 from recurrent_bart.evaluation.bootstrap import Interval
 from recurrent_bart.monitoring.progress import ProgressDisplay
 from recurrent_bart.training.lifecycle.exit_codes import ExitCode
@@ -221,11 +224,25 @@ def test_the_configuration_has_the_values_that_follow_from_other_flags(documents
     assert resolved["recurrence_learning_rate"] == 0.5
 
 
+@pytest.fixture(scope="module")
+def begun(documents, tmp_path_factory):
+    """Return a function from a ZeRO stage to the folder of a run of two steps, which tests copy."""
+
+    @functools.cache
+    def begin(stage):
+        folder = tmp_path_factory.mktemp("begun") / "run"
+        changes = {"max_steps": 2, "eval_documents": 1, "weight_decay": 0.1}
+        argv = flags(documents, folder, deepspeed=f"ds_configs/zero{stage}.json", **changes)
+        assert load_script("train").main(argv) == 0
+        return folder
+
+    return begin
+
+
 @pytest.fixture
-def finished(documents, tmp_path, train_main):
+def finished(begun, tmp_path):
     """Return the folder of a run of two steps."""
-    assert train_main(flags(documents, tmp_path / "run", max_steps=2)) == 0
-    return tmp_path / "run"
+    return shutil.copytree(begun(2), tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -290,11 +307,9 @@ def test_a_finished_run_whose_end_was_not_recorded_is_ended_again(finished, trai
     "changes", [{"weight_decay": 0}, {"recurrence_learning_rate": 0.5}, {"learning_rate": 0.25}, {"adam_beta2": 0.5}]
 )
 def test_settings_of_the_optimizer_that_are_given_on_resuming_hold(
-    documents, tmp_path, train_main, monkeypatch, stage, changes
+    begun, tmp_path, train_main, monkeypatch, stage, changes
 ):
-    folder, groups = tmp_path / "run", []
-    arguments = flags(documents, folder, max_steps=2, deepspeed=f"ds_configs/zero{stage}.json", weight_decay=0.1)
-    assert train_main(arguments) == 0
+    folder, groups = shutil.copytree(begun(stage), tmp_path / "run"), []
 
     def look(session):
         names = ("weight_decay", "initial_lr", "betas")
@@ -330,7 +345,7 @@ def test_flags_that_hold_from_here_on_are_told(finished, train_main, capsys):
     assert train_main(["--resume", str(finished), "--max_steps", "3", "--weight_decay", "0.5"]) == 0
     printed = capsys.readouterr().out
     assert "--max_steps 3 (before: 2)" in printed
-    assert "--weight_decay 0.5 (before: 0.01)" in printed
+    assert "--weight_decay 0.5 (before: 0.1)" in printed
 
 
 @pytest.mark.slow

@@ -187,15 +187,32 @@ def warnings_of(printed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["dryrun", "disabled"])
-def test_a_run_that_is_not_online_sends_nothing_even_when_its_process_ends(documents, tmp_path, mode):
-    """Check the end of the process, where the library wandb sends statistics about itself."""
+def test_runs_that_are_not_online_send_nothing_even_when_their_process_ends(documents, tmp_path):
+    """Check the end of the process, where the library wandb sends statistics about itself.
+
+    The runs are forks of a new process that has imported what they need except wandb.
+    """
+    modes = ("dryrun", "disabled")
+    given = {"max_steps": 2, "eval_every": 2, "eval_documents": 1, "wandb_mode": "auto"}
+    argv = {mode: [str(SCRIPT), *flags(documents, tmp_path / mode, **given)] for mode in modes}
+    program = f"""
+import os, runpy, sys
+import recurrent_bart.commands.train
+assert "wandb" not in sys.modules
+for mode, argv in {argv}.items():
+    process = os.fork()
+    if not process:
+        os.environ["WANDB_MODE"], sys.argv = mode, argv
+        # ends the process as usual, by SystemExit
+        runpy.run_path(argv[0], run_name="__main__")
+    assert os.waitpid(process, 0)[1] == 0, mode
+"""
     with asked_service() as (address, requests):
-        variables = {"WANDB_MODE": mode, "WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": address}
-        command = [sys.executable, SCRIPT, *flags(documents, tmp_path / "run", max_steps=2, wandb_mode="auto")]
-        code, output = run(command, timeout=250, **variables)
+        variables = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": address}
+        code, output = run([sys.executable, "-c", program], timeout=250, **variables)
     assert code == 0, output
     assert requests == []
+    assert output.count("model in ") == len(modes)
 
 
 @pytest.mark.usefixtures("_fresh_wandb")
