@@ -4,6 +4,8 @@ VENV := $(CURDIR)/.venv
 INSTALLED := $(VENV)/installed
 # puts .venv's programs on the PATH, ninja among them: DeepSpeed calls ninja to build its operators
 export PATH := $(VENV)/bin:$(PATH)
+# processes keep compiled modules: otherwise each process of the tests would compile the package again
+unexport PYTHONDONTWRITEBYTECODE
 
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 

@@ -40,6 +40,7 @@ def targets(mask_BNL, per_segment):
 
 
 @pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("per_segment", [False, True], ids=["document", "sections"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)

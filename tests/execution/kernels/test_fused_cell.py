@@ -113,6 +113,7 @@ def test_replayed_ones_too(interpreted, monkeypatch, fields):
     monkeypatch.setattr(grid, "is_wavefront_faster", lambda segments: True)
     monkeypatch.setattr(grid, "can_graph", lambda *batch: True)
     play_graphs(monkeypatch, diagonal_graphs)
+    fields = {"encoder_layers": 2, **fields}
     model = {schedule: build(schedule, **fields).eval() for schedule in ("sequential", "auto")}
     inputs = documents("document")
     inputs.pop("labels")
