@@ -6,12 +6,17 @@ import sys
 
 import deepspeed.comm
 
+from recurrent_bart.training import session as sessions
 from recurrent_bart.training.arguments import parse_arguments
 from recurrent_bart.training.environment import start_processes
 from recurrent_bart.training.experiment import run_experiment
+from recurrent_bart.training.probing import probe_recurrence
 from recurrent_bart.training.session import Session
 
 KILLED_AFTER = 3
+
+# forked runs leave the probes out otherwise; here every field is expected
+sessions.probe_recurrence = probe_recurrence
 
 if os.environ.get("KILL"):
     log = Session.log
