@@ -51,6 +51,32 @@ def run(command, timeout, **changes):
     return started.returncode, output
 
 
+def forks(commands, imports, absent, code=0):
+    """Return a command for `run`: one new process imports modules and runs scripts, each in a fork of it.
+
+    Args:
+        commands: Environment variables of each fork, and its script with the arguments.
+        imports: Modules that are imported once, before the forks.
+        absent: Module that must not be imported by then.
+        code: Exit code of each fork.
+    """
+    program = f"""
+import os, runpy, sys
+import {", ".join(imports)}
+assert {absent!r} not in sys.modules
+for variables, argv in {[(variables, [str(part) for part in argv]) for variables, argv in commands]}:
+    process = os.fork()
+    if not process:
+        os.environ.update(variables)
+        sys.argv = argv
+        # a script ends by SystemExit, as in a process of its own
+        runpy.run_path(argv[0], run_name="__main__")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == {code}, argv
+"""
+    return [sys.executable, "-c", program]
+
+
 def deepspeed(script, *arguments, timeout=270, **changes):
     """Run a script by the deepspeed launcher on a free port; see `run`."""
     return run(["deepspeed", "--master_port", free_port(), script, *arguments], timeout, **changes)

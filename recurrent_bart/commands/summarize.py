@@ -245,21 +245,14 @@ def summarize_all(arguments: argparse.Namespace) -> None:
     summarizer = load(arguments)
     texts = all_texts(arguments.files, arguments.each_line, arguments.skip_bad_samples)
     is_shown = False
-    encoded_windows = summarizer.encode_ahead(
-        windows_of(texts), lambda window: [[text.content for text in readable(window)]]
-    )
+    windows = iter(lambda: list(itertools.islice(texts, WINDOW)), [])
+    encoded_windows = summarizer.encode_ahead(windows, lambda window: [[text.content for text in readable(window)]])
     for window, encoded in encoded_windows:
         if not is_shown:
             show_settings(summarizer)
             is_shown = True
         for summary in summarize_window(summarizer, window, encoded, arguments.skip_bad_samples):
             print(" ".join(summary.split()), flush=True)
-
-
-def windows_of(texts: Iterator[Text]) -> Iterator[list[Text]]:
-    """Yield the texts in parts of `WINDOW`."""
-    while window := list(itertools.islice(texts, WINDOW)):
-        yield window
 
 
 def readable(window: list[Text]) -> list[Text]:

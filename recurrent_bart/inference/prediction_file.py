@@ -44,12 +44,13 @@ def predict_file(
         ValueError: The file is unreadable, or `on_bad` raises.
     """
     rows = _readable(source, (*columns, query_column), on_bad)
-    encoded_windows, asks = encode_ahead or _without_encoding, query_column is not None
+    windows: Iterator[Rows] = iter(lambda: list(itertools.islice(rows, WINDOW)), [])
+    encode, asks = encode_ahead or _without_encoding, query_column is not None
     draft = output.with_name(output.name + ".tmp")
     n_lines = 0
     try:
         with draft.open("w", encoding="utf-8") as file:
-            for window, encoded in encoded_windows(_windows(rows), lambda window: _arguments(window, asks)):
+            for window, encoded in encode(windows, lambda window: _arguments(window, asks)):
                 for id, summary in _summaries(summarize, window, asks, on_bad, encoded):
                     line = {"id": id, **summary.record()}
                     file.write(_as_json(line) + "\n")
@@ -60,12 +61,6 @@ def predict_file(
     finally:
         draft.unlink(missing_ok=True)
     return n_lines
-
-
-def _windows(rows: Iterator[tuple[str, Any, str, str]]) -> Iterator[Rows]:
-    """Yield the rows in parts of `WINDOW`."""
-    while window := list(itertools.islice(rows, WINDOW)):
-        yield window
 
 
 def _without_encoding(items: Iterable[Any], arguments: Any) -> Iterator[tuple[Any, None]]:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,3 +227,19 @@ def test_every_sign_that_ends_a_japanese_sentence_ends_a_part(sign):
 def test_signs_that_end_no_japanese_sentence_end_no_part():
     assert PART.findall("約３．５度") == ["約３．５度"]
     assert PART.findall("see v1.2!x") == ["see", "v1.2!x"]
+
+
+def test_a_segmenter_serves_one_thread_at_a_time(monkeypatch):
+    running, most = [], []
+
+    def segment(parts):
+        running.append(parts)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        return list(parts)
+
+    monkeypatch.setattr(word_segmenter, "_segmenter_of", lambda name: segment)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda text: word_segmenter._segment_parts("mecab", [text]), "京都大学"))
+    assert most == [1, 1, 1, 1]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 
 import pandas
 import pytest
@@ -160,6 +161,40 @@ def test_a_section_ends_with_its_summary(model, tokenizer):
 
 def test_white_space_around_a_streamed_text_is_left_out():
     assert list(stripped(iter(["", " ", " a", "b ", " c", " \n", ""]))) == ["a", "b", "  c"]
+
+
+@pytest.mark.parametrize("is_fast", [True, False], ids=["fast", "slow"])
+def test_a_thread_encodes_ahead_with_fast_tokenizers_only(model, tokenizer, monkeypatch, is_fast):
+    """Texts that cannot be encoded have None, and the next ones go on."""
+    summarizer, threads = Summarizer(model, tokenizer, **HOW), []
+    groups = [[TEXTS[0]], [TEXTS[1]], [TEXTS[2], TEXTS[3]]]
+    expected = [summarizer.encode(group) for group in groups]
+    encode = summarizer.encode
+
+    def note(texts):
+        threads.append(threading.current_thread())
+        if texts == groups[1]:
+            raise ValueError("no room")
+        return encode(texts)
+
+    monkeypatch.setattr(summarizer, "encode", note)
+    if not is_fast:
+        monkeypatch.setattr("recurrent_bart.inference.summarizer.PreTrainedTokenizerFast", int)
+    found = list(summarizer.encode_ahead(groups, lambda group: [group]))
+    assert found == [(groups[0], expected[0]), (groups[1], None), (groups[2], expected[2])]
+    assert len(threads) == 3
+    assert (threading.main_thread() in threads) is not is_fast
+    monkeypatch.undo()
+    assert [s.text for s in summarizer.summarize(expected[2])] == [s.text for s in summarizer(groups[2])]
+
+
+def test_a_file_is_encoded_ahead(model, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"document": text}) + "\n" for text in TEXTS[:2]))
+    summarizer, given = Summarizer(model, tokenizer, **HOW), []
+    summarize = summarizer.summarize
+    monkeypatch.setattr(summarizer, "summarize", lambda texts: given.append(texts) or summarize(texts))
+    assert summarizer.predict(tmp_path / "a.jsonl", tmp_path / "out") == 2
+    assert given == [summarizer.encode(TEXTS[:2])]
 
 
 RECORDS = [{"id": 7, "document": TEXTS[1]}, {"id": "b", "document": " "}, {"id": "c", "document": TEXTS[0]}]

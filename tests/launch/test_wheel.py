@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import TESTS, environment, load_script, run
+from launching import TESTS, environment, forks, load_script, run
 from recurrent_bart_cli import COMMANDS, run_command, take_number
 from runs import flags
 
@@ -159,19 +159,9 @@ def test_a_missing_package_that_no_extra_installs_is_raised(monkeypatch):
 def test_a_command_of_training_names_the_extra_that_is_missing(tmp_path):
     """Run scripts in forks of a new process that has imported PyTorch and Transformers, which they need first."""
     (tmp_path / "deepspeed.py").write_text("raise ModuleNotFoundError(name='deepspeed')")
-    scripts = ("train", "training_speed", "export")
-    program = f"""
-import os, runpy, sys
-import datasets, matplotlib.axes, transformers.models.bart.modeling_bart
-for script in {scripts}:
-    process = os.fork()
-    if not process:
-        sys.argv = [f"launch/{{script}}.py", "--help"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 2, script
-"""
-    code, output = run([sys.executable, "-c", program], timeout=100, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    commands = [({}, [f"launch/{name}.py", "--help"]) for name in ("train", "training_speed", "export")]
+    command = forks(commands, ("datasets", "matplotlib.axes", "transformers.models.bart.modeling_bart"), "deepspeed", 2)
+    code, output = run(command, timeout=100, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert code == 0, output
     error = "error: this command needs the package deepspeed: pip install 'recurrent-bart[train]'"
-    assert output.splitlines() == [error] * len(scripts)
+    assert output.splitlines() == [error] * len(commands)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from forked import launched, run_script
-from launching import LAUNCHED, run
+from launching import LAUNCHED, forks, run
 from recurrent_bart.training.environment import (
     Environment,
     Rendezvous,
@@ -148,20 +148,8 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_without_a_gpu_deepspeed_prints_nothing_before_us():
     """Run both scripts in forks of a new process that has imported what they need except DeepSpeed."""
-    program = """
-import os, runpy, sys
-import datasets, matplotlib.axes, transformers.models.bart.modeling_bart
-assert "deepspeed" not in sys.modules
-for script in ("train", "evaluate"):
-    print(script, flush=True)
-    process = os.fork()
-    if not process:
-        sys.argv = [f"launch/{script}.py", "--zzz"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 2, script
-"""
-    code, printed = run(["env", "-u", "DS_ACCELERATOR", sys.executable, "-c", program], timeout=120)
+    commands = [({}, [f"launch/{script}.py", "--zzz"]) for script in ("train", "evaluate")]
+    command = forks(commands, ("datasets", "matplotlib.axes", "transformers.models.bart.modeling_bart"), "deepspeed", 2)
+    code, printed = run(["env", "-u", "DS_ACCELERATOR", *command], timeout=120)
     assert code == 0, printed
-    error = "error: unknown argument --zzz"
-    assert printed.splitlines() == ["train", error, "evaluate", error]
+    assert printed.splitlines() == ["error: unknown argument --zzz"] * 2

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import socket
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,7 +14,7 @@ import pytest
 import wandb
 
 from forked import launched, run_script
-from launching import free_port, run
+from launching import forks, free_port, run
 from monitoring.event_files import tensorboard_points, wandb_records, wandb_rows, wandb_run
 from recurrent_bart.monitoring import wandb_tracker
 from recurrent_bart.monitoring.fields import CHECKPOINTS, EVALUATIONS, FIELDS, SCORES, SKIPS, STEPS
@@ -194,22 +193,11 @@ def test_runs_that_are_not_online_send_nothing_even_when_their_process_ends(docu
     """
     modes = ("dryrun", "disabled")
     given = {"max_steps": 2, "eval_every": 2, "eval_documents": 1, "wandb_mode": "auto"}
-    argv = {mode: [str(SCRIPT), *flags(documents, tmp_path / mode, **given)] for mode in modes}
-    program = f"""
-import os, runpy, sys
-import recurrent_bart.commands.train
-assert "wandb" not in sys.modules
-for mode, argv in {argv}.items():
-    process = os.fork()
-    if not process:
-        os.environ["WANDB_MODE"], sys.argv = mode, argv
-        # ends the process as usual, by SystemExit
-        runpy.run_path(argv[0], run_name="__main__")
-    assert os.waitpid(process, 0)[1] == 0, mode
-"""
+    runs = [({"WANDB_MODE": mode}, [SCRIPT, *flags(documents, tmp_path / mode, **given)]) for mode in modes]
+    command = forks(runs, ["recurrent_bart.commands.train"], "wandb")
     with asked_service() as (address, requests):
         variables = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": address}
-        code, output = run([sys.executable, "-c", program], timeout=250, **variables)
+        code, output = run(command, timeout=250, **variables)
     assert code == 0, output
     assert requests == []
     assert output.count("model in ") == len(modes)

@@ -8,13 +8,11 @@ no error. Therefore all names are checked when an engine is built:
 untested versions too, with the warning.
 """
 
-import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -22,7 +20,6 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import nvtx
-from torch import Tensor
 
 from recurrent_bart.monitoring.progress import say
 from recurrent_bart.training.zero import partition_buckets
@@ -30,11 +27,13 @@ from recurrent_bart.training.zero.accelerator_calls import on_stream
 from recurrent_bart.training.zero.gradient_buckets import (
     PRIVATE,
     add_to_bucket,
+    can_reduce_buckets,
     finish_reduction,
     point_to_weights,
     prepare_gradient,
     reduce_bucket,
 )
+from recurrent_bart.training.zero.gradient_exchange import has_offload
 from recurrent_bart.training.zero.gradients_together import has_infinite, norm_of_all
 from recurrent_bart.training.zero.module_gathers import (
     ModuleGathers,
@@ -105,75 +104,6 @@ def skip_shared_memory_operator() -> None:
         operators[SHARED_MEMORY_OPERATOR] = False
 
 
-@contextlib.contextmanager
-def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Replace methods of an object within this block."""
-    own = vars(owner)
-    before = {name: own[name] for name in methods if name in own}
-    own.update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            del own[name]
-        own.update(before)
-
-
-def without_bf16_optimizer(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with which ZeRO-1 in bfloat16 reduces gradients as ZeRO-2 does.
-
-    If ZeRO-1 sums gradients in float32, DeepSpeed uses another optimizer wrapper. That wrapper cannot reduce the
-    gradients of several passes together and computes no norm per gradient. `sum_in` sets the data type afterwards.
-    """
-    if config["zero_optimization"]["stage"] != 1 or not config.get("bf16", {}).get("enabled"):
-        return dict(config)
-    return config | {"data_types": config.get("data_types", {}) | {"grad_accum_dtype": "bf16"}}
-
-
-def sum_in(optimizer: Any, config: dict[str, Any]) -> None:
-    """Make ZeRO-1 accumulate its gradient partition in the data type that the configuration names."""
-    if config["zero_optimization"]["stage"] == 1 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
-        optimizer.gradient_accumulation_dtype = torch.float32
-
-
-@contextlib.contextmanager
-def exchanging_gradients_in(optimizer: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Make a ZeRO optimizer accept and exchange gradients in a data type, within this block.
-
-    ZeRO-1 and ZeRO-2 read gradients from `parameter.grad_accum`, ZeRO-3 from `parameter.grad`.
-    """
-    settings = {
-        "communication_data_type": dtype,
-        "ipg_buckets": {dtype: type(next(iter(optimizer.ipg_buckets.values())))()},
-    }
-    if _reads_grad_accum(optimizer):
-        settings["use_grad_accum_attribute"] = True
-    else:
-        # ZeRO-3 would copy gradients into a contiguous buffer and out again, without need
-        settings["contiguous_gradients"] = False
-    before = {name: getattr(optimizer, name) for name in settings}
-    vars(optimizer).update(settings)
-    try:
-        yield
-    finally:
-        vars(optimizer).update(before)
-
-
-def give_gradient(optimizer: Any, parameter: Any, gradient: Tensor) -> None:
-    """Pass an unsharded gradient of any data type to a ZeRO optimizer, within `exchanging_gradients_in`."""
-    if _reads_grad_accum(optimizer):
-        parameter.grad_accum = gradient
-    else:
-        # PyTorch checks a gradient's shape and type against the parameter, whose data is partitioned or in another
-        # type; setting `.data` skips this check
-        parameter.grad = torch.empty_like(parameter)
-        parameter.grad.data = gradient
-
-
-def _reads_grad_accum(optimizer: Any) -> bool:
-    return hasattr(optimizer, "use_grad_accum_attribute")
-
-
 def _exists(roots: SimpleNamespace, name: str) -> bool:
     try:
         operator.attrgetter(name)(roots)
@@ -190,10 +120,6 @@ def _warn(is_tested: bool, left_out: list[str]) -> None:
     say(f"warning: DeepSpeed {deepspeed.__version__}{text}{slower}")
 
 
-def _has_offload(optimizer: Any) -> bool:
-    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
-
-
 def shorten_accelerator_calls(engine: DeepSpeedEngine | None = None) -> None:
     """Make DeepSpeed, in all engines, read CUDA streams from PyTorch directly and emit no profiler ranges."""
     nvtx.enable_nvtx = False
@@ -206,33 +132,17 @@ def shorten_accelerator_calls(engine: DeepSpeedEngine | None = None) -> None:
         accelerator.handles_memory_backpressure = lambda: True
 
 
-def _reduces_whole_buckets(optimizer: Any) -> bool:
-    # these patches support neither gradients in CPU memory (offload) nor other kinds of reduction
-    is_other = optimizer.zenflow or optimizer.all2all_process_group is not None or optimizer.enable_sanity_checks
-    return optimizer.reduce_scatter and not (_has_offload(optimizer) or is_other)
-
-
 def _reduce_whole_buckets(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
-    if _reduces_whole_buckets(optimizer):
+    if can_reduce_buckets(optimizer):
         optimizer.reduce_independent_p_g_buckets_and_remove_grads = functools.partial(add_to_bucket, optimizer)
         optimizer.independent_gradient_partition_epilogue = functools.partial(finish_reduction, optimizer)
         setattr(optimizer, f"{PRIVATE}reduce_and_partition_ipg_grads", functools.partial(reduce_bucket, optimizer))
 
 
-def _sums_partitions(optimizer: Any) -> bool:
-    # float32 sums of this rank's partitions, from one all-reduce of each bucket; no experts, which have other groups
-    is_other = optimizer.zenflow or optimizer.overlap_comm or optimizer.has_moe_layers or optimizer.autoep_folding_spec
-    is_usual = optimizer.contiguous_gradients and optimizer.reduce_scatter and optimizer.gradient_average
-    reduces_all = optimizer.use_multi_rank_bucket_allreduce and optimizer.sequence_parallel_size == 1
-    groups = range(len(optimizer.bit16_groups))
-    has_sums = all(map(optimizer._use_compact_grad_partition_buffer, groups))
-    return is_usual and reduces_all and has_sums and not (is_other or _has_offload(optimizer))
-
-
 def _sum_whole_buckets(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
-    if _sums_partitions(optimizer):
+    if partition_buckets.can_sum_partitions(optimizer):
         buckets = partition_buckets.PartitionBuckets(optimizer)
         optimizer.setup_buckets = buckets.begin
         optimizer.reduce_independent_p_g_buckets_and_remove_grads = buckets.add
@@ -241,7 +151,7 @@ def _sum_whole_buckets(engine: DeepSpeedEngine) -> None:
 
 def _update_whole_groups(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
-    if _reduces_whole_buckets(optimizer):
+    if can_reduce_buckets(optimizer):
         optimizer._prepare_fp32_grad_for_sub_group = functools.partial(prepare_gradient, optimizer)
         optimizer._unflatten_partitioned_parameters = functools.partial(point_to_weights, optimizer)
 
@@ -261,13 +171,13 @@ def _point_to_weights(engine: DeepSpeedEngine) -> None:
 
 def _take_one_norm(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
-    if not _has_offload(optimizer):
+    if not has_offload(optimizer):
         optimizer.get_grad_norm_direct = functools.partial(norm_of_all, optimizer.get_grad_norm_direct)
 
 
 def _check_finite_together(engine: DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
-    if not _has_offload(optimizer):
+    if not has_offload(optimizer):
         optimizer.has_overflow_partitioned_grads_serial = functools.partial(has_infinite, optimizer)
 
 

@@ -19,7 +19,8 @@ from recurrent_bart.distributed import is_first
 from recurrent_bart.model.modeling_decoder import RecurrentBartDecoder
 from recurrent_bart.model.modeling_encoder import RecurrentBartEncoder
 from recurrent_bart.model.modeling_recurrent_bart import RecurrentBartModel
-from recurrent_bart.training.zero.deepspeed_patches import apply_patches, sum_in, without_bf16_optimizer
+from recurrent_bart.training.zero.deepspeed_patches import apply_patches
+from recurrent_bart.training.zero.gradient_exchange import sum_in, without_bf16_optimizer
 from recurrent_bart.training.zero.gradient_sums import StepGradients
 
 

@@ -13,8 +13,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from recurrent_bart.training.zero.gradient_exchange import has_offload
+
 # prefix of private names in DeepSpeed's ZeRO-3 optimizer
 PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
+
+
+def can_reduce_buckets(optimizer: Any) -> bool:
+    """Return True if the gradients stay on the GPU and are reduced as usual, by scattering their sums over ranks."""
+    is_other = optimizer.zenflow or optimizer.all2all_process_group is not None or optimizer.enable_sanity_checks
+    return optimizer.reduce_scatter and not (has_offload(optimizer) or is_other)
 
 
 def add_to_bucket(optimizer: Any, parameter: Any) -> None:

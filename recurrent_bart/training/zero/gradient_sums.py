@@ -12,8 +12,23 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from recurrent_bart.training.zero.deepspeed_patches import FLUSHES, exchanging_gradients_in, give_gradient, replaced
+from recurrent_bart.training.zero.deepspeed_patches import FLUSHES
 from recurrent_bart.training.zero.float32_sums import add_gradients
+from recurrent_bart.training.zero.gradient_exchange import exchanging_gradients_in, give_gradient
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Replace methods of an object within this block."""
+    own = vars(owner)
+    before = {name: own[name] for name in methods if name in own}
+    own.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del own[name]
+        own.update(before)
 
 
 class StepGradients:

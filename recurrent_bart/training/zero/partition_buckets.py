@@ -13,6 +13,21 @@ import torch
 from torch import Tensor
 
 from recurrent_bart.training.zero.float32_sums import add_pairs
+from recurrent_bart.training.zero.gradient_exchange import has_offload
+
+
+def can_sum_partitions(optimizer: Any) -> bool:
+    """Return True if `PartitionBuckets` supports an optimizer's settings.
+
+    The rank's partitions of gradients must have float32 sums on the GPU, and one all-reduce must average a bucket.
+    Experts of a mixture reduce their gradients in other groups.
+    """
+    is_other = optimizer.zenflow or optimizer.overlap_comm or optimizer.has_moe_layers or optimizer.autoep_folding_spec
+    is_usual = optimizer.contiguous_gradients and optimizer.reduce_scatter and optimizer.gradient_average
+    reduces_all = optimizer.use_multi_rank_bucket_allreduce and optimizer.sequence_parallel_size == 1
+    groups = range(len(optimizer.bit16_groups))
+    has_sums = all(map(optimizer._use_compact_grad_partition_buffer, groups))
+    return is_usual and reduces_all and has_sums and not (is_other or has_offload(optimizer))
 
 
 def point_to_weights(optimizer: Any, number: int) -> None:

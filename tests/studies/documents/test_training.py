@@ -180,6 +180,19 @@ def test_out_of_its_budget_it_stops_with_what_there_is(make_run):
     assert ([point["step"] for point in training.curve], evaluated, training.ended) == ([1], [1], "budget")
 
 
+def test_a_budget_that_ends_in_an_evaluation_allows_no_other_step(make_run, monkeypatch):
+    training = TextTraining(make_run(max_steps=100, eval_every=1), CPU)
+    target_losses = training.evaluator.target_losses
+
+    def until_the_deadline(losses):
+        training.deadline = 0.0
+        return target_losses(losses)
+
+    monkeypatch.setattr(training.evaluator, "target_losses", until_the_deadline)
+    training.train()
+    assert ([point["step"] for point in training.curve], training.ended) == ([1], "budget")
+
+
 def test_it_stops_where_the_loss_is_no_number(make_run):
     training = TextTraining(make_run(max_steps=100, eval_every=1, learning_rate=1e30, warmup_steps=0), CPU)
     training.train()

@@ -10,8 +10,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from packaging.version import Version
 
 from recurrent_bart.training.zero import deepspeed_patches
-from recurrent_bart.training.zero.deepspeed_patches import FLUSHES, PATCHES, TESTED_VERSIONS, replaced
+from recurrent_bart.training.zero.deepspeed_patches import FLUSHES, PATCHES, TESTED_VERSIONS
 from recurrent_bart.training.zero.engine import build_engine, full_state_dict, reducing_once
+from recurrent_bart.training.zero.gradient_sums import replaced
 from test_setup import required
 from tiny import BUCKET, random_ids, tiny_model
 

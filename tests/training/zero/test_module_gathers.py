@@ -1,31 +1,10 @@
 """ZeRO-3 with our gathers, reductions and updates equals DeepSpeed's code bit for bit."""
 
-import json
-from pathlib import Path
-
 import pytest
-import torch
 
-from forked import launched, run_script
+from compared_steps import assert_equal_bits, case, run_cases
 
-WORKER = Path(__file__).with_name("module_gathers_worker.py")
 OFFLOAD = {"device": "cpu"}
-DEFAULT = {
-    "fields": {},
-    "zero": {},
-    "bf16": True,
-    "n_passes": 1,
-    "checkpointing": "none",
-    "frozen": False,
-    "evaluates": False,
-    "saves": False,
-}
-
-
-def case(**changes):
-    return DEFAULT | changes
-
-
 CASES = {
     2: {
         "bf16-evaluated-saved": case(evaluates=True, saves=True),
@@ -47,12 +26,7 @@ BY_DEEPSPEED = {"offloaded", "beyond-the-limit"}
 @pytest.fixture(scope="module", params=CASES, ids=lambda n: f"{n} processes")
 def results(request, tmp_path_factory):
     """Run all cases for a world size in one start of its processes."""
-    output = tmp_path_factory.mktemp("gathers") / "results.pt"
-    cases = CASES[request.param]
-    environments = launched(request.param)
-    ended = run_script(WORKER, json.dumps(list(cases.values())), output, environments=environments, timeout=500)
-    assert set(ended.codes) == {0}, ended.text()
-    return dict(zip(cases, torch.load(output, weights_only=True), strict=True))
+    return run_cases(CASES[request.param], request.param, tmp_path_factory.mktemp("gathers") / "results.pt")
 
 
 # one test and not two: pytest-xdist might run two tests in two processes, and each would start all cases
@@ -66,10 +40,7 @@ def test_steps_equal_deepspeeds_bit_for_bit(results):
     head. Parameters are sharded after each backward pass and after each update, except persistent ones.
     """
     for name, (found, expected) in results.items():
-        assert found["losses"] == expected["losses"], name
-        for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
-            assert all(map(torch.equal, ours, theirs)), name
-        assert all(torch.equal(found["weights"][key], expected["weights"][key]) for key in expected["weights"]), name
+        assert_equal_bits(name, found, expected)
         settings = next(cases[name] for cases in CASES.values() if name in cases)
         is_tied = settings["fields"].get("tie_word_embeddings", True)
         n_gathers = 0 if name in BY_DEEPSPEED else settings["n_passes"] * (3 if is_tied else 5)
